@@ -1,0 +1,7 @@
+//! The pure core. Nothing here does IO, reads a clock, draws a random number or depends on iteration order:
+//! the same objects give the same bytes and the same digest on every replica.
+//!
+//! Items of the view are the protocol's own messages (`switchtower-proto` without its gRPC half), so that
+//! there is one definition of what is hashed, sent and merged.
+
+pub mod model;

@@ -1,0 +1,6 @@
+//! The node agent: session → state (pure) → nft.
+//!
+//! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges only what
+//! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
+
+pub mod kernel_change;

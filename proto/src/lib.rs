@@ -1,0 +1,13 @@
+//! The protocol between the controller and the node agents.
+//!
+//! `proto/switchtower/v1/fleet.proto` is the specification, with the state machine in its comments.
+//! This crate holds the code generated from it and [`digest`], the canonical encoding that both sides
+//! hash, and nothing else.
+
+pub mod digest;
+
+/// Messages and service of `switchtower.v1`, generated; do not edit.
+pub mod v1 {
+    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated from fleet.proto, documented there")]
+    include!("gen/switchtower.v1.rs");
+}
