@@ -4,3 +4,4 @@
 //! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
 
 pub mod kernel_change;
+pub mod dataplane;

@@ -5,3 +5,4 @@
 //! there is one definition of what is hashed, sent and merged.
 
 pub mod model;
+pub mod compiled;

@@ -1,0 +1,57 @@
+//! What the compiler hands on: changes per layer, and what was wrong with the objects.
+
+use std::collections::BTreeMap;
+
+use switchtower_proto::v1::Change;
+
+use crate::model::{LayerId, ObjectKey};
+
+/// The outcome of one compile: exactly what differs from the one before.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Compiled {
+    /// Changes per layer, in the order in which they are to be applied. Never an empty list.
+    pub changes: BTreeMap<LayerId, Vec<Change>>,
+    /// Layers that are gone (a deleted node).
+    pub removed: Vec<LayerId>,
+    /// Problems that appeared.
+    pub problems: Vec<Problem>,
+}
+
+/// Which object a problem is about.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ProblemObject {
+    /// A Service.
+    Service(ObjectKey),
+    /// An EndpointSlice.
+    EndpointSlice(ObjectKey),
+    /// A Node.
+    Node(String),
+}
+
+/// The reason of an Event: one CamelCase word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ProblemReason {
+    /// Another Service claims the same address, protocol and port, and wins.
+    AddressConflict,
+    /// Two ports of one Service are the same.
+    DuplicatePort,
+    /// An address or CIDR cannot be parsed, or is of the wrong family.
+    InvalidAddress,
+    /// A port that is 0, missing, or out of range.
+    InvalidPort,
+    /// The Node has no address, or no pod CIDR for local detection.
+    IncompleteNode,
+    /// More endpoints or ports than the limits allow; the rest was left out.
+    LimitExceeded,
+}
+
+/// Something wrong with one object. It never stops the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The object.
+    pub object: ProblemObject,
+    /// Why.
+    pub reason: ProblemReason,
+    /// What was found and what holds now, for people.
+    pub message: String,
+}
