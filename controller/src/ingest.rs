@@ -1,0 +1,1 @@
+//! API objects to the core's compact model, one object at a time.
