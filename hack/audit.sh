@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# `make audit`: licences, bans and sources of all dependencies, by cargo-deny with deny.toml.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+require_cargo
+VERSION=0.20.2
+TOOLS=$CACHE/tools/cargo-deny-$VERSION
+if [ ! -x "$TOOLS/bin/cargo-deny" ]; then
+    say "building cargo-deny $VERSION (about five minutes on two cores, once; cargo says how far it is)"
+    mkdir -p "$CACHE/tools"
+    exec 9>"$CACHE/tools/.lock"
+    flock 9
+    [ -x "$TOOLS/bin/cargo-deny" ] ||
+        (cd / && CARGO_TARGET_DIR=$CACHE/tools/build cargo install cargo-deny --version "$VERSION" --locked --root "$TOOLS") ||
+        fail "cargo-deny could not be built: check the network (crates.io) and that a C compiler is installed, then try again."
+    rm -rf "$CACHE/tools/build"
+    flock -u 9
+fi
+cd "$ROOT"
+exec "$TOOLS/bin/cargo-deny" --all-features --locked check licenses bans sources

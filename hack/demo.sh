@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# `make demo`: sets up what is missing, builds, and runs the demonstration.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+require_root demo
+"$ROOT/hack/setup.sh" demo
+cd "$ROOT"
+build_workspace_binaries ""
+SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
+export SWITCHTOWER_CONTROL_PLANE
+arguments=()
+[ -z "${KEEP:-}" ] || [ "$KEEP" = 0 ] || arguments+=(--keep)
+exec "$(target_dir)/debug/demo" "${arguments[@]}"

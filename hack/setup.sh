@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Installs what demo, test and bench need, each only if it is missing: Debian packages, and the control
+# plane (etcd, kube-apiserver, kube-controller-manager, kubectl, kube-proxy) built by Go from e2e/go.mod
+# into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
+#
+#   hack/setup.sh [TARGET]      TARGET only appears in messages
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+TARGET=${1:-setup}
+
+# Installs the package of every command that is missing. Arguments: command=package ...
+install_packages() {
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%=*}" >/dev/null 2>&1 || missing+=("${pair##*=}")
+    done
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    command -v apt-get >/dev/null 2>&1 ||
+        fail "missing: ${missing[*]}; apt-get was not found, so install these packages by hand and try again."
+    say "installing Debian packages: ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null ||
+        fail "'apt-get update' failed: check the network and /etc/apt/sources.list, then try again."
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        fail "apt-get could not install ${missing[*]}: run 'apt-get install ${missing[*]}' to see why."
+}
+
+# Tries each feature in namespaces of its own instead of trusting version numbers.
+probe_kernel() {
+    local name="stprobe-$$" error
+    trap 'ip netns del "'"$name"'" 2>/dev/null || true; ip netns del "'"$name"'-b" 2>/dev/null || true' EXIT
+    error=$( (ip netns add "$name" && ip netns add "$name-b") 2>&1) ||
+        fail "this machine cannot make network namespaces ($error): run on a machine or container with CAP_SYS_ADMIN."
+    error=$(ip -n "$name" link add st0 type veth peer name st1 netns "$name-b" 2>&1) ||
+        fail "the kernel has no veth devices ($error): load the module (modprobe veth) or use a kernel with CONFIG_VETH."
+    error=$(ip -n "$name" link add br0 type bridge 2>&1) ||
+        fail "the kernel has no bridge devices ($error): load the module (modprobe bridge) or use a kernel with CONFIG_BRIDGE."
+    error=$(printf '%s\n' 'table ip st { map m { type ipv4_addr . inet_proto . inet_service : mark; };' \
+        'chain c { type nat hook prerouting priority -100; ct state new dnat to 192.0.2.1:80; };' \
+        'chain p { type nat hook postrouting priority 100; masquerade fully-random; };' \
+        'chain f { type filter hook input priority 0; reject; }; }' 'table ip6 st { }' |
+        ip netns exec "$name" nft -f - 2>&1) ||
+        fail "the kernel lacks nf_tables with NAT and connection tracking (${error%%$'\n'*}): use a kernel with CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_MASQ, CONFIG_NFT_REJECT and CONFIG_NF_CONNTRACK (modprobe nf_tables nft_nat nft_masq nft_reject_ipv4 nf_conntrack)."
+    error=$(ip netns exec "$name" conntrack -L 2>&1 >/dev/null | grep -v 'flow entries have been shown' || true)
+    [ -z "$error" ] ||
+        fail "the kernel's connection tracking cannot be read (${error%%$'\n'*}): use a kernel with CONFIG_NF_CT_NETLINK (modprobe nf_conntrack_netlink)."
+    ip netns del "$name-b"
+    ip netns del "$name"
+    trap - EXIT
+}
+
+require_go() {
+    local want have
+    want=$(sed -n 's/^go \([0-9.]*\)$/\1/p' "$ROOT/e2e/go.mod")
+    command -v go >/dev/null 2>&1 ||
+        fail "go was not found and the control plane is not built yet: install Go ${want%.*} (https://go.dev/dl) and put it into PATH."
+    have=$(cd / && GOTOOLCHAIN=local go env GOVERSION)
+    have=${have#go}
+    [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -1)" = "$want" ] ||
+        fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
+}
+
+complete() {
+    local program
+    for program in etcd kube-apiserver kube-controller-manager kube-proxy kubectl; do
+        [ -x "$1/$program" ] || return 1
+    done
+}
+
+# Runs the build in the background and says how far it is.
+go_build() {
+    local out=$1 log=$2 total compiled start=$SECONDS pid
+    local packages=(
+        k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kube-controller-manager
+        k8s.io/kubernetes/cmd/kube-proxy k8s.io/kubernetes/cmd/kubectl go.etcd.io/etcd/server/v3
+    )
+    local version=k8s.io/component-base/version
+    say "downloading the Go modules of Kubernetes $KUBERNETES_VERSION and etcd"
+    cd "$ROOT/e2e"
+    export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
+    total=$(go list -deps "${packages[@]}" 2>"$log" | wc -l) || { tail -5 "$log" >&2; return 1; }
+    say "building the control plane: up to $total packages, about five minutes on two cores, once"
+    go build -v -trimpath -o "$out/" \
+        -ldflags "-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" \
+        "${packages[@]}" >"$log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        if (((SECONDS - start) % 15 == 0)); then
+            compiled=$(wc -l <"$log")
+            say "  control plane: $compiled of at most $total packages compiled, $((SECONDS - start)) s"
+        fi
+    done
+    wait "$pid" || { tail -20 "$log" >&2; return 1; }
+    mv "$out/server" "$out/etcd"
+    say "the control plane is built ($((SECONDS - start)) s)"
+}
+
+build_control_plane() {
+    local dir work
+    dir=$(control_plane_dir)
+    complete "$dir" && return 0
+    require_go
+    mkdir -p "$CACHE/control-plane"
+    # Two runs at once: the second waits, and finds the work done.
+    exec 9>"$CACHE/control-plane/.lock"
+    flock -n 9 || { say "waiting for another run that builds the control plane"; flock 9; }
+    complete "$dir" && return 0
+    # Leftovers of builds that were interrupted; nobody else holds the lock.
+    rm -rf "$CACHE/control-plane"/.build.*
+    work=$(mktemp -d "$CACHE/control-plane/.build.XXXXXX")
+    (go_build "$work" "$work/build.log") ||
+        fail "the control plane could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
+    complete "$work" ||
+        fail "the build of the control plane left a program out: run 'go clean -cache' and try again."
+    rm -f "$work/build.log"
+    chmod 755 "$work"
+    rm -rf "$dir"
+    mv "$work" "$dir"
+    flock -u 9
+}
+
+require_root "$TARGET"
+require_cargo
+install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils flock=util-linux
+# `cc` alone does not bring the C library's headers, which crates with C code need.
+[ -e /usr/include/stdlib.h ] || install_packages "no-such-command=libc6-dev"
+[ -e /etc/ssl/certs/ca-certificates.crt ] || install_packages "no-such-command=ca-certificates"
+probe_kernel
+build_control_plane

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# `make test`: format, lints, then every test of the workspace. The last line is the total:
+#   N passed, N failed
+# A test binary that dies, and with CI set an ignored test, count as failed.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+require_root test
+"$ROOT/hack/setup.sh" test
+require_lint_tools
+cd "$ROOT"
+
+failed=0
+passed=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+total() {
+    printf '%s passed, %s failed\n' "$passed" "$failed"
+}
+
+say "format"
+cargo fmt --all --check || {
+    failed=1
+    echo "switchtower: the format differs: run 'cargo fmt --all'." >&2
+    total
+    exit 1
+}
+say "lints"
+cargo clippy --locked --workspace --all-targets -- -D warnings || {
+    failed=1
+    echo "switchtower: clippy found something, see above." >&2
+    total
+    exit 1
+}
+build_workspace_binaries ""
+say "building the tests"
+cargo test --locked --workspace --no-run || {
+    failed=1
+    total
+    exit 1
+}
+
+SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
+export SWITCHTOWER_CONTROL_PLANE
+say "tests"
+status=0
+cargo test --locked --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log" || status=$?
+
+read -r passed failed ignored < <(awk '
+    /^test result: / {
+        for (i = 1; i < NF; i++) {
+            if ($(i + 1) == "passed;") passed += $i
+            if ($(i + 1) == "failed;") failed += $i
+            if ($(i + 1) == "ignored;") ignored += $i
+        }
+    }
+    END { print passed + 0, failed + 0, ignored + 0 }' "$log")
+# A binary that was started and gave no result died.
+started=$(grep -cE '^ +(Running|Doc-tests) ' "$log" || true)
+finished=$(grep -c '^test result: ' "$log" || true)
+if ((started > finished)); then
+    say "$((started - finished)) test binaries died before they gave a result"
+    failed=$((failed + started - finished))
+fi
+if [ -n "${CI:-}" ] && ((ignored > 0)); then
+    say "$ignored tests were ignored: in CI every test runs"
+    failed=$((failed + ignored))
+fi
+# cargo says that something is wrong and the counts do not: trust cargo.
+if ((status != 0 && failed == 0)); then
+    failed=1
+fi
+total
+((failed == 0))
