@@ -38,7 +38,7 @@ probe_kernel() {
     error=$(ip -n "$name" link add br0 type bridge 2>&1) ||
         fail "the kernel has no bridge devices ($error): load the module (modprobe bridge) or use a kernel with CONFIG_BRIDGE."
     error=$(printf '%s\n' 'table ip st { map m { type ipv4_addr . inet_proto . inet_service : mark; };' \
-        'chain c { type nat hook prerouting priority -100; ct state new dnat to 192.0.2.1:80; };' \
+        'chain c { type nat hook prerouting priority -100; ct state new meta l4proto tcp dnat to 192.0.2.1:80; };' \
         'chain p { type nat hook postrouting priority 100; masquerade fully-random; };' \
         'chain f { type filter hook input priority 0; reject; }; }' 'table ip6 st { }' |
         ip netns exec "$name" nft -f - 2>&1) ||
