@@ -1,0 +1,88 @@
+//! An object that may fail to decode without failing the list or the event that it is part of.
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+/// An object, or what could be read of one.
+///
+/// kube's `DeserializeGuard` does the same by way of a generic value, which costs several times the memory
+/// and time of the object; here the text is decoded once, and again only where that failed.
+#[derive(Debug, Clone)]
+pub enum Tolerant<K> {
+    /// The object.
+    Whole(Box<K>),
+    /// Its metadata as far as they could be read, and why the rest could not.
+    Broken {
+        /// Empty if even these could not be read.
+        metadata: Box<ObjectMeta>,
+        /// The decoder's message.
+        error: String,
+    },
+}
+
+impl<K: Resource> Tolerant<K> {
+    /// The object's metadata.
+    pub fn metadata(&self) -> &ObjectMeta {
+        match self {
+            Self::Whole(object) => object.meta(),
+            Self::Broken { metadata, .. } => metadata,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct MetadataOnly {
+    #[serde(default)]
+    metadata: ObjectMeta,
+}
+
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Tolerant<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Box::<RawValue>::deserialize(deserializer)?;
+        Ok(match serde_json::from_str::<K>(text.get()) {
+            Ok(object) => Self::Whole(Box::new(object)),
+            Err(error) => {
+                let readable = serde_json::from_str::<MetadataOnly>(text.get());
+                let metadata = readable.map(|object| object.metadata).unwrap_or_default();
+                Self::Broken { metadata: Box::new(metadata), error: error.to_string() }
+            }
+        })
+    }
+}
+
+impl<K: Resource> Resource for Tolerant<K> {
+    type DynamicType = K::DynamicType;
+    type Scope = K::Scope;
+
+    fn kind(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::kind(dynamic)
+    }
+
+    fn group(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::group(dynamic)
+    }
+
+    fn version(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::version(dynamic)
+    }
+
+    fn plural(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::plural(dynamic)
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        self.metadata()
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        match self {
+            Self::Whole(object) => object.meta_mut(),
+            Self::Broken { metadata, .. } => metadata,
+        }
+    }
+}
