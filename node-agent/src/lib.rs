@@ -3,5 +3,6 @@
 //! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges only what
 //! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
 
-pub mod kernel_change;
 pub mod dataplane;
+pub mod kernel_change;
+pub mod state;

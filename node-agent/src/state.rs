@@ -1,0 +1,205 @@
+//! The node's view: the layers exactly as received, and what follows for the kernel. Pure: no clock, no IO.
+//!
+//! An update is staged while its parts arrive and changes nothing. [`State::end`] checks the digest, folds
+//! the stage into the layers, and returns the difference of the merged views before and after; that
+//! difference costs what changed. A refused update leaves no trace. What the controller sent (desired) is
+//! all that is kept here; where the kernel deviates from it is the commit's result.
+
+mod layer;
+mod merge;
+mod pack;
+mod update;
+mod wire;
+
+use switchtower_proto::digest::Digest;
+use switchtower_proto::v1::{
+    Change, HealthCheck, LayerKind, NackReason, NodeRecord, Resume, Settings, Source,
+};
+
+use crate::kernel_change::KernelChange;
+use layer::Layer;
+pub(crate) use merge::UdpChanges;
+use pack::{Interner, Malformed};
+use update::Staging;
+
+/// Limits of what an agent accepts; beyond them an update is refused whole, never truncated.
+pub mod limits {
+    /// Payload of one part in bytes.
+    pub const PART: usize = 1 << 20;
+    /// A compressed part inflated, in bytes.
+    pub const INFLATED: usize = 16 << 20;
+    /// Items in all layers together.
+    pub const ITEMS: usize = 4_000_000;
+    /// Parts of one update.
+    pub const PARTS: usize = 65_536;
+    /// Inflated payload of one update in bytes.
+    pub const UPDATE: usize = 1 << 30;
+    /// Changes of one update.
+    pub const CHANGES: usize = 8_000_000;
+}
+
+/// Why an update is refused. Nothing of it was applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("update refused ({reason:?}): {detail}")]
+pub struct Refusal {
+    /// The reason for the NACK.
+    pub reason: NackReason,
+    /// What was wrong, for people.
+    pub detail: String,
+}
+
+impl Refusal {
+    fn over_limit(detail: String) -> Self {
+        Refusal { reason: NackReason::OverLimit, detail }
+    }
+
+    fn unknown_feature(detail: String) -> Self {
+        Refusal { reason: NackReason::UnknownFeature, detail }
+    }
+}
+
+impl From<Malformed> for Refusal {
+    fn from(Malformed(detail): Malformed) -> Self {
+        Refusal { reason: NackReason::Malformed, detail }
+    }
+}
+
+/// What an update changed.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// The difference of the merged views, in the order in which it is to be applied.
+    pub changes: Vec<KernelChange>,
+    /// What the conntrack reconciler has to look at.
+    pub(crate) udp: UdpChanges,
+    /// The set of health checks, or a count in it, changed.
+    pub health_checks: bool,
+}
+
+/// How much the view holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Distinct Services.
+    pub services: usize,
+    /// Frontends.
+    pub frontends: usize,
+    /// Pools of all layers.
+    pub pools: usize,
+    /// Members of the CLUSTER layer's pools of role CLUSTER.
+    pub endpoints: usize,
+    /// Items of all layers.
+    pub items: usize,
+}
+
+/// Names of the features that this agent knows, for `Update.required_features`.
+pub const FEATURES: &[&str] = &[];
+
+/// The layers as received, the place in the controller's log, and the update that is being received.
+pub struct State {
+    layers: [Layer; 4],
+    ports: Interner,
+    staging: Option<Staging>,
+    generation: u64,
+    resume: Option<Resume>,
+    source: Option<Source>,
+    loaded: bool,
+    endpoints: usize,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        State::new()
+    }
+}
+
+/// Position of a layer in [`State::layers`], most specific last.
+const KINDS: [LayerKind; 4] = [LayerKind::Settings, LayerKind::Cluster, LayerKind::Zone, LayerKind::Node];
+
+fn position(kind: LayerKind) -> Option<usize> {
+    KINDS.iter().position(|candidate| *candidate == kind)
+}
+
+impl State {
+    /// An empty view that nothing can be resumed from.
+    pub fn new() -> Self {
+        State {
+            layers: KINDS.map(Layer::new),
+            ports: Interner::default(),
+            staging: None,
+            generation: 0,
+            resume: None,
+            source: None,
+            loaded: false,
+            endpoints: 0,
+        }
+    }
+
+    /// Whether there is a view at all: an update or a snapshot file was applied.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded
+    }
+
+    /// The generation of the view.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The digest of the view: the sum of the layers' digests.
+    pub fn digest(&self) -> Digest {
+        self.layers.iter().fold(Digest::default(), |sum, layer| sum.plus(layer.digest))
+    }
+
+    /// Where in the controller's log the view stands.
+    pub fn resume(&self) -> Option<&Resume> {
+        self.resume.as_ref()
+    }
+
+    /// What the view was compiled from.
+    pub fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
+    /// The facts of the Node object, if the view has them.
+    pub fn node(&self) -> Option<&NodeRecord> {
+        self.layer(LayerKind::Node).node.as_deref()
+    }
+
+    /// The settings in force, if the view has them.
+    pub fn settings(&self) -> Option<&Settings> {
+        self.layer(LayerKind::Settings).settings.as_deref()
+    }
+
+    /// The health checks to serve.
+    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
+        self.layer(LayerKind::Node).health_checks.values()
+    }
+
+    /// How much the view holds. Costs nothing: everything is counted as it changes.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            services: self.ports.services(),
+            frontends: self.layer(LayerKind::Cluster).frontends.len(),
+            pools: self.layers.iter().map(|layer| layer.pools.len()).sum(),
+            endpoints: self.endpoints,
+            items: self.layers.iter().map(|layer| layer.items).sum(),
+        }
+    }
+
+    /// Calls `each` for every item of every layer, as the change that would add it.
+    ///
+    /// # Errors
+    /// What `each` returns.
+    pub fn export<E>(&self, each: &mut dyn FnMut(LayerKind, Change) -> Result<(), E>) -> Result<(), E> {
+        for layer in &self.layers {
+            layer.export(&self.ports, &mut |change| each(layer.kind, change))?;
+        }
+        Ok(())
+    }
+
+    fn layer(&self, kind: LayerKind) -> &Layer {
+        // Every kind but the unspecified one has a place, and that one is refused where it comes in.
+        &self.layers[position(kind).unwrap_or_default()]
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,356 @@
+//! Merging the layers: for each (service port, family, role) the whole pool of the most specific layer that
+//! has it, NODE before ZONE before CLUSTER. Frontends and the rest stand in one layer only.
+
+use std::collections::BTreeSet;
+
+use switchtower_proto::v1::{Endpoint, LayerKind};
+
+use super::layer::{Layer, staged_members};
+use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
+use super::update::StagedLayer;
+use super::{Applied, KINDS, State, position};
+use crate::kernel_change::KernelChange;
+
+/// What the conntrack reconciler has to look at after an update.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct UdpChanges {
+    /// A UDP pool or frontend of this family changed.
+    pub(crate) ipv4: bool,
+    /// The same for IPv6.
+    pub(crate) ipv6: bool,
+    /// UDP frontends with an address that are gone: their flows are stale, whatever the backend.
+    pub(crate) gone: BTreeSet<FrontendId>,
+}
+
+impl UdpChanges {
+    fn mark(&mut self, family: IpFamily) {
+        match family {
+            IpFamily::V4 => self.ipv4 = true,
+            IpFamily::V6 => self.ipv6 = true,
+        }
+    }
+
+    /// Adds what a later update brought.
+    pub(crate) fn merge(&mut self, later: UdpChanges) {
+        self.ipv4 |= later.ipv4;
+        self.ipv6 |= later.ipv6;
+        self.gone.extend(later.gone);
+    }
+}
+
+/// The order in which a pool is looked for.
+const SPECIFIC_FIRST: [LayerKind; 3] = [LayerKind::Node, LayerKind::Zone, LayerKind::Cluster];
+
+fn after<'a>(base: &'a Layer, staged: &'a StagedLayer) -> After<'a> {
+    After { base, staged }
+}
+
+/// A layer as it will be.
+struct After<'a> {
+    base: &'a Layer,
+    staged: &'a StagedLayer,
+}
+
+impl After<'_> {
+    fn has_pool(&self, id: &PoolId) -> bool {
+        match self.staged {
+            StagedLayer::Unchanged => self.base.pools.contains_key(id),
+            StagedLayer::Changed(overlay) => match overlay.pools.get(id) {
+                Some(pool) => pool.exists,
+                None => self.base.pools.contains_key(id),
+            },
+            StagedLayer::Replaced(layer) => layer.pools.contains_key(id),
+        }
+    }
+
+    fn members(&self, id: &PoolId) -> Vec<PackedEndpoint> {
+        let all =
+            |members: Option<&Members>| members.map(|members| members.iter().collect()).unwrap_or_default();
+        match self.staged {
+            StagedLayer::Unchanged => all(self.base.pools.get(id)),
+            StagedLayer::Changed(overlay) => match overlay.pools.get(id) {
+                Some(pool) => staged_members(self.base.pools.get(id), pool),
+                None => all(self.base.pools.get(id)),
+            },
+            StagedLayer::Replaced(layer) => all(layer.pools.get(id)),
+        }
+    }
+}
+
+/// Pools and frontends that an update may have changed.
+fn touched(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> (BTreeSet<PoolId>, BTreeSet<FrontendId>) {
+    let (mut pools, mut frontends) = (BTreeSet::new(), BTreeSet::new());
+    for (base, staged) in before.iter().zip(staged) {
+        match staged {
+            StagedLayer::Unchanged => {}
+            StagedLayer::Changed(overlay) => {
+                pools.extend(overlay.pools.keys());
+                frontends.extend(overlay.frontends.keys());
+            }
+            StagedLayer::Replaced(layer) => {
+                pools.extend(base.pools.keys().chain(layer.pools.keys()));
+                frontends.extend(base.frontends.keys().chain(layer.frontends.keys()));
+            }
+        }
+    }
+    (pools, frontends)
+}
+
+/// The difference of the merged views, in an order in which each step refers only to what exists: facts,
+/// pools that come or change, frontends that go, frontends that come, pools that go, local endpoints.
+pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: &Interner) -> Applied {
+    let mut applied = Applied::default();
+    let (pools, frontends) = touched(before, staged);
+    facts(before, staged, &mut applied);
+    let mut removed = Vec::new();
+    for id in pools {
+        let change = pool_difference(before, staged, &id, ports);
+        if id.role == PoolRole::Serving {
+            if change.is_some() {
+                applied.udp.mark(id.family);
+            }
+            continue;
+        }
+        match change {
+            Some(change @ KernelChange::PoolRemoved(_)) => removed.push(change),
+            Some(change) => applied.changes.push(change),
+            None => {}
+        }
+    }
+    frontend_difference(before, staged, frontends, ports, &mut applied);
+    applied.changes.append(&mut removed);
+    node_items(before, staged, &mut applied);
+    applied
+}
+
+fn pool_difference(
+    before: &[Layer; 4],
+    staged: &[StagedLayer; 4],
+    id: &PoolId,
+    ports: &Interner,
+) -> Option<KernelChange> {
+    let places = || SPECIFIC_FIRST.iter().filter_map(|kind| position(*kind));
+    let old = places().find(|at| before[*at].pools.contains_key(id));
+    let new = places().find(|at| after(&before[*at], &staged[*at]).has_pool(id));
+    let key = ports.key(*id);
+    let (old, new) = match (old, new) {
+        (None, None) => return None,
+        (Some(_), None) => return Some(KernelChange::PoolRemoved(key)),
+        (None, Some(new)) => {
+            let members = after(&before[new], &staged[new]).members(id);
+            return Some(KernelChange::Pool { key, added: unpack(&members), removed: Vec::new() });
+        }
+        (Some(old), Some(new)) => (old, new),
+    };
+    let (added, removed) = match &staged[new] {
+        StagedLayer::Unchanged if old == new => return None,
+        StagedLayer::Changed(overlay) if old == new => match overlay.pools.get(id) {
+            None => return None,
+            // The net effect stands in the overlay: no walk over the pool's other members.
+            Some(pool) if !pool.cleared => {
+                (pool.added.iter().copied().collect(), pool.removed.iter().copied().collect())
+            }
+            Some(_) => members_difference(&before[old], &after(&before[new], &staged[new]), id),
+        },
+        _ => members_difference(&before[old], &after(&before[new], &staged[new]), id),
+    };
+    if added.is_empty() && removed.is_empty() {
+        return None;
+    }
+    Some(KernelChange::Pool { key, added: unpack(&added), removed: unpack(&removed) })
+}
+
+/// Members that come and members that go, both sorted.
+fn members_difference(
+    old: &Layer,
+    new: &After<'_>,
+    id: &PoolId,
+) -> (Vec<PackedEndpoint>, Vec<PackedEndpoint>) {
+    let old: Vec<PackedEndpoint> =
+        old.pools.get(id).map(|members| members.iter().collect()).unwrap_or_default();
+    let new = new.members(id);
+    let missing_in = |from: &[PackedEndpoint], other: &[PackedEndpoint]| -> Vec<PackedEndpoint> {
+        from.iter().filter(|endpoint| other.binary_search(endpoint).is_err()).copied().collect()
+    };
+    (missing_in(&new, &old), missing_in(&old, &new))
+}
+
+fn unpack(members: &[PackedEndpoint]) -> Vec<Endpoint> {
+    members.iter().map(PackedEndpoint::unpack).collect()
+}
+
+fn frontend_difference(
+    before: &[Layer; 4],
+    staged: &[StagedLayer; 4],
+    touched: BTreeSet<FrontendId>,
+    ports: &Interner,
+    applied: &mut Applied,
+) {
+    let Some(at) = position(LayerKind::Cluster) else { return };
+    let mut added = Vec::new();
+    for id in touched {
+        let old = before[at].frontends.get(&id);
+        let new = match &staged[at] {
+            StagedLayer::Unchanged => old,
+            StagedLayer::Changed(overlay) => match overlay.frontends.get(&id) {
+                Some(staged) => staged.as_ref(),
+                None => old,
+            },
+            StagedLayer::Replaced(layer) => layer.frontends.get(&id),
+        };
+        if old == new {
+            continue;
+        }
+        if id.protocol == UDP {
+            applied.udp.mark(id.family);
+            if new.is_none() && !id.any {
+                applied.udp.gone.insert(id);
+            }
+        }
+        match new {
+            Some(frontend) => added.push(KernelChange::Frontend(frontend.unpack(&id, ports))),
+            None => applied.changes.push(KernelChange::FrontendRemoved(id.unpack())),
+        }
+    }
+    applied.changes.append(&mut added);
+}
+
+const UDP: u8 = 17;
+
+/// Settings, node record, ServiceCIDRs.
+fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
+    for (base, staged) in before.iter().zip(staged) {
+        let (settings, node) = match staged {
+            StagedLayer::Unchanged => continue,
+            StagedLayer::Changed(overlay) => (
+                overlay.settings.as_ref().or(base.settings.as_deref()),
+                overlay.node.as_ref().or(base.node.as_deref()),
+            ),
+            StagedLayer::Replaced(layer) => (layer.settings.as_deref(), layer.node.as_deref()),
+        };
+        if settings != base.settings.as_deref() {
+            applied.changes.push(KernelChange::Settings(settings.cloned().unwrap_or_default()));
+        }
+        if node != base.node.as_deref() {
+            applied.changes.push(KernelChange::Node(node.cloned().unwrap_or_default()));
+        }
+        match staged {
+            StagedLayer::Unchanged => {}
+            StagedLayer::Changed(overlay) => {
+                for (cidr, present) in &overlay.service_cidrs {
+                    if *present != base.service_cidrs.contains(cidr) {
+                        applied.changes.push(match present {
+                            true => KernelChange::ServiceCidr(cidr.clone()),
+                            false => KernelChange::ServiceCidrRemoved(cidr.clone()),
+                        });
+                    }
+                }
+            }
+            StagedLayer::Replaced(layer) => {
+                let gone = base.service_cidrs.difference(&layer.service_cidrs).cloned();
+                applied.changes.extend(gone.map(KernelChange::ServiceCidrRemoved));
+                let new = layer.service_cidrs.difference(&base.service_cidrs).cloned();
+                applied.changes.extend(new.map(KernelChange::ServiceCidr));
+            }
+        }
+    }
+}
+
+/// Local endpoints, and whether a health check changed.
+fn node_items(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
+    for (base, staged) in before.iter().zip(staged) {
+        match staged {
+            StagedLayer::Unchanged => {}
+            StagedLayer::Changed(overlay) => {
+                for (endpoint, present) in &overlay.local_endpoints {
+                    if *present != base.local_endpoints.contains(endpoint) {
+                        applied.changes.push(match present {
+                            true => KernelChange::LocalEndpoint(endpoint.clone()),
+                            false => KernelChange::LocalEndpointRemoved(endpoint.clone()),
+                        });
+                    }
+                }
+                let changed = overlay
+                    .health_checks
+                    .iter()
+                    .any(|(key, check)| base.health_checks.get(key) != check.as_ref());
+                applied.health_checks |= changed;
+            }
+            StagedLayer::Replaced(layer) => {
+                let gone = base.local_endpoints.difference(&layer.local_endpoints).cloned();
+                applied.changes.extend(gone.map(KernelChange::LocalEndpointRemoved));
+                let new = layer.local_endpoints.difference(&base.local_endpoints).cloned();
+                applied.changes.extend(new.map(KernelChange::LocalEndpoint));
+                applied.health_checks |= layer.health_checks != base.health_checks;
+            }
+        }
+    }
+}
+
+/// What the reconciler says about one conntrack entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flow {
+    /// Not one of ours, or to a backend that still serves.
+    Keep,
+    /// To a backend that no longer serves, to none, or to a Service that is gone.
+    Stale,
+}
+
+impl State {
+    /// The whole merged view as additions, for [`crate::dataplane::Dataplane::adopt`].
+    pub fn view(&self) -> Vec<KernelChange> {
+        let mut changes = Vec::new();
+        changes.extend(self.settings().cloned().map(KernelChange::Settings));
+        changes.extend(self.node().cloned().map(KernelChange::Node));
+        let cluster = self.layer(LayerKind::Cluster);
+        changes.extend(cluster.service_cidrs.iter().cloned().map(KernelChange::ServiceCidr));
+        for (rank, kind) in SPECIFIC_FIRST.iter().enumerate() {
+            for (id, members) in &self.layer(*kind).pools {
+                let overridden =
+                    SPECIFIC_FIRST[..rank].iter().any(|kind| self.layer(*kind).pools.contains_key(id));
+                if id.role == PoolRole::Serving || overridden {
+                    continue;
+                }
+                let added = members.iter().map(|member| member.unpack()).collect();
+                changes.push(KernelChange::Pool { key: self.ports.key(*id), added, removed: Vec::new() });
+            }
+        }
+        for (id, frontend) in &cluster.frontends {
+            changes.push(KernelChange::Frontend(frontend.unpack(id, &self.ports)));
+        }
+        let local = self.layer(LayerKind::Node).local_endpoints.iter().cloned();
+        changes.extend(local.map(KernelChange::LocalEndpoint));
+        changes
+    }
+
+    /// Whether a UDP conntrack entry is stale, exactly as kube-proxy decides: the original destination is one
+    /// of our frontends and the reply's source is not a serving endpoint of it. `gone` are frontends that were
+    /// removed; a live frontend on the same address and port overrides them. NodePort flows of a service port
+    /// without serving endpoints are kept: their match is by port number alone and would hit foreign flows.
+    pub(crate) fn udp_flow(
+        &self,
+        destination: std::net::SocketAddr,
+        backend: std::net::SocketAddr,
+        gone: &BTreeSet<FrontendId>,
+    ) -> Flow {
+        let family = if destination.is_ipv4() { IpFamily::V4 } else { IpFamily::V6 };
+        let cluster = self.layer(LayerKind::Cluster);
+        let serving = |id: &FrontendId| -> Option<Option<&Members>> {
+            let frontend = cluster.frontends.get(id)?;
+            Some(cluster.pools.get(&PoolId { port: frontend.port, family, role: PoolRole::Serving }))
+        };
+        let backend = PackedEndpoint::from_parts(backend.ip(), backend.port());
+        let served = |members: Option<&Members>| members.is_some_and(|members| members.contains(&backend));
+        let addressed = FrontendId::of(family, Some(destination.ip()), UDP, destination.port());
+        if let Some(members) = serving(&addressed) {
+            return if served(members) { Flow::Keep } else { Flow::Stale };
+        }
+        if gone.contains(&addressed) {
+            return Flow::Stale;
+        }
+        match serving(&FrontendId::of(family, None, UDP, destination.port())) {
+            Some(Some(members)) if members.len() > 0 && !members.contains(&backend) => Flow::Stale,
+            _ => Flow::Keep,
+        }
+    }
+}
