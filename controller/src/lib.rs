@@ -6,4 +6,5 @@
 //! what they acknowledged.
 
 pub mod ingest;
+pub mod status;
 pub mod watch;

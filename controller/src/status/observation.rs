@@ -1,0 +1,74 @@
+//! What is known of a node's agent: the input of a row.
+
+use k8s_openapi::jiff::Timestamp;
+use switchtower_proto::v1::{Deviations, NackReason};
+
+/// One node's agent, as the registry of streams saw it last.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Observation {
+    /// Number of the node's stream; grows with each.
+    pub session: u64,
+    /// When the stream began.
+    pub since: Timestamp,
+    /// When it ended; `None` while it is open.
+    pub lost_since: Option<Timestamp>,
+    /// What the node should hold.
+    pub desired: u64,
+    /// What was sent last.
+    pub sent: u64,
+    /// What the kernel holds.
+    pub applied: u64,
+    /// The agent acknowledged something in this session, or was resumed without a change.
+    pub acknowledged: bool,
+    /// Since when `applied` is below `desired`.
+    pub behind_since: Option<Timestamp>,
+    /// Digest of what was acknowledged.
+    pub digest: Option<[u8; 16]>,
+    /// Of the last acknowledgement; `None` without any.
+    pub deviations: Option<Deviations>,
+    /// The refusal that was not followed by an acknowledgement.
+    pub failure: Option<Failure>,
+    /// The agent's version.
+    pub agent_version: String,
+    /// The node's kernel release.
+    pub kernel_version: String,
+    /// Services and endpoints in the node's view, as the agent counted them.
+    pub counts: Option<(u32, u32)>,
+    /// Foreign changes repaired since the agent started.
+    pub drift_repaired: u64,
+    /// The last one's cause.
+    pub drift_cause: String,
+    /// When the number grew last.
+    pub drift_at: Option<Timestamp>,
+    /// Rules of kube-proxy exist on the node.
+    pub foreign_proxy: bool,
+    /// Profile and revision of the settings.
+    pub settings: (String, u64),
+}
+
+/// A generation that the agent refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// One CamelCase word.
+    pub reason: &'static str,
+    /// What the agent says.
+    pub detail: String,
+    /// The kernel's error number, 0 if it was not the kernel.
+    pub errno: i32,
+    /// Which generation.
+    pub generation: u64,
+}
+
+/// The reason of a refusal as it stands in a condition.
+#[must_use]
+pub fn nack_word(reason: NackReason) -> &'static str {
+    match reason {
+        NackReason::Unspecified => "Refused",
+        NackReason::FromMismatch => "FromMismatch",
+        NackReason::DigestMismatch => "DigestMismatch",
+        NackReason::Malformed => "MalformedUpdate",
+        NackReason::OverLimit => "OverLimit",
+        NackReason::UnknownFeature => "UnknownFeature",
+        NackReason::Kernel => "KernelRefused",
+    }
+}

@@ -1,0 +1,440 @@
+//! A node's row as a pure function of what was observed, the row before, and the time.
+//!
+//! Conditions come first; STATE and the Ready condition are derived from them, so that the columns never
+//! contradict each other.
+
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+use switchtower_crds::{
+    Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
+};
+
+use super::observation::{Failure, Observation};
+
+/// A lost stream shows as disconnected only after this time, so that a move to another replica or a short
+/// interruption is not a transition of the whole fleet.
+pub const DISCONNECT_GRACE: Duration = Duration::from_secs(10);
+/// A node may be behind for this long before it shows: changes under way are not a transition.
+pub const BEHIND_GRACE: Duration = Duration::from_secs(5);
+/// How long a repaired foreign change shows as drift.
+pub const DRIFT_SHOWN: Duration = Duration::from_secs(30);
+
+/// The words of the STATE column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum State {
+    /// The kernel holds what it should.
+    Synced,
+    /// The agent is connected and not there yet.
+    Progressing,
+    /// The agent is gone; the kernel keeps what it had.
+    Stale,
+    /// The agent or the kernel refused the last generation.
+    ApplyFailed,
+    /// The kernel differs from the view on purpose: held removals, refused items, settings in fallback.
+    Deviating,
+    /// Somebody else changed the agent's tables.
+    Drifted,
+    /// Another service proxy's rules exist beside the agent's.
+    NotExclusive,
+    /// There has been no agent on this node.
+    Absent,
+}
+
+impl State {
+    /// All words.
+    pub const ALL: [Self; 8] = [
+        Self::Synced,
+        Self::Progressing,
+        Self::Stale,
+        Self::ApplyFailed,
+        Self::Deviating,
+        Self::Drifted,
+        Self::NotExclusive,
+        Self::Absent,
+    ];
+
+    /// The word.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Synced => "Synced",
+            Self::Progressing => "Progressing",
+            Self::Stale => "Stale",
+            Self::ApplyFailed => "ApplyFailed",
+            Self::Deviating => "Deviating",
+            Self::Drifted => "Drifted",
+            Self::NotExclusive => "NotExclusive",
+            Self::Absent => "Absent",
+        }
+    }
+}
+
+/// What a row is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// What the registry of streams knows of the node; `None` if no agent came since this process started.
+    pub observation: Option<&'a Observation>,
+    /// The status in the API server.
+    pub previous: Option<&'a ProxyStatusStatus>,
+    /// `metadata.generation` of the row.
+    pub row_generation: Option<i64>,
+    /// Name of this replica.
+    pub replica: &'a str,
+    /// This process has accepted streams for long enough that a missing agent is news.
+    pub settled: bool,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// A row, and when it changes by itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// The status to be written.
+    pub status: ProxyStatusStatus,
+    /// The word in it.
+    pub state: State,
+    /// The row has to be looked at again after this time, whether or not anything happens.
+    pub check_after: Option<Duration>,
+}
+
+/// One condition before it is merged with the previous one.
+struct Verdict {
+    status: &'static str,
+    reason: &'static str,
+    message: String,
+}
+
+impl Verdict {
+    fn new(status: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { status, reason, message: message.into() }
+    }
+
+    fn holds(&self) -> bool {
+        self.status == "True"
+    }
+}
+
+/// The four conditions that Ready and STATE are derived from.
+struct Verdicts {
+    connected: Verdict,
+    programmed: Verdict,
+    consistent: Verdict,
+    exclusive: Verdict,
+}
+
+/// Makes the row.
+#[must_use]
+pub fn row(inputs: Inputs<'_>) -> Row {
+    let mut check = CheckAfter(None);
+    match (inputs.observation, inputs.previous) {
+        (Some(observation), _) => observed(observation, inputs, &mut check),
+        (None, Some(previous)) if previous.connection.is_some() && !inputs.settled => {
+            // The agents of a restarted controller need a moment to come back.
+            check.after(DISCONNECT_GRACE);
+            let state = State::ALL.into_iter().find(|state| state.word() == previous.state);
+            Row { status: previous.clone(), state: state.unwrap_or(State::Stale), check_after: check.0 }
+        }
+        (None, Some(previous)) if previous.connection.is_some() => gone(previous, inputs),
+        (None, _) => absent(inputs),
+    }
+}
+
+/// The shortest time after which the row must be looked at again.
+struct CheckAfter(Option<Duration>);
+
+impl CheckAfter {
+    fn after(&mut self, delay: Duration) {
+        self.0 = Some(self.0.map_or(delay, |known| known.min(delay)));
+    }
+
+    /// Whether `limit` has passed since `since`; if not, asks for another look when it has.
+    fn passed(&mut self, since: Timestamp, limit: Duration, now: Timestamp) -> bool {
+        let elapsed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+        if elapsed >= limit {
+            return true;
+        }
+        self.after(limit - elapsed);
+        false
+    }
+}
+
+fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfter) -> Row {
+    let now = inputs.now;
+    let verdicts = Verdicts {
+        connected: connected(observation, check, now),
+        programmed: programmed(observation, check, now),
+        consistent: consistent(observation, check, now),
+        exclusive: exclusive(observation),
+    };
+    let state = derive_state(&verdicts, observation);
+    let ready = derive_ready(state, &verdicts);
+    let disconnected = !verdicts.connected.holds();
+    let status = ProxyStatusStatus {
+        observed_generation: inputs.row_generation,
+        state: state.word().to_owned(),
+        generation: Generations {
+            desired: to_api(observation.desired),
+            sent: to_api(observation.sent),
+            applied: to_api(observation.applied),
+        },
+        digest: observation.digest.map(|digest| hex(&digest)),
+        behind_since: observation.behind_since.filter(|since| shows(*since, BEHIND_GRACE, now)).map(Time),
+        profile: Some(profile(observation)),
+        connection: Some(Connection {
+            replica: inputs.replica.to_owned(),
+            session: to_api(observation.session),
+        }),
+        agent: Some(Agent {
+            version: observation.agent_version.clone(),
+            connected_to: (!disconnected).then(|| inputs.replica.to_owned()),
+            since: Some(Time(if disconnected {
+                observation.lost_since.unwrap_or(now)
+            } else {
+                observation.since
+            })),
+        }),
+        kernel: Some(observation.kernel_version.clone()).filter(|kernel| !kernel.is_empty()),
+        counts: observation
+            .counts
+            .map(|(services, endpoints)| Counts { services: services.into(), endpoints: endpoints.into() }),
+        deviations: deviations(observation),
+        drift_repaired: Some(to_api(observation.drift_repaired)),
+        last_error: last_error(observation, state, inputs.previous),
+        conditions: conditions(ready, verdicts, inputs),
+    };
+    Row { status, state, check_after: check.0 }
+}
+
+fn shows(since: Timestamp, limit: Duration, now: Timestamp) -> bool {
+    Duration::try_from(now.duration_since(since)).unwrap_or_default() >= limit
+}
+
+fn connected(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
+    match observation.lost_since {
+        Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::new(
+            "False",
+            "AgentDisconnected",
+            "The agent's stream ended; the kernel keeps what it held. See the agent's log on the node.",
+        ),
+        _ => Verdict::new("True", "StreamOpen", "The agent's stream is open."),
+    }
+}
+
+fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
+    if let Some(failure) = &observation.failure {
+        return Verdict::new("False", failure.reason, failure_message(failure));
+    }
+    let behind = observation.behind_since.is_some_and(|since| check.passed(since, BEHIND_GRACE, now));
+    if !observation.acknowledged {
+        return Verdict::new("False", "Programming", "The agent has not acknowledged a generation yet.");
+    }
+    if let Some(deviations) = observation.deviations.as_ref() {
+        let (reason, message) = if deviations.settings_revision != 0 {
+            ("RolledBack", format!("Settings revision {} is in force instead.", deviations.settings_revision))
+        } else if deviations.refused > 0 {
+            ("ItemsRefused", format!("{} items were refused; all others are programmed.", deviations.refused))
+        } else {
+            ("DeletionsHeld", format!("{} removals are held back by the delete budget.", deviations.held))
+        };
+        return Verdict::new("False", reason, message);
+    }
+    if behind {
+        return Verdict::new(
+            "False",
+            "Behind",
+            "The agent has not acknowledged the last generation in time.",
+        );
+    }
+    Verdict::new("True", "UpToDate", "The kernel holds what it should.")
+}
+
+fn failure_message(failure: &Failure) -> String {
+    let errno = if failure.errno == 0 { String::new() } else { format!(" (errno {})", failure.errno) };
+    format!("Generation {} was refused: {}{errno}.", failure.generation, failure.detail)
+}
+
+fn consistent(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
+    match observation.drift_at {
+        Some(at) if !check.passed(at, DRIFT_SHOWN, now) => {
+            let cause = if observation.drift_cause.is_empty() { "unknown" } else { &observation.drift_cause };
+            Verdict::new("False", "ForeignChange", format!("A foreign change was repaired; cause: {cause}."))
+        }
+        _ => Verdict::new("True", "NoDrift", "No foreign change of the agent's tables."),
+    }
+}
+
+fn exclusive(observation: &Observation) -> Verdict {
+    if observation.foreign_proxy {
+        Verdict::new(
+            "False",
+            "ForeignProxy",
+            "Rules of kube-proxy exist beside the agent's; stop it and run `kube-proxy --cleanup` on the node.",
+        )
+    } else {
+        Verdict::new("True", "OnlyProxy", "No rules of another service proxy were found.")
+    }
+}
+
+fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
+    if !verdicts.connected.holds() {
+        State::Stale
+    } else if observation.failure.is_some() {
+        State::ApplyFailed
+    } else if !verdicts.programmed.holds() {
+        match observation.deviations {
+            Some(_) if observation.acknowledged => State::Deviating,
+            _ => State::Progressing,
+        }
+    } else if !verdicts.consistent.holds() {
+        State::Drifted
+    } else if !verdicts.exclusive.holds() {
+        State::NotExclusive
+    } else {
+        State::Synced
+    }
+}
+
+/// The reason is that of the condition that decided the state. A second proxy does not make a node unready:
+/// during a migration both run, and what the agent programs is complete.
+fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
+    let (status, decisive) = match state {
+        State::Synced => ("True", &verdicts.programmed),
+        State::NotExclusive => ("True", &verdicts.exclusive),
+        State::Stale | State::Absent => ("False", &verdicts.connected),
+        State::Drifted => ("False", &verdicts.consistent),
+        State::Progressing | State::ApplyFailed | State::Deviating => ("False", &verdicts.programmed),
+    };
+    Verdict::new(status, decisive.reason, decisive.message.clone())
+}
+
+fn profile(observation: &Observation) -> ProfileInForce {
+    let (name, revision) = (&observation.settings.0, observation.settings.1);
+    ProfileInForce {
+        name: name.clone(),
+        revision: to_api(revision),
+        revision_name: format!("{name}@{revision}"),
+    }
+}
+
+fn deviations(observation: &Observation) -> Option<DeviationCounts> {
+    observation.deviations.as_ref().map(|deviations| DeviationCounts {
+        held: deviations.held.into(),
+        refused: deviations.refused.into(),
+        samples: deviations
+            .samples
+            .iter()
+            .take(16)
+            .map(|sample| format!("{}: {}", sample.item, sample.reason))
+            .collect(),
+    })
+}
+
+/// Kept from the previous row until the node is in order again.
+fn last_error(
+    observation: &Observation,
+    state: State,
+    previous: Option<&ProxyStatusStatus>,
+) -> Option<LastError> {
+    if let Some(failure) = &observation.failure {
+        return Some(LastError {
+            reason: failure.reason.to_owned(),
+            message: failure.detail.clone(),
+            errno: failure.errno,
+            generation: to_api(failure.generation),
+        });
+    }
+    match state {
+        State::Synced => None,
+        _ => previous.and_then(|previous| previous.last_error.clone()),
+    }
+}
+
+/// No agent came back to this process: the row keeps what was known and says so.
+fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
+    let lost = Verdict::new(
+        "False",
+        "AgentDisconnected",
+        "The agent has not connected since the controller started; the kernel keeps what it held.",
+    );
+    let ready = Verdict::new("False", lost.reason, lost.message.clone());
+    let mut status = previous.clone();
+    status.observed_generation = inputs.row_generation;
+    State::Stale.word().clone_into(&mut status.state);
+    if let Some(agent) = &mut status.agent
+        && agent.connected_to.take().is_some()
+    {
+        agent.since = Some(Time(inputs.now));
+    }
+    for (kind, verdict) in [("Ready", ready), ("Connected", lost)] {
+        let condition = merge(kind, verdict, inputs);
+        match status.conditions.iter_mut().find(|known| known.type_ == kind) {
+            Some(known) => *known = condition,
+            None => status.conditions.push(condition),
+        }
+    }
+    Row { status, state: State::Stale, check_after: None }
+}
+
+fn absent(inputs: Inputs<'_>) -> Row {
+    let message = "No agent of this node has connected. Check that the node agent's pod runs on it.";
+    let unknown = || Verdict::new("Unknown", "NoAgent", message);
+    let verdicts = Verdicts {
+        connected: Verdict::new("False", "NoAgent", message),
+        programmed: unknown(),
+        consistent: unknown(),
+        exclusive: unknown(),
+    };
+    let status = ProxyStatusStatus {
+        observed_generation: inputs.row_generation,
+        state: State::Absent.word().to_owned(),
+        conditions: conditions(Verdict::new("False", "NoAgent", message), verdicts, inputs),
+        ..ProxyStatusStatus::default()
+    };
+    Row { status, state: State::Absent, check_after: None }
+}
+
+fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Condition> {
+    let Verdicts { connected, programmed, consistent, exclusive } = verdicts;
+    [
+        ("Ready", ready),
+        ("Connected", connected),
+        ("Programmed", programmed),
+        ("Consistent", consistent),
+        ("Exclusive", exclusive),
+    ]
+    .into_iter()
+    .map(|(kind, verdict)| merge(kind, verdict, inputs))
+    .collect()
+}
+
+/// The transition time is that of the previous condition while the status stays the same.
+fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
+    let known = inputs
+        .previous
+        .and_then(|previous| previous.conditions.iter().find(|condition| condition.type_ == kind))
+        .filter(|condition| condition.status == verdict.status);
+    Condition {
+        type_: kind.to_owned(),
+        status: verdict.status.to_owned(),
+        reason: verdict.reason.to_owned(),
+        message: verdict.message,
+        observed_generation: inputs.row_generation,
+        last_transition_time: known
+            .map_or(Time(inputs.now), |condition| condition.last_transition_time.clone()),
+    }
+}
+
+/// Generations and counters are 63 bits in the API.
+fn to_api(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,144 @@
+//! Tables: what was observed, and the columns that `kubectl get proxystatus` prints.
+
+use k8s_openapi::jiff::{Timestamp, ToSpan as _};
+use switchtower_crds::ProxyStatusStatus;
+use switchtower_proto::v1::{Deviation, Deviations};
+
+use super::observation::{Failure, Observation};
+use super::row::{DISCONNECT_GRACE, Inputs, Row, row};
+
+fn now() -> Timestamp {
+    Timestamp::from_second(1_000_000).unwrap()
+}
+
+fn ago(seconds: i64) -> Timestamp {
+    now() - seconds.seconds()
+}
+
+fn healthy() -> Observation {
+    Observation {
+        session: 3,
+        since: ago(60),
+        desired: 10,
+        sent: 10,
+        applied: 10,
+        acknowledged: true,
+        digest: Some([0xab; 16]),
+        agent_version: "0.1.0".into(),
+        kernel_version: "6.1.0".into(),
+        counts: Some((2, 6)),
+        settings: ("builtin".into(), 0),
+        ..Observation::default()
+    }
+}
+
+fn make(observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>, settled: bool) -> Row {
+    row(Inputs { observation, previous, row_generation: Some(1), replica: "tower-0", settled, now: now() })
+}
+
+/// STATE, Ready and its reason.
+fn columns(row: &Row) -> (String, String, String) {
+    let ready = row.status.conditions.iter().find(|condition| condition.type_ == "Ready").unwrap();
+    (row.status.state.clone(), ready.status.clone(), ready.reason.clone())
+}
+
+#[track_caller]
+fn check(observation: &Observation, state: &str, ready: &str, reason: &str) -> Row {
+    let row = make(Some(observation), None, true);
+    assert_eq!(columns(&row), (state.to_owned(), ready.to_owned(), reason.to_owned()));
+    assert_eq!(row.state.word(), state);
+    row
+}
+
+#[test]
+fn a_healthy_node() {
+    let row = check(&healthy(), "Synced", "True", "UpToDate");
+    let kinds: Vec<_> = row.status.conditions.iter().map(|condition| condition.type_.as_str()).collect();
+    assert_eq!(kinds, ["Ready", "Connected", "Programmed", "Consistent", "Exclusive"]);
+    assert!(row.status.conditions.iter().all(|c| c.status == "True" && c.observed_generation == Some(1)));
+    assert_eq!(row.status.profile.unwrap().revision_name, "builtin@0");
+    assert_eq!(row.status.digest.unwrap(), "ab".repeat(16));
+    assert_eq!(row.status.connection.unwrap().session, 3);
+    assert_eq!(row.check_after, None);
+}
+
+#[test]
+fn every_state_and_its_reason() {
+    let deviating = |held, refused, settings_revision| Observation {
+        deviations: Some(Deviations { held, refused, settings_revision, ..Deviations::default() }),
+        ..healthy()
+    };
+    check(&deviating(3, 0, 0), "Deviating", "False", "DeletionsHeld");
+    check(&deviating(3, 1, 0), "Deviating", "False", "ItemsRefused");
+    check(&deviating(0, 0, 4), "Deviating", "False", "RolledBack");
+    check(&Observation { acknowledged: false, ..healthy() }, "Progressing", "False", "Programming");
+    let behind = |seconds| Observation { applied: 9, behind_since: Some(ago(seconds)), ..healthy() };
+    check(&behind(60), "Progressing", "False", "Behind");
+    let row = check(&behind(2), "Synced", "True", "UpToDate");
+    assert_eq!((row.check_after.unwrap().as_secs(), row.status.behind_since), (3, None));
+    check(&Observation { drift_at: Some(ago(5)), ..healthy() }, "Drifted", "False", "ForeignChange");
+    check(&Observation { drift_at: Some(ago(50)), ..healthy() }, "Synced", "True", "UpToDate");
+    check(&Observation { foreign_proxy: true, ..healthy() }, "NotExclusive", "True", "ForeignProxy");
+    check(&Observation { lost_since: Some(ago(60)), ..healthy() }, "Stale", "False", "AgentDisconnected");
+}
+
+#[test]
+fn a_refusal_is_kept_until_the_node_is_in_order() {
+    let failure = Failure { reason: "KernelRefused", detail: "EPERM".into(), errno: 1, generation: 11 };
+    let failed = Observation { failure: Some(failure), ..healthy() };
+    let first = check(&failed, "ApplyFailed", "False", "KernelRefused");
+    assert_eq!(first.status.last_error.as_ref().unwrap().errno, 1);
+    let behind = Observation { behind_since: Some(ago(60)), ..healthy() };
+    let then = make(Some(&behind), Some(&first.status), true);
+    assert_eq!(then.status.last_error, first.status.last_error);
+    let well = make(Some(&healthy()), Some(&then.status), true);
+    assert_eq!(well.status.last_error, None);
+}
+
+#[test]
+fn a_short_interruption_is_no_transition() {
+    let row = check(&Observation { lost_since: Some(ago(4)), ..healthy() }, "Synced", "True", "UpToDate");
+    assert_eq!(row.check_after.unwrap().as_secs(), 6);
+    assert!(row.status.agent.unwrap().connected_to.is_some());
+}
+
+#[test]
+fn a_node_without_an_agent() {
+    let row = make(None, None, false);
+    assert_eq!(columns(&row), ("Absent".into(), "False".into(), "NoAgent".into()));
+    assert_eq!(row.status.connection, None);
+}
+
+#[test]
+fn after_a_restart_of_the_controller_rows_stay_until_agents_had_time_to_return() {
+    let before = make(Some(&healthy()), None, true).status;
+    let early = make(None, Some(&before), false);
+    assert_eq!((early.status.clone(), early.check_after), (before.clone(), Some(DISCONNECT_GRACE)));
+    let late = make(None, Some(&before), true);
+    assert_eq!(columns(&late), ("Stale".into(), "False".into(), "AgentDisconnected".into()));
+    assert_eq!(late.status.generation, before.generation, "what the kernel held is kept");
+    assert_eq!(late.status.agent.unwrap().connected_to, None);
+}
+
+#[test]
+fn transition_times_move_only_with_the_status() {
+    let mut before = make(Some(&healthy()), None, true).status;
+    for condition in &mut before.conditions {
+        condition.last_transition_time.0 = ago(500);
+    }
+    let drifted =
+        make(Some(&Observation { drift_at: Some(ago(1)), ..healthy() }), Some(&before), true).status;
+    for condition in &drifted.conditions {
+        let moved = matches!(condition.type_.as_str(), "Ready" | "Consistent");
+        assert_eq!(condition.last_transition_time.0 == now(), moved, "{}", condition.type_);
+    }
+}
+
+#[test]
+fn samples_are_bounded_and_numbers_fit_the_api() {
+    let samples = vec![Deviation { item: "frontend".into(), reason: "EINVAL".into(), errno: 22 }; 40];
+    let deviations = Some(Deviations { refused: 40, samples, ..Deviations::default() });
+    let status = make(Some(&Observation { deviations, desired: u64::MAX, ..healthy() }), None, true).status;
+    assert_eq!(status.deviations.unwrap().samples.len(), 16);
+    assert_eq!(status.generation.desired, i64::MAX);
+}
