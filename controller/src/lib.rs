@@ -2,9 +2,11 @@
 //! agents and publishes one `ProxyStatus` per node.
 //!
 //! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, `engine`
-//! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, `status` writes
-//! what they acknowledged.
+//! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
+//! writes what they acknowledged.
 
+pub mod events;
 pub mod ingest;
+pub mod metrics;
 pub mod status;
 pub mod watch;

@@ -180,7 +180,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
             applied: to_api(observation.applied),
         },
         digest: observation.digest.map(|digest| hex(&digest)),
-        behind_since: observation.behind_since.filter(|since| shows(*since, BEHIND_GRACE, now)).map(Time),
+        behind_since: observation.behind_since.filter(|since| shows(*since, BEHIND_GRACE, now)).map(api_time),
         profile: Some(profile(observation)),
         connection: Some(Connection {
             replica: inputs.replica.to_owned(),
@@ -189,7 +189,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         agent: Some(Agent {
             version: observation.agent_version.clone(),
             connected_to: (!disconnected).then(|| inputs.replica.to_owned()),
-            since: Some(Time(if disconnected {
+            since: Some(api_time(if disconnected {
                 observation.lost_since.unwrap_or(now)
             } else {
                 observation.since
@@ -365,7 +365,7 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     if let Some(agent) = &mut status.agent
         && agent.connected_to.take().is_some()
     {
-        agent.since = Some(Time(inputs.now));
+        agent.since = Some(api_time(inputs.now));
     }
     for (kind, verdict) in [("Ready", ready), ("Connected", lost)] {
         let condition = merge(kind, verdict, inputs);
@@ -424,6 +424,11 @@ fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
         last_transition_time: known
             .map_or(Time(inputs.now), |condition| condition.last_transition_time.clone()),
     }
+}
+
+/// The API keeps whole seconds; finer times would make every row differ from what was read back.
+fn api_time(time: Timestamp) -> Time {
+    Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
 }
 
 /// Generations and counters are 63 bits in the API.

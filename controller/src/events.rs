@@ -1,0 +1,210 @@
+//! Events about objects that cannot be served as they are.
+//!
+//! Publishing costs a request or two, so it has its own bounded queue and rate: Events that do not fit are
+//! counted and dropped, and nothing else ever waits for them.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource};
+use prometheus::{IntCounterVec, Opts, Registry};
+use switchtower_core::compiled::{Problem, ProblemObject, ProblemReason};
+use tokio::sync::mpsc;
+
+/// Problems waiting to be published.
+const QUEUE: usize = 1_000;
+/// The shortest time between two publications: ten a second.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// The same problem is published again only after this time.
+const REPEAT: Duration = Duration::from_secs(3_600);
+/// Problems remembered to tell repetitions.
+const REMEMBERED: usize = 10_000;
+/// The API's limit of an Event's note, bytes.
+const NOTE_BYTES: usize = 1_024;
+
+/// The way in: never blocks, never fails.
+#[derive(Debug, Clone)]
+pub struct EventSink {
+    queue: mpsc::Sender<Problem>,
+    outcomes: IntCounterVec,
+}
+
+impl EventSink {
+    /// Queues problems; what does not fit is counted.
+    pub fn report(&self, problems: impl IntoIterator<Item = Problem>) {
+        for problem in problems {
+            if self.queue.try_send(problem).is_err() {
+                self.outcomes.with_label_values(&["dropped"]).inc();
+            }
+        }
+    }
+}
+
+/// Creates the queue and the task that empties it.
+///
+/// # Errors
+/// The counter's name is already registered.
+pub fn publisher(
+    client: Client,
+    replica: &str,
+    registry: &Registry,
+) -> Result<(EventSink, impl Future<Output = ()> + use<>), prometheus::Error> {
+    let outcomes = IntCounterVec::new(
+        Opts::new("switchtower_events_total", "Kubernetes Events about objects, by outcome."),
+        &["outcome"],
+    )?;
+    registry.register(Box::new(outcomes.clone()))?;
+    let (queue, problems) = mpsc::channel(QUEUE);
+    let reporter = Reporter { controller: "switchtower-controller".into(), instance: Some(replica.into()) };
+    let recorder = Recorder::new(client.clone(), reporter);
+    let task = publish(client, recorder, problems, outcomes.clone());
+    Ok((EventSink { queue, outcomes }, task))
+}
+
+async fn publish(
+    client: Client,
+    recorder: Recorder,
+    mut problems: mpsc::Receiver<Problem>,
+    outcomes: IntCounterVec,
+) {
+    let mut known = Known::default();
+    while let Some(problem) = problems.recv().await {
+        if !known.is_new(&problem, Instant::now()) {
+            outcomes.with_label_values(&["repeated"]).inc();
+            continue;
+        }
+        log(&problem);
+        let outcome = match publish_one(&client, &recorder, &problem).await {
+            Ok(true) => "published",
+            Ok(false) => "gone",
+            Err(error) => {
+                tracing::debug!(%error, "publishing an Event failed; the log has its text");
+                "failed"
+            }
+        };
+        outcomes.with_label_values(&[outcome]).inc();
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+fn log(problem: &Problem) {
+    let Problem { object, reason, message } = problem;
+    match object {
+        ProblemObject::Service(key) => {
+            tracing::warn!(kind = "Service", namespace = %key.namespace, name = %key.name, ?reason, message, "object has a problem");
+        }
+        ProblemObject::EndpointSlice(key) => {
+            tracing::warn!(kind = "EndpointSlice", namespace = %key.namespace, name = %key.name, ?reason, message, "object has a problem");
+        }
+        ProblemObject::Node(name) => {
+            tracing::warn!(kind = "Node", name, ?reason, message, "object has a problem");
+        }
+    }
+}
+
+/// False: the object is gone. Its UID, without which `kubectl describe` does not find the Event, is asked for
+/// now: problems are rare, and holding the UIDs of all objects for them is not worth the memory.
+async fn publish_one(client: &Client, recorder: &Recorder, problem: &Problem) -> Result<bool, kube::Error> {
+    let reference = match &problem.object {
+        ProblemObject::Service(key) => {
+            reference(&Api::<Service>::namespaced(client.clone(), &key.namespace), &key.name).await?
+        }
+        ProblemObject::EndpointSlice(key) => {
+            reference(&Api::<EndpointSlice>::namespaced(client.clone(), &key.namespace), &key.name).await?
+        }
+        ProblemObject::Node(name) => reference(&Api::<Node>::all(client.clone()), name).await?,
+    };
+    let Some(reference) = reference else { return Ok(false) };
+    let event = Event {
+        type_: EventType::Warning,
+        reason: reason(problem.reason).to_owned(),
+        note: Some(shorten(&problem.message, NOTE_BYTES)),
+        action: "Compile".to_owned(),
+        secondary: None,
+    };
+    recorder.publish(&event, &reference).await?;
+    Ok(true)
+}
+
+async fn reference<K>(api: &Api<K>, name: &str) -> Result<Option<ObjectReference>, kube::Error>
+where
+    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+{
+    let metadata = api.get_metadata_opt(name).await?;
+    Ok(metadata.map(|object| ObjectReference {
+        api_version: Some(K::api_version(&()).into_owned()),
+        kind: Some(K::kind(&()).into_owned()),
+        namespace: object.metadata.namespace,
+        name: object.metadata.name,
+        uid: object.metadata.uid,
+        ..ObjectReference::default()
+    }))
+}
+
+fn reason(reason: ProblemReason) -> &'static str {
+    match reason {
+        ProblemReason::AddressConflict => "AddressConflict",
+        ProblemReason::DuplicatePort => "DuplicatePort",
+        ProblemReason::InvalidAddress => "InvalidAddress",
+        ProblemReason::InvalidPort => "InvalidPort",
+        ProblemReason::IncompleteNode => "IncompleteNode",
+        ProblemReason::LimitExceeded => "LimitExceeded",
+    }
+}
+
+/// At most `limit` bytes, cut at a character.
+fn shorten(text: &str, limit: usize) -> String {
+    let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= limit).last();
+    text[..end.unwrap_or(0)].to_owned()
+}
+
+/// When each problem was published last: a Node's heartbeat must not repeat its problem every few minutes.
+#[derive(Debug, Default)]
+struct Known(HashMap<(ProblemObject, ProblemReason), (u64, Instant)>);
+
+impl Known {
+    fn is_new(&mut self, problem: &Problem, now: Instant) -> bool {
+        let mut hasher = DefaultHasher::new();
+        problem.message.hash(&mut hasher);
+        let hash = hasher.finish();
+        let key = (problem.object.clone(), problem.reason);
+        if self.0.get(&key).is_some_and(|(known, at)| *known == hash && now.duration_since(*at) < REPEAT) {
+            return false;
+        }
+        if self.0.len() >= REMEMBERED {
+            self.0.clear(); // Rare; the cost is a few repeated Events.
+        }
+        self.0.insert(key, (hash, now));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_problem_is_published_once_an_hour() {
+        let problem = |message: &str| Problem {
+            object: ProblemObject::Node("n1".into()),
+            reason: ProblemReason::IncompleteNode,
+            message: message.into(),
+        };
+        let (mut known, start) = (Known::default(), Instant::now());
+        assert!(known.is_new(&problem("a"), start));
+        assert!(!known.is_new(&problem("a"), start + REPEAT / 2));
+        assert!(known.is_new(&problem("b"), start + REPEAT / 2));
+        assert!(known.is_new(&problem("b"), start + REPEAT * 2));
+    }
+
+    #[test]
+    fn notes_are_cut_at_a_character() {
+        assert_eq!(shorten("aé", 2), "a");
+        assert_eq!(shorten("aé", 3), "aé");
+        assert_eq!(shorten("", 3), "");
+    }
+}

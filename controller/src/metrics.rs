@@ -1,0 +1,91 @@
+//! The metrics endpoint and the health answers, over plain HTTP.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use prometheus::{Encoder as _, Registry, TextEncoder};
+use tokio::net::TcpListener;
+
+/// Why the endpoint could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricsError {
+    /// The address is in use or not of this host.
+    #[error("listening for metrics on {address}; choose another with --metrics-listen")]
+    Listen {
+        /// The address asked for.
+        address: SocketAddr,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A metric exists twice, or the process' own could not be set up.
+    #[error("registering the process metrics")]
+    Register(#[from] prometheus::Error),
+}
+
+/// Whether the controller serves. Shared by the parts that know and the endpoint that tells.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// All watches are synced, the first compile is done, and streams are accepted; or no more.
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A registry that holds the metrics of the process (`process_*`).
+///
+/// # Errors
+/// They cannot be registered.
+pub fn registry() -> Result<Registry, MetricsError> {
+    let registry = Registry::new();
+    registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+    Ok(registry)
+}
+
+/// Binds the endpoint. The returned future answers until it is dropped.
+///
+/// # Errors
+/// The address cannot be bound.
+pub async fn bind(
+    address: SocketAddr,
+    registry: Registry,
+    readiness: Readiness,
+) -> Result<impl Future<Output = std::io::Result<()>>, MetricsError> {
+    let listener =
+        TcpListener::bind(address).await.map_err(|source| MetricsError::Listen { address, source })?;
+    let router = Router::new()
+        .route("/metrics", get(metrics).with_state(registry))
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(ready).with_state(readiness));
+    Ok(async move { axum::serve(listener, router).await })
+}
+
+async fn metrics(State(registry): State<Registry>) -> Response {
+    let mut body = Vec::new();
+    match TextEncoder::new().encode(&registry.gather(), &mut body) {
+        Ok(()) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], body).into_response(),
+        Err(error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("encoding metrics: {error}\n")).into_response()
+        }
+    }
+}
+
+async fn ready(State(readiness): State<Readiness>) -> (StatusCode, &'static str) {
+    if readiness.get() {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not serving: watches are not synced, or the controller drains\n")
+    }
+}

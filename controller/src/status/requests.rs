@@ -1,0 +1,192 @@
+//! The requests to the API server about one row.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use serde_json::json;
+use switchtower_crds::{ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
+
+use crate::ingest::NodeIdentity;
+
+/// A request that takes longer is given up and tried again.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A row as it stands in the API server.
+#[derive(Debug, Clone)]
+pub(super) struct Stored {
+    pub(super) uid: String,
+    pub(super) version: String,
+    pub(super) generation: Option<i64>,
+    pub(super) owner: Option<String>,
+    pub(super) status: Option<ProxyStatusStatus>,
+}
+
+impl From<ProxyStatus> for Stored {
+    fn from(object: ProxyStatus) -> Self {
+        let metadata = object.metadata;
+        let owners = metadata.owner_references.unwrap_or_default();
+        Self {
+            uid: metadata.uid.unwrap_or_default(),
+            version: metadata.resource_version.unwrap_or_default(),
+            generation: metadata.generation,
+            owner: owners.into_iter().find(|owner| owner.kind == "Node").map(|owner| owner.uid),
+            status: object.status,
+        }
+    }
+}
+
+/// What a request is to achieve.
+#[derive(Debug, Clone)]
+pub(super) enum Request {
+    /// Create the row, owned by the Node.
+    Create(NodeIdentity),
+    /// Give the row to the Node that now has its name.
+    Adopt(NodeIdentity, Stored),
+    /// Write the status over the version that it was decided on.
+    Write(Arc<str>, Box<Stored>, Box<ProxyStatusStatus>),
+    /// Remove the row: its Node is gone.
+    Delete(Arc<str>, Stored),
+}
+
+/// What a request achieved.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The row stands like this now.
+    Stored(Box<Stored>),
+    /// Somebody else wrote it meanwhile; it stands like this.
+    Conflict(Box<Stored>),
+    /// There is no such row.
+    Missing,
+    /// The API server refused or could not be reached.
+    Failed(kube::Error),
+}
+
+impl Outcome {
+    /// The metric label.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::Stored(_) => "ok",
+            Self::Conflict(_) => "conflict",
+            Self::Missing => "missing",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+impl Request {
+    pub(super) fn node(&self) -> &Arc<str> {
+        match self {
+            Self::Create(node) | Self::Adopt(node, _) => &node.name,
+            Self::Write(name, ..) | Self::Delete(name, _) => name,
+        }
+    }
+
+    /// Carries it out.
+    pub(super) async fn run(self, api: Api<ProxyStatus>) -> Outcome {
+        match tokio::time::timeout(PATIENCE, self.send(&api)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Outcome::Failed(kube::Error::ReadEvents(std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!("no answer within {} seconds", PATIENCE.as_secs()),
+            ))),
+        }
+    }
+
+    async fn send(self, api: &Api<ProxyStatus>) -> Outcome {
+        let name = self.node().clone();
+        let sent = match self {
+            Self::Create(node) => api.create(&PostParams::default(), &new_row(&node)).await,
+            Self::Adopt(node, stored) => {
+                let patch = json!({"metadata": {"resourceVersion": stored.version, "ownerReferences": [owner(&node)]}});
+                api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await
+            }
+            Self::Write(_, stored, status) => {
+                let object = ProxyStatus {
+                    metadata: ObjectMeta {
+                        name: Some(name.to_string()),
+                        resource_version: Some(stored.version),
+                        ..ObjectMeta::default()
+                    },
+                    spec: ProxyStatusSpec::default(),
+                    status: Some(*status),
+                };
+                api.replace_status(&name, &PostParams::default(), &object).await
+            }
+            Self::Delete(_, stored) => {
+                let preconditions = Preconditions { uid: Some(stored.uid), resource_version: None };
+                let parameters =
+                    DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+                return match api.delete(&name, &parameters).await {
+                    Ok(_) => Outcome::Missing,
+                    Err(error) => recover(api, &name, error).await,
+                };
+            }
+        };
+        match sent {
+            Ok(object) => Outcome::Stored(Box::new(object.into())),
+            Err(error) => recover(api, &name, error).await,
+        }
+    }
+}
+
+/// After a conflict the row is read again; a missing row is no failure.
+async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> Outcome {
+    match &error {
+        kube::Error::Api(status) if status.code == 409 => match api.get_opt(name).await {
+            Ok(Some(object)) => Outcome::Conflict(Box::new(object.into())),
+            Ok(None) => Outcome::Missing,
+            Err(error) => Outcome::Failed(error),
+        },
+        // The message of a missing row names it; that of a missing kind does not.
+        kube::Error::Api(status) if status.code == 404 && !is_missing_kind(&error) => Outcome::Missing,
+        _ => Outcome::Failed(error),
+    }
+}
+
+/// The API server does not know the kind: its CRD is not installed.
+pub(super) fn is_missing_kind(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())
+}
+
+/// All rows, by pages.
+pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored)>, kube::Error> {
+    let mut params = ListParams::default().limit(500);
+    let mut rows = Vec::new();
+    loop {
+        let page = api.list(&params).await?;
+        for object in page.items {
+            let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
+            rows.push((name, object.into()));
+        }
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params.continue_token = Some(token),
+            None => return Ok(rows),
+        }
+    }
+}
+
+fn new_row(node: &NodeIdentity) -> ProxyStatus {
+    ProxyStatus {
+        metadata: ObjectMeta {
+            name: Some(node.name.to_string()),
+            owner_references: Some(vec![owner(node)]),
+            ..ObjectMeta::default()
+        },
+        spec: ProxyStatusSpec::default(),
+        status: None,
+    }
+}
+
+fn owner(node: &NodeIdentity) -> OwnerReference {
+    OwnerReference {
+        api_version: "v1".to_owned(),
+        kind: "Node".to_owned(),
+        name: node.name.to_string(),
+        uid: node.uid.to_string(),
+        ..OwnerReference::default()
+    }
+}

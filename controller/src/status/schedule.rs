@@ -1,0 +1,144 @@
+//! When rows are looked at and written: a write budget, transitions first, and a queue of dates.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Writes per second for all rows together.
+pub(super) const WRITES_PER_SECOND: u32 = 50;
+
+/// The shortest time between two writes of one row that are no transition.
+pub(super) fn minimum_interval(nodes: usize) -> Duration {
+    let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
+    Duration::from_secs(1).max(Duration::from_secs(1) * nodes / WRITES_PER_SECOND)
+}
+
+/// Names in the order in which they are to be written, and dates at which to look at others again.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    urgent: VecDeque<Arc<str>>,
+    ordinary: VecDeque<Arc<str>>,
+    queued: HashSet<Arc<str>>,
+    dates: BTreeSet<(Instant, Arc<str>)>,
+    date_of: HashMap<Arc<str>, Instant>,
+}
+
+impl Schedule {
+    /// To be written as soon as the budget allows.
+    pub(super) fn push(&mut self, name: &Arc<str>, urgent: bool) {
+        if self.queued.insert(name.clone()) {
+            if urgent { &mut self.urgent } else { &mut self.ordinary }.push_back(name.clone());
+        }
+    }
+
+    /// The next one to be written.
+    pub(super) fn pop(&mut self) -> Option<Arc<str>> {
+        let name = self.urgent.pop_front().or_else(|| self.ordinary.pop_front())?;
+        self.queued.remove(&name);
+        Some(name)
+    }
+
+    pub(super) fn has_work(&self) -> bool {
+        !self.queued.is_empty()
+    }
+
+    /// To be looked at again at a date; of two dates the earlier one counts.
+    pub(super) fn at(&mut self, name: &Arc<str>, date: Instant) {
+        if let Some(known) = self.date_of.get(name).copied() {
+            if known <= date {
+                return;
+            }
+            self.dates.remove(&(known, name.clone()));
+        }
+        self.date_of.insert(name.clone(), date);
+        self.dates.insert((date, name.clone()));
+    }
+
+    /// The earliest date.
+    pub(super) fn next_date(&self) -> Option<Instant> {
+        self.dates.first().map(|(date, _)| *date)
+    }
+
+    /// One name whose date has come.
+    pub(super) fn pop_due(&mut self, now: Instant) -> Option<Arc<str>> {
+        let (date, name) = self.dates.first().filter(|(date, _)| *date <= now)?.clone();
+        self.dates.remove(&(date, name.clone()));
+        self.date_of.remove(&name);
+        Some(name)
+    }
+}
+
+/// A token bucket that holds one second's worth.
+#[derive(Debug)]
+pub(super) struct Budget {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Budget {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { tokens: f64::from(WRITES_PER_SECOND), filled: now }
+    }
+
+    /// Takes a token, or says when there will be one.
+    pub(super) fn take(&mut self, now: Instant) -> Result<(), Instant> {
+        let rate = f64::from(WRITES_PER_SECOND);
+        let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.tokens = (self.tokens + elapsed * rate).min(rate);
+        self.filled = now;
+        if self.tokens >= 1.0 {
+            self.tokens -= 1.0;
+            return Ok(());
+        }
+        Err(now + Duration::from_secs_f64((1.0 - self.tokens) / rate))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_clusters_write_every_second_large_ones_within_the_budget() {
+        for (nodes, seconds) in [(0, 1), (3, 1), (50, 1), (500, 10), (5_000, 100)] {
+            assert_eq!(minimum_interval(nodes), Duration::from_secs(seconds), "{nodes}");
+        }
+    }
+
+    #[test]
+    fn transitions_come_first_and_nothing_is_queued_twice() {
+        let mut schedule = Schedule::default();
+        let [a, b]: [Arc<str>; 2] = ["a".into(), "b".into()];
+        schedule.push(&a, false);
+        schedule.push(&b, true);
+        schedule.push(&a, true);
+        assert_eq!([schedule.pop(), schedule.pop(), schedule.pop()], [Some(b), Some(a), None]);
+        assert!(!schedule.has_work());
+    }
+
+    #[test]
+    fn of_two_dates_the_earlier_counts() {
+        let (mut schedule, now, a) = (Schedule::default(), Instant::now(), Arc::<str>::from("a"));
+        for seconds in [5, 2, 9] {
+            schedule.at(&a, now + Duration::from_secs(seconds));
+        }
+        assert_eq!(schedule.next_date(), Some(now + Duration::from_secs(2)));
+        assert_eq!(schedule.pop_due(now), None);
+        assert_eq!(schedule.pop_due(now + Duration::from_secs(2)), Some(a));
+        assert_eq!(schedule.next_date(), None);
+    }
+
+    #[test]
+    fn the_budget_is_a_rate_with_a_burst_of_a_second() {
+        let now = Instant::now();
+        let mut budget = Budget::new(now);
+        for _ in 0..WRITES_PER_SECOND {
+            assert_eq!(budget.take(now), Ok(()));
+        }
+        let date = budget.take(now).unwrap_err();
+        assert!(date > now && date <= now + Duration::from_millis(21));
+        assert_eq!(budget.take(now + Duration::from_millis(21)), Ok(()));
+    }
+}

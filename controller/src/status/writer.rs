@@ -1,0 +1,404 @@
+//! Keeps the rows in the API server as they should be, within a write budget.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::PartialObjectMeta;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client, ResourceExt as _};
+use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::requests::{self, Outcome, Request, Stored};
+use super::row::{Inputs, Row, State, row};
+use super::schedule::{Budget, Schedule, minimum_interval};
+use super::{Floors, NodeEvent, Registry, StatusMetrics};
+use crate::ingest::NodeIdentity;
+
+/// Requests under way at once.
+const CONCURRENCY: usize = 8;
+/// An unchanged row is written again after about this time, so that foreign edits do not last.
+const REFRESH: Duration = Duration::from_secs(300);
+/// Agents get this long after the start before a missing one is news.
+const SETTLE: Duration = Duration::from_secs(20);
+/// After a failed request, and between attempts to list.
+const RETRY: Duration = Duration::from_secs(5);
+
+type MetadataEvents = std::pin::Pin<
+    Box<dyn Stream<Item = Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>> + Send>,
+>;
+
+/// Settings of the writer.
+#[derive(Debug, Clone)]
+pub struct WriterSettings {
+    /// This replica's name, as rows show it.
+    pub replica: String,
+}
+
+/// One node, its row, or both.
+#[derive(Debug, Default)]
+struct Entry {
+    node: Option<NodeIdentity>,
+    stored: Option<Stored>,
+    state: Option<State>,
+    last_write: Option<Instant>,
+    in_flight: bool,
+    /// Another replica took the node over from this session of ours.
+    yielded: Option<u64>,
+}
+
+/// The task that owns all rows.
+pub struct Writer<R> {
+    api: Api<ProxyStatus>,
+    registry: Arc<R>,
+    settings: WriterSettings,
+    floors: Floors,
+    metrics: StatusMetrics,
+    entries: HashMap<Arc<str>, Entry>,
+    schedule: Schedule,
+    budget: Budget,
+    running: JoinSet<(Arc<str>, Outcome)>,
+    started: Instant,
+    nodes_synced: bool,
+    complained: Option<Instant>,
+    /// No request before this time: the last one failed, and the next would fail alike.
+    paused_until: Option<Instant>,
+}
+
+impl<R: Registry> Writer<R> {
+    /// A writer that has not read anything yet.
+    #[must_use]
+    pub fn new(
+        client: Client,
+        registry: Arc<R>,
+        settings: WriterSettings,
+        floors: Floors,
+        metrics: StatusMetrics,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            api: Api::all(client),
+            registry,
+            settings,
+            floors,
+            metrics,
+            entries: HashMap::new(),
+            schedule: Schedule::default(),
+            budget: Budget::new(now),
+            running: JoinSet::new(),
+            started: now,
+            nodes_synced: false,
+            complained: None,
+            paused_until: None,
+        }
+    }
+
+    /// Reads all rows once, so that new sessions start from their generations.
+    ///
+    /// # Errors
+    /// The API server refused, or the CRD is not installed; [`Writer::run`] goes on trying.
+    pub async fn load(&mut self) -> Result<(), kube::Error> {
+        for (name, stored) in requests::list(&self.api).await? {
+            self.floors.set(&name, stored.status.as_ref());
+            self.entries.entry(name).or_default().stored = Some(stored);
+        }
+        Ok(())
+    }
+
+    /// Writes rows until the sender of node events is gone. `loaded`: [`Writer::load`] succeeded.
+    pub async fn run(mut self, loaded: bool, mut nodes: mpsc::UnboundedReceiver<NodeEvent>) {
+        if !loaded && !self.load_in_the_end(&mut nodes).await {
+            return;
+        }
+        let names: Vec<_> = self.entries.keys().cloned().collect();
+        names.iter().for_each(|name| self.consider(name));
+        let mut rows = self.watch_metadata();
+        let registry = self.registry.clone();
+        loop {
+            let wake = self.start_requests();
+            tokio::select! {
+                event = nodes.recv() => match event {
+                    Some(event) => self.node(event),
+                    None => return,
+                },
+                changed = registry.changed() => changed.iter().for_each(|name| self.consider(name)),
+                Some(event) = rows.next() => self.metadata(event),
+                Some(Ok((name, outcome))) = self.running.join_next() => self.finished(&name, outcome),
+                () = sleep_until(wake) => {
+                    let now = Instant::now();
+                    while let Some(name) = self.schedule.pop_due(now) {
+                        self.consider(&name);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Retries until the rows could be read. False: the controller ends.
+    async fn load_in_the_end(&mut self, nodes: &mut mpsc::UnboundedReceiver<NodeEvent>) -> bool {
+        loop {
+            match self.load().await {
+                Ok(()) => return true,
+                Err(error) => self.complain(&error),
+            }
+            let pause = tokio::time::sleep(RETRY);
+            tokio::pin!(pause);
+            loop {
+                tokio::select! {
+                    () = &mut pause => break,
+                    event = nodes.recv() => match event {
+                        Some(event) => self.node(event),
+                        None => return false,
+                    },
+                }
+            }
+        }
+    }
+
+    fn watch_metadata(&self) -> MetadataEvents {
+        let api: Api<PartialObjectMeta<ProxyStatus>> = Api::all(self.api.clone().into_client());
+        Box::pin(watcher(api, watcher::Config::default()).default_backoff())
+    }
+
+    fn node(&mut self, event: NodeEvent) {
+        match event {
+            NodeEvent::Applied(identity) => {
+                let name = identity.name.clone();
+                let entry = self.entries.entry(name.clone()).or_default();
+                if entry.node.as_ref() != Some(&identity) {
+                    entry.node = Some(identity);
+                    self.consider(&name);
+                }
+            }
+            NodeEvent::Gone(name) => {
+                if let Some(entry) = self.entries.get_mut(&name) {
+                    entry.node = None;
+                    self.consider(&name);
+                }
+            }
+            NodeEvent::Synced => {
+                self.nodes_synced = true;
+                let left_over = self.entries.iter().filter(|(_, entry)| entry.node.is_none());
+                let names: Vec<_> = left_over.map(|(name, _)| name.clone()).collect();
+                names.iter().for_each(|name| self.consider(name));
+            }
+        }
+    }
+
+    /// Somebody deleted a row or changed its spec; our own writes come back here too and change nothing.
+    fn metadata(&mut self, event: Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>) {
+        use watcher::Event::{Apply, Delete, InitApply};
+        let (object, gone) = match event {
+            Ok(Apply(object) | InitApply(object)) => (object, false),
+            Ok(Delete(object)) => (object, true),
+            Ok(_) => return,
+            Err(error) => {
+                tracing::debug!(%error, "watching ProxyStatus failed; it is tried again");
+                return;
+            }
+        };
+        let name: Arc<str> = object.name_any().into();
+        let Some(entry) = self.entries.get_mut(&name) else { return };
+        let Some(stored) = &mut entry.stored else { return };
+        if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
+            entry.stored = None;
+        } else if !gone && object.metadata.generation > stored.generation {
+            stored.generation = object.metadata.generation;
+        } else {
+            return;
+        }
+        self.consider(&name);
+    }
+
+    /// Looks at one row: is it due to be written, or when is it to be looked at again?
+    fn consider(&mut self, name: &Arc<str>) {
+        let interval = minimum_interval(self.entries.len());
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        if entry.in_flight {
+            return; // It is looked at when the request has ended.
+        }
+        let (Some(node), Some(stored)) = (&entry.node, &entry.stored) else {
+            let left_over = entry.node.is_none() && entry.stored.is_some() && self.nodes_synced;
+            if entry.node.is_some() || left_over {
+                self.schedule.push(name, true);
+            } else if entry.stored.is_none() && entry.node.is_none() {
+                self.forget(name);
+            }
+            return;
+        };
+        if stored.owner.as_deref() != Some(&*node.uid) {
+            self.schedule.push(name, true);
+            return;
+        }
+        let (last_write, before) = (entry.last_write, stored.status.clone());
+        let Some(row) = self.make(name) else { return };
+        let now = Instant::now();
+        if let Some(delay) = row.check_after {
+            self.schedule.at(name, now + delay);
+        }
+        let refresh = last_write.map_or(now, |at| at + REFRESH);
+        if before.as_ref().is_none_or(|before| is_transition(before, &row.status)) {
+            self.schedule.push(name, true);
+        } else if before.as_ref() == Some(&row.status) {
+            // Rows of a controller that just started are refreshed in the course of the first minutes.
+            let date = if last_write.is_some() { refresh } else { now + REFRESH.mul_f64(rand::random()) };
+            self.schedule.at(name, date);
+        } else {
+            match last_write.map(|at| at + interval).filter(|date| *date > now) {
+                Some(date) => self.schedule.at(name, date),
+                None => self.schedule.push(name, false),
+            }
+        }
+    }
+
+    /// The row as it should be. `None`: another replica has the node.
+    fn make(&mut self, name: &Arc<str>) -> Option<Row> {
+        let entry = self.entries.get_mut(name)?;
+        let observation = self.registry.observe(name);
+        match (entry.yielded, &observation) {
+            (Some(session), Some(observed)) if observed.session > session => entry.yielded = None,
+            (Some(_), _) => return None,
+            (None, _) => {}
+        }
+        let stored = entry.stored.as_ref();
+        let row = row(Inputs {
+            observation: observation.as_ref(),
+            previous: stored.and_then(|stored| stored.status.as_ref()),
+            row_generation: stored.and_then(|stored| stored.generation),
+            replica: &self.settings.replica,
+            settled: self.started.elapsed() >= SETTLE,
+            now: Timestamp::now(),
+        });
+        self.metrics.moved(entry.state, Some(row.state));
+        entry.state = Some(row.state);
+        Some(row)
+    }
+
+    /// Starts what the budget allows. Returns when to wake up at the latest.
+    fn start_requests(&mut self) -> Option<Instant> {
+        let mut wake = self.schedule.next_date();
+        self.paused_until = self.paused_until.filter(|date| *date > Instant::now());
+        if let Some(date) = self.paused_until {
+            return Some(wake.map_or(date, |known| known.min(date)));
+        }
+        while self.schedule.has_work() && self.running.len() < CONCURRENCY {
+            if let Err(date) = self.budget.take(Instant::now()) {
+                wake = Some(wake.map_or(date, |known| known.min(date)));
+                break;
+            }
+            let Some(name) = self.schedule.pop() else { break };
+            let Some(request) = self.next_request(&name) else { continue };
+            if let Some(entry) = self.entries.get_mut(&name) {
+                entry.in_flight = true;
+                entry.last_write = Some(Instant::now());
+            }
+            let api = self.api.clone();
+            self.running.spawn(async move {
+                let outcome = request.run(api).await;
+                (name, outcome)
+            });
+        }
+        wake
+    }
+
+    fn next_request(&mut self, name: &Arc<str>) -> Option<Request> {
+        let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
+        match (&entry.node, &entry.stored) {
+            (None, None) => None,
+            (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
+            (Some(node), None) => Some(Request::Create(node.clone())),
+            (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
+                Some(Request::Adopt(node.clone(), stored.clone()))
+            }
+            (Some(_), Some(stored)) => {
+                let stored = stored.clone();
+                let row = self.make(name)?;
+                Some(Request::Write(name.clone(), Box::new(stored), Box::new(row.status)))
+            }
+        }
+    }
+
+    fn finished(&mut self, name: &Arc<str>, outcome: Outcome) {
+        self.metrics.written(outcome.label());
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.in_flight = false;
+        match outcome {
+            Outcome::Stored(stored) => {
+                self.floors.set(name, stored.status.as_ref());
+                entry.stored = Some(*stored);
+            }
+            Outcome::Conflict(stored) => {
+                let session = self.registry.observe(name).map_or(0, |observed| observed.session);
+                if taken_over(entry.stored.as_ref(), &stored, &self.settings.replica, session) {
+                    tracing::info!(node = %name, "another replica serves this node now; its row is left to it");
+                    entry.yielded = Some(session);
+                }
+                self.floors.set(name, stored.status.as_ref());
+                entry.stored = Some(*stored);
+            }
+            Outcome::Missing => entry.stored = None,
+            Outcome::Failed(error) => {
+                self.complain(&error);
+                self.paused_until = Some(Instant::now() + RETRY);
+                self.schedule.at(name, Instant::now() + RETRY);
+                return;
+            }
+        }
+        self.consider(name);
+    }
+
+    fn forget(&mut self, name: &Arc<str>) {
+        if let Some(entry) = self.entries.remove(name) {
+            self.metrics.moved(entry.state, None);
+        }
+        self.floors.remove(name);
+    }
+
+    /// At most once a minute: rows are many, and the cause is one.
+    fn complain(&mut self, error: &kube::Error) {
+        let now = Instant::now();
+        if self.complained.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
+            return;
+        }
+        self.complained = Some(now);
+        if requests::is_missing_kind(error) {
+            tracing::error!(
+                "the kind ProxyStatus (switchtower.dev/v1alpha1) is not installed; install it with \
+                 `kubectl apply -f crds/yaml/`; agents are served meanwhile, and it is tried again"
+            );
+        } else {
+            tracing::warn!(%error, "writing ProxyStatus failed; agents are served meanwhile, and it is tried again");
+        }
+    }
+}
+
+/// Another replica claimed the row after we last read it, with a session that is not older than ours.
+fn taken_over(before: Option<&Stored>, now: &Stored, replica: &str, session: u64) -> bool {
+    let connection = |stored: &Stored| stored.status.as_ref().and_then(|status| status.connection.clone());
+    let Some(claimed) = connection(now) else { return false };
+    let changed = before.and_then(connection).as_ref() != Some(&claimed);
+    changed
+        && claimed.replica != replica
+        && u64::try_from(claimed.session).is_ok_and(|theirs| theirs >= session)
+}
+
+/// STATE or a condition's status or reason changed: worth a write at once.
+fn is_transition(before: &ProxyStatusStatus, after: &ProxyStatusStatus) -> bool {
+    let words = |status: &ProxyStatusStatus| -> Vec<(String, String, String)> {
+        let conditions = status.conditions.iter();
+        conditions.map(|known| (known.type_.clone(), known.status.clone(), known.reason.clone())).collect()
+    };
+    before.state != after.state || words(before) != words(after)
+}
+
+async fn sleep_until(date: Option<Instant>) {
+    match date {
+        Some(date) => tokio::time::sleep_until(date).await,
+        None => std::future::pending().await,
+    }
+}
