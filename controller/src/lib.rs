@@ -1,10 +1,13 @@
 //! The controller: watches the API server, compiles what every node must program, serves it to the node
 //! agents and publishes one `ProxyStatus` per node.
 //!
-//! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, `engine`
+//! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
 //! writes what they acknowledged.
 
+pub mod bootstrap;
+pub mod cli;
+pub mod engine;
 pub mod events;
 pub mod ingest;
 pub mod metrics;

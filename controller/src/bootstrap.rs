@@ -1,0 +1,236 @@
+//! What agents need to find and trust the controller: the CA, and the ConfigMap `switchtower-bootstrap`.
+//!
+//! The CA is made once. Of several controllers that start at the same time one creates the Secret, the
+//! others read it. The ConfigMap is written at every start and is no part of the manifests, so that applying
+//! them again does not reset it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use http::uri::Authority;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
+use kube::{Api, Client};
+use serde_json::json;
+
+/// The Secret that holds the CA.
+pub const CA_SECRET: &str = "switchtower-ca";
+/// The ConfigMap that agents mount.
+pub const BOOTSTRAP_CONFIG_MAP: &str = "switchtower-bootstrap";
+/// Field manager of everything that is applied.
+const MANAGER: &str = "switchtower-controller";
+
+/// A CA as PEM texts.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CaPem {
+    /// The certificate.
+    pub certificate: String,
+    /// Its private key.
+    pub key: String,
+}
+
+/// Why agents cannot be bootstrapped.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// The Secret could not be read or created.
+    #[error(
+        "reading or creating the Secret {namespace}/{CA_SECRET}; the namespace must exist and the controller be \
+         allowed to get and create Secrets in it (or use --tls-dir)"
+    )]
+    Secret {
+        /// Its namespace.
+        namespace: String,
+        /// The API server's answer.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// The Secret exists and lacks something.
+    #[error(
+        "the Secret {namespace}/{CA_SECRET} has no usable {field}; repair it, or delete it to have a new CA made"
+    )]
+    Incomplete {
+        /// Its namespace.
+        namespace: String,
+        /// The missing key of its data.
+        field: &'static str,
+    },
+    /// A file of --tls-dir could not be read or written.
+    #[error("reading or writing {path} (--tls-dir)")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The CA could not be made.
+    #[error("making a CA")]
+    Generate(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Reads the CA from a directory, or makes one there.
+///
+/// # Errors
+/// A file cannot be read or written, or `generate` fails.
+pub fn ca_from_directory<E>(
+    directory: &Path,
+    generate: impl FnOnce() -> Result<CaPem, E>,
+) -> Result<CaPem, BootstrapError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let (certificate, key) = (directory.join("ca.crt"), directory.join("ca.key"));
+    if certificate.exists() || key.exists() {
+        return Ok(CaPem { certificate: read(&certificate)?, key: read(&key)? });
+    }
+    let made = generate().map_err(|error| BootstrapError::Generate(error.into()))?;
+    let file_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BootstrapError::File { path, source }
+    };
+    std::fs::create_dir_all(directory).map_err(file_error(directory))?;
+    write_private(&key, &made.key).map_err(file_error(&key))?;
+    std::fs::write(&certificate, &made.certificate).map_err(file_error(&certificate))?;
+    Ok(made)
+}
+
+fn read(path: &Path) -> Result<String, BootstrapError> {
+    std::fs::read_to_string(path).map_err(|source| BootstrapError::File { path: path.to_owned(), source })
+}
+
+fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())
+}
+
+/// Reads the CA from the Secret, or makes it: created once, whoever is first.
+///
+/// # Errors
+/// The API server refuses, the Secret is incomplete, or `generate` fails.
+pub async fn ca_from_secret<E>(
+    client: &Client,
+    namespace: &str,
+    generate: impl FnOnce() -> Result<CaPem, E>,
+) -> Result<CaPem, BootstrapError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let refused = |source: kube::Error| BootstrapError::Secret {
+        namespace: namespace.to_owned(),
+        source: Box::new(source),
+    };
+    if let Some(secret) = api.get_opt(CA_SECRET).await.map_err(refused)? {
+        return ca_of(&secret, namespace);
+    }
+    let made = generate().map_err(|error| BootstrapError::Generate(error.into()))?;
+    let data = [("ca.crt", &made.certificate), ("ca.key", &made.key)];
+    let secret = Secret {
+        metadata: ObjectMeta { name: Some(CA_SECRET.to_owned()), ..ObjectMeta::default() },
+        data: Some(data.map(|(name, text)| (name.to_owned(), ByteString(text.clone().into_bytes()))).into()),
+        ..Secret::default()
+    };
+    match api.create(&PostParams::default(), &secret).await {
+        Ok(_) => Ok(made),
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            ca_of(&api.get(CA_SECRET).await.map_err(refused)?, namespace)
+        }
+        Err(error) => Err(refused(error)),
+    }
+}
+
+fn ca_of(secret: &Secret, namespace: &str) -> Result<CaPem, BootstrapError> {
+    let text = |field: &'static str| {
+        let bytes = secret.data.as_ref().and_then(|data| data.get(field));
+        bytes
+            .and_then(|bytes| String::from_utf8(bytes.0.clone()).ok())
+            .filter(|text| !text.is_empty())
+            .ok_or_else(|| BootstrapError::Incomplete { namespace: namespace.to_owned(), field })
+    };
+    Ok(CaPem { certificate: text("ca.crt")?, key: text("ca.key")? })
+}
+
+/// Writes the ConfigMap: the CA's certificate, and where controllers listen, one `host:port` a line.
+///
+/// # Errors
+/// The API server refuses.
+pub async fn publish(
+    client: &Client,
+    namespace: &str,
+    ca_certificate: &str,
+    controllers: &[String],
+) -> Result<(), kube::Error> {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let object = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": BOOTSTRAP_CONFIG_MAP},
+        "data": {"ca.crt": ca_certificate, "controllers": controllers.join("\n") + "\n"},
+    });
+    let params = PatchParams::apply(MANAGER).force();
+    api.patch(BOOTSTRAP_CONFIG_MAP, &params, &Patch::Apply(&object)).await.map(drop)
+}
+
+/// Where agents reach this controller: what the flags say, or else the address of --listen, or, if that is
+/// the unspecified one, the address from which the API server is reached.
+///
+/// # Errors
+/// The local address cannot be found; nothing is sent to find it.
+pub fn advertised(
+    flags: &[String],
+    listen: SocketAddr,
+    api_server: &Authority,
+) -> std::io::Result<Vec<String>> {
+    if !flags.is_empty() {
+        return Ok(flags.to_vec());
+    }
+    let address = if listen.ip().is_unspecified() { local_address(api_server)? } else { listen.ip() };
+    Ok(vec![SocketAddr::new(address, listen.port()).to_string()])
+}
+
+/// Connecting a UDP socket sends nothing and makes the kernel choose the source address.
+fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
+    use std::net::ToSocketAddrs as _;
+    let port = peer.port_u16().unwrap_or(443);
+    let host = peer.host().trim_matches(['[', ']']);
+    let peer = (host, port).to_socket_addrs()?.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
+    let any: IpAddr = if peer.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    socket.connect(peer)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made() -> Result<CaPem, std::io::Error> {
+        Ok(CaPem { certificate: "certificate".into(), key: "key".into() })
+    }
+
+    #[test]
+    fn a_directory_gets_its_ca_once() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tls");
+        let first = ca_from_directory(&path, made).unwrap();
+        assert!(first == made().unwrap());
+        let mode = std::fs::metadata(path.join("ca.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let again = ca_from_directory(&path, || Err::<CaPem, _>(std::io::Error::other("not asked")));
+        assert!(again.unwrap() == first);
+        std::fs::remove_file(path.join("ca.key")).unwrap();
+        assert!(ca_from_directory(&path, made).is_err(), "a certificate without its key is not replaced");
+    }
+
+    #[test]
+    fn advertised_addresses() {
+        let api_server = "127.0.0.1:6443".parse().unwrap();
+        let flags = ["tower.example:9443".to_owned()];
+        let listen = |text: &str| text.parse().unwrap();
+        assert_eq!(advertised(&flags, listen("0.0.0.0:9443"), &api_server).unwrap(), flags);
+        assert_eq!(advertised(&[], listen("192.0.2.1:9443"), &api_server).unwrap(), ["192.0.2.1:9443"]);
+        assert_eq!(advertised(&[], listen("0.0.0.0:9000"), &api_server).unwrap(), ["127.0.0.1:9000"]);
+    }
+}

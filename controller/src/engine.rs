@@ -1,0 +1,193 @@
+//! The task that turns what the watches heard into revisions of the layers.
+//!
+//! What holds: nothing is published before every watch is synced and the first compile is done; the first
+//! event compiles at once, and what arrives while a compile runs goes into the next one (there is no timer);
+//! a compile costs what changed, not what there is.
+
+use std::time::Instant;
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+use switchtower_core::compiled::Compiled;
+use switchtower_core::model::Input;
+use switchtower_proto::v1::{ChangeInfo, Source};
+use tokio::sync::{mpsc, watch};
+
+use crate::events::EventSink;
+use crate::status::NodeEvent;
+use crate::watch::Batch;
+
+mod intake;
+
+use intake::{Intake, Work};
+
+/// Batches taken at once.
+const BATCHES: usize = 1_024;
+
+/// Where the layers stand.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Head {
+    /// Revision of the layers: one counter per process, from 1.
+    pub revision: u64,
+    /// Up to where each resource is processed.
+    pub source: Source,
+}
+
+/// The compiler and the layers as the engine drives them.
+pub trait Pipeline: Send + 'static {
+    /// Compiles inputs in their order; returns exactly what differs from before.
+    fn compile(&mut self, inputs: Vec<Input>) -> Compiled;
+
+    /// Hands changed layers to the sessions. Returns the new revision.
+    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, total: u32, source: Source) -> u64;
+}
+
+/// What the engine feeds besides the layers.
+#[derive(Debug)]
+pub struct Outputs {
+    /// `None` until the first compile is published.
+    pub head: watch::Sender<Option<Head>>,
+    /// Nodes, for their rows.
+    pub nodes: mpsc::UnboundedSender<NodeEvent>,
+    /// Problems of objects.
+    pub events: EventSink,
+}
+
+/// Measures of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineMetrics {
+    compile: Histogram,
+    first_compile: IntGauge,
+    changes: IntCounter,
+    idle: IntCounter,
+    revision: IntGauge,
+}
+
+impl EngineMetrics {
+    /// Creates and registers them.
+    ///
+    /// # Errors
+    /// A name is already registered.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        // From 10 microseconds to 1.3 seconds.
+        let buckets = prometheus::exponential_buckets(0.000_01, 2.0, 18)?;
+        let compile = Histogram::with_opts(
+            HistogramOpts::new(
+                "switchtower_compile_seconds",
+                "Time to compile and publish what arrived together.",
+            )
+            .buckets(buckets),
+        )?;
+        let first_compile = IntGauge::new(
+            "switchtower_first_compile_microseconds",
+            "Time that the compile of the first complete state took.",
+        )?;
+        let changes = IntCounter::new("switchtower_changes_total", "Object changes that were compiled.")?;
+        let idle = IntCounter::new(
+            "switchtower_compiles_without_change_total",
+            "Compiles of changed objects after which no node has anything to do.",
+        )?;
+        let revision = IntGauge::new("switchtower_revision", "Revision of the layers in this process.")?;
+        for collector in [&first_compile, &revision] {
+            registry.register(Box::new(collector.clone()))?;
+        }
+        for collector in [&changes, &idle] {
+            registry.register(Box::new(collector.clone()))?;
+        }
+        registry.register(Box::new(compile.clone()))?;
+        Ok(Self { compile, first_compile, changes, idle, revision })
+    }
+}
+
+/// Runs until the watches are gone.
+pub async fn run(
+    mut pipeline: impl Pipeline,
+    outputs: Outputs,
+    metrics: EngineMetrics,
+    mut batches: mpsc::Receiver<Batch>,
+) {
+    let mut engine = Engine { intake: Intake::default(), outputs, metrics, head: Head::default() };
+    let mut buffer = Vec::new();
+    while batches.recv_many(&mut buffer, BATCHES).await > 0 {
+        for batch in buffer.drain(..) {
+            engine.intake.absorb(batch);
+        }
+        engine.step(&mut pipeline);
+    }
+}
+
+/// Names of resources whose first list is not complete, for the log.
+fn names(intake: &Intake) -> String {
+    intake.missing().map(|resource| resource.name()).collect::<Vec<_>>().join(", ")
+}
+
+struct Engine {
+    intake: Intake,
+    outputs: Outputs,
+    metrics: EngineMetrics,
+    head: Head,
+}
+
+impl Engine {
+    fn step(&mut self, pipeline: &mut impl Pipeline) {
+        let Some(work) = self.intake.take() else {
+            tracing::debug!(missing = names(&self.intake), "waiting for the first lists");
+            return;
+        };
+        let Work { inputs, changes, total, problems, nodes, source } = work;
+        self.outputs.events.report(problems);
+        for event in nodes {
+            // The rows' task may be gone while the process ends.
+            let _ = self.outputs.nodes.send(event);
+        }
+        let first = self.head.revision == 0;
+        if !inputs.is_empty() || first {
+            self.compile(pipeline, inputs, changes, total, source, first);
+        }
+        self.head.source = source;
+        let head = self.head;
+        self.outputs.head.send_if_modified(|known| {
+            let changed = *known != Some(head);
+            *known = Some(head);
+            changed
+        });
+    }
+
+    fn compile(
+        &mut self,
+        pipeline: &mut impl Pipeline,
+        inputs: Vec<Input>,
+        changes: Vec<ChangeInfo>,
+        total: u32,
+        source: Source,
+        first: bool,
+    ) {
+        let started = Instant::now();
+        let objects = inputs.len();
+        let mut compiled = pipeline.compile(inputs);
+        self.outputs.events.report(std::mem::take(&mut compiled.problems));
+        if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
+            self.head.revision = pipeline.publish(compiled, changes, total, source);
+        } else {
+            self.metrics.idle.inc();
+        }
+        let elapsed = started.elapsed();
+        self.metrics.changes.inc_by(total.into());
+        self.metrics.revision.set(i64::try_from(self.head.revision).unwrap_or(i64::MAX));
+        if first {
+            self.metrics.first_compile.set(i64::try_from(elapsed.as_micros()).unwrap_or(i64::MAX));
+            tracing::info!(
+                objects,
+                milliseconds = elapsed.as_millis(),
+                revision = self.head.revision,
+                "first state compiled; agents are served from now on"
+            );
+        } else {
+            self.metrics.compile.observe(elapsed.as_secs_f64());
+        }
+    }
+}
+
+/// Waits until the first compile is published. False: the engine is gone.
+pub async fn first_head(head: &mut watch::Receiver<Option<Head>>) -> bool {
+    head.wait_for(Option::is_some).await.is_ok()
+}

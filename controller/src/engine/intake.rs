@@ -1,0 +1,217 @@
+//! What came from the watches and is not compiled yet. Pure: no task, no clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ipnet::IpNet;
+use switchtower_core::compiled::Problem;
+use switchtower_core::model::{Input, ObjectKey};
+use switchtower_proto::v1::{ChangeInfo, Source};
+
+use crate::ingest::{Fact, Ingested};
+use crate::status::NodeEvent;
+use crate::watch::{Batch, WatchedResource};
+
+/// Changes that an update names one by one; the others are only counted (fleet.proto: `Update.changes`).
+const NAMED_CHANGES: usize = 16;
+
+/// Everything that arrived since the last compile.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    /// For the compiler, in the order of arrival.
+    pub(super) inputs: Vec<Input>,
+    /// The first of them, named.
+    pub(super) changes: Vec<ChangeInfo>,
+    /// How many there are.
+    pub(super) total: u32,
+    /// What could not be understood.
+    pub(super) problems: Vec<Problem>,
+    /// Nodes that came or went.
+    pub(super) nodes: Vec<NodeEvent>,
+    /// Up to where each resource is processed.
+    pub(super) source: Source,
+}
+
+/// Gathers batches until they are compiled.
+#[derive(Debug, Default)]
+pub(super) struct Intake {
+    work: Work,
+    synced: [bool; WatchedResource::ALL.len()],
+    service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
+    service_cidrs_changed: bool,
+    next_change: u64,
+    initial_done: bool,
+}
+
+impl Intake {
+    /// Takes a batch. Its order within its resource is kept; resources are independent of each other.
+    pub(super) fn absorb(&mut self, batch: Batch) {
+        let Batch { resource, facts, resource_version, synced, received } = batch;
+        for ingested in facts {
+            self.absorb_one(ingested, received);
+        }
+        let version = match resource {
+            WatchedResource::Services => &mut self.work.source.services,
+            WatchedResource::EndpointSlices => &mut self.work.source.endpoint_slices,
+            WatchedResource::Nodes => &mut self.work.source.nodes,
+            WatchedResource::ServiceCidrs => &mut self.work.source.service_cidrs,
+        };
+        *version = (*version).max(resource_version);
+        if synced {
+            let first = !std::mem::replace(&mut self.synced[resource.index()], true);
+            if first && resource == WatchedResource::Nodes {
+                self.work.nodes.push(NodeEvent::Synced);
+            }
+        }
+    }
+
+    fn absorb_one(&mut self, ingested: Ingested, received: SystemTime) {
+        self.work.problems.extend(ingested.problems);
+        self.note_change(&ingested.fact, received);
+        match ingested.fact {
+            Fact::Input(input) => self.work.inputs.push(input),
+            Fact::Node(node, identity) => {
+                self.work.inputs.push(Input::Node(node));
+                self.work.nodes.push(NodeEvent::Applied(identity));
+            }
+            Fact::NodeDeleted(name) => {
+                self.work.inputs.push(Input::NodeDeleted(name.clone()));
+                self.work.nodes.push(NodeEvent::Gone(name));
+            }
+            Fact::ServiceCidr(name, cidrs) => {
+                self.service_cidrs_changed |= self.service_cidrs.get(&name) != Some(&cidrs);
+                self.service_cidrs.insert(name, cidrs);
+            }
+            Fact::ServiceCidrDeleted(name) => {
+                self.service_cidrs_changed |= self.service_cidrs.remove(&name).is_some();
+            }
+        }
+    }
+
+    /// The first complete lists are a state, not changes.
+    fn note_change(&mut self, fact: &Fact, received: SystemTime) {
+        if !self.initial_done {
+            return;
+        }
+        self.work.total = self.work.total.saturating_add(1);
+        self.next_change += 1;
+        if self.work.changes.len() < NAMED_CHANGES {
+            let since = received.duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.work.changes.push(ChangeInfo {
+                id: self.next_change,
+                traceparent: String::new(),
+                received_unix_nanoseconds: u64::try_from(since.as_nanos()).unwrap_or(0),
+                object: describe(fact),
+            });
+        }
+    }
+
+    /// What is to be compiled; `None` before every resource was listed once (invariant: nothing is served
+    /// from a part of the objects).
+    pub(super) fn take(&mut self) -> Option<Work> {
+        if self.synced.contains(&false) {
+            return None;
+        }
+        if std::mem::take(&mut self.service_cidrs_changed) || !self.initial_done {
+            let all: BTreeSet<IpNet> = self.service_cidrs.values().flatten().copied().collect();
+            self.work.inputs.push(Input::ServiceCidrs(all.into_iter().collect()));
+        }
+        self.initial_done = true;
+        let source = self.work.source;
+        Some(std::mem::replace(&mut self.work, Work { source, ..Work::default() }))
+    }
+
+    /// Resources whose first list is not complete.
+    pub(super) fn missing(&self) -> impl Iterator<Item = WatchedResource> {
+        WatchedResource::ALL.into_iter().filter(|resource| !self.synced[resource.index()])
+    }
+}
+
+/// "EndpointSlice default/web-x7", for traces and logs.
+fn describe(fact: &Fact) -> String {
+    let name = |kind: &str, key: &ObjectKey| format!("{kind} {}/{}", key.namespace, key.name);
+    match fact {
+        Fact::Input(Input::Service(service)) => name("Service", &service.key),
+        Fact::Input(Input::ServiceDeleted(key)) => name("Service", key),
+        Fact::Input(Input::Slice(slice)) => name("EndpointSlice", &slice.key),
+        Fact::Input(Input::SliceDeleted(key)) => name("EndpointSlice", key),
+        Fact::Input(Input::Node(node)) | Fact::Node(node, _) => format!("Node {}", node.name),
+        Fact::Input(Input::NodeDeleted(name)) | Fact::NodeDeleted(name) => format!("Node {name}"),
+        Fact::Input(Input::ServiceCidrs(_)) => "ServiceCIDRs".to_owned(),
+        Fact::ServiceCidr(name, _) | Fact::ServiceCidrDeleted(name) => format!("ServiceCIDR {name}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(resource: WatchedResource, facts: Vec<Fact>, version: u64, synced: bool) -> Batch {
+        let facts = facts.into_iter().map(|fact| Ingested { fact, problems: Vec::new() }).collect();
+        Batch { resource, facts, resource_version: version, synced, received: UNIX_EPOCH }
+    }
+
+    fn deleted(name: &str) -> Fact {
+        Fact::Input(Input::ServiceDeleted(ObjectKey { namespace: "default".into(), name: name.into() }))
+    }
+
+    fn synced() -> Intake {
+        let mut intake = Intake::default();
+        for resource in WatchedResource::ALL {
+            intake.absorb(batch(resource, vec![], 5, true));
+        }
+        assert!(intake.take().is_some());
+        intake
+    }
+
+    #[test]
+    fn nothing_is_compiled_before_every_list_is_complete() {
+        let mut intake = Intake::default();
+        intake.absorb(batch(WatchedResource::Services, vec![deleted("a")], 5, true));
+        for resource in [WatchedResource::EndpointSlices, WatchedResource::Nodes] {
+            intake.absorb(batch(resource, vec![], 6, true));
+            assert!(intake.take().is_none());
+        }
+        assert_eq!(intake.missing().collect::<Vec<_>>(), [WatchedResource::ServiceCidrs]);
+        intake.absorb(batch(WatchedResource::ServiceCidrs, vec![], 7, true));
+        let work = intake.take().unwrap();
+        assert_eq!(work.inputs.len(), 2, "the Service and the (empty) list of ServiceCIDRs");
+        assert_eq!((work.total, work.changes.len()), (0, 0), "the first state is not a change");
+        assert_eq!(work.nodes, [NodeEvent::Synced]);
+        assert_eq!((work.source.services, work.source.service_cidrs), (5, 7));
+    }
+
+    #[test]
+    fn changes_are_named_up_to_a_limit_and_counted() {
+        let mut intake = synced();
+        let facts = (0..20).map(|index| deleted(&format!("s{index}"))).collect();
+        intake.absorb(batch(WatchedResource::Services, facts, 9, false));
+        let work = intake.take().unwrap();
+        assert_eq!((work.total, work.changes.len(), work.inputs.len()), (20, 16, 20));
+        assert_eq!((work.changes[0].id, work.changes[0].object.as_str()), (1, "Service default/s0"));
+        assert_eq!(work.source.services, 9);
+        let next = intake.take().unwrap();
+        assert_eq!((next.inputs.len(), next.total, next.source.services), (0, 0, 9));
+    }
+
+    #[test]
+    fn service_cidrs_reach_the_compiler_together_and_only_when_they_changed() {
+        let mut intake = synced();
+        let cidr = |name: &str, net: &str| Fact::ServiceCidr(name.into(), vec![net.parse().unwrap()]);
+        let facts = vec![cidr("b", "10.97.0.0/16"), cidr("a", "10.96.0.0/16")];
+        intake.absorb(batch(WatchedResource::ServiceCidrs, facts, 9, false));
+        let expected = vec!["10.96.0.0/16".parse().unwrap(), "10.97.0.0/16".parse().unwrap()];
+        assert_eq!(intake.take().unwrap().inputs, [Input::ServiceCidrs(expected)]);
+        intake.absorb(batch(WatchedResource::ServiceCidrs, vec![cidr("a", "10.96.0.0/16")], 10, false));
+        assert_eq!(intake.take().unwrap().inputs, []);
+    }
+
+    #[test]
+    fn versions_never_go_back() {
+        let mut intake = synced();
+        intake.absorb(batch(WatchedResource::Nodes, vec![], 90, false));
+        intake.absorb(batch(WatchedResource::Nodes, vec![], 0, false));
+        assert_eq!(intake.take().unwrap().source.nodes, 90);
+    }
+}
