@@ -22,6 +22,8 @@ fn generated_code_is_fresh() {
         .type_attribute(".switchtower.v1.LocalEndpoint", "#[derive(PartialOrd, Ord)]")
         .type_attribute(".switchtower.v1.HealthCheckKey", "#[derive(PartialOrd, Ord)]")
         .type_attribute(".switchtower.v1.Cidr", "#[derive(PartialOrd, Ord)]")
+        // Encoded once, sent to many nodes: shared, not copied.
+        .bytes(".switchtower.v1.Part.payload")
         .out_dir(out.path())
         .compile_fds(descriptors)
         .unwrap();

@@ -537,8 +537,8 @@ pub struct Part {
     pub layer: i32,
     #[prost(enumeration = "PartKind", tag = "2")]
     pub kind: i32,
-    #[prost(bytes = "vec", tag = "3")]
-    pub payload: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub payload: ::prost::bytes::Bytes,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UpdateEnd {
