@@ -293,7 +293,7 @@ fn changes(kinds: Vec<Kind>) -> Vec<Change> {
 
 fn delta(layer: LayerKind, kinds: Vec<Kind>) -> Part {
     let payload = Segment { changes: changes(kinds) }.encode_to_vec();
-    Part { layer: layer as i32, kind: PartKind::Delta as i32, payload }
+    Part { layer: layer as i32, kind: PartKind::Delta as i32, payload: payload.into() }
 }
 
 fn deflate(bytes: &[u8]) -> Vec<u8> {
@@ -306,7 +306,7 @@ fn deflate(bytes: &[u8]) -> Vec<u8> {
 fn snapshot(layer: LayerKind, kinds: Vec<Kind>) -> Part {
     let bucket = Bucket { index: 3, digest: Vec::new(), changes: changes(kinds) };
     let payload = deflate(&Buckets { buckets: vec![bucket] }.encode_to_vec());
-    Part { layer: layer as i32, kind: PartKind::SnapshotDeflate as i32, payload }
+    Part { layer: layer as i32, kind: PartKind::SnapshotDeflate as i32, payload: payload.into() }
 }
 
 fn play(state: &mut State, update: &Update, parts: &[Part]) -> Result<Applied, Refusal> {
@@ -389,7 +389,7 @@ proptest! {
         let mut state = State::new();
         let sender = Sender::default();
         state.begin(&sender.update(None, 1)).unwrap();
-        let _ = state.part(&Part { layer, kind, payload });
+        let _ = state.part(&Part { layer, kind, payload: payload.into() });
     }
 }
 
@@ -412,15 +412,15 @@ fn refusals_have_their_own_reasons() {
     let stale = Sender::default().update(Some(7), 8);
     assert_eq!(reason(play(&mut state, &stale, &[part])), NackReason::DigestMismatch);
 
-    let big = Part { layer: 1, kind: 1, payload: vec![0; limits::PART + 1] };
+    let big = Part { layer: 1, kind: 1, payload: vec![0; limits::PART + 1].into() };
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[big])), NackReason::OverLimit);
-    let bomb = Part { layer: 1, kind: 3, payload: deflate(&vec![0; limits::INFLATED + 1]) };
+    let bomb = Part { layer: 1, kind: 3, payload: deflate(&vec![0; limits::INFLATED + 1]).into() };
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[bomb])), NackReason::OverLimit);
 
     let misplaced = delta(LayerKind::Zone, vec![Kind::Frontend(frontend(0, 0))]);
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[misplaced])), NackReason::Malformed);
     let unknown =
-        Part { layer: 1, kind: 1, payload: Segment { changes: vec![Change::default()] }.encode_to_vec() };
+        Part { layer: 1, kind: 1, payload: Segment { changes: vec![Change::default()] }.encode_to_vec().into() };
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[unknown])), NackReason::UnknownFeature);
     let absent = PoolPatch {
         key: Some(pool_key(0, Role::Cluster)),
@@ -439,7 +439,7 @@ fn endless_changes_are_refused() {
     let empty = Kind::ServiceCidr(Cidr { address: vec![0; 4], prefix_length: 0 });
     let change = Change { change: Some(empty) };
     let payload = Segment { changes: vec![change; 60_000] }.encode_to_vec();
-    let part = Part { layer: 2, kind: 1, payload };
+    let part = Part { layer: 2, kind: 1, payload: payload.into() };
     let refused = (0..=limits::CHANGES / 60_000).find_map(|_| state.part(&part).err());
     // ServiceCIDRs do not belong in a ZONE layer: refused at the first change already.
     assert_eq!(refused.map(|refusal| refusal.reason), Some(NackReason::Malformed));

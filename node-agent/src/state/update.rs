@@ -194,7 +194,7 @@ impl Staging {
                 inflated = inflate(payload)?;
                 inflated.as_slice()
             }
-            PartKind::Snapshot | PartKind::Delta => payload.as_slice(),
+            PartKind::Snapshot | PartKind::Delta => &payload[..],
             PartKind::Unspecified => return Err(Malformed("a part has no kind".into()).into()),
         };
         self.bytes += payload.len();
