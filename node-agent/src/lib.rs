@@ -5,4 +5,5 @@
 
 pub mod dataplane;
 pub mod kernel_change;
-pub mod state;
+
+pub mod nft;

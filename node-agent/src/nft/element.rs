@@ -1,0 +1,333 @@
+//! Elements of our sets and maps as values, and their bytes.
+//!
+//! Generic over the length of an address, so that the mirror of an IPv4 table does not pay for IPv6.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use super::expression::Verdict;
+use super::ruleset::Pick;
+use super::wire::Writer;
+
+/// Where clients connect: address, protocol, port. Also a local endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key<const N: usize> {
+    pub(crate) address: [u8; N],
+    pub(crate) port: u16,
+    pub(crate) protocol: u8,
+}
+
+/// A prefix. Host bits are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Range<const N: usize> {
+    pub(crate) address: [u8; N],
+    pub(crate) prefix: u8,
+}
+
+impl<const N: usize> Range<N> {
+    /// `None` if the length is wrong; host bits are cleared.
+    pub(crate) fn new(address: &[u8], prefix: u32) -> Option<Self> {
+        let mut address: [u8; N] = address.try_into().ok()?;
+        let prefix = u8::try_from(prefix).ok().filter(|prefix| usize::from(*prefix) <= N * 8)?;
+        for (index, byte) in address.iter_mut().enumerate() {
+            *byte &= mask(prefix, index);
+        }
+        Some(Range { address, prefix })
+    }
+
+    pub(crate) fn contains(&self, address: &[u8; N]) -> bool {
+        (0..N).all(|index| address[index] & mask(self.prefix, index) == self.address[index])
+    }
+
+    /// The last address.
+    pub(crate) fn last(&self) -> [u8; N] {
+        std::array::from_fn(|index| self.address[index] | !mask(self.prefix, index))
+    }
+
+    /// The prefix from its first and last address; `None` if they are not a prefix.
+    pub(crate) fn between(first: [u8; N], last: [u8; N]) -> Option<Self> {
+        (0..=N * 8)
+            .rev()
+            .filter_map(|prefix| Range::new(&first, prefix as u32))
+            .find(|range| range.address == first && range.last() == last)
+    }
+
+    /// Without those that lie inside another: interval sets hold no overlapping elements.
+    pub(crate) fn outermost(mut ranges: Vec<Self>) -> Vec<Self> {
+        ranges.sort_unstable_by_key(|range| (range.prefix, range.address));
+        let mut kept: Vec<Self> = Vec::new();
+        for range in ranges {
+            if !kept.iter().any(|outer| outer.contains(&range.address)) {
+                kept.push(range);
+            }
+        }
+        kept.sort_unstable();
+        kept
+    }
+}
+
+fn mask(prefix: u8, index: usize) -> u8 {
+    let bits = usize::from(prefix).saturating_sub(index * 8).min(8);
+    !(0xffu32 >> bits) as u8
+}
+
+/// The address after `last`; `None` at the end of the address space.
+fn successor<const N: usize>(mut last: [u8; N]) -> Option<[u8; N]> {
+    for byte in last.iter_mut().rev() {
+        let (next, overflow) = byte.overflowing_add(1);
+        *byte = next;
+        if !overflow {
+            return Some(last);
+        }
+    }
+    None
+}
+
+fn predecessor<const N: usize>(mut end: [u8; N]) -> [u8; N] {
+    for byte in end.iter_mut().rev() {
+        let (next, underflow) = byte.overflowing_sub(1);
+        *byte = next;
+        if !underflow {
+            break;
+        }
+    }
+    end
+}
+
+/// What can be added, removed or replaced: an element, or a chain or map that comes and goes with elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Element<const N: usize> {
+    Frontend(Key<N>),
+    Inside(Key<N>),
+    Outside(Key<N>),
+    Guarded(Key<N>),
+    Slot {
+        pool: u32,
+        index: u32,
+    },
+    Backend(u32),
+    StickyCluster(u32),
+    StickyLocal(u32),
+    /// A dispatch code; its chain comes and goes with it.
+    Pick(u32),
+    Vip([u8; N]),
+    ClusterIp([u8; N]),
+    ServiceCidr(Range<N>),
+    LocalPod(Range<N>),
+    Refused(Key<N>),
+    Hairpin(Key<N>),
+    AllowedSource(Key<N>, Range<N>),
+    /// The map of an affinity timeout, in seconds.
+    AffinityMap(u32),
+}
+
+/// The value of an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Data<const N: usize> {
+    /// An element of a set.
+    Present,
+    Value(u32),
+    Endpoint([u8; N], u16),
+    Pick(Pick),
+}
+
+fn key_bytes<const N: usize>(key: &Key<N>, to: &mut Vec<u8>) {
+    to.extend(key.address);
+    service_bytes(key, to);
+}
+
+fn service_bytes<const N: usize>(key: &Key<N>, to: &mut Vec<u8>) {
+    to.extend([key.protocol, 0, 0, 0]);
+    to.extend(key.port.to_be_bytes());
+    to.extend([0, 0]);
+}
+
+fn key_from<const N: usize>(bytes: &[u8]) -> Option<Key<N>> {
+    let address = bytes.get(..N)?.try_into().ok()?;
+    let port = u16::from_be_bytes(bytes.get(N + 4..N + 6)?.try_into().ok()?);
+    (bytes.len() >= N + 8).then_some(Key { address, port, protocol: bytes[N] })
+}
+
+impl<const N: usize> Element<N> {
+    /// The set or map; `None` for what is not an element.
+    pub(crate) fn set(&self) -> Option<&'static str> {
+        Some(match self {
+            Element::Frontend(_) => "frontends",
+            Element::Inside(_) => "inside",
+            Element::Outside(_) => "outside",
+            Element::Guarded(_) => "guarded",
+            Element::Slot { .. } => "slots",
+            Element::Backend(_) => "backends",
+            Element::StickyCluster(_) => "sticky_cluster",
+            Element::StickyLocal(_) => "sticky_local",
+            Element::Pick(_) => "picks",
+            Element::Vip(_) => "vips",
+            Element::ClusterIp(_) => "cluster_ips",
+            Element::ServiceCidr(_) => "service_cidrs",
+            Element::LocalPod(_) => "local_pods",
+            Element::Refused(_) => "refused",
+            Element::Hairpin(_) => "hairpin",
+            Element::AllowedSource(..) => "allowed_sources",
+            Element::AffinityMap(_) => return None,
+        })
+    }
+
+    /// Appends the element to a list of elements; `data` is left out where it is removed. Returns how many
+    /// list entries it took: an interval has a start and an end.
+    pub(crate) fn encode(&self, writer: &mut Writer, data: Option<&Data<N>>) -> usize {
+        let (mut key, mut end) = (Vec::with_capacity(48), None);
+        match self {
+            Element::Frontend(at)
+            | Element::Inside(at)
+            | Element::Outside(at)
+            | Element::Guarded(at)
+            | Element::Refused(at) => key_bytes(at, &mut key),
+            Element::Slot { pool, index } => {
+                key.extend(pool.to_ne_bytes());
+                key.extend(index.to_ne_bytes());
+            }
+            Element::Backend(id) | Element::StickyCluster(id) | Element::StickyLocal(id) => {
+                key.extend(id.to_ne_bytes());
+            }
+            Element::Pick(code) | Element::AffinityMap(code) => key.extend(code.to_ne_bytes()),
+            Element::Vip(address) | Element::ClusterIp(address) => key.extend(address),
+            Element::Hairpin(at) => {
+                key.extend(at.address);
+                key_bytes(at, &mut key);
+            }
+            Element::AllowedSource(at, range) => {
+                key_bytes(at, &mut key);
+                let mut last = key.clone();
+                key.extend(range.address);
+                last.extend(range.last());
+                end = Some(last);
+            }
+            Element::ServiceCidr(range) | Element::LocalPod(range) => return encode_interval(range, writer),
+        }
+        writer.nest(1, |writer| {
+            writer.nest(1, |writer| writer.attribute(1, &key));
+            if let Some(end) = &end {
+                writer.nest(10, |writer| writer.attribute(1, end));
+            }
+            match data {
+                None | Some(Data::Present) => {}
+                Some(Data::Value(value)) => {
+                    writer.nest(2, |writer| writer.attribute(1, &value.to_ne_bytes()));
+                }
+                Some(Data::Endpoint(address, port)) => {
+                    let mut value = address.to_vec();
+                    value.extend(port.to_be_bytes());
+                    value.extend([0, 0]);
+                    writer.nest(2, |writer| writer.attribute(1, &value));
+                }
+                Some(Data::Pick(pick)) => writer.nest(2, |writer| Verdict::Goto(pick.chain()).encode(writer)),
+            }
+        });
+        1
+    }
+}
+
+fn encode_interval<const N: usize>(range: &Range<N>, writer: &mut Writer) -> usize {
+    writer.nest(1, |writer| writer.nest(1, |writer| writer.attribute(1, &range.address)));
+    let Some(end) = successor(range.last()) else { return 1 };
+    writer.nest(1, |writer| {
+        writer.nest(1, |writer| writer.attribute(1, &end));
+        writer.number(3, 1);
+    });
+    2
+}
+
+/// An element as a dump shows it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Dumped<'a> {
+    pub(crate) key: &'a [u8],
+    pub(crate) key_end: Option<&'a [u8]>,
+    pub(crate) interval_end: bool,
+    pub(crate) data: Option<&'a [u8]>,
+    /// The chain of a `goto`.
+    pub(crate) chain: Option<&'a str>,
+}
+
+/// Reads the elements of one of our sets. What is not understood is `None`: it is not ours.
+pub(crate) fn decode<const N: usize>(set: &str, dumped: &Dumped<'_>) -> Option<(Element<N>, Data<N>)> {
+    let number = || Some(u32::from_ne_bytes(dumped.key.get(..4)?.try_into().ok()?));
+    let value = || Some(Data::Value(u32::from_ne_bytes(dumped.data?.try_into().ok()?)));
+    let endpoint = || {
+        let data = dumped.data?;
+        let port = u16::from_be_bytes(data.get(N..N + 2)?.try_into().ok()?);
+        Some(Data::Endpoint(data.get(..N)?.try_into().ok()?, port))
+    };
+    Some(match set {
+        "frontends" => (Element::Frontend(key_from(dumped.key)?), value()?),
+        "inside" => (Element::Inside(key_from(dumped.key)?), value()?),
+        "outside" => (Element::Outside(key_from(dumped.key)?), value()?),
+        "guarded" => (Element::Guarded(key_from(dumped.key)?), value()?),
+        "slots" => {
+            let index = u32::from_ne_bytes(dumped.key.get(4..8)?.try_into().ok()?);
+            (Element::Slot { pool: number()?, index }, value()?)
+        }
+        "backends" => (Element::Backend(number()?), endpoint()?),
+        "sticky_cluster" => (Element::StickyCluster(number()?), endpoint()?),
+        "sticky_local" => (Element::StickyLocal(number()?), endpoint()?),
+        "picks" => (Element::Pick(number()?), Data::Pick(Pick::parse(dumped.chain?)?)),
+        "vips" => (Element::Vip(dumped.key.try_into().ok()?), Data::Present),
+        "cluster_ips" => (Element::ClusterIp(dumped.key.try_into().ok()?), Data::Present),
+        "refused" => (Element::Refused(key_from(dumped.key)?), Data::Present),
+        "hairpin" => (Element::Hairpin(key_from(dumped.key.get(N..)?)?), Data::Present),
+        "allowed_sources" => {
+            let first = dumped.key.get(N + 8..)?.try_into().ok()?;
+            let last = dumped.key_end.and_then(|end| end.get(N + 8..)?.try_into().ok()).unwrap_or(first);
+            let range = Range::between(first, last)?;
+            (Element::AllowedSource(key_from(dumped.key)?, range), Data::Present)
+        }
+        _ => return None,
+    })
+}
+
+/// Joins the starts and ends of an interval set. `None` if they are not prefixes.
+pub(crate) fn decode_intervals<const N: usize>(dumped: &[Dumped<'_>]) -> Option<Vec<Range<N>>> {
+    let mut points: Vec<([u8; N], bool)> = Vec::new();
+    for element in dumped {
+        points.push((element.key.try_into().ok()?, !element.interval_end));
+    }
+    // At one address the end of an interval comes before the start of the next.
+    points.sort_unstable();
+    let (mut ranges, mut start) = (Vec::new(), None);
+    for (address, starts) in points {
+        match (starts, start) {
+            (true, None) => start = Some(address),
+            (false, Some(first)) => {
+                ranges.push(Range::between(first, predecessor(address))?);
+                start = None;
+            }
+            // The kernel keeps an end at the start of the address space for sets without an interval there.
+            (false, None) if address == [0; N] => {}
+            _ => return None,
+        }
+    }
+    if let Some(first) = start {
+        ranges.push(Range::between(first, [0xff; N])?);
+    }
+    Some(ranges)
+}
+
+/// What differs between the kernel and what it should hold: per element the value before and after.
+#[derive(Debug)]
+pub(crate) struct Changes<const N: usize>(pub(crate) HashMap<Element<N>, (Option<Data<N>>, Option<Data<N>>)>);
+
+impl<const N: usize> Default for Changes<N> {
+    fn default() -> Self {
+        Changes(HashMap::new())
+    }
+}
+
+impl<const N: usize> Changes<N> {
+    /// Notes that an element changes; several changes of one element become one.
+    pub(crate) fn put(&mut self, element: Element<N>, before: Option<Data<N>>, after: Option<Data<N>>) {
+        let entry = self.0.entry(element).or_insert((before, after));
+        entry.1 = after;
+        if entry.0 == entry.1 {
+            self.0.remove(&element);
+        }
+    }
+}

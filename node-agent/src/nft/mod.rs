@@ -1,0 +1,413 @@
+//! The kernel's side: nf_tables over netlink, tables `ip switchtower` and `ip6 switchtower`.
+//!
+//! [`ruleset`] says what the tables look like, [`mirror`] and [`plan`] derive their content from the view
+//! without touching the kernel, [`encode`] writes a transaction, [`dump`] reads the tables back. [`Nft`] puts
+//! them together as a [`Dataplane`]. One transaction covers both tables and carries the stamp. No process is
+//! started, and only the own tables are read or written.
+
+mod allocate;
+mod dump;
+mod element;
+mod encode;
+mod expression;
+mod inspect;
+mod mirror;
+mod monitor;
+mod netlink;
+mod plan;
+mod ruleset;
+mod text;
+mod wire;
+
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
+use crate::kernel_change::KernelChange;
+use dump::TableDump;
+use element::{Data, Element};
+use encode::{Encoded, Structure};
+use mirror::Mirror;
+use netlink::{Batch, Failure, Socket};
+use plan::Plan;
+use ruleset::{FAMILY_IPV4, FAMILY_IPV6, LAST_CODE};
+
+pub use inspect::{TableSummary, cleanup, inspect};
+pub use monitor::{Monitor, Notice};
+pub use ruleset::{LAYOUT_VERSION, TABLE};
+
+/// Attempts of one transaction: each takes out at least one refused element or waits for another writer.
+const ATTEMPTS: usize = 256;
+/// How long to wait when another transaction was in the way.
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
+/// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Nft {
+    socket: Socket,
+    plan: Plan,
+    structures: (Structure, Structure),
+    last_code: u32,
+    /// The stamp of the last successful commit or adoption.
+    stamp: Option<Stamp>,
+}
+
+/// What a transaction did.
+struct Outcome {
+    operations: u32,
+    kernel: Duration,
+}
+
+/// What an attempt of a transaction calls for next.
+enum Next {
+    /// It is committed, and was this long in the kernel.
+    Done(Outcome),
+    /// Something was taken out or repaired: again.
+    Again,
+    /// The tables are not what they should be: compare with a dump, then again.
+    Compare,
+}
+
+impl Nft {
+    /// Opens a netlink socket.
+    ///
+    /// # Errors
+    /// The kernel has no nf_tables, or the process may open no more files.
+    pub fn open() -> io::Result<Self> {
+        Self::with_codes(LAST_CODE)
+    }
+
+    /// Like [`Nft::open`], with dispatch codes up to `last_code` (5..=4095) only: for tests of what happens when
+    /// they run short.
+    ///
+    /// # Errors
+    /// As [`Nft::open`].
+    pub fn with_codes(last_code: u32) -> io::Result<Self> {
+        let last_code = last_code.clamp(ruleset::FIRST_CODE, LAST_CODE);
+        Ok(Nft {
+            socket: Socket::open()?,
+            plan: Plan::new(last_code),
+            structures: Default::default(),
+            last_code,
+            stamp: None,
+        })
+    }
+
+    /// The netlink port id: notifications of this socket's own transactions carry it.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn port(&self) -> io::Result<u32> {
+        self.socket.port()
+    }
+
+    /// The kernel's ruleset generation, which every transaction of anyone increases.
+    ///
+    /// # Errors
+    /// The request failed.
+    pub fn ruleset_generation(&mut self) -> io::Result<u32> {
+        dump::generation(&mut self.socket)
+    }
+
+    /// Sends the pending changes until the kernel takes them.
+    fn transact(&mut self, stamp: Stamp) -> Result<Outcome, CommitError> {
+        let entries = stamp_entries(&stamp);
+        let mut chunk = usize::MAX;
+        let mut healed = (HashSet::new(), HashSet::new());
+        let mut compared = false;
+        for _ in 0..ATTEMPTS {
+            match self.attempt(&entries, &mut chunk, &mut healed)? {
+                Next::Done(outcome) => {
+                    self.stamp = Some(stamp);
+                    return Ok(outcome);
+                }
+                Next::Again => {}
+                Next::Compare if compared => {
+                    // The dump did not help: build both tables anew.
+                    self.structures = Default::default();
+                    self.plan.v4.rebuild();
+                    self.plan.v6.rebuild();
+                }
+                Next::Compare => {
+                    compared = true;
+                    self.compare()?;
+                }
+            }
+        }
+        Err(CommitError::Refused {
+            operation: "every attempt was refused anew".to_owned(),
+            errno: libc::EBUSY,
+        })
+    }
+
+    fn attempt(
+        &mut self,
+        entries: &BTreeMap<u32, [u8; 16]>,
+        chunk: &mut usize,
+        healed: &mut (HashSet<Element<4>>, HashSet<Element<16>>),
+    ) -> Result<Next, CommitError> {
+        let mut batch = Batch::new();
+        let v4 = encode::family(&mut batch, &self.plan.v4, &self.structures.0, entries, *chunk);
+        let v6 = encode::family(&mut batch, &self.plan.v6, &self.structures.1, entries, *chunk);
+        let started = Instant::now();
+        let failures = self.socket.commit(&mut batch)?;
+        if failures.is_empty() {
+            let kernel = started.elapsed();
+            committed(&mut self.plan.v4, &mut self.structures.0, entries);
+            committed(&mut self.plan.v6, &mut self.structures.1, entries);
+            return Ok(Next::Done(Outcome { operations: v4.operations + v6.operations, kernel }));
+        }
+        let mut next = None;
+        for failure in &failures {
+            let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
+            if busy && !v4.has(failure.message) && !v6.has(failure.message) {
+                std::thread::sleep(BUSY_PAUSE);
+                next.get_or_insert(Next::Again);
+                continue;
+            }
+            if [libc::EPERM, libc::ENOMEM, libc::ENOBUFS, libc::EMSGSIZE].contains(&failure.errno) {
+                return Err(CommitError::Refused {
+                    operation: operation(&v4, &v6, failure),
+                    errno: failure.errno,
+                });
+            }
+            let position = batch.element_at(failure);
+            let found = resolve(&mut self.plan.v4, &v4, failure, position, &mut healed.0)
+                .or_else(|| resolve(&mut self.plan.v6, &v6, failure, position, &mut healed.1));
+            match found {
+                Some(()) => next = Some(Next::Again),
+                None if (v4.has(failure.message) || v6.has(failure.message))
+                    && failure.errno != libc::ENOENT =>
+                {
+                    // The kernel does not say which element: send each in a message of its own.
+                    *chunk = 1;
+                    next.get_or_insert(Next::Again);
+                }
+                None if self.structures.0.built || self.structures.1.built => return Ok(Next::Compare),
+                None => {
+                    return Err(CommitError::Refused {
+                        operation: operation(&v4, &v6, failure),
+                        errno: failure.errno,
+                    });
+                }
+            }
+        }
+        self.plan.settle();
+        Ok(next.unwrap_or(Next::Again))
+    }
+
+    /// Reads both tables and notes what differs; returns how much.
+    fn compare(&mut self) -> io::Result<u32> {
+        let v4 = dump::table::<4>(&mut self.socket)?;
+        let v6 = dump::table::<16>(&mut self.socket)?;
+        let (first, first_count) = encode::compare(&mut self.plan.v4, v4);
+        let (second, second_count) = encode::compare(&mut self.plan.v6, v6);
+        self.structures = (first, second);
+        Ok(first_count + second_count)
+    }
+
+    fn refused(&self) -> Vec<Refused> {
+        let all = self.plan.refusals().into_iter();
+        all.map(|refusal| Refused { item: refusal.item, reason: refusal.reason, errno: refusal.errno })
+            .collect()
+    }
+
+    fn committed(&self, outcome: &Outcome, started: Instant) -> Committed {
+        Committed {
+            operations: outcome.operations,
+            plan: started.elapsed().saturating_sub(outcome.kernel),
+            commit: outcome.kernel,
+            refused: self.refused(),
+        }
+    }
+}
+
+/// The kernel took everything.
+fn committed<const N: usize>(
+    mirror: &mut Mirror<N>,
+    structure: &mut Structure,
+    stamp: &BTreeMap<u32, [u8; 16]>,
+) {
+    mirror.changes = element::Changes::default();
+    let config = mirror.facts.rules.clone();
+    *structure = Structure { built: true, config, stamp: stamp.clone(), ..Structure::default() };
+}
+
+/// Reacts to a refused element: heals a difference, or takes its item out. `None`: it is not an element of this
+/// family, or the kernel does not say which.
+fn resolve<const N: usize>(
+    mirror: &mut Mirror<N>,
+    encoded: &Encoded<N>,
+    failure: &Failure,
+    position: Option<usize>,
+    healed: &mut HashSet<Element<N>>,
+) -> Option<()> {
+    let (element, deletes) = encoded.element(failure.message, position)?;
+    match (failure.errno, deletes) {
+        // Someone else removed it before us.
+        (libc::ENOENT, true) => {
+            let change = mirror.changes.0.get_mut(&element)?;
+            change.0 = None;
+            if change.1.is_none() {
+                mirror.changes.0.remove(&element);
+            }
+        }
+        // Someone else put another value there: remove that first.
+        (libc::EEXIST, false) if healed.insert(element) => {
+            let change = mirror.changes.0.get_mut(&element)?;
+            change.0 = Some(Data::Present);
+        }
+        (errno, _) => mirror.refuse(element, errno),
+    }
+    Some(())
+}
+
+/// What a failure was about, for people.
+fn operation(v4: &Encoded<4>, v6: &Encoded<16>, failure: &Failure) -> String {
+    let element = v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
+    let element =
+        element.or_else(|| v6.element(failure.message, None).map(|(element, _)| format!("{element:?}")));
+    element.unwrap_or_else(|| format!("operation {} of the transaction", failure.message))
+}
+
+/// The stamp as entries of map `stamp`: 0 the digest; 1 generation, layout version, deviations; 2 the facts.
+fn stamp_entries(stamp: &Stamp) -> BTreeMap<u32, [u8; 16]> {
+    let mut second = [0; 16];
+    second[..8].copy_from_slice(&stamp.generation.to_be_bytes());
+    second[8..10].copy_from_slice(&LAYOUT_VERSION.to_be_bytes());
+    second[12..].copy_from_slice(&stamp.deviations.to_be_bytes());
+    let mut third = [0; 16];
+    third[8..].copy_from_slice(&stamp.facts.to_be_bytes());
+    BTreeMap::from([(0, stamp.digest.to_be_bytes()), (1, second), (2, third)])
+}
+
+/// The inverse of [`stamp_entries`]; `None` if incomplete or of another layout version.
+fn stamp_from(entries: &BTreeMap<u32, [u8; 16]>) -> Option<Stamp> {
+    let (first, second, third) = (entries.get(&0)?, entries.get(&1)?, entries.get(&2)?);
+    if second[8..10] != LAYOUT_VERSION.to_be_bytes() {
+        return None;
+    }
+    Some(Stamp {
+        digest: u128::from_be_bytes(*first),
+        generation: u64::from_be_bytes(second[..8].try_into().ok()?),
+        deviations: u32::from_be_bytes(second[12..].try_into().ok()?),
+        facts: u64::from_be_bytes(third[8..].try_into().ok()?),
+    })
+}
+
+/// Tells a fresh mirror which numbers, ids and codes the kernel holds.
+fn hint<const N: usize>(mirror: &mut Mirror<N>, dump: &TableDump<N>) {
+    let mut slots: BTreeMap<(u32, u32), u32> = BTreeMap::new();
+    for (element, data) in &dump.elements {
+        match (element, data) {
+            (
+                Element::Frontend(key) | Element::Inside(key) | Element::Outside(key) | Element::Guarded(key),
+                Data::Value(value),
+            ) if value >> 13 != 0 => {
+                mirror.hints.numbers.insert(*key, value >> 13);
+            }
+            (Element::Slot { pool, index }, Data::Value(id)) => {
+                slots.insert((*pool, *index), *id);
+            }
+            (Element::Backend(id), Data::Endpoint(address, port)) => {
+                mirror.hints.backends.insert(*id);
+                mirror.hints.endpoints.insert(*id, (*address, *port));
+            }
+            (Element::StickyCluster(id) | Element::StickyLocal(id), Data::Endpoint(address, port)) => {
+                mirror.hints.endpoints.insert(*id, (*address, *port));
+            }
+            (Element::Pick(code), Data::Pick(pick)) => mirror.adopt_code(*code, *pick),
+            _ => {}
+        }
+    }
+    for ((pool, _), id) in slots {
+        mirror.hints.slots.entry(pool).or_default().push(id);
+    }
+    mirror.adopt_numbers();
+}
+
+impl Dataplane for Nft {
+    fn stamp(&mut self) -> Result<Option<Stamp>, CommitError> {
+        let mut stamps = Vec::new();
+        for family in [FAMILY_IPV4, FAMILY_IPV6] {
+            match dump::stamp(&mut self.socket, family) {
+                Ok(entries) => stamps.push(stamp_from(&entries)),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(stamps[0].filter(|_| stamps[0] == stamps[1]))
+    }
+
+    fn adopt(&mut self, view: &[KernelChange], stamp: Stamp) -> Result<Adopted, CommitError> {
+        let started = Instant::now();
+        let v4 = dump::table::<4>(&mut self.socket)?;
+        let v6 = dump::table::<16>(&mut self.socket)?;
+        let mut plan = Plan::new(self.last_code);
+        (plan.v4.recording, plan.v6.recording) = (false, false);
+        if let Some(dump) = &v4 {
+            hint(&mut plan.v4, dump);
+        }
+        if let Some(dump) = &v6 {
+            hint(&mut plan.v6, dump);
+        }
+        for change in view {
+            plan.apply(change);
+        }
+        plan.settle();
+        (plan.v4.recording, plan.v6.recording) = (true, true);
+        (plan.v4.hints, plan.v6.hints) = Default::default();
+        let previous = std::mem::replace(&mut self.plan, plan);
+        let structures = self.structures.clone();
+        let (first, first_count) = encode::compare(&mut self.plan.v4, v4);
+        let (second, second_count) = encode::compare(&mut self.plan.v6, v6);
+        self.structures = (first, second);
+        let entries = stamp_entries(&stamp);
+        let stamped = self.structures.0.stamp == entries && self.structures.1.stamp == entries;
+        if first_count + second_count == 0 && stamped {
+            self.stamp = Some(stamp);
+            return Ok(Adopted { committed: None, refused: self.refused() });
+        }
+        match self.transact(stamp) {
+            Ok(outcome) => {
+                let committed = self.committed(&outcome, started);
+                Ok(Adopted { refused: committed.refused.clone(), committed: Some(committed) })
+            }
+            Err(error) => {
+                (self.plan, self.structures) = (previous, structures);
+                Err(error)
+            }
+        }
+    }
+
+    fn commit(&mut self, changes: &[KernelChange], stamp: Stamp) -> Result<Committed, CommitError> {
+        let started = Instant::now();
+        let mut undo: Vec<_> = changes.iter().flat_map(|change| self.plan.apply(change)).collect();
+        self.plan.settle();
+        match self.transact(stamp) {
+            Ok(outcome) => Ok(self.committed(&outcome, started)),
+            Err(error) => {
+                while let Some(step) = undo.pop() {
+                    self.plan.undo(step);
+                }
+                self.plan.settle();
+                Err(error)
+            }
+        }
+    }
+
+    fn repair(&mut self) -> Result<u32, CommitError> {
+        self.plan.v4.unblock();
+        self.plan.v6.unblock();
+        let count = self.compare()?;
+        let Some(stamp) = self.stamp else { return Ok(count) };
+        let entries = stamp_entries(&stamp);
+        let stamps = [&self.structures.0, &self.structures.1];
+        let wrong = stamps.iter().filter(|structure| structure.stamp != entries).count() as u32;
+        if count + wrong > 0 {
+            self.transact(stamp)?;
+        }
+        Ok(count + wrong)
+    }
+}

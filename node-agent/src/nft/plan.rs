@@ -1,0 +1,346 @@
+//! Both families together: view changes to mirror changes and their inverses. Pure.
+
+use std::net::IpAddr;
+
+use switchtower_proto::v1::{
+    Cidr, Endpoint, Family, Frontend as ViewFrontend, FrontendKey, LocalDetection, LocalEndpoint, NodeRecord,
+    PoolKey, Protocol, Role, ServicePort, Settings, Target as ViewTarget, Verdict,
+};
+
+use super::element::{Key, Range};
+use super::mirror::{Facts, Frontend, Mirror, Reference, Refusal, Target, role_index};
+use super::ruleset::{LocalPods, RuleConfig};
+use super::text::SEPARATOR;
+use crate::kernel_change::KernelChange;
+
+/// kube-proxy's masquerade bit.
+const DEFAULT_MARK: u32 = 0x4000;
+
+/// What undoes a change.
+#[derive(Debug)]
+pub(crate) enum Undo {
+    Change(KernelChange),
+    Node(Option<NodeRecord>),
+    Settings(Option<Settings>),
+    HostAddresses(Vec<IpAddr>),
+}
+
+/// The desired content of both tables.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) v4: Mirror<4>,
+    pub(crate) v6: Mirror<16>,
+    node: Option<NodeRecord>,
+    settings: Option<Settings>,
+    host_addresses: Vec<IpAddr>,
+}
+
+/// Calls a generic function for the mirror of the family that an address length or family names.
+macro_rules! for_family {
+    ($plan:expr, $family:expr, |$mirror:ident| $body:expr) => {
+        match $family {
+            Family::Ipv4 => {
+                let $mirror = &mut $plan.v4;
+                $body
+            }
+            Family::Ipv6 => {
+                let $mirror = &mut $plan.v6;
+                $body
+            }
+            Family::Unspecified => None,
+        }
+    };
+}
+
+impl Plan {
+    /// Empty tables; `last_code` is the last dispatch code to use.
+    pub(crate) fn new(last_code: u32) -> Self {
+        Plan {
+            v4: Mirror::new(last_code),
+            v6: Mirror::new(last_code),
+            node: None,
+            settings: None,
+            host_addresses: Vec::new(),
+        }
+    }
+
+    /// Applies one change; returns what undoes it, in the order in which that must be applied. What is malformed
+    /// or changes nothing is skipped.
+    pub(crate) fn apply(&mut self, change: &KernelChange) -> Vec<Undo> {
+        let undo = match change {
+            KernelChange::Frontend(frontend) => {
+                let family = family_of(frontend.key.as_ref());
+                for_family!(self, family, |mirror| set_frontend(mirror, frontend))
+            }
+            KernelChange::FrontendRemoved(key) => {
+                for_family!(self, family_of(Some(key)), |mirror| remove_frontend(mirror, key))
+            }
+            KernelChange::Pool { key, added, removed } => {
+                return for_family!(self, key.family(), |mirror| Some(change_pool(
+                    mirror, key, added, removed
+                )))
+                .unwrap_or_default();
+            }
+            KernelChange::PoolRemoved(key) => {
+                for_family!(self, key.family(), |mirror| remove_pool(mirror, key))
+            }
+            KernelChange::LocalEndpoint(endpoint) => self.set_hairpin(endpoint, true),
+            KernelChange::LocalEndpointRemoved(endpoint) => self.set_hairpin(endpoint, false),
+            KernelChange::ServiceCidr(cidr) => self.set_service_cidr(cidr, true),
+            KernelChange::ServiceCidrRemoved(cidr) => self.set_service_cidr(cidr, false),
+            KernelChange::Node(node) => Some(self.replace(Undo::Node(Some(node.clone())))),
+            KernelChange::Settings(settings) => Some(self.replace(Undo::Settings(Some(settings.clone())))),
+            KernelChange::HostAddresses(addresses) => {
+                Some(self.replace(Undo::HostAddresses(addresses.clone())))
+            }
+        };
+        undo.into_iter().collect()
+    }
+
+    /// Applies what [`Plan::apply`] returned.
+    pub(crate) fn undo(&mut self, undo: Undo) {
+        match undo {
+            Undo::Change(change) => {
+                self.apply(&change);
+            }
+            other => {
+                self.replace(other);
+            }
+        }
+    }
+
+    /// Replaces node facts or settings; returns those before.
+    fn replace(&mut self, new: Undo) -> Undo {
+        let old = match new {
+            Undo::Node(node) => Undo::Node(std::mem::replace(&mut self.node, node)),
+            Undo::Settings(settings) => Undo::Settings(std::mem::replace(&mut self.settings, settings)),
+            Undo::HostAddresses(addresses) => {
+                Undo::HostAddresses(std::mem::replace(&mut self.host_addresses, addresses))
+            }
+            Undo::Change(change) => return Undo::Change(change),
+        };
+        let (facts4, facts6) = (self.facts(), self.facts());
+        self.v4.set_facts(facts4);
+        self.v6.set_facts(facts6);
+        old
+    }
+
+    fn set_hairpin(&mut self, endpoint: &LocalEndpoint, present: bool) -> Option<Undo> {
+        let changed = match endpoint.address.len() {
+            4 => hairpin_key(endpoint).map(|key| self.v4.set_hairpin(key, present)),
+            _ => hairpin_key(endpoint).map(|key| self.v6.set_hairpin(key, present)),
+        };
+        let undo = if present { KernelChange::LocalEndpointRemoved } else { KernelChange::LocalEndpoint };
+        changed?.then(|| Undo::Change(undo(endpoint.clone())))
+    }
+
+    fn set_service_cidr(&mut self, cidr: &Cidr, present: bool) -> Option<Undo> {
+        let changed = match cidr.address.len() {
+            4 => range(cidr).map(|range| self.v4.set_service_cidr(range, present)),
+            _ => range(cidr).map(|range| self.v6.set_service_cidr(range, present)),
+        };
+        let undo = if present { KernelChange::ServiceCidrRemoved } else { KernelChange::ServiceCidr };
+        changed?.then(|| Undo::Change(undo(cidr.clone())))
+    }
+
+    /// Node facts and settings as one family sees them.
+    fn facts<const N: usize>(&self) -> Facts<N> {
+        let node = self.node.as_ref();
+        let own: Vec<[u8; N]> = node
+            .iter()
+            .flat_map(|node| &node.addresses)
+            .filter_map(|address| address.as_slice().try_into().ok())
+            .collect();
+        let (local_pods, sources) = self.local_pods();
+        let settings = self.settings.as_ref();
+        let served = settings.map(|settings| settings.node_port_addresses.as_slice()).unwrap_or_default();
+        let node_ports = if served.is_empty() {
+            own.iter().copied().collect()
+        } else {
+            let ranges: Vec<Range<N>> = served.iter().filter_map(range).collect();
+            let addresses = self.host_addresses.iter().filter(|address| !address.is_loopback());
+            let addresses = addresses.filter_map(|address| bytes_of(address).as_slice().try_into().ok());
+            addresses.filter(|address| ranges.iter().any(|range| range.contains(address))).collect()
+        };
+        let mark = settings.map_or(0, |settings| settings.masquerade_mark);
+        let rules = RuleConfig {
+            mark: if mark == 0 { DEFAULT_MARK } else { mark },
+            masquerade_all: settings.is_some_and(|settings| settings.masquerade_all),
+            local_pods,
+        };
+        Facts { node_ports, primary: own.first().copied(), local_pods: sources, rules }
+    }
+
+    /// How local pods are recognised. A family without a CIDR has no detection.
+    fn local_pods<const N: usize>(&self) -> (LocalPods, Vec<Range<N>>) {
+        let Some(settings) = &self.settings else { return (LocalPods::Unknown, Vec::new()) };
+        let by_source = |cidrs: &[Cidr]| {
+            let ranges: Vec<Range<N>> = cidrs.iter().filter_map(range).collect();
+            (if ranges.is_empty() { LocalPods::Unknown } else { LocalPods::Sources }, ranges)
+        };
+        let interface = settings.interface.clone();
+        // An interface name has at most 15 bytes; no packet comes through any other.
+        let named = (1..16).contains(&interface.len());
+        match settings.local_detection() {
+            LocalDetection::NodeCidr => {
+                by_source(self.node.as_ref().map(|node| node.pod_cidrs.as_slice()).unwrap_or_default())
+            }
+            LocalDetection::ClusterCidr => by_source(&settings.cluster_cidrs),
+            LocalDetection::BridgeInterface if named => (LocalPods::Interface(interface), Vec::new()),
+            LocalDetection::InterfaceNamePrefix if named => {
+                (LocalPods::InterfacePrefix(interface), Vec::new())
+            }
+            _ => (LocalPods::Unknown, Vec::new()),
+        }
+    }
+
+    /// Brings both mirrors in line with the view.
+    pub(crate) fn settle(&mut self) {
+        self.v4.settle();
+        self.v6.settle();
+    }
+
+    /// All refused items of both families.
+    pub(crate) fn refusals(&self) -> Vec<Refusal> {
+        let mut all = self.v4.refusals();
+        all.extend(self.v6.refusals());
+        all
+    }
+}
+
+fn bytes_of(address: &IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+fn family_of(key: Option<&FrontendKey>) -> Family {
+    key.map_or(Family::Unspecified, FrontendKey::family)
+}
+
+fn range<const N: usize>(cidr: &Cidr) -> Option<Range<N>> {
+    Range::new(&cidr.address, cidr.prefix_length)
+}
+
+fn key<const N: usize>(address: &[u8], protocol: Protocol, port: u32) -> Option<Key<N>> {
+    let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
+    let protocol = u8::try_from(protocol as i32).ok().filter(|protocol| *protocol != 0)?;
+    Some(Key { address: address.try_into().ok()?, port, protocol })
+}
+
+fn hairpin_key<const N: usize>(endpoint: &LocalEndpoint) -> Option<Key<N>> {
+    key(&endpoint.address, endpoint.protocol(), endpoint.port)
+}
+
+fn reference<const N: usize>(frontend: &FrontendKey) -> Option<Reference<N>> {
+    if frontend.address.is_empty() {
+        let Key { port, protocol, .. } = key::<N>(&[0; N], frontend.protocol(), frontend.port)?;
+        return Some(Reference::NodePort { protocol, port });
+    }
+    key(&frontend.address, frontend.protocol(), frontend.port).map(Reference::Explicit)
+}
+
+/// The internal name of a service port.
+fn name_of(port: Option<&ServicePort>) -> String {
+    let port = port.cloned().unwrap_or_default();
+    [port.namespace, port.name, port.port, port.protocol.to_string()].join(&SEPARATOR.to_string())
+}
+
+/// The inverse of [`name_of`].
+fn service_port(name: &str) -> ServicePort {
+    let mut parts = name.split(SEPARATOR).map(str::to_owned);
+    let mut next = || parts.next().unwrap_or_default();
+    ServicePort {
+        namespace: next(),
+        name: next(),
+        port: next(),
+        protocol: next().parse().unwrap_or_default(),
+    }
+}
+
+fn target(target: Option<&ViewTarget>) -> Target {
+    target.map_or(Target { role: Role::Cluster, when_empty: Verdict::Reject }, |target| Target {
+        role: target.role(),
+        when_empty: target.when_empty(),
+    })
+}
+
+fn set_frontend<const N: usize>(mirror: &mut Mirror<N>, view: &ViewFrontend) -> Option<Undo> {
+    let view_key = view.key.as_ref()?;
+    let reference = reference(view_key)?;
+    let frontend = Frontend {
+        kind: view.kind(),
+        outside: target(view.outside.as_ref()),
+        inside: target(view.inside.as_ref()),
+        affinity: view.affinity_seconds.min(86400),
+        ranges: view.source_ranges.clone().into_boxed_slice(),
+        port: 0,
+    };
+    let before = mirror.set_frontend(reference, &name_of(view.service_port.as_ref()), frontend);
+    Some(Undo::Change(match before {
+        Some((name, frontend)) => KernelChange::Frontend(view_of(view_key.clone(), &name, &frontend)),
+        None => KernelChange::FrontendRemoved(view_key.clone()),
+    }))
+}
+
+fn view_of(key: FrontendKey, name: &str, frontend: &Frontend) -> ViewFrontend {
+    let target =
+        |target: Target| ViewTarget { role: target.role as i32, when_empty: target.when_empty as i32 };
+    ViewFrontend {
+        key: Some(key),
+        kind: frontend.kind as i32,
+        service_port: Some(service_port(name)),
+        outside: Some(target(frontend.outside)),
+        inside: Some(target(frontend.inside)),
+        affinity_seconds: frontend.affinity,
+        source_ranges: frontend.ranges.to_vec(),
+    }
+}
+
+fn remove_frontend<const N: usize>(mirror: &mut Mirror<N>, view: &FrontendKey) -> Option<Undo> {
+    let (name, frontend) = mirror.remove_frontend(reference(view)?)?;
+    Some(Undo::Change(KernelChange::Frontend(view_of(view.clone(), &name, &frontend))))
+}
+
+fn endpoints<const N: usize>(view: &[Endpoint]) -> Vec<([u8; N], u16)> {
+    let valid = view.iter().filter_map(|endpoint| {
+        let port = u16::try_from(endpoint.port).ok().filter(|port| *port != 0)?;
+        Some((endpoint.address.as_slice().try_into().ok()?, port))
+    });
+    valid.collect()
+}
+
+fn view_endpoints<const N: usize>(members: &[([u8; N], u16)]) -> Vec<Endpoint> {
+    let endpoint =
+        |(address, port): &([u8; N], u16)| Endpoint { address: address.to_vec(), port: u32::from(*port) };
+    members.iter().map(endpoint).collect()
+}
+
+fn programmed_role(key: &PoolKey) -> Option<usize> {
+    matches!(key.role(), Role::Cluster | Role::Local).then(|| role_index(key.role()))
+}
+
+fn change_pool<const N: usize>(
+    mirror: &mut Mirror<N>,
+    key: &PoolKey,
+    added: &[Endpoint],
+    removed: &[Endpoint],
+) -> Vec<Undo> {
+    let Some(role) = programmed_role(key) else { return Vec::new() };
+    let name = name_of(key.service_port.as_ref());
+    let created = mirror.create_pool(&name, role);
+    let removed = mirror.remove_members(&name, role, &endpoints(removed));
+    let added = mirror.add_members(&name, role, &endpoints(added));
+    if created {
+        return vec![Undo::Change(KernelChange::PoolRemoved(key.clone()))];
+    }
+    let (added, removed) = (view_endpoints(&removed), view_endpoints(&added));
+    vec![Undo::Change(KernelChange::Pool { key: key.clone(), added, removed })]
+}
+
+fn remove_pool<const N: usize>(mirror: &mut Mirror<N>, key: &PoolKey) -> Option<Undo> {
+    let members = mirror.remove_pool(&name_of(key.service_port.as_ref()), programmed_role(key)?)?;
+    let added = view_endpoints(&members);
+    Some(Undo::Change(KernelChange::Pool { key: key.clone(), added, removed: Vec::new() }))
+}
