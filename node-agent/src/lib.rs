@@ -5,5 +5,5 @@
 
 pub mod dataplane;
 pub mod kernel_change;
-
 pub mod nft;
+pub mod state;
