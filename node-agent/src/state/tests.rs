@@ -445,7 +445,7 @@ fn endless_changes_are_refused() {
     assert_eq!(refused.map(|refusal| refusal.reason), Some(NackReason::Malformed));
 
     state.begin(&Sender::default().update(None, 1)).unwrap();
-    let part = Part { layer: 2, kind: 1, payload: Vec::new() };
+    let part = Part { layer: 2, kind: 1, payload: Vec::new().into() };
     let refused = (0..=limits::PARTS).find_map(|_| state.part(&part).err());
     assert_eq!(refused.map(|refusal| refusal.reason), Some(NackReason::OverLimit));
 }
