@@ -1,0 +1,405 @@
+//! The layers of the view, and what a node has to be sent to get from where it is to where it should be.
+//!
+//! A node's view is the sum of the layers that it subscribes to. Each layer is kept once for all nodes,
+//! together with a log of its latest changes in encoded form: nodes at the same place get the same bytes.
+//!
+//! What holds:
+//! * [`Layers::apply`] and a delta cost what changed, whatever the cluster's size.
+//! * Whoever applies what [`Layers::plan`] gives has, afterwards, exactly the items and the digest of the
+//!   layers, from whatever place it came.
+//! * The logs are bounded; who is too far behind gets a snapshot of the layer.
+//! * A large snapshot is compressed once. Until its layer's log forgets it, it is sent with the changes since.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write as _;
+use std::sync::Arc;
+
+use flate2::Compression;
+use flate2::write::DeflateEncoder;
+use switchtower_proto::digest::Digest;
+use switchtower_proto::v1::{Change, ChangeInfo, LayerKind, Part, PartKind, Source};
+
+use crate::model::LayerId;
+
+mod items;
+mod log;
+
+#[cfg(test)]
+mod tests;
+
+use log::Layer;
+
+/// Most bytes of payload in a part, with room for what deflate adds to bytes that do not compress.
+const PART: usize = (1 << 20) - (32 << 10);
+/// Most change descriptions in an update.
+const INFOS: usize = 16;
+
+/// The layers that a node gets, one of each kind.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Subscription {
+    /// The node.
+    pub node: Arc<str>,
+    /// Its zone; without one it has no layer of that kind.
+    pub zone: Option<Arc<str>>,
+    /// Profile and revision of its settings.
+    pub settings: (Arc<str>, u64),
+}
+
+impl Subscription {
+    /// The layers in a fixed order: cluster, zone, node, settings.
+    fn layers(&self) -> [Option<LayerId>; 4] {
+        [
+            Some(LayerId::Cluster),
+            self.zone.clone().map(LayerId::Zone),
+            Some(LayerId::Node(self.node.clone())),
+            Some(LayerId::Settings(self.settings.0.clone(), self.settings.1)),
+        ]
+    }
+}
+
+const KINDS: [LayerKind; 4] = [LayerKind::Cluster, LayerKind::Zone, LayerKind::Node, LayerKind::Settings];
+
+/// A place that a node's view has reached.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cursor {
+    revision: u64,
+    subscription: Subscription,
+    digests: [Digest; 4],
+}
+
+impl Cursor {
+    /// The revision of the layers.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// What the view consists of.
+    #[must_use]
+    pub fn subscription(&self) -> &Subscription {
+        &self.subscription
+    }
+
+    /// The digest of the view.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digests.iter().fold(Digest::default(), |sum, digest| sum.plus(*digest))
+    }
+}
+
+/// Bounds of a layer's log. It also never grows beyond a quarter of its layer (but for 64 KiB).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLimits {
+    /// Most entries.
+    pub entries: usize,
+    /// Most encoded bytes.
+    pub bytes: usize,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { entries: 4_096, bytes: 8 << 20 }
+    }
+}
+
+/// What [`Layers::apply`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// The new revision.
+    pub revision: u64,
+    /// Layers whose content is different now, removed ones among them.
+    pub touched: Vec<LayerId>,
+    /// Changes that were malformed and dropped; a defect of the compiler.
+    pub dropped: usize,
+}
+
+/// An update for one node.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// It replaces everything: `Update.from` stays empty.
+    pub whole: bool,
+    /// Some layer is sent as a snapshot.
+    pub snapshot: bool,
+    /// What to send, in order.
+    pub parts: Vec<Part>,
+    /// How many changes of the node's layers it carries, at least 1.
+    pub changes: u64,
+    /// Descriptions of the latest changes, at most 16.
+    pub infos: Vec<ChangeInfo>,
+    /// Where the node is when it has applied it.
+    pub after: Cursor,
+    /// Up to where each resource is processed.
+    pub source: Source,
+}
+
+/// What [`Layers::plan`] found.
+#[derive(Debug)]
+pub enum Planned {
+    /// The node has everything; it may be taken to be at this place.
+    Nothing(Cursor),
+    /// This is to be sent.
+    Update(Box<Plan>),
+    /// Compress this ([`RawSnapshot::compress`]), hand it to [`Layers::keep`], and plan again. Compressing
+    /// takes a while and needs no access to the layers, so nobody has to wait for it.
+    Compress(Box<RawSnapshot>),
+}
+
+/// A large layer, encoded.
+#[derive(Debug)]
+pub struct RawSnapshot {
+    layer: LayerId,
+    kind: LayerKind,
+    revision: u64,
+    payloads: Vec<Vec<u8>>,
+}
+
+impl RawSnapshot {
+    /// Compresses it.
+    #[must_use]
+    pub fn compress(self) -> Snapshot {
+        let parts = self.payloads.into_iter().map(|raw| compress(self.kind, raw)).collect();
+        Snapshot { layer: self.layer, revision: self.revision, parts }
+    }
+}
+
+/// A large layer, compressed.
+#[derive(Debug)]
+pub struct Snapshot {
+    layer: LayerId,
+    revision: u64,
+    parts: Vec<Part>,
+}
+
+fn compress(kind: LayerKind, raw: Vec<u8>) -> Part {
+    let mut encoder = DeflateEncoder::new(Vec::with_capacity(raw.len() / 4), Compression::fast());
+    // Writing to memory does not fail; if it ever did, the raw form is as good.
+    let compressed = encoder.write_all(&raw).and_then(|()| encoder.finish());
+    let (kind_of_part, payload) = match compressed {
+        Ok(compressed) => (PartKind::SnapshotDeflate, compressed),
+        Err(_) => (PartKind::Snapshot, raw),
+    };
+    Part { layer: kind as i32, kind: kind_of_part as i32, payload: payload.into() }
+}
+
+/// All layers of this process.
+#[derive(Debug)]
+pub struct Layers {
+    layers: HashMap<LayerId, Layer>,
+    revision: u64,
+    /// Revision of the last removal of a layer: of layers that are absent since then it is known that they
+    /// were empty.
+    last_removal: u64,
+    source: Source,
+    limits: LogLimits,
+}
+
+impl Layers {
+    /// No layers, at revision 0.
+    #[must_use]
+    pub fn new(limits: LogLimits) -> Self {
+        Self { layers: HashMap::new(), revision: 0, last_removal: 0, source: Source::default(), limits }
+    }
+
+    /// Where the layers stand; grows by one with each [`Layers::apply`].
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Up to where each resource is processed.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        self.source
+    }
+
+    /// Notes that resources are processed further without a change of any layer.
+    pub fn advance(&mut self, source: Source) {
+        self.source = source;
+    }
+
+    /// Applies changes and removes layers, as one revision.
+    pub fn apply(
+        &mut self,
+        changes: BTreeMap<LayerId, Vec<Change>>,
+        removed: &[LayerId],
+        infos: Vec<ChangeInfo>,
+        source: Source,
+    ) -> Applied {
+        self.revision += 1;
+        self.source = source;
+        let infos: Arc<[ChangeInfo]> = infos.into();
+        let mut applied = Applied { revision: self.revision, touched: Vec::new(), dropped: 0 };
+        for id in removed {
+            if self.layers.remove(id).is_some() {
+                self.last_removal = self.revision;
+                applied.touched.push(id.clone());
+            }
+        }
+        for (id, changes) in changes {
+            let floor = self.last_removal;
+            let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
+            let (dropped, touched) = layer.apply(self.revision, changes, &infos, &self.limits);
+            applied.dropped += dropped;
+            if touched && !applied.touched.contains(&id) {
+                applied.touched.push(id);
+            }
+        }
+        applied
+    }
+
+    fn digests(&self, subscription: &Subscription) -> [Digest; 4] {
+        subscription.layers().map(|id| {
+            id.and_then(|id| self.layers.get(&id)).map_or_else(Digest::default, |layer| layer.items.digest())
+        })
+    }
+
+    /// The place of a view that has everything.
+    #[must_use]
+    pub fn head(&self, subscription: &Subscription) -> Cursor {
+        Cursor {
+            revision: self.revision,
+            subscription: subscription.clone(),
+            digests: self.digests(subscription),
+        }
+    }
+
+    /// Finds the place of a view by the revision that its holder remembers and by its digest.
+    ///
+    /// `revision` is `None` if it was given out by another process; then only a view that equals the present
+    /// one is found.
+    #[must_use]
+    pub fn resume(
+        &self,
+        subscription: &Subscription,
+        revision: Option<u64>,
+        digest: Digest,
+    ) -> Option<Cursor> {
+        let remembered = revision.filter(|revision| *revision <= self.revision).and_then(|revision| {
+            let mut digests = [Digest::default(); 4];
+            for (slot, id) in digests.iter_mut().zip(subscription.layers()) {
+                let Some(id) = id else { continue };
+                *slot = match self.layers.get(&id) {
+                    Some(layer) => layer.digest_at(revision)?,
+                    None if revision >= self.last_removal => Digest::default(),
+                    None => return None,
+                };
+            }
+            Some(Cursor { revision, subscription: subscription.clone(), digests })
+        });
+        remembered
+            .filter(|cursor| cursor.digest() == digest)
+            .or_else(|| Some(self.head(subscription)).filter(|cursor| cursor.digest() == digest))
+    }
+
+    /// How many changes of a node's layers came after its place.
+    #[must_use]
+    pub fn pending(&self, subscription: &Subscription, from: &Cursor) -> u64 {
+        let (now, then) = (subscription.layers(), from.subscription.layers());
+        let mut pending = 0;
+        for ((id, old), known) in now.iter().zip(&then).zip(from.digests) {
+            let layer = id.as_ref().and_then(|id| self.layers.get(id));
+            pending += match layer {
+                Some(layer) if id == old && layer.covers(from.revision) => {
+                    layer.since(from.revision).len() as u64
+                }
+                Some(layer) if layer.items.digest() != known => 1,
+                Some(_) => 0,
+                None => u64::from(known != Digest::default()),
+            };
+        }
+        pending
+    }
+
+    /// What a node has to be sent. `from` is its place, `None` if it has nothing that can be continued.
+    #[must_use]
+    pub fn plan(&self, subscription: &Subscription, from: Option<&Cursor>) -> Planned {
+        let mut plan = Plan {
+            whole: from.is_none(),
+            snapshot: from.is_none(),
+            parts: Vec::new(),
+            changes: 0,
+            infos: Vec::new(),
+            after: self.head(subscription),
+            source: self.source,
+        };
+        let then = from.map(|from| from.subscription.layers()).unwrap_or_default();
+        for (at, id) in subscription.layers().into_iter().enumerate() {
+            let place = from.map(|from| (from.revision, from.digests[at]));
+            let same = id == then[at];
+            if let Err(raw) = self.plan_layer(at, id.as_ref(), place, same, &mut plan) {
+                return Planned::Compress(raw);
+            }
+        }
+        if plan.parts.is_empty() && !plan.whole {
+            return Planned::Nothing(plan.after);
+        }
+        plan.changes = plan.changes.max(1);
+        Planned::Update(Box::new(plan))
+    }
+
+    fn plan_layer(
+        &self,
+        at: usize,
+        id: Option<&LayerId>,
+        place: Option<(u64, Digest)>,
+        same: bool,
+        plan: &mut Plan,
+    ) -> Result<(), Box<RawSnapshot>> {
+        let found = id.and_then(|id| Some((id, self.layers.get(id)?)));
+        match (found, place) {
+            (Some((_, layer)), Some((revision, _))) if same && layer.covers(revision) => {
+                let entries = layer.since(revision);
+                plan.changes += entries.len() as u64;
+                note(&mut plan.infos, entries.map(|entry| &*entry.infos));
+                layer.delta(revision, &mut plan.parts);
+            }
+            // The other layer, or the older state of this one, is the same content.
+            (Some((_, layer)), Some((_, digest))) if layer.items.digest() == digest => {}
+            (Some((id, layer)), place) => {
+                layer.snapshot(id, self.revision, &mut plan.parts)?;
+                note(
+                    &mut plan.infos,
+                    layer.since(place.map_or(0, |(revision, _)| revision)).map(|entry| &*entry.infos),
+                );
+                plan.snapshot = true;
+                plan.changes += 1;
+            }
+            (None, Some((_, digest))) if digest != Digest::default() => {
+                let kind = PartKind::Snapshot as i32;
+                plan.parts.push(Part { layer: KINDS[at] as i32, kind, payload: bytes::Bytes::new() });
+                plan.changes += 1;
+            }
+            (None, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Keeps a compressed snapshot for everybody who needs one.
+    pub fn keep(&self, snapshot: Snapshot) {
+        if let Some(layer) = self.layers.get(&snapshot.layer) {
+            layer.keep(snapshot);
+        }
+    }
+}
+
+/// Adds descriptions, each once, and keeps the latest.
+fn note<'a>(infos: &mut Vec<ChangeInfo>, entries: impl ExactSizeIterator<Item = &'a [ChangeInfo]>) {
+    // Older entries than these cannot have one of the latest descriptions.
+    let skip = entries.len().saturating_sub(INFOS);
+    for info in entries.skip(skip).flatten() {
+        if !infos.iter().any(|known| known.id == info.id) {
+            infos.push(info.clone());
+        }
+    }
+    let excess = infos.len().saturating_sub(INFOS);
+    infos.drain(..excess);
+}
+
+fn kind(id: &LayerId) -> LayerKind {
+    match id {
+        LayerId::Cluster => LayerKind::Cluster,
+        LayerId::Zone(_) => LayerKind::Zone,
+        LayerId::Node(_) => LayerKind::Node,
+        LayerId::Settings(..) => LayerKind::Settings,
+    }
+}
