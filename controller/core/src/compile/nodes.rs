@@ -1,0 +1,203 @@
+//! Nodes: their records, and the items that only one node has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::{HealthCheck, HealthCheckKey, LocalEndpoint, NodeRecord};
+
+use super::emit::Emitter;
+use super::service::Output;
+use super::wire;
+use crate::compiled::{Problem, ProblemObject, ProblemReason};
+use crate::model::{LayerId, Node, ObjectKey};
+
+#[derive(Debug, Default)]
+pub(super) struct Nodes {
+    known: BTreeMap<Arc<str>, Node>,
+    /// Nodes whose record changed since the last compile; true: the layer is new.
+    changed: BTreeMap<Arc<str>, bool>,
+    removed: BTreeSet<Arc<str>>,
+    /// Services whose endpoints or hints name a node, whether the Node exists or not.
+    concerned: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
+    /// How many service ports have a local endpoint.
+    local: BTreeMap<Arc<str>, BTreeMap<LocalEndpoint, usize>>,
+    /// Health check ports: a new Node gets all of them.
+    health: BTreeMap<ObjectKey, (u16, BTreeMap<Arc<str>, u32>)>,
+}
+
+impl Nodes {
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.known.contains_key(name)
+    }
+
+    pub(super) fn zone(&self, name: &str) -> Option<Arc<str>> {
+        self.known.get(name)?.zone.clone()
+    }
+
+    /// Takes note of a Node. Returns the Services that have something for a new one; `None` if nothing changed.
+    pub(super) fn apply(&mut self, node: Node) -> Option<BTreeSet<ObjectKey>> {
+        let name = node.name.clone();
+        let old = self.known.insert(name.clone(), node);
+        if old.as_ref() == self.known.get(&name) {
+            return None;
+        }
+        let new = old.is_none();
+        let pending = self.changed.entry(name.clone()).or_default();
+        *pending |= new;
+        Some(if new { self.concerned.get(&name).cloned().unwrap_or_default() } else { BTreeSet::new() })
+    }
+
+    /// Forgets a Node and all that its layer held. Returns the Services that had something in it.
+    pub(super) fn remove(&mut self, name: &Arc<str>) -> BTreeSet<ObjectKey> {
+        if self.known.remove(name).is_none() {
+            return BTreeSet::new();
+        }
+        // A Node that came and went between two compiles never had a layer.
+        if self.changed.remove(name) != Some(true) {
+            self.removed.insert(name.clone());
+        }
+        self.local.remove(name);
+        self.concerned.get(name).cloned().unwrap_or_default()
+    }
+
+    /// Publishes removed layers, changed records, and the health checks of new Nodes.
+    pub(super) fn publish(&mut self, emitter: &mut Emitter) {
+        for name in std::mem::take(&mut self.removed) {
+            emitter.layer_removed(LayerId::Node(name));
+        }
+        for (name, new) in std::mem::take(&mut self.changed) {
+            let Some(node) = self.known.get(&name) else { continue };
+            if let Some(problem) = incomplete(node) {
+                emitter.problem(problem);
+            }
+            let layer = LayerId::Node(name.clone());
+            emitter.push(layer.clone(), Kind::Node(record(node)));
+            for (key, (port, ready)) in self.health.iter().filter(|_| new) {
+                let ready = ready.get(&name).copied().unwrap_or(0);
+                emitter.push(layer.clone(), Kind::HealthCheck(health_check(key, *port, ready)));
+            }
+        }
+    }
+
+    /// Keeps the index of Services by node.
+    pub(super) fn index(&mut self, key: &ObjectKey, old: &Output, new: &Output) {
+        for node in old.nodes.difference(&new.nodes) {
+            if let Some(services) = self.concerned.get_mut(node) {
+                services.remove(key);
+                if services.is_empty() {
+                    self.concerned.remove(node);
+                }
+            }
+        }
+        for node in new.nodes.difference(&old.nodes) {
+            self.concerned.entry(node.clone()).or_default().insert(key.clone());
+        }
+    }
+
+    /// Takes out what is for Nodes that do not exist: they have no layer yet.
+    pub(super) fn restrict(&self, output: &mut Output) {
+        output.pools.retain(|layer, _| match layer {
+            LayerId::Node(name) => self.known.contains_key(name),
+            _ => true,
+        });
+        output.local.retain(|name, _| self.known.contains_key(name));
+    }
+
+    /// Counts references: the same endpoint may serve several Services.
+    pub(super) fn local_endpoints(&mut self, old: &Output, new: &Output, emitter: &mut Emitter) {
+        let none = BTreeSet::new();
+        for (node, endpoints) in &new.local {
+            let before = old.local.get(node).unwrap_or(&none);
+            let counts = self.local.entry(node.clone()).or_default();
+            for endpoint in endpoints.difference(before) {
+                let count = counts.entry(endpoint.clone()).or_default();
+                *count += 1;
+                if *count == 1 {
+                    emitter.push(LayerId::Node(node.clone()), Kind::LocalEndpoint(endpoint.clone()));
+                }
+            }
+        }
+        for (node, endpoints) in &old.local {
+            let now = new.local.get(node).unwrap_or(&none);
+            let Some(counts) = self.local.get_mut(node) else { continue };
+            for endpoint in endpoints.difference(now) {
+                let Some(count) = counts.get_mut(endpoint) else { continue };
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(endpoint);
+                    emitter.push(LayerId::Node(node.clone()), Kind::LocalEndpointRemoved(endpoint.clone()));
+                }
+            }
+        }
+    }
+
+    /// A changed port concerns every Node, a changed count only its own.
+    pub(super) fn health(&mut self, key: &ObjectKey, old: &Output, new: &Output, emitter: &mut Emitter) {
+        if old.health == new.health {
+            return;
+        }
+        let none = BTreeMap::new();
+        let before = old.health.as_ref();
+        match &new.health {
+            None => {
+                self.health.remove(key);
+                for name in self.known.keys() {
+                    let removed = Kind::HealthCheckRemoved(health_check_key(key));
+                    emitter.push(LayerId::Node(name.clone()), removed);
+                }
+            }
+            Some((port, ready)) => {
+                self.health.insert(key.clone(), (*port, ready.clone()));
+                let same_port = before.is_some_and(|(before, _)| before == port);
+                let earlier = before.map_or(&none, |(_, ready)| ready);
+                let touched: BTreeSet<&Arc<str>> = if same_port {
+                    ready.keys().chain(earlier.keys()).filter(|n| ready.get(*n) != earlier.get(*n)).collect()
+                } else {
+                    self.known.keys().collect()
+                };
+                for name in touched.into_iter().filter(|name| self.known.contains_key(*name)) {
+                    let count = ready.get(name).copied().unwrap_or(0);
+                    let change = Kind::HealthCheck(health_check(key, *port, count));
+                    emitter.push(LayerId::Node(name.clone()), change);
+                }
+            }
+        }
+    }
+}
+
+fn health_check_key(key: &ObjectKey) -> HealthCheckKey {
+    HealthCheckKey { namespace: key.namespace.to_string(), name: key.name.to_string() }
+}
+
+fn health_check(key: &ObjectKey, port: u16, ready: u32) -> HealthCheck {
+    HealthCheck { key: Some(health_check_key(key)), port: port.into(), ready }
+}
+
+fn record(node: &Node) -> NodeRecord {
+    let Node { name, addresses, pod_cidrs, zone, eligible } = node;
+    NodeRecord {
+        name: name.to_string(),
+        addresses: addresses.iter().map(|address| wire::address(*address)).collect(),
+        pod_cidrs: pod_cidrs.iter().map(|cidr| wire::cidr(*cidr)).collect(),
+        eligible: *eligible,
+        zone: zone.as_deref().unwrap_or_default().to_owned(),
+    }
+}
+
+fn incomplete(node: &Node) -> Option<Problem> {
+    let missing = match (node.addresses.is_empty(), node.pod_cidrs.is_empty()) {
+        (false, false) => return None,
+        (true, false) => "no address: its NodePorts are served nowhere",
+        (false, true) => "no pod CIDR: its pods are not told from other sources",
+        (true, true) => "no address and no pod CIDR: its NodePorts are served nowhere, and its pods are not \
+                         told from other sources",
+    };
+    let object = ProblemObject::Node(node.name.to_string());
+    let message = format!("the Node has {missing}");
+    Some(Problem { object, reason: ProblemReason::IncompleteNode, message })
+}

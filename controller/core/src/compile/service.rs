@@ -1,0 +1,274 @@
+//! What one Service gives: its frontends, and its items in each layer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use switchtower_proto::v1::{
+    Family, Frontend, FrontendKey, FrontendKind, LocalEndpoint, PoolKey, Protocol, Role, ServicePort, Target,
+    Verdict,
+};
+
+use super::categorize::{Address, Categories, Endpoints, categorize, gather};
+use super::wire;
+use crate::compiled::{Problem, ProblemObject, ProblemReason};
+use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
+
+/// Members of one pool at most; the rest is left out and reported.
+pub const MAX_POOL_MEMBERS: usize = 65_000;
+/// Source ranges of one frontend at most; a Service with more is reported, and its surplus left out.
+pub const MAX_SOURCE_RANGES: usize = 1_000;
+
+/// Everything that a Service contributes, to be compared with what it contributed before.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(super) struct Output {
+    /// Frontends that it would have if nobody else claimed them.
+    pub(super) frontends: BTreeMap<FrontendKey, Frontend>,
+    /// Pools by layer.
+    pub(super) pools: BTreeMap<LayerId, BTreeMap<PoolKey, BTreeSet<Address>>>,
+    /// Local endpoints by node.
+    pub(super) local: BTreeMap<Arc<str>, BTreeSet<LocalEndpoint>>,
+    /// Health check port and ready addresses by node.
+    pub(super) health: Option<(u16, BTreeMap<Arc<str>, u32>)>,
+    /// Nodes that endpoints or hints name, whether the Node exists or not.
+    pub(super) nodes: BTreeSet<Arc<str>>,
+    pub(super) problems: Vec<Problem>,
+    /// Distinct endpoints, for counts.
+    pub(super) endpoints: usize,
+}
+
+/// Compiles one Service from its slices, in the order of their keys.
+pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
+    let mut output = Output::default();
+    let ports = distinct_ports(service, &mut output.problems);
+    for cluster_ip in &service.cluster_ips {
+        for port in ports.values() {
+            let endpoints = gather(slices.iter().copied(), port, cluster_ip.is_ipv6());
+            compile_port(service, port, *cluster_ip, &endpoints, &mut output);
+        }
+    }
+    output.health = service.health_check_port.map(|port| (port, ready_addresses(service, slices)));
+    output
+}
+
+/// Ports by name and protocol: the last of two with the same wins, as in kube-proxy's map.
+fn distinct_ports<'a>(
+    service: &'a Service,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<(&'a str, i32), &'a ServicePortSpec> {
+    let mut ports = BTreeMap::new();
+    for port in &service.ports {
+        if ports.insert((&*port.name, i32::from(port.protocol)), port).is_some() {
+            let name = if port.name.is_empty() { "without a name" } else { &port.name };
+            let message = format!("two {} ports {name}: the last one is used", port.protocol.as_str_name());
+            problems.push(problem(service, ProblemReason::DuplicatePort, message));
+        }
+    }
+    ports
+}
+
+pub(super) fn problem(service: &Service, reason: ProblemReason, message: String) -> Problem {
+    Problem { object: ProblemObject::Service(service.key.clone()), reason, message }
+}
+
+fn compile_port(
+    service: &Service,
+    port: &ServicePortSpec,
+    cluster_ip: IpAddr,
+    endpoints: &Endpoints<'_>,
+    output: &mut Output,
+) {
+    let family = wire::family(cluster_ip);
+    let key = ServicePort {
+        namespace: service.key.namespace.to_string(),
+        name: service.key.name.to_string(),
+        port: port.name.to_string(),
+        protocol: port.protocol.into(),
+    };
+    let categories = categorize(endpoints);
+    output.endpoints += endpoints.len();
+    output.nodes.extend(endpoints.values().filter_map(|endpoint| endpoint.node.clone()));
+    output.nodes.extend(categories.nodes.keys().cloned());
+    let outside = Outside::of(service, port, family);
+    let uses_cluster = service.internal_policy == TrafficPolicy::Cluster || !outside.is_empty();
+    let uses_local = service.internal_policy == TrafficPolicy::Local
+        || (service.external_policy == TrafficPolicy::Local && !outside.is_empty());
+    let ranges = source_ranges(service, family, output);
+    for frontend in frontends(service, port, cluster_ip, &key, &outside, categories.any, &ranges) {
+        let frontend_key = frontend.key.clone().unwrap_or_default();
+        output.frontends.insert(frontend_key, frontend);
+    }
+    pools(service, &key, family, &categories, uses_cluster, uses_local, output);
+    local_endpoints(port.protocol, endpoints, &categories, uses_cluster, uses_local, output);
+}
+
+/// External addresses and the node port of a service port, in one family.
+struct Outside {
+    addresses: Vec<(FrontendKind, IpAddr)>,
+    node_port: Option<u16>,
+}
+
+impl Outside {
+    fn of(service: &Service, port: &ServicePortSpec, family: Family) -> Self {
+        let of_family = |kind, addresses: &[IpAddr]| -> Vec<_> {
+            let same = addresses.iter().filter(|address| wire::family(**address) == family);
+            same.map(|address| (kind, *address)).collect()
+        };
+        // The load balancer's own address comes last and wins over the same address as an externalIP.
+        let mut addresses = of_family(FrontendKind::ExternalIp, &service.external_ips);
+        addresses.extend(of_family(FrontendKind::LoadBalancer, &service.load_balancer_ips));
+        Outside { addresses, node_port: port.node_port }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.addresses.is_empty() && self.node_port.is_none()
+    }
+}
+
+fn source_ranges(service: &Service, family: Family, output: &mut Output) -> Vec<IpNet> {
+    let of_family = |net: &&IpNet| wire::family(net.addr()) == family;
+    let ranges: BTreeSet<IpNet> = service.source_ranges.iter().filter(of_family).map(IpNet::trunc).collect();
+    if ranges.len() > MAX_SOURCE_RANGES {
+        let message =
+            format!("{} loadBalancerSourceRanges: the first {MAX_SOURCE_RANGES} are used", ranges.len());
+        output.problems.push(problem(service, ProblemReason::LimitExceeded, message));
+    }
+    ranges.into_iter().take(MAX_SOURCE_RANGES).collect()
+}
+
+fn frontends(
+    service: &Service,
+    port: &ServicePortSpec,
+    cluster_ip: IpAddr,
+    key: &ServicePort,
+    outside: &Outside,
+    any: bool,
+    ranges: &[IpNet],
+) -> Vec<Frontend> {
+    let family = wire::family(cluster_ip);
+    // A Cluster pool is empty only where nothing is usable anywhere.
+    let when_empty = |role| match (role, any) {
+        (Role::Local, true) => Verdict::Drop,
+        _ => Verdict::Reject,
+    };
+    let target = |policy| {
+        let role = if policy == TrafficPolicy::Local { Role::Local } else { Role::Cluster };
+        Target { role: role.into(), when_empty: when_empty(role).into() }
+    };
+    let frontend = |kind, address: Vec<u8>, number: u16, outside: Target, inside: Target| Frontend {
+        key: Some(FrontendKey {
+            family: family.into(),
+            address,
+            protocol: port.protocol.into(),
+            port: number.into(),
+        }),
+        kind: FrontendKind::into(kind),
+        service_port: Some(key.clone()),
+        outside: Some(outside),
+        inside: Some(inside),
+        affinity_seconds: service.affinity_seconds.unwrap_or(0).min(86_400),
+        source_ranges: if kind == FrontendKind::LoadBalancer {
+            ranges.iter().map(|net| wire::cidr(*net)).collect()
+        } else {
+            Vec::new()
+        },
+    };
+    let internal = target(service.internal_policy);
+    let (external, inside) = (target(service.external_policy), target(TrafficPolicy::Cluster));
+    let mut all =
+        vec![frontend(FrontendKind::ClusterIp, wire::address(cluster_ip), port.port, internal, internal)];
+    for (kind, address) in &outside.addresses {
+        if *address != cluster_ip {
+            all.push(frontend(*kind, wire::address(*address), port.port, external, inside));
+        }
+    }
+    if let Some(number) = outside.node_port {
+        all.push(frontend(FrontendKind::NodePort, Vec::new(), number, external, inside));
+    }
+    all
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is one fact of the service port, used once")]
+fn pools(
+    service: &Service,
+    key: &ServicePort,
+    family: Family,
+    categories: &Categories,
+    uses_cluster: bool,
+    uses_local: bool,
+    output: &mut Output,
+) {
+    let pool = |role: Role| PoolKey {
+        service_port: Some(key.clone()),
+        family: family.into(),
+        role: role.into(),
+    };
+    let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
+        let members = addresses.iter().copied().take(MAX_POOL_MEMBERS).collect();
+        output.pools.entry(layer).or_default().insert(pool(role), members);
+        if addresses.len() > MAX_POOL_MEMBERS {
+            let message =
+                format!("{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used", addresses.len());
+            output.problems.push(problem(service, ProblemReason::LimitExceeded, message));
+        }
+    };
+    if uses_cluster && !categories.cluster.is_empty() {
+        put(LayerId::Cluster, Role::Cluster, &categories.cluster);
+        for (zone, addresses) in &categories.zones {
+            if *addresses != categories.cluster {
+                put(LayerId::Zone(zone.clone()), Role::Cluster, addresses);
+            }
+        }
+        for (node, addresses) in &categories.nodes {
+            put(LayerId::Node(node.clone()), Role::Cluster, addresses);
+        }
+    }
+    if uses_local {
+        for (node, addresses) in &categories.local {
+            put(LayerId::Node(node.clone()), Role::Local, addresses);
+        }
+    }
+    if Protocol::try_from(key.protocol) == Ok(Protocol::Udp) && !categories.serving.is_empty() {
+        put(LayerId::Cluster, Role::Serving, &categories.serving);
+    }
+}
+
+/// Endpoints that can reach themselves through the Service.
+///
+/// Topology hints are not applied: an entry for an endpoint that its own node does not use is never matched.
+fn local_endpoints(
+    protocol: Protocol,
+    endpoints: &Endpoints<'_>,
+    categories: &Categories,
+    uses_cluster: bool,
+    uses_local: bool,
+    output: &mut Output,
+) {
+    for (address, endpoint) in endpoints {
+        let Some(node) = &endpoint.node else { continue };
+        let by_local = || categories.local.get(node).is_some_and(|local| local.contains(address));
+        if (uses_cluster && categories.cluster.contains(address)) || (uses_local && by_local()) {
+            output.local.entry(node.clone()).or_default().insert(LocalEndpoint {
+                address: wire::address(address.0),
+                protocol: protocol.into(),
+                port: address.1.into(),
+            });
+        }
+    }
+}
+
+/// Distinct ready addresses by node, over all ports, in the Service's first family.
+fn ready_addresses(service: &Service, slices: &[&EndpointSlice]) -> BTreeMap<Arc<str>, u32> {
+    let mut distinct: BTreeMap<Arc<str>, BTreeSet<IpAddr>> = BTreeMap::new();
+    let Some(first) = service.cluster_ips.first() else { return BTreeMap::new() };
+    for port in &service.ports {
+        let endpoints = gather(slices.iter().copied(), port, first.is_ipv6());
+        for (address, endpoint) in endpoints.iter().filter(|(_, endpoint)| endpoint.ready) {
+            if let Some(node) = &endpoint.node {
+                distinct.entry(node.clone()).or_default().insert(address.0);
+            }
+        }
+    }
+    distinct.into_iter().map(|(node, addresses)| (node, addresses.len() as u32)).collect()
+}
