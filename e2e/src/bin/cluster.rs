@@ -1,0 +1,111 @@
+//! `cluster`: a real Kubernetes cluster on this machine, with kubelets and containers.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use switchtower_e2e::cluster::{Layout, Tools, down, machine, shell, up};
+
+#[derive(Parser)]
+#[command(about, version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Starts the cluster and prints its KUBECONFIG
+    Up {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+        /// The service proxy to start with
+        #[arg(long, value_enum, default_value = "none")]
+        proxy: ProxyName,
+    },
+    /// Removes the cluster, whatever is left of it
+    Down {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// First process of a machine (started by `up`)
+    #[command(hide = true)]
+    MachineInit {
+        #[arg(long)]
+        host_name: String,
+        #[arg(long)]
+        var: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct Place {
+    /// Prefix of everything the cluster makes
+    #[arg(long, default_value = "st", env = "SWITCHTOWER_CLUSTER_NAME", value_parser = short_name)]
+    name: String,
+    /// Folder for the cluster's state; it is removed with the cluster
+    #[arg(long, default_value = "/var/lib/switchtower-cluster", env = "SWITCHTOWER_CLUSTER_DIR")]
+    dir: PathBuf,
+    /// Number of nodes with a kubelet
+    #[arg(long, default_value_t = 2, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
+    nodes: u8,
+}
+
+#[derive(Args)]
+struct Programs {
+    /// Folder with etcd, kube-apiserver, kube-controller-manager, kube-proxy and kubectl
+    #[arg(long, env = "SWITCHTOWER_CONTROL_PLANE")]
+    control_plane: PathBuf,
+    /// Folder with kubelet, kube-scheduler, coredns, pause and the test image's files
+    #[arg(long, env = "SWITCHTOWER_CLUSTER_TOOLS")]
+    tools: PathBuf,
+    /// Folder that keeps assembled images between runs
+    #[arg(long, env = "SWITCHTOWER_CLUSTER_IMAGES")]
+    images: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ProxyName {
+    None,
+    KubeProxy,
+}
+
+/// Device names hold 15 bytes, and `-node-99` follows.
+fn short_name(text: &str) -> Result<String, String> {
+    let fits = (1..=9).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    if fits { Ok(text.to_owned()) } else { Err("use 1 to 9 lower-case letters and digits".to_owned()) }
+}
+
+impl Place {
+    fn layout(self) -> Layout {
+        Layout { dir: self.dir.join(&self.name), name: self.name, nodes: self.nodes }
+    }
+}
+
+impl Programs {
+    fn tools(self) -> Tools {
+        Tools { control_plane: self.control_plane, cluster: self.tools, images: self.images }
+    }
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Action::Up { place, programs, proxy } => {
+            let layout = place.layout();
+            let proxy = match proxy {
+                ProxyName::None => up::Proxy::None,
+                ProxyName::KubeProxy => up::Proxy::KubeProxy,
+            };
+            up::up(&layout, &programs.tools(), proxy).with_context(|| {
+                format!("the cluster did not start (logs: {}; `down` removes it)", layout.logs().display())
+            })?;
+            shell::say("ready for kubectl:");
+            shell::print(&format!("export KUBECONFIG={}", layout.kubeconfig().display()))
+        }
+        Action::Down { place } => down::down(&place.layout()),
+        Action::MachineInit { host_name, var } => machine::machine_init(&host_name, &var),
+    }
+}

@@ -1,0 +1,204 @@
+//! Container images assembled without an engine: a tar of one layer, a config and a manifest, in the
+//! format that `docker save` writes and `ctr image import` reads.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::layout::{Layout, Tools};
+use super::machine::Machine;
+use super::shell::{finish, run};
+
+/// The image of every pod's sandbox.
+pub const PAUSE: &str = "switchtower.dev/cluster/pause:1";
+/// The cluster's DNS server.
+pub const COREDNS: &str = "switchtower.dev/cluster/coredns:1";
+/// The controller, as the manifests name it.
+pub const CONTROLLER: &str = "switchtower.dev/switchtower-controller:dev";
+/// The node agent, as the manifests name it.
+pub const NODE_AGENT: &str = "switchtower.dev/switchtower-node-agent:dev";
+/// The test image, first by the name that the demo uses, then by those of upstream's suite in v1.36.
+const TEST_IMAGE_TAGS: [&str; 4] = [
+    "switchtower.dev/cluster/agnhost:1",
+    "registry.k8s.io/e2e-test-images/agnhost:2.63.0",
+    "registry.k8s.io/e2e-test-images/agnhost:2.55",
+    "registry.k8s.io/e2e-test-images/busybox:1.37.0-1",
+];
+
+/// What an image is made of.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// File name of the archive, without its ending.
+    pub name: &'static str,
+    /// Names that it gets when imported.
+    pub tags: Vec<String>,
+    /// The only layer.
+    pub layer: Layer,
+    /// What runs.
+    pub entrypoint: Vec<String>,
+    /// Arguments, unless the container gives its own.
+    pub arguments: Vec<String>,
+    /// Numeric user, empty for root.
+    pub user: &'static str,
+}
+
+/// Where the layer's files come from.
+#[derive(Debug, Clone)]
+pub enum Layer {
+    /// A tar made before.
+    Tar(PathBuf),
+    /// One program, and the shared libraries that it needs.
+    Program(PathBuf),
+}
+
+/// The images that a cluster has before anything is installed on it.
+pub fn base_images(tools: &Tools) -> Vec<Image> {
+    let test_tags = TEST_IMAGE_TAGS.iter().map(|&tag| tag.to_owned()).collect();
+    vec![
+        program("pause", PAUSE, &tools.cluster("pause"), "65535:65535"),
+        program("coredns", COREDNS, &tools.cluster("coredns"), ""),
+        Image {
+            name: "agnhost",
+            tags: test_tags,
+            layer: Layer::Tar(tools.cluster("agnhost-root.tar")),
+            entrypoint: vec!["/agnhost".into()],
+            arguments: vec!["pause".into()],
+            user: "",
+        },
+    ]
+}
+
+/// The images that the manifests install; the programs are those of this build.
+pub fn switchtower_images(programs: &Path) -> Vec<Image> {
+    vec![
+        program(
+            "switchtower-controller",
+            CONTROLLER,
+            &programs.join("switchtower-controller"),
+            "65532:65532",
+        ),
+        program("switchtower-node-agent", NODE_AGENT, &programs.join("switchtower-node-agent"), ""),
+    ]
+}
+
+fn program(name: &'static str, tag: &str, path: &Path, user: &'static str) -> Image {
+    Image {
+        name,
+        tags: vec![tag.to_owned()],
+        layer: Layer::Program(path.to_owned()),
+        entrypoint: vec![format!("/{name}")],
+        arguments: Vec::new(),
+        user,
+    }
+}
+
+/// Writes the archive into the folder and returns its path.
+///
+/// An archive that was made from the same files before is kept: its name carries their digest.
+pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let work = tempfile::tempdir_in(folder).context("making a folder to work in")?;
+    let layer = match &image.layer {
+        Layer::Tar(path) => path.clone(),
+        Layer::Program(path) => program_layer(image.name, path, work.path())?,
+    };
+    let digest = sha256(&layer)?;
+    let short = digest.get(..16).context("sha256sum printed no digest")?;
+    let archive = folder.join(format!("{}-{short}.tar", image.name));
+    if archive.exists() {
+        return Ok(archive);
+    }
+    let config = json!({
+        "architecture": architecture(),
+        "os": "linux",
+        "config": {
+            "Entrypoint": image.entrypoint,
+            "Cmd": image.arguments,
+            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "User": image.user,
+            "WorkingDir": "/",
+        },
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        "history": [{"created_by": "switchtower"}],
+    });
+    let manifest = json!([{"Config": "config.json", "RepoTags": image.tags, "Layers": ["layer.tar"]}]);
+    let contents = work.path().join("archive");
+    fs::create_dir(&contents).context("making the archive's folder")?;
+    fs::write(contents.join("config.json"), config.to_string()).context("writing the image's config")?;
+    fs::write(contents.join("manifest.json"), manifest.to_string())
+        .context("writing the image's manifest")?;
+    if fs::hard_link(&layer, contents.join("layer.tar")).is_err() {
+        fs::copy(&layer, contents.join("layer.tar")).context("copying the layer")?;
+    }
+    let unfinished = work.path().join("image.tar");
+    tar(&contents, &unfinished, &["manifest.json", "config.json", "layer.tar"])?;
+    fs::rename(&unfinished, &archive).with_context(|| format!("placing {}", archive.display()))?;
+    Ok(archive)
+}
+
+/// Imports an archive into a node's container runtime.
+pub fn import(layout: &Layout, node: &Machine, archive: &Path) -> Result<()> {
+    // Inside the node, /var is its own: the archive is handed over there.
+    let inbox = layout.machine_var(&node.name).join("tmp");
+    let name = archive.file_name().context("an archive without a name")?;
+    let copy = inbox.join(name);
+    if fs::hard_link(archive, &copy).is_err() {
+        fs::copy(archive, &copy).with_context(|| format!("copying {}", archive.display()))?;
+    }
+    let mut command = node.command(Path::new("ctr"));
+    command.args(["--namespace=k8s.io", "images", "import"]).arg(Path::new("/var/tmp").join(name));
+    let result =
+        finish(&mut command).with_context(|| format!("importing {} on {}", archive.display(), node.name));
+    let _ = fs::remove_file(&copy);
+    result.map(|_| ())
+}
+
+fn program_layer(name: &str, program: &Path, work: &Path) -> Result<PathBuf> {
+    let root = work.join("root");
+    fs::create_dir(&root).context("making the layer's folder")?;
+    fs::copy(program, root.join(name)).with_context(|| format!("copying {}", program.display()))?;
+    for library in shared_libraries(program)? {
+        let target = root.join(library.strip_prefix("/").unwrap_or(&library));
+        if let Some(folder) = target.parent() {
+            fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        }
+        fs::copy(&library, &target).with_context(|| format!("copying {}", library.display()))?;
+    }
+    let layer = work.join("layer.tar");
+    tar(&root, &layer, &["."])?;
+    Ok(layer)
+}
+
+/// Shared libraries with their loader, as `ldd` finds them; none for a static program.
+fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(listing) = run("ldd", [program]) else {
+        // `ldd` fails on a static program. A program that is not there fails when it is copied.
+        return Ok(Vec::new());
+    };
+    let words = listing.split_whitespace();
+    Ok(words.filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
+/// The same files give the same bytes.
+fn tar(folder: &Path, archive: &Path, members: &[&str]) -> Result<()> {
+    let mut command = std::process::Command::new("tar");
+    command.args(["--create", "--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
+    command.arg("--directory").arg(folder).arg("--file").arg(archive).args(members);
+    finish(&mut command).map(|_| ())
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let line = run("sha256sum", [path])?;
+    Ok(line.split_whitespace().next().context("sha256sum printed nothing")?.to_owned())
+}
+
+/// The name that images use for this machine's processor.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}

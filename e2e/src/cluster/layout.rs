@@ -1,0 +1,130 @@
+//! Names, paths and addresses: everything about a cluster that is known before it exists.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+/// The address of a node's pods when no one else decided: nothing outside the cluster routes to it.
+pub const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
+/// The range of ClusterIPs, both families.
+pub const SERVICE_CIDRS: &str = "10.96.0.0/16,fd00:10:96::/112";
+/// ClusterIP of the cluster's DNS, the kubelets' `clusterDNS`.
+pub const DNS_IP: &str = "10.96.0.10";
+/// ClusterIP of the API server (the first of the range).
+pub const API_SERVER_VIP: &str = "10.96.0.1";
+/// Port of the API server on the hub's address.
+pub const API_SERVER_PORT: u16 = 6443;
+
+/// [`Layout::pki`] as the hub sees it.
+pub const HUB_PKI: &str = "/var/pki";
+
+/// Names, paths and addresses of one cluster.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// Prefix of the namespaces and control groups, at most 9 characters (it becomes part of a device name).
+    pub name: String,
+    /// The folder that holds all of the cluster's state.
+    pub dir: PathBuf,
+    /// How many nodes with a kubelet, 1 to 99.
+    pub nodes: u8,
+}
+
+/// Where the programs come from: folders that the set-up script filled.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// etcd, kube-apiserver, kube-controller-manager, kube-proxy, kubectl.
+    pub control_plane: PathBuf,
+    /// kubelet, kube-scheduler, agnhost, e2e.test, ginkgo, coredns, pause, and the test image's root.
+    pub cluster: PathBuf,
+    /// Where assembled images are kept between runs.
+    pub images: PathBuf,
+}
+
+impl Layout {
+    /// The name of the hub's machine.
+    pub fn hub(&self) -> String {
+        format!("{}-hub", self.name)
+    }
+
+    /// The names of the nodes, which are also their host names and Node objects.
+    pub fn node_names(&self) -> Vec<String> {
+        (1..=self.nodes).map(|number| format!("{}-node-{number}", self.name)).collect()
+    }
+
+    /// Folder of one machine.
+    pub fn machine_dir(&self, machine: &str) -> PathBuf {
+        self.dir.join(machine)
+    }
+
+    /// What the machine sees as `/var`.
+    pub fn machine_var(&self, machine: &str) -> PathBuf {
+        self.machine_dir(machine).join("var")
+    }
+
+    /// The administrator's kubeconfig, usable from the host.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.dir.join("kubeconfig")
+    }
+
+    /// Logs of all long-running programs.
+    pub fn logs(&self) -> PathBuf {
+        self.dir.join("logs")
+    }
+
+    /// Certificates, keys and tokens; the hub sees the folder as [`HUB_PKI`].
+    pub fn pki(&self) -> PathBuf {
+        self.machine_var(&self.hub()).join("pki")
+    }
+
+    /// The host's end of the link into the cluster's network.
+    pub fn host_link(&self) -> String {
+        format!("{}-host", self.name)
+    }
+
+    /// Control group of the whole cluster, relative to a hierarchy's root.
+    pub fn cgroup(&self) -> PathBuf {
+        Path::new("switchtower-cluster").join(&self.name)
+    }
+
+    /// Address of the hub and of the API server.
+    pub fn hub_ip(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 203, 0, 1)
+    }
+
+    /// IPv6 address of the hub.
+    pub fn hub_ip6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x203, 0, 0, 0, 0, 0, 1)
+    }
+
+    /// Address of the host on the cluster's network.
+    pub fn host_ip(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 203, 0, 254)
+    }
+
+    /// Addresses of the node with this number (from 1).
+    pub fn node_ips(&self, number: u8) -> (Ipv4Addr, Ipv6Addr) {
+        let host = 10 + number;
+        (Ipv4Addr::new(10, 203, 0, host), Ipv6Addr::new(0xfd00, 0x203, 0, 0, 0, 0, 0, u16::from(host)))
+    }
+
+    /// The API server's address as programs reach it.
+    pub fn api_server(&self) -> String {
+        format!("https://{}:{API_SERVER_PORT}", self.hub_ip())
+    }
+
+    /// The zone of the node with this number: odd ones are in `zone-a`, even ones in `zone-b`.
+    pub fn zone(&self, number: u8) -> &'static str {
+        if number % 2 == 1 { "zone-a" } else { "zone-b" }
+    }
+}
+
+impl Tools {
+    /// Path of a program of the control plane.
+    pub fn control_plane(&self, program: &str) -> PathBuf {
+        self.control_plane.join(program)
+    }
+
+    /// Path of a program that the cluster needs beside the control plane.
+    pub fn cluster(&self, program: &str) -> PathBuf {
+        self.cluster.join(program)
+    }
+}

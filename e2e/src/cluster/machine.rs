@@ -1,0 +1,137 @@
+//! One machine of the cluster: a set of namespaces, held by a first process that reaps orphans.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::layout::Layout;
+use super::shell::{run, run_line, wait_until};
+
+/// Folders under a machine's `/var` that programs expect.
+const VAR_FOLDERS: [&str; 6] = ["lib/kubelet", "lib/containerd", "lib/cni/net.d", "log", "tmp", "cache"];
+
+/// A running machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Name of the network namespace, the host name, and the folder.
+    pub name: String,
+    /// Process id of the first process, as the host sees it.
+    init: u32,
+    logs: std::path::PathBuf,
+}
+
+impl Machine {
+    /// Makes the namespaces and starts the first process, which gives the machine its own `/var` and `/run`.
+    pub fn start(layout: &Layout, name: &str) -> Result<Self> {
+        fs::create_dir_all(layout.logs()).context("making the log folder")?;
+        let var = layout.machine_var(name);
+        for folder in VAR_FOLDERS {
+            fs::create_dir_all(var.join(folder)).with_context(|| format!("making {folder} of {name}"))?;
+        }
+        run_line(&format!("ip netns add {name}"))?;
+        run_line(&format!("ip -n {name} link set lo up"))?;
+        let this = std::env::current_exe().context("finding this program's own path")?;
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{name}"))
+            .args(["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"])
+            .arg(this)
+            .args(["machine-init", "--host-name", name, "--var"])
+            .arg(&var);
+        let outer = detach(&mut command, &layout.logs().join(format!("{name}-init.log")))?;
+        let ready = var.join("tmp/ready");
+        let init = wait_until(&format!("the first process of {name}"), Duration::from_secs(10), || {
+            if !ready.exists() {
+                bail!("it has not finished its mounts, see {name}-init.log in {}", layout.logs().display());
+            }
+            child_of(outer)
+        })?;
+        Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
+    }
+
+    /// A command that will run inside the machine.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--target={}", self.init))
+            .args(["--net", "--mount", "--uts", "--pid", "--wd=/", "--"])
+            .arg(program);
+        command
+    }
+
+    /// Starts a program that outlives this one; what it prints goes to `MACHINE-LABEL.log`.
+    pub fn spawn(&self, label: &str, mut command: Command) -> Result<()> {
+        detach(&mut command, &self.logs.join(format!("{}-{label}.log", self.name)))?;
+        Ok(())
+    }
+
+    /// Runs a line of words inside the machine's network namespace.
+    pub fn net(&self, line: &str) -> Result<String> {
+        let words = ["netns", "exec", &self.name].into_iter().chain(line.split_whitespace());
+        run("ip", words)
+    }
+
+    /// Writes a file under the machine's own `/var`; the path is given as seen inside.
+    pub fn write_var(&self, layout: &Layout, path: &str, content: &str) -> Result<()> {
+        let inside = path.strip_prefix("/var/").with_context(|| format!("{path} is not under /var"))?;
+        let outside = layout.machine_var(&self.name).join(inside);
+        if let Some(folder) = outside.parent() {
+            fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        }
+        fs::write(&outside, content).with_context(|| format!("writing {}", outside.display()))
+    }
+}
+
+/// Starts a program in a process group of its own, so that an interrupt at the terminal spares it.
+fn detach(command: &mut Command, log: &Path) -> Result<u32> {
+    let output = File::create(log).with_context(|| format!("making {}", log.display()))?;
+    let errors = output.try_clone().context("duplicating the log's descriptor")?;
+    let program = command.get_program().to_string_lossy().into_owned();
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(errors)
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("{program} could not be started"))?;
+    Ok(child.id())
+}
+
+fn child_of(parent: u32) -> Result<u32> {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    let children = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let first = children.split_whitespace().next().context("it has no child process")?;
+    first.parse().with_context(|| format!("{path} holds no process id"))
+}
+
+/// The first process of a machine: prepares mounts and the host name, then reaps orphans for ever.
+///
+/// Runs inside the new namespaces. `/run` becomes a fresh tmpfs and `/var` the given folder.
+pub fn machine_init(host_name: &str, var: &Path) -> Result<()> {
+    fs::write("/proc/sys/kernel/hostname", host_name).context("setting the host name")?;
+    // What the kubelet mounts must be seen by containers with mount propagation.
+    run_line("mount --make-rshared /")?;
+    let var = var.to_str().context("the folder's name is not UTF-8")?;
+    run("mount", ["--bind", var, "/var"])?;
+    run_line("mount -t tmpfs -o mode=0755 tmpfs /run")?;
+    for folder in ["/run/netns", "/run/lock"] {
+        fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
+    }
+    fs::write("/var/tmp/ready", "").context("telling that the mounts are done")?;
+    reap()
+}
+
+/// Waits for children that others orphaned. Without this they stay as zombies.
+fn reap() -> Result<()> {
+    loop {
+        // SAFETY: a null status pointer is allowed; no memory is touched.
+        let pid = unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) };
+        if pid < 0 {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Running programs to their end, with errors that name the program and repeat its last words.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// One line of progress on the standard error stream.
+pub fn say(line: &str) {
+    // A closed stream is no reason to stop.
+    let _ = writeln!(std::io::stderr(), "==> {line}");
+}
+
+/// One line of result on the standard output stream.
+pub fn print(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("writing to the standard output")
+}
+
+/// Runs a program and returns what it printed; its failure is an error with its last words.
+pub fn run<I, S>(program: &str, arguments: I) -> Result<String>
+where
+    I: IntoIterator<Item = S>,
+    S: AsRef<OsStr>,
+{
+    let mut command = Command::new(program);
+    command.args(arguments);
+    finish(&mut command)
+}
+
+/// Splits a line at blanks and runs it: for commands whose arguments hold none.
+pub fn run_line(line: &str) -> Result<String> {
+    let mut words = line.split_whitespace();
+    let program = words.next().context("an empty command line")?;
+    run(program, words)
+}
+
+/// Runs a prepared command to its end.
+pub fn finish(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{} could not be started", describe(command)))?;
+    checked(command, &output)
+}
+
+/// Runs a prepared command with this text as its input.
+pub fn finish_with_input(command: &mut Command, input: &str) -> Result<String> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{} could not be started", describe(command)))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(input.as_bytes()).with_context(|| format!("writing to {}", describe(command)))?;
+    }
+    let output = child.wait_with_output().with_context(|| format!("waiting for {}", describe(command)))?;
+    checked(command, &output)
+}
+
+fn checked(command: &Command, output: &Output) -> Result<String> {
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        let last: Vec<&str> = words.lines().rev().take(5).collect();
+        let last: Vec<&str> = last.into_iter().rev().collect();
+        bail!("{} failed ({}): {}", describe(command), output.status, last.join(" | "));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn describe(command: &Command) -> String {
+    let mut text = command.get_program().to_string_lossy().into_owned();
+    for argument in command.get_args().take(12) {
+        text.push(' ');
+        text.push_str(&argument.to_string_lossy());
+    }
+    format!("`{text}`")
+}
+
+/// Polls until the check succeeds; at the deadline its last error is the reason given.
+pub fn wait_until<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match check() {
+            Ok(value) => return Ok(value),
+            Err(error) if Instant::now() >= deadline => {
+                return Err(error.context(format!("{what}: not within {} s", limit.as_secs())));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_program_is_named_with_its_last_words() {
+        let error = run("sh", ["-c", "echo useful >&2; exit 3"]).unwrap_err().to_string();
+        assert!(error.contains("`sh -c") && error.contains("useful"), "{error}");
+    }
+
+    #[test]
+    fn waiting_ends_with_the_last_reason() {
+        let error = wait_until::<()>("the moon", Duration::ZERO, || bail!("cloudy")).unwrap_err();
+        assert_eq!(format!("{error:#}"), "the moon: not within 0 s: cloudy");
+    }
+}

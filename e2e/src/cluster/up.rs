@@ -1,0 +1,100 @@
+//! Starts a cluster.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::control_plane::{self, Kubectl};
+use super::down::down;
+use super::layout::{Layout, Tools};
+use super::machine::Machine;
+use super::shell::{say, wait_until};
+use super::{addons, images, network, node, pki};
+
+/// The service proxy that a new cluster gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proxy {
+    /// None: it will be installed later.
+    None,
+    /// The real kube-proxy, the baseline.
+    KubeProxy,
+}
+
+/// Brings the cluster up; what an interrupted or ended one left behind is removed first.
+pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
+    let kubectl = Kubectl::new(layout, tools);
+    if layout.dir.exists() && kubectl.run("get --raw /readyz --request-timeout=2s").is_ok() {
+        say(&format!("cluster {} runs already; `make cluster-down` removes it", layout.name));
+        return Ok(());
+    }
+    down(layout).context("removing what was left of an earlier cluster")?;
+    let start = Instant::now();
+    fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
+    say("images");
+    let archives = images::base_images(tools)
+        .iter()
+        .map(|image| {
+            images::assemble(image, &tools.images).with_context(|| format!("the image {}", image.name))
+        })
+        .collect::<Result<Vec<PathBuf>>>()?;
+    say(&format!("control plane ({:.1} s)", start.elapsed().as_secs_f32()));
+    let hub = Machine::start(layout, &layout.hub())?;
+    network::prepare_hub(layout, &hub)?;
+    pki::write(layout)?;
+    fs::copy(layout.pki().join("admin.kubeconfig"), layout.kubeconfig()).context("placing the kubeconfig")?;
+    control_plane::start(layout, tools, &hub, &kubectl)?;
+    say(&format!("{} nodes ({:.1} s)", layout.nodes, start.elapsed().as_secs_f32()));
+    let nodes = start_nodes(layout, tools, &hub, &archives)?;
+    join_pod_networks(layout, &kubectl, &hub, &nodes)?;
+    wait_until("all nodes Ready", Duration::from_secs(60), || {
+        kubectl.run("wait --for=condition=Ready nodes --all --timeout=5s")
+    })?;
+    say(&format!("all nodes are Ready ({:.1} s)", start.elapsed().as_secs_f32()));
+    addons::apply_coredns(&kubectl)?;
+    if proxy == Proxy::KubeProxy {
+        for node in &nodes {
+            addons::start_kube_proxy(layout, tools, node)?;
+        }
+        addons::wait_for_coredns(&kubectl)?;
+        say(&format!("kube-proxy and CoreDNS work ({:.1} s)", start.elapsed().as_secs_f32()));
+    }
+    Ok(())
+}
+
+/// All nodes at once: importing images is most of the time.
+fn start_nodes(layout: &Layout, tools: &Tools, hub: &Machine, archives: &[PathBuf]) -> Result<Vec<Machine>> {
+    let mut nodes = Vec::new();
+    for (number, name) in (1..).zip(layout.node_names()) {
+        let node = Machine::start(layout, &name)?;
+        network::prepare_node(layout, hub, &node, number)?;
+        nodes.push(node);
+    }
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (1..)
+            .zip(&nodes)
+            .map(|(number, machine)| {
+                scope.spawn(move || node::start(layout, tools, machine, number, archives))
+            })
+            .collect();
+        for thread in running {
+            match thread.join() {
+                Ok(result) => result?,
+                Err(_) => bail!("a node's thread panicked"),
+            }
+        }
+        anyhow::Ok(())
+    })?;
+    Ok(nodes)
+}
+
+fn join_pod_networks(layout: &Layout, kubectl: &Kubectl, hub: &Machine, nodes: &[Machine]) -> Result<()> {
+    let mut machines = vec![hub.clone()];
+    machines.extend(nodes.iter().cloned());
+    for (number, node) in (1..).zip(nodes) {
+        let cidrs = node::configure_pod_network(layout, kubectl, node)?;
+        network::route_pods(layout, &machines, &node.name, number, &cidrs)?;
+    }
+    Ok(())
+}
