@@ -101,7 +101,7 @@ impl Compiler {
         }
         let service = service_of(&slice);
         if self.slices.get(&slice.key).is_some_and(|old| old.service != slice.service) {
-            self.remove_slice(&slice.key.clone());
+            self.remove_slice(&slice.key);
         }
         self.slices_of.entry(service.clone()).or_default().insert(slice.key.clone());
         self.slices.insert(slice.key.clone(), slice);

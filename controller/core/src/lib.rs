@@ -4,7 +4,7 @@
 //! Items of the view are the protocol's own messages (`switchtower-proto` without its gRPC half), so that
 //! there is one definition of what is hashed, sent and merged.
 
-pub mod model;
+pub mod compile;
 pub mod compiled;
 pub mod layer;
-pub mod compile;
+pub mod model;

@@ -67,8 +67,10 @@ pub(super) fn categorize(endpoints: &Endpoints<'_>) -> Categories {
         endpoints.iter().filter(|(_, endpoint)| test(endpoint)).map(|(a, e)| (*a, *e)).collect()
     };
     let ready = select(|endpoint| endpoint.ready);
-    let mut categories =
-        Categories { serving: select(|endpoint| endpoint.serving).into_keys().collect(), ..Default::default() };
+    let mut categories = Categories {
+        serving: select(|endpoint| endpoint.serving).into_keys().collect(),
+        ..Default::default()
+    };
     if ready.is_empty() {
         categories.cluster = select(is_fallback).into_keys().collect();
     } else {

@@ -194,8 +194,10 @@ fn incomplete(node: &Node) -> Option<Problem> {
         (false, false) => return None,
         (true, false) => "no address: its NodePorts are served nowhere",
         (false, true) => "no pod CIDR: its pods are not told from other sources",
-        (true, true) => "no address and no pod CIDR: its NodePorts are served nowhere, and its pods are not \
-                         told from other sources",
+        (true, true) => {
+            "no address and no pod CIDR: its NodePorts are served nowhere, and its pods are not \
+                         told from other sources"
+        }
     };
     let object = ProblemObject::Node(node.name.to_string());
     let message = format!("the Node has {missing}");

@@ -189,7 +189,6 @@ fn frontends(
     all
 }
 
-#[expect(clippy::too_many_arguments, reason = "each is one fact of the service port, used once")]
 fn pools(
     service: &Service,
     key: &ServicePort,
@@ -199,11 +198,8 @@ fn pools(
     uses_local: bool,
     output: &mut Output,
 ) {
-    let pool = |role: Role| PoolKey {
-        service_port: Some(key.clone()),
-        family: family.into(),
-        role: role.into(),
-    };
+    let pool =
+        |role: Role| PoolKey { service_port: Some(key.clone()), family: family.into(), role: role.into() };
     let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
         let members = addresses.iter().copied().take(MAX_POOL_MEMBERS).collect();
         output.pools.entry(layer).or_default().insert(pool(role), members);
