@@ -38,7 +38,10 @@ pub trait Pipeline: Send + 'static {
     fn compile(&mut self, inputs: Vec<Input>) -> Compiled;
 
     /// Hands changed layers to the sessions. Returns the new revision.
-    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, total: u32, source: Source) -> u64;
+    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, source: Source) -> u64;
+
+    /// Resources are processed further, and no layer changed.
+    fn advance(&mut self, source: Source);
 }
 
 /// What the engine feeds besides the layers.
@@ -143,6 +146,9 @@ impl Engine {
         if !inputs.is_empty() || first {
             self.compile(pipeline, inputs, changes, total, source, first);
         }
+        if self.head.source != source {
+            pipeline.advance(source);
+        }
         self.head.source = source;
         let head = self.head;
         self.outputs.head.send_if_modified(|known| {
@@ -166,7 +172,8 @@ impl Engine {
         let mut compiled = pipeline.compile(inputs);
         self.outputs.events.report(std::mem::take(&mut compiled.problems));
         if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
-            self.head.revision = pipeline.publish(compiled, changes, total, source);
+            self.head.revision = pipeline.publish(compiled, changes, source);
+            self.head.source = source;
         } else {
             self.metrics.idle.inc();
         }

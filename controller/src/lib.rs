@@ -8,8 +8,10 @@
 pub mod bootstrap;
 pub mod cli;
 pub mod engine;
+mod errors;
 pub mod events;
 pub mod ingest;
 pub mod metrics;
+pub mod render;
 pub mod status;
 pub mod watch;

@@ -21,6 +21,8 @@ mod writer;
 
 #[cfg(test)]
 mod row_tests;
+#[cfg(test)]
+mod writer_tests;
 
 pub use observation::Observation;
 pub use writer::{Writer, WriterSettings};

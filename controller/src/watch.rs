@@ -18,6 +18,7 @@ use kube::api::{ListParams, WatchEvent, WatchParams};
 use switchtower_core::model::ObjectKey;
 use tokio::sync::mpsc;
 
+use crate::errors::Chain;
 use crate::ingest::{Ingested, object_key};
 
 mod backoff;
@@ -88,7 +89,7 @@ pub async fn run<K: Watched>(
                 let delay = backoff.next_delay();
                 tracing::warn!(
                     resource = K::RESOURCE.name(),
-                    error = %error,
+                    error = %Chain(&error),
                     retry_in_milliseconds = delay.as_millis(),
                     "watching the API server failed; what is known stays in force"
                 );

@@ -19,12 +19,6 @@ pub fn node(object: &ApiNode) -> Ingested {
     let name = object.metadata.name.as_deref().unwrap_or_default();
     let mut findings = Findings::new(ProblemObject::Node(name.to_owned()));
     let addresses = primary_addresses(object, &mut findings);
-    if addresses.is_empty() {
-        findings.note(ProblemReason::IncompleteNode, || {
-            "status.addresses has no usable InternalIP or ExternalIP; no NodePort is served on this node"
-                .to_owned()
-        });
-    }
     let spec = object.spec.as_ref();
     let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
     let single = spec.and_then(|spec| spec.pod_cidr.as_ref()).filter(|_| pod_cidrs.is_empty());
@@ -41,11 +35,21 @@ pub fn node(object: &ApiNode) -> Ingested {
             network
         })
         .collect();
-    if pod_cidrs.is_empty() {
-        findings.note(ProblemReason::IncompleteNode, || {
-            "spec.podCIDRs is empty; with local detection by node CIDR no source counts as a local pod"
-                .to_owned()
-        });
+    let lacks = match (addresses.is_empty(), pod_cidrs.is_empty()) {
+        (false, false) => None,
+        (true, false) => {
+            Some("status.addresses has no usable InternalIP or ExternalIP: no NodePort is served here")
+        }
+        (false, true) => {
+            Some("spec.podCIDRs is empty: with local detection by node CIDR no source is a local pod")
+        }
+        (true, true) => Some(
+            "status.addresses and spec.podCIDRs are empty: no NodePort is served here, and with local detection by \
+             node CIDR no source is a local pod",
+        ),
+    };
+    if let Some(lacks) = lacks {
+        findings.note(ProblemReason::IncompleteNode, || lacks.to_owned());
     }
     let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
     let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));

@@ -47,6 +47,8 @@ struct Entry {
     stored: Option<Stored>,
     state: Option<State>,
     last_write: Option<Instant>,
+    /// When the row is written again although nothing changed.
+    refresh_at: Option<Instant>,
     in_flight: bool,
     /// Another replica took the node over from this session of ours.
     yielded: Option<u64>,
@@ -241,18 +243,27 @@ impl<R: Registry> Writer<R> {
         if let Some(delay) = row.check_after {
             self.schedule.at(name, now + delay);
         }
-        let refresh = last_write.map_or(now, |at| at + REFRESH);
         if before.as_ref().is_none_or(|before| is_transition(before, &row.status)) {
             self.schedule.push(name, true);
         } else if before.as_ref() == Some(&row.status) {
-            // Rows of a controller that just started are refreshed in the course of the first minutes.
-            let date = if last_write.is_some() { refresh } else { now + REFRESH.mul_f64(rand::random()) };
-            self.schedule.at(name, date);
+            self.refresh(name, now);
         } else {
             match last_write.map(|at| at + interval).filter(|date| *date > now) {
                 Some(date) => self.schedule.at(name, date),
                 None => self.schedule.push(name, false),
             }
+        }
+    }
+
+    /// An unchanged row. Those of a controller that just started are refreshed in the course of the first
+    /// minutes, not all at once.
+    fn refresh(&mut self, name: &Arc<str>, now: Instant) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        let date = *entry.refresh_at.get_or_insert_with(|| now + REFRESH.mul_f64(rand::random()));
+        if date > now {
+            self.schedule.at(name, date);
+        } else {
+            self.schedule.push(name, false);
         }
     }
 
@@ -295,7 +306,9 @@ impl<R: Registry> Writer<R> {
             let Some(request) = self.next_request(&name) else { continue };
             if let Some(entry) = self.entries.get_mut(&name) {
                 entry.in_flight = true;
-                entry.last_write = Some(Instant::now());
+                let now = Instant::now();
+                entry.last_write = Some(now);
+                entry.refresh_at = Some(now + REFRESH.mul_f64(0.9 + 0.2 * rand::random::<f64>()));
             }
             let api = self.api.clone();
             self.running.spawn(async move {
