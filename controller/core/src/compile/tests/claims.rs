@@ -1,0 +1,100 @@
+//! Services that claim the same address and port, and ports that collide within one Service.
+
+use super::*;
+
+fn with_external(name: &str, cluster_ip: &str, external: &str, created: i64) -> Service {
+    Service { external_ips: vec![external.parse().unwrap()], created, ..mk_service(name, cluster_ip) }
+}
+
+fn owner<'a>(world: &'a World, kind: FrontendKind, octet: u8) -> &'a str {
+    let frontend = world.frontends.values().find(|frontend| {
+        frontend.kind() == kind && frontend.key.as_ref().unwrap().address.last() == Some(&octet)
+    });
+    &frontend.unwrap().service_port.as_ref().unwrap().name
+}
+
+#[test]
+fn the_oldest_claimant_wins_and_the_next_takes_over() {
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    compiler.apply(Input::Service(with_external("young", "10.96.0.1", "203.0.113.9", 200)));
+    world.apply(compiler.compile());
+    assert_eq!(owner(&world, FrontendKind::ExternalIp, 9), "young");
+    compiler.apply(Input::Service(with_external("old", "10.96.0.2", "203.0.113.9", 100)));
+    let compiled = compiler.compile();
+    let [problem] = compiled.problems.as_slice() else { panic!("{:?}", compiled.problems) };
+    assert_eq!(problem.reason, ProblemReason::AddressConflict);
+    assert_eq!(problem.object, crate::compiled::ProblemObject::Service(object("young")));
+    assert!(problem.message.contains("203.0.113.9:80/TCP") && problem.message.contains("default/old"));
+    world.apply(compiled);
+    assert_eq!(owner(&world, FrontendKind::ExternalIp, 9), "old");
+    compiler.apply(Input::ServiceDeleted(object("old")));
+    world.apply(compiler.compile());
+    assert_eq!(owner(&world, FrontendKind::ExternalIp, 9), "young");
+}
+
+#[test]
+fn an_external_address_never_captures_a_cluster_address() {
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    compiler.apply(Input::Service(with_external("thief", "10.96.0.1", "10.96.0.2", 1)));
+    compiler.apply(Input::Service(mk_service("web", "10.96.0.2")));
+    world.apply(compiler.compile());
+    assert_eq!(owner(&world, FrontendKind::ClusterIp, 2), "web");
+}
+
+#[test]
+fn equal_age_is_decided_by_name() {
+    for order in [["b", "a"], ["a", "b"]] {
+        let mut compiler = Compiler::new();
+        let mut world = World::default();
+        for name in order {
+            let cluster_ip = if name == "a" { "10.96.0.1" } else { "10.96.0.2" };
+            compiler.apply(Input::Service(with_external(name, cluster_ip, "203.0.113.9", 5)));
+            world.apply(compiler.compile());
+        }
+        assert_eq!(owner(&world, FrontendKind::ExternalIp, 9), "a");
+    }
+}
+
+#[test]
+fn two_services_swap_an_address_in_one_batch() {
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    compiler.apply(Input::Service(with_external("a", "10.96.0.1", "203.0.113.1", 1)));
+    compiler.apply(Input::Service(with_external("b", "10.96.0.2", "203.0.113.2", 1)));
+    world.apply(compiler.compile());
+    compiler.apply(Input::Service(with_external("a", "10.96.0.1", "203.0.113.2", 1)));
+    compiler.apply(Input::Service(with_external("b", "10.96.0.2", "203.0.113.1", 1)));
+    let compiled = compiler.compile();
+    assert!(compiled.problems.is_empty());
+    world.apply(compiled);
+    assert_eq!(owner(&world, FrontendKind::ExternalIp, 2), "a");
+    assert_eq!(owner(&world, FrontendKind::ExternalIp, 1), "b");
+}
+
+#[test]
+fn duplicate_ports_are_told_and_the_last_one_is_used() {
+    let mut service = mk_service("web", "10.96.0.1");
+    service.ports.push(ServicePortSpec { port: 81, ..service.ports[0].clone() });
+    let mut compiler = Compiler::new();
+    compiler.apply(Input::Service(service));
+    let compiled = compiler.compile();
+    assert_eq!(compiled.problems[0].reason, ProblemReason::DuplicatePort);
+    let mut world = World::default();
+    world.apply(compiled);
+    let ports: Vec<_> = world.frontends.keys().map(|key| key.port).collect();
+    assert_eq!(ports, [81]);
+}
+
+#[test]
+fn tcp_and_udp_share_a_port() {
+    let mut service = mk_service("dns", "10.96.0.1");
+    let udp = ServicePortSpec { protocol: Protocol::Udp, ..service.ports[0].clone() };
+    service.ports.push(udp);
+    let mut compiler = Compiler::new();
+    compiler.apply(Input::Service(service));
+    let compiled = compiler.compile();
+    assert!(compiled.problems.is_empty());
+    assert_eq!(compiled.changes[&LayerId::Cluster].len(), 2);
+}
