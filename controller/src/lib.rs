@@ -13,5 +13,6 @@ pub mod events;
 pub mod ingest;
 pub mod metrics;
 pub mod render;
+pub mod serve;
 pub mod status;
 pub mod watch;

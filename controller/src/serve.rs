@@ -1,0 +1,113 @@
+//! Serves the node agents: TLS, who may connect as which node, and one stream per node.
+//!
+//! The way of a stream: [`tls`] accepts the connection, [`auth`] takes the node from the credential,
+//! [`session`] runs the protocol's state machine on what [`fleet`] holds.
+//!
+//! What holds: a node gets only its own view; at most one update per node is unacknowledged and nothing else
+//! is queued for it, so that a slow node costs no memory and holds up nobody; a peer that breaks the protocol
+//! gets a typed refusal and never an effect on others.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use switchtower_proto::v1::fleet_server::{Fleet as FleetService, FleetServer};
+use switchtower_proto::v1::{AgentMessage, ControllerMessage, GoAwayReason};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+pub mod auth;
+pub mod fleet;
+pub mod metrics;
+pub mod session;
+pub mod tls;
+
+#[cfg(test)]
+mod tests;
+
+use auth::Authenticator;
+use fleet::Fleet;
+use metrics::ServeMetrics;
+use session::{Limits, Session};
+use tls::ServerTls;
+
+/// Largest message that an agent may send.
+const MESSAGE: usize = 256 << 10;
+/// Messages between a session and its connection. An update's parts wait here for the peer to take them.
+const QUEUE: usize = 4;
+
+/// The streams' side of the controller.
+pub struct Server {
+    fleet: Arc<Fleet>,
+    authenticator: Arc<Authenticator>,
+    limits: Arc<Limits>,
+}
+
+impl Server {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(fleet: Arc<Fleet>, authenticator: Arc<Authenticator>, limits: Limits) -> Self {
+        Self { fleet, authenticator, limits: Arc::new(limits) }
+    }
+
+    /// Serves until `shutdown` ends; then every agent is told to go, and connections get a short time to close.
+    ///
+    /// # Errors
+    /// The server cannot run.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        tls: Arc<ServerTls>,
+        metrics: ServeMetrics,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), tonic::transport::Error> {
+        let fleet = self.fleet.clone();
+        let incoming = tls::incoming(listener, tls, metrics);
+        let service = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
+        let leave = async move {
+            shutdown.await;
+            fleet.end_all(GoAwayReason::Shutdown);
+        };
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(20)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+            // An agent needs one stream; a second supersedes the first.
+            .max_concurrent_streams(4)
+            .serve_with_incoming_shutdown(service, incoming, leave)
+            .await
+    }
+}
+
+struct Service(Server);
+
+type Outbound = Pin<Box<dyn Stream<Item = Result<ControllerMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl FleetService for Service {
+    type ConnectStream = Outbound;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let Server { fleet, authenticator, limits } = &self.0;
+        let Some(permit) = fleet.admit(limits) else {
+            return Ok(Response::new(session::overloaded(limits)));
+        };
+        let identity = authenticator.authenticate(request.metadata(), fleet).await.map_err(|refusal| {
+            fleet.metrics().refused(refusal.reason());
+            tracing::warn!(reason = refusal.reason(), error = %refusal, "agent refused");
+            refusal.status()
+        })?;
+        let (out, outbound) = mpsc::channel(QUEUE);
+        let session = Session::new(fleet.clone(), limits.clone(), identity, out);
+        tokio::spawn(async move {
+            session.run(request.into_inner()).await;
+            drop(permit);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
+    }
+}

@@ -1,0 +1,444 @@
+//! The nodes, their streams, and the layers that they get: what sessions, the engine and the rows share.
+//!
+//! Locks are held for O(change) work only and never across an await. Order: nodes before layers.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::jiff::Timestamp;
+use switchtower_core::compiled::Compiled;
+use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
+use switchtower_core::model::LayerId;
+use switchtower_proto::v1::change::Change as Op;
+use switchtower_proto::v1::{
+    Change, ChangeInfo, ConntrackSettings, GoAwayReason, LocalDetection, Resume, Settings, Source,
+};
+use tokio::sync::Notify;
+
+use super::metrics::ServeMetrics;
+use super::session::Limits;
+use crate::status::{Floor, Floors, Observation};
+
+/// How old what the API server said last is; `None` if that is not known.
+pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
+
+/// What a stream is told from outside of its task.
+#[derive(Debug, Default)]
+pub(super) struct Signal {
+    pub(super) notify: Notify,
+    end: Mutex<Option<GoAwayReason>>,
+}
+
+impl Signal {
+    fn end(&self, reason: GoAwayReason) {
+        lock(&self.end).get_or_insert(reason);
+        self.notify.notify_one();
+    }
+
+    pub(super) fn ended(&self) -> Option<GoAwayReason> {
+        *lock(&self.end)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Node {
+    /// `None`: the Node does not exist.
+    subscription: Option<Subscription>,
+    signal: Option<Arc<Signal>>,
+    /// The place that the agent acknowledged last.
+    cursor: Option<Cursor>,
+    observation: Option<Observation>,
+}
+
+#[derive(Debug, Default)]
+struct Nodes {
+    nodes: HashMap<Arc<str>, Node>,
+    zones: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+}
+
+/// All nodes and layers.
+pub struct Fleet {
+    nodes: Mutex<Nodes>,
+    layers: RwLock<Layers>,
+    settings: (Arc<str>, u64),
+    floors: Floors,
+    instance: [u8; 16],
+    ready: AtomicBool,
+    metrics: ServeMetrics,
+    upstream: UpstreamAge,
+    dirty: Mutex<BTreeSet<Arc<str>>>,
+    changed: Notify,
+    /// One snapshot is compressed at a time; who comes later finds it done.
+    compressing: tokio::sync::Mutex<()>,
+    streams: AtomicUsize,
+    bucket: Mutex<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    tokens: f64,
+    at: Instant,
+}
+
+/// A place among the streams; given back when dropped.
+pub(super) struct Permit(Arc<Fleet>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.0.metrics.streams.dec();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The settings that hold before any ProxyProfile applies: kube-proxy's defaults.
+#[must_use]
+pub fn builtin_settings() -> Settings {
+    Settings {
+        profile: "builtin".to_owned(),
+        revision: 0,
+        local_detection: LocalDetection::NodeCidr as i32,
+        masquerade_mark: 0x4000,
+        conntrack: Some(ConntrackSettings {
+            max_per_core: 32_768,
+            min: 131_072,
+            tcp_established_timeout_seconds: 86_400,
+            tcp_close_wait_timeout_seconds: 3_600,
+            ..ConntrackSettings::default()
+        }),
+        ..Settings::default()
+    }
+}
+
+impl Fleet {
+    /// No nodes yet. Serves after the first [`Fleet::publish`].
+    #[must_use]
+    pub fn new(
+        settings: Settings,
+        floors: Floors,
+        metrics: ServeMetrics,
+        upstream: UpstreamAge,
+    ) -> Arc<Self> {
+        let name: (Arc<str>, u64) = (settings.profile.as_str().into(), settings.revision);
+        let mut layers = Layers::new(LogLimits::default());
+        let item = Change { change: Some(Op::Settings(settings)) };
+        let changes = BTreeMap::from([(LayerId::Settings(name.0.clone(), name.1), vec![item])]);
+        layers.apply(changes, &[], Vec::new(), Source::default());
+        Arc::new(Self {
+            nodes: Mutex::default(),
+            layers: RwLock::new(layers),
+            settings: name,
+            floors,
+            instance: rand::random(),
+            ready: AtomicBool::new(false),
+            metrics,
+            upstream,
+            dirty: Mutex::default(),
+            changed: Notify::new(),
+            compressing: tokio::sync::Mutex::default(),
+            streams: AtomicUsize::new(0),
+            bucket: Mutex::new(Bucket { tokens: f64::MAX, at: Instant::now() }),
+        })
+    }
+
+    /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
+    pub fn publish(&self, compiled: Compiled, infos: Vec<ChangeInfo>, source: Source) -> u64 {
+        let Compiled { changes, removed, .. } = compiled;
+        let zones: Vec<(Arc<str>, Option<Arc<str>>)> = changes.iter().filter_map(node_record).collect();
+        let mut nodes = lock(&self.nodes);
+        let applied = self.write(|layers| layers.apply(changes, &removed, infos, source));
+        if applied.dropped > 0 {
+            tracing::error!(dropped = applied.dropped, "malformed changes from the compiler were dropped");
+        }
+        for (node, zone) in zones {
+            nodes.assign(&node, zone, &self.settings);
+            self.mark([node]);
+        }
+        for id in removed {
+            if let LayerId::Node(node) = id {
+                nodes.unassign(&node);
+                self.mark([node]);
+            }
+        }
+        self.ready.store(true, Ordering::Release);
+        let idle = nodes.wake(&applied);
+        drop(nodes);
+        self.mark(idle);
+        applied.revision
+    }
+
+    /// Notes that resources are processed further without a change.
+    pub fn advance(&self, source: Source) {
+        self.write(|layers| layers.advance(source));
+    }
+
+    /// Tells every stream to end.
+    pub fn end_all(&self, reason: GoAwayReason) {
+        for signal in lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_ref()) {
+            signal.end(reason);
+        }
+    }
+
+    /// The layers' revision.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.read(Layers::revision)
+    }
+
+    /// The Node exists and is served.
+    #[must_use]
+    pub fn knows(&self, node: &str) -> bool {
+        lock(&self.nodes).nodes.get(node).is_some_and(|node| node.subscription.is_some())
+    }
+
+    pub(super) fn ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    pub(super) fn metrics(&self) -> &ServeMetrics {
+        &self.metrics
+    }
+
+    pub(super) fn upstream_age(&self) -> Option<Duration> {
+        (self.upstream)()
+    }
+
+    pub(super) fn resume_token(&self, revision: u64) -> Resume {
+        Resume { instance: self.instance.to_vec(), revision }
+    }
+
+    /// The revision in a resume token, if this process gave it out.
+    pub(super) fn resumable(&self, resume: Option<&Resume>) -> Option<u64> {
+        resume.filter(|resume| resume.instance == self.instance).map(|resume| resume.revision)
+    }
+
+    pub(super) fn subscription(&self, node: &str) -> Option<Subscription> {
+        lock(&self.nodes).nodes.get(node)?.subscription.clone()
+    }
+
+    pub(super) fn read<T>(&self, look: impl FnOnce(&Layers) -> T) -> T {
+        look(&self.layers.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<T>(&self, change: impl FnOnce(&mut Layers) -> T) -> T {
+        change(&mut self.layers.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What a node has to be sent; compresses a snapshot first if one is missing. Never `Compress`.
+    pub(super) async fn plan(
+        self: &Arc<Self>,
+        subscription: &Subscription,
+        from: Option<&Cursor>,
+    ) -> Planned {
+        let planned = self.read(|layers| layers.plan(subscription, from));
+        if !matches!(planned, Planned::Compress(_)) {
+            return planned;
+        }
+        let _one = self.compressing.lock().await;
+        loop {
+            match self.read(|layers| layers.plan(subscription, from)) {
+                Planned::Compress(raw) => {
+                    if let Ok(snapshot) = tokio::task::spawn_blocking(move || raw.compress()).await {
+                        self.read(|layers| layers.keep(snapshot));
+                    }
+                }
+                planned => return planned,
+            }
+        }
+    }
+
+    /// A place for a new stream; `None` if there are too many, or too many came at once.
+    pub(super) fn admit(self: &Arc<Self>, limits: &Limits) -> Option<Permit> {
+        let mut bucket = lock(&self.bucket);
+        let now = Instant::now();
+        let refilled =
+            bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * limits.streams_per_second;
+        bucket.tokens = refilled.min(limits.stream_burst);
+        bucket.at = now;
+        if bucket.tokens < 1.0 || self.streams.load(Ordering::Relaxed) >= limits.streams {
+            self.metrics.refused("too_many_streams");
+            return None;
+        }
+        bucket.tokens -= 1.0;
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.metrics.streams.inc();
+        Some(Permit(self.clone()))
+    }
+
+    /// Where a new session of the node starts from.
+    pub(super) fn floor(&self, node: &str) -> Floor {
+        let mut floor = self.floors.get(node);
+        if let Some(known) = lock(&self.nodes).nodes.get(node).and_then(|node| node.observation.as_ref()) {
+            floor.session = floor.session.max(known.session);
+            floor.generation = floor.generation.max(known.sent).max(known.applied);
+        }
+        floor
+    }
+
+    /// Makes this the node's stream; the one before it is told to go. `None`: the Node does not exist.
+    pub(super) fn open(&self, node: &Arc<str>, floor: &mut Floor) -> Option<(u64, Arc<Signal>)> {
+        let mut nodes = lock(&self.nodes);
+        let entry = nodes.nodes.get_mut(node).filter(|entry| entry.subscription.is_some())?;
+        let known = entry.observation.get_or_insert_default();
+        known.session = known.session.max(floor.session) + 1;
+        floor.session = known.session;
+        let signal = Arc::new(Signal::default());
+        if let Some(old) = entry.signal.replace(signal.clone()) {
+            old.end(GoAwayReason::Superseded);
+        }
+        Some((floor.session, signal))
+    }
+
+    /// Changes what is known of a node, if `session` still is its stream.
+    pub(super) fn observe_with(&self, node: &Arc<str>, session: u64, change: impl FnOnce(&mut Observation)) {
+        let mut nodes = lock(&self.nodes);
+        let Some(known) = nodes.nodes.get_mut(node).and_then(|entry| entry.observation.as_mut()) else {
+            return;
+        };
+        if known.session != session {
+            return;
+        }
+        let before = (known.applied >= known.desired).then_some(());
+        change(known);
+        if known.applied >= known.desired {
+            known.behind_since = None;
+        } else if before.is_some() || known.behind_since.is_none() {
+            known.behind_since = Some(Timestamp::now());
+        }
+        drop(nodes);
+        self.mark([node.clone()]);
+    }
+
+    /// Remembers the place that a node acknowledged.
+    pub(super) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor) {
+        let mut nodes = lock(&self.nodes);
+        let Some(entry) = nodes.nodes.get_mut(node) else { return };
+        if entry.observation.as_ref().is_some_and(|known| known.session == session) {
+            entry.cursor = Some(cursor.clone());
+        }
+    }
+
+    /// The stream is over.
+    pub(super) fn close(&self, node: &Arc<str>, session: u64) {
+        let mut nodes = lock(&self.nodes);
+        let Some(entry) = nodes.nodes.get_mut(node) else { return };
+        let Some(known) = entry.observation.as_mut().filter(|known| known.session == session) else { return };
+        known.lost_since = Some(Timestamp::now());
+        entry.signal = None;
+        if entry.subscription.is_none() {
+            nodes.nodes.remove(node);
+        }
+        drop(nodes);
+        self.mark([node.clone()]);
+    }
+
+    fn mark(&self, nodes: impl IntoIterator<Item = Arc<str>>) {
+        let mut dirty = lock(&self.dirty);
+        dirty.extend(nodes);
+        if !dirty.is_empty() {
+            self.changed.notify_one();
+        }
+    }
+}
+
+impl crate::status::Registry for Fleet {
+    fn observe(&self, node: &str) -> Option<Observation> {
+        let nodes = lock(&self.nodes);
+        let entry = nodes.nodes.get(node)?;
+        let mut observation = entry.observation.clone()?;
+        // Nobody keeps the figure of a node without a stream up to date.
+        if observation.lost_since.is_some()
+            && let (Some(subscription), Some(cursor)) = (&entry.subscription, &entry.cursor)
+        {
+            let pending = self.read(|layers| layers.pending(subscription, cursor));
+            observation.desired = observation.sent.max(observation.applied + pending);
+            if observation.applied < observation.desired {
+                observation.behind_since = observation.behind_since.or(observation.lost_since);
+            }
+        }
+        Some(observation)
+    }
+
+    async fn changed(&self) -> Vec<Arc<str>> {
+        loop {
+            let changed = std::mem::take(&mut *lock(&self.dirty));
+            if !changed.is_empty() {
+                return changed.into_iter().collect();
+            }
+            self.changed.notified().await;
+        }
+    }
+}
+
+impl Nodes {
+    fn assign(&mut self, name: &Arc<str>, zone: Option<Arc<str>>, settings: &(Arc<str>, u64)) {
+        self.leave_zone(name);
+        if let Some(zone) = &zone {
+            self.zones.entry(zone.clone()).or_default().insert(name.clone());
+        }
+        let node = self.nodes.entry(name.clone()).or_default();
+        node.subscription = Some(Subscription { node: name.clone(), zone, settings: settings.clone() });
+    }
+
+    fn unassign(&mut self, name: &Arc<str>) {
+        self.leave_zone(name);
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        node.subscription = None;
+        node.cursor = None;
+        match &node.signal {
+            Some(signal) => signal.end(GoAwayReason::NodeDeleted),
+            None => {
+                self.nodes.remove(name);
+            }
+        }
+    }
+
+    fn leave_zone(&mut self, name: &Arc<str>) {
+        let subscription = self.nodes.get(name).and_then(|node| node.subscription.as_ref());
+        let Some(zone) = subscription.and_then(|subscription| subscription.zone.clone()) else { return };
+        if let Some(members) = self.zones.get_mut(&zone) {
+            members.remove(name);
+            if members.is_empty() {
+                self.zones.remove(&zone);
+            }
+        }
+    }
+
+    /// Wakes the sessions of the touched layers; returns the nodes that have none.
+    fn wake(&self, applied: &Applied) -> Vec<Arc<str>> {
+        let mut idle = Vec::new();
+        let mut wake = |name: &Arc<str>| match self.nodes.get(name) {
+            Some(Node { signal: Some(signal), .. }) => signal.notify.notify_one(),
+            Some(Node { observation: Some(_), .. }) => idle.push(name.clone()),
+            _ => {}
+        };
+        let all = |id: &LayerId| matches!(id, LayerId::Cluster | LayerId::Settings(..));
+        if applied.touched.iter().any(all) {
+            self.nodes.keys().for_each(wake);
+            return idle;
+        }
+        for id in &applied.touched {
+            match id {
+                LayerId::Node(node) => wake(node),
+                LayerId::Zone(zone) => self.zones.get(zone).into_iter().flatten().for_each(&mut wake),
+                LayerId::Cluster | LayerId::Settings(..) => {}
+            }
+        }
+        idle
+    }
+}
+
+/// Name and zone, if these are the changes of a node's layer and tell of its record.
+fn node_record((id, changes): (&LayerId, &Vec<Change>)) -> Option<(Arc<str>, Option<Arc<str>>)> {
+    let LayerId::Node(name) = id else { return None };
+    let record = changes.iter().rev().find_map(|change| match &change.change {
+        Some(Op::Node(record)) => Some(record),
+        _ => None,
+    })?;
+    Some((name.clone(), (!record.zone.is_empty()).then(|| record.zone.as_str().into())))
+}

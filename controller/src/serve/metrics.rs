@@ -1,0 +1,78 @@
+//! What is counted about streams.
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+/// Metrics of the streams.
+#[derive(Debug, Clone)]
+pub struct ServeMetrics {
+    refusals: IntCounterVec,
+    /// Open streams.
+    pub(super) streams: IntGauge,
+    /// Payload bytes of parts.
+    pub(super) sent_bytes: IntCounter,
+    updates: IntCounterVec,
+    nacks: IntCounterVec,
+    /// From the end of an update's sending to its acknowledgement.
+    pub(super) ack_seconds: Histogram,
+    ended: IntCounterVec,
+}
+
+impl ServeMetrics {
+    /// Creates and registers them.
+    ///
+    /// # Errors
+    /// A name is already registered.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counters = |name: &str, help: &str, label: &str| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok::<_, prometheus::Error>(counters)
+        };
+        let streams = IntGauge::new("switchtower_streams", "Open streams of agents.")?;
+        let sent_bytes = IntCounter::new("switchtower_delta_bytes_total", "Payload bytes sent to agents.")?;
+        let ack_seconds = Histogram::with_opts(
+            HistogramOpts::new(
+                "switchtower_node_ack_seconds",
+                "From sending an update to its acknowledgement.",
+            )
+            .buckets(prometheus::exponential_buckets(0.000_25, 2.0, 18)?),
+        )?;
+        registry.register(Box::new(streams.clone()))?;
+        registry.register(Box::new(sent_bytes.clone()))?;
+        registry.register(Box::new(ack_seconds.clone()))?;
+        Ok(Self {
+            refusals: counters(
+                "switchtower_refusals_total",
+                "Connections and streams that were refused, by reason.",
+                "reason",
+            )?,
+            updates: counters("switchtower_updates_total", "Updates sent, by kind.", "kind")?,
+            nacks: counters("switchtower_nacks_total", "Updates that agents refused, by reason.", "reason")?,
+            ended: counters("switchtower_streams_ended_total", "Streams that ended, by reason.", "reason")?,
+            streams,
+            sent_bytes,
+            ack_seconds,
+        })
+    }
+
+    pub(super) fn refused(&self, reason: &str) {
+        self.refusals.with_label_values(&[reason]).inc();
+    }
+
+    pub(super) fn updated(&self, kind: &str) {
+        self.updates.with_label_values(&[kind]).inc();
+    }
+
+    pub(super) fn nacked(&self, reason: &str) {
+        self.nacks.with_label_values(&[reason]).inc();
+    }
+
+    pub(super) fn ended(&self, reason: &str) {
+        self.ended.with_label_values(&[reason]).inc();
+    }
+
+    #[cfg(test)]
+    pub(super) fn refusals(&self, reason: &str) -> u64 {
+        self.refusals.with_label_values(&[reason]).get()
+    }
+}

@@ -1,0 +1,577 @@
+//! One stream: the protocol's state machine on the controller's side.
+//!
+//! What holds: nothing is sent before a good Hello; at most one update is unacknowledged, what changes
+//! meanwhile goes into the next; a number once sent is never used for other content; what the agent says
+//! only ever concerns its own node.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use k8s_openapi::jiff::Timestamp;
+use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
+use switchtower_proto::digest::Digest;
+use switchtower_proto::v1::agent_message::Message as FromAgent;
+use switchtower_proto::v1::controller_message::Message as ToAgent;
+use switchtower_proto::v1::{
+    Ack, AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Nack, NackReason, Ping, Pong, Report,
+    Update, UpdateEnd, Welcome,
+};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tonic::{Status, Streaming};
+
+use super::auth::Identity;
+use super::fleet::{Fleet, Signal};
+use crate::status::observation::{Failure, nack_word};
+
+mod hello;
+
+/// Longest text of an agent that is kept.
+const TEXT: usize = 512;
+/// Most samples of deviations that are kept.
+const SAMPLES: usize = 16;
+
+/// Bounds and times of streams.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// This replica's name, for agents.
+    pub replica: String,
+    /// host:port of all replicas, for agents.
+    pub peers: Vec<String>,
+    /// Most streams.
+    pub streams: usize,
+    /// New streams per second, on average.
+    pub streams_per_second: f64,
+    /// New streams at once.
+    pub stream_burst: f64,
+    /// From the stream's start to its Hello.
+    pub hello: Duration,
+    /// From an update to its acknowledgement.
+    pub acknowledgement: Duration,
+    /// Between two pings.
+    pub ping: Duration,
+    /// A peer that says nothing for this long, or takes nothing, is gone.
+    pub silence: Duration,
+    /// Messages of one agent per second, on average; ten times as many at once.
+    pub messages_per_second: f64,
+    /// First pause after a refused update; doubles up to 64 times.
+    pub pause: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            replica: "controller".to_owned(),
+            peers: Vec::new(),
+            streams: 20_000,
+            streams_per_second: 1_000.0,
+            stream_burst: 2_000.0,
+            hello: Duration::from_secs(10),
+            acknowledgement: Duration::from_secs(60),
+            ping: Duration::from_secs(15),
+            silence: Duration::from_secs(45),
+            messages_per_second: 100.0,
+            pause: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Why a stream ends.
+#[derive(Debug)]
+enum End {
+    /// The agent is told.
+    GoAway(GoAwayReason, String),
+    /// It is gone already.
+    Gone(&'static str),
+}
+
+struct InFlight {
+    to: u64,
+    after: Cursor,
+    snapshot: bool,
+    since: Instant,
+}
+
+/// After a refusal: not before this time, or when the view changed, whichever the reason allows.
+struct Pause {
+    refused: Digest,
+    wait_for_change: bool,
+    earliest: Instant,
+    until: Instant,
+}
+
+/// One agent's stream.
+pub(super) struct Session {
+    fleet: Arc<Fleet>,
+    limits: Arc<Limits>,
+    node: Arc<str>,
+    expires: SystemTime,
+    out: mpsc::Sender<Result<ControllerMessage, Status>>,
+    number: u64,
+    subscription: Subscription,
+    /// What the agent has; `None`: it needs everything.
+    cursor: Option<Cursor>,
+    /// Number of what the agent has.
+    generation: u64,
+    /// Highest number that was ever used for this node.
+    highest: u64,
+    in_flight: Option<InFlight>,
+    pause: Option<Pause>,
+    refusals: u32,
+    pings: u64,
+    heard: Instant,
+    tokens: f64,
+    refilled: Instant,
+}
+
+/// The answer to an agent that comes when there is no room.
+pub(super) fn overloaded(limits: &Limits) -> super::Outbound {
+    let message = go_away(GoAwayReason::Overloaded, "too many agents come at once".to_owned(), limits);
+    Box::pin(tokio_stream::once(Ok(message)))
+}
+
+fn message(message: ToAgent) -> ControllerMessage {
+    ControllerMessage { message: Some(message) }
+}
+
+fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> ControllerMessage {
+    // Full jitter: those who were sent away together do not come back together.
+    let retry_after_milliseconds = match reason {
+        GoAwayReason::CredentialExpiring | GoAwayReason::Shutdown => rand::random_range(0..1_000),
+        GoAwayReason::NotReady => rand::random_range(500..2_000),
+        GoAwayReason::Overloaded => rand::random_range(
+            500..2_000 + (limits.stream_burst / limits.streams_per_second * 1_000.0) as u32,
+        ),
+        _ => rand::random_range(5_000..15_000),
+    };
+    message(ToAgent::GoAway(GoAway { reason: reason as i32, detail, retry_after_milliseconds }))
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(TEXT).collect()
+}
+
+impl Session {
+    pub(super) fn new(
+        fleet: Arc<Fleet>,
+        limits: Arc<Limits>,
+        identity: Identity,
+        out: mpsc::Sender<Result<ControllerMessage, Status>>,
+    ) -> Self {
+        let now = Instant::now();
+        let node = identity.node;
+        Self {
+            subscription: Subscription { node: node.clone(), zone: None, settings: ("".into(), 0) },
+            tokens: limits.messages_per_second * 10.0,
+            fleet,
+            limits,
+            node,
+            expires: identity.expires,
+            out,
+            number: 0,
+            cursor: None,
+            generation: 0,
+            highest: 0,
+            in_flight: None,
+            pause: None,
+            refusals: 0,
+            pings: 0,
+            heard: now,
+            refilled: now,
+        }
+    }
+
+    /// Runs the stream to its end.
+    pub(super) async fn run(mut self, mut inbound: Streaming<AgentMessage>) {
+        let end = match self.open(&mut inbound).await {
+            Ok(signal) => {
+                let end = self.exchange(&mut inbound, &signal).await;
+                self.fleet.close(&self.node, self.number);
+                end
+            }
+            Err(end) => end,
+        };
+        match end {
+            End::Gone(why) => {
+                self.fleet.metrics().ended(why);
+                tracing::info!(node = %self.node, session = self.number, why, "stream ended");
+            }
+            End::GoAway(reason, detail) => {
+                let word = reason.as_str_name().trim_start_matches("GO_AWAY_REASON_").to_lowercase();
+                match reason {
+                    GoAwayReason::NodeNameMismatch
+                    | GoAwayReason::Malformed
+                    | GoAwayReason::Version
+                    | GoAwayReason::GenerationOutOfRange => self.fleet.metrics().refused(&word),
+                    _ => self.fleet.metrics().ended(&word),
+                }
+                tracing::info!(node = %self.node, session = self.number, reason = word, detail, "sending the agent away");
+                let message = go_away(reason, detail, &self.limits);
+                // A peer that takes nothing does not hold the stream.
+                let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(Ok(message))).await;
+            }
+        }
+    }
+
+    async fn open(&mut self, inbound: &mut Streaming<AgentMessage>) -> Result<Arc<Signal>, End> {
+        let malformed = |detail: &str| End::GoAway(GoAwayReason::Malformed, detail.to_owned());
+        let first = tokio::time::timeout(self.limits.hello, inbound.message()).await;
+        let first = first.map_err(|_| malformed("no Hello in time"))?;
+        let hello = match first {
+            Ok(Some(AgentMessage { message: Some(FromAgent::Hello(hello)) })) => hello,
+            Ok(Some(_)) => return Err(malformed("the first message must be Hello")),
+            Ok(None) => return Err(End::Gone("closed_by_agent")),
+            Err(status) => return Err(broken(&status)),
+        };
+        hello::check(&hello, &self.node).map_err(|(reason, detail)| End::GoAway(reason, detail))?;
+        if !self.fleet.ready() {
+            let detail = "the first lists of the API server are not complete".to_owned();
+            return Err(End::GoAway(GoAwayReason::NotReady, detail));
+        }
+        let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
+        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
+        let mut floor = self.fleet.floor(&self.node);
+        let (number, signal) = self.fleet.open(&self.node, &mut floor).ok_or_else(gone)?;
+        self.number = number;
+        self.resume(&hello, floor.generation);
+        let welcome = Welcome {
+            version: hello::VERSION,
+            session: number,
+            controller: self.limits.replica.clone(),
+            peers: self.limits.peers.clone(),
+            resumed: self.cursor.is_some(),
+        };
+        self.send(ToAgent::Welcome(welcome)).await?;
+        tracing::info!(node = %self.node, session = number, resumed = self.cursor.is_some(),
+            generation = self.generation, agent = hello.agent_version, "agent connected");
+        Ok(signal)
+    }
+
+    /// Finds the agent's place, and from which number on generations are given out.
+    fn resume(&mut self, hello: &Hello, floor: u64) {
+        let kernel = hello.kernel.as_ref().map_or(0, |stamp| stamp.generation);
+        let view = hello.view.as_ref();
+        self.generation = view.map_or(0, |view| view.generation);
+        self.highest = floor.max(kernel).max(self.generation);
+        self.cursor = view.and_then(|view| {
+            let digest = Digest::from_bytes(&view.digest)?;
+            let revision = self.fleet.resumable(view.resume.as_ref());
+            self.fleet.read(|layers| layers.resume(&self.subscription, revision, digest))
+        });
+        if let Some(cursor) = &self.cursor {
+            self.fleet.reached(&self.node, self.number, cursor);
+        }
+        let (generation, highest) = (self.generation, self.highest);
+        let applied = self.cursor.as_ref().map_or(kernel, |_| generation);
+        let settings = (self.subscription.settings.0.to_string(), self.subscription.settings.1);
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            known.since = Timestamp::now();
+            known.lost_since = None;
+            known.acknowledged = false;
+            known.applied = applied;
+            known.sent = highest;
+            known.desired = highest;
+            known.failure = None;
+            known.agent_version = shortened(&hello.agent_version);
+            known.kernel_version = shortened(&hello.kernel_version);
+            known.settings = settings;
+        });
+    }
+
+    async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {
+        let recycled = Instant::now() + self.lifetime();
+        let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
+        ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            if let Some(reason) = signal.ended() {
+                return End::GoAway(reason, String::new());
+            }
+            if let Err(end) = self.advance().await {
+                return end;
+            }
+            let deadline = self.deadline();
+            let outcome = tokio::select! {
+                received = inbound.message() => match received {
+                    Ok(Some(message)) => self.receive(message).await,
+                    Ok(None) => Err(End::Gone("closed_by_agent")),
+                    Err(status) => Err(broken(&status)),
+                },
+                () = signal.notify.notified() => Ok(()),
+                _ = ping.tick() => self.ping().await,
+                () = tokio::time::sleep_until(deadline.unwrap_or(recycled)), if deadline.is_some() => Ok(()),
+                () = tokio::time::sleep_until(recycled) => {
+                    Err(End::GoAway(GoAwayReason::CredentialExpiring, "come back with a new token".to_owned()))
+                }
+            };
+            if let Err(end) = outcome {
+                return end;
+            }
+        }
+    }
+
+    /// Ends before the token does, each at another time.
+    fn lifetime(&self) -> Duration {
+        let left = self.expires.duration_since(SystemTime::now()).unwrap_or_default();
+        left.mul_f64(rand::random_range(0.75..0.9))
+    }
+
+    /// When to look again without anything happening.
+    fn deadline(&self) -> Option<Instant> {
+        if let Some(in_flight) = &self.in_flight {
+            return Some(in_flight.since + self.limits.acknowledgement);
+        }
+        self.pause.as_ref().map(|pause| pause.until)
+    }
+
+    /// Sends what there is to be sent, if the agent can take it.
+    async fn advance(&mut self) -> Result<(), End> {
+        let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
+        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
+        if let Some(in_flight) = &self.in_flight {
+            if in_flight.since.elapsed() >= self.limits.acknowledgement {
+                let detail = format!("generation {} was not acknowledged in time", in_flight.to);
+                return Err(End::GoAway(GoAwayReason::Unspecified, detail));
+            }
+            let pending = self.fleet.read(|layers| layers.pending(&self.subscription, &in_flight.after));
+            let desired = in_flight.to + pending;
+            self.fleet.observe_with(&self.node, self.number, |known| known.desired = desired);
+            return Ok(());
+        }
+        if self.paused() {
+            return Ok(());
+        }
+        match self.fleet.plan(&self.subscription, self.cursor.as_ref()).await {
+            Planned::Update(plan) => self.update(*plan).await,
+            // The number in use is ahead of the agent's, from a session before: it gets the number alone.
+            Planned::Nothing(after) if self.generation < self.highest => {
+                let empty = self.fleet.read(|layers| layers.source());
+                let plan = Plan {
+                    whole: false,
+                    snapshot: false,
+                    parts: Vec::new(),
+                    changes: 0,
+                    infos: Vec::new(),
+                    after,
+                    source: empty,
+                };
+                self.update(plan).await
+            }
+            Planned::Nothing(after) => {
+                self.settled(after);
+                Ok(())
+            }
+            Planned::Compress(_) => Ok(()),
+        }
+    }
+
+    /// The agent has everything.
+    fn settled(&mut self, after: Cursor) {
+        let generation = self.generation;
+        let digest = after.digest().to_bytes();
+        self.fleet.reached(&self.node, self.number, &after);
+        self.cursor = Some(after);
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            known.acknowledged = true;
+            known.applied = generation;
+            known.sent = generation;
+            known.desired = generation;
+            known.digest = Some(digest);
+        });
+    }
+
+    fn paused(&mut self) -> bool {
+        let Some(pause) = &mut self.pause else { return false };
+        let now = Instant::now();
+        if pause.wait_for_change {
+            let digest = self.fleet.read(|layers| layers.head(&self.subscription)).digest();
+            if digest != pause.refused {
+                pause.until = pause.until.min(pause.earliest);
+            }
+        }
+        if now < pause.until {
+            return true;
+        }
+        self.pause = None;
+        false
+    }
+
+    async fn update(&mut self, plan: Plan) -> Result<(), End> {
+        let Plan { whole, snapshot, parts, changes, infos, after, source } = plan;
+        let to = self.highest + changes;
+        self.highest = to;
+        let metrics = self.fleet.metrics();
+        metrics.updated(if whole {
+            "snapshot"
+        } else if snapshot {
+            "mixed"
+        } else {
+            "delta"
+        });
+        metrics.sent_bytes.inc_by(parts.iter().map(|part| part.payload.len() as u64).sum());
+        let update = Update {
+            from: (!whole).then_some(self.generation),
+            to,
+            digest: after.digest().to_bytes().to_vec(),
+            source: Some(source),
+            resume: Some(self.fleet.resume_token(after.revision())),
+            changes: infos,
+            changes_total: u32::try_from(changes).unwrap_or(u32::MAX),
+            required_features: Vec::new(),
+        };
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            known.sent = to;
+            known.desired = to;
+        });
+        self.send(ToAgent::Update(update)).await?;
+        for part in parts {
+            self.send(ToAgent::Part(part)).await?;
+        }
+        self.send(ToAgent::UpdateEnd(UpdateEnd { to })).await?;
+        self.in_flight = Some(InFlight { to, after, snapshot: whole, since: Instant::now() });
+        Ok(())
+    }
+
+    async fn send(&self, what: ToAgent) -> Result<(), End> {
+        match tokio::time::timeout(self.limits.silence, self.out.send(Ok(message(what)))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(End::Gone("connection_lost")),
+            Err(_) => Err(End::Gone("takes_nothing")),
+        }
+    }
+
+    async fn ping(&mut self) -> Result<(), End> {
+        if self.heard.elapsed() > self.limits.silence {
+            return Err(End::Gone("silent"));
+        }
+        self.pings += 1;
+        let age = self.fleet.upstream_age().map_or(u64::MAX, |age| age.as_millis() as u64);
+        self.send(ToAgent::Ping(Ping { sequence: self.pings, upstream_age_milliseconds: age })).await
+    }
+
+    async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
+        self.heard = Instant::now();
+        let refill = self.heard.duration_since(self.refilled).as_secs_f64() * self.limits.messages_per_second;
+        self.tokens = (self.tokens + refill).min(self.limits.messages_per_second * 10.0) - 1.0;
+        self.refilled = self.heard;
+        let malformed = |detail: &str| Err(End::GoAway(GoAwayReason::Malformed, detail.to_owned()));
+        if self.tokens < 0.0 {
+            return malformed("too many messages");
+        }
+        match message.message {
+            Some(FromAgent::Ack(ack)) if ack.session == self.number => self.acknowledged(ack),
+            Some(FromAgent::Nack(nack)) if nack.session == self.number => {
+                self.refused(&nack);
+                Ok(())
+            }
+            Some(FromAgent::Report(report)) if report.session == self.number => {
+                self.reported(&report);
+                Ok(())
+            }
+            // Of a session before: what it says is not of now.
+            Some(FromAgent::Ack(_) | FromAgent::Nack(_) | FromAgent::Report(_)) => Ok(()),
+            Some(FromAgent::Ping(ping)) => self.send(ToAgent::Pong(Pong { sequence: ping.sequence })).await,
+            Some(FromAgent::Pong(_) | FromAgent::Answer(_)) => Ok(()),
+            Some(FromAgent::Hello(_)) => malformed("a second Hello"),
+            None => malformed("a message without content"),
+        }
+    }
+
+    fn acknowledged(&mut self, ack: Ack) -> Result<(), End> {
+        let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == ack.generation) else {
+            // Deviations of what it holds may change by themselves, as when held removals are released.
+            if ack.generation == self.generation && self.cursor.is_some() {
+                self.note_ack(ack);
+                return Ok(());
+            }
+            let detail = format!("generation {} was acknowledged but not sent", ack.generation);
+            return Err(End::GoAway(GoAwayReason::Malformed, detail));
+        };
+        if ack.digest != in_flight.after.digest().to_bytes() {
+            let detail = format!("generation {} was acknowledged with another digest", ack.generation);
+            return Err(End::GoAway(GoAwayReason::Malformed, detail));
+        }
+        self.fleet.metrics().ack_seconds.observe(in_flight.since.elapsed().as_secs_f64());
+        self.generation = in_flight.to;
+        self.refusals = 0;
+        self.fleet.reached(&self.node, self.number, &in_flight.after);
+        self.cursor = Some(in_flight.after);
+        self.note_ack(ack);
+        Ok(())
+    }
+
+    fn note_ack(&self, ack: Ack) {
+        let Ack { generation, digest, mut deviations, timings, .. } = ack;
+        if let Some(deviations) = &mut deviations {
+            deviations.samples.truncate(SAMPLES);
+            for sample in &mut deviations.samples {
+                sample.item = shortened(&sample.item);
+                sample.reason = shortened(&sample.reason);
+            }
+        }
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            known.acknowledged = true;
+            known.applied = generation;
+            known.digest = digest.as_slice().try_into().ok();
+            known.deviations = deviations;
+            known.failure = None;
+            known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
+        });
+    }
+
+    fn refused(&mut self, nack: &Nack) {
+        let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == nack.generation) else {
+            return;
+        };
+        let reason = nack.reason();
+        self.fleet.metrics().nacked(nack_word(reason));
+        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
+            errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
+        self.refusals = self.refusals.saturating_add(1);
+        let kernel = matches!(reason, NackReason::Kernel | NackReason::UnknownFeature);
+        if !kernel || nack.kept != self.generation {
+            self.cursor = None;
+        }
+        // A snapshot is the answer to a delta that does not fit; where a snapshot was refused, or this goes on,
+        // the same again will not do better at once.
+        if kernel || in_flight.snapshot || self.refusals > 1 {
+            let now = Instant::now();
+            let pause = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
+            self.pause = Some(Pause {
+                refused: in_flight.after.digest(),
+                wait_for_change: kernel,
+                earliest: now + self.limits.pause,
+                until: now + pause.mul_f64(rand::random_range(0.5..1.0)),
+            });
+        }
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            known.failure = Some(Failure {
+                reason: nack_word(reason),
+                detail: shortened(&nack.detail),
+                errno: nack.errno,
+                generation: nack.generation,
+            });
+        });
+    }
+
+    fn reported(&self, report: &Report) {
+        self.fleet.observe_with(&self.node, self.number, |known| {
+            if report.drift_repaired > known.drift_repaired {
+                known.drift_at = Some(Timestamp::now());
+            }
+            known.drift_repaired = report.drift_repaired;
+            known.drift_cause = shortened(&report.drift_cause);
+            known.foreign_proxy = report.foreign_proxy;
+        });
+    }
+}
+
+/// What a stream's error says about the peer.
+fn broken(status: &Status) -> End {
+    match status.code() {
+        tonic::Code::OutOfRange
+        | tonic::Code::ResourceExhausted
+        | tonic::Code::Internal
+        | tonic::Code::InvalidArgument => End::GoAway(GoAwayReason::Malformed, shortened(status.message())),
+        _ => End::Gone("connection_lost"),
+    }
+}
