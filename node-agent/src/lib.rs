@@ -3,7 +3,17 @@
 //! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges only what
 //! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
 
+pub mod backoff;
 pub mod dataplane;
+pub mod engine;
+pub mod health;
 pub mod kernel_change;
+pub mod metrics;
 pub mod nft;
+pub mod snapshot;
 pub mod state;
+pub mod sysctl;
+mod time;
+
+#[cfg(test)]
+mod testing;

@@ -18,7 +18,7 @@ use switchtower_proto::v1::{
 
 use crate::kernel_change::KernelChange;
 use layer::Layer;
-pub(crate) use merge::UdpChanges;
+pub(crate) use merge::{Flow, UdpChanges};
 use pack::{Interner, Malformed};
 use update::Staging;
 

@@ -8,7 +8,7 @@ use switchtower_proto::v1::{Endpoint, LayerKind};
 use super::layer::{Layer, staged_members};
 use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
 use super::update::StagedLayer;
-use super::{Applied, KINDS, State, position};
+use super::{Applied, State, position};
 use crate::kernel_change::KernelChange;
 
 /// What the conntrack reconciler has to look at after an update.

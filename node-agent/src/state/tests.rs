@@ -419,8 +419,11 @@ fn refusals_have_their_own_reasons() {
 
     let misplaced = delta(LayerKind::Zone, vec![Kind::Frontend(frontend(0, 0))]);
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[misplaced])), NackReason::Malformed);
-    let unknown =
-        Part { layer: 1, kind: 1, payload: Segment { changes: vec![Change::default()] }.encode_to_vec().into() };
+    let unknown = Part {
+        layer: 1,
+        kind: 1,
+        payload: Segment { changes: vec![Change::default()] }.encode_to_vec().into(),
+    };
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[unknown])), NackReason::UnknownFeature);
     let absent = PoolPatch {
         key: Some(pool_key(0, Role::Cluster)),

@@ -72,6 +72,11 @@ impl State {
         Ok(())
     }
 
+    /// The generation that is being received, if one is.
+    pub fn receiving(&self) -> Option<u64> {
+        self.staging.as_ref().map(|staging| staging.to)
+    }
+
     /// Takes a part in.
     ///
     /// # Errors
@@ -99,6 +104,31 @@ impl State {
         let result = self.check(&staging, end).map(|()| self.fold(staging));
         self.ports.sweep();
         result
+    }
+
+    /// Replaces the view by one that was kept: begin, changes, end in one step.
+    ///
+    /// # Errors
+    /// As for [`State::begin`], [`State::part`] and [`State::end`]; the view is as before.
+    pub fn restore(
+        &mut self,
+        update: &Update,
+        changes: &mut dyn Iterator<Item = Result<(LayerKind, Change), Refusal>>,
+    ) -> Result<(), Refusal> {
+        self.begin(&Update { from: None, ..update.clone() })?;
+        let Some(mut staging) = self.staging.take() else { return Ok(()) };
+        for change in changes {
+            let result = change.and_then(|(layer, change)| {
+                let at = position(layer).ok_or_else(|| Malformed("an item is in no layer".into()))?;
+                staging.take_change(at, &change, self)
+            });
+            if let Err(refusal) = result {
+                self.ports.sweep();
+                return Err(refusal);
+            }
+        }
+        self.staging = Some(staging);
+        self.end(&UpdateEnd { to: update.to }).map(|_| ())
     }
 
     /// Drops the update that is being received, if there is one.

@@ -1,0 +1,247 @@
+//! The engine with a kernel in memory.
+
+use super::*;
+use crate::testing::{self, Fleet, MemoryKernel};
+
+struct NoFlows;
+
+impl FlowTable for NoFlows {
+    fn reconcile(&mut self, _: &StaleFlows<'_>) -> std::io::Result<usize> {
+        Ok(0)
+    }
+}
+
+fn engine(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, Health) {
+    let health = Health::default();
+    let parts = Parts {
+        dataplane: Box::new(kernel.clone()),
+        flows: Box::new(NoFlows),
+        snapshot: Some(SnapshotFile::new(directory)),
+        health: health.clone(),
+        metrics: Metrics::register(&prometheus::Registry::new()).unwrap(),
+        host_addresses: vec!["192.0.2.1".parse().unwrap()],
+        sysctls: crate::sysctl::Sysctls::new(directory),
+    };
+    (Engine::start(parts), health)
+}
+
+fn attach(engine: &mut Engine) -> (Standing, mpsc::UnboundedReceiver<Event>) {
+    let (events, receiver) = mpsc::unbounded_channel();
+    let (standing, answer) = oneshot::channel();
+    engine.handle(Command::Attach { events, standing });
+    (answer.blocking_recv().unwrap(), receiver)
+}
+
+fn play(engine: &mut Engine, (update, parts): (Update, Vec<Part>)) {
+    let to = update.to;
+    engine.handle(Command::Begin(Box::new(update)));
+    parts.into_iter().for_each(|part| engine.handle(Command::Part(part)));
+    engine.handle(Command::End(UpdateEnd { to }));
+}
+
+fn ack(events: &mut mpsc::UnboundedReceiver<Event>) -> Ack {
+    match events.try_recv() {
+        Ok(Event::Ack(ack)) => ack,
+        other => panic!("an Ack is due, this came: {other:?}"),
+    }
+}
+
+#[test]
+fn a_generation_is_acknowledged_once_the_kernel_holds_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, health) = engine(&kernel, directory.path());
+    let (standing, mut events) = attach(&mut engine);
+    assert!(standing.kernel.is_none() && standing.view.is_none());
+
+    let mut fleet = Fleet::new(20, 3);
+    play(&mut engine, fleet.snapshot());
+    let first = ack(&mut events);
+    assert_eq!((first.generation, first.digest.clone()), (1, fleet.digest.to_bytes().to_vec()));
+    assert!(first.deviations.is_none());
+    assert_eq!(kernel.lock().stamp.unwrap().generation, 1);
+    assert!(health.read().eligible);
+
+    play(&mut engine, fleet.add_endpoint(3, 5));
+    assert_eq!(ack(&mut events).generation, 2);
+    assert_eq!(kernel.lock().commits.last(), Some(&1), "one endpoint is one change");
+}
+
+#[test]
+fn a_failing_kernel_is_tried_again_and_acknowledged() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    kernel.lock().fail = Some(libc::EPERM);
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    match events.try_recv() {
+        Ok(Event::Nack(nack)) => {
+            assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM));
+            assert_eq!((nack.generation, nack.kept), (1, 0));
+        }
+        other => panic!("a Nack is due, this came: {other:?}"),
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let retry = |engine: &mut Engine| {
+        while engine.retry.is_some_and(|(at, _)| at > Instant::now()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        engine.wake();
+    };
+    retry(&mut engine);
+    assert!(events.try_recv().is_err(), "the same failure is said once");
+    kernel.lock().fail = None;
+    retry(&mut engine);
+    assert_eq!(ack(&mut events).generation, 1);
+}
+
+#[test]
+fn refused_items_are_deviations() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let refused =
+        |number: u32| Refused { item: format!("frontend {number}"), reason: "EINVAL".into(), errno: 22 };
+    kernel.lock().refused = (0..40).map(refused).collect();
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    let fleet = Fleet::new(5, 2);
+    play(&mut engine, fleet.snapshot());
+    let ack = ack(&mut events);
+    let deviations = ack.deviations.unwrap();
+    assert_eq!((deviations.refused, deviations.samples.len()), (40, 16));
+    assert_ne!(deviations.effective_digest, ack.digest);
+    assert_eq!(ack.digest, fleet.digest.to_bytes());
+}
+
+#[test]
+fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(50, 3);
+    let (mut first, _) = engine(&kernel, directory.path());
+    play(&mut first, fleet.snapshot());
+    first.write_snapshot();
+    play(&mut first, fleet.add_endpoint(7, 5));
+    // Killed: the kernel holds generation 2, the file generation 1.
+    drop(first);
+    let commits = kernel.lock().commits.len();
+
+    let (mut second, _) = engine(&kernel, directory.path());
+    let (standing, mut events) = attach(&mut second);
+    assert_eq!(kernel.lock().commits.len(), commits, "nothing is written before a controller answers");
+    assert_eq!(standing.kernel.unwrap().generation, 2);
+    let view = standing.view.unwrap();
+    assert_eq!((view.generation, view.resume.unwrap().revision), (1, 1));
+
+    // The controller resumes from the view's place: both changes since then come as one delta.
+    let (first_missed, mut parts) = {
+        let mut again = Fleet::new(50, 3);
+        again.add_endpoint(7, 5)
+    };
+    let (next, more) = fleet.add_endpoint(9, 5);
+    parts.extend(more);
+    play(&mut second, (Update { from: first_missed.from, ..next }, parts));
+    assert_eq!(ack(&mut events).generation, 3);
+    let memory = kernel.lock();
+    assert_eq!(memory.commits[commits..], [1], "exactly the new endpoint");
+    assert_eq!(memory.stamp.unwrap().digest, fleet.digest.0);
+}
+
+#[test]
+fn a_current_file_is_adopted_without_a_write() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(50, 3);
+    let (mut first, _) = engine(&kernel, directory.path());
+    play(&mut first, fleet.snapshot());
+    first.write_snapshot();
+    drop(first);
+    let (mut second, health) = engine(&kernel, directory.path());
+    assert_eq!(kernel.lock().commits.len(), 1, "nothing was written");
+    assert!(health.read().eligible, "it serves what the file says");
+    let (_, mut events) = attach(&mut second);
+    play(&mut second, fleet.add_endpoint(1, 6));
+    assert_eq!(ack(&mut events).generation, 2);
+    assert_eq!(kernel.lock().commits[1..], [1]);
+}
+
+#[test]
+fn a_rebooted_node_is_programmed_from_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = Fleet::new(50, 3);
+    let (mut first, _) = engine(&MemoryKernel::default(), directory.path());
+    play(&mut first, fleet.snapshot());
+    first.write_snapshot();
+    let rebooted = MemoryKernel::default();
+    let _second = engine(&rebooted, directory.path());
+    assert_eq!(rebooted.lock().pools.len(), 50);
+    assert_eq!(rebooted.lock().stamp.unwrap().digest, fleet.digest.0);
+}
+
+#[test]
+fn refused_updates_leave_the_kernel_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    let mut fleet = Fleet::new(5, 2);
+    play(&mut engine, fleet.snapshot());
+    ack(&mut events);
+    let (mut update, parts) = fleet.add_endpoint(1, 4);
+    update.digest[3] ^= 1;
+    play(&mut engine, (update, parts));
+    match events.try_recv() {
+        Ok(Event::Nack(nack)) => {
+            assert_eq!(nack.reason, NackReason::DigestMismatch as i32);
+            assert_eq!((nack.generation, nack.kept), (2, 1));
+        }
+        other => panic!("a Nack is due, this came: {other:?}"),
+    }
+    assert_eq!(kernel.lock().commits.len(), 1);
+    // And a snapshot heals it.
+    fleet.generation += 1;
+    play(&mut engine, fleet.snapshot());
+    assert_eq!(ack(&mut events).generation, 3);
+    assert_eq!(kernel.lock().commits.len(), 2);
+}
+
+#[test]
+fn addresses_and_drift_are_commits_without_a_generation() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    ack(&mut events);
+    let facts = kernel.lock().stamp.unwrap().facts;
+    engine.handle(Command::HostAddresses(vec!["198.51.100.1".parse().unwrap()]));
+    assert_eq!(kernel.lock().commits.len(), 2);
+    let stamp = kernel.lock().stamp.unwrap();
+    assert_eq!(stamp.generation, 1);
+    assert_ne!(stamp.facts, facts);
+    assert!(events.try_recv().is_err(), "no Ack without a new generation");
+    engine.handle(Command::Drift { cause: "foreign" });
+    match events.try_recv() {
+        Ok(Event::Report(report)) => assert_eq!(report.drift_repaired, 1),
+        other => panic!("a Report is due, this came: {other:?}"),
+    }
+    assert_eq!(kernel.lock().repairs, 1);
+}
+
+#[test]
+fn questions_are_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    let counts: serde_json::Value = serde_json::from_slice(&engine.answer("counts").unwrap()).unwrap();
+    assert_eq!((&counts["services"], &counts["endpoints"]), (&5.into(), &10.into()));
+    let stamp: serde_json::Value = serde_json::from_slice(&engine.answer("stamp").unwrap()).unwrap();
+    assert_eq!(stamp["generation"], 1);
+    assert!(engine.answer("rules").is_err());
+}
+
+#[test]
+fn testing_fixture_and_state_agree() {
+    assert_eq!(testing::state(3, 2).digest(), Fleet::new(3, 2).digest);
+}

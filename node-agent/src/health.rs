@@ -1,0 +1,202 @@
+//! What the node answers when it is asked for its health, with kube-proxy's semantics.
+//!
+//! `/healthz` (200 if the data plane keeps up and the node is eligible) and `/livez` (without eligibility) are
+//! for load balancers and the kubelet; neither depends on the controller. The node is unhealthy only while
+//! its oldest change that is not committed is older than twice the sync period. healthCheckNodePort answers
+//! follow the commit: what is published here is what the kernel holds.
+
+mod node_ports;
+mod server;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use switchtower_proto::v1::Cidr;
+use tokio::sync::watch;
+
+use crate::state::State;
+
+pub use node_ports::serve_node_ports;
+pub use server::{health_router, metrics_router, serve};
+
+/// kube-proxy's default syncPeriod, twice.
+const STALE_AFTER: Duration = Duration::from_secs(60);
+
+/// healthCheckNodePorts to serve, and where.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HealthTargets {
+    /// (namespace, name) of the Service → (port, number of distinct local ready addresses).
+    pub checks: BTreeMap<(String, String), (u16, u32)>,
+    /// Addresses to listen on; unspecified ones mean all.
+    pub bind: Vec<IpAddr>,
+    /// The Node is known and neither being deleted nor about to be.
+    pub eligible: bool,
+}
+
+impl HealthTargets {
+    /// From the view and the addresses of the node's interfaces.
+    pub fn of(state: &State, host_addresses: &[IpAddr]) -> Self {
+        let checks = state.health_checks().filter_map(|check| {
+            let key = check.key.clone()?;
+            Some(((key.namespace, key.name), (u16::try_from(check.port).ok()?, check.ready)))
+        });
+        HealthTargets {
+            checks: checks.collect(),
+            bind: bind_addresses(state, host_addresses),
+            eligible: state.node().is_some_and(|node| node.eligible),
+        }
+    }
+}
+
+/// All addresses if nodePortAddresses match all, the node's primary ones if there are none, else the host's
+/// addresses inside them.
+fn bind_addresses(state: &State, host_addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let cidrs = state.settings().map(|settings| settings.node_port_addresses.as_slice()).unwrap_or_default();
+    let mut addresses: Vec<IpAddr> = if cidrs.is_empty() {
+        let node = state.node().map(|node| node.addresses.as_slice()).unwrap_or_default();
+        node.iter().filter_map(|bytes| address(bytes)).collect()
+    } else {
+        let all = cidrs.iter().filter(|cidr| cidr.prefix_length == 0);
+        let unspecified = all.filter_map(|cidr| address(&cidr.address));
+        let inside = host_addresses
+            .iter()
+            .filter(|address| cidrs.iter().any(|cidr| cidr.prefix_length > 0 && contains(cidr, **address)));
+        unspecified.chain(inside.copied()).collect()
+    };
+    let covered = |one: &IpAddr, all: &[IpAddr]| {
+        !one.is_unspecified()
+            && all.iter().any(|other| other.is_unspecified() && other.is_ipv4() == one.is_ipv4())
+    };
+    let all = addresses.clone();
+    addresses.retain(|one| !covered(one, &all));
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => None,
+    }
+}
+
+fn contains(cidr: &Cidr, address: IpAddr) -> bool {
+    let bytes = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    bytes.len() == cidr.address.len()
+        && bytes.iter().zip(&cidr.address).enumerate().all(|(index, (left, right))| {
+            let kept = cidr.prefix_length.saturating_sub(index as u32 * 8).min(8);
+            let mask = if kept == 0 { 0 } else { 0xff_u8 << (8 - kept) };
+            (left ^ right) & mask == 0
+        })
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Since when the oldest change waits.
+    queued: Option<Instant>,
+    applied: Option<SystemTime>,
+}
+
+/// The answers, shared by the engine that sets them and the servers that give them.
+#[derive(Clone)]
+pub struct Health {
+    shared: Arc<Mutex<Shared>>,
+    targets: watch::Sender<HealthTargets>,
+}
+
+/// One reading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reading {
+    /// The data plane keeps up.
+    pub healthy: bool,
+    /// The Node is known and eligible for load balancers.
+    pub eligible: bool,
+    /// The last commit.
+    pub last_updated: Option<SystemTime>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Health { shared: Arc::default(), targets: watch::Sender::new(HealthTargets::default()) }
+    }
+}
+
+impl Health {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A change waits to be committed.
+    pub fn queued(&self) {
+        self.lock().queued.get_or_insert_with(Instant::now);
+    }
+
+    /// Nothing waits any more.
+    pub fn applied(&self) {
+        *self.lock() = Shared { queued: None, applied: Some(SystemTime::now()) };
+    }
+
+    /// What the kernel holds now; nobody is woken if it is what was published before.
+    pub fn publish(&self, targets: HealthTargets) {
+        self.targets.send_if_modified(|current| {
+            let changed = *current != targets;
+            *current = targets;
+            changed
+        });
+    }
+
+    /// Follows what is published.
+    pub fn subscribe(&self) -> watch::Receiver<HealthTargets> {
+        self.targets.subscribe()
+    }
+
+    /// The state now.
+    pub fn read(&self) -> Reading {
+        self.read_at(Instant::now())
+    }
+
+    fn read_at(&self, now: Instant) -> Reading {
+        let shared = self.lock();
+        let healthy = shared.queued.is_none_or(|since| now.saturating_duration_since(since) < STALE_AFTER);
+        Reading { healthy, eligible: self.targets.borrow().eligible, last_updated: shared.applied }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn only_an_old_change_makes_it_unhealthy() {
+        let health = Health::default();
+        assert!(health.read().healthy, "before the first commit too");
+        health.queued();
+        let now = Instant::now();
+        assert!(health.read_at(now + STALE_AFTER / 2).healthy);
+        // A later change does not make the oldest younger.
+        health.queued();
+        assert!(!health.read_at(now + STALE_AFTER).healthy);
+        health.applied();
+        assert!(health.read_at(now + 10 * STALE_AFTER).healthy, "idle for long is healthy");
+    }
+
+    #[test]
+    fn health_checks_listen_on_the_primary_addresses_by_default() {
+        let state = testing::state(1, 1);
+        let targets = HealthTargets::of(&state, &["198.51.100.7".parse().unwrap()]);
+        assert_eq!(targets.bind, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert!(targets.eligible);
+        let cidr = Cidr { address: vec![198, 51, 100, 0], prefix_length: 22 };
+        assert!(contains(&cidr, "198.51.103.255".parse().unwrap()));
+        assert!(!contains(&cidr, "198.51.104.0".parse().unwrap()));
+        assert!(!contains(&cidr, "::1".parse().unwrap()));
+    }
+}

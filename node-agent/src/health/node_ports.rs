@@ -1,0 +1,128 @@
+//! healthCheckNodePort servers: how a cloud load balancer learns whether this node has local endpoints.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::IntoResponse;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use super::Health;
+use crate::metrics::Metrics;
+
+/// Pause before a port that could not be bound is tried again.
+const BIND_RETRY: Duration = Duration::from_secs(5);
+const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+
+type Service = (String, String);
+
+struct Server(JoinHandle<()>);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Keeps one listener per health check and address; follows what is published after commits. Counts are read
+/// when a question comes, so only a new or vanished port touches a listener.
+pub async fn serve_node_ports(health: Health, metrics: Metrics) {
+    let mut targets = health.subscribe();
+    let mut servers: BTreeMap<(Service, SocketAddr), Server> = BTreeMap::new();
+    loop {
+        let wanted: Vec<(Service, SocketAddr)> = {
+            let targets = targets.borrow_and_update();
+            let checks = targets.checks.iter();
+            checks
+                .flat_map(|(service, (port, _))| {
+                    targets.bind.iter().map(|address| (service.clone(), SocketAddr::new(*address, *port)))
+                })
+                .collect()
+        };
+        servers.retain(|key, _| wanted.contains(key));
+        let mut failed = false;
+        for key in wanted {
+            if servers.contains_key(&key) {
+                continue;
+            }
+            match listen(key.1) {
+                Ok(listener) => {
+                    let serving = axum::serve(listener, router(health.clone(), key.0.clone()));
+                    let server = tokio::spawn(async move {
+                        // axum's accept loop ends only with its task.
+                        let _ = serving.await;
+                    });
+                    servers.insert(key, Server(server));
+                }
+                Err(error) => {
+                    failed = true;
+                    metrics.health_check_bind_failures.inc();
+                    let (namespace, name) = &key.0;
+                    tracing::warn!(namespace, name, address = %key.1, %error, "cannot listen on the healthCheckNodePort; trying again");
+                }
+            }
+        }
+        let changed = if failed {
+            tokio::time::timeout(BIND_RETRY, targets.changed()).await.unwrap_or(Ok(()))
+        } else {
+            targets.changed().await
+        };
+        if changed.is_err() {
+            return;
+        }
+    }
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address.ip() {
+        IpAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        IpAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        only_ipv6(&socket)?;
+    }
+    socket.bind(address)?;
+    socket.listen(128)
+}
+
+/// 0.0.0.0 and [::] are bound side by side.
+fn only_ipv6(socket: &tokio::net::TcpSocket) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open and `on` lives through the call, with its own size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_V6ONLY,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Every path is answered, as kube-proxy does.
+fn router(health: Health, service: Service) -> Router {
+    Router::new().fallback(async move || {
+        let local = health.targets.borrow().checks.get(&service).map_or(0, |(_, ready)| *ready);
+        let healthy = health.read().healthy;
+        let code = if local != 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let headers = [
+            (header::CONTENT_TYPE, HeaderValue::from_static("application/json")),
+            (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+            (WEIGHT, HeaderValue::from(local)),
+        ];
+        let body = json!({
+            "service": { "namespace": service.0, "name": service.1 },
+            "localEndpoints": local,
+            "serviceProxyHealthy": healthy,
+        });
+        (code, headers, body.to_string()).into_response()
+    })
+}

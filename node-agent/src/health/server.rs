@@ -1,0 +1,121 @@
+//! The HTTP servers for health and metrics.
+
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use prometheus::{Encoder as _, Registry, TextEncoder};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::{Health, Reading};
+use crate::metrics::Metrics;
+use crate::time::rfc3339;
+
+/// Pause between two attempts to listen.
+const BIND_RETRY: Duration = Duration::from_secs(5);
+
+/// `/healthz` and `/livez`.
+pub fn health_router(health: &Health, metrics: &Metrics) -> Router {
+    let (for_healthz, for_livez) = (health.clone(), health.clone());
+    let (healthz_total, livez_total) = (metrics.healthz.clone(), metrics.livez.clone());
+    Router::new()
+        .route(
+            "/healthz",
+            get(async move || {
+                let reading = for_healthz.read();
+                answer(reading, reading.healthy && reading.eligible, &healthz_total)
+            }),
+        )
+        .route(
+            "/livez",
+            get(async move || {
+                let reading = for_livez.read();
+                answer(reading, reading.healthy, &livez_total)
+            }),
+        )
+}
+
+/// `/metrics`, `/proxyMode`, and `/healthz` as kube-proxy's metrics server has it.
+pub fn metrics_router(registry: Registry) -> Router {
+    Router::new()
+        .route("/metrics", get(async move || exposition(&registry)))
+        .route("/proxyMode", get(async || "nftables"))
+        .route("/healthz", get(async || "ok"))
+}
+
+fn answer(reading: Reading, good: bool, total: &prometheus::IntCounterVec) -> impl IntoResponse + use<> {
+    let code = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    total.with_label_values(&[code.as_str()]).inc();
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    (code, headers, body(reading, SystemTime::now()).to_string())
+}
+
+/// kube-proxy's body; while healthy, `lastUpdated` is the current time, which older probes expect.
+fn body(reading: Reading, now: SystemTime) -> Value {
+    let updated = if reading.healthy { Some(now) } else { reading.last_updated };
+    let updated = rfc3339(updated.unwrap_or(SystemTime::UNIX_EPOCH));
+    let family = json!({ "lastUpdated": updated, "healthy": reading.healthy });
+    json!({
+        "lastUpdated": updated,
+        "currentTime": rfc3339(now),
+        "nodeEligible": reading.eligible,
+        "healthy": reading.healthy,
+        "status": { "IPv4": family, "IPv6": family },
+    })
+}
+
+fn exposition(registry: &Registry) -> impl IntoResponse + use<> {
+    let mut text = Vec::new();
+    match TextEncoder::new().encode(&registry.gather(), &mut text) {
+        Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
+        Err(error) => {
+            let text = format!("metrics cannot be encoded: {error}").into_bytes();
+            (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], text)
+        }
+    }
+}
+
+/// Serves until the process ends; an address that cannot be bound is tried again, because the node can do its
+/// work without being asked for its health.
+pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                tracing::info!(%address, what, "listening");
+                if let Err(error) = axum::serve(listener, router.clone()).await {
+                    tracing::error!(%address, what, %error, "the server stopped; starting it again");
+                }
+            }
+            Err(error) => {
+                tracing::error!(%address, what, %error, "cannot listen; is another proxy running on this node? trying again");
+            }
+        }
+        tokio::time::sleep(BIND_RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_body_is_kube_proxys() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let stale = Reading {
+            healthy: false,
+            eligible: true,
+            last_updated: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000)),
+        };
+        let body = body(stale, now);
+        assert_eq!(body["lastUpdated"], "2020-09-13T12:26:40Z");
+        assert_eq!(body["currentTime"], "2023-11-14T22:13:20Z");
+        assert_eq!(body["nodeEligible"], true);
+        assert_eq!(body["status"]["IPv4"]["healthy"], false);
+        let healthy = super::body(Reading { healthy: true, ..stale }, now);
+        assert_eq!(healthy["lastUpdated"], "2023-11-14T22:13:20Z", "as of now while healthy");
+    }
+}

@@ -1,0 +1,201 @@
+//! The agent's metrics: kube-proxy's names where it has one, `switchtower_*` otherwise.
+//!
+//! Both families are programmed by one transaction, so series with kube-proxy's `ip_family` label get the
+//! same value for both.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, exponential_buckets,
+};
+
+const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+
+/// All metrics of the agent.
+#[derive(Clone)]
+pub struct Metrics {
+    sync_duration: HistogramVec,
+    last_timestamp: GaugeVec,
+    last_queued: GaugeVec,
+    sync_failures: IntCounter,
+    pub(crate) conntrack_duration: Histogram,
+    pub(crate) conntrack_deleted: IntCounter,
+    pub(crate) healthz: IntCounterVec,
+    pub(crate) livez: IntCounterVec,
+    apply: HistogramVec,
+    apply_errors: IntCounterVec,
+    pub(crate) drift: IntCounterVec,
+    generation: IntGauge,
+    pub(crate) connected: IntGauge,
+    snapshot_written: Gauge,
+    pub(crate) refused: IntGauge,
+    pub(crate) services: IntGauge,
+    pub(crate) endpoints: IntGauge,
+    pub(crate) sysctl_failures: IntGauge,
+    pub(crate) health_check_bind_failures: IntCounter,
+}
+
+impl Metrics {
+    /// Registers everything with `registry`.
+    ///
+    /// # Errors
+    /// A name is registered already.
+    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let family = &["ip_family"];
+        let sync = HistogramOpts::new(
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "Time of one sync of the rules.",
+        )
+        .buckets(exponential_buckets(0.001, 2.0, 15)?);
+        let apply =
+            HistogramOpts::new("switchtower_apply_seconds", "Time to plan and commit one generation.")
+                .buckets(exponential_buckets(0.000_05, 2.0, 18)?);
+        let conntrack = HistogramOpts::new(
+            "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+            "Time of one pass of the conntrack reconciler.",
+        )
+        .buckets(exponential_buckets(0.001, 2.0, 15)?);
+        let metrics = Metrics {
+            sync_duration: HistogramVec::new(sync, family)?,
+            last_timestamp: gauges(
+                "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+                "Last successful sync.",
+            )?,
+            last_queued: gauges(
+                "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+                "Last queued sync.",
+            )?,
+            sync_failures: IntCounter::new(
+                "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+                "Syncs that the kernel refused.",
+            )?,
+            conntrack_duration: Histogram::with_opts(conntrack)?,
+            conntrack_deleted: IntCounter::new(
+                "kubeproxy_conntrack_reconciler_deleted_entries_total",
+                "Conntrack entries that the reconciler deleted.",
+            )?,
+            healthz: counters("kubeproxy_proxy_healthz_total", "Answers of /healthz.", "code")?,
+            livez: counters("kubeproxy_proxy_livez_total", "Answers of /livez.", "code")?,
+            apply: HistogramVec::new(apply, &["mode"])?,
+            apply_errors: counters("switchtower_apply_errors_total", "Commits that failed whole.", "errno")?,
+            drift: counters(
+                "switchtower_drift_total",
+                "Foreign changes of our tables that were repaired.",
+                "cause",
+            )?,
+            generation: IntGauge::new(
+                "switchtower_kernel_generation",
+                "The generation that the kernel holds.",
+            )?,
+            connected: IntGauge::new(
+                "switchtower_controller_connected",
+                "1 while a controller serves this node.",
+            )?,
+            snapshot_written: Gauge::new(
+                "switchtower_snapshot_timestamp_seconds",
+                "When the snapshot file was last written.",
+            )?,
+            refused: IntGauge::new(
+                "switchtower_refused_items",
+                "Items of the view that are not in the kernel.",
+            )?,
+            services: IntGauge::new("switchtower_services", "Services in the view.")?,
+            endpoints: IntGauge::new("switchtower_endpoints", "Endpoints in the view.")?,
+            sysctl_failures: IntGauge::new(
+                "switchtower_sysctl_failures",
+                "Kernel settings that could not be set.",
+            )?,
+            health_check_bind_failures: IntCounter::new(
+                "switchtower_health_check_bind_failures_total",
+                "Attempts to listen on a healthCheckNodePort that failed.",
+            )?,
+        };
+        metrics.register_all(registry)?;
+        Ok(metrics)
+    }
+
+    fn register_all(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        let Metrics {
+            sync_duration,
+            last_timestamp,
+            last_queued,
+            sync_failures,
+            conntrack_duration,
+            conntrack_deleted,
+            healthz,
+            livez,
+            apply,
+            apply_errors,
+            drift,
+            generation,
+            connected,
+            snapshot_written,
+            refused,
+            services,
+            endpoints,
+            sysctl_failures,
+            health_check_bind_failures,
+        } = self.clone();
+        let all: [Box<dyn prometheus::core::Collector>; 19] = [
+            Box::new(sync_duration),
+            Box::new(last_timestamp),
+            Box::new(last_queued),
+            Box::new(sync_failures),
+            Box::new(conntrack_duration),
+            Box::new(conntrack_deleted),
+            Box::new(healthz),
+            Box::new(livez),
+            Box::new(apply),
+            Box::new(apply_errors),
+            Box::new(drift),
+            Box::new(generation),
+            Box::new(connected),
+            Box::new(snapshot_written),
+            Box::new(refused),
+            Box::new(services),
+            Box::new(endpoints),
+            Box::new(sysctl_failures),
+            Box::new(health_check_bind_failures),
+        ];
+        all.into_iter().try_for_each(|collector| registry.register(collector))
+    }
+
+    /// A change waits to be committed.
+    pub(crate) fn queued(&self) {
+        FAMILIES.iter().for_each(|family| self.last_queued.with_label_values(&[family]).set(unix_now()));
+    }
+
+    /// The kernel holds `generation` since now.
+    pub(crate) fn applied(&self, mode: &str, generation: u64, took: Duration) {
+        self.generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
+        self.apply.with_label_values(&[mode]).observe(took.as_secs_f64());
+        for family in FAMILIES {
+            self.sync_duration.with_label_values(&[family]).observe(took.as_secs_f64());
+            self.last_timestamp.with_label_values(&[family]).set(unix_now());
+        }
+    }
+
+    /// A commit failed.
+    pub(crate) fn failed(&self, errno: i32) {
+        self.sync_failures.inc();
+        self.apply_errors.with_label_values(&[&errno.to_string()]).inc();
+    }
+
+    /// The snapshot file was written.
+    pub(crate) fn snapshot(&self) {
+        self.snapshot_written.set(unix_now());
+    }
+}
+
+fn gauges(name: &str, help: &str) -> Result<GaugeVec, prometheus::Error> {
+    GaugeVec::new(Opts::new(name, help), &["ip_family"])
+}
+
+fn counters(name: &str, help: &str, label: &str) -> Result<IntCounterVec, prometheus::Error> {
+    IntCounterVec::new(Opts::new(name, help), &[label])
+}
+
+fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64()).unwrap_or_default()
+}

@@ -1,0 +1,263 @@
+//! The view on disk: what a restarted or rebooted agent knows before it reaches a controller.
+//!
+//! The file supplies the view only; the kernel's stamp says whether it is current. It is written to a
+//! temporary file, synced and renamed, ends in a checksum, and is ignored with a reason if it is damaged or
+//! of another version.
+
+use std::fs::{File, rename};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use prost::Message;
+use switchtower_proto::digest::Digest;
+use switchtower_proto::v1::{Change, Deviation, LayerKind, Resume, Source, Update};
+
+use crate::dataplane::Refused;
+use crate::state::{Refusal, State};
+
+/// Name and version of the format; another one is a foreign file.
+const MAGIC: &[u8; 8] = b"SWTVIEW1";
+/// Marks the end of the items.
+const END: u8 = 0xff;
+/// A larger file is not ours.
+const SIZE_LIMIT: u64 = 1 << 30;
+const CHECKSUM: usize = 32;
+
+/// Everything beside the items.
+#[derive(Clone, PartialEq, Message)]
+struct Header {
+    #[prost(uint64, tag = "1")]
+    generation: u64,
+    #[prost(bytes = "vec", tag = "2")]
+    digest: Vec<u8>,
+    #[prost(message, optional, tag = "3")]
+    resume: Option<Resume>,
+    #[prost(message, optional, tag = "4")]
+    source: Option<Source>,
+    #[prost(message, repeated, tag = "5")]
+    deviations: Vec<Deviation>,
+}
+
+/// Why a file is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It cannot be read or written.
+    #[error("snapshot file {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+    /// It is damaged, or another version wrote it.
+    #[error("snapshot file {path} is not usable: {reason}")]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// The snapshot file of a state directory.
+#[derive(Debug, Clone)]
+pub struct SnapshotFile {
+    path: PathBuf,
+}
+
+/// A view read back.
+pub struct Restored {
+    /// The view.
+    pub state: State,
+    /// What the kernel refused when the file was written.
+    pub refused: Vec<Refused>,
+}
+
+impl SnapshotFile {
+    /// The file in `directory`, which is created when first written.
+    pub fn new(directory: &Path) -> Self {
+        SnapshotFile { path: directory.join("view.snapshot") }
+    }
+
+    fn io(&self, source: io::Error) -> SnapshotError {
+        SnapshotError::Io { path: self.path.clone(), source }
+    }
+
+    fn unusable(&self, reason: impl Into<String>) -> SnapshotError {
+        SnapshotError::Unusable { path: self.path.clone(), reason: reason.into() }
+    }
+
+    /// Writes the view. The file is either the old one or the new one, whole.
+    ///
+    /// # Errors
+    /// The directory or the file cannot be written.
+    pub fn write(&self, state: &State, refused: &[Refused]) -> Result<(), SnapshotError> {
+        self.try_write(state, refused).map_err(|error| self.io(error))
+    }
+
+    fn try_write(&self, state: &State, refused: &[Refused]) -> io::Result<()> {
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(directory)?;
+        let temporary = self.path.with_extension("new");
+        let mut out =
+            Hashed { out: BufWriter::new(File::create(&temporary)?), hasher: blake3::Hasher::new() };
+        let deviations = refused.iter().map(|Refused { item, reason, errno }| Deviation {
+            item: item.clone(),
+            reason: reason.clone(),
+            errno: *errno,
+        });
+        let header = Header {
+            generation: state.generation(),
+            digest: state.digest().to_bytes().to_vec(),
+            resume: state.resume().cloned(),
+            source: state.source().copied(),
+            deviations: deviations.collect(),
+        };
+        out.write_all(MAGIC)?;
+        out.record(&header.encode_to_vec())?;
+        state.export(&mut |layer, change| {
+            out.write_all(&[layer as u8])?;
+            out.record(&change.encode_to_vec())
+        })?;
+        out.write_all(&[END])?;
+        let checksum = out.hasher.finalize();
+        out.out.write_all(checksum.as_bytes())?;
+        let file = out.out.into_inner().map_err(|error| error.into_error())?;
+        file.sync_all()?;
+        rename(&temporary, &self.path)?;
+        File::open(directory)?.sync_all()
+    }
+
+    /// Reads the view; `None` if there is no file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is damaged, or is of another version.
+    pub fn read(&self) -> Result<Option<Restored>, SnapshotError> {
+        let size = match std::fs::metadata(&self.path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.io(error)),
+        };
+        if size > SIZE_LIMIT {
+            return Err(self.unusable(format!("it has {size} bytes")));
+        }
+        let bytes = std::fs::read(&self.path).map_err(|error| self.io(error))?;
+        let Some(content) = bytes.len().checked_sub(CHECKSUM).map(|end| &bytes[..end]) else {
+            return Err(self.unusable("it is too short"));
+        };
+        if !content.starts_with(MAGIC) {
+            return Err(self.unusable("it is of another version"));
+        }
+        if blake3::hash(content).as_bytes() != &bytes[content.len()..] {
+            return Err(self.unusable("its checksum does not match its content"));
+        }
+        let restored = parse(&content[MAGIC.len()..]).map_err(|reason| self.unusable(reason))?;
+        Ok(Some(restored))
+    }
+}
+
+fn parse(mut rest: &[u8]) -> Result<Restored, String> {
+    let header = Header::decode(record(&mut rest)?).map_err(|error| error.to_string())?;
+    if Digest::from_bytes(&header.digest).is_none() {
+        return Err("its digest is not 16 bytes".into());
+    }
+    let update = Update {
+        to: header.generation,
+        digest: header.digest,
+        resume: header.resume,
+        source: header.source,
+        ..Update::default()
+    };
+    let mut changes = std::iter::from_fn(|| next_change(&mut rest));
+    let mut state = State::new();
+    state.restore(&update, &mut changes).map_err(|refusal| refusal.to_string())?;
+    let refused = header.deviations.into_iter().map(|Deviation { item, reason, errno }| Refused {
+        item,
+        reason,
+        errno,
+    });
+    Ok(Restored { state, refused: refused.collect() })
+}
+
+fn next_change(rest: &mut &[u8]) -> Option<Result<(LayerKind, Change), Refusal>> {
+    let (kind, after) = rest.split_first()?;
+    *rest = after;
+    if *kind == END {
+        return None;
+    }
+    let broken = |detail: String| Refusal { reason: Default::default(), detail };
+    let layer = LayerKind::try_from(i32::from(*kind)).map_err(|error| broken(error.to_string()));
+    let change = record(rest)
+        .and_then(|bytes| Change::decode(bytes).map_err(|error| error.to_string()))
+        .map_err(broken);
+    Some(layer.and_then(|layer| Ok((layer, change?))))
+}
+
+fn record<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
+    let short = || "it ends inside a record".to_owned();
+    let (length, after) = rest.split_first_chunk::<4>().ok_or_else(short)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    if length > after.len() {
+        return Err(short());
+    }
+    let (content, after) = after.split_at(length);
+    *rest = after;
+    Ok(content)
+}
+
+struct Hashed {
+    out: BufWriter<File>,
+    hasher: blake3::Hasher,
+}
+
+impl Hashed {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.out.write_all(bytes)
+    }
+
+    fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(bytes.len()).map_err(|_| io::Error::other("a record is above 4 GiB"))?;
+        self.write_all(&length.to_le_bytes())?;
+        self.write_all(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(directory.path());
+        assert!(file.read().unwrap().is_none());
+        let state = testing::state(40, 3);
+        let refused = vec![Refused { item: "frontend".into(), reason: "no".into(), errno: 22 }];
+        file.write(&state, &refused).unwrap();
+        let restored = file.read().unwrap().unwrap();
+        assert_eq!(restored.state.digest(), state.digest());
+        assert_eq!(restored.state.generation(), state.generation());
+        assert_eq!(restored.state.counts(), state.counts());
+        assert_eq!(restored.refused, refused);
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(directory.path());
+        file.write(&testing::state(3, 2), &[]).unwrap();
+        let good = std::fs::read(&file.path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x20;
+            std::fs::write(&file.path, bad).unwrap();
+            assert!(file.read().is_err(), "byte {at} was changed");
+        }
+        for length in 0..good.len() {
+            std::fs::write(&file.path, &good[..length]).unwrap();
+            assert!(file.read().is_err(), "cut to {length}");
+        }
+    }
+}
