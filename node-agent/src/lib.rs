@@ -4,12 +4,19 @@
 //! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
 
 pub mod backoff;
+pub mod cli;
+pub mod conntrack;
+pub mod controllers;
 pub mod dataplane;
 pub mod engine;
+pub mod facts;
 pub mod health;
 pub mod kernel_change;
 pub mod metrics;
 pub mod nft;
+mod rawnetlink;
+pub mod run;
+pub mod session;
 pub mod snapshot;
 pub mod state;
 pub mod sysctl;

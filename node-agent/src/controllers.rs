@@ -1,0 +1,194 @@
+//! Where controllers are and whom to trust: flags, the bootstrap directory, what Welcome told.
+//!
+//! Files are read anew for every attempt to connect, so that a rotated CA or token and a moved controller are
+//! found without a restart.
+
+use std::path::{Path, PathBuf};
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
+
+/// Most addresses that are kept.
+const ADDRESS_LIMIT: usize = 64;
+/// Longest host:port.
+const ADDRESS_LENGTH: usize = 300;
+/// Largest file that is read.
+const FILE_LIMIT: u64 = 1 << 20;
+
+/// Why there is nothing to connect with.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// A file cannot be read.
+    #[error("read {what} from {path}: {source}")]
+    Read {
+        /// "the CA", "the token".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        source: std::io::Error,
+    },
+    /// The CA file has no certificate.
+    #[error("{path} holds no PEM certificate; it must be the controller's CA (one, or two during rotation)")]
+    NoCertificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// No CA file is set.
+    #[error("no CA is known: pass --ca-file, or --bootstrap-dir with a ca.crt in it")]
+    NoCa,
+    /// No controller's address is known.
+    #[error("no controller is known: pass --controller, or --bootstrap-dir with a file `controllers` in it")]
+    NoController,
+    /// The token file is empty.
+    #[error("the token file {path} is empty")]
+    EmptyToken {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// The sources.
+#[derive(Debug, Clone)]
+pub struct Controllers {
+    /// From the command line: `https://host:port` or `host:port`.
+    pub flags: Vec<String>,
+    /// A directory with `ca.crt` and `controllers`.
+    pub bootstrap: Option<PathBuf>,
+    /// CA from the command line.
+    pub ca_file: Option<PathBuf>,
+    /// The token.
+    pub token_file: PathBuf,
+    /// Where peers are remembered.
+    pub state: Option<PathBuf>,
+    /// Peers of the last Welcome.
+    peers: Vec<String>,
+}
+
+impl Controllers {
+    /// Sources without peers yet.
+    pub fn new(
+        flags: Vec<String>,
+        bootstrap: Option<PathBuf>,
+        ca_file: Option<PathBuf>,
+        token_file: PathBuf,
+        state: Option<PathBuf>,
+    ) -> Self {
+        Controllers { flags, bootstrap, ca_file, token_file, state, peers: Vec::new() }
+    }
+
+    /// `host:port` of all known controllers in order of trust in the source: flag, file, Welcome, disk.
+    ///
+    /// # Errors
+    /// None is known.
+    pub fn addresses(&self) -> Result<Vec<String>, BootstrapError> {
+        let lines = |path: PathBuf| -> Vec<String> {
+            read(&path, "addresses").map(|text| text.lines().map(str::to_owned).collect()).unwrap_or_default()
+        };
+        let bootstrap =
+            self.bootstrap.as_ref().map(|path| lines(path.join("controllers"))).unwrap_or_default();
+        let remembered = self.state.as_ref().map(|path| lines(path.join("controllers"))).unwrap_or_default();
+        let mut addresses: Vec<String> = Vec::new();
+        for address in self.flags.iter().chain(&bootstrap).chain(&self.peers).chain(&remembered) {
+            if let Some(address) = normalize(address)
+                && !addresses.contains(&address)
+                && addresses.len() < ADDRESS_LIMIT
+            {
+                addresses.push(address);
+            }
+        }
+        if addresses.is_empty() { Err(BootstrapError::NoController) } else { Ok(addresses) }
+    }
+
+    /// Remembers the peers that a controller told, also on disk.
+    pub fn remember(&mut self, peers: &[String]) {
+        let peers: Vec<String> =
+            peers.iter().filter_map(|peer| normalize(peer)).take(ADDRESS_LIMIT).collect();
+        if peers.is_empty() || peers == self.peers {
+            return;
+        }
+        self.peers = peers;
+        if let Some(directory) = &self.state {
+            let (path, temporary) = (directory.join("controllers"), directory.join("controllers.new"));
+            let written = std::fs::create_dir_all(directory)
+                .and_then(|()| std::fs::write(&temporary, self.peers.join("\n") + "\n"))
+                .and_then(|()| std::fs::rename(&temporary, &path));
+            if let Err(error) = written {
+                tracing::warn!(path = %path.display(), %error, "the controllers' addresses cannot be remembered");
+            }
+        }
+    }
+
+    /// The CA certificates: one, or two during a rotation.
+    ///
+    /// # Errors
+    /// No file is set, it cannot be read, or holds no certificate.
+    pub fn ca(&self) -> Result<Vec<CertificateDer<'static>>, BootstrapError> {
+        let path = match (&self.ca_file, &self.bootstrap) {
+            (Some(path), _) => path.clone(),
+            (None, Some(directory)) => directory.join("ca.crt"),
+            (None, None) => return Err(BootstrapError::NoCa),
+        };
+        let text = read(&path, "the CA")?;
+        let certificates: Vec<_> =
+            CertificateDer::pem_slice_iter(text.as_bytes()).filter_map(Result::ok).collect();
+        if certificates.is_empty() { Err(BootstrapError::NoCertificate { path }) } else { Ok(certificates) }
+    }
+
+    /// The token.
+    ///
+    /// # Errors
+    /// The file cannot be read or is empty.
+    pub fn token(&self) -> Result<String, BootstrapError> {
+        let token = read(&self.token_file, "the token")?.trim().to_owned();
+        if token.is_empty() {
+            Err(BootstrapError::EmptyToken { path: self.token_file.clone() })
+        } else {
+            Ok(token)
+        }
+    }
+}
+
+fn read(path: &Path, what: &'static str) -> Result<String, BootstrapError> {
+    let failed = |source| BootstrapError::Read { what, path: path.to_path_buf(), source };
+    let size = std::fs::metadata(path).map_err(failed)?.len();
+    if size > FILE_LIMIT {
+        return Err(failed(std::io::Error::other(format!("it has {size} bytes"))));
+    }
+    std::fs::read_to_string(path).map_err(failed)
+}
+
+/// `host:port` without scheme and slash; `None` if there is no port or it cannot be an address.
+fn normalize(address: &str) -> Option<String> {
+    let address = address.trim();
+    let address = address.strip_prefix("https://").unwrap_or(address).trim_end_matches('/');
+    let (host, port) = address.rsplit_once(':')?;
+    let good = !host.is_empty()
+        && address.len() <= ADDRESS_LENGTH
+        && port.parse::<u16>().is_ok_and(|port| port != 0)
+        && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']'));
+    good.then(|| address.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_come_in_order_and_once() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("controllers"), "b:9443\n# nothing\n\n[2001:db8::1]:9443\n")
+            .unwrap();
+        let state = directory.path().join("state");
+        let flags = vec!["https://a:9443/".to_owned(), "no-port".to_owned()];
+        let bootstrap = Some(directory.path().to_path_buf());
+        let mut controllers = Controllers::new(flags, bootstrap, None, "token".into(), Some(state.clone()));
+        controllers.remember(&["c:9443".into(), "b:9443".into()]);
+        assert_eq!(controllers.addresses().unwrap(), ["a:9443", "b:9443", "[2001:db8::1]:9443", "c:9443"]);
+
+        let again = Controllers::new(Vec::new(), None, None, "token".into(), Some(state));
+        assert_eq!(again.addresses().unwrap(), ["c:9443", "b:9443"], "remembered on disk");
+        let none = Controllers::new(Vec::new(), None, None, "token".into(), None);
+        assert!(matches!(none.addresses(), Err(BootstrapError::NoController)));
+    }
+}

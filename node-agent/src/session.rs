@@ -1,0 +1,358 @@
+//! The stream to a controller: connect, say Hello, take updates, give acknowledgements; for ever.
+//!
+//! Nothing here touches the kernel: losing the controller changes no packet's fate. Addresses are tried in
+//! turn with a deadline and back-off with full jitter; a GoAway's `retry_after` is honoured.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use switchtower_proto::v1::controller_message::Message as FromController;
+use switchtower_proto::v1::fleet_client::FleetClient;
+use switchtower_proto::v1::{
+    AgentMessage, Answer, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Pong, Query, Welcome,
+    agent_message::Message as FromAgent,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::backoff::full_jitter;
+use crate::controllers::{BootstrapError, Controllers};
+use crate::engine::{Command, Event, Standing};
+use crate::metrics::Metrics;
+use crate::state::FEATURES;
+
+/// The name in the controller's certificate, whatever its address.
+pub const SERVER_NAME: &str = "switchtower-controller";
+/// Versions of the protocol that this agent speaks.
+pub const VERSIONS: &[u32] = &[1];
+/// A message larger than a part of 1 MiB and its frame is refused.
+const MESSAGE_LIMIT: usize = 2 << 20;
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// Without any message for this long the stream is dead.
+const SILENCE: Duration = Duration::from_secs(30);
+/// The longest pause that a GoAway may ask for.
+const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(300);
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// Nothing to connect with.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    /// TLS cannot be set up.
+    #[error("set up TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// No connection.
+    #[error("connect to {address}: {reason}")]
+    Connect {
+        /// host:port.
+        address: String,
+        /// What failed, with its causes.
+        reason: String,
+    },
+    /// The controller refused the stream.
+    #[error("the controller refused the stream: {code}: {detail}")]
+    Refused {
+        /// The gRPC code.
+        code: tonic::Code,
+        /// What it said.
+        detail: String,
+    },
+    /// The controller said goodbye.
+    #[error("the controller said goodbye ({reason:?}): {detail}")]
+    GoAway {
+        /// Why.
+        reason: GoAwayReason,
+        /// For people.
+        detail: String,
+        /// How long to stay away.
+        retry_after: Duration,
+    },
+    /// The stream ended.
+    #[error("the stream ended")]
+    Ended,
+    /// Nothing came for too long.
+    #[error("nothing came from the controller for {} s", SILENCE.as_secs())]
+    Silent,
+    /// The controller does not keep to the protocol.
+    #[error("the controller does not keep to the protocol: {0}")]
+    Protocol(&'static str),
+    /// The engine is gone; the agent is stopping.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+/// What a session needs to know about this agent.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The Node's name; compared with the credential's.
+    pub node_name: String,
+    /// Release of the running kernel.
+    pub kernel_version: String,
+}
+
+/// Keeps a session to one of the controllers until `stop` becomes true.
+pub async fn run(
+    mut controllers: Controllers,
+    identity: Identity,
+    commands: mpsc::Sender<Command>,
+    metrics: Metrics,
+    mut stop: watch::Receiver<bool>,
+) {
+    let (mut attempt, mut turn) = (0_u32, 0_usize);
+    loop {
+        let began = Instant::now();
+        let result = tokio::select! {
+            result = session(&mut controllers, turn, &identity, &commands, &metrics) => result,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        metrics.connected.set(0);
+        let Err(error) = result;
+        if matches!(error, SessionError::Stopping) {
+            return;
+        }
+        // A stream that lasted is no failure: the next attempt starts from the shortest pause.
+        attempt = if began.elapsed() > SILENCE { 0 } else { attempt.saturating_add(1) };
+        turn = turn.wrapping_add(1);
+        let mut pause = full_jitter(BACKOFF.0, BACKOFF.1, attempt.saturating_sub(1));
+        if let SessionError::GoAway { retry_after, .. } = &error {
+            pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(BACKOFF.0, BACKOFF.1, 0);
+        }
+        tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+    }
+}
+
+async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Channel), SessionError> {
+    let addresses = controllers.addresses()?;
+    let address = addresses[turn % addresses.len()].clone();
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in controllers.ca()? {
+        roots.add(certificate)?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let target = address.clone();
+    let dial = tower::service_fn(move |_: tonic::transport::Uri| {
+        let (connector, target) = (connector.clone(), target.clone());
+        async move {
+            let stream = tokio::net::TcpStream::connect(&target).await?;
+            stream.set_nodelay(true)?;
+            let name = rustls_pki_types::ServerName::try_from(SERVER_NAME).map_err(std::io::Error::other)?;
+            let stream = connector.connect(name, stream).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    });
+    let failed = |reason: String| SessionError::Connect { address: address.clone(), reason };
+    // TLS is the connector's; tonic must not see https, or it would add its own.
+    let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
+        .map_err(|error| failed(chain(&error)))?
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_INTERVAL)
+        .keep_alive_while_idle(true);
+    match timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(dial)).await {
+        Ok(Ok(channel)) => Ok((address, channel)),
+        Ok(Err(error)) => Err(failed(chain(&error))),
+        Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()))),
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = error.source();
+    }
+    text
+}
+
+async fn session(
+    controllers: &mut Controllers,
+    turn: usize,
+    identity: &Identity,
+    commands: &mpsc::Sender<Command>,
+    metrics: &Metrics,
+) -> Result<std::convert::Infallible, SessionError> {
+    let token = controllers.token()?;
+    let (address, channel) = connect(controllers, turn).await?;
+    let (events_sender, events) = mpsc::unbounded_channel();
+    let (standing, answer) = oneshot::channel();
+    let attach = Command::Attach { events: events_sender, standing };
+    commands.send(attach).await.map_err(|_| SessionError::Stopping)?;
+    let standing = answer.await.map_err(|_| SessionError::Stopping)?;
+
+    let (out, outgoing) = mpsc::channel(16);
+    let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, standing))) };
+    out.send(hello).await.map_err(|_| SessionError::Ended)?;
+    let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(outgoing));
+    let bearer = format!("Bearer {token}").parse();
+    let bearer = bearer.map_err(|_| SessionError::Protocol("the token is not ASCII"))?;
+    request.metadata_mut().insert("authorization", bearer);
+    let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
+    let refused = |status: tonic::Status| SessionError::Refused {
+        code: status.code(),
+        detail: status.message().to_owned(),
+    };
+    let opened =
+        timeout(WELCOME_DEADLINE, client.connect(request)).await.map_err(|_| SessionError::Silent)?;
+    let mut incoming = opened.map_err(refused)?.into_inner();
+    let first = timeout(WELCOME_DEADLINE, incoming.next()).await.map_err(|_| SessionError::Silent)?;
+    let first = first.ok_or(SessionError::Ended)?.map_err(refused)?;
+    let welcome = match first.message {
+        Some(FromController::Welcome(welcome)) => welcome,
+        Some(FromController::GoAway(goodbye)) => return Err(go_away(goodbye)),
+        _ => return Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
+    };
+    let Welcome { version, session, controller, peers, resumed } = welcome;
+    if !VERSIONS.contains(&version) {
+        return Err(SessionError::Protocol("it chose a version that was not offered"));
+    }
+    tracing::info!(%address, controller, session, resumed, "connected");
+    metrics.connected.set(1);
+    controllers.remember(&peers);
+    let mut stream = Stream { commands, out, session, events, sequence: 0 };
+    stream.pump(&mut incoming).await
+}
+
+fn go_away(goodbye: GoAway) -> SessionError {
+    SessionError::GoAway {
+        reason: GoAwayReason::try_from(goodbye.reason).unwrap_or_default(),
+        detail: goodbye.detail,
+        retry_after: Duration::from_millis(u64::from(goodbye.retry_after_milliseconds)),
+    }
+}
+
+fn hello(identity: &Identity, standing: Standing) -> Hello {
+    let Standing { kernel, view, addresses } = standing;
+    let bytes = |address: std::net::IpAddr| match address {
+        std::net::IpAddr::V4(address) => address.octets().to_vec(),
+        std::net::IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    Hello {
+        versions: VERSIONS.to_vec(),
+        features: FEATURES.iter().map(|name| (*name).to_owned()).collect(),
+        agent_version: env!("CARGO_PKG_VERSION").into(),
+        kernel_version: identity.kernel_version.clone(),
+        node_name: identity.node_name.clone(),
+        kernel,
+        view,
+        addresses: addresses.into_iter().take(64).map(bytes).collect(),
+    }
+}
+
+/// An open stream.
+struct Stream<'a> {
+    commands: &'a mpsc::Sender<Command>,
+    out: mpsc::Sender<AgentMessage>,
+    session: u64,
+    events: mpsc::UnboundedReceiver<Event>,
+    sequence: u64,
+}
+
+impl Stream<'_> {
+    async fn pump(
+        &mut self,
+        incoming: &mut tonic::Streaming<ControllerMessage>,
+    ) -> Result<std::convert::Infallible, SessionError> {
+        let mut pings = tokio::time::interval(PING_INTERVAL);
+        let mut heard = Instant::now();
+        loop {
+            // Acknowledgements first: a controller that floods must not starve them.
+            tokio::select! {
+                biased;
+                event = self.events.recv() => match event {
+                    Some(event) => self.send(self.stamped(event)).await?,
+                    None => return Err(SessionError::Stopping),
+                },
+                _ = pings.tick() => {
+                    if heard.elapsed() > SILENCE {
+                        return Err(SessionError::Silent);
+                    }
+                    self.sequence += 1;
+                    let ping = Ping { sequence: self.sequence, upstream_age_milliseconds: 0 };
+                    self.send(FromAgent::Ping(ping)).await?;
+                }
+                message = incoming.next() => {
+                    heard = Instant::now();
+                    let message = message.ok_or(SessionError::Ended)?;
+                    let message = message.map_err(|status| SessionError::Refused {
+                        code: status.code(),
+                        detail: status.message().to_owned(),
+                    })?;
+                    self.receive(message).await?;
+                }
+            }
+        }
+    }
+
+    fn stamped(&self, event: Event) -> FromAgent {
+        let session = self.session;
+        match event {
+            Event::Ack(ack) => FromAgent::Ack(switchtower_proto::v1::Ack { session, ..ack }),
+            Event::Nack(nack) => FromAgent::Nack(switchtower_proto::v1::Nack { session, ..nack }),
+            Event::Report(report) => FromAgent::Report(switchtower_proto::v1::Report { session, ..report }),
+        }
+    }
+
+    async fn send(&self, message: FromAgent) -> Result<(), SessionError> {
+        let message = AgentMessage { message: Some(message) };
+        // A controller that does not read for this long is as good as gone.
+        match timeout(SILENCE, self.out.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(SessionError::Ended),
+            Err(_) => Err(SessionError::Silent),
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<(), SessionError> {
+        self.commands.send(command).await.map_err(|_| SessionError::Stopping)
+    }
+
+    async fn receive(&mut self, message: ControllerMessage) -> Result<(), SessionError> {
+        match message.message {
+            Some(FromController::Update(update)) => self.command(Command::Begin(Box::new(update))).await,
+            Some(FromController::Part(part)) => self.command(Command::Part(part)).await,
+            Some(FromController::UpdateEnd(end)) => self.command(Command::End(end)).await,
+            Some(FromController::Ping(ping)) => {
+                self.send(FromAgent::Pong(Pong { sequence: ping.sequence })).await
+            }
+            Some(FromController::GoAway(goodbye)) => Err(go_away(goodbye)),
+            Some(FromController::Query(query)) => self.answer(query).await,
+            Some(FromController::Pong(_)) => Ok(()),
+            Some(FromController::Welcome(_)) => Err(SessionError::Protocol("a second Welcome")),
+            // A kind of message that a later version added: nothing that this one has to know.
+            None => Ok(()),
+        }
+    }
+
+    async fn answer(&self, query: Query) -> Result<(), SessionError> {
+        let (answer, answered) = oneshot::channel();
+        self.command(Command::Ask { what: query.what, answer }).await?;
+        let result = answered.await.map_err(|_| SessionError::Stopping)?;
+        let (part, error) = match result {
+            Ok(part) => (part, String::new()),
+            Err(error) => (Vec::new(), error),
+        };
+        self.send(FromAgent::Answer(Answer { id: query.id, part, last: true, error })).await
+    }
+}
+
+#[cfg(test)]
+mod tests;
