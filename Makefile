@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit bench setup clean-lab
+.PHONY: help demo test audit bench setup clean-lab cluster cluster-down
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,3 +22,9 @@ setup: ## what the targets above do first: Debian packages and the control plane
 
 clean-lab: ## removes the namespaces and files that a killed run left behind
 	@hack/clean-lab.sh
+
+cluster: ## a real cluster on this machine: kubelets, containers, no service proxy yet (PROXY=kube-proxy starts with one)
+	@hack/cluster.sh up --proxy "$(or $(PROXY),none)"
+
+cluster-down: ## removes it, wherever it was interrupted
+	@hack/cluster.sh down

@@ -22,6 +22,13 @@ control_plane_dir() {
     printf '%s/control-plane/%s' "$CACHE" "$key"
 }
 
+# The same for what a real cluster needs beside the control plane.
+cluster_tools_dir() {
+    local key
+    key=$(cat "$ROOT"/e2e/tools/*/go.mod "$ROOT"/e2e/tools/*/go.sum "$ROOT/hack/cluster-setup.sh" "$ROOT/e2e/tools/pause/pause.c" | sha256sum | cut -c1-16)
+    printf '%s/cluster/%s' "$CACHE" "$key"
+}
+
 require_root() {
     [ "$(id -u)" -eq 0 ] ||
         fail "this needs root, for network namespaces and nf_tables: run it again as root (sudo make ${1:-demo})."
@@ -61,4 +68,32 @@ build_workspace_binaries() {
     say "building switchtower (cargo says what it compiles; minutes the first time, seconds later)"
     cargo build --locked --workspace --bins ${1:+"$1"} ||
         fail "cargo could not build the workspace, the compiler's words are above."
+}
+
+# Installs the package of every command that is missing. Arguments: command=package ...
+install_packages() {
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%=*}" >/dev/null 2>&1 || missing+=("${pair##*=}")
+    done
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    command -v apt-get >/dev/null 2>&1 ||
+        fail "missing: ${missing[*]}; apt-get was not found, so install these packages by hand and try again."
+    say "installing Debian packages: ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null ||
+        fail "'apt-get update' failed: check the network and /etc/apt/sources.list, then try again."
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        fail "apt-get could not install ${missing[*]}: run 'apt-get install ${missing[*]}' to see why."
+}
+
+require_go() {
+    local want have
+    want=$(sed -n 's/^go \([0-9.]*\)$/\1/p' "$ROOT/e2e/go.mod")
+    command -v go >/dev/null 2>&1 ||
+        fail "go was not found and programs have to be built: install Go ${want%.*} (https://go.dev/dl) and put it into PATH."
+    have=$(cd / && GOTOOLCHAIN=local go env GOVERSION)
+    have=${have#go}
+    [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -1)" = "$want" ] ||
+        fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
 }

@@ -10,23 +10,6 @@ set -euo pipefail
 
 TARGET=${1:-setup}
 
-# Installs the package of every command that is missing. Arguments: command=package ...
-install_packages() {
-    local pair missing=()
-    for pair in "$@"; do
-        command -v "${pair%%=*}" >/dev/null 2>&1 || missing+=("${pair##*=}")
-    done
-    [ "${#missing[@]}" -gt 0 ] || return 0
-    command -v apt-get >/dev/null 2>&1 ||
-        fail "missing: ${missing[*]}; apt-get was not found, so install these packages by hand and try again."
-    say "installing Debian packages: ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq >/dev/null ||
-        fail "'apt-get update' failed: check the network and /etc/apt/sources.list, then try again."
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-        fail "apt-get could not install ${missing[*]}: run 'apt-get install ${missing[*]}' to see why."
-}
-
 # Tries each feature in namespaces of its own instead of trusting version numbers.
 probe_kernel() {
     local name="stprobe-$$" error
@@ -49,17 +32,6 @@ probe_kernel() {
     ip netns del "$name-b"
     ip netns del "$name"
     trap - EXIT
-}
-
-require_go() {
-    local want have
-    want=$(sed -n 's/^go \([0-9.]*\)$/\1/p' "$ROOT/e2e/go.mod")
-    command -v go >/dev/null 2>&1 ||
-        fail "go was not found and the control plane is not built yet: install Go ${want%.*} (https://go.dev/dl) and put it into PATH."
-    have=$(cd / && GOTOOLCHAIN=local go env GOVERSION)
-    have=${have#go}
-    [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -1)" = "$want" ] ||
-        fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
 }
 
 complete() {

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs what a real cluster needs beyond hack/setup.sh, each only if it is missing: Debian's containerd,
+# runc and CNI plugins; kubelet, kube-scheduler, agnhost, upstream's e2e suite, ginkgo and CoreDNS, built by
+# Go from e2e/tools/*/go.mod; the sandbox's pause program and the files of the test image.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+TARGET=${1:-cluster}
+
+complete() {
+    local file
+    for file in kubelet kube-scheduler agnhost ginkgo e2e.test coredns pause agnhost-root.tar; do
+        [ -e "$1/$file" ] || return 1
+    done
+}
+
+# Runs one build, with a line every 15 seconds. Arguments: label, log, command ...
+watched() {
+    local label=$1 log=$2 start=$SECONDS pid
+    shift 2
+    say "building $label"
+    "$@" >"$log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        if (((SECONDS - start) % 15 == 0)); then
+            say "  $label: $(wc -l <"$log") lines of progress, $((SECONDS - start)) s"
+        fi
+    done
+    wait "$pid" || {
+        tail -20 "$log" >&2
+        fail "$label could not be built, its last words are above: check the network and the free space in $CACHE, then try again."
+    }
+}
+
+build_go_programs() {
+    local out=$1 version=k8s.io/component-base/version flags
+    flags="-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")"
+    export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
+    cd "$ROOT/e2e/tools/kubernetes"
+    watched "kubelet, kube-scheduler, agnhost and ginkgo (about two minutes on two cores, once)" "$out/build.log" \
+        go build -v -trimpath -ldflags "$flags" -o "$out/" k8s.io/kubernetes/cmd/kubelet \
+        k8s.io/kubernetes/cmd/kube-scheduler k8s.io/kubernetes/test/images/agnhost \
+        github.com/onsi/ginkgo/v2/ginkgo
+    watched "upstream's e2e suite (about two minutes)" "$out/build.log" \
+        go test -c -v -trimpath -ldflags "$flags" -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
+    cd "$ROOT/e2e/tools/coredns"
+    watched "CoreDNS (about a minute)" "$out/build.log" \
+        go build -v -trimpath -ldflags "-s -w" -o "$out/" github.com/coredns/coredns
+    cd "$ROOT"
+}
+
+# The files of upstream's test image: a small Debian with the commands that the suite calls, and agnhost.
+build_test_root() {
+    local out=$1 root=$1/root
+    watched "the test image's files (debootstrap, about a minute)" "$out/build.log" \
+        debootstrap --variant=minbase --include=curl,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
+        bookworm "$root"
+    cp "$out/agnhost" "$root/agnhost"
+    ln -sf agnhost "$root/agnhost-2"
+    # What upstream's image carries for its porter server.
+    cp "$(cd "$ROOT/e2e/tools/kubernetes" && GOFLAGS=-mod=readonly go list -m -f '{{.Dir}}' k8s.io/kubernetes)"/test/images/agnhost/porter/localhost.{crt,key} "$root/"
+    chmod 644 "$root"/localhost.*
+    mkdir -p "$root/uploads"
+    rm -rf "${root:?}"/var/cache/apt/* "${root:?}"/var/lib/apt/lists/* "${root:?}"/var/log/* "${root:?}"/dev/* \
+        "$root"/usr/share/doc/* "$root"/usr/share/man/* "$root"/usr/share/locale/*
+    tar --create --directory "$root" --sort=name --mtime=@0 --numeric-owner --file "$out/agnhost-root.tar" .
+    rm -rf "$root"
+}
+
+build_tools() {
+    local dir work
+    dir=$(cluster_tools_dir)
+    complete "$dir" && return 0
+    require_go
+    mkdir -p "$CACHE/cluster"
+    # Two runs at once: the second waits, and finds the work done.
+    exec 9>"$CACHE/cluster/.lock"
+    flock -n 9 || { say "waiting for another run that builds the cluster's programs"; flock 9; }
+    complete "$dir" && return 0
+    # Leftovers of builds that were interrupted; nobody else holds the lock.
+    rm -rf "$CACHE/cluster"/.build.*
+    work=$(mktemp -d "$CACHE/cluster/.build.XXXXXX")
+    build_go_programs "$work"
+    cc -static -Os -o "$work/pause" "$ROOT/e2e/tools/pause/pause.c" ||
+        fail "the sandbox's pause program could not be built: install gcc and libc6-dev and try again."
+    build_test_root "$work"
+    complete "$work" || fail "the build left a program out: run 'go clean -cache' and try again."
+    rm -f "$work/build.log"
+    chmod 755 "$work"
+    rm -rf "$dir"
+    mv "$work" "$dir"
+    flock -u 9
+}
+
+"$ROOT/hack/setup.sh" "$TARGET"
+install_packages containerd=containerd runc=runc debootstrap=debootstrap sysctl=procps iptables=iptables
+[ -x /usr/lib/cni/bridge ] || install_packages no-such-command=containernetworking-plugins
+build_tools

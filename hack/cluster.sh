@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
+#
+#   hack/cluster.sh up|down|install|demo|conformance [ARGUMENTS of the program `cluster`]
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|conformance}
+shift
+require_root cluster
+if [ "$ACTION" = down ]; then
+    # Works with what is there: a removal must not begin with a build of everything.
+    require_cargo
+else
+    "$ROOT/hack/cluster-setup.sh" cluster
+fi
+cd "$ROOT"
+cargo build --locked -p switchtower-e2e --bin cluster ||
+    fail "cargo could not build the program, the compiler's words are above."
+case $ACTION in install | demo | conformance) build_workspace_binaries "" ;; esac
+SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
+SWITCHTOWER_CLUSTER_TOOLS=$(cluster_tools_dir)
+SWITCHTOWER_CLUSTER_IMAGES=$CACHE/cluster/images
+SWITCHTOWER_MANIFESTS=$ROOT/manifests
+export SWITCHTOWER_CONTROL_PLANE SWITCHTOWER_CLUSTER_TOOLS SWITCHTOWER_CLUSTER_IMAGES SWITCHTOWER_MANIFESTS
+exec "$(target_dir)/debug/cluster" "$ACTION" "$@"
