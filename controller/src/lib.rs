@@ -13,6 +13,7 @@ pub mod events;
 pub mod ingest;
 pub mod metrics;
 pub mod render;
+pub mod run;
 pub mod serve;
 pub mod status;
 pub mod watch;

@@ -32,7 +32,7 @@ mod tests;
 pub use backoff::Backoff;
 pub use resource::{Watched, WatchedResource};
 pub use tolerant::Tolerant;
-pub use upstream::{Upstream, WatchMetrics};
+pub use upstream::{Upstream, UpstreamCollector, WatchMetrics};
 
 /// Objects per page of a list.
 const PAGE: u32 = 500;

@@ -1,9 +1,12 @@
 //! How long ago the API server was last heard, and counters of the watches.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use prometheus::{IntCounterVec, Opts, Registry};
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{Gauge, IntCounterVec, Opts, Registry};
 
 use super::WatchedResource;
 
@@ -39,6 +42,38 @@ impl Upstream {
                 milliseconds => Some(oldest.min(milliseconds)),
             })?;
         Some(self.base.elapsed().saturating_sub(Duration::from_millis(oldest)))
+    }
+}
+
+/// Tells the age at each scrape: a gauge that is set from time to time would hide a process that hangs.
+pub struct UpstreamCollector {
+    upstream: Arc<Upstream>,
+    gauge: Gauge,
+}
+
+impl UpstreamCollector {
+    /// To be registered.
+    ///
+    /// # Errors
+    /// The gauge cannot be made.
+    pub fn new(upstream: Arc<Upstream>) -> Result<Self, prometheus::Error> {
+        let gauge = Gauge::new(
+            "switchtower_upstream_age_seconds",
+            "Time since the API server was heard on the watch that is silent for longest; absent before all were.",
+        )?;
+        Ok(Self { upstream, gauge })
+    }
+}
+
+impl Collector for UpstreamCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let Some(age) = self.upstream.age() else { return Vec::new() };
+        self.gauge.set(age.as_secs_f64());
+        self.gauge.collect()
     }
 }
 

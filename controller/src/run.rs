@@ -1,0 +1,336 @@
+//! Puts the parts together and runs them until a signal comes.
+//!
+//! What the controller may do in the cluster (its RBAC), by resource:
+//! - get, list, watch: services, endpointslices.discovery.k8s.io, nodes, servicecidrs.networking.k8s.io
+//! - create: tokenreviews.authentication.k8s.io (the agents' tokens)
+//! - get, list, watch, create, patch, delete: proxystatuses.switchtower.dev; get, update: proxystatuses/status.
+//!   With the admission plugin OwnerReferencesPermissionEnforcement also update: nodes/finalizers, because rows
+//!   are owned by Nodes (without blocking their deletion, so that most clusters do not ask for it)
+//! - create, patch: events.events.k8s.io
+//! - in its own namespace, get, create: secrets (`switchtower-ca`); patch, create: configmaps
+//!   (`switchtower-bootstrap`)
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use prometheus::Registry;
+use switchtower_core::compile::Compiler;
+use switchtower_core::compiled::Compiled;
+use switchtower_core::model::Input;
+use switchtower_proto::v1::{ChangeInfo, Source};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch as channel};
+
+use crate::bootstrap::{self, BootstrapError, CaPem};
+use crate::cli::{Cli, Command, LogFormat, ServeArgs};
+use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
+use crate::errors::Chain;
+use crate::metrics::{self, Readiness};
+use crate::serve::Server;
+use crate::serve::auth::Authenticator;
+use crate::serve::fleet::{Fleet, builtin_settings};
+use crate::serve::metrics::ServeMetrics;
+use crate::serve::session::Limits;
+use crate::serve::tls::{self, ServerTls};
+use crate::status::{Floors, StatusMetrics, Writer, WriterSettings};
+use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
+use crate::{events, render};
+
+/// Services and EndpointSlices of other proxies and of headless Services are left out by the API server, as
+/// kube-proxy has it.
+const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+/// Batches between the watches and the engine: bounds memory while a compile runs.
+const BATCHES: usize = 1_024;
+/// How long the start waits for the rows, from which sessions continue their generations.
+const ROWS_PATIENCE: Duration = Duration::from_secs(10);
+/// Between attempts to reach the API server while starting.
+const RETRY: Duration = Duration::from_secs(5);
+/// How long agents have to leave when the controller ends.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Between two renewals of the server's certificate.
+const RENEWAL: Duration = Duration::from_secs(30 * 24 * 3_600);
+
+/// Runs the command. Exit codes: 0 done or ended by a signal, 1 an error, which is printed.
+#[must_use]
+pub fn main(cli: Cli) -> ExitCode {
+    let outcome = match cli.command {
+        Some(Command::Render(args)) => render::run(&args).map_err(anyhow::Error::from),
+        None => start(cli.serve),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The log may not be set up, and render prints to standard output.
+            #[allow(clippy::print_stderr, reason = "the last words of the process")]
+            {
+                eprintln!("switchtower-controller: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: ServeArgs) -> anyhow::Result<()> {
+    set_up_log(args.log_format);
+    // Several crates link rustls; without a process-wide provider they could disagree and panic.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(serve(args))
+}
+
+/// RUST_LOG chooses levels. The default leaves out kube's own line for every failed request: each failure is
+/// logged where it is handled, with what follows from it.
+const LOG_LEVELS: &str = "info,kube_client::client::builder=off";
+
+fn set_up_log(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOG_LEVELS));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal());
+    // A second call (tests) keeps the first log.
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().try_init(),
+    };
+}
+
+async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let config = kube_config(&args).await?;
+    let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
+    let client = Client::try_from(config).context("setting up the client of the API server")?;
+    let replica = args.replica.clone().unwrap_or_else(host_name);
+    let controllers = bootstrap::advertised(&args.advertise, args.listen, &api_server)
+        .context("finding the address that agents can reach; name it with --advertise")?;
+    let registry = metrics::registry()?;
+    let readiness = Readiness::default();
+    // What can be refused at once is refused before anything is started.
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("listening for agents on {}; choose another with --listen", args.listen))?;
+    tokio::spawn(metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?);
+
+    let ca = certificate_authority(&client, &args).await?;
+    let parts = start_parts(&client, &args, &replica, &registry).await?;
+    tokio::spawn(publish_bootstrap(
+        client.clone(),
+        args.namespace.clone(),
+        ca.certificate.clone(),
+        controllers.clone(),
+    ));
+    let Parts { fleet, serve_metrics, mut head } = parts;
+    tokio::select! {
+        served = engine::first_head(&mut head) => {
+            anyhow::ensure!(served, "the engine ended before the first compile; its log says why");
+        }
+        signal = wait_for_signal() => return signal,
+    }
+    let authenticator =
+        Authenticator::new(client, &args.audience, &args.namespace, &args.agent_service_account);
+    let limits = Limits { replica, peers: controllers, ..Limits::default() };
+    let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&ca)?));
+    tokio::spawn(renew_certificate(tls.clone(), ca));
+    let server = Server::new(fleet, Arc::new(authenticator), limits);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let mut running = tokio::spawn(server.serve(listener, tls, serve_metrics, async move {
+        // An error means that the sender is gone: the process ends.
+        let _ = stopped.await;
+    }));
+    readiness.set(true);
+    tracing::info!(listen = %args.listen, "serving agents");
+    tokio::select! {
+        ended = &mut running => return ended?.context("serving agents"),
+        signal = wait_for_signal() => signal?,
+    }
+    readiness.set(false);
+    let _ = stop.send(());
+    if tokio::time::timeout(DRAIN, running).await.is_err() {
+        tracing::warn!("some agents did not leave in time; they reconnect by themselves");
+    }
+    Ok(())
+}
+
+/// What the streams need of the parts that run by themselves.
+struct Parts {
+    fleet: Arc<Fleet>,
+    serve_metrics: ServeMetrics,
+    head: channel::Receiver<Option<Head>>,
+}
+
+/// Starts everything between the API server and the fleet: watches, engine, rows, Events.
+async fn start_parts(
+    client: &Client,
+    args: &ServeArgs,
+    replica: &str,
+    registry: &Registry,
+) -> anyhow::Result<Parts> {
+    let upstream = Arc::new(Upstream::default());
+    registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
+    let floors = Floors::default();
+    let serve_metrics = ServeMetrics::new(registry)?;
+    let age = upstream.clone();
+    let fleet =
+        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), Arc::new(move || age.age()));
+
+    // Rows first: sessions continue from the generations in them.
+    let settings = WriterSettings { replica: replica.to_owned() };
+    let mut writer =
+        Writer::new(client.clone(), fleet.clone(), settings, floors, StatusMetrics::new(registry)?);
+    let loaded = matches!(tokio::time::timeout(ROWS_PATIENCE, writer.load()).await, Ok(Ok(())));
+    let (nodes, node_events) = mpsc::unbounded_channel();
+    tokio::spawn(writer.run(loaded, node_events));
+
+    let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
+    tokio::spawn(publisher);
+    let batches = start_watches(client, args, &upstream, registry)?;
+    let (head, head_seen) = channel::channel(None);
+    let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
+    let outputs = Outputs { head, nodes, events };
+    tokio::spawn(engine::run(pipeline, outputs, EngineMetrics::new(registry)?, batches));
+    Ok(Parts { fleet, serve_metrics, head: head_seen })
+}
+
+/// The compiler in front of the fleet's layers.
+struct FleetPipeline {
+    compiler: Compiler,
+    fleet: Arc<Fleet>,
+}
+
+impl Pipeline for FleetPipeline {
+    fn compile(&mut self, inputs: Vec<Input>) -> Compiled {
+        inputs.into_iter().for_each(|input| self.compiler.apply(input));
+        self.compiler.compile()
+    }
+
+    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, source: Source) -> u64 {
+        self.fleet.publish(compiled, changes, source)
+    }
+
+    fn advance(&mut self, source: Source) {
+        self.fleet.advance(source);
+    }
+}
+
+/// The server's certificate is valid for a year; connections to come get a new one every month.
+async fn renew_certificate(tls: Arc<ServerTls>, ca: CaPem) {
+    loop {
+        tokio::time::sleep(RENEWAL).await;
+        match tls::server_config(&ca) {
+            Ok(config) => tls.store(Arc::new(config)),
+            Err(error) => {
+                tracing::error!(%error, "renewing the server's certificate failed; it is tried again");
+            }
+        }
+    }
+}
+
+async fn kube_config(args: &ServeArgs) -> anyhow::Result<Config> {
+    let Some(path) = &args.kubeconfig else {
+        return Config::infer().await.context(
+            "finding the API server: this is no pod with a ServiceAccount, and there is no kubeconfig; name one with \
+             --kubeconfig",
+        );
+    };
+    let kubeconfig = Kubeconfig::read_from(path).with_context(|| format!("reading {}", path.display()))?;
+    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("using the current context of {}", path.display()))
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "switchtower-controller".to_owned() } else { name.to_owned() }
+}
+
+/// The CA of the flags' choice. An API server that cannot be reached yet, or permissions that are still
+/// missing, are waited for.
+async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Result<CaPem> {
+    if let Some(directory) = &args.tls_dir {
+        return Ok(bootstrap::ca_from_directory(directory, tls::generate_ca)?);
+    }
+    loop {
+        match bootstrap::ca_from_secret(client, &args.namespace, tls::generate_ca).await {
+            Ok(ca) => return Ok(ca),
+            Err(error @ BootstrapError::Secret { .. }) => {
+                tracing::error!(error = %Chain(&error), "no CA yet; it is tried again");
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Agents that are already running know the controller; a missing ConfigMap only keeps new ones waiting.
+async fn publish_bootstrap(client: Client, namespace: String, certificate: String, controllers: Vec<String>) {
+    loop {
+        match bootstrap::publish(&client, &namespace, &certificate, &controllers).await {
+            Ok(()) => {
+                tracing::info!(?controllers, %namespace, "ConfigMap switchtower-bootstrap written");
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), %namespace, "writing the ConfigMap switchtower-bootstrap failed; new agents wait for it; it is tried again");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// Starts the four watches. They end when the receiver is dropped.
+fn start_watches(
+    client: &Client,
+    args: &ServeArgs,
+    upstream: &Arc<Upstream>,
+    registry: &Registry,
+) -> anyhow::Result<mpsc::Receiver<Batch>> {
+    let (sink, batches) = mpsc::channel(BATCHES);
+    let metrics = WatchMetrics::new(registry)?;
+    let labels = |text: &str| Selectors { labels: Some(text.to_owned()).filter(|text| !text.is_empty()) };
+    let start = Start { client, upstream, metrics: &metrics, sink: &sink };
+    start.watch::<Service>(labels(SERVICE_SELECTOR));
+    start.watch::<EndpointSlice>(labels(SERVICE_SELECTOR));
+    start.watch::<Node>(labels(&args.node_selector));
+    start.watch::<ServiceCIDR>(Selectors::default());
+    Ok(batches)
+}
+
+struct Start<'a> {
+    client: &'a Client,
+    upstream: &'a Arc<Upstream>,
+    metrics: &'a WatchMetrics,
+    sink: &'a mpsc::Sender<Batch>,
+}
+
+impl Start<'_> {
+    fn watch<K: Watched>(&self, selectors: Selectors) {
+        let Self { client, upstream, metrics, sink } = self;
+        let api = Api::all((*client).clone());
+        tokio::spawn(watch::run::<K>(
+            api,
+            selectors,
+            (*upstream).clone(),
+            (*metrics).clone(),
+            (*sink).clone(),
+        ));
+    }
+}
+
+async fn wait_for_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    }
+    Ok(())
+}
