@@ -8,3 +8,5 @@ pub mod compile;
 pub mod compiled;
 pub mod layer;
 pub mod model;
+pub mod tracer;
+pub mod view;

@@ -1,0 +1,257 @@
+//! The compiled view, walked by the tracer, against a straight-line reading of kube-proxy's rules.
+//!
+//! The reading below looks at the objects only: which endpoints, masqueraded or not, refused or dropped. It
+//! shares no code with the compiler. All combinations of policies, conditions and hints of two endpoints on
+//! two nodes are tried, from every kind of source, to every kind of address.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use switchtower_core::compile::Compiler;
+use switchtower_core::model::*;
+use switchtower_core::tracer::{Fate, Packet, Source, trace};
+use switchtower_core::view::View;
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::{Change, Endpoint, LayerKind, LocalDetection, Protocol, Settings};
+
+const CLUSTER_IP: [u8; 4] = [10, 96, 0, 10];
+const BALANCER: [u8; 4] = [198, 51, 100, 1];
+const NODE: [u8; 4] = [192, 0, 2, 1];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Condition {
+    Ready,
+    Unready,
+    Serving,
+    Gone,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Hint {
+    None,
+    Zone(&'static str),
+    Node(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Place {
+    octet: u8,
+    node: &'static str,
+    condition: Condition,
+    hint: Hint,
+}
+
+/// The node under test is n1 in zone a.
+#[derive(Debug, Clone)]
+struct Case {
+    places: Vec<Place>,
+    internal_local: bool,
+    external_local: bool,
+    external: bool,
+}
+
+const CONDITIONS: [Condition; 4] =
+    [Condition::Ready, Condition::Unready, Condition::Serving, Condition::Gone];
+const HINTS: [Hint; 5] = [Hint::None, Hint::Zone("a"), Hint::Zone("b"), Hint::Node("n1"), Hint::Node("n2")];
+
+fn places(octet: u8, node: &'static str) -> impl Iterator<Item = Place> {
+    CONDITIONS
+        .into_iter()
+        .flat_map(move |condition| HINTS.into_iter().map(move |hint| Place { octet, node, condition, hint }))
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    let mut sets: Vec<Vec<Place>> = vec![vec![]];
+    sets.extend(places(1, "n1").map(|place| vec![place]));
+    sets.extend(places(2, "n2").map(|place| vec![place]));
+    let near: Vec<_> = places(1, "n1").collect();
+    sets.extend(near.iter().flat_map(|near| places(2, "n2").map(move |far| vec![*near, far])));
+    sets.into_iter().flat_map(|places| {
+        (0..8u8).map(move |bits| Case {
+            places: places.clone(),
+            internal_local: bits & 1 != 0,
+            external_local: bits & 2 != 0,
+            external: bits & 4 != 0,
+        })
+    })
+}
+
+// ---- the straight-line reading
+
+fn usable(place: &Place, any_ready: bool) -> bool {
+    if any_ready { place.condition == Condition::Ready } else { place.condition == Condition::Serving }
+}
+
+fn cluster_list(case: &Case) -> Vec<u8> {
+    let ready: Vec<_> = case.places.iter().filter(|place| place.condition == Condition::Ready).collect();
+    // A node hint comes with a zone hint for older proxies.
+    let zone_of = |place: &&Place| match place.hint {
+        Hint::None => None,
+        Hint::Zone(zone) => Some(zone),
+        Hint::Node("n1") => Some("a"),
+        Hint::Node(_) => Some("b"),
+    };
+    let chosen: Vec<&Place> = if ready.is_empty() {
+        case.places.iter().filter(|place| place.condition == Condition::Serving).collect()
+    } else if ready.iter().all(|place| matches!(place.hint, Hint::Node(_)))
+        && ready.iter().any(|place| place.hint == Hint::Node("n1"))
+    {
+        ready.into_iter().filter(|place| place.hint == Hint::Node("n1")).collect()
+    } else if ready.iter().all(|place| place.hint != Hint::None)
+        && ready.iter().any(|place| zone_of(place) == Some("a"))
+    {
+        ready.into_iter().filter(|place| zone_of(place) == Some("a")).collect()
+    } else {
+        ready
+    };
+    chosen.into_iter().map(|place| place.octet).collect()
+}
+
+fn local_list(case: &Case) -> Vec<u8> {
+    let local: Vec<_> = case.places.iter().filter(|place| place.node == "n1").collect();
+    let any_ready = local.iter().any(|place| place.condition == Condition::Ready);
+    local.into_iter().filter(|place| usable(place, any_ready)).map(|place| place.octet).collect()
+}
+
+fn expected(case: &Case, to: &str, from: &str) -> Fate {
+    let any = case.places.iter().any(|p| matches!(p.condition, Condition::Ready | Condition::Serving));
+    if !any {
+        return Fate::Reject;
+    }
+    let (list, masquerade) = if to == "cluster ip" {
+        (if case.internal_local { local_list(case) } else { cluster_list(case) }, from != "pod")
+    } else if !case.external_local {
+        (cluster_list(case), true)
+    } else {
+        match from {
+            "pod" => (cluster_list(case), false),
+            "host" => (cluster_list(case), true),
+            _ => (local_list(case), false),
+        }
+    };
+    if list.is_empty() {
+        return Fate::Drop;
+    }
+    let endpoint = |octet| Endpoint { address: vec![10, 244, 0, octet], port: 8080 };
+    Fate::Forward { endpoints: list.into_iter().map(endpoint).collect::<BTreeSet<_>>(), masquerade }
+}
+
+// ---- the same through the compiler and the tracer
+
+fn service(case: &Case) -> Service {
+    let policy = |local| if local { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+    Service {
+        key: ObjectKey { namespace: "default".into(), name: "web".into() },
+        uid: "u".into(),
+        created: 1,
+        cluster_ips: vec![CLUSTER_IP.into()],
+        ports: vec![ServicePortSpec {
+            name: "".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: case.external.then_some(30_080),
+        }],
+        external_ips: vec![],
+        load_balancer_ips: if case.external { vec![BALANCER.into()] } else { vec![] },
+        source_ranges: vec![],
+        external_policy: policy(case.external_local),
+        internal_policy: policy(case.internal_local),
+        affinity_seconds: None,
+        health_check_port: None,
+    }
+}
+
+fn slice(case: &Case) -> EndpointSlice {
+    let endpoint = |place: &Place| SliceEndpoint {
+        address: IpAddr::from([10, 244, 0, place.octet]),
+        ready: place.condition == Condition::Ready,
+        serving: matches!(place.condition, Condition::Ready | Condition::Serving),
+        terminating: matches!(place.condition, Condition::Serving | Condition::Gone),
+        node: Some(place.node.into()),
+        zones: match place.hint {
+            Hint::None => Box::default(),
+            Hint::Zone(zone) => [zone.into()].into(),
+            Hint::Node(node) => [if node == "n1" { "a" } else { "b" }.into()].into(),
+        },
+        nodes: if let Hint::Node(node) = place.hint { [node.into()].into() } else { Box::default() },
+    };
+    EndpointSlice {
+        key: ObjectKey { namespace: "default".into(), name: "web-1".into() },
+        service: "web".into(),
+        ipv6: false,
+        ports: vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints: case.places.iter().map(endpoint).collect(),
+    }
+}
+
+fn view(case: &Case) -> View {
+    let mut compiler = Compiler::new();
+    for (name, zone) in [("n1", "a"), ("n2", "b")] {
+        compiler.apply(Input::Node(Node {
+            name: name.into(),
+            addresses: vec![NODE.into()],
+            pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
+            zone: Some(zone.into()),
+            eligible: true,
+        }));
+    }
+    compiler.apply(Input::Service(service(case)));
+    compiler.apply(Input::Slice(slice(case)));
+    compiler.apply(Input::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()]));
+    let mut view = View::default();
+    let settings = Settings { local_detection: LocalDetection::NodeCidr.into(), ..Default::default() };
+    view.apply(LayerKind::Settings, &Change { change: Some(Kind::Settings(settings)) });
+    for (layer, changes) in compiler.compile().changes {
+        let kind = match &layer {
+            LayerId::Cluster => LayerKind::Cluster,
+            LayerId::Zone(zone) if &**zone == "a" => LayerKind::Zone,
+            LayerId::Node(node) if &**node == "n1" => LayerKind::Node,
+            _ => continue,
+        };
+        changes.iter().for_each(|change| view.apply(kind, change));
+    }
+    view
+}
+
+fn packet(to: [u8; 4], port: u16, from: &str) -> Packet {
+    let source = match from {
+        "pod" => Source::LocalPod([10, 244, 0, 99].into()),
+        "host" => Source::Host(NODE.into()),
+        _ => Source::Other([203, 0, 113, 7].into()),
+    };
+    Packet { source, destination: to.into(), protocol: Protocol::Tcp, port }
+}
+
+#[test]
+fn every_combination_agrees_with_the_rules() {
+    let mut tried = 0;
+    for case in cases() {
+        let view = view(&case);
+        let mut targets = vec![("cluster ip", CLUSTER_IP, 80)];
+        if case.external {
+            targets.extend([("balancer", BALANCER, 80), ("node port", NODE, 30_080)]);
+        }
+        for (name, address, port) in targets {
+            for from in ["pod", "host", "client"] {
+                let traced = trace(&view, &packet(address, port, from));
+                assert_eq!(
+                    traced.fate,
+                    expected(&case, name, from),
+                    "{name} from {from}: {case:?} {traced:?}"
+                );
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 20_000, "{tried}");
+}
+
+#[test]
+fn ports_and_addresses_that_nobody_serves() {
+    let case = Case { places: vec![], internal_local: false, external_local: false, external: true };
+    let view = view(&case);
+    assert_eq!(trace(&view, &packet(CLUSTER_IP, 81, "pod")).fate, Fate::Reject);
+    assert_eq!(trace(&view, &packet([10, 96, 9, 9], 80, "pod")).fate, Fate::Drop);
+    assert_eq!(trace(&view, &packet(BALANCER, 81, "client")).fate, Fate::Pass);
+    assert_eq!(trace(&view, &packet([127, 0, 0, 1], 30_080, "host")).fate, Fate::Pass);
+}
