@@ -4,6 +4,8 @@
 //! shares no code with the compiler. All combinations of policies, conditions and hints of two endpoints on
 //! two nodes are tried, from every kind of source, to every kind of address.
 
+#![allow(clippy::unwrap_used, reason = "constants of the test")]
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 

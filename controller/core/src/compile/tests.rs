@@ -18,11 +18,14 @@ mod claims;
 mod endpoints;
 mod random;
 
+/// Addresses and ports.
+type Members = BTreeSet<(Vec<u8>, u32)>;
+
 /// The items of all layers, as an agent that saw every change would have them.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct World {
     frontends: BTreeMap<FrontendKey, Frontend>,
-    pools: BTreeMap<(LayerId, PoolKey), BTreeSet<(Vec<u8>, u32)>>,
+    pools: BTreeMap<(LayerId, PoolKey), Members>,
     nodes: BTreeMap<LayerId, NodeRecord>,
     local: BTreeSet<(LayerId, LocalEndpoint)>,
     health: BTreeMap<(LayerId, HealthCheckKey), (u32, u32)>,

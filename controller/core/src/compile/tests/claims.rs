@@ -6,7 +6,7 @@ fn with_external(name: &str, cluster_ip: &str, external: &str, created: i64) -> 
     Service { external_ips: vec![external.parse().unwrap()], created, ..mk_service(name, cluster_ip) }
 }
 
-fn owner<'a>(world: &'a World, kind: FrontendKind, octet: u8) -> &'a str {
+fn owner(world: &World, kind: FrontendKind, octet: u8) -> &str {
     let frontend = world.frontends.values().find(|frontend| {
         frontend.kind() == kind && frontend.key.as_ref().unwrap().address.last() == Some(&octet)
     });
