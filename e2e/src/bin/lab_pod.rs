@@ -1,0 +1,81 @@
+//! A pod's server. To each TCP connection and each UDP datagram it answers with one line: its own name and the
+//! client's address as it sees it. What a TCP client sends after that is echoed.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+#[derive(Parser)]
+struct Arguments {
+    /// The name to answer with.
+    #[arg(long)]
+    name: String,
+    /// TCP ports.
+    #[arg(long, value_delimiter = ',')]
+    tcp: Vec<u16>,
+    /// UDP ports.
+    #[arg(long, value_delimiter = ',')]
+    udp: Vec<u16>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let name: Arc<str> = arguments.name.into();
+    let mut servers = Vec::new();
+    for port in arguments.tcp {
+        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
+        let listener = listener.with_context(|| format!("listening on TCP port {port}"))?;
+        let name = Arc::clone(&name);
+        servers.push(std::thread::spawn(move || serve_tcp(&listener, &name)));
+    }
+    for port in arguments.udp {
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port));
+        let socket = socket.with_context(|| format!("listening on UDP port {port}"))?;
+        let name = Arc::clone(&name);
+        servers.push(std::thread::spawn(move || serve_udp(&socket, &name)));
+    }
+    for server in servers {
+        drop(server.join());
+    }
+    Ok(())
+}
+
+fn answer(name: &str, client: SocketAddr) -> String {
+    let address = match client.ip() {
+        IpAddr::V6(address) => address.to_canonical(),
+        address @ IpAddr::V4(_) => address,
+    };
+    format!("{name} {address}\n")
+}
+
+fn serve_tcp(listener: &TcpListener, name: &Arc<str>) {
+    for stream in listener.incoming().flatten() {
+        let name = Arc::clone(name);
+        // A client that went away is none of the server's business.
+        std::thread::spawn(move || drop(converse(stream, &name)));
+    }
+}
+
+fn converse(mut stream: TcpStream, name: &str) -> io::Result<()> {
+    let client = stream.peer_addr()?;
+    stream.write_all(answer(name, client).as_bytes())?;
+    let mut buffer = [0; 1024];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => stream.write_all(&buffer[..length])?,
+        }
+    }
+}
+
+fn serve_udp(socket: &UdpSocket, name: &str) {
+    let mut buffer = [0; 1024];
+    loop {
+        if let Ok((_, client)) = socket.recv_from(&mut buffer) {
+            drop(socket.send_to(answer(name, client).as_bytes(), client));
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Where the programs are that the laboratory starts.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+/// Names the folder with etcd, kube-apiserver and the others; `make` sets it.
+pub const CONTROL_PLANE_VARIABLE: &str = "SWITCHTOWER_CONTROL_PLANE";
+
+/// A program of the control plane, built by `make setup`.
+///
+/// # Errors
+/// It is not there; the message says what to run.
+pub fn control_plane(name: &str) -> Result<PathBuf> {
+    let path = match std::env::var_os(CONTROL_PLANE_VARIABLE) {
+        Some(folder) => PathBuf::from(folder).join(name),
+        None => newest_build()?.join(name),
+    };
+    if !path.exists() {
+        bail!("{} does not exist: run 'make setup', which builds the control plane", path.display());
+    }
+    Ok(path)
+}
+
+/// Without the variable (`cargo test` by hand) the newest build in the cache serves.
+fn newest_build() -> Result<PathBuf> {
+    let cache = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
+        (Some(cache), _) => PathBuf::from(cache),
+        (None, Some(home)) => PathBuf::from(home).join(".cache"),
+        (None, None) => bail!("neither HOME nor {CONTROL_PLANE_VARIABLE} is set"),
+    };
+    let folder = cache.join("switchtower/control-plane");
+    let builds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let finished = builds.filter(|build| !build.file_name().as_encoded_bytes().starts_with(b"."));
+    let newest = finished.max_by_key(|build| build.metadata().and_then(|metadata| metadata.modified()).ok());
+    newest.map(|build| build.path()).with_context(|| {
+        format!("no control plane in {}: run 'make setup', which builds it", folder.display())
+    })
+}
+
+/// A program of this workspace, from the folder in which cargo puts programs: the one of this program, or, for
+/// a test, the folder above it.
+///
+/// # Errors
+/// It is not there; the message says what to run.
+pub fn workspace(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding the path of this program")?;
+    let folders = own.ancestors().skip(1).take(2);
+    let mut candidates = folders.map(|folder| folder.join(name));
+    candidates.find(|path| path.is_file()).with_context(|| {
+        format!("the program {name} is not built: run 'cargo build --workspace --bins' with the same profile")
+    })
+}
