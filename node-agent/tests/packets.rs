@@ -45,3 +45,226 @@ fn cluster_ip_balances_and_masquerades_only_where_due() {
         assert!(answer.ends_with("10.244.0.254") || answer.ends_with("fd44::fe"), "{answer}");
     }
 }
+
+#[test]
+fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
+    let lab = Lab::new();
+    let sticky = |address: &str| proto::Frontend { affinity_seconds: 2, ..cluster_ip("web", address) };
+    let view = [
+        pool("web", Role::Cluster, &PODS, &[]),
+        pool("web", Role::Cluster, &PODS6, &[]),
+        KernelChange::Frontend(sticky("10.96.0.10")),
+        KernelChange::Frontend(sticky("10.96.0.11")),
+        KernelChange::Frontend(sticky("fd96::10")),
+    ];
+    let mut nft = program(&lab, &view);
+    for (number, vip) in [(2, "10.96.0.10:80"), (3, "[fd96::10]:80")] {
+        let chosen = backends(&lab.client, vip, 20);
+        assert_eq!(chosen.len(), 1, "one backend while connections follow each other: {chosen:?}");
+        let chosen = chosen.into_iter().next().unwrap();
+        if number == 2 {
+            // Affinity belongs to the service port, not to one of its addresses.
+            assert_eq!(backends(&lab.client, "10.96.0.11:80", 10), BTreeSet::from([chosen.clone()]));
+        }
+        let index = chosen.trim_start_matches("pod").parse::<usize>().unwrap() - 1;
+        let gone = if number == 2 { PODS[index] } else { PODS6[index] };
+        nft.commit(&[pool("web", Role::Cluster, &[], &[gone])], stamp(number)).unwrap();
+        let next = backends(&lab.client, vip, 20);
+        assert_eq!(next.len(), 1, "a new backend, and then always that one: {next:?}");
+        assert!(!next.contains(&chosen), "not the one that is gone");
+        // It expires: then other backends are chosen again, now and then.
+        eventually("another backend after the timeout", || {
+            std::thread::sleep(std::time::Duration::from_millis(2200));
+            backends(&lab.client, vip, 1) != next
+        });
+    }
+}
+
+#[test]
+fn external_policy_local_keeps_the_client_address_and_short_circuits_inside() {
+    let lab = Lab::new();
+    let view = [
+        pool("web", Role::Cluster, &PODS, &[]),
+        pool("web", Role::Local, &PODS[..1], &[]),
+        pool("web", Role::Cluster, &PODS6, &[]),
+        pool("web", Role::Local, &PODS6[..1], &[]),
+        pool("far", Role::Cluster, &PODS, &[]),
+        pool("web-sticky", Role::Cluster, &PODS, &[]),
+        pool("web-sticky", Role::Local, &PODS[..1], &[]),
+        KernelChange::Frontend(load_balancer_local("web", "198.51.100.1")),
+        KernelChange::Frontend(load_balancer_local("web", "2001:db8:5::1")),
+        KernelChange::Frontend(load_balancer_local("far", "198.51.100.2")),
+        KernelChange::Frontend(proto::Frontend {
+            affinity_seconds: 60,
+            ..load_balancer_local("web-sticky", "198.51.100.3")
+        }),
+    ];
+    let _nft = program(&lab, &view);
+    for (vip, client, bridge) in [
+        ("198.51.100.1:80", "192.0.2.2", "10.244.0.254"),
+        ("[2001:db8:5::1]:80", "2001:db8::2", "fd44::fe"),
+    ] {
+        for _ in 0..10 {
+            let answer = lab.client.ask_from(Some(client), vip).unwrap();
+            assert_eq!(answer, format!("pod1 {client}"), "only the local endpoint, with the client's address");
+        }
+        assert_eq!(backends(&lab.pods[1], vip, 40).len(), 3, "a local pod uses all endpoints");
+        let answers: BTreeSet<String> = (0..40).map(|_| lab.node.ask(vip).unwrap()).collect();
+        assert_eq!(answers.len(), 3, "a host process uses all endpoints");
+        assert!(answers.iter().all(|answer| answer.ends_with(bridge)), "{answers:?}");
+    }
+    let pods: BTreeSet<String> = (0..20).map(|_| lab.pods[1].ask("198.51.100.1:80").unwrap()).collect();
+    assert!(pods.contains("pod1 10.244.0.2") || pods.contains("pod3 10.244.0.2"), "no masquerade: {pods:?}");
+    // No local endpoint: dropped from outside, served inside.
+    assert_eq!(lab.client.ask("198.51.100.2:80"), Err("timeout".to_owned()));
+    assert!(lab.pods[0].ask("198.51.100.2:80").is_ok());
+    assert!(lab.node.ask("198.51.100.2:80").is_ok());
+    // With affinity too.
+    assert_eq!(backends(&lab.client, "198.51.100.3:80", 10), BTreeSet::from(["pod1".to_owned()]));
+    assert_eq!(backends(&lab.pods[1], "198.51.100.3:80", 20).len(), 1);
+}
+
+#[test]
+fn without_endpoints_refused_or_dropped_and_unused_addresses_too() {
+    let lab = Lab::new();
+    let drop = target(Role::Local, proto::Verdict::Drop);
+    let view = [
+        KernelChange::Frontend(cluster_ip("empty", "10.96.0.30")),
+        KernelChange::Frontend(cluster_ip("empty", "fd96::30")),
+        KernelChange::Frontend(load_balancer("empty", "198.51.100.9")),
+        KernelChange::Frontend(node_port("empty", proto::Family::Ipv4, 30009)),
+        KernelChange::Frontend(udp(cluster_ip("empty-udp", "10.96.0.30"))),
+        KernelChange::Frontend(proto::Frontend { outside: drop, inside: drop, ..cluster_ip("local", "10.96.0.31") }),
+        pool("local", Role::Cluster, &PODS, &[]),
+    ];
+    let mut nft = program(&lab, &view);
+    for from in [&lab.client, &lab.pods[0], &lab.node] {
+        for to in ["10.96.0.30:80", "[fd96::30]:80", "198.51.100.9:80", "192.0.2.1:30009", "10.96.0.30:81"] {
+            let started = std::time::Instant::now();
+            assert_eq!(from.ask(to), Err("refused".to_owned()), "{to}");
+            assert!(started.elapsed().as_millis() < 500, "{to} at once: {:?} {from:?}", started.elapsed());
+        }
+        assert!(from.ask_udp("10.96.0.30:80").unwrap_err().contains("Refused"));
+        assert_eq!(from.ask("10.96.0.31:80"), Err("timeout".to_owned()), "no local endpoint: dropped");
+    }
+    assert_eq!(lab.pods[0].ask("10.96.99.99:80"), Err("timeout".to_owned()), "no Service: dropped");
+    // Endpoints appear: served from then on.
+    nft.commit(&[pool("empty", Role::Cluster, &PODS, &[])], stamp(2)).unwrap();
+    assert!(lab.client.ask("10.96.0.30:80").is_ok());
+    assert!(lab.client.ask("198.51.100.9:80").is_ok());
+}
+
+#[test]
+fn source_ranges_admit_only_listed_clients() {
+    let lab = Lab::new();
+    let ranges = |frontend: proto::Frontend, ranges: &[&str]| proto::Frontend {
+        source_ranges: ranges.iter().map(|range| cidr(range)).collect(),
+        ..frontend
+    };
+    let view = [
+        pool("web", Role::Cluster, &PODS, &[]),
+        pool("web", Role::Cluster, &PODS6, &[]),
+        pool("web", Role::Local, &PODS[..1], &[]),
+        KernelChange::Frontend(ranges(load_balancer("web", "198.51.100.1"), &["192.0.2.3/32", "10.0.0.0/8", "10.9.0.0/16"])),
+        KernelChange::Frontend(ranges(load_balancer("web", "2001:db8:5::1"), &["2001:db8::3/128", "192.0.2.0/24"])),
+        KernelChange::Frontend(ranges(load_balancer("web", "2001:db8:5::2"), &["192.0.2.0/24"])),
+        KernelChange::Frontend(ranges(load_balancer_local("web", "198.51.100.2"), &["192.0.2.3/32"])),
+        KernelChange::Frontend(ranges(load_balancer("empty", "198.51.100.4"), &["192.0.2.3/32"])),
+    ];
+    let _nft = program(&lab, &view);
+    let timeout = Err("timeout".to_owned());
+    assert_eq!(lab.client.ask_from(Some("192.0.2.2"), "198.51.100.1:80"), timeout);
+    assert!(lab.client.ask_from(Some("192.0.2.3"), "198.51.100.1:80").is_ok());
+    assert!(lab.pods[0].ask("198.51.100.1:80").is_ok(), "10.0.0.0/8 contains the pods");
+    assert_eq!(lab.client.ask_from(Some("2001:db8::2"), "[2001:db8:5::1]:80"), timeout);
+    assert!(lab.client.ask_from(Some("2001:db8::3"), "[2001:db8:5::1]:80").is_ok());
+    assert!(lab.client.ask("[2001:db8:5::2]:80").is_ok(), "ranges of the other family only: not filtered");
+    assert_eq!(lab.client.ask_from(Some("192.0.2.2"), "198.51.100.2:80"), timeout);
+    let answer = lab.client.ask_from(Some("192.0.2.3"), "198.51.100.2:80");
+    assert_eq!(answer, Ok("pod1 192.0.2.3".to_owned()), "and policy Local holds for those admitted");
+    assert_eq!(lab.client.ask_from(Some("192.0.2.2"), "198.51.100.4:80"), timeout);
+    assert_eq!(lab.client.ask_from(Some("192.0.2.3"), "198.51.100.4:80"), Err("refused".to_owned()));
+}
+
+#[test]
+fn node_ports_follow_the_settings_and_explicit_frontends_win() {
+    let lab = Lab::new();
+    let explicit = {
+        let mut frontend = load_balancer("other", "192.0.2.1");
+        frontend.kind = proto::FrontendKind::ExternalIp as i32;
+        frontend.key.as_mut().unwrap().port = 30080;
+        frontend
+    };
+    let view = [
+        pool("web", Role::Cluster, &PODS[..1], &[]),
+        pool("web", Role::Cluster, &PODS6[..1], &[]),
+        pool("other", Role::Cluster, &PODS[1..2], &[]),
+        KernelChange::HostAddresses(vec!["192.0.2.1".parse().unwrap(), "10.244.0.254".parse().unwrap()]),
+        KernelChange::Frontend(node_port("web", proto::Family::Ipv4, 30080)),
+        KernelChange::Frontend(node_port("web", proto::Family::Ipv6, 30080)),
+    ];
+    let mut nft = program(&lab, &view);
+    let name = |answer: Result<String, String>| answer.map(|answer| answer.split(' ').next().unwrap().to_owned());
+    let (pod1, pod2) = (Ok("pod1".to_owned()), Ok("pod2".to_owned()));
+    let refused = Err("refused".to_owned());
+    assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod1);
+    assert_eq!(name(lab.client.ask("[2001:db8::1]:30080")), pod1);
+    assert_eq!(name(lab.node.ask("192.0.2.1:30080")), pod1);
+    assert_eq!(name(lab.pods[0].ask("10.244.0.254:30080")), refused, "not the primary address");
+    // All addresses.
+    let all = proto::Settings { node_port_addresses: vec![cidr("0.0.0.0/0")], ..settings() };
+    nft.commit(&[KernelChange::Settings(all)], stamp(2)).unwrap();
+    assert_eq!(name(lab.pods[0].ask("10.244.0.254:30080")), pod1);
+    assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod1);
+    // An explicit frontend with the same key wins, and the NodePort comes back when it goes.
+    nft.commit(&[KernelChange::Frontend(explicit.clone())], stamp(3)).unwrap();
+    assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod2);
+    nft.commit(&[KernelChange::FrontendRemoved(explicit.key.unwrap())], stamp(4)).unwrap();
+    assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod1);
+    // Back to the primary one.
+    nft.commit(&[KernelChange::Settings(settings())], stamp(5)).unwrap();
+    assert_eq!(name(lab.pods[0].ask("10.244.0.254:30080")), refused);
+}
+
+#[test]
+fn udp_and_settings_of_local_detection() {
+    let lab = Lab::new();
+    let mut view = service("web", "10.96.0.10", &PODS);
+    view.extend([
+        udp_pool("dns", Role::Cluster, &PODS[1..2], &[]),
+        KernelChange::Frontend(udp(cluster_ip("dns", "10.96.0.53"))),
+    ]);
+    let mut nft = program(&lab, &view);
+    assert_eq!(lab.pods[0].ask_udp("10.96.0.53:80"), Ok("pod2 10.244.0.1".to_owned()));
+    assert!(lab.client.ask_udp("10.96.0.53:80").unwrap().starts_with("pod2 10.244.0.254"));
+    let from_pod = |lab: &Lab| {
+        let answers = (0..40).map(|_| lab.pods[0].ask("10.96.0.10:80").unwrap());
+        let others: BTreeSet<String> = answers.filter(|answer| !answer.starts_with("pod1")).collect();
+        others.iter().all(|answer| answer.ends_with("10.244.0.1"))
+    };
+    let detection = |mode: proto::LocalDetection, interface: &str| proto::Settings {
+        local_detection: mode as i32,
+        interface: interface.to_owned(),
+        ..settings()
+    };
+    let mut generation = 1;
+    let mut set = |settings: proto::Settings| {
+        generation += 1;
+        nft.commit(&[KernelChange::Settings(settings)], stamp(generation)).unwrap();
+    };
+    assert!(from_pod(&lab));
+    set(proto::Settings { masquerade_all: true, ..settings() });
+    assert!(!from_pod(&lab), "masquerade_all");
+    set(detection(proto::LocalDetection::BridgeInterface, "br0"));
+    assert!(from_pod(&lab), "through the bridge");
+    set(detection(proto::LocalDetection::InterfaceNamePrefix, "b"));
+    assert!(from_pod(&lab), "through an interface with the prefix");
+    set(detection(proto::LocalDetection::BridgeInterface, "br1"));
+    assert!(!from_pod(&lab), "not through that interface");
+    set(detection(proto::LocalDetection::None, ""));
+    assert!(from_pod(&lab), "no detection: nothing is masqueraded");
+    assert!(lab.client.ask_from(Some("192.0.2.2"), "10.96.0.10:80").unwrap().ends_with("192.0.2.2"));
+    set(proto::Settings { masquerade_mark: 0x8000, ..detection(proto::LocalDetection::ClusterCidr, "") });
+    assert!(from_pod(&lab), "no CIDR: no detection");
+    lab.node.nft(&["-c", "-f", "-"], &lab.node.table("ip"));
+}

@@ -202,6 +202,10 @@ impl Lab {
                 eventually("a pod reaches the client", || pod.ask(client).is_ok());
             }
         }
+        // Neighbours are known from here on: a test that measures times does not wait for their discovery.
+        for (from, pod) in [("192.0.2.3", "10.244.0.1:8080"), ("2001:db8::3", "[fd44::1]:8080")] {
+            eventually("the client reaches a pod", || lab.client.ask_from(Some(from), pod).is_ok());
+        }
         lab
     }
 }
@@ -363,7 +367,7 @@ pub fn udp_pool(name: &str, role: proto::Role, added: &[&str], removed: &[&str])
 
 /// Node facts and settings of the laboratory: pods are known by the node's pod CIDR.
 pub fn facts() -> Vec<KernelChange> {
-    let local = [("10.244.0.1", 8080), ("10.244.0.2", 8080), ("10.244.0.3", 8080), ("fd44::1", 8080)];
+    let local = ["10.244.0.1", "10.244.0.2", "10.244.0.3", "fd44::1", "fd44::2", "fd44::3"];
     let mut facts = vec![
         KernelChange::Node(proto::NodeRecord {
             name: "node".to_owned(),
@@ -376,11 +380,11 @@ pub fn facts() -> Vec<KernelChange> {
         KernelChange::ServiceCidr(cidr("10.96.0.0/16")),
         KernelChange::ServiceCidr(cidr("fd96::/112")),
     ];
-    facts.extend(local.map(|(address, port)| {
+    facts.extend(local.map(|address| {
         KernelChange::LocalEndpoint(proto::LocalEndpoint {
             address: bytes(address),
             protocol: proto::Protocol::Tcp as i32,
-            port,
+            port: 8080,
         })
     }));
     facts

@@ -1,0 +1,317 @@
+//! What the kernel holds after commits, restarts and disturbances; read back by `nft`.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use common::*;
+use switchtower_node_agent::dataplane::{CommitError, Dataplane};
+use switchtower_node_agent::kernel_change::KernelChange;
+use switchtower_node_agent::nft::{self, Monitor, Nft, Notice};
+use switchtower_proto::v1::{self as proto, Role};
+
+fn open(namespace: &Namespace) -> Nft {
+    namespace.run(|| Nft::open().unwrap())
+}
+
+/// One Service of each sort, both families.
+fn sample() -> Vec<KernelChange> {
+    let ranges = vec![cidr("192.0.2.0/24"), cidr("2001:db8::/32")];
+    let mut view = facts();
+    view.extend([
+        pool("web", Role::Cluster, &PODS, &[]),
+        pool("web", Role::Local, &PODS[..1], &[]),
+        pool("sticky", Role::Cluster, &PODS[..2], &[]),
+        pool("sticky", Role::Local, &PODS[..1], &[]),
+        pool("web", Role::Cluster, &PODS6, &[]),
+        pool("web", Role::Local, &PODS6[..1], &[]),
+        udp_pool("dns", Role::Cluster, &PODS[..2], &[]),
+        KernelChange::Frontend(cluster_ip("web", "10.96.0.10")),
+        KernelChange::Frontend(cluster_ip("web", "fd96::10")),
+        KernelChange::Frontend(udp(cluster_ip("dns", "10.96.0.53"))),
+        KernelChange::Frontend(cluster_ip("empty", "10.96.0.30")),
+        KernelChange::Frontend(load_balancer("web", "198.51.100.1")),
+        KernelChange::Frontend(load_balancer_local("web", "198.51.100.2")),
+        KernelChange::Frontend(load_balancer_local("web", "2001:db8:5::2")),
+        KernelChange::Frontend(proto::Frontend {
+            source_ranges: ranges.clone(),
+            ..load_balancer("web", "198.51.100.3")
+        }),
+        KernelChange::Frontend(proto::Frontend { source_ranges: ranges, ..load_balancer("web", "2001:db8:5::3") }),
+        KernelChange::Frontend(proto::Frontend { affinity_seconds: 10800, ..cluster_ip("sticky", "10.96.0.20") }),
+        KernelChange::Frontend(proto::Frontend {
+            affinity_seconds: 10800,
+            ..load_balancer_local("sticky", "198.51.100.4")
+        }),
+        KernelChange::Frontend(node_port("web", proto::Family::Ipv4, 30080)),
+        KernelChange::Frontend(node_port("web", proto::Family::Ipv6, 30080)),
+    ]);
+    view
+}
+
+#[test]
+fn what_is_programmed_reads_as_the_golden_text_and_nft_takes_it_back() {
+    let node = Namespace::new("golden");
+    let committed = open(&node).commit(&sample(), stamp(42)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    for family in ["ip", "ip6"] {
+        let text = node.table(family);
+        node.nft(&["-c", "-f", "-"], &text);
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{family}.nft"));
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(text, golden, "run with UPDATE_GOLDEN=1 and review the difference of {}", path.display());
+    }
+    // A table loaded from its own text is printed the same.
+    let other = Namespace::new("golden-copy");
+    for family in ["ip", "ip6"] {
+        let text = node.table(family);
+        other.nft(&["-f", "-"], &text);
+        assert_eq!(other.table(family), text);
+    }
+}
+
+#[test]
+fn a_restart_adopts_without_writing() {
+    let node = Namespace::new("adopt");
+    let mut first = open(&node);
+    first.commit(&sample(), stamp(1)).unwrap();
+    // History: slots are no longer in the order of the view, numbers have gaps, a size is unused.
+    first.commit(&[pool("web", Role::Cluster, &[], &PODS[..1])], stamp(2)).unwrap();
+    first.commit(&[pool("web", Role::Cluster, &PODS[..1], &[])], stamp(3)).unwrap();
+    drop(first);
+    let mut nft = open(&node);
+    assert_eq!(nft.stamp().unwrap(), Some(stamp(3)));
+    let before = (nft.ruleset_generation().unwrap(), node.table("ip"));
+    let adopted = nft.adopt(&sample(), stamp(3)).unwrap();
+    assert!(adopted.committed.is_none(), "{adopted:?}");
+    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!((nft.ruleset_generation().unwrap(), node.table("ip")), before);
+    // Then exactly the next change: two slots, a backend, and the values of the frontends with the size.
+    let committed = nft.commit(&[pool("web", Role::Local, &PODS[1..2], &[])], stamp(4)).unwrap();
+    assert!((1..30).contains(&committed.operations), "{committed:?}");
+    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.stamp().unwrap(), Some(stamp(4)));
+}
+
+#[test]
+fn adoption_repairs_only_what_differs() {
+    let node = Namespace::new("adopt-differs");
+    open(&node).commit(&sample(), stamp(1)).unwrap();
+    node.nft(&["delete", "element", "ip", "switchtower", "frontends", "{ 10.96.0.10 . tcp . 80 }"], "");
+    node.nft(&["add", "element", "ip", "switchtower", "vips", "{ 10.96.0.99 }"], "");
+    let mut nft = open(&node);
+    let adopted = nft.adopt(&sample(), stamp(1)).unwrap().committed.unwrap();
+    assert_eq!(adopted.operations, 2);
+    assert_eq!(nft.repair().unwrap(), 0);
+    // A view that lacks a Service: its elements go.
+    let smaller: Vec<KernelChange> = facts();
+    nft.adopt(&smaller, stamp(2)).unwrap();
+    assert_eq!(nft.repair().unwrap(), 0);
+    assert!(!node.table("ip").contains("10.96.0.10"));
+}
+
+#[test]
+fn disturbances_are_noticed_and_repaired() {
+    let node = Namespace::new("disturb");
+    let mut nft = open(&node);
+    let port = nft.port().unwrap();
+    let mut monitor = node.run(|| Monitor::open(port).unwrap());
+    nft.commit(&sample(), stamp(1)).unwrap();
+    nft.commit(&[pool("web", Role::Cluster, &[], &PODS[..1])], stamp(2)).unwrap();
+    let text = (node.table("ip"), node.table("ip6"));
+    node.nft(&["add", "table", "ip", "foreign"], "");
+    assert_eq!(monitor.wait(Duration::from_millis(200)).unwrap(), None, "own changes and foreign tables are not told");
+    let changed = Notice::Changed;
+    for (disturbance, notice) in [
+        ("delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }", changed),
+        ("add element ip switchtower frontends { 10.96.0.77 . tcp . 80 : 0:7 }", changed),
+        ("add element ip6 switchtower service_cidrs { fd99::/64 }", changed),
+        ("flush map ip switchtower backends", changed),
+        ("flush map ip switchtower stamp", changed),
+        ("flush map ip switchtower picks", changed),
+        ("flush chain ip switchtower services", changed),
+        ("insert rule ip switchtower services accept", changed),
+        ("add rule ip6 switchtower nat_output counter", changed),
+        ("add chain ip switchtower more", changed),
+        ("add chain ip switchtower hooked { type filter hook input priority 0; }; add rule ip switchtower hooked drop", changed),
+        ("add set ip switchtower more { type ipv4_addr; }", changed),
+        ("add element ip switchtower local_pods { 10.0.0.0-10.0.0.7, 11.0.0.1-11.0.0.9 }", changed),
+        ("add table ip switchtower { flags dormant; }", changed),
+        ("delete table ip6 switchtower", Notice::TableDeleted),
+        ("flush ruleset", Notice::TableDeleted),
+    ] {
+        node.nft(&[disturbance], "");
+        assert_eq!(monitor.wait(Duration::from_secs(2)).unwrap(), Some(notice), "{disturbance}");
+        assert!(nft.repair().unwrap() > 0, "{disturbance}");
+        assert_eq!(nft.repair().unwrap(), 0, "{disturbance}");
+        assert_eq!(normal(&node.table("ip")), normal(&text.0), "{disturbance}");
+        assert_eq!(normal(&node.table("ip6")), normal(&text.1), "{disturbance}");
+        assert_eq!(monitor.wait(Duration::from_millis(50)).unwrap(), None, "{disturbance}: our own repair");
+    }
+    // A commit that finds its tables gone brings them back with the change.
+    node.nft(&["flush", "ruleset"], "");
+    nft.commit(&[pool("web", Role::Cluster, &PODS[..1], &[])], stamp(3)).unwrap();
+    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.stamp().unwrap(), Some(stamp(3)));
+    // One that finds its elements changed repairs those it touches.
+    node.nft(&["delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }"], "");
+    nft.commit(&[KernelChange::FrontendRemoved(cluster_ip("web", "10.96.0.10").key.unwrap())], stamp(4)).unwrap();
+    node.nft(&["add element ip switchtower frontends { 10.96.0.10 . tcp . 80 : 0:7 }"], "");
+    nft.commit(&[KernelChange::Frontend(cluster_ip("web", "10.96.0.10"))], stamp(5)).unwrap();
+    assert_eq!(nft.repair().unwrap(), 0);
+}
+
+/// The lines of a table without order: slots and chains are in the order of history.
+fn normal(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> =
+        text.split(['\n', ',']).map(|line| line.replace("elements = {", "").replace('}', "").trim().to_owned()).collect();
+    lines.sort();
+    lines.retain(|line| !line.is_empty());
+    lines
+}
+
+#[test]
+fn an_element_that_the_kernel_refuses_stops_nothing_else() {
+    let node = Namespace::new("refused");
+    let mut nft = open(&node);
+    nft.commit(&sample(), stamp(1)).unwrap();
+    // Someone's range for the same frontend: the kernel refuses one that overlaps it in part.
+    let range = "{ 198.51.100.77 . tcp . 80 . 192.0.2.128-192.0.3.50 }";
+    node.nft(&["add", "element", "ip", "switchtower", "allowed_sources", range], "");
+    let view = [
+        KernelChange::Frontend(proto::Frontend {
+            source_ranges: vec![cidr("192.0.2.0/24")],
+            ..load_balancer("guarded", "198.51.100.77")
+        }),
+        pool("other", Role::Cluster, &PODS, &[]),
+        KernelChange::Frontend(cluster_ip("other", "10.96.0.88")),
+    ];
+    let committed = nft.commit(&view, stamp(2)).unwrap();
+    assert_eq!(committed.refused.len(), 1, "{:?}", committed.refused);
+    assert_eq!(committed.refused[0].item, "frontend 198.51.100.77:80/TCP (default/guarded)");
+    assert_ne!(committed.refused[0].errno, 0);
+    assert!(node.table("ip").contains("10.96.0.88 . tcp . 80"));
+    assert_eq!(nft.stamp().unwrap(), Some(stamp(2)));
+    // It is listed until it is repaired or replaced.
+    assert_eq!(nft.commit(&[], stamp(3)).unwrap().refused.len(), 1);
+    assert!(nft.repair().unwrap() > 0);
+    assert_eq!(nft.commit(&[], stamp(4)).unwrap().refused, vec![]);
+    assert_eq!(nft.repair().unwrap(), 0);
+}
+
+#[test]
+fn without_the_capability_nothing_is_committed_and_the_errno_says_so() {
+    let node = Namespace::new("eperm");
+    let mut nft = open(&node);
+    nft.commit(&sample(), stamp(1)).unwrap();
+    let text = node.table("ip");
+    let error = node.run(|| {
+        // SAFETY: only this thread gives up its user id, and with it the capability.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+        assert_eq!(result, 0);
+        nft.commit(&[pool("web", Role::Cluster, &[], &PODS)], stamp(2)).unwrap_err()
+    });
+    assert!(matches!(error, CommitError::Refused { errno: libc::EPERM, .. }), "{error:?}");
+    assert_eq!(node.table("ip"), text);
+    // The mirror was undone: what follows is right.
+    assert_eq!(nft.commit(&[], stamp(2)).unwrap().refused, vec![]);
+    assert_eq!(nft.repair().unwrap(), 0);
+    assert!(node.table("ip").contains("10.96.0.10 . tcp . 80"));
+    let adopted = open(&node).adopt(&sample(), stamp(2)).unwrap();
+    assert!(adopted.committed.is_none(), "{adopted:?}");
+}
+
+#[test]
+fn frontends_swap_addresses_in_one_batch() {
+    let node = Namespace::new("swap");
+    let mut nft = open(&node);
+    let mut view = facts();
+    view.extend(service("a", "10.96.0.1", &PODS[..1]));
+    view.extend(service("b", "10.96.0.2", &PODS[1..]));
+    nft.commit(&view, stamp(1)).unwrap();
+    let value = |address: &str| {
+        let elements = node.run(|| nft::inspect().unwrap()).remove(0).elements;
+        let prefix = format!("frontends {address}:80/TCP");
+        elements.into_iter().find(|line| line.starts_with(&prefix)).unwrap().split(" : ").nth(1).unwrap().to_owned()
+    };
+    let before = (value("10.96.0.1"), value("10.96.0.2"));
+    let swap = [
+        KernelChange::Frontend(cluster_ip("a", "10.96.0.2")),
+        KernelChange::Frontend(cluster_ip("b", "10.96.0.1")),
+    ];
+    let committed = nft.commit(&swap, stamp(2)).unwrap();
+    assert_eq!(committed.operations, 4);
+    assert_eq!((value("10.96.0.2"), value("10.96.0.1")), before);
+    assert_eq!(nft.repair().unwrap(), 0);
+}
+
+/// `count` Services of `count` different sizes.
+fn sizes(count: u32) -> Vec<KernelChange> {
+    let mut view = facts();
+    for size in 1..=count {
+        let endpoints: Vec<String> =
+            (0..size).map(|number| format!("10.{}.{}.{}:80", size >> 8, size & 255, number % 250 + 1)).collect();
+        let endpoints: Vec<String> = endpoints
+            .into_iter()
+            .enumerate()
+            .map(|(number, text)| text.replace(":80", &format!(":{}", 80 + number / 250)))
+            .collect();
+        let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
+        let address = format!("10.96.{}.{}", size >> 8, size & 255);
+        view.extend(service(&format!("s{size}"), &address, &endpoints));
+    }
+    view
+}
+
+#[test]
+fn four_hundred_sizes_are_programmed_exactly() {
+    let node = Namespace::new("sizes");
+    let mut nft = open(&node);
+    let committed = nft.commit(&sizes(400), stamp(1)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    let summary = node.run(|| nft::inspect().unwrap()).remove(0);
+    let slots = summary.elements.iter().filter(|line| line.starts_with("slots")).count();
+    assert_eq!(slots, 400 * 401 / 2);
+    assert_eq!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count(), 400);
+    node.nft(&["-c", "-f", "-"], &node.table("ip"));
+    let adopted = open(&node).adopt(&sizes(400), stamp(1)).unwrap();
+    assert!(adopted.committed.is_none());
+}
+
+#[test]
+fn when_codes_run_short_sizes_share_and_every_endpoint_is_still_reached() {
+    let node = Namespace::new("codes");
+    let mut nft = node.run(|| Nft::with_codes(4 + 16).unwrap());
+    let committed = nft.commit(&sizes(60), stamp(1)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    let summary = node.run(|| nft::inspect().unwrap()).remove(0);
+    // Every pool's slots name all its members: as many distinct ids as backends.
+    let slots = summary.elements.iter().filter(|line| line.starts_with("slots"));
+    let ids: BTreeSet<&str> = slots.clone().map(|line| line.split(" : ").nth(1).unwrap()).collect();
+    assert_eq!(ids.len(), 60 * 61 / 2);
+    assert!(slots.count() > ids.len(), "some members stand twice");
+    assert!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count() <= 16);
+    assert_eq!(nft.repair().unwrap(), 0);
+    // Members of a padded pool come and go.
+    nft.commit(&[pool("s50", Role::Cluster, &["10.9.9.9:80"], &["10.0.50.1:80"])], stamp(2)).unwrap();
+    nft.commit(&[pool("s50", Role::Cluster, &[], &["10.9.9.9:80"])], stamp(3)).unwrap();
+    assert_eq!(nft.repair().unwrap(), 0);
+}
+
+#[test]
+fn cleanup_removes_only_our_tables() {
+    let node = Namespace::new("cleanup");
+    assert!(!node.run(|| nft::cleanup().unwrap()));
+    node.nft(&["add", "table", "ip", "foreign"], "");
+    open(&node).commit(&sample(), stamp(1)).unwrap();
+    assert_eq!(node.run(|| nft::inspect().unwrap()).len(), 2);
+    node.nft(&["delete", "table", "ip6", "switchtower"], "");
+    assert!(node.run(|| nft::cleanup().unwrap()));
+    assert_eq!(node.nft(&["list", "tables"], "").trim(), "table ip foreign");
+    assert_eq!(open(&node).stamp().unwrap(), None);
+}
