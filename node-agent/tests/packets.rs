@@ -142,9 +142,14 @@ fn without_endpoints_refused_or_dropped_and_unused_addresses_too() {
         for to in ["10.96.0.30:80", "[fd96::30]:80", "198.51.100.9:80", "192.0.2.1:30009", "10.96.0.30:81"] {
             let started = std::time::Instant::now();
             assert_eq!(from.ask(to), Err("refused".to_owned()), "{to}");
-            assert!(started.elapsed().as_millis() < 500, "{to} at once: {:?} {from:?}", started.elapsed());
+            // Between namespaces the answer to an IPv6 client arrives while connect() still holds the socket,
+            // which then only takes note of it: the answer to the second SYN ends it.
+            let limit = if to.starts_with('[') { 1400 } else { 500 };
+            assert!(started.elapsed().as_millis() < limit, "{to} at once: {:?}", started.elapsed());
         }
-        assert!(from.ask_udp("10.96.0.30:80").unwrap_err().contains("Refused"));
+        // A process on the host gets EPERM from send() itself, as with kube-proxy.
+        let error = from.ask_udp("10.96.0.30:80").unwrap_err();
+        assert!(error.contains("Refused") || error.contains("not permitted"), "{error}");
         assert_eq!(from.ask("10.96.0.31:80"), Err("timeout".to_owned()), "no local endpoint: dropped");
     }
     assert_eq!(lab.pods[0].ask("10.96.99.99:80"), Err("timeout".to_owned()), "no Service: dropped");

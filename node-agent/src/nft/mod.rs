@@ -411,3 +411,6 @@ impl Dataplane for Nft {
         Ok(count + wrong)
     }
 }
+
+#[cfg(test)]
+mod mirror_tests;

@@ -1,0 +1,249 @@
+//! Properties of the mirror, without a kernel.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proptest::prelude::*;
+use switchtower_proto::v1::{
+    Endpoint, Family, Frontend, FrontendKey, FrontendKind, NodeRecord, PoolKey, Protocol, Role, ServicePort, Target,
+    Verdict,
+};
+
+use super::element::{Data, Element};
+use super::mirror::Mirror;
+use super::plan::Plan;
+use super::ruleset::{FIRST_CODE, POOL_MASK};
+use crate::kernel_change::KernelChange;
+
+type Model = HashMap<Element<4>, Data<4>>;
+
+/// Applies the recorded changes to a model of the kernel, as strictly as the kernel does.
+fn take(mirror: &mut Mirror<4>, model: &mut Model) {
+    let changes: Vec<_> = mirror.changes.0.drain().collect();
+    for (element, (before, _)) in &changes {
+        if before.is_some() {
+            assert_eq!(model.remove(element), *before, "a removal of {element:?} must find what it expects");
+        }
+    }
+    for (element, (_, after)) in changes {
+        if let Some(data) = after {
+            assert_eq!(model.insert(element, data), None, "an addition of {element:?} finds it absent");
+        }
+    }
+}
+
+fn service_port(service: u8) -> ServicePort {
+    let name = format!("s{service}");
+    ServicePort { namespace: "n".to_owned(), name, port: String::new(), protocol: Protocol::Tcp as i32 }
+}
+
+fn pool_key(service: u8, local: bool) -> PoolKey {
+    let role = if local { Role::Local } else { Role::Cluster };
+    PoolKey { service_port: Some(service_port(service)), family: Family::Ipv4 as i32, role: role as i32 }
+}
+
+fn endpoint(number: u8) -> Endpoint {
+    Endpoint { address: vec![10, 244, 0, number], port: 80 }
+}
+
+fn frontend_key(number: u8) -> FrontendKey {
+    let address = if number < 8 { vec![10, 96, 0, number] } else { Vec::new() };
+    FrontendKey { family: Family::Ipv4 as i32, address, protocol: Protocol::Tcp as i32, port: 80 + u32::from(number % 3) }
+}
+
+fn frontend(number: u8, service: u8, kind: u8, affinity: bool) -> Frontend {
+    let target = |local: bool, drop: bool| {
+        let role = if local { Role::Local } else { Role::Cluster };
+        let when_empty = if drop { Verdict::Drop } else { Verdict::Reject };
+        Some(Target { role: role as i32, when_empty: when_empty as i32 })
+    };
+    let local = kind & 1 != 0;
+    let kind = match kind >> 1 {
+        0 => FrontendKind::ClusterIp,
+        1 => FrontendKind::LoadBalancer,
+        _ => FrontendKind::ExternalIp,
+    };
+    Frontend {
+        key: Some(frontend_key(number)),
+        kind: kind as i32,
+        service_port: Some(service_port(service)),
+        outside: target(local, local),
+        inside: target(local && kind == FrontendKind::ClusterIp, false),
+        affinity_seconds: if affinity { 10 } else { 0 },
+        source_ranges: Vec::new(),
+    }
+}
+
+/// A change that is right whatever came before: pools ignore what they have and lack.
+fn change() -> impl Strategy<Value = KernelChange> {
+    let node = |address: u8| {
+        KernelChange::Node(NodeRecord { addresses: vec![vec![10, 96, 0, address]], ..NodeRecord::default() })
+    };
+    let numbers = prop::collection::vec(1..40u8, 0..6);
+    prop_oneof![
+        6 => (0..5u8, any::<bool>(), numbers.clone(), numbers).prop_map(|(service, local, mut added, removed)| {
+            added.sort_unstable();
+            added.dedup();
+            added.retain(|number| !removed.contains(number));
+            KernelChange::Pool {
+                key: pool_key(service, local),
+                added: added.into_iter().map(endpoint).collect(),
+                removed: removed.into_iter().map(endpoint).collect(),
+            }
+        }),
+        1 => (0..5u8, any::<bool>()).prop_map(|(service, local)| KernelChange::PoolRemoved(pool_key(service, local))),
+        4 => (0..11u8, 0..5u8, 0..6u8, any::<bool>())
+            .prop_map(|(number, service, kind, affinity)| KernelChange::Frontend(frontend(number, service, kind, affinity))),
+        2 => (0..11u8).prop_map(|number| KernelChange::FrontendRemoved(frontend_key(number))),
+        1 => (0..8u8).prop_map(node),
+    ]
+}
+
+/// What a packet to each frontend could reach, by name of addresses: independent of numbers and order.
+fn meaning(model: &Model) -> BTreeMap<String, Vec<String>> {
+    let mut all = BTreeMap::new();
+    for (element, data) in model {
+        let reached = match (element, data) {
+            (
+                Element::Frontend(_) | Element::Inside(_) | Element::Outside(_) | Element::Guarded(_),
+                Data::Value(value),
+            ) => reached(model, *value),
+            (Element::Slot { .. } | Element::Backend(_) | Element::StickyCluster(_), _)
+            | (Element::StickyLocal(_) | Element::Pick(_) | Element::AffinityMap(_), _) => continue,
+            _ => Vec::new(),
+        };
+        all.insert(format!("{element:?}"), reached);
+    }
+    all
+}
+
+/// The endpoints that a value leads to; every lookup on the way must hit.
+fn reached(model: &Model, value: u32) -> Vec<String> {
+    let code = value & 0xfff;
+    if code < FIRST_CODE {
+        return vec![format!("code {code}")];
+    }
+    let Some(Data::Pick(pick)) = model.get(&Element::Pick(code)) else { panic!("no chain for code {code}") };
+    let slot = |index| {
+        let id = match model.get(&Element::Slot { pool: value & POOL_MASK, index }) {
+            Some(Data::Value(id)) => *id,
+            other => panic!("slot {index} of {value:#x}: {other:?}"),
+        };
+        let backend = match pick.kind.affinity {
+            None => Element::Backend(id),
+            Some((seconds, local)) => {
+                assert!(model.contains_key(&Element::AffinityMap(seconds)));
+                assert_eq!(id >> 16 & 0x7fff, value >> 16, "the id names its service port");
+                if local { Element::StickyLocal(id) } else { Element::StickyCluster(id) }
+            }
+        };
+        format!("{:?}", model.get(&backend).unwrap_or_else(|| panic!("no backend {id:#x}")))
+    };
+    let mut endpoints: Vec<String> = (0..pick.size).map(slot).collect();
+    endpoints.push(format!("{:?} {:?}", pick.kind.masquerade, pick.kind.affinity));
+    endpoints.sort();
+    endpoints.dedup();
+    endpoints
+}
+
+/// The view that a list of changes leads to, as additions.
+fn view(changes: &[KernelChange]) -> Vec<KernelChange> {
+    let mut pools: BTreeMap<String, (PoolKey, BTreeMap<Vec<u8>, Endpoint>)> = BTreeMap::new();
+    let mut frontends: BTreeMap<String, Frontend> = BTreeMap::new();
+    let mut node = None;
+    for change in changes {
+        match change {
+            KernelChange::Pool { key, added, removed } => {
+                let pool = pools.entry(format!("{key:?}")).or_insert_with(|| (key.clone(), BTreeMap::new()));
+                removed.iter().for_each(|endpoint| drop(pool.1.remove(&endpoint.address)));
+                pool.1.extend(added.iter().map(|endpoint| (endpoint.address.clone(), endpoint.clone())));
+            }
+            KernelChange::PoolRemoved(key) => drop(pools.remove(&format!("{key:?}"))),
+            KernelChange::Frontend(frontend) => {
+                frontends.insert(format!("{:?}", frontend.key), frontend.clone());
+            }
+            KernelChange::FrontendRemoved(key) => drop(frontends.remove(&format!("{:?}", Some(key)))),
+            other => node = Some(other.clone()),
+        }
+    }
+    let pools = pools.into_values().map(|(key, members)| KernelChange::Pool {
+        key,
+        added: members.into_values().collect(),
+        removed: Vec::new(),
+    });
+    pools.chain(frontends.into_values().map(KernelChange::Frontend)).chain(node).collect()
+}
+
+fn plan(last_code: u32) -> Plan {
+    Plan::new(last_code)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// Applied one by one, batch by batch or all at once: the same meaning; the mirror always says what the
+    /// kernel holds; undone, everything is as before; with few codes too.
+    #[test]
+    fn changes_in_any_batches_lead_where_the_view_leads(
+        batches in prop::collection::vec(prop::collection::vec(change(), 1..6), 1..25),
+        last_code in prop_oneof![Just(4095), 16..30u32],
+    ) {
+        let (mut incremental, mut model) = (plan(last_code), Model::new());
+        for batch in &batches {
+            let undo: Vec<_> = batch.iter().flat_map(|change| incremental.apply(change)).collect();
+            incremental.settle();
+            // A batch that the kernel refused is undone, and then applied again.
+            let before = meaning(&model);
+            undo.into_iter().rev().for_each(|undo| incremental.undo(undo));
+            incremental.settle();
+            take(&mut incremental.v4, &mut model);
+            prop_assert_eq!(meaning(&model), before);
+            batch.iter().for_each(|change| drop(incremental.apply(change)));
+            incremental.settle();
+            take(&mut incremental.v4, &mut model);
+            prop_assert_eq!(&model, &incremental.v4.elements());
+        }
+        let (mut whole, mut whole_model) = (plan(4095), Model::new());
+        view(&batches.concat()).iter().for_each(|change| drop(whole.apply(change)));
+        whole.settle();
+        take(&mut whole.v4, &mut whole_model);
+        prop_assert!(incremental.refusals().is_empty());
+        prop_assert_eq!(meaning(&model), meaning(&whole_model));
+    }
+
+    /// A mirror built from the view and a dump's hints is the one that made the dump.
+    #[test]
+    fn adoption_recovers_every_number(
+        batches in prop::collection::vec(prop::collection::vec(change(), 1..6), 1..25),
+    ) {
+        let (mut incremental, mut model) = (plan(4095), Model::new());
+        for batch in &batches {
+            batch.iter().for_each(|change| drop(incremental.apply(change)));
+            incremental.settle();
+            take(&mut incremental.v4, &mut model);
+        }
+        let mut adopted = plan(4095);
+        let dump = super::dump::TableDump { elements: model.clone(), ..super::dump::TableDump::default() };
+        super::hint(&mut adopted.v4, &dump);
+        view(&batches.concat()).iter().for_each(|change| drop(adopted.apply(change)));
+        adopted.settle();
+        let mut found = adopted.v4.elements();
+        // What no frontend leads to has no number that a dump could tell.
+        let mut known = model.clone();
+        let used: std::collections::HashSet<u32> = model
+            .iter()
+            .filter_map(|(element, data)| match (element, data) {
+                (Element::Slot { .. }, _) => None,
+                (_, Data::Value(value)) => Some(value >> 13),
+                _ => None,
+            })
+            .collect();
+        for elements in [&mut known, &mut found] {
+            elements.retain(|element, _| match element {
+                Element::Slot { pool, .. } => used.contains(&(pool >> 13)),
+                Element::Backend(_) | Element::StickyCluster(_) | Element::StickyLocal(_) => false,
+                _ => true,
+            });
+        }
+        prop_assert_eq!(known, found);
+    }
+}
