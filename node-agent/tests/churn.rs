@@ -57,7 +57,8 @@ fn no_connection_fails_or_leaves_without_nat_while_endpoints_churn() {
             let index = commits / 2 % 3;
             let change = |name: &str, pods: &[&str; 3]| {
                 let one = [pods[index]];
-                let (added, removed): (&[&str], &[&str]) = if commits % 2 == 0 { (&[], &one) } else { (&one, &[]) };
+                let (added, removed): (&[&str], &[&str]) =
+                    if commits % 2 == 0 { (&[], &one) } else { (&one, &[]) };
                 pool(name, Role::Cluster, added, removed)
             };
             let changes = [change("web", &PODS), change("web", &PODS6), change("sticky", &PODS)];

@@ -39,8 +39,14 @@ fn sample() -> Vec<KernelChange> {
             source_ranges: ranges.clone(),
             ..load_balancer("web", "198.51.100.3")
         }),
-        KernelChange::Frontend(proto::Frontend { source_ranges: ranges, ..load_balancer("web", "2001:db8:5::3") }),
-        KernelChange::Frontend(proto::Frontend { affinity_seconds: 10800, ..cluster_ip("sticky", "10.96.0.20") }),
+        KernelChange::Frontend(proto::Frontend {
+            source_ranges: ranges,
+            ..load_balancer("web", "2001:db8:5::3")
+        }),
+        KernelChange::Frontend(proto::Frontend {
+            affinity_seconds: 10800,
+            ..cluster_ip("sticky", "10.96.0.20")
+        }),
         KernelChange::Frontend(proto::Frontend {
             affinity_seconds: 10800,
             ..load_balancer_local("sticky", "198.51.100.4")
@@ -125,7 +131,11 @@ fn disturbances_are_noticed_and_repaired() {
     nft.commit(&[pool("web", Role::Cluster, &[], &PODS[..1])], stamp(2)).unwrap();
     let text = (node.table("ip"), node.table("ip6"));
     node.nft(&["add", "table", "ip", "foreign"], "");
-    assert_eq!(monitor.wait(Duration::from_millis(200)).unwrap(), None, "own changes and foreign tables are not told");
+    assert_eq!(
+        monitor.wait(Duration::from_millis(200)).unwrap(),
+        None,
+        "own changes and foreign tables are not told"
+    );
     let changed = Notice::Changed;
     for (disturbance, notice) in [
         ("delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }", changed),
@@ -138,7 +148,10 @@ fn disturbances_are_noticed_and_repaired() {
         ("insert rule ip switchtower services accept", changed),
         ("add rule ip6 switchtower nat_output counter", changed),
         ("add chain ip switchtower more", changed),
-        ("add chain ip switchtower hooked { type filter hook input priority 0; }; add rule ip switchtower hooked drop", changed),
+        (
+            "add chain ip switchtower hooked { type filter hook input priority 0; }; add rule ip switchtower hooked drop",
+            changed,
+        ),
         ("add set ip switchtower more { type ipv4_addr; }", changed),
         ("add element ip switchtower local_pods { 10.0.0.0-10.0.0.7, 11.0.0.1-11.0.0.9 }", changed),
         ("add table ip switchtower { flags dormant; }", changed),
@@ -160,7 +173,8 @@ fn disturbances_are_noticed_and_repaired() {
     assert_eq!(nft.stamp().unwrap(), Some(stamp(3)));
     // One that finds its elements changed repairs those it touches.
     node.nft(&["delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }"], "");
-    nft.commit(&[KernelChange::FrontendRemoved(cluster_ip("web", "10.96.0.10").key.unwrap())], stamp(4)).unwrap();
+    nft.commit(&[KernelChange::FrontendRemoved(cluster_ip("web", "10.96.0.10").key.unwrap())], stamp(4))
+        .unwrap();
     node.nft(&["add element ip switchtower frontends { 10.96.0.10 . tcp . 80 : 0:7 }"], "");
     nft.commit(&[KernelChange::Frontend(cluster_ip("web", "10.96.0.10"))], stamp(5)).unwrap();
     assert_eq!(nft.repair().unwrap(), 0);
@@ -168,8 +182,10 @@ fn disturbances_are_noticed_and_repaired() {
 
 /// The lines of a table without order: slots and chains are in the order of history.
 fn normal(text: &str) -> Vec<String> {
-    let mut lines: Vec<String> =
-        text.split(['\n', ',']).map(|line| line.replace("elements = {", "").replace('}', "").trim().to_owned()).collect();
+    let mut lines: Vec<String> = text
+        .split(['\n', ','])
+        .map(|line| line.replace("elements = {", "").replace('}', "").trim().to_owned())
+        .collect();
     lines.sort();
     lines.retain(|line| !line.is_empty());
     lines
@@ -237,7 +253,14 @@ fn frontends_swap_addresses_in_one_batch() {
     let value = |address: &str| {
         let elements = node.run(|| nft::inspect().unwrap()).remove(0).elements;
         let prefix = format!("frontends {address}:80/TCP");
-        elements.into_iter().find(|line| line.starts_with(&prefix)).unwrap().split(" : ").nth(1).unwrap().to_owned()
+        elements
+            .into_iter()
+            .find(|line| line.starts_with(&prefix))
+            .unwrap()
+            .split(" : ")
+            .nth(1)
+            .unwrap()
+            .to_owned()
     };
     let before = (value("10.96.0.1"), value("10.96.0.2"));
     let swap = [
@@ -254,8 +277,9 @@ fn frontends_swap_addresses_in_one_batch() {
 fn sizes(count: u32) -> Vec<KernelChange> {
     let mut view = facts();
     for size in 1..=count {
-        let endpoints: Vec<String> =
-            (0..size).map(|number| format!("10.{}.{}.{}:80", size >> 8, size & 255, number % 250 + 1)).collect();
+        let endpoints: Vec<String> = (0..size)
+            .map(|number| format!("10.{}.{}.{}:80", size >> 8, size & 255, number % 250 + 1))
+            .collect();
         let endpoints: Vec<String> = endpoints
             .into_iter()
             .enumerate()

@@ -100,13 +100,16 @@ fn external_policy_local_keeps_the_client_address_and_short_circuits_inside() {
         }),
     ];
     let _nft = program(&lab, &view);
-    for (vip, client, bridge) in [
-        ("198.51.100.1:80", "192.0.2.2", "10.244.0.254"),
-        ("[2001:db8:5::1]:80", "2001:db8::2", "fd44::fe"),
-    ] {
+    for (vip, client, bridge) in
+        [("198.51.100.1:80", "192.0.2.2", "10.244.0.254"), ("[2001:db8:5::1]:80", "2001:db8::2", "fd44::fe")]
+    {
         for _ in 0..10 {
             let answer = lab.client.ask_from(Some(client), vip).unwrap();
-            assert_eq!(answer, format!("pod1 {client}"), "only the local endpoint, with the client's address");
+            assert_eq!(
+                answer,
+                format!("pod1 {client}"),
+                "only the local endpoint, with the client's address"
+            );
         }
         assert_eq!(backends(&lab.pods[1], vip, 40).len(), 3, "a local pod uses all endpoints");
         let answers: BTreeSet<String> = (0..40).map(|_| lab.node.ask(vip).unwrap()).collect();
@@ -134,7 +137,11 @@ fn without_endpoints_refused_or_dropped_and_unused_addresses_too() {
         KernelChange::Frontend(load_balancer("empty", "198.51.100.9")),
         KernelChange::Frontend(node_port("empty", proto::Family::Ipv4, 30009)),
         KernelChange::Frontend(udp(cluster_ip("empty-udp", "10.96.0.30"))),
-        KernelChange::Frontend(proto::Frontend { outside: drop, inside: drop, ..cluster_ip("local", "10.96.0.31") }),
+        KernelChange::Frontend(proto::Frontend {
+            outside: drop,
+            inside: drop,
+            ..cluster_ip("local", "10.96.0.31")
+        }),
         pool("local", Role::Cluster, &PODS, &[]),
     ];
     let mut nft = program(&lab, &view);
@@ -170,8 +177,14 @@ fn source_ranges_admit_only_listed_clients() {
         pool("web", Role::Cluster, &PODS, &[]),
         pool("web", Role::Cluster, &PODS6, &[]),
         pool("web", Role::Local, &PODS[..1], &[]),
-        KernelChange::Frontend(ranges(load_balancer("web", "198.51.100.1"), &["192.0.2.3/32", "10.0.0.0/8", "10.9.0.0/16"])),
-        KernelChange::Frontend(ranges(load_balancer("web", "2001:db8:5::1"), &["2001:db8::3/128", "192.0.2.0/24"])),
+        KernelChange::Frontend(ranges(
+            load_balancer("web", "198.51.100.1"),
+            &["192.0.2.3/32", "10.0.0.0/8", "10.9.0.0/16"],
+        )),
+        KernelChange::Frontend(ranges(
+            load_balancer("web", "2001:db8:5::1"),
+            &["2001:db8::3/128", "192.0.2.0/24"],
+        )),
         KernelChange::Frontend(ranges(load_balancer("web", "2001:db8:5::2"), &["192.0.2.0/24"])),
         KernelChange::Frontend(ranges(load_balancer_local("web", "198.51.100.2"), &["192.0.2.3/32"])),
         KernelChange::Frontend(ranges(load_balancer("empty", "198.51.100.4"), &["192.0.2.3/32"])),
@@ -209,7 +222,8 @@ fn node_ports_follow_the_settings_and_explicit_frontends_win() {
         KernelChange::Frontend(node_port("web", proto::Family::Ipv6, 30080)),
     ];
     let mut nft = program(&lab, &view);
-    let name = |answer: Result<String, String>| answer.map(|answer| answer.split(' ').next().unwrap().to_owned());
+    let name =
+        |answer: Result<String, String>| answer.map(|answer| answer.split(' ').next().unwrap().to_owned());
     let (pod1, pod2) = (Ok("pod1".to_owned()), Ok("pod2".to_owned()));
     let refused = Err("refused".to_owned());
     assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod1);

@@ -420,8 +420,12 @@ impl<const N: usize> Mirror<N> {
         if !port.sticky {
             return self.backends.allocate().map(|id| BACKEND_BIT | id);
         }
-        if let Some(other) = self.position(index, 1 - role, endpoint) {
-            return Some(self.port(index)?.pools[1 - role].as_ref()?.members[other].id);
+        let twin = port.pools[1 - role].as_ref().and_then(|pool| {
+            let same = |member: &&Member<N>| (member.address, member.port) == endpoint && member.id != 0;
+            pool.members.iter().find(same)
+        });
+        if let Some(twin) = twin {
+            return Some(twin.id);
         }
         let base = BACKEND_BIT | port.number << 13;
         let next = port.next_member;
@@ -578,7 +582,11 @@ impl<const N: usize> Mirror<N> {
             self.program(key, &mut sizes);
         }
         for ((index, role), size) in sizes {
-            self.pad(index, role, size);
+            // Of a port that is not dirty only some frontends were looked at: others may need more slots.
+            let held =
+                self.port(index).and_then(|port| port.pools[role].as_ref()).map_or(0, |pool| pool.slots);
+            let floor = if dirty.contains(&index) { 0 } else { held };
+            self.pad(index, role, size.max(floor));
         }
         dirty.iter().for_each(|index| self.drop_unused(*index));
     }
@@ -623,7 +631,9 @@ impl<const N: usize> Mirror<N> {
                 Reference::Explicit(key) => Some(key),
                 Reference::NodePort { protocol, port } => {
                     let address = self.facts.node_ports.first();
-                    address.map(|address| Key { address: *address, port, protocol })
+                    let key = address.map(|address| Key { address: *address, port, protocol });
+                    // An explicit frontend hides the NodePort, and has a number of its own.
+                    key.filter(|key| !self.frontends.contains_key(&Reference::Explicit(*key)))
                 }
             };
             let number = key.and_then(|key| self.hints.numbers.get(&key).copied());

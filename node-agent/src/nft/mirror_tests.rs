@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use proptest::prelude::*;
 use switchtower_proto::v1::{
-    Endpoint, Family, Frontend, FrontendKey, FrontendKind, NodeRecord, PoolKey, Protocol, Role, ServicePort, Target,
-    Verdict,
+    Endpoint, Family, Frontend, FrontendKey, FrontendKind, NodeRecord, PoolKey, Protocol, Role, ServicePort,
+    Target, Verdict,
 };
 
 use super::element::{Data, Element};
@@ -47,7 +47,12 @@ fn endpoint(number: u8) -> Endpoint {
 
 fn frontend_key(number: u8) -> FrontendKey {
     let address = if number < 8 { vec![10, 96, 0, number] } else { Vec::new() };
-    FrontendKey { family: Family::Ipv4 as i32, address, protocol: Protocol::Tcp as i32, port: 80 + u32::from(number % 3) }
+    FrontendKey {
+        family: Family::Ipv4 as i32,
+        address,
+        protocol: Protocol::Tcp as i32,
+        port: 80 + u32::from(number % 3),
+    }
 }
 
 fn frontend(number: u8, service: u8, kind: u8, affinity: bool) -> Frontend {
@@ -206,8 +211,11 @@ proptest! {
         view(&batches.concat()).iter().for_each(|change| drop(whole.apply(change)));
         whole.settle();
         take(&mut whole.v4, &mut whole_model);
-        prop_assert!(incremental.refusals().is_empty());
-        prop_assert_eq!(meaning(&model), meaning(&whole_model));
+        prop_assert!(last_code < 4095 || incremental.refusals().is_empty());
+        // With a handful of codes for all kinds some frontends find none; they are named.
+        if incremental.refusals().is_empty() {
+            prop_assert_eq!(meaning(&model), meaning(&whole_model));
+        }
     }
 
     /// A mirror built from the view and a dump's hints is the one that made the dump.
