@@ -1,1 +1,257 @@
-//! The session against a controller in this process.
+//! The session against a controller in this process, over TLS, with a kernel in memory.
+
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::*;
+
+use super::*;
+use crate::engine::{Engine, FlowTable, Parts, StaleFlows};
+use crate::health::Health;
+use crate::snapshot::SnapshotFile;
+use crate::state::limits;
+use crate::testing::controller::FakeController;
+use crate::testing::{Fleet, MemoryKernel, deflate, frontend};
+
+struct NoFlows;
+
+impl FlowTable for NoFlows {
+    fn reconcile(&mut self, _: &StaleFlows<'_>) -> std::io::Result<usize> {
+        Ok(0)
+    }
+}
+
+/// An agent without its process: engine, session, files.
+struct Agent {
+    kernel: MemoryKernel,
+    directory: tempfile::TempDir,
+    stop: watch::Sender<bool>,
+    connected: Metrics,
+}
+
+impl Agent {
+    fn start(controller: &FakeController) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        controller.write_files(directory.path());
+        Self::start_in(directory, MemoryKernel::default())
+    }
+
+    fn start_in(directory: tempfile::TempDir, kernel: MemoryKernel) -> Self {
+        let path = directory.path().to_path_buf();
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        let parts = Parts {
+            dataplane: Box::new(kernel.clone()),
+            flows: Box::new(NoFlows),
+            snapshot: Some(SnapshotFile::new(&path)),
+            health: Health::default(),
+            metrics: metrics.clone(),
+            host_addresses: vec!["192.0.2.1".parse().unwrap()],
+            sysctls: crate::sysctl::Sysctls::new(&path),
+        };
+        let (commands, received) = mpsc::channel(16);
+        let handle = tokio::runtime::Handle::current();
+        std::thread::spawn(move || Engine::start(parts).run(received, &handle));
+        let (stop, stopped) = watch::channel(false);
+        let state = Some(path.join("state"));
+        let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
+        let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into() };
+        tokio::spawn(run(controllers, identity, commands, metrics.clone(), stopped));
+        Agent { kernel, directory, stop, connected: metrics }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hello_update_ack_and_resume() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    assert_eq!(stream.authorization, "Bearer the-token");
+    assert_eq!((stream.hello.node_name.as_str(), stream.hello.versions.as_slice()), ("node-1", &[1][..]));
+    assert!(stream.hello.view.is_none() && stream.hello.kernel.is_none());
+    stream.welcome(7, &["192.0.2.9:9443".into()]).await;
+
+    let mut fleet = Fleet::new(100, 3);
+    stream.update(fleet.snapshot()).await;
+    let ack = stream.ack().await;
+    assert_eq!((ack.session, ack.generation), (7, 1));
+    assert_eq!(ack.digest, fleet.digest.to_bytes());
+    assert_eq!((ack.timings.unwrap().services, ack.timings.unwrap().endpoints), (100, 300));
+    stream.update(fleet.add_endpoint(5, 6)).await;
+    assert_eq!(stream.ack().await.generation, 2);
+    assert_eq!(agent.connected.connected.get(), 1);
+
+    // The stream breaks; the agent comes back with what it holds, and a delta continues from there.
+    drop(stream);
+    let mut stream = controller.accept().await;
+    let view = stream.hello.view.clone().unwrap();
+    assert_eq!((view.generation, view.digest), (2, fleet.digest.to_bytes().to_vec()));
+    assert_eq!(view.resume.unwrap().revision, 2);
+    assert_eq!(stream.hello.kernel.clone().unwrap().generation, 2);
+    stream.welcome(8, &[]).await;
+    stream.update(fleet.add_endpoint(6, 6)).await;
+    let ack = stream.ack().await;
+    assert_eq!((ack.session, ack.generation), (8, 3));
+    assert_eq!(agent.kernel.lock().commits[1..], [1, 1]);
+    let remembered = std::fs::read_to_string(agent.directory.path().join("state/controllers")).unwrap();
+    assert_eq!(remembered, "192.0.2.9:9443\n");
+    agent.stop.send(true).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_updates_are_refused_and_the_stream_goes_on() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    let mut fleet = Fleet::new(10, 2);
+    stream.update(fleet.snapshot()).await;
+    stream.ack().await;
+
+    let next = || Update { from: Some(1), to: 2, digest: vec![0; 16], ..Update::default() };
+    let part = |kind: PartKind, payload: Vec<u8>| Part {
+        layer: LayerKind::Cluster as i32,
+        kind: kind as i32,
+        payload: payload.into(),
+    };
+    let cases = [
+        (Update { from: Some(9), ..next() }, vec![], NackReason::FromMismatch),
+        (next(), vec![], NackReason::DigestMismatch),
+        (next(), vec![part(PartKind::Delta, vec![0x0a, 0xff, 0x01])], NackReason::Malformed),
+        // A length of 2^35: announced, never allocated.
+        (
+            next(),
+            vec![part(PartKind::Delta, vec![0x0a, 0x80, 0x80, 0x80, 0x80, 0x80, 0x01])],
+            NackReason::Malformed,
+        ),
+        (next(), vec![part(PartKind::SnapshotDeflate, vec![0xff; 40])], NackReason::Malformed),
+        (next(), vec![part(PartKind::Delta, vec![0; limits::PART + 1])], NackReason::OverLimit),
+        (
+            next(),
+            vec![part(PartKind::SnapshotDeflate, deflate(&vec![0; limits::INFLATED + 1]))],
+            NackReason::OverLimit,
+        ),
+        (next(), vec![part(PartKind::Delta, Vec::new()); limits::PARTS + 1], NackReason::OverLimit),
+        (Update { required_features: vec!["x".into()], ..next() }, vec![], NackReason::UnknownFeature),
+    ];
+    for (update, parts, reason) in cases {
+        stream.update((update, parts)).await;
+        let nack = stream.nack().await;
+        assert_eq!((nack.reason, nack.kept, nack.session), (reason as i32, 1, 1), "{}", nack.detail);
+    }
+    assert_eq!(agent.kernel.lock().commits.len(), 1);
+    stream.update(fleet.add_endpoint(1, 5)).await;
+    assert_eq!(stream.ack().await.generation, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_of_more_than_four_mebibytes_comes_in_parts() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    let mut fleet = Fleet::new(10, 2);
+    stream.update(fleet.snapshot()).await;
+    stream.ack().await;
+    // A delta of many thousand frontends, uncompressed.
+    let (mut update, mut parts, mut bytes) = (None, Vec::new(), 0);
+    let mut number = 1_000;
+    while bytes < 5 << 20 {
+        let mut changes = Vec::new();
+        for _ in 0..6_000 {
+            let mut added = frontend(number % 60_000);
+            added.key.as_mut().unwrap().port = 1_000 + number / 60_000;
+            fleet.digest.add(LayerKind::Cluster, switchtower_proto::digest::ItemRef::Frontend(&added));
+            changes.push(Change { change: Some(Kind::Frontend(added)) });
+            number += 1;
+        }
+        let payload = prost::Message::encode_to_vec(&Segment { changes });
+        assert!(payload.len() <= limits::PART);
+        bytes += payload.len();
+        parts.push(Part { layer: 1, kind: PartKind::Delta as i32, payload: payload.into() });
+        update.get_or_insert(Update { from: Some(1), to: 2, ..Update::default() });
+    }
+    let update = Update { digest: fleet.digest.to_bytes().to_vec(), ..update.unwrap() };
+    stream.update((update, parts)).await;
+    assert_eq!(stream.ack().await.generation, 2);
+    assert_eq!(agent.kernel.lock().frontends.len(), 10 + number as usize - 1_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn goodbyes_are_honoured() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let _agent = Agent::start(&controller);
+    for reason in [GoAwayReason::Overloaded, GoAwayReason::NodeNameMismatch, GoAwayReason::StaleReplica] {
+        let stream = controller.accept().await;
+        let began = Instant::now();
+        let retry_after_milliseconds = 300;
+        let goodbye = GoAway { reason: reason as i32, detail: "later".into(), retry_after_milliseconds };
+        stream.send(FromController::GoAway(goodbye)).await;
+        let mut stream = controller.accept().await;
+        assert!(began.elapsed() >= Duration::from_millis(300), "{reason:?} came back too early");
+        // After the Welcome it is the same.
+        stream.welcome(1, &[]).await;
+        let goodbye = GoAway { reason: reason as i32, detail: String::new(), retry_after_milliseconds: 0 };
+        stream.send(FromController::GoAway(goodbye)).await;
+        assert!(stream.next().await.is_none(), "the agent leaves");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kernel_that_refuses_is_reported_and_acknowledged_later() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let directory = tempfile::tempdir().unwrap();
+    controller.write_files(directory.path());
+    let kernel = MemoryKernel::default();
+    kernel.lock().fail = Some(libc::EPERM);
+    let agent = Agent::start_in(directory, kernel);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    stream.update(Fleet::new(3, 1).snapshot()).await;
+    let nack = stream.nack().await;
+    assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM));
+    agent.kernel.lock().fail = None;
+    assert_eq!(stream.ack().await.generation, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn questions_and_pings_are_answered() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let _agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    stream.send(FromController::Ping(Ping { sequence: 42, upstream_age_milliseconds: 5 })).await;
+    assert!(matches!(stream.next().await, Some(FromAgent::Pong(Pong { sequence: 42 }))));
+    for (what, answered) in [("counts", true), ("stamp", true), ("rules", false)] {
+        let query = Query { id: 9, what: what.into(), filter: String::new(), limit: 0 };
+        stream.send(FromController::Query(query)).await;
+        match stream.next().await {
+            Some(FromAgent::Answer(answer)) => {
+                assert_eq!((answer.id, answer.last, answer.error.is_empty()), (9, true, answered));
+            }
+            other => panic!("an Answer is due, this came: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
+    for (name, own_authority) in [("another-name", true), (SERVER_NAME, false)] {
+        let mut controller = FakeController::start(name).await;
+        let other = FakeController::start(SERVER_NAME).await;
+        let directory = tempfile::tempdir().unwrap();
+        controller.write_files(directory.path());
+        if !own_authority {
+            std::fs::write(directory.path().join("ca.crt"), &other.ca).unwrap();
+        }
+        let path = directory.path();
+        let controllers =
+            Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
+        let refused = connect(&controllers, 0).await;
+        assert!(matches!(refused, Err(SessionError::Connect { .. })), "{name}: {:?}", refused.err());
+        // During a rotation the file holds both authorities, and is read anew for each attempt.
+        std::fs::write(path.join("ca.crt"), format!("{}{}", other.ca, controller.ca)).unwrap();
+        assert_eq!(connect(&controllers, 0).await.is_ok(), name == SERVER_NAME);
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), controller.accept()).await.is_err(),
+            "nobody said Hello"
+        );
+    }
+}

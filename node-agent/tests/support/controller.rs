@@ -1,0 +1,165 @@
+//! A controller in this process: real TLS, real gRPC, and a test that says what it sends.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
+use switchtower_proto::v1::agent_message::Message as FromAgent;
+use switchtower_proto::v1::controller_message::Message as FromController;
+use switchtower_proto::v1::fleet_server::{Fleet, FleetServer};
+use switchtower_proto::v1::*;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Everything that is due comes within this.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The listening controller.
+pub struct FakeController {
+    pub address: SocketAddr,
+    pub ca: String,
+    streams: mpsc::UnboundedReceiver<FakeStream>,
+}
+
+/// One agent's stream, after its Hello.
+pub struct FakeStream {
+    pub hello: Hello,
+    pub authorization: String,
+    incoming: Streaming<AgentMessage>,
+    out: mpsc::Sender<Result<ControllerMessage, Status>>,
+}
+
+struct Service(mpsc::UnboundedSender<FakeStream>);
+
+type Outgoing = Pin<Box<dyn Stream<Item = Result<ControllerMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Fleet for Service {
+    type ConnectStream = Outgoing;
+
+    async fn connect(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Outgoing>, Status> {
+        let authorization = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+        let authorization = authorization.unwrap_or_default().to_owned();
+        let mut incoming = request.into_inner();
+        let (out, outgoing) = mpsc::channel(64);
+        let streams = self.0.clone();
+        tokio::spawn(async move {
+            if let Some(Ok(AgentMessage { message: Some(FromAgent::Hello(hello)) })) = incoming.next().await {
+                let _ = streams.send(FakeStream { hello, authorization, incoming, out });
+            }
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(outgoing))))
+    }
+}
+
+impl FakeController {
+    /// Listens on a port of 127.0.0.1 with a certificate for `name`.
+    pub async fn start(name: &str) -> Self {
+        let authority_key = KeyPair::generate().unwrap();
+        let mut authority = CertificateParams::new(Vec::new()).unwrap();
+        authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let authority = CertifiedIssuer::self_signed(authority, authority_key).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let certificate =
+            CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &authority).unwrap();
+        let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (sender, streams) = mpsc::unbounded_channel();
+        let service = FleetServer::new(Service(sender));
+        let serving = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(tls(listener, tokio_rustls::TlsAcceptor::from(Arc::new(config))));
+        tokio::spawn(serving);
+        FakeController { address, ca: authority.pem(), streams }
+    }
+
+    /// The next agent that says Hello.
+    pub async fn accept(&mut self) -> FakeStream {
+        let next = tokio::time::timeout(DEADLINE, self.streams.recv()).await;
+        next.expect("an agent connects in time").expect("the controller runs")
+    }
+
+    /// Writes ca.crt, controllers and a token into a directory.
+    pub fn write_files(&self, directory: &Path) {
+        std::fs::write(directory.join("ca.crt"), &self.ca).unwrap();
+        std::fs::write(directory.join("controllers"), format!("{}\n", self.address)).unwrap();
+        std::fs::write(directory.join("token"), "the-token\n").unwrap();
+    }
+}
+
+fn tls(
+    listener: TcpListener,
+    acceptor: tokio_rustls::TlsAcceptor,
+) -> impl Stream<Item = std::io::Result<tokio_rustls::server::TlsStream<TcpStream>>> {
+    futures::stream::unfold((listener, acceptor), |(listener, acceptor)| async move {
+        loop {
+            let (stream, _) = listener.accept().await.ok()?;
+            if let Ok(stream) = acceptor.accept(stream).await {
+                return Some((Ok(stream), (listener, acceptor)));
+            }
+        }
+    })
+}
+
+impl FakeStream {
+    pub async fn send(&self, message: FromController) {
+        // An agent that has left is for the test to notice.
+        let _ = self.out.send(Ok(ControllerMessage { message: Some(message) })).await;
+    }
+
+    pub async fn welcome(&self, session: u64, peers: &[String]) {
+        let controller = "fake".to_owned();
+        let welcome = Welcome { version: 1, session, controller, peers: peers.to_vec(), resumed: false };
+        self.send(FromController::Welcome(welcome)).await;
+    }
+
+    pub async fn update(&self, (update, parts): (Update, Vec<Part>)) {
+        let to = update.to;
+        self.send(FromController::Update(update)).await;
+        for part in parts {
+            self.send(FromController::Part(part)).await;
+        }
+        self.send(FromController::UpdateEnd(UpdateEnd { to })).await;
+    }
+
+    /// The next message that is no Ping; `None` if the agent left.
+    pub async fn next(&mut self) -> Option<FromAgent> {
+        loop {
+            let message = tokio::time::timeout(DEADLINE, self.incoming.next()).await;
+            match message.expect("a message comes in time")?.ok()?.message? {
+                FromAgent::Ping(ping) => {
+                    self.send(FromController::Pong(Pong { sequence: ping.sequence })).await
+                }
+                message => return Some(message),
+            }
+        }
+    }
+
+    pub async fn ack(&mut self) -> Ack {
+        match self.next().await {
+            Some(FromAgent::Ack(ack)) => ack,
+            other => panic!("an Ack is due, this came: {other:?}"),
+        }
+    }
+
+    pub async fn nack(&mut self) -> Nack {
+        match self.next().await {
+            Some(FromAgent::Nack(nack)) => nack,
+            other => panic!("a Nack is due, this came: {other:?}"),
+        }
+    }
+}

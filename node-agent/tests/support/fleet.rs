@@ -1,0 +1,174 @@
+//! Fixtures that unit and integration tests share: a synthetic fleet and what a controller sends for it.
+
+use prost::Message as _;
+use switchtower_proto::digest::{Digest, ItemRef};
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::*;
+
+/// A service port by number; every fourth is UDP.
+pub fn service_port(number: u32) -> ServicePort {
+    let protocol = if number % 4 == 3 { Protocol::Udp } else { Protocol::Tcp } as i32;
+    ServicePort {
+        namespace: format!("namespace-{}", number % 50),
+        name: format!("service-{number}"),
+        port: "http".into(),
+        protocol,
+    }
+}
+
+/// A pool's key by number.
+pub fn pool_key(number: u32) -> PoolKey {
+    PoolKey {
+        service_port: Some(service_port(number)),
+        family: Family::Ipv4 as i32,
+        role: Role::Cluster as i32,
+    }
+}
+
+/// The `index`-th endpoint of service `number`.
+pub fn endpoint(number: u32, index: u32) -> Endpoint {
+    let [_, a, b, c] = (number * 8 + index + 1).to_be_bytes();
+    Endpoint { address: vec![10, a, b, c], port: 8080 }
+}
+
+/// A ClusterIP frontend by number.
+pub fn frontend(number: u32) -> Frontend {
+    let target = Some(Target { role: Role::Cluster as i32, when_empty: Verdict::Reject as i32 });
+    let [_, _, high, low] = number.to_be_bytes();
+    Frontend {
+        key: Some(FrontendKey {
+            family: Family::Ipv4 as i32,
+            address: vec![10, 96, high, low],
+            protocol: service_port(number).protocol,
+            port: 80,
+        }),
+        kind: FrontendKind::ClusterIp as i32,
+        service_port: Some(service_port(number)),
+        outside: target,
+        inside: target,
+        affinity_seconds: 0,
+        source_ranges: Vec::new(),
+    }
+}
+
+/// Settings as the controller's built-in ones.
+pub fn settings() -> Settings {
+    Settings {
+        profile: "builtin".into(),
+        local_detection: LocalDetection::NodeCidr as i32,
+        masquerade_mark: 0x4000,
+        ..Settings::default()
+    }
+}
+
+/// The node's own record.
+pub fn node_record() -> NodeRecord {
+    NodeRecord {
+        name: "node-1".into(),
+        addresses: vec![vec![192, 0, 2, 1]],
+        pod_cidrs: vec![Cidr { address: vec![10, 244, 1, 0], prefix_length: 24 }],
+        eligible: true,
+        zone: "a".into(),
+    }
+}
+
+/// What a controller would hold for a node: layers as changes, with their digest.
+#[derive(Clone, Default)]
+pub struct Fleet {
+    pub digest: Digest,
+    cluster: Vec<Kind>,
+    node: Vec<Kind>,
+    settings: Vec<Kind>,
+    pub generation: u64,
+}
+
+impl Fleet {
+    /// `services` Services with `endpoints` endpoints each.
+    pub fn new(services: u32, endpoints: u32) -> Self {
+        let mut fleet = Fleet { generation: 1, ..Fleet::default() };
+        for number in 0..services {
+            let frontend = frontend(number);
+            fleet.digest.add(LayerKind::Cluster, ItemRef::Frontend(&frontend));
+            fleet.cluster.push(Kind::Frontend(frontend));
+            let key = pool_key(number);
+            let added: Vec<Endpoint> = (0..endpoints).map(|index| endpoint(number, index)).collect();
+            fleet.digest.add(LayerKind::Cluster, ItemRef::Pool(&key));
+            added.iter().for_each(|one| fleet.digest.add(LayerKind::Cluster, ItemRef::member(&key, one)));
+            fleet.cluster.push(Kind::Pool(PoolPatch { key: Some(key), added, removed: Vec::new() }));
+        }
+        let (node, settings) = (node_record(), settings());
+        fleet.digest.add(LayerKind::Node, ItemRef::Node(&node));
+        fleet.digest.add(LayerKind::Settings, ItemRef::Settings(&settings));
+        fleet.node.push(Kind::Node(node));
+        fleet.settings.push(Kind::Settings(settings));
+        fleet
+    }
+
+    /// The whole view as an update in parts.
+    pub fn snapshot(&self) -> (Update, Vec<Part>) {
+        let mut parts = Vec::new();
+        for (layer, kinds) in [
+            (LayerKind::Cluster, &self.cluster),
+            (LayerKind::Node, &self.node),
+            (LayerKind::Settings, &self.settings),
+        ] {
+            for chunk in kinds.chunks(5_000) {
+                let changes = chunk.iter().cloned().map(|kind| Change { change: Some(kind) }).collect();
+                let buckets = vec![Bucket { index: 1, digest: Vec::new(), changes }];
+                let payload = deflate(&Buckets { buckets }.encode_to_vec());
+                parts.push(Part {
+                    layer: layer as i32,
+                    kind: PartKind::SnapshotDeflate as i32,
+                    payload: payload.into(),
+                });
+            }
+        }
+        (self.update(None), parts)
+    }
+
+    fn update(&self, from: Option<u64>) -> Update {
+        Update {
+            from,
+            to: self.generation,
+            digest: self.digest.to_bytes().to_vec(),
+            source: Some(Source { services: self.generation, ..Source::default() }),
+            resume: Some(Resume { instance: b"test".to_vec(), revision: self.generation }),
+            ..Update::default()
+        }
+    }
+
+    /// One endpoint more for a Service, as a delta.
+    pub fn add_endpoint(&mut self, number: u32, index: u32) -> (Update, Vec<Part>) {
+        let (key, added) = (pool_key(number), endpoint(number, index));
+        self.digest.add(LayerKind::Cluster, ItemRef::member(&key, &added));
+        let kind = Kind::Pool(PoolPatch { key: Some(key), added: vec![added], removed: Vec::new() });
+        self.cluster.push(kind.clone());
+        self.delta(LayerKind::Cluster, kind)
+    }
+
+    /// Adds or replaces a health check, as a delta.
+    pub fn health_check(&mut self, before: Option<&HealthCheck>, check: HealthCheck) -> (Update, Vec<Part>) {
+        if let Some(before) = before {
+            self.digest.remove(LayerKind::Node, ItemRef::HealthCheck(before));
+        }
+        self.digest.add(LayerKind::Node, ItemRef::HealthCheck(&check));
+        self.node.push(Kind::HealthCheck(check.clone()));
+        self.delta(LayerKind::Node, Kind::HealthCheck(check))
+    }
+
+    /// One change as a delta; its hash must have been counted.
+    pub fn delta(&mut self, layer: LayerKind, kind: Kind) -> (Update, Vec<Part>) {
+        let from = self.generation;
+        self.generation += 1;
+        let payload = Segment { changes: vec![Change { change: Some(kind) }] }.encode_to_vec();
+        let part = Part { layer: layer as i32, kind: PartKind::Delta as i32, payload: payload.into() };
+        (self.update(Some(from)), vec![part])
+    }
+}
+
+pub fn deflate(bytes: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
