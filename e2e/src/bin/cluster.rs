@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use switchtower_e2e::cluster::{Layout, Tools, down, machine, shell, up};
+use switchtower_e2e::cluster::{Layout, Tools, down, install, machine, shell, up};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -19,11 +19,21 @@ enum Action {
     Up {
         #[command(flatten)]
         place: Place,
+        /// Number of nodes with a kubelet
+        #[arg(long, default_value_t = 2, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
+        nodes: u8,
         #[command(flatten)]
         programs: Programs,
         /// The service proxy to start with
         #[arg(long, value_enum, default_value = "none")]
         proxy: ProxyName,
+    },
+    /// Installs Switchtower from the manifests, or this build over an installed one
+    Install {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
     },
     /// Removes the cluster, whatever is left of it
     Down {
@@ -48,9 +58,6 @@ struct Place {
     /// Folder for the cluster's state; it is removed with the cluster
     #[arg(long, default_value = "/var/lib/switchtower-cluster", env = "SWITCHTOWER_CLUSTER_DIR")]
     dir: PathBuf,
-    /// Number of nodes with a kubelet
-    #[arg(long, default_value_t = 2, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
-    nodes: u8,
 }
 
 #[derive(Args)]
@@ -64,6 +71,12 @@ struct Programs {
     /// Folder that keeps assembled images between runs
     #[arg(long, env = "SWITCHTOWER_CLUSTER_IMAGES")]
     images: PathBuf,
+    /// Folder with the manifests that install Switchtower
+    #[arg(long, env = "SWITCHTOWER_MANIFESTS", default_value = "manifests")]
+    manifests: PathBuf,
+    /// Folder with switchtower-controller and switchtower-node-agent; by default this program's own
+    #[arg(long, env = "SWITCHTOWER_PROGRAMS")]
+    switchtower: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -80,32 +93,48 @@ fn short_name(text: &str) -> Result<String, String> {
 }
 
 impl Place {
-    fn layout(self) -> Layout {
-        Layout { dir: self.dir.join(&self.name), name: self.name, nodes: self.nodes }
+    fn layout(self, nodes: u8) -> Layout {
+        Layout { dir: self.dir.join(&self.name), name: self.name, nodes }
+    }
+
+    /// Of a cluster that an earlier run started.
+    fn existing(self) -> Result<Layout> {
+        let mut layout = self.layout(0);
+        layout.nodes = up::recorded_nodes(&layout)?;
+        Ok(layout)
     }
 }
 
 impl Programs {
-    fn tools(self) -> Tools {
-        Tools { control_plane: self.control_plane, cluster: self.tools, images: self.images }
+    fn tools(self) -> Result<Tools> {
+        let own = std::env::current_exe().context("finding this program's own path")?;
+        let switchtower = self.switchtower.or_else(|| own.parent().map(PathBuf::from)).unwrap_or_default();
+        Ok(Tools {
+            control_plane: self.control_plane,
+            cluster: self.tools,
+            images: self.images,
+            manifests: self.manifests,
+            switchtower,
+        })
     }
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().command {
-        Action::Up { place, programs, proxy } => {
-            let layout = place.layout();
+        Action::Up { place, nodes, programs, proxy } => {
+            let layout = place.layout(nodes);
             let proxy = match proxy {
                 ProxyName::None => up::Proxy::None,
                 ProxyName::KubeProxy => up::Proxy::KubeProxy,
             };
-            up::up(&layout, &programs.tools(), proxy).with_context(|| {
+            up::up(&layout, &programs.tools()?, proxy).with_context(|| {
                 format!("the cluster did not start (logs: {}; `down` removes it)", layout.logs().display())
             })?;
             shell::say("ready for kubectl:");
             shell::print(&format!("export KUBECONFIG={}", layout.kubeconfig().display()))
         }
-        Action::Down { place } => down::down(&place.layout()),
+        Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
+        Action::Down { place } => down::down(&place.layout(0)),
         Action::MachineInit { host_name, var } => machine::machine_init(&host_name, &var),
     }
 }

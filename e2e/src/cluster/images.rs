@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
-use super::shell::{finish, run};
+use super::shell::{finish, on_each, run};
 
 /// The image of every pod's sandbox.
 pub const PAUSE: &str = "switchtower.dev/cluster/pause:1";
@@ -136,6 +136,20 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
     tar(&contents, &unfinished, &["manifest.json", "config.json", "layer.tar"])?;
     fs::rename(&unfinished, &archive).with_context(|| format!("placing {}", archive.display()))?;
     Ok(archive)
+}
+
+/// Assembles images and imports them on all of these nodes, all nodes at once.
+pub fn deliver(layout: &Layout, tools: &Tools, images: &[Image], nodes: &[Machine]) -> Result<()> {
+    let archives = assemble_all(tools, images)?;
+    on_each(nodes, |node| archives.iter().try_for_each(|archive| import(layout, node, archive)))
+}
+
+/// Assembles images in turn.
+pub fn assemble_all(tools: &Tools, images: &[Image]) -> Result<Vec<PathBuf>> {
+    let assembled = images
+        .iter()
+        .map(|image| assemble(image, &tools.images).with_context(|| format!("the image {}", image.name)));
+    assembled.collect()
 }
 
 /// Imports an archive into a node's container runtime.

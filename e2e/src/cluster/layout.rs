@@ -37,6 +37,10 @@ pub struct Tools {
     pub cluster: PathBuf,
     /// Where assembled images are kept between runs.
     pub images: PathBuf,
+    /// The manifests that install Switchtower.
+    pub manifests: PathBuf,
+    /// switchtower-controller and switchtower-node-agent.
+    pub switchtower: PathBuf,
 }
 
 impl Layout {

@@ -1,6 +1,7 @@
 //! One machine of the cluster: a set of namespaces, held by a first process that reaps orphans.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,6 +14,9 @@ use super::shell::{run, run_line, wait_until};
 
 /// Folders under a machine's `/var` that programs expect.
 const VAR_FOLDERS: [&str; 6] = ["lib/kubelet", "lib/containerd", "lib/cni/net.d", "log", "tmp", "cache"];
+
+/// File in the machine's folder with the process id of its first process.
+const INIT: &str = "init";
 
 /// A running machine.
 #[derive(Debug, Clone)]
@@ -50,6 +54,23 @@ impl Machine {
             }
             child_of(outer)
         })?;
+        let record = layout.machine_dir(name).join(INIT);
+        fs::write(&record, init.to_string()).with_context(|| format!("writing {}", record.display()))?;
+        Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
+    }
+
+    /// A machine that an earlier run started.
+    pub fn find(layout: &Layout, name: &str) -> Result<Self> {
+        let record = layout.machine_dir(name).join(INIT);
+        let init =
+            fs::read_to_string(&record).with_context(|| format!("{name} does not run: `make cluster`"))?;
+        let init: u32 = init.parse().with_context(|| format!("{} holds no process id", record.display()))?;
+        // The number may belong to another process by now; its network namespace tells.
+        let theirs = fs::metadata(format!("/proc/{init}/ns/net")).map(|file| file.ino()).ok();
+        let ours = fs::metadata(format!("/run/netns/{name}")).map(|file| file.ino()).ok();
+        if theirs.is_none() || theirs != ours {
+            bail!("{name} does not run any more: `make cluster-down`, then `make cluster`");
+        }
         Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
     }
 

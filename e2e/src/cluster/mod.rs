@@ -15,6 +15,7 @@ pub mod addons;
 pub mod control_plane;
 pub mod down;
 pub mod images;
+pub mod install;
 pub mod layout;
 pub mod machine;
 pub mod network;

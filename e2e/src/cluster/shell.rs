@@ -79,6 +79,19 @@ fn describe(command: &Command) -> String {
     format!("`{text}`")
 }
 
+/// Does something for all at once, each in a thread of its own; the first error is returned when all ended.
+pub fn on_each<T: Sync>(all: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let running: Vec<_> = all.iter().map(|one| scope.spawn(move || work(one))).collect();
+        let mut results = Vec::new();
+        for thread in running {
+            results.push(thread.join().unwrap_or_else(|_| bail!("a thread panicked")));
+        }
+        results.into_iter().collect()
+    })
+}
+
 /// Polls until the check succeeds; at the deadline its last error is the reason given.
 pub fn wait_until<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + limit;

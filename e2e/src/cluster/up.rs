@@ -4,14 +4,26 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::control_plane::{self, Kubectl};
 use super::down::down;
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
-use super::shell::{say, wait_until};
+use super::shell::{on_each, say, wait_until};
 use super::{addons, images, network, node, pki};
+
+/// File in the cluster's folder with its number of nodes.
+const NODES: &str = "nodes";
+
+/// How many nodes a started cluster has.
+pub fn recorded_nodes(layout: &Layout) -> Result<u8> {
+    let path = layout.dir.join(NODES);
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("there is no cluster in {}: `make cluster` starts one", layout.dir.display())
+    })?;
+    text.trim().parse().with_context(|| format!("{} holds no number", path.display()))
+}
 
 /// The service proxy that a new cluster gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,13 +44,9 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
     down(layout).context("removing what was left of an earlier cluster")?;
     let start = Instant::now();
     fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
+    fs::write(layout.dir.join(NODES), layout.nodes.to_string()).context("recording the number of nodes")?;
     say("images");
-    let archives = images::base_images(tools)
-        .iter()
-        .map(|image| {
-            images::assemble(image, &tools.images).with_context(|| format!("the image {}", image.name))
-        })
-        .collect::<Result<Vec<PathBuf>>>()?;
+    let archives = images::assemble_all(tools, &images::base_images(tools))?;
     say(&format!("control plane ({:.1} s)", start.elapsed().as_secs_f32()));
     let hub = Machine::start(layout, &layout.hub())?;
     network::prepare_hub(layout, &hub)?;
@@ -71,21 +79,8 @@ fn start_nodes(layout: &Layout, tools: &Tools, hub: &Machine, archives: &[PathBu
         network::prepare_node(layout, hub, &node, number)?;
         nodes.push(node);
     }
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (1..)
-            .zip(&nodes)
-            .map(|(number, machine)| {
-                scope.spawn(move || node::start(layout, tools, machine, number, archives))
-            })
-            .collect();
-        for thread in running {
-            match thread.join() {
-                Ok(result) => result?,
-                Err(_) => bail!("a node's thread panicked"),
-            }
-        }
-        anyhow::Ok(())
-    })?;
+    let numbered: Vec<_> = (1..).zip(&nodes).collect();
+    on_each(&numbered, |(number, machine)| node::start(layout, tools, machine, *number, archives))?;
     Ok(nodes)
 }
 

@@ -1,0 +1,71 @@
+//! Installs Switchtower as a user does: images, one ConfigMap, `kubectl apply -k`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::control_plane::Kubectl;
+use super::layout::{API_SERVER_PORT, Layout, Tools};
+use super::machine::Machine;
+use super::shell::{say, wait_until};
+use super::{addons, images};
+
+/// The namespace of the manifests.
+pub const NAMESPACE: &str = "switchtower-system";
+
+/// Delivers this build's images, applies the manifests, and waits until every node is Ready and CoreDNS,
+/// which needs Services, works. Repeated, it replaces the running images with this build's.
+pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
+    let start = Instant::now();
+    let kubectl = Kubectl::new(layout, tools);
+    let nodes =
+        layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<Vec<_>>>()?;
+    say("images of controller and agent");
+    images::deliver(layout, tools, &images::switchtower_images(&tools.switchtower), &nodes)?;
+    say(&format!("kubectl apply -k manifests ({:.1} s)", start.elapsed().as_secs_f32()));
+    let installed =
+        kubectl.run(&format!("get --namespace {NAMESPACE} daemonset/switchtower-node-agent")).is_ok();
+    kubectl.apply(&prerequisites(layout))?;
+    let manifests = tools.manifests.to_str().context("the manifests' path is not UTF-8")?;
+    kubectl.run(&format!("apply -k {manifests}"))?;
+    if installed {
+        // The tag is the same, so nothing but this makes the new images run.
+        kubectl.run(&format!(
+            "rollout restart --namespace {NAMESPACE} deployment/switchtower-controller daemonset/switchtower-node-agent"
+        ))?;
+    }
+    wait_for_rollout(&kubectl)?;
+    say(&format!("controller and agents run ({:.1} s)", start.elapsed().as_secs_f32()));
+    wait_until("a Ready ProxyStatus for every node", Duration::from_secs(120), || {
+        for name in layout.node_names() {
+            kubectl.run(&format!("wait --for=condition=Ready proxystatus/{name} --timeout=2s"))?;
+        }
+        Ok(())
+    })?;
+    say(&format!("every node is Ready ({:.1} s)", start.elapsed().as_secs_f32()));
+    addons::wait_for_coredns(&kubectl)?;
+    say(&format!("CoreDNS works ({:.1} s)", start.elapsed().as_secs_f32()));
+    Ok(())
+}
+
+fn wait_for_rollout(kubectl: &Kubectl) -> Result<()> {
+    for object in ["deployment/switchtower-controller", "daemonset/switchtower-node-agent"] {
+        wait_until(object, Duration::from_secs(90), || {
+            kubectl.run(&format!("rollout status --namespace {NAMESPACE} {object} --timeout=5s"))
+        })?;
+    }
+    Ok(())
+}
+
+/// What the manifests' README tells the user to make first: the API server's real address.
+fn prerequisites(layout: &Layout) -> String {
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
+    let address = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "switchtower-api-server", "namespace": NAMESPACE},
+        "data": {"host": layout.hub_ip().to_string(), "port": API_SERVER_PORT.to_string()},
+    });
+    format!("{namespace}\n---\n{address}\n")
+}
