@@ -1,0 +1,323 @@
+//! The real agent process against the real kernel, each test in a network namespace of its own, with a
+//! controller in the test. Needs root and the tools `ip`, `nft` and `conntrack` (for reading only).
+
+#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
+#[path = "support/controller.rs"]
+mod controller;
+#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
+#[path = "support/fleet.rs"]
+mod fleet;
+
+use std::net::UdpSocket;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use controller::{DEADLINE, FakeController, FakeStream};
+use fleet::Fleet;
+use switchtower_proto::digest::ItemRef;
+use switchtower_proto::v1::agent_message::Message as FromAgent;
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::*;
+
+/// Runs a test on a thread of its own in a fresh network namespace; processes it starts are in there too, and
+/// the namespace goes with the last of them.
+fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        // SAFETY: a plain system call that concerns this thread only.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(result, 0, "this test needs root: it makes a network namespace");
+        shell("ip link set lo up");
+        shell("ip link add eth0 type veth peer name eth1 && ip link set eth0 up && ip link set eth1 up");
+        shell("ip addr add 192.0.2.1/24 dev eth0");
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn shell(line: &str) -> String {
+    let output = Command::new("sh").args(["-c", line]).output().unwrap();
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+struct Agent {
+    child: Child,
+}
+
+impl Agent {
+    fn start(directory: &Path) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_switchtower-node-agent"))
+            .args(["--node-name", "node-1", "--log-level", "warn"])
+            .arg("--bootstrap-dir")
+            .arg(directory)
+            .arg("--token-file")
+            .arg(directory.join("token"))
+            .arg("--state-dir")
+            .arg(directory.join("state"))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        Agent { child }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn terminate(&mut self) {
+        // SAFETY: the process is this test's child and not yet waited for.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        assert!(self.child.wait().unwrap().success());
+    }
+
+    fn resident_kilobytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn table() -> String {
+    shell("nft list table ip switchtower")
+}
+
+/// A controller, an agent that holds `fleet`, and its stream.
+async fn programmed(fleet: &Fleet, directory: &Path) -> (FakeController, Agent, FakeStream) {
+    let mut controller = FakeController::start("switchtower-controller").await;
+    controller.write_files(directory);
+    let agent = Agent::start(directory);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    stream.update(fleet.snapshot()).await;
+    let ack = stream.ack().await;
+    assert_eq!((ack.generation, ack.digest.as_slice()), (fleet.generation, &fleet.digest.to_bytes()[..]));
+    assert!(ack.deviations.is_none(), "{:?}", ack.deviations);
+    (controller, agent, stream)
+}
+
+fn snapshot_file_is_at(directory: &Path, at_least: std::time::SystemTime) -> bool {
+    let file = directory.join("state/view.snapshot");
+    std::fs::metadata(file).and_then(|metadata| metadata.modified()).is_ok_and(|time| time >= at_least)
+}
+
+#[test]
+fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(50, 3);
+        let (mut controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
+        eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
+        let missed = fleet.add_endpoint(7, 5);
+        stream.update(missed.clone()).await;
+        assert_eq!(stream.ack().await.generation, 2);
+        agent.kill();
+        drop(stream);
+        let before = table();
+
+        let _agent = Agent::start(directory.path());
+        let mut stream = controller.accept().await;
+        assert_eq!(stream.hello.kernel.clone().unwrap().generation, 2);
+        assert_eq!(stream.hello.view.clone().unwrap().generation, 1, "the file is older than the kernel");
+        assert_eq!(table(), before, "nothing is written before a controller answers");
+        stream.welcome(2, &[]).await;
+        let (next, more) = fleet.add_endpoint(9, 5);
+        let parts = missed.1.into_iter().chain(more).collect();
+        stream.update((Update { from: Some(1), ..next }, parts)).await;
+        let ack = stream.ack().await;
+        assert_eq!(ack.generation, 3);
+        // A slot and the size in the frontend's value (which is deleted and added), nothing of the rest.
+        let operations = ack.timings.unwrap().operations;
+        assert!((1..=6).contains(&operations), "{operations} operations for one endpoint");
+        stream.update(fleet.add_endpoint(11, 5)).await;
+        assert_eq!(stream.ack().await.timings.unwrap().operations, operations, "as in the ordinary course");
+    });
+}
+
+#[test]
+fn a_current_file_is_adopted_and_a_lost_table_is_programmed_from_it() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let fleet = Fleet::new(20, 2);
+        let (controller, mut agent, _stream) = programmed(&fleet, directory.path()).await;
+        agent.terminate();
+        let before = table();
+        // Nobody listens any more.
+        drop(controller);
+        let genid =
+            || shell("nft list ruleset >/dev/null; nft -j list metainfo 2>/dev/null | tr -d '\\n' || true");
+        let _ = genid();
+        let mut agent = Agent::start(directory.path());
+        eventually("/healthz", || shell(CURL).trim() == "200");
+        assert_eq!(table(), before, "adopted as it is");
+        agent.terminate();
+        // A reboot: no tables.
+        shell("nft flush ruleset");
+        let _agent = Agent::start(directory.path());
+        eventually("the table", || {
+            Command::new("nft")
+                .args(["list", "table", "ip", "switchtower"])
+                .output()
+                .unwrap()
+                .status
+                .success()
+        });
+        eventually("all frontends", || table().matches("10.96.0.").count() >= 20);
+    });
+}
+
+const CURL: &str = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:10256/healthz || true";
+
+#[test]
+fn drift_is_repaired_and_addresses_are_followed() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(5, 2);
+        let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
+        shell("nft delete table ip switchtower");
+        match stream.next().await {
+            Some(FromAgent::Report(report)) => {
+                assert_eq!((report.drift_repaired, report.session), (1, 1), "{}", report.drift_cause);
+            }
+            other => panic!("a Report is due, this came: {other:?}"),
+        }
+        assert!(table().contains("10.96.0.4"));
+        // The view's settings take the addresses inside these blocks; one of them comes only now.
+        let mut after = fleet::settings();
+        fleet.digest.remove(LayerKind::Settings, ItemRef::Settings(&after));
+        after.node_port_addresses = vec![Cidr { address: vec![198, 51, 100, 0], prefix_length: 24 }];
+        fleet.digest.add(LayerKind::Settings, ItemRef::Settings(&after));
+        stream.update(fleet.delta(LayerKind::Settings, Kind::Settings(after))).await;
+        assert_eq!(stream.ack().await.generation, 2);
+        let mut port = fleet::frontend(0);
+        port.kind = FrontendKind::NodePort as i32;
+        port.key = Some(FrontendKey { address: Vec::new(), port: 30_123, ..port.key.unwrap() });
+        fleet.digest.add(LayerKind::Cluster, ItemRef::Frontend(&port));
+        stream.update(fleet.delta(LayerKind::Cluster, Kind::Frontend(port))).await;
+        assert_eq!(stream.ack().await.generation, 3);
+        assert!(!table().contains("198.51.100.7"));
+        shell("ip addr add 198.51.100.7/24 dev eth0");
+        eventually("the new address serves NodePorts", || table().contains("198.51.100.7"));
+        shell("ip addr del 198.51.100.7/24 dev eth0");
+        eventually("and no longer", || !table().contains("198.51.100.7"));
+    });
+}
+
+#[test]
+fn stale_udp_flows_are_deleted_and_others_kept() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(4, 1);
+        // Service 3 is UDP. Its backends are this namespace's own addresses.
+        let backend = |last: u8| Endpoint { address: vec![192, 0, 2, last], port: 5353 };
+        shell("ip addr add 192.0.2.2/24 dev eth0 && ip route add 10.96.0.0/16 dev lo src 192.0.2.1");
+        let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
+        let serving = PoolKey { role: Role::Serving as i32, ..fleet::pool_key(3) };
+        for key in [fleet::pool_key(3), serving.clone()] {
+            if key.role == Role::Serving as i32 {
+                fleet.digest.add(LayerKind::Cluster, ItemRef::Pool(&key));
+            }
+            let mut patch =
+                PoolPatch { key: Some(key.clone()), added: vec![backend(1)], removed: Vec::new() };
+            if key.role == Role::Cluster as i32 {
+                patch.removed.push(fleet::endpoint(3, 0));
+                fleet.digest.remove(LayerKind::Cluster, ItemRef::member(&key, &fleet::endpoint(3, 0)));
+            }
+            fleet.digest.add(LayerKind::Cluster, ItemRef::member(&key, &backend(1)));
+            stream.update(fleet.delta(LayerKind::Cluster, Kind::Pool(patch))).await;
+            stream.ack().await;
+        }
+        let server = UdpSocket::bind("192.0.2.1:5353").unwrap();
+        server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let client = UdpSocket::bind("0.0.0.0:40000").unwrap();
+        client.send_to(b"hello", "10.96.0.3:80").unwrap();
+        let other = UdpSocket::bind("0.0.0.0:40001").unwrap();
+        other.send_to(b"direct", "192.0.2.2:6000").unwrap();
+        let mut buffer = [0; 16];
+        let length = server.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"hello", "the Service delivers");
+        let entries = || shell("conntrack -L -p udp 2>/dev/null || true");
+        assert!(entries().contains("dst=10.96.0.3 sport=40000"), "{}", entries());
+        assert!(entries().contains("sport=40001"));
+
+        for key in [serving, fleet::pool_key(3)] {
+            fleet.digest.remove(LayerKind::Cluster, ItemRef::member(&key, &backend(1)));
+            fleet.digest.add(LayerKind::Cluster, ItemRef::member(&key, &backend(2)));
+            let patch = PoolPatch { key: Some(key), added: vec![backend(2)], removed: vec![backend(1)] };
+            stream.update(fleet.delta(LayerKind::Cluster, Kind::Pool(patch))).await;
+            stream.ack().await;
+        }
+        // The Ack comes after the pass: nothing has to be waited for.
+        assert!(!entries().contains("sport=40000"), "{}", entries());
+        assert!(entries().contains("sport=40001"), "a flow that is not ours is kept");
+        let second = UdpSocket::bind("192.0.2.2:5353").unwrap();
+        second.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        client.send_to(b"again", "10.96.0.3:80").unwrap();
+        let length = second.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"again", "the same socket reaches the new backend");
+    });
+}
+
+#[test]
+fn health_checks_answer_what_the_kernel_holds() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(3, 1);
+        let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
+        let key = HealthCheckKey { namespace: "shop".into(), name: "cart".into() };
+        let check = |ready| HealthCheck { key: Some(key.clone()), port: 31_999, ready };
+        let ask = || shell("curl -s -i http://192.0.2.1:31999/any || true");
+        stream.update(fleet.health_check(None, check(2))).await;
+        stream.ack().await;
+        eventually("200", || ask().starts_with("HTTP/1.1 200"));
+        let answer = ask();
+        assert!(answer.contains("x-load-balancing-endpoint-weight: 2"), "{answer}");
+        assert!(
+            answer.contains(r#""localEndpoints":2"#) && answer.contains(r#""namespace":"shop""#),
+            "{answer}"
+        );
+        stream.update(fleet.health_check(Some(&check(2)), check(0))).await;
+        stream.ack().await;
+        eventually("503", || ask().starts_with("HTTP/1.1 503"));
+        assert_eq!(shell(CURL).trim(), "200");
+    });
+}
+
+#[test]
+fn memory_follows_the_view() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(10_000, 3);
+        let (_controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
+        for round in 0..50 {
+            stream.update(fleet.add_endpoint(round, 5)).await;
+            let timings = stream.ack().await.timings.unwrap();
+            if round == 49 {
+                println!("one endpoint: {timings:?}");
+            }
+        }
+        eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
+        let resident = agent.resident_kilobytes();
+        println!("resident at 10,000 services with 3 endpoints: {resident} kB");
+        // The target of a release build is 30 MiB; a build without optimisation has larger code.
+        assert!(resident < 45_000, "{resident} kB resident");
+    });
+}
