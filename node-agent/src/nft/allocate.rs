@@ -144,3 +144,56 @@ impl Codes {
         expired
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::ruleset::Masquerade;
+
+    const PLAIN: Kind = Kind { masquerade: Masquerade::Never, affinity: None };
+
+    #[test]
+    fn freed_numbers_rest_until_nothing_else_is_left() {
+        let mut numbers = Allocator::new(4, 1);
+        assert_eq!([0, 1, 2].map(|_| numbers.allocate()), [0, 1, 2].map(Some));
+        numbers.release(0);
+        assert_eq!(numbers.allocate(), Some(3), "a fresh one first");
+        assert_eq!(numbers.allocate(), Some(0), "then the one that rested");
+        assert_eq!(numbers.allocate(), None);
+    }
+
+    #[test]
+    fn adopted_numbers_are_in_use_and_gaps_are_free() {
+        let mut numbers = Allocator::new(10, 0);
+        numbers.adopt(&BTreeSet::from([0, 2]));
+        assert_eq!([numbers.allocate(), numbers.allocate()], [Some(1), Some(3)]);
+    }
+
+    #[test]
+    fn a_size_without_a_code_takes_the_next_larger_one_or_a_power_of_two() {
+        // Four codes, one of them kept for sizes larger than any.
+        let mut codes = Codes::new(FIRST_CODE + 3);
+        for size in [2, 5, 9] {
+            assert!(codes.acquire(PLAIN, size).is_some_and(|(_, new)| new));
+        }
+        let size = |codes: &mut Codes, size| {
+            codes.acquire(PLAIN, size).and_then(|(code, _)| codes.pick(code)).map(|pick| pick.size)
+        };
+        assert_eq!(size(&mut codes, 5), Some(5));
+        assert_eq!(size(&mut codes, 3), Some(5));
+        assert_eq!(size(&mut codes, 10), Some(16));
+        assert_eq!(size(&mut codes, 11), Some(16));
+        assert_eq!(size(&mut codes, 17), None);
+    }
+
+    #[test]
+    fn unused_codes_expire_and_used_ones_do_not() {
+        let mut codes = Codes::new(4095);
+        let (used, _) = codes.acquire(PLAIN, 1).unwrap();
+        let (unused, _) = codes.acquire(PLAIN, 2).unwrap();
+        codes.release(unused);
+        let expired: Vec<u32> = (0..40).flat_map(|_| codes.expire()).map(|(code, _)| code).collect();
+        assert_eq!(expired, [unused]);
+        assert!(codes.pick(used).is_some());
+    }
+}

@@ -331,3 +331,64 @@ impl<const N: usize> Changes<N> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(text: &str) -> Range<4> {
+        let (address, prefix) = text.split_once('/').unwrap();
+        let address: std::net::Ipv4Addr = address.parse().unwrap();
+        Range::new(&address.octets(), prefix.parse().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn ranges_inside_others_are_left_out() {
+        let all = ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "11.0.0.0/8", "10.0.0.0/8"].map(range);
+        assert_eq!(Range::outermost(all.to_vec()), ["10.0.0.0/8", "11.0.0.0/8"].map(range));
+        let everything = ["0.0.0.0/0", "10.0.0.0/8"].map(range);
+        assert_eq!(Range::outermost(everything.to_vec()), [range("0.0.0.0/0")]);
+    }
+
+    #[test]
+    fn host_bits_are_cleared_and_wrong_lengths_refused() {
+        assert_eq!(range("10.1.2.3/8"), range("10.0.0.0/8"));
+        assert_eq!(Range::<4>::new(&[10, 0, 0], 8), None);
+        assert_eq!(Range::<4>::new(&[10, 0, 0, 0], 33), None);
+    }
+
+    #[test]
+    fn a_range_is_found_again_from_its_ends() {
+        for text in ["0.0.0.0/0", "10.96.0.0/16", "10.0.0.1/32", "128.0.0.0/1"] {
+            let range = range(text);
+            assert_eq!(Range::between(range.address, range.last()), Some(range));
+        }
+        assert_eq!(Range::between([10, 0, 0, 1], [10, 0, 0, 2]), None, "not a prefix");
+    }
+
+    #[test]
+    fn intervals_are_joined_from_their_starts_and_ends() {
+        let dumped = |key: &'static [u8], interval_end| Dumped { key, interval_end, ..Dumped::default() };
+        let adjacent = [
+            dumped(&[10, 1, 0, 0], true),
+            dumped(&[10, 1, 0, 0], false),
+            dumped(&[10, 0, 0, 0], false),
+            dumped(&[10, 2, 0, 0], true),
+        ];
+        let ranges = ["10.0.0.0/16", "10.1.0.0/16"].map(range).to_vec();
+        assert_eq!(decode_intervals(&adjacent), Some(ranges));
+        assert_eq!(decode_intervals(&[dumped(&[0; 4], false)]), Some(vec![range("0.0.0.0/0")]));
+        assert_eq!(decode_intervals::<4>(&[dumped(&[10, 0, 0, 0], true)]), None);
+    }
+
+    #[test]
+    fn several_changes_of_one_element_become_one_or_none() {
+        let mut changes = Changes::<4>::default();
+        let (first, second) = (Some(Data::Value(1)), Some(Data::Value(2)));
+        changes.put(Element::Backend(7), first, None);
+        changes.put(Element::Backend(7), None, second);
+        assert_eq!(changes.0.get(&Element::Backend(7)), Some(&(first, second)));
+        changes.put(Element::Backend(7), second, first);
+        assert!(changes.0.is_empty());
+    }
+}

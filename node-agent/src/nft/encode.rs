@@ -84,7 +84,7 @@ pub(crate) fn family<const N: usize>(
     let start = batch.len();
     let mut encoded = Encoded { groups: Vec::new(), operations: 0 };
     let config = &mirror.facts.rules;
-    let chains = layout.chains(config);
+    let chains = if structure.built { Vec::new() } else { layout.chains(config) };
     if !structure.built {
         build(batch, layout, &chains);
     }
@@ -94,14 +94,7 @@ pub(crate) fn family<const N: usize>(
     new_structure(batch, layout, &changes, config);
     if structure.built {
         remove_foreign_rules(batch, layout, structure);
-        let codes: Vec<Chain> =
-            mirror.codes.all().map(|(_, pick)| layout.pick_chain(&pick, config)).collect();
-        let old_chains = changed_chains(layout, structure, config, mirror);
-        for chain in chains.iter().chain(&codes) {
-            if structure.broken.contains(&chain.name) || old_chains.contains(&chain.name) {
-                write_rules(batch, layout, chain, true);
-            }
-        }
+        rewrite_chains(batch, layout, structure, mirror);
     }
     let deletes = changes.iter().filter(|(_, (before, _))| before.is_some());
     let deletes: Vec<(Element<N>, Option<Data<N>>)> = deletes.map(|(element, _)| (**element, None)).collect();
@@ -244,7 +237,10 @@ fn old_structure<const N: usize>(
             writer.string(attribute, name);
         });
     };
-    let added: Vec<_> = changes.iter().filter_map(|(_, (_, after))| *after).collect();
+    let added: Vec<_> = changes
+        .iter()
+        .filter_map(|(_, (_, after))| after.filter(|data| matches!(data, Data::Pick(_))))
+        .collect();
     for (_, (before, _)) in changes {
         if let Some(Data::Pick(pick)) = before
             && !added.contains(&Data::Pick(*pick))
@@ -267,6 +263,26 @@ fn old_structure<const N: usize>(
 
 fn remove_foreign_rules(batch: &mut Batch, layout: Layout, structure: &Structure) {
     structure.foreign_chains.iter().for_each(|chain| flush_chain(batch, layout, chain));
+}
+
+/// Writes anew the chains whose rules are not what they should be.
+fn rewrite_chains<const N: usize>(
+    batch: &mut Batch,
+    layout: Layout,
+    structure: &Structure,
+    mirror: &Mirror<N>,
+) {
+    let config = &mirror.facts.rules;
+    if structure.config == *config && structure.broken.is_empty() {
+        return;
+    }
+    let changed = changed_chains(layout, structure, config, mirror);
+    let picks = mirror.codes.all().map(|(_, pick)| layout.pick_chain(&pick, config));
+    for chain in layout.chains(config).into_iter().chain(picks) {
+        if structure.broken.contains(&chain.name) || changed.contains(&chain.name) {
+            write_rules(batch, layout, &chain, true);
+        }
+    }
 }
 
 /// Chains whose rules differ between the configuration in the kernel and the wanted one.

@@ -154,13 +154,16 @@ struct Anonymous {
     name: &'static str,
 }
 
+/// Key and, in a map, verdict of each element of an anonymous set.
+type AnonymousElements<'a> = Vec<(Vec<u8>, Option<&'a Verdict>)>;
+
 /// Writes the anonymous set that an expression needs, if any, into the batch.
 fn anonymous(expression: &Expression, batch: &mut Batch, family: u8, table: &str) -> Option<Anonymous> {
     // User data as nft 1.0.6 writes it for these two sets; nft needs it to print them.
     const PROTOCOLS: [u8; 22] = [0, 4, 1, 0, 0, 0, 3, 14, 0, 4, 9, 0, 0, 0, 1, 6, 0, 4, 16, 0, 0, 0];
     const CODES: [u8; 28] =
         [0, 4, 1, 0, 0, 0, 1, 4, 0, 0, 0, 0, 4, 8, 0, 4, 1, 0, 0, 0, 1, 0, 6, 4, 0, 0, 0, 0];
-    let (name, flags, types, user_data, elements): (_, u32, _, &[u8], Vec<(Vec<u8>, Option<&Verdict>)>) =
+    let (name, flags, types, user_data, elements): (_, u32, _, &[u8], AnonymousElements<'_>) =
         match expression {
             Expression::ProtocolWithPorts { .. } => {
                 let elements = [6u8, 17, 132].map(|protocol| (vec![protocol], None)).to_vec();

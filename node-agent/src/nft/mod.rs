@@ -411,6 +411,3 @@ impl Dataplane for Nft {
         Ok(count + wrong)
     }
 }
-
-#[cfg(test)]
-mod mirror_tests;

@@ -8,11 +8,13 @@ use switchtower_proto::v1::{
     Target, Verdict,
 };
 
-use super::element::{Data, Element};
-use super::mirror::Mirror;
-use super::plan::Plan;
-use super::ruleset::{FIRST_CODE, POOL_MASK};
+use super::Mirror;
 use crate::kernel_change::KernelChange;
+use crate::nft::dump::TableDump;
+use crate::nft::element::{Data, Element};
+use crate::nft::hint;
+use crate::nft::plan::Plan;
+use crate::nft::ruleset::{FIRST_CODE, POOL_MASK};
 
 type Model = HashMap<Element<4>, Data<4>>;
 
@@ -230,8 +232,8 @@ proptest! {
             take(&mut incremental.v4, &mut model);
         }
         let mut adopted = plan(4095);
-        let dump = super::dump::TableDump { elements: model.clone(), ..super::dump::TableDump::default() };
-        super::hint(&mut adopted.v4, &dump);
+        let dump = TableDump { elements: model.clone(), ..TableDump::default() };
+        hint(&mut adopted.v4, &dump);
         view(&batches.concat()).iter().for_each(|change| drop(adopted.apply(change)));
         adopted.settle();
         let mut found = adopted.v4.elements();

@@ -1,0 +1,177 @@
+//! Frontends in the kernel: which values lead a connection where.
+
+use std::collections::HashMap;
+
+use switchtower_proto::v1::{FrontendKind, Role, Verdict};
+
+use super::{Frontend, Mirror, Programmed, Reference, Target, pool_bits, role_index};
+use crate::nft::element::{Data, Element, Key, Range};
+use crate::nft::ruleset::{CODE_DROP, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Kind, Masquerade};
+
+impl<const N: usize> Mirror<N> {
+    /// The frontend that an address, protocol and port belongs to: an explicit one before a NodePort.
+    pub(super) fn frontend_at(&self, key: &Key<N>) -> Option<&Frontend> {
+        self.frontends.get(&Reference::Explicit(*key)).or_else(|| {
+            let served = self.facts.node_ports.contains(&key.address);
+            let reference = Reference::NodePort { protocol: key.protocol, port: key.port };
+            served.then(|| self.frontends.get(&reference)).flatten()
+        })
+    }
+
+    /// Brings one frontend's elements in line.
+    pub(super) fn program(&mut self, key: Key<N>, sizes: &mut HashMap<(u32, usize), u32>) {
+        self.overflowed.remove(&key);
+        let frontend = self.frontend_at(&key).cloned();
+        let wanted = frontend.map(|frontend| self.values(&key, &frontend, sizes)).unwrap_or_default();
+        let before = self.programmed.remove(&key).unwrap_or_default();
+        let values = |programmed: &Programmed<N>| {
+            [
+                (Element::Frontend(key), programmed.main),
+                (Element::Inside(key), programmed.inside),
+                (Element::Outside(key), programmed.outside),
+                (Element::Guarded(key), programmed.guarded),
+            ]
+        };
+        let data = |value: u32| (value != 0).then_some(Data::Value(value));
+        for ((element, old), (_, new)) in values(&before).into_iter().zip(values(&wanted)) {
+            if old != new {
+                self.put(element, data(old), data(new));
+            }
+            // The new references were taken before: a code in use by both is never given up.
+            self.release_code(old);
+        }
+        let present = |present: bool| present.then_some(Data::Present);
+        if before.refused != wanted.refused {
+            self.put(Element::Refused(key), present(before.refused), present(wanted.refused));
+        }
+        for range in before.allowed.iter().filter(|range| !wanted.allowed.contains(range)) {
+            self.put(Element::AllowedSource(key, *range), Some(Data::Present), None);
+        }
+        for range in wanted.allowed.iter().filter(|range| !before.allowed.contains(range)) {
+            self.put(Element::AllowedSource(key, *range), None, Some(Data::Present));
+        }
+        self.count_address(key.address, &before, &wanted);
+        if wanted.main != 0 {
+            self.programmed.insert(key, wanted);
+        }
+    }
+
+    pub(super) fn count_address(&mut self, address: [u8; N], before: &Programmed<N>, after: &Programmed<N>) {
+        let counts = self.addresses.entry(address).or_default();
+        let old = *counts;
+        counts.0 = counts.0 + u32::from(after.main != 0) - u32::from(before.main != 0);
+        counts.1 = counts.1 + u32::from(after.cluster_ip) - u32::from(before.cluster_ip);
+        let new = *counts;
+        if new.0 == 0 {
+            self.addresses.remove(&address);
+        }
+        let present = |count: u32| (count > 0).then_some(Data::Present);
+        if (old.0 > 0) != (new.0 > 0) {
+            self.put(Element::Vip(address), present(old.0), present(new.0));
+        }
+        if (old.1 > 0) != (new.1 > 0) {
+            self.put(Element::ClusterIp(address), present(old.1), present(new.1));
+        }
+    }
+
+    pub(super) fn release_code(&mut self, value: u32) {
+        self.codes.release(value & 0xfff);
+    }
+
+    /// What a frontend's elements must be; takes a reference on each code it uses.
+    pub(super) fn values(
+        &mut self,
+        key: &Key<N>,
+        frontend: &Frontend,
+        sizes: &mut HashMap<(u32, usize), u32>,
+    ) -> Programmed<N> {
+        let mut programmed = Programmed::default();
+        let mut target = |mirror: &mut Self, target: Target, masquerade: Masquerade| {
+            let value = mirror.target_value(frontend, target, masquerade, sizes);
+            value.unwrap_or_else(|reason| {
+                mirror.overflowed.insert(*key, reason);
+                CODE_DROP
+            })
+        };
+        programmed.cluster_ip = frontend.kind == FrontendKind::ClusterIp;
+        if programmed.cluster_ip {
+            programmed.main = target(self, frontend.outside, Masquerade::ClusterIp);
+        } else if frontend.outside.role == Role::Local {
+            programmed.main = CODE_SPLIT;
+            programmed.inside = target(self, frontend.inside, Masquerade::Never);
+            programmed.outside = target(self, frontend.outside, Masquerade::Never);
+        } else {
+            programmed.main = target(self, frontend.outside, Masquerade::Always);
+        }
+        let values = [programmed.main, programmed.inside, programmed.outside];
+        programmed.refused = values.contains(&CODE_REFUSE);
+        if frontend.kind == FrontendKind::LoadBalancer {
+            let ranges = frontend.ranges.iter();
+            let ranges = ranges.filter_map(|range| Range::new(&range.address, range.prefix_length));
+            let mut allowed = Range::outermost(ranges.collect());
+            if !allowed.is_empty() {
+                // A VIP bound on the node itself: its connections loop back with the VIP as source.
+                let own = self
+                    .facts
+                    .primary
+                    .is_some_and(|primary| allowed.iter().any(|range| range.contains(&primary)));
+                if own {
+                    allowed.extend(self.port_vips(frontend.port));
+                    allowed = Range::outermost(allowed);
+                }
+                programmed.allowed = allowed.into_boxed_slice();
+                programmed.guarded = std::mem::replace(&mut programmed.main, CODE_RESTRICTED);
+            }
+        }
+        programmed
+    }
+
+    /// The load-balancer addresses of a service port.
+    pub(super) fn port_vips(&self, index: u32) -> Vec<Range<N>> {
+        let Some(port) = self.port(index) else { return Vec::new() };
+        let vips = port.references.iter().filter_map(|reference| match reference {
+            Reference::Explicit(key) => self
+                .frontends
+                .get(reference)
+                .filter(|frontend| frontend.kind == FrontendKind::LoadBalancer)
+                .map(|_| Range { address: key.address, prefix: (N * 8) as u8 }),
+            Reference::NodePort { .. } => None,
+        });
+        vips.collect()
+    }
+
+    /// The value that leads to a target; the reason if it has no room.
+    pub(super) fn target_value(
+        &mut self,
+        frontend: &Frontend,
+        target: Target,
+        masquerade: Masquerade,
+        sizes: &mut HashMap<(u32, usize), u32>,
+    ) -> Result<u32, &'static str> {
+        let role = role_index(target.role);
+        let Some(port) = self.port(frontend.port) else { return Ok(CODE_DROP) };
+        let count = port.pools[role].as_ref().map_or(0, |pool| pool.members.len()) as u32;
+        if count == 0 {
+            return Ok(if target.when_empty == Verdict::Drop { CODE_DROP } else { CODE_REFUSE });
+        }
+        let (number, sticky) = (port.number, port.sticky);
+        if number == 0 {
+            return Err("no service-port number is left");
+        }
+        let affinity = (sticky && frontend.affinity > 0).then_some((frontend.affinity, role == 1));
+        // Without affinity of its own, a frontend of a port with affinity still needs the sticky maps.
+        let affinity = if sticky { affinity.or(Some((1, role == 1))) } else { None };
+        let kind = Kind { masquerade, affinity };
+        let Some((code, new)) = self.codes.acquire(kind, count) else {
+            return Err("no dispatch code is left");
+        };
+        let Some(pick) = self.codes.pick(code) else { return Err("no dispatch code is left") };
+        if new {
+            self.count_affinity_map(&pick, true);
+            self.put(Element::Pick(code), None, Some(Data::Pick(pick)));
+        }
+        let size = sizes.entry((frontend.port, role)).or_default();
+        *size = (*size).max(pick.size);
+        Ok(pool_bits(number, role) | code)
+    }
+}

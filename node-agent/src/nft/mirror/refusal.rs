@@ -1,0 +1,124 @@
+//! What the kernel refused: taking it out of the mirror, and naming it.
+
+use super::{Member, Mirror, Port};
+use crate::nft::element::{Element, Key};
+use crate::nft::text;
+
+/// Why an item is not in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) item: String,
+    pub(crate) reason: String,
+    pub(crate) errno: i32,
+}
+
+impl<const N: usize> Mirror<N> {
+    /// Takes out what owns an element that the kernel refused.
+    pub(crate) fn refuse(&mut self, element: Element<N>, errno: i32) {
+        let owner = match element {
+            Element::Slot { pool, index } => self.port_numbered(pool >> 13).and_then(|(port, owner)| {
+                let role = (pool >> 12 & 1) as usize;
+                let members = &owner.pools[role].as_ref()?.members;
+                Some((port, role, *members.get(index as usize % members.len().max(1))?))
+            }),
+            Element::Backend(id) | Element::StickyCluster(id) | Element::StickyLocal(id) => {
+                let local = matches!(element, Element::StickyLocal(_));
+                self.member_with(id, local)
+            }
+            _ => None,
+        };
+        match owner {
+            Some((index, role, member)) => {
+                self.remove_member(index, role, member.address, member.port);
+                self.refused_members.push((index, role, member, errno));
+                self.dirty_ports.insert(index);
+                // The element itself is not in the kernel, whatever was noted.
+                self.changes.0.remove(&element);
+            }
+            None => {
+                self.changes.0.remove(&element);
+                self.blocked.insert(element, errno);
+            }
+        }
+    }
+
+    fn port_numbered(&self, number: u32) -> Option<(u32, &Port<N>)> {
+        let mut ports = self.ports.iter().enumerate();
+        ports.find_map(|(index, port)| {
+            port.as_ref().filter(|port| port.number == number).map(|port| (index as u32, port))
+        })
+    }
+
+    fn member_with(&self, id: u32, local: bool) -> Option<(u32, usize, Member<N>)> {
+        self.ports.iter().enumerate().find_map(|(index, port)| {
+            let pools = port.as_ref()?.pools.iter().enumerate();
+            let mut pools = pools.filter(|(role, _)| !local || *role == 1);
+            pools.find_map(|(role, pool)| {
+                let member = pool.as_ref()?.members.iter().find(|member| member.id == id)?;
+                Some((index as u32, role, *member))
+            })
+        })
+    }
+
+    /// All items that are not in the kernel although the view has them.
+    pub(crate) fn refusals(&self) -> Vec<Refusal> {
+        let mut all: Vec<Refusal> = self
+            .overflowed
+            .iter()
+            .map(|(key, reason)| Refusal {
+                item: self.frontend_item(key),
+                reason: (*reason).to_owned(),
+                errno: 0,
+            })
+            .collect();
+        for (element, errno) in &self.blocked {
+            let reason = std::io::Error::from_raw_os_error(*errno);
+            let reason =
+                format!("the kernel refused an element of {}: {reason}", element.set().unwrap_or("maps"));
+            all.push(Refusal { item: self.item(element), reason, errno: *errno });
+        }
+        for (index, _, member, errno) in &self.refused_members {
+            let reason = match errno {
+                0 => "the service port has too many endpoints for affinity".to_owned(),
+                _ => format!("the kernel refused it: {}", std::io::Error::from_raw_os_error(*errno)),
+            };
+            let address = text::socket_address(&member.address, member.port);
+            let item = format!("endpoint {address} of {}", text::port_name(&self.port_name(*index)));
+            all.push(Refusal { item, reason, errno: *errno });
+        }
+        all.sort_by(|left, right| left.item.cmp(&right.item));
+        all
+    }
+
+    fn frontend_item(&self, key: &Key<N>) -> String {
+        let address = text::socket_address(&key.address, key.port);
+        let protocol = text::protocol(key.protocol);
+        let owner = self.frontend_at(key).map(|frontend| self.port_name(frontend.port));
+        let owner = owner.map(|name| format!(" ({})", text::service(&name))).unwrap_or_default();
+        format!("frontend {address}/{protocol}{owner}")
+    }
+
+    fn item(&self, element: &Element<N>) -> String {
+        match element {
+            Element::Frontend(key)
+            | Element::Inside(key)
+            | Element::Outside(key)
+            | Element::Guarded(key)
+            | Element::Refused(key)
+            | Element::AllowedSource(key, _) => self.frontend_item(key),
+            Element::Hairpin(key) => {
+                format!("local endpoint {}", text::socket_address(&key.address, key.port))
+            }
+            Element::Vip(address) | Element::ClusterIp(address) => {
+                format!("address {}", text::address(address))
+            }
+            Element::ServiceCidr(range) => {
+                format!("ServiceCIDR {}/{}", text::address(&range.address), range.prefix)
+            }
+            Element::LocalPod(range) => {
+                format!("pod CIDR {}/{}", text::address(&range.address), range.prefix)
+            }
+            other => format!("{other:?}"),
+        }
+    }
+}
