@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use switchtower_e2e::cluster::{Layout, Tools, down, install, machine, shell, up};
+use switchtower_e2e::cluster::{Layout, Tools, conformance, down, install, machine, shell, up};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -34,6 +34,28 @@ enum Action {
         place: Place,
         #[command(flatten)]
         programs: Programs,
+    },
+    /// Runs upstream's e2e tests of Services and prints the report
+    Conformance {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+        /// The service proxy under test; it names the report
+        #[arg(long, default_value = "switchtower")]
+        label: String,
+        /// Only a part that ends within minutes
+        #[arg(long)]
+        quick: bool,
+        /// Regular expression of the tests' names
+        #[arg(long)]
+        focus: Option<String>,
+        /// Tests at once
+        #[arg(long, default_value_t = 6)]
+        processes: u8,
+        /// Folder for the reports
+        #[arg(long, default_value = "target/conformance")]
+        out: PathBuf,
     },
     /// Removes the cluster, whatever is left of it
     Down {
@@ -134,6 +156,10 @@ fn main() -> Result<()> {
             shell::print(&format!("export KUBECONFIG={}", layout.kubeconfig().display()))
         }
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
+        Action::Conformance { place, programs, label, quick, focus, processes, out } => {
+            let run = conformance::Run { label, quick, focus, processes, out };
+            conformance::conformance(&place.existing()?, &programs.tools()?, &run)
+        }
         Action::Down { place } => down::down(&place.layout(0)),
         Action::MachineInit { host_name, var } => machine::machine_init(&host_name, &var),
     }

@@ -12,6 +12,7 @@
 //! No service proxy runs until one is installed.
 
 pub mod addons;
+pub mod conformance;
 pub mod control_plane;
 pub mod down;
 pub mod images;

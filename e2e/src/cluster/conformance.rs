@@ -1,0 +1,231 @@
+//! Upstream's own e2e suite, run against the cluster, and its result beside that of kube-proxy.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use super::layout::{Layout, Tools};
+use super::machine::Machine;
+use super::shell::{print, say};
+
+/// Everything of sig-network that concerns Services.
+const FOCUS: &str = r"\[sig-network\] (Services|Conntrack|Endpoint|Networking|Proxy|Traffic Distribution|Service|Topology|Connectivity)";
+/// A part of it that ends within minutes and touches each kind of Service.
+const QUICK: &str = concat!(
+    r"\[sig-network\] (Services should (serve a basic|serve multiport|serve endpoints on same port|be able to ",
+    r"(change the type|create a functioning|switch session)|have session affinity work|be rejected when no|allow pods ",
+    r"to hairpin|respect internalTrafficPolicy|preserve source)|EndpointSlice should|Networking Granular Checks: ",
+    r"Services should function for (pod|node)-Service|Conntrack should be able to preserve UDP traffic when server pod ",
+    r"cycles for a NodePort)",
+);
+/// What this laboratory cannot do or what must not run beside others: cloud load balancers, SCTP sockets,
+/// tests that stop nodes, features that are off by default.
+const SKIP: &str = r"\[(Serial|Slow|Disruptive)\]|SCTP|LoadBalancer|\[Feature:|\[Alpha\]|NetworkPolic";
+
+/// How to run it.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// The service proxy under test, which names the report.
+    pub label: String,
+    /// Only the quick part.
+    pub quick: bool,
+    /// Another regular expression for the names of tests.
+    pub focus: Option<String>,
+    /// How many tests at once.
+    pub processes: u8,
+    /// Folder for reports and the log.
+    pub out: PathBuf,
+}
+
+/// How a test ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It passed.
+    Passed,
+    /// It failed, with the reason's first line.
+    Failed(String),
+    /// It decided not to run, and says why.
+    Skipped(String),
+}
+
+/// Results by test name.
+pub type Outcomes = BTreeMap<String, Outcome>;
+
+/// Runs the tests and prints the report. An error if a test failed that does not fail with kube-proxy too.
+pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
+    fs::create_dir_all(&run.out).with_context(|| format!("making {}", run.out.display()))?;
+    let out = fs::canonicalize(&run.out).context("resolving the report's folder")?;
+    let json = format!("{}.json", run.label);
+    let _ = fs::remove_file(out.join(&json));
+    let log = out.join(format!("{}.log", run.label));
+    say(&format!("upstream's tests run; what they say goes to {}", log.display()));
+    let focus = run.focus.as_deref().unwrap_or(if run.quick { QUICK } else { FOCUS });
+    // In the hub's network, which reaches pods and nodes, but with the host's files.
+    let output = fs::File::create(&log).context("making the log")?;
+    let status = std::process::Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
+        .arg(tools.cluster("ginkgo"))
+        .args([format!("--procs={}", run.processes), format!("--focus={focus}"), format!("--skip={SKIP}")])
+        .args(["--no-color", "--timeout=60m", &format!("--json-report={json}")])
+        .arg(format!("--output-dir={}", out.display()))
+        .arg(tools.cluster("e2e.test"))
+        .args(["--", "--provider=skeleton", "--disable-log-dump"])
+        .args([
+            format!("--kubeconfig={}", layout.kubeconfig().display()),
+            format!("--num-nodes={}", layout.nodes),
+        ])
+        .stdin(Stdio::null())
+        .stderr(output.try_clone().context("duplicating the log's descriptor")?)
+        .stdout(output)
+        .status()
+        .context("ginkgo could not be started")?;
+    let outcomes = read(&out.join(&json))
+        .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
+    let baseline = read(&out.join("kube-proxy.json")).unwrap_or_default();
+    let report = render(&run.label, &outcomes, &baseline);
+    fs::write(out.join(format!("{}.md", run.label)), &report).context("writing the report")?;
+    print(&report)?;
+    let worse = worse_than(&outcomes, &baseline);
+    if !worse.is_empty() {
+        bail!("{} tests failed that do not fail with kube-proxy, or have no result there", worse.len());
+    }
+    Ok(())
+}
+
+fn worse_than<'a>(outcomes: &'a Outcomes, baseline: &Outcomes) -> Vec<&'a String> {
+    let failed = |outcome: &Outcome| matches!(outcome, Outcome::Failed(_));
+    let mine = outcomes.iter().filter(|(_, outcome)| failed(outcome));
+    mine.map(|(name, _)| name).filter(|name| !baseline.get(*name).is_some_and(failed)).collect()
+}
+
+/// Reads ginkgo's JSON report; tests that the filters left out are not in the result.
+pub fn read(path: &Path) -> Result<Outcomes> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let suites: Vec<Suite> = serde_json::from_str(&text)
+        .with_context(|| format!("{} is no report of ginkgo's", path.display()))?;
+    let specs = suites.into_iter().flat_map(|suite| suite.spec_reports.unwrap_or_default());
+    Ok(specs.filter(|spec| spec.leaf_node_type == "It").filter_map(Spec::outcome).collect())
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Suite {
+    spec_reports: Option<Vec<Spec>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Spec {
+    #[serde(default)]
+    container_hierarchy_texts: Option<Vec<String>>,
+    #[serde(default)]
+    leaf_node_type: String,
+    #[serde(default)]
+    leaf_node_text: String,
+    #[serde(default)]
+    state: String,
+    #[serde(default)]
+    failure: Option<Failure>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Failure {
+    #[serde(default)]
+    message: String,
+}
+
+impl Spec {
+    fn outcome(self) -> Option<(String, Outcome)> {
+        let reason = self.failure.map(|failure| failure.message).unwrap_or_default();
+        let reason = reason.lines().next().unwrap_or_default().chars().take(160).collect::<String>();
+        let outcome = match self.state.as_str() {
+            "passed" => Outcome::Passed,
+            // Without a reason it was the filter.
+            "skipped" | "pending" if reason.is_empty() => return None,
+            "skipped" | "pending" => Outcome::Skipped(reason),
+            _ => Outcome::Failed(reason),
+        };
+        let mut name = self.container_hierarchy_texts.unwrap_or_default();
+        name.push(self.leaf_node_text);
+        Some((name.join(" "), outcome))
+    }
+}
+
+/// A table of counts, then every test that did not pass, in Markdown.
+pub fn render(label: &str, outcomes: &Outcomes, baseline: &Outcomes) -> String {
+    let mut text =
+        format!("| proxy | passed | failed | skipped |\n|---|---|---|---|\n{}", row(label, outcomes));
+    if label != "kube-proxy" && !baseline.is_empty() {
+        text.push_str(&row("kube-proxy", baseline));
+    }
+    text.push_str("\n| test | outcome |\n|---|---|\n");
+    for (name, outcome) in outcomes {
+        let line = match outcome {
+            Outcome::Passed => continue,
+            Outcome::Failed(reason) => format!("failed: {reason}"),
+            Outcome::Skipped(reason) => format!("skipped: {reason}"),
+        };
+        let with_kube_proxy = match baseline.get(name) {
+            Some(Outcome::Failed(_)) if label != "kube-proxy" => " (fails with kube-proxy too)",
+            _ => "",
+        };
+        text.push_str(&format!("| {name} | {}{with_kube_proxy} |\n", line.replace('|', "\\|")));
+    }
+    text
+}
+
+fn row(label: &str, outcomes: &Outcomes) -> String {
+    let (mut passed, mut failed, mut skipped) = (0_u32, 0_u32, 0_u32);
+    for outcome in outcomes.values() {
+        match outcome {
+            Outcome::Passed => passed += 1,
+            Outcome::Failed(_) => failed += 1,
+            Outcome::Skipped(_) => skipped += 1,
+        }
+    }
+    format!("| {label} | {passed} | {failed} | {skipped} |\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REPORT: &str = r#"[{"SpecReports": [
+        {"ContainerHierarchyTexts": null, "LeafNodeType": "SynchronizedBeforeSuite", "State": "passed"},
+        {"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeType": "It", "LeafNodeText": "a", "State": "passed"},
+        {"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeType": "It", "LeafNodeText": "b", "State": "failed",
+         "Failure": {"Message": "no answer\nmore"}},
+        {"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeType": "It", "LeafNodeText": "c", "State": "skipped",
+         "Failure": {"Message": "needs 3 nodes"}},
+        {"ContainerHierarchyTexts": ["[sig-storage] X"], "LeafNodeType": "It", "LeafNodeText": "d", "State": "skipped"}
+    ]}]"#;
+
+    fn outcomes() -> Outcomes {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), REPORT).unwrap();
+        read(file.path()).unwrap()
+    }
+
+    #[test]
+    fn filtered_tests_are_not_in_the_report() {
+        assert_eq!(
+            render("switchtower", &outcomes(), &Outcomes::new()),
+            "| proxy | passed | failed | skipped |\n|---|---|---|---|\n| switchtower | 1 | 1 | 1 |\n\n\
+             | test | outcome |\n|---|---|\n| [sig-network] Services b | failed: no answer |\n\
+             | [sig-network] Services c | skipped: needs 3 nodes |\n"
+        );
+    }
+
+    #[test]
+    fn only_what_kube_proxy_passes_counts_against_us() {
+        let mut baseline = outcomes();
+        assert!(worse_than(&outcomes(), &baseline).is_empty());
+        baseline.insert("[sig-network] Services b".into(), Outcome::Passed);
+        assert_eq!(worse_than(&outcomes(), &baseline), ["[sig-network] Services b"]);
+    }
+}
