@@ -4,14 +4,15 @@
 //! servers answer meanwhile. A commit starts at once when something changed. When it fails nothing is lost:
 //! the same desired state is tried again with back-off, and acknowledged once the kernel holds it.
 
+mod flows;
+mod messages;
+mod report;
+
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use switchtower_proto::v1::{
-    Ack, ApplyTimings, Deviation, Deviations, Nack, NackReason, Part, Report, Stamp as WireStamp, Update,
-    UpdateEnd, View,
-};
-use tokio::sync::{mpsc, oneshot};
+use switchtower_proto::v1::{Nack, NackReason, Report, Stamp as WireStamp, View};
+use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
 use crate::health::{Health, HealthTargets};
@@ -19,6 +20,9 @@ use crate::kernel_change::KernelChange;
 use crate::metrics::Metrics;
 use crate::snapshot::SnapshotFile;
 use crate::state::{Refusal, State, UdpChanges};
+
+pub use flows::{FlowTable, StaleFlows};
+pub use messages::{Command, Event, Standing};
 
 /// The snapshot file is written after this time without a command.
 const QUIET: Duration = Duration::from_secs(1);
@@ -30,91 +34,6 @@ const PENDING_LIMIT: usize = 100_000;
 const RETRY_LIMIT: Duration = Duration::from_secs(30);
 /// Pause after a failed pass over the conntrack table.
 const FLOW_RETRY: Duration = Duration::from_secs(2);
-/// Most deviations that an Ack names.
-const SAMPLES: usize = 16;
-
-/// What the engine is asked to do.
-#[derive(Debug)]
-pub enum Command {
-    /// A session begins: what it does not finish is dropped, and events go to it from now on.
-    Attach {
-        /// Where events go.
-        events: mpsc::UnboundedSender<Event>,
-        /// Gets what Hello says.
-        standing: oneshot::Sender<Standing>,
-    },
-    /// An update begins.
-    Begin(Box<Update>),
-    /// A part of it.
-    Part(Part),
-    /// Its end.
-    End(UpdateEnd),
-    /// The addresses of the node's interfaces changed.
-    HostAddresses(Vec<IpAddr>),
-    /// Somebody else changed our tables, or may have.
-    Drift {
-        /// For the report and the metric.
-        cause: &'static str,
-    },
-    /// A question of the controller.
-    Ask {
-        /// "counts" or "stamp".
-        what: String,
-        /// Gets the answer or why there is none.
-        answer: oneshot::Sender<Result<Vec<u8>, String>>,
-    },
-    /// Write the snapshot file and stop. The kernel is left as it is.
-    Stop,
-}
-
-/// What the engine tells the session; the session number is filled in there.
-#[derive(Debug)]
-pub enum Event {
-    /// The kernel holds a generation.
-    Ack(Ack),
-    /// An update was refused, or the kernel refuses it for now.
-    Nack(Nack),
-    /// Drift was repaired.
-    Report(Report),
-}
-
-/// What Hello says about this node.
-#[derive(Debug, Clone, Default)]
-pub struct Standing {
-    /// The kernel's stamp.
-    pub kernel: Option<WireStamp>,
-    /// The view that may be resumed.
-    pub view: Option<View>,
-    /// The addresses of the node's interfaces.
-    pub addresses: Vec<IpAddr>,
-}
-
-/// Removes conntrack entries that lead UDP flows to backends that no longer serve.
-pub trait FlowTable: Send {
-    /// One pass; returns how many entries were deleted.
-    ///
-    /// # Errors
-    /// The table could not be read or an entry not be deleted; the pass has to be repeated.
-    fn reconcile(&mut self, stale: &StaleFlows<'_>) -> std::io::Result<usize>;
-}
-
-/// Decides which flows are stale.
-pub struct StaleFlows<'a> {
-    state: &'a State,
-    udp: &'a UdpChanges,
-}
-
-impl StaleFlows<'_> {
-    /// Whether entries of this family have to be looked at.
-    pub fn concerns(&self, ipv4: bool) -> bool {
-        if ipv4 { self.udp.ipv4 } else { self.udp.ipv6 }
-    }
-
-    /// Whether a UDP entry with this original destination and this source of replies is stale.
-    pub fn is_stale(&self, destination: std::net::SocketAddr, backend: std::net::SocketAddr) -> bool {
-        self.state.udp_flow(destination, backend, &self.udp.gone) == crate::state::Flow::Stale
-    }
-}
 
 /// What an engine works with.
 pub struct Parts {
@@ -434,13 +353,13 @@ impl Engine {
         match result {
             Ok(committed) => {
                 self.parts.metrics.applied(mode, stamp.generation, started.elapsed());
-                self.committed(stamp, committed);
+                self.committed(stamp, &committed);
             }
             Err(error) => self.failed(&error),
         }
     }
 
-    fn committed(&mut self, stamp: Stamp, committed: Committed) {
+    fn committed(&mut self, stamp: Stamp, committed: &Committed) {
         if self.doubt {
             release_memory();
         }
@@ -469,53 +388,9 @@ impl Engine {
             "the kernel holds the generation"
         );
         if std::mem::take(&mut self.unacknowledged) {
-            let ack = self.ack(stamp, &committed, started.elapsed());
+            let ack = self.ack(stamp, committed, started.elapsed());
             self.send(Event::Ack(ack));
         }
-    }
-
-    fn ack(&self, stamp: Stamp, committed: &Committed, conntrack: Duration) -> Ack {
-        let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let counts = self.state.counts();
-        Ack {
-            session: 0,
-            generation: stamp.generation,
-            digest: stamp.digest.to_le_bytes().to_vec(),
-            deviations: self.deviations(stamp.digest),
-            timings: Some(ApplyTimings {
-                plan_microseconds: microseconds(committed.plan),
-                commit_microseconds: microseconds(committed.commit),
-                conntrack_microseconds: microseconds(conntrack),
-                operations: committed.operations,
-                services: counts.services as u32,
-                endpoints: counts.endpoints as u32,
-            }),
-        }
-    }
-
-    /// Held removals and settings fallback come with the delete budget and rollouts; refused items are now.
-    fn deviations(&self, desired: u128) -> Option<Deviations> {
-        if self.refused.is_empty() {
-            return None;
-        }
-        // Equal for equal sets of refused items over equal views; it is compared, never decoded.
-        let effective = self.refused.iter().fold(desired, |digest, refused| {
-            let mut first = [0; 16];
-            first.copy_from_slice(&blake3::hash(refused.item.as_bytes()).as_bytes()[..16]);
-            digest.wrapping_sub(u128::from_le_bytes(first))
-        });
-        let samples = self.refused.iter().take(SAMPLES).map(|Refused { item, reason, errno }| Deviation {
-            item: item.clone(),
-            reason: reason.clone(),
-            errno: *errno,
-        });
-        Some(Deviations {
-            held: 0,
-            refused: self.refused.len() as u32,
-            settings_revision: 0,
-            effective_digest: effective.to_le_bytes().to_vec(),
-            samples: samples.collect(),
-        })
     }
 
     fn failed(&mut self, error: &CommitError) {
@@ -610,30 +485,6 @@ impl Engine {
             }
             Err(error) => tracing::warn!(%error, "the snapshot file could not be written"),
         }
-    }
-
-    fn answer(&mut self, what: &str) -> Result<Vec<u8>, String> {
-        let json = match what {
-            "counts" => {
-                let counts = self.state.counts();
-                serde_json::json!({
-                    "services": counts.services, "frontends": counts.frontends, "pools": counts.pools,
-                    "endpoints": counts.endpoints, "items": counts.items, "refused": self.refused.len(),
-                })
-            }
-            "stamp" => {
-                let stamp = self.parts.dataplane.stamp().map_err(|error| error.to_string())?;
-                match stamp {
-                    None => serde_json::Value::Null,
-                    Some(stamp) => serde_json::json!({
-                        "generation": stamp.generation, "digest": format!("{:032x}", stamp.digest),
-                        "facts": format!("{:016x}", stamp.facts), "deviations": stamp.deviations,
-                    }),
-                }
-            }
-            other => return Err(format!("this agent answers \"counts\" and \"stamp\", not {other:?}")),
-        };
-        serde_json::to_vec(&json).map_err(|error| error.to_string())
     }
 }
 

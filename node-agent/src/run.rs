@@ -141,7 +141,7 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         tokio::spawn(serve_node_ports(health, metrics.clone()));
         until_stopped(controllers, identity, commands, metrics).await
     });
-    wait_for(&runtime, engine);
+    wait_for(&runtime, &engine);
     result
 }
 
@@ -170,7 +170,7 @@ async fn until_stopped(
 }
 
 /// The engine's thread needs the runtime's timers until it ends, so both are waited for together.
-fn wait_for(runtime: &tokio::runtime::Runtime, engine: std::thread::JoinHandle<()>) {
+fn wait_for(runtime: &tokio::runtime::Runtime, engine: &std::thread::JoinHandle<()>) {
     let ended = runtime.block_on(async {
         tokio::time::timeout(STOP_DEADLINE, async {
             while !engine.is_finished() {

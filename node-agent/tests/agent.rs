@@ -1,6 +1,8 @@
 //! The real agent process against the real kernel, each test in a network namespace of its own, with a
 //! controller in the test. Needs root and the tools `ip`, `nft` and `conntrack` (for reading only).
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
 #[path = "support/controller.rs"]
 mod controller;
@@ -43,13 +45,19 @@ fn shell(line: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+const BINARY: &str = env!("CARGO_BIN_EXE_switchtower-node-agent");
+
 struct Agent {
     child: Child,
 }
 
 impl Agent {
     fn start(directory: &Path) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_switchtower-node-agent"))
+        Self::start_with(&mut Command::new(BINARY), directory)
+    }
+
+    fn start_with(command: &mut Command, directory: &Path) -> Self {
+        let child = command
             .args(["--node-name", "node-1", "--log-level", "warn"])
             .arg("--bootstrap-dir")
             .arg(directory)
@@ -298,6 +306,25 @@ fn health_checks_answer_what_the_kernel_holds() {
         stream.ack().await;
         eventually("503", || ask().starts_with("HTTP/1.1 503"));
         assert_eq!(shell(CURL).trim(), "200");
+    });
+}
+
+#[test]
+fn without_the_capability_it_says_so_and_stays() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let fleet = Fleet::new(3, 1);
+        let mut controller = FakeController::start("switchtower-controller").await;
+        controller.write_files(directory.path());
+        let mut unprivileged = Command::new("setpriv");
+        unprivileged.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin", BINARY]);
+        let _agent = Agent::start_with(&mut unprivileged, directory.path());
+        let mut stream = controller.accept().await;
+        stream.welcome(1, &[]).await;
+        stream.update(fleet.snapshot()).await;
+        let nack = stream.nack().await;
+        assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM), "{}", nack.detail);
+        assert_eq!(shell(&CURL.replace("healthz", "livez")).trim(), "200", "it is alive");
     });
 }
 

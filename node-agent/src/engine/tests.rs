@@ -1,5 +1,8 @@
 //! The engine with a kernel in memory.
 
+use switchtower_proto::v1::{Ack, Part, Update, UpdateEnd};
+use tokio::sync::oneshot;
+
 use super::*;
 use crate::testing::{self, Fleet, MemoryKernel};
 

@@ -268,9 +268,9 @@ impl Overlay {
         }
         let item = ItemRef::LocalEndpoint(endpoint);
         if present {
-            self.add(base.kind, item)
+            self.add(base.kind, item);
         } else {
-            self.subtract(base.kind, item)
+            self.subtract(base.kind, item);
         }
         self.local_endpoints.insert(endpoint.clone(), present);
     }
@@ -298,9 +298,9 @@ impl Overlay {
         }
         let item = ItemRef::ServiceCidr(cidr);
         if present {
-            self.add(base.kind, item)
+            self.add(base.kind, item);
         } else {
-            self.subtract(base.kind, item)
+            self.subtract(base.kind, item);
         }
         self.service_cidrs.insert(cidr.clone(), present);
     }

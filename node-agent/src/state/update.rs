@@ -14,7 +14,7 @@ use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, w
 /// A layer as it will be.
 pub(super) enum StagedLayer {
     Unchanged,
-    Changed(Overlay),
+    Changed(Box<Overlay>),
     Replaced(Box<Layer>),
 }
 
@@ -248,7 +248,7 @@ impl Staging {
         }
         let staged = &mut self.layers[at];
         if matches!(staged, StagedLayer::Unchanged) {
-            *staged = StagedLayer::Changed(Overlay::default());
+            *staged = StagedLayer::Changed(Box::default());
         }
         match staged {
             StagedLayer::Unchanged => {}

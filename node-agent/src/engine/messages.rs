@@ -1,0 +1,62 @@
+//! What goes into the engine and what comes out of it.
+
+use std::net::IpAddr;
+
+use switchtower_proto::v1::{Ack, Nack, Part, Report, Stamp as WireStamp, Update, UpdateEnd, View};
+use tokio::sync::{mpsc, oneshot};
+
+/// What the engine is asked to do.
+#[derive(Debug)]
+pub enum Command {
+    /// A session begins: what it does not finish is dropped, and events go to it from now on.
+    Attach {
+        /// Where events go.
+        events: mpsc::UnboundedSender<Event>,
+        /// Gets what Hello says.
+        standing: oneshot::Sender<Standing>,
+    },
+    /// An update begins.
+    Begin(Box<Update>),
+    /// A part of it.
+    Part(Part),
+    /// Its end.
+    End(UpdateEnd),
+    /// The addresses of the node's interfaces changed.
+    HostAddresses(Vec<IpAddr>),
+    /// Somebody else changed our tables, or may have.
+    Drift {
+        /// For the report and the metric.
+        cause: &'static str,
+    },
+    /// A question of the controller.
+    Ask {
+        /// "counts" or "stamp".
+        what: String,
+        /// Gets the answer or why there is none.
+        answer: oneshot::Sender<Result<Vec<u8>, String>>,
+    },
+    /// Write the snapshot file and stop. The kernel is left as it is.
+    Stop,
+}
+
+/// What the engine tells the session; the session number is filled in there.
+#[derive(Debug)]
+pub enum Event {
+    /// The kernel holds a generation.
+    Ack(Ack),
+    /// An update was refused, or the kernel refuses it for now.
+    Nack(Nack),
+    /// Drift was repaired.
+    Report(Report),
+}
+
+/// What Hello says about this node.
+#[derive(Debug, Clone, Default)]
+pub struct Standing {
+    /// The kernel's stamp.
+    pub kernel: Option<WireStamp>,
+    /// The view that may be resumed.
+    pub view: Option<View>,
+    /// The addresses of the node's interfaces.
+    pub addresses: Vec<IpAddr>,
+}

@@ -1,0 +1,81 @@
+//! What the engine says about itself: acknowledgements, deviations, answers to questions.
+
+use std::time::Duration;
+
+use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations};
+
+use super::Engine;
+use crate::dataplane::{Committed, Refused, Stamp};
+
+/// Most deviations that an Ack names.
+const SAMPLES: usize = 16;
+
+impl Engine {
+    pub(super) fn ack(&self, stamp: Stamp, committed: &Committed, conntrack: Duration) -> Ack {
+        let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let counts = self.state.counts();
+        Ack {
+            session: 0,
+            generation: stamp.generation,
+            digest: stamp.digest.to_le_bytes().to_vec(),
+            deviations: self.deviations(stamp.digest),
+            timings: Some(ApplyTimings {
+                plan_microseconds: microseconds(committed.plan),
+                commit_microseconds: microseconds(committed.commit),
+                conntrack_microseconds: microseconds(conntrack),
+                operations: committed.operations,
+                services: counts.services as u32,
+                endpoints: counts.endpoints as u32,
+            }),
+        }
+    }
+
+    /// Held removals and settings fallback come with the delete budget and rollouts; refused items are now.
+    fn deviations(&self, desired: u128) -> Option<Deviations> {
+        if self.refused.is_empty() {
+            return None;
+        }
+        // Equal for equal sets of refused items over equal views; it is compared, never decoded.
+        let effective = self.refused.iter().fold(desired, |digest, refused| {
+            let mut first = [0; 16];
+            first.copy_from_slice(&blake3::hash(refused.item.as_bytes()).as_bytes()[..16]);
+            digest.wrapping_sub(u128::from_le_bytes(first))
+        });
+        let samples = self.refused.iter().take(SAMPLES).map(|Refused { item, reason, errno }| Deviation {
+            item: item.clone(),
+            reason: reason.clone(),
+            errno: *errno,
+        });
+        Some(Deviations {
+            held: 0,
+            refused: self.refused.len() as u32,
+            settings_revision: 0,
+            effective_digest: effective.to_le_bytes().to_vec(),
+            samples: samples.collect(),
+        })
+    }
+
+    pub(super) fn answer(&mut self, what: &str) -> Result<Vec<u8>, String> {
+        let json = match what {
+            "counts" => {
+                let counts = self.state.counts();
+                serde_json::json!({
+                    "services": counts.services, "frontends": counts.frontends, "pools": counts.pools,
+                    "endpoints": counts.endpoints, "items": counts.items, "refused": self.refused.len(),
+                })
+            }
+            "stamp" => {
+                let stamp = self.parts.dataplane.stamp().map_err(|error| error.to_string())?;
+                match stamp {
+                    None => serde_json::Value::Null,
+                    Some(stamp) => serde_json::json!({
+                        "generation": stamp.generation, "digest": format!("{:032x}", stamp.digest),
+                        "facts": format!("{:016x}", stamp.facts), "deviations": stamp.deviations,
+                    }),
+                }
+            }
+            other => return Err(format!("this agent answers \"counts\" and \"stamp\", not {other:?}")),
+        };
+        serde_json::to_vec(&json).map_err(|error| error.to_string())
+    }
+}
