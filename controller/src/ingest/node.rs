@@ -13,7 +13,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// The taint with which the cluster autoscaler announces that it removes a Node (KEP-3836).
 const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
-/// Converts a Node.
+/// Converts a Node. That one lacks addresses or pod CIDRs is for the compiler to report.
 #[must_use]
 pub fn node(object: &ApiNode) -> Ingested {
     let name = object.metadata.name.as_deref().unwrap_or_default();
@@ -35,22 +35,6 @@ pub fn node(object: &ApiNode) -> Ingested {
             network
         })
         .collect();
-    let lacks = match (addresses.is_empty(), pod_cidrs.is_empty()) {
-        (false, false) => None,
-        (true, false) => {
-            Some("status.addresses has no usable InternalIP or ExternalIP: no NodePort is served here")
-        }
-        (false, true) => {
-            Some("spec.podCIDRs is empty: with local detection by node CIDR no source is a local pod")
-        }
-        (true, true) => Some(
-            "status.addresses and spec.podCIDRs are empty: no NodePort is served here, and with local detection by \
-             node CIDR no source is a local pod",
-        ),
-    };
-    if let Some(lacks) = lacks {
-        findings.note(ProblemReason::IncompleteNode, || lacks.to_owned());
-    }
     let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
     let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
     let node = Node {
