@@ -1,1 +1,380 @@
-//! t
+//! Real streams over TLS against a fake reviewer: what an agent sees.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use k8s_openapi::api::authentication::v1::{TokenReviewStatus, UserInfo};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, ServerName};
+use switchtower_core::compiled::Compiled;
+use switchtower_core::model::LayerId;
+use switchtower_proto::v1::agent_message::Message as FromAgent;
+use switchtower_proto::v1::change::Change as Op;
+use switchtower_proto::v1::controller_message::Message as ToAgent;
+use switchtower_proto::v1::fleet_client::FleetClient;
+use switchtower_proto::v1::{
+    Ack, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
+};
+use tokio::net::TcpStream;
+
+use super::auth::{Review, Reviewer};
+use super::*;
+use crate::bootstrap::CaPem;
+use crate::status::{Floors, Registry as _};
+
+const USER: &str = "system:serviceaccount:switchtower-system:switchtower-node-agent";
+
+/// Accepts what the token's first part says: user@node.
+struct Fake;
+
+impl Reviewer for Fake {
+    fn review<'a>(&'a self, token: &'a str, audience: &'a str) -> Review<'a> {
+        Box::pin(async move {
+            let (user, node) = token.split_once('.').unwrap().0.split_once('@').unwrap();
+            if user == "down" {
+                return Err("connection refused".to_owned());
+            }
+            let mut extra =
+                BTreeMap::from([("authentication.kubernetes.io/pod-uid".to_owned(), vec!["u".to_owned()])]);
+            if !node.is_empty() {
+                extra.insert("authentication.kubernetes.io/node-name".to_owned(), vec![node.to_owned()]);
+            }
+            let user =
+                UserInfo { username: Some(user.to_owned()), extra: Some(extra), ..UserInfo::default() };
+            Ok(TokenReviewStatus {
+                authenticated: Some(true),
+                audiences: Some(vec![audience.to_owned()]),
+                user: Some(user),
+                error: None,
+            })
+        })
+    }
+}
+
+/// Expires in 2030 for the audience switchtower.
+fn token(user: &str, node: &str) -> String {
+    format!(
+        "{user}@{node}.eyJhdWQiOlsic3dpdGNodG93ZXIiXSwiZXhwIjoxOTAwMDAwMDAwLCJrdWJlcm5ldGVzLmlvIjp7InBvZCI6eyJuYW1lIjoiYSIsInVpZCI6InUifX19.c2ln"
+    )
+}
+
+struct Lab {
+    fleet: Arc<Fleet>,
+    metrics: ServeMetrics,
+    ca: CaPem,
+    address: SocketAddr,
+}
+
+impl Lab {
+    async fn start(limits: Limits) -> Self {
+        let metrics = ServeMetrics::new(&prometheus::Registry::new()).unwrap();
+        let fleet = Fleet::new(
+            fleet::builtin_settings(),
+            Floors::default(),
+            metrics.clone(),
+            Arc::new(|| Some(Duration::ZERO)),
+        );
+        let authenticator =
+            Authenticator::new(Fake, "switchtower", "switchtower-system", "switchtower-node-agent");
+        let ca = tls::generate_ca().unwrap();
+        let config = Arc::new(ServerTls::from_pointee(tls::server_config(&ca).unwrap()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = Server::new(fleet.clone(), Arc::new(authenticator), limits);
+        tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
+        let lab = Self { fleet, metrics, ca, address };
+        for node in ["n1", "n2"] {
+            lab.add_node(node);
+        }
+        lab
+    }
+
+    fn add_node(&self, name: &str) {
+        let record = NodeRecord { name: name.to_owned(), eligible: true, ..NodeRecord::default() };
+        self.publish(LayerId::Node(name.into()), Op::Node(record));
+    }
+
+    fn publish(&self, layer: LayerId, op: Op) {
+        let changes = BTreeMap::from([(layer, vec![Change { change: Some(op) }])]);
+        self.fleet.publish(Compiled { changes, ..Compiled::default() }, Vec::new(), Source::default());
+    }
+
+    /// A change that concerns every node.
+    fn change(&self, number: u8) {
+        let cidr = Cidr { address: vec![10, number, 0, 0], prefix_length: 16 };
+        self.publish(LayerId::Cluster, Op::ServiceCidr(cidr));
+    }
+
+    async fn dial(&self, token: &str) -> Result<Agent, Status> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.ca.certificate.as_bytes()).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let (connector, address) = (tokio_rustls::TlsConnector::from(Arc::new(config)), self.address);
+        let dial = tower::service_fn(move |_: http::Uri| {
+            let connector = connector.clone();
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                let name = ServerName::try_from(tls::SERVER_NAME).unwrap();
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(connector.connect(name, stream).await?))
+            }
+        });
+        let endpoint = tonic::transport::Endpoint::from_static("http://controller");
+        let channel = endpoint.connect_with_connector(dial).await.unwrap();
+        let (out, messages) = mpsc::channel(1_024);
+        let mut request = Request::new(ReceiverStream::new(messages));
+        if !token.is_empty() {
+            request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        }
+        let inbound = FleetClient::new(channel).connect(request).await?.into_inner();
+        Ok(Agent { out, inbound, session: 0 })
+    }
+
+    async fn agent(&self, node: &str) -> Agent {
+        self.dial(&token(USER, node)).await.unwrap()
+    }
+
+    async fn until(&self, node: &str, holds: impl Fn(&crate::status::Observation) -> bool) {
+        for _ in 0..1_000 {
+            if self.fleet.observe(node).is_some_and(|known| holds(&known)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("not reached: {:?}", self.fleet.observe(node));
+    }
+}
+
+struct Agent {
+    out: mpsc::Sender<AgentMessage>,
+    inbound: Streaming<ControllerMessage>,
+    session: u64,
+}
+
+fn hello(node: &str) -> Hello {
+    Hello { versions: vec![1], node_name: node.to_owned(), ..Hello::default() }
+}
+
+impl Agent {
+    async fn send(&self, message: FromAgent) {
+        self.out.send(AgentMessage { message: Some(message) }).await.unwrap();
+    }
+
+    async fn next(&mut self) -> ToAgent {
+        let next = tokio::time::timeout(Duration::from_secs(10), self.inbound.message());
+        next.await.expect("a message in time").unwrap().expect("no end").message.unwrap()
+    }
+
+    async fn welcome(&mut self, hello: Hello) -> bool {
+        self.send(FromAgent::Hello(hello)).await;
+        let ToAgent::Welcome(welcome) = self.next().await else { panic!("Welcome") };
+        self.session = welcome.session;
+        welcome.resumed
+    }
+
+    async fn update(&mut self) -> (Update, Vec<Part>) {
+        let ToAgent::Update(update) = self.next().await else { panic!("Update") };
+        let mut parts = Vec::new();
+        loop {
+            match self.next().await {
+                ToAgent::Part(part) => parts.push(part),
+                ToAgent::UpdateEnd(end) => {
+                    assert_eq!(end.to, update.to);
+                    return (update, parts);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn ack(&self, update: &Update) {
+        let Update { to, digest, .. } = update.clone();
+        let ack = Ack { session: self.session, generation: to, digest, ..Ack::default() };
+        self.send(FromAgent::Ack(ack)).await;
+    }
+
+    async fn nack(&self, update: &Update, reason: NackReason) {
+        let kept = update.from.unwrap_or(0);
+        let nack = Nack {
+            session: self.session,
+            generation: update.to,
+            reason: reason as i32,
+            kept,
+            ..Nack::default()
+        };
+        self.send(FromAgent::Nack(nack)).await;
+    }
+
+    async fn sent_away(&mut self) -> GoAwayReason {
+        loop {
+            if let ToAgent::GoAway(go_away) = self.next().await {
+                return go_away.reason();
+            }
+        }
+    }
+
+    /// Connects and takes the first snapshot.
+    async fn settled(lab: &Lab, node: &str) -> (Self, Update) {
+        let mut agent = lab.agent(node).await;
+        assert!(!agent.welcome(hello(node)).await);
+        let (update, _) = agent.update().await;
+        agent.ack(&update).await;
+        lab.until(node, |known| known.applied == update.to).await;
+        (agent, update)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_then_deltas_and_what_changes_meanwhile_comes_together() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    assert_eq!(first.from, None);
+    lab.change(1);
+    let (second, parts) = agent.update().await;
+    assert_eq!((second.from, second.to, parts.len()), (Some(first.to), first.to + 1, 1));
+    (2..7).for_each(|number| lab.change(number));
+    lab.until("n1", |known| known.desired == second.to + 5 && known.applied == first.to).await;
+    agent.ack(&second).await;
+    let (third, parts) = agent.update().await;
+    assert_eq!(
+        (third.from, third.to, third.changes_total, parts.len()),
+        (Some(second.to), second.to + 5, 5, 1)
+    );
+    agent.ack(&third).await;
+    lab.until("n1", |known| known.applied == third.to && known.behind_since.is_none()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_back_continues() {
+    let lab = Lab::start(Limits::default()).await;
+    let (agent, first) = Agent::settled(&lab, "n1").await;
+    drop(agent);
+    lab.until("n1", |known| known.lost_since.is_some()).await;
+    lab.change(1);
+    lab.until("n1", |known| known.desired == first.to + 1).await;
+    let view = |update: &Update| View {
+        digest: update.digest.clone(),
+        generation: update.to,
+        resume: update.resume.clone(),
+        source: update.source,
+    };
+    let mut agent = lab.agent("n1").await;
+    assert!(agent.welcome(Hello { view: Some(view(&first)), ..hello("n1") }).await);
+    let (second, _) = agent.update().await;
+    assert_eq!(second.from, Some(first.to));
+    agent.ack(&second).await;
+    lab.until("n1", |known| known.applied == second.to).await;
+    // Without the token of this process, the digest alone says that nothing is missing.
+    let mut again = lab.agent("n1").await;
+    assert!(again.welcome(Hello { view: Some(View { resume: None, ..view(&second) }), ..hello("n1") }).await);
+    assert_eq!(agent.sent_away().await, GoAwayReason::Superseded);
+    lab.until("n1", |known| known.acknowledged && known.applied == second.to && known.desired == second.to)
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_updates_are_followed_by_what_helps() {
+    let limits = Limits { pause: Duration::from_millis(20), ..Limits::default() };
+    let lab = Lab::start(limits).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    lab.change(1);
+    let (second, _) = agent.update().await;
+    agent.nack(&second, NackReason::DigestMismatch).await;
+    let (third, _) = agent.update().await;
+    assert_eq!((third.from, third.to > second.to), (None, true), "a snapshot under a new number");
+    agent.ack(&third).await;
+    lab.until("n1", |known| known.applied == third.to && known.failure.is_none()).await;
+    lab.change(2);
+    let (fourth, _) = agent.update().await;
+    agent.nack(&fourth, NackReason::Kernel).await;
+    let (fifth, _) = agent.update().await;
+    assert_eq!((fifth.from, fifth.to > fourth.to), (Some(third.to), true), "the same delta, later");
+    assert!(first.to < fifth.to);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_are_typed() {
+    let lab = Lab::start(Limits::default()).await;
+    let lab_ref = &lab;
+    let dialed = |token: String| async move {
+        lab_ref.dial(&token).await.err().map(|status| status.message().to_owned())
+    };
+    let cases = [
+        ("no_token", String::new()),
+        ("malformed_token", "x".to_owned()),
+        ("foreign_service_account", token("system:serviceaccount:default:other", "n1")),
+        ("not_pod_bound", token(USER, "")),
+        ("unknown_node", token(USER, "n9")),
+        ("review_unavailable", token("down", "n1")),
+    ];
+    for (reason, token) in cases {
+        let message = dialed(token).await.expect(reason);
+        assert!(message.starts_with(reason), "{reason}: {message}");
+        assert_eq!(lab.metrics.refusals(reason), 1, "{reason}");
+    }
+    let stamp = Stamp { generation: u64::MAX / 2, digest: vec![0; 16] };
+    let hostile = [
+        (GoAwayReason::NodeNameMismatch, FromAgent::Hello(hello("n2"))),
+        (GoAwayReason::Version, FromAgent::Hello(Hello { versions: vec![9], ..hello("n1") })),
+        (GoAwayReason::GenerationOutOfRange, FromAgent::Hello(Hello { kernel: Some(stamp), ..hello("n1") })),
+        (GoAwayReason::Malformed, FromAgent::Ack(Ack::default())),
+        (
+            GoAwayReason::Malformed,
+            FromAgent::Hello(Hello { agent_version: "x".repeat(1 << 20), ..hello("n1") }),
+        ),
+    ];
+    for (reason, message) in hostile {
+        let mut agent = lab.agent("n1").await;
+        agent.send(message).await;
+        assert_eq!(agent.sent_away().await, reason);
+    }
+    let mut plain = TcpStream::connect(lab.address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut plain, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    while lab.metrics.refusals("plaintext") == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Nothing of it harmed the others.
+    Agent::settled(&lab, "n2").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_a_false_acknowledgement_and_a_deleted_node_end_the_stream() {
+    let lab = Lab::start(Limits { messages_per_second: 5.0, ..Limits::default() }).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    for _ in 0..100 {
+        agent.send(FromAgent::Pong(Default::default())).await;
+    }
+    assert_eq!(agent.sent_away().await, GoAwayReason::Malformed);
+    let (mut agent, update) = Agent::settled(&lab, "n1").await;
+    assert!(update.to > first.to, "numbers go on");
+    agent.ack(&Update { to: update.to + 1, ..update }).await;
+    assert_eq!(agent.sent_away().await, GoAwayReason::Malformed);
+    let (mut agent, _) = Agent::settled(&lab, "n1").await;
+    let removed = vec![LayerId::Node("n1".into())];
+    lab.fleet.publish(Compiled { removed, ..Compiled::default() }, Vec::new(), Source::default());
+    assert_eq!(agent.sent_away().await, GoAwayReason::NodeDeleted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_hundred_agents_come_at_once() {
+    let lab = Arc::new(Lab::start(Limits::default()).await);
+    (0..500).for_each(|node| lab.add_node(&format!("m{node}")));
+    let started = std::time::Instant::now();
+    let agents: Vec<_> = (0..500)
+        .map(|node| {
+            let lab = lab.clone();
+            tokio::spawn(async move { Agent::settled(&lab, &format!("m{node}")).await.0 })
+        })
+        .collect();
+    let mut open = Vec::new();
+    for agent in agents {
+        open.push(agent.await.unwrap());
+    }
+    println!("500 agents settled after {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(60));
+}
