@@ -24,12 +24,7 @@ fn service(number: u32) -> Service {
         uid: format!("u{number}").into(),
         created: i64::from(number),
         cluster_ips: vec![address(10, number)],
-        ports: vec![ServicePortSpec {
-            name: "".into(),
-            protocol: Protocol::Tcp,
-            port: 80,
-            node_port: None,
-        }],
+        ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
         external_ips: vec![],
         load_balancer_ips: vec![],
         source_ranges: vec![],

@@ -42,6 +42,7 @@ pub(super) struct Output {
 pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
     let mut output = Output::default();
     let ports = distinct_ports(service, &mut output.problems);
+    output.problems.extend(slices.iter().filter_map(|slice| foreign_addresses(slice)));
     for cluster_ip in &service.cluster_ips {
         for port in ports.values() {
             let endpoints = gather(slices.iter().copied(), port, cluster_ip.is_ipv6());
@@ -50,6 +51,17 @@ pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
     }
     output.health = service.health_check_port.map(|port| (port, ready_addresses(service, slices)));
     output
+}
+
+/// Addresses that are not of the slice's own family are left out.
+fn foreign_addresses(slice: &EndpointSlice) -> Option<Problem> {
+    let foreign = slice.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv6() != slice.ipv6).count();
+    let family = if slice.ipv6 { "IPv6" } else { "IPv4" };
+    (foreign > 0).then(|| Problem {
+        object: ProblemObject::EndpointSlice(slice.key.clone()),
+        reason: ProblemReason::InvalidAddress,
+        message: format!("{foreign} addresses are not {family}, the slice's addressType: they are not used"),
+    })
 }
 
 /// Ports by name and protocol: the last of two with the same wins, as in kube-proxy's map.

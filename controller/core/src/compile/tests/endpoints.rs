@@ -223,3 +223,22 @@ fn an_endpoint_change_touches_its_pool_only() {
     compiler.apply(Input::Slice(mk_slice("web-1", "web", &["1 -", "3 -"])));
     assert_eq!(compiler.compile(), Compiled::default());
 }
+
+#[test]
+fn addresses_of_a_foreign_family_are_left_out_and_told_once() {
+    let mut slice = mk_slice("web-1", "web", &["1 n1", "2 n1"]);
+    slice.endpoints[0].address = "fd00::1".parse().unwrap();
+    let mut compiler = Compiler::new();
+    compiler.apply(Input::Service(web()));
+    compiler.apply(Input::Slice(slice.clone()));
+    let compiled = compiler.compile();
+    let [problem] = compiled.problems.as_slice() else { panic!("{:?}", compiled.problems) };
+    assert_eq!(problem.reason, ProblemReason::InvalidAddress);
+    assert_eq!(problem.object, crate::compiled::ProblemObject::EndpointSlice(object("web-1")));
+    let mut world = World::default();
+    world.apply(compiled);
+    assert_eq!(world.seen("n1", "a", Role::Cluster), [2]);
+    slice.endpoints.pop();
+    compiler.apply(Input::Slice(slice));
+    assert!(compiler.compile().problems.is_empty());
+}
