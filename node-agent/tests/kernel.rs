@@ -302,7 +302,6 @@ fn four_hundred_sizes_are_programmed_exactly() {
     let slots = summary.elements.iter().filter(|line| line.starts_with("slots")).count();
     assert_eq!(slots, 400 * 401 / 2);
     assert_eq!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count(), 400);
-    node.nft(&["-c", "-f", "-"], &node.table("ip"));
     let adopted = open(&node).adopt(&sizes(400), stamp(1)).unwrap();
     assert!(adopted.committed.is_none());
 }
