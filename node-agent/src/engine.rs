@@ -28,6 +28,8 @@ pub use messages::{Command, Event, Standing};
 const QUIET: Duration = Duration::from_secs(1);
 /// And at most this often.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(30);
+/// A controller that continues from a view sends what is new at once; this much later nothing is new.
+const HOLD_AFTER_RESUME: Duration = Duration::from_secs(3);
 /// Beyond this many uncommitted changes the whole view is compared instead.
 const PENDING_LIMIT: usize = 100_000;
 /// Longest pause between two attempts of a failing commit.
@@ -64,6 +66,8 @@ pub struct Engine {
     doubt: bool,
     /// The view is older than the kernel: nothing is written before a controller says what is new.
     hold: bool,
+    /// When a view that a controller continues from is taken as current, if no update came until then.
+    hold_until: Option<Instant>,
     /// A generation that the kernel holds only after the next commit, to be acknowledged then.
     unacknowledged: bool,
     nacked: Option<(u64, i32)>,
@@ -104,6 +108,7 @@ impl Engine {
             pending: Vec::new(),
             doubt: true,
             hold: false,
+            hold_until: None,
             unacknowledged: false,
             nacked: None,
             refused,
@@ -176,13 +181,21 @@ impl Engine {
             self.last_snapshot.map_or(now + QUIET, |last| (last + SNAPSHOT_INTERVAL).max(now + QUIET))
         });
         let commit = (self.queued && self.retry.is_none()).then(|| self.earliest_commit().unwrap_or(now));
-        [snapshot, commit, self.retry.map(|(at, _)| at), self.flow_retry].into_iter().flatten().min()
+        [snapshot, commit, self.retry.map(|(at, _)| at), self.flow_retry, self.hold_until]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
         if self.retry.is_some_and(|(at, _)| at <= now) || (self.queued && self.retry.is_none()) {
             self.sync();
+        }
+        if self.hold_until.take_if(|at| *at <= now).is_some() {
+            // What the kernel holds beyond the view was taken back meanwhile, or an update would have come.
+            (self.hold, self.unacknowledged) = (false, true);
+            self.queue_and_sync();
         }
         if self.flow_retry.is_some_and(|at| at <= now) {
             self.reconcile_flows();
@@ -199,11 +212,14 @@ impl Engine {
             Command::Attach { events, standing } => {
                 self.state.abandon();
                 self.skipping = false;
+                self.hold_until = None;
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
             }
+            Command::Resumed => self.hold_until = self.hold.then(|| Instant::now() + HOLD_AFTER_RESUME),
             Command::Begin(update) => {
+                self.hold_until = None;
                 self.skipping = false;
                 let result = self.state.begin(&update);
                 self.refuse(update.to, result);

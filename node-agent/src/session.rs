@@ -227,6 +227,9 @@ async fn session(
     tracing::info!(%address, controller, session, resumed, "connected");
     metrics.connected.set(1);
     controllers.remember(&peers);
+    if resumed {
+        commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
+    }
     let mut stream = Stream { commands, out, session, events, sequence: 0 };
     stream.pump(&mut incoming).await
 }

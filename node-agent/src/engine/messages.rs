@@ -15,6 +15,8 @@ pub enum Command {
         /// Gets what Hello says.
         standing: oneshot::Sender<Standing>,
     },
+    /// The controller continues from the view that Hello named.
+    Resumed,
     /// An update begins.
     Begin(Box<Update>),
     /// A part of it.

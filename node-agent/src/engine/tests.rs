@@ -152,6 +152,27 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
 }
 
 #[test]
+fn a_view_that_is_current_again_is_adopted_once_no_update_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(5, 2);
+    let (mut first, _) = engine(&kernel, directory.path());
+    play(&mut first, fleet.snapshot());
+    first.write_snapshot();
+    play(&mut first, fleet.add_endpoint(3, 5));
+    drop(first);
+    let (mut second, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut second);
+    second.handle(Command::Resumed);
+    second.wake();
+    assert_eq!(kernel.lock().commits.len(), 2, "not before the time is over");
+    second.hold_until = Some(Instant::now());
+    second.wake();
+    assert_eq!(ack(&mut events).generation, 1);
+    assert_eq!(kernel.lock().commits[2..], [1]);
+}
+
+#[test]
 fn a_current_file_is_adopted_without_a_write() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
