@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit bench setup clean-lab cluster cluster-down
+.PHONY: help demo test audit bench setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,20 @@ clean-lab: ## removes the namespaces and files that a killed run left behind
 
 cluster: ## a real cluster on this machine: kubelets, containers, no service proxy yet (PROXY=kube-proxy starts with one)
 	@hack/cluster.sh up --proxy "$(or $(PROXY),none)"
+
+cluster-install: ## installs this build of Switchtower on the cluster, with kubectl apply -k manifests
+	@hack/cluster.sh install
+
+cluster-demo: ## a cluster, Switchtower on it, Deployments scaled and an agent killed, with plain kubectl
+	@hack/cluster.sh up
+	@hack/cluster.sh install
+	@hack/cluster.sh demo
+
+conformance: ## upstream's e2e tests of Services on a fresh cluster (PROXY=kube-proxy for the baseline, QUICK=1 for a part)
+	@hack/cluster.sh down
+	@hack/cluster.sh up --proxy "$(if $(filter kube-proxy,$(PROXY)),kube-proxy,none)"
+	@$(if $(filter kube-proxy,$(PROXY)),true,hack/cluster.sh install)
+	@hack/cluster.sh conformance --label "$(or $(PROXY),switchtower)" $(if $(QUICK),--quick)
 
 cluster-down: ## removes it, wherever it was interrupted
 	@hack/cluster.sh down

@@ -9,7 +9,7 @@ TARGET=${1:-cluster}
 
 complete() {
     local file
-    for file in kubelet kube-scheduler agnhost ginkgo e2e.test coredns pause agnhost-root.tar; do
+    for file in kubelet kube-scheduler agnhost regression-issue-74839 ginkgo e2e.test coredns pause agnhost-root.tar; do
         [ -e "$1/$file" ] || return 1
     done
 }
@@ -41,7 +41,7 @@ build_go_programs() {
     watched "kubelet, kube-scheduler, agnhost and ginkgo (about two minutes on two cores, once)" "$out/build.log" \
         go build -v -trimpath -ldflags "$flags" -o "$out/" k8s.io/kubernetes/cmd/kubelet \
         k8s.io/kubernetes/cmd/kube-scheduler k8s.io/kubernetes/test/images/agnhost \
-        github.com/onsi/ginkgo/v2/ginkgo
+        k8s.io/kubernetes/test/images/regression-issue-74839 github.com/onsi/ginkgo/v2/ginkgo
     watched "upstream's e2e suite (about two minutes)" "$out/build.log" \
         go test -c -v -trimpath -ldflags "$flags" -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
     cd "$ROOT/e2e/tools/coredns"
@@ -54,7 +54,7 @@ build_go_programs() {
 build_test_root() {
     local out=$1 root=$1/root
     watched "the test image's files (debootstrap, about a minute)" "$out/build.log" \
-        debootstrap --variant=minbase --include=curl,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
+        debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
         bookworm "$root"
     cp "$out/agnhost" "$root/agnhost"
     ln -sf agnhost "$root/agnhost-2"

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use switchtower_e2e::cluster::{Layout, Tools, conformance, down, install, machine, shell, up};
+use switchtower_e2e::cluster::{Layout, Tools, conformance, demo, down, install, machine, shell, up};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -30,6 +30,13 @@ enum Action {
     },
     /// Installs Switchtower from the manifests, or this build over an installed one
     Install {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// A Deployment behind a Service: scaled, emptied, an agent killed
+    Demo {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
@@ -156,6 +163,7 @@ fn main() -> Result<()> {
             shell::print(&format!("export KUBECONFIG={}", layout.kubeconfig().display()))
         }
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
+        Action::Demo { place, programs } => demo::demo(&place.existing()?, &programs.tools()?),
         Action::Conformance { place, programs, label, quick, focus, processes, out } => {
             let run = conformance::Run { label, quick, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)

@@ -34,6 +34,11 @@ impl Kubectl {
         finish(&mut self.command(line))
     }
 
+    /// The same for words that hold blanks.
+    pub fn run_words(&self, words: &[&str]) -> Result<String> {
+        finish(self.command("").args(words))
+    }
+
     /// Applies manifests given as text.
     pub fn apply(&self, manifests: &str) -> Result<String> {
         finish_with_input(&mut self.command("apply -f -"), manifests)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
@@ -13,6 +14,10 @@ use super::shell::{finish, on_each, run};
 
 /// The image of every pod's sandbox.
 pub const PAUSE: &str = "switchtower.dev/cluster/pause:1";
+/// The same image by the name that upstream's suite in v1.36 uses.
+const UPSTREAM_PAUSE: &str = "registry.k8s.io/pause:3.10.2";
+/// A server that answers with packets of an invalid connection state; a conntrack test of the suite.
+const UPSTREAM_INVALID_STATE: &str = "registry.k8s.io/e2e-test-images/regression-issue-74839:1.4";
 /// The cluster's DNS server.
 pub const COREDNS: &str = "switchtower.dev/cluster/coredns:1";
 /// The controller, as the manifests name it.
@@ -56,8 +61,12 @@ pub enum Layer {
 /// The images that a cluster has before anything is installed on it.
 pub fn base_images(tools: &Tools) -> Vec<Image> {
     let test_tags = TEST_IMAGE_TAGS.iter().map(|&tag| tag.to_owned()).collect();
+    let mut pause = program("pause", PAUSE, &tools.cluster("pause"), "65535:65535");
+    pause.tags.push(UPSTREAM_PAUSE.to_owned());
+    let invalid_state = tools.cluster("regression-issue-74839");
     vec![
-        program("pause", PAUSE, &tools.cluster("pause"), "65535:65535"),
+        pause,
+        program("regression-issue-74839", UPSTREAM_INVALID_STATE, &invalid_state, ""),
         program("coredns", COREDNS, &tools.cluster("coredns"), ""),
         Image {
             name: "agnhost",
@@ -105,11 +114,6 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
         Layer::Program(path) => program_layer(image.name, path, work.path())?,
     };
     let digest = sha256(&layer)?;
-    let short = digest.get(..16).context("sha256sum printed no digest")?;
-    let archive = folder.join(format!("{}-{short}.tar", image.name));
-    if archive.exists() {
-        return Ok(archive);
-    }
     let config = json!({
         "architecture": architecture(),
         "os": "linux",
@@ -124,6 +128,11 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
         "history": [{"created_by": "switchtower"}],
     });
     let manifest = json!([{"Config": "config.json", "RepoTags": image.tags, "Layers": ["layer.tar"]}]);
+    let key = format!("{config}{manifest}");
+    let archive = folder.join(format!("{}-{:x}.tar", image.name, Sha256::digest(key.as_bytes())));
+    if archive.exists() {
+        return Ok(archive);
+    }
     let contents = work.path().join("archive");
     fs::create_dir(&contents).context("making the archive's folder")?;
     fs::write(contents.join("config.json"), config.to_string()).context("writing the image's config")?;

@@ -14,6 +14,7 @@
 pub mod addons;
 pub mod conformance;
 pub mod control_plane;
+pub mod demo;
 pub mod down;
 pub mod images;
 pub mod install;

@@ -126,7 +126,6 @@ fn kubelet_config(group: &Path) -> serde_json::Value {
         "clusterDNS": [DNS_IP],
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "resolvConf": RESOLV_CONF,
-        "localStorageCapacityIsolation": false,
         // The disk is shared with everything else on this machine.
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         // Imported images cannot be fetched again.
