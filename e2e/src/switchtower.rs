@@ -1,1 +1,515 @@
-//! x
+//! The product in the laboratory: the real controller with the rights of the manifests, the real agents in their
+//! nodes' namespaces with pod-bound tokens of the real TokenRequest API.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
+use kube::Api;
+use kube::api::PostParams;
+use serde_json::json;
+use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+
+use crate::api::Kube;
+use crate::control_plane::ControlPlane;
+use crate::lab::{Lab, NodeNet, PodNet};
+use crate::process::Process;
+use crate::{kernel_reader, objects, programs, wait};
+
+/// The namespace of the product.
+pub const NAMESPACE: &str = "switchtower-system";
+/// The agents' ServiceAccount.
+pub const AGENT_ACCOUNT: &str = "switchtower-node-agent";
+/// The audience of the agents' tokens.
+pub const AUDIENCE: &str = "switchtower";
+/// How long a laboratory's tokens last, in seconds: longer than any laboratory.
+const TOKEN_SECONDS: i64 = 24 * 3600;
+const CONTROLLER_PORT: u16 = 9443;
+
+/// What a fleet is to be made of.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// The Node's name.
+    pub name: String,
+    /// Its zone.
+    pub zone: String,
+    /// Names of its pods.
+    pub pods: Vec<String>,
+}
+
+impl NodeSpec {
+    /// A node with pods.
+    pub fn new(name: &str, zone: &str, pods: &[&str]) -> Self {
+        let pods = pods.iter().map(|&pod| pod.to_owned()).collect();
+        Self { name: name.to_owned(), zone: zone.to_owned(), pods }
+    }
+}
+
+/// One node of the fleet.
+#[derive(Debug)]
+pub struct FleetNode {
+    /// Its namespaces and addresses.
+    pub net: NodeNet,
+    /// Its zone.
+    pub zone: String,
+    /// Its pods.
+    pub pods: Vec<PodNet>,
+    agent: Mutex<Option<Process>>,
+    directory: PathBuf,
+}
+
+/// A control plane, a controller, nodes with agents, and pods.
+#[derive(Debug)]
+pub struct Fleet {
+    // The agents and the controller end first, the control plane last.
+    nodes: Vec<FleetNode>,
+    controller: Mutex<Option<Process>>,
+    metrics: SocketAddr,
+    lab: Lab,
+    control_plane: ControlPlane,
+}
+
+impl Fleet {
+    /// Builds everything and starts the controller and the agents; returns when every agent has applied its
+    /// first view.
+    ///
+    /// # Errors
+    /// Something does not start; the message says what, with the end of its log.
+    pub fn start(specs: &[NodeSpec]) -> Result<Self> {
+        let fleet = Self::build(specs)?;
+        fleet.install()?;
+        fleet.start_controller()?;
+        for node in &fleet.nodes {
+            fleet.start_agent(node)?;
+        }
+        fleet.settled(Duration::from_secs(20))?;
+        Ok(fleet)
+    }
+
+    /// Builds the control plane, nodes and pods, and starts nothing of the product, not even its CRDs.
+    ///
+    /// # Errors
+    /// As [`Fleet::start`].
+    pub fn build(specs: &[NodeSpec]) -> Result<Self> {
+        let (control_plane, network) = std::thread::scope(|scope| {
+            let control_plane = scope.spawn(ControlPlane::start);
+            let network = build_network(specs);
+            (control_plane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), network)
+        });
+        let (control_plane, (lab, nodes)) = (control_plane?, network?);
+        let metrics = free_address()?;
+        let fleet = Self { nodes, controller: Mutex::new(None), metrics, lab, control_plane };
+        for node in &fleet.nodes {
+            fleet.register(node)?;
+        }
+        Ok(fleet)
+    }
+
+    /// Installs the CRDs, the namespace, ServiceAccounts and rights, from the manifests that users apply.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn install(&self) -> Result<()> {
+        self.install_rights()?;
+        self.install_crds()
+    }
+
+    /// Installs all but the CRDs.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn install_rights(&self) -> Result<()> {
+        let directory = self.lab.directory();
+        let files = [
+            ("namespace.yaml", include_str!("../../manifests/namespace.yaml")),
+            ("rbac.yaml", include_str!("../../manifests/rbac.yaml")),
+        ];
+        for (name, text) in files {
+            let path = directory.join(name);
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            self.control_plane.kubectl(&["-n", NAMESPACE, "apply", "-f", &path.to_string_lossy()])?;
+        }
+        Ok(())
+    }
+
+    /// Installs the CRDs and waits until the API server serves them.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn install_crds(&self) -> Result<()> {
+        let path = self.lab.directory().join("crds.yaml");
+        fs::write(&path, include_str!("../../crds/yaml/proxystatuses.yaml"))?;
+        self.control_plane.kubectl(&["apply", "-f", &path.to_string_lossy()])?;
+        wait::until("the API server serves ProxyStatus", Duration::from_secs(10), || {
+            self.control_plane.kubectl(&["get", "proxystatuses"])
+        })?;
+        Ok(())
+    }
+
+    /// The API as administrator.
+    pub fn kube(&self) -> &Kube {
+        self.control_plane.kube()
+    }
+
+    /// The control plane.
+    pub fn control_plane(&self) -> &ControlPlane {
+        &self.control_plane
+    }
+
+    /// The network.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> &[FleetNode] {
+        &self.nodes
+    }
+
+    /// A pod by name, with its node.
+    ///
+    /// # Errors
+    /// There is no such pod.
+    pub fn pod(&self, name: &str) -> Result<(&PodNet, &FleetNode)> {
+        let all = self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (pod, node)));
+        all.into_iter().find(|(pod, _)| pod.name == name).with_context(|| format!("no pod {name}"))
+    }
+
+    /// Where agents reach the controller.
+    pub fn controller_address(&self) -> SocketAddr {
+        (self.lab.root_address(false), CONTROLLER_PORT).into()
+    }
+
+    /// Starts the controller as its ServiceAccount; waits until it listens.
+    ///
+    /// # Errors
+    /// It ends, or does not listen in time.
+    pub fn start_controller(&self) -> Result<()> {
+        let kubeconfig = self.controller_kubeconfig()?;
+        let mut command = Command::new(programs::workspace("switchtower-controller")?);
+        command.arg("--kubeconfig").arg(kubeconfig);
+        command.arg("--listen").arg(self.controller_address().to_string());
+        command.arg("--metrics-listen").arg(self.metrics.to_string());
+        command.arg("--admin-listen").arg(free_address()?.to_string());
+        command.args(["--namespace", NAMESPACE, "--replica", "controller-0"]);
+        let log = self.lab.directory().join("controller.log");
+        let process = Process::start("switchtower-controller", command, &log)?;
+        *lock(&self.controller) = Some(process);
+        Ok(())
+    }
+
+    /// Waits until the controller publishes where it listens and accepts connections.
+    ///
+    /// # Errors
+    /// It ends, or does not do so in time.
+    pub fn controller_listens(&self, deadline: Duration) -> Result<()> {
+        wait::until("the controller listens", deadline, || {
+            self.check_controller()?;
+            std::net::TcpStream::connect_timeout(&self.controller_address(), Duration::from_millis(200))
+                .context("connecting to the controller")
+        })
+        .map(drop)
+    }
+
+    /// Fails if the controller has ended.
+    ///
+    /// # Errors
+    /// It has ended, or was never started.
+    pub fn check_controller(&self) -> Result<()> {
+        lock(&self.controller).as_ref().context("the controller is not started")?.check_running()
+    }
+
+    /// All that the controller has logged.
+    pub fn controller_log(&self) -> String {
+        fs::read_to_string(self.lab.directory().join("controller.log")).unwrap_or_default()
+    }
+
+    /// The controller's process id.
+    pub fn controller_id(&self) -> Option<u32> {
+        lock(&self.controller).as_ref().map(Process::id)
+    }
+
+    /// Ends the controller with a signal and waits for it.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn stop_controller(&self, signal: i32) -> Result<()> {
+        let Some(process) = lock(&self.controller).take() else { return Ok(()) };
+        process.signal(signal);
+        process.wait(Duration::from_secs(10)).map(drop)
+    }
+
+    /// The sum of a metric of the controller over the series that have `labels` (as written, `reason="expired"`).
+    ///
+    /// # Errors
+    /// The controller does not answer.
+    pub fn controller_metric(&self, name: &str, labels: &str) -> Result<f64> {
+        Ok(sum_metric(&http_get(self.metrics, "/metrics")?, name, labels))
+    }
+
+    /// The sum of a metric of a node's agent.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn agent_metric(&self, node: &FleetNode, name: &str, labels: &str) -> Result<f64> {
+        let text = node.net.namespace.run(|| http_get(([127, 0, 0, 1], 10249).into(), "/metrics"))??;
+        Ok(sum_metric(&text, name, labels))
+    }
+
+    /// Starts a node's agent: its Pod, a token bound to the Pod, and the program in the node's namespace.
+    ///
+    /// # Errors
+    /// The API server refuses, or the program does not start.
+    pub fn start_agent(&self, node: &FleetNode) -> Result<()> {
+        let pod = self.agent_pod(&node.net.name)?;
+        let token = self.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], TOKEN_SECONDS)?;
+        fs::create_dir_all(&node.directory)?;
+        fs::write(node.directory.join("token"), token)?;
+        self.write_bootstrap(node)?;
+        self.run_agent(node)
+    }
+
+    /// Starts a node's agent again with the files that it has.
+    ///
+    /// # Errors
+    /// The program does not start.
+    pub fn run_agent(&self, node: &FleetNode) -> Result<()> {
+        let process = self.agent_process(node, &node.net.name, &node.directory.join("token"))?;
+        *lock(&node.agent) = Some(process);
+        Ok(())
+    }
+
+    /// Starts an agent in a node's namespace that says it is `name`, with a token file. It is not the node's own:
+    /// it has its own state and its own ports, and ends when the returned process is dropped.
+    ///
+    /// # Errors
+    /// The program does not start.
+    pub fn stranger(&self, node: &FleetNode, name: &str, token: &str) -> Result<Process> {
+        let id = rand::random::<u32>();
+        let directory = self.lab.directory().join(format!("stranger-{id:08x}"));
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join("token"), token)?;
+        let mut command = Command::new(programs::workspace("switchtower-node-agent")?);
+        command.args(["--node-name", name]);
+        command.arg("--bootstrap-dir").arg(node.directory.join("bootstrap"));
+        command.arg("--token-file").arg(directory.join("token"));
+        command.arg("--state-dir").arg(directory.join("state"));
+        command.args(["--metrics-bind-address", "127.0.0.1:0", "--healthz-bind-address", "127.0.0.1:0"]);
+        node.net.namespace.wrap(&mut command);
+        Process::start("a second switchtower-node-agent", command, &directory.join("agent.log"))
+    }
+
+    fn agent_process(&self, node: &FleetNode, name: &str, token: &std::path::Path) -> Result<Process> {
+        let mut command = Command::new(programs::workspace("switchtower-node-agent")?);
+        command.args(["--node-name", name]);
+        command.arg("--bootstrap-dir").arg(node.directory.join("bootstrap"));
+        command.arg("--token-file").arg(token);
+        command.arg("--state-dir").arg(node.directory.join("state"));
+        node.net.namespace.wrap(&mut command);
+        let log = self.lab.directory().join(format!("agent-{}.log", node.net.name));
+        Process::start(&format!("switchtower-node-agent of {}", node.net.name), command, &log)
+    }
+
+    /// Makes (or finds) the Pod of a node's agent.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn agent_pod(&self, node: &str) -> Result<Pod> {
+        let name = format!("{AGENT_ACCOUNT}-{node}");
+        self.kube().apply(&objects::pod(NAMESPACE, &name, node, AGENT_ACCOUNT))?;
+        self.kube().get(NAMESPACE, &name)?.context("the agent's Pod was made and is not there")
+    }
+
+    /// Asks the TokenRequest API for a token, bound to a Pod if one is given.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn token(
+        &self,
+        account: &str,
+        pod: Option<&Pod>,
+        audiences: &[&str],
+        seconds: i64,
+    ) -> Result<String> {
+        let bound = pod.map(|pod| BoundObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Pod".to_owned()),
+            name: pod.metadata.name.clone(),
+            uid: pod.metadata.uid.clone(),
+        });
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                audiences: audiences.iter().map(|&audience| audience.to_owned()).collect(),
+                bound_object_ref: bound,
+                expiration_seconds: Some(seconds),
+            },
+            ..TokenRequest::default()
+        };
+        let api: Api<ServiceAccount> = Api::namespaced(self.kube().client(), NAMESPACE);
+        let parameters = PostParams::default();
+        let answer = api.create_token_request(account, &parameters, &request);
+        let answer = self.kube().block_on(answer).with_context(|| format!("a token for {account}"))?;
+        Ok(answer.status.context("a TokenRequest without status")?.token)
+    }
+
+    /// Kills a node's agent with a signal and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn stop_agent(&self, node: &FleetNode, signal: i32) -> Result<()> {
+        let Some(process) = lock(&node.agent).take() else { return Ok(()) };
+        process.signal(signal);
+        process.wait(Duration::from_secs(10)).map(drop)
+    }
+
+    /// A node's agent's process id.
+    pub fn agent_id(&self, node: &FleetNode) -> Option<u32> {
+        lock(&node.agent).as_ref().map(Process::id)
+    }
+
+    /// All that a node's agent has logged.
+    pub fn agent_log(&self, node: &FleetNode) -> String {
+        let path = self.lab.directory().join(format!("agent-{}.log", node.net.name));
+        fs::read_to_string(path).unwrap_or_default()
+    }
+
+    /// The status of a node's row.
+    ///
+    /// # Errors
+    /// There is no row, or it has no status.
+    pub fn row(&self, node: &str) -> Result<ProxyStatusStatus> {
+        let row: Option<ProxyStatus> = self.kube().get_cluster(node)?;
+        row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("a row without status")
+    }
+
+    /// Waits until every node's row, agent and kernel agree: Ready, desired equals applied, and the stamp that
+    /// `nft` reads from the kernel has the same generation and digest. Returns how long it took.
+    ///
+    /// # Errors
+    /// They do not agree in time; the message names the node and what differs.
+    pub fn settled(&self, deadline: Duration) -> Result<Duration> {
+        let start = Instant::now();
+        wait::until("every node's row and kernel agree", deadline, || {
+            self.check_controller()?;
+            self.nodes.iter().try_for_each(|node| self.agrees(node))
+        })?;
+        Ok(start.elapsed())
+    }
+
+    /// Whether a node's row and its kernel agree.
+    ///
+    /// # Errors
+    /// They do not; the message says in what.
+    pub fn agrees(&self, node: &FleetNode) -> Result<()> {
+        let name = &node.net.name;
+        if let Some(agent) = lock(&node.agent).as_ref() {
+            agent.check_running()?;
+        }
+        let row = self.row(name)?;
+        let generation = row.generation;
+        ensure!(
+            generation.desired == generation.applied && generation.applied > 0,
+            "{name}: desired {}, applied {} ({})",
+            generation.desired,
+            generation.applied,
+            row.state
+        );
+        let stamp = kernel_reader::stamp(&node.net.namespace)?;
+        ensure!(
+            i64::try_from(stamp.generation)? == generation.applied,
+            "{name}: the kernel holds {}, the row says {}",
+            stamp.generation,
+            generation.applied
+        );
+        // The row has the digest in the order of the wire, which is little-endian.
+        let kernel: String = stamp.digest.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = row.digest.unwrap_or_default();
+        ensure!(digest == kernel, "{name}: the kernel's digest is {kernel}, the row's {digest}");
+        ensure!(row.state == "Synced", "{name}: state {}", row.state);
+        Ok(())
+    }
+
+    /// Writes the Node object of a node.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn register(&self, node: &FleetNode) -> Result<()> {
+        self.kube().apply(&objects::node(&node.net, &node.zone)).map(drop)
+    }
+
+    /// What a kubelet does with the ConfigMap that the controller writes: files.
+    fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
+        let data = wait::until("the controller writes its ConfigMap", Duration::from_secs(20), || {
+            self.check_controller()?;
+            let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;
+            map.context("the ConfigMap switchtower-bootstrap is not there")?.data.context("it is empty")
+        })?;
+        let directory = node.directory.join("bootstrap");
+        fs::create_dir_all(&directory)?;
+        for (name, text) in data {
+            fs::write(directory.join(name), text)?;
+        }
+        Ok(())
+    }
+
+    fn controller_kubeconfig(&self) -> Result<PathBuf> {
+        let token = self.token("switchtower-controller", None, &[], TOKEN_SECONDS)?;
+        let admin: serde_json::Value = serde_json::from_slice(&fs::read(self.control_plane.kubeconfig())?)?;
+        let mut config = admin;
+        config["users"] = json!([{"name": "admin", "user": {"token": token}}]);
+        let path = self.lab.directory().join("controller.kubeconfig");
+        fs::write(&path, config.to_string())?;
+        Ok(path)
+    }
+}
+
+fn build_network(specs: &[NodeSpec]) -> Result<(Lab, Vec<FleetNode>)> {
+    let lab = Lab::create()?;
+    let mut nodes: Vec<FleetNode> = Vec::new();
+    for (index, spec) in (1..).zip(specs) {
+        let others: Vec<_> = nodes.iter().map(|node| &node.net).collect();
+        let net = lab.add_node(&spec.name, index, &others)?;
+        let pods: Result<Vec<_>> =
+            (1..).zip(&spec.pods).map(|(index, name)| lab.add_pod(&net, name, index)).collect();
+        let directory = lab.directory().join(format!("node-{}", spec.name));
+        let zone = spec.zone.clone();
+        nodes.push(FleetNode { net, zone, pods: pods?, agent: Mutex::new(None), directory });
+    }
+    Ok((lab, nodes))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn free_address() -> Result<SocketAddr> {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).context("finding a free port")?;
+    Ok(listener.local_addr()?)
+}
+
+fn http_get(address: SocketAddr, path: &str) -> Result<String> {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))
+        .with_context(|| format!("connecting to {address}"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn sum_metric(text: &str, name: &str, labels: &str) -> f64 {
+    let series = text.lines().filter_map(|line| line.rsplit_once(' '));
+    let matching = series.filter(|(series, _)| {
+        series
+            .strip_prefix(name)
+            .is_some_and(|rest| (rest.is_empty() || rest.starts_with('{')) && rest.contains(labels))
+    });
+    matching.filter_map(|(_, value)| value.parse::<f64>().ok()).sum()
+}
