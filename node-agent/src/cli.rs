@@ -49,9 +49,14 @@ pub struct AgentArgs {
     /// Where the view and the controllers' addresses are kept across restarts.
     #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
     pub state_dir: PathBuf,
-    /// Address of /metrics and /proxyMode.
-    #[arg(long, env = "SWITCHTOWER_METRICS_BIND_ADDRESS", default_value = "127.0.0.1:10249")]
-    pub metrics_bind_address: SocketAddr,
+    /// Addresses of /metrics and /proxyMode, several separated by commas.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_METRICS_BIND_ADDRESS",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:10249"
+    )]
+    pub metrics_bind_address: Vec<SocketAddr>,
     /// Address of /healthz and /livez.
     #[arg(long, env = "SWITCHTOWER_HEALTHZ_BIND_ADDRESS", default_value = "0.0.0.0:10256")]
     pub healthz_bind_address: SocketAddr,

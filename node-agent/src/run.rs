@@ -137,7 +137,10 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let servers = (args.healthz_bind_address, args.metrics_bind_address);
     let result = runtime.block_on(async {
         tokio::spawn(serve(servers.0, "health", health_router(&health, &metrics)));
-        tokio::spawn(serve(servers.1, "metrics", metrics_router(registry)));
+        let router = metrics_router(registry);
+        for address in servers.1 {
+            tokio::spawn(serve(address, "metrics", router.clone()));
+        }
         tokio::spawn(serve_node_ports(health, metrics.clone()));
         until_stopped(controllers, identity, commands, metrics).await
     });
