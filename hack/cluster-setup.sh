@@ -53,8 +53,9 @@ build_go_programs() {
 # The files of upstream's test image: a small Debian with the commands that the suite calls, and agnhost.
 build_test_root() {
     local out=$1 root=$1/root
+    # In a mount namespace of its own: what it mounts is gone with it, also if it is killed.
     watched "the test image's files (debootstrap, about a minute)" "$out/build.log" \
-        debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
+        unshare --mount debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
         bookworm "$root"
     cp "$out/agnhost" "$root/agnhost"
     ln -sf agnhost "$root/agnhost-2"
@@ -79,7 +80,7 @@ build_tools() {
     flock -n 9 || { say "waiting for another run that builds the cluster's programs"; flock 9; }
     complete "$dir" && return 0
     # Leftovers of builds that were interrupted; nobody else holds the lock.
-    rm -rf "$CACHE/cluster"/.build.*
+    rm -rf --one-file-system "$CACHE/cluster"/.build.*
     work=$(mktemp -d "$CACHE/cluster/.build.XXXXXX")
     build_go_programs "$work"
     cc -static -Os -o "$work/pause" "$ROOT/e2e/tools/pause/pause.c" ||
