@@ -2,7 +2,7 @@
 //! on free ports, with its own certificates, in a directory of its own.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -32,6 +32,7 @@ pub struct ControlPlane {
     controller_manager: Process,
     api_server: Process,
     etcd: Process,
+    address: SocketAddr,
     _registered: Registered,
 }
 
@@ -60,6 +61,7 @@ impl ControlPlane {
         let ports = Ports { etcd_client, etcd_peer, api_server, controller_manager };
         write_credentials(&directory, ports.api_server)?;
 
+        let address = (Ipv4Addr::LOCALHOST, ports.api_server).into();
         let etcd = start_etcd(&directory, &ports)?;
         let api_server = start_api_server(&directory, &ports)?;
         let controller_manager = start_controller_manager(&directory, &ports)?;
@@ -70,7 +72,7 @@ impl ControlPlane {
         let config = runtime.block_on(kube::Config::from_custom_kubeconfig(kubeconfig, &options))?;
         let kube = Kube::new(config, runtime)?;
         let control_plane =
-            Self { kube, directory, controller_manager, api_server, etcd, _registered: registered };
+            Self { kube, directory, controller_manager, api_server, etcd, address, _registered: registered };
         control_plane.wait_until_ready()?;
         Ok(control_plane)
     }
@@ -78,6 +80,11 @@ impl ControlPlane {
     /// A client as administrator.
     pub fn kube(&self) -> &Kube {
         &self.kube
+    }
+
+    /// Where the API server listens: on loopback.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Kubeconfig of an administrator.

@@ -11,13 +11,16 @@
 //! [`cleanup::sweep`] removes what a killed process left. Several laboratories can run at the same time.
 
 pub mod api;
+pub mod bench;
 pub mod cleanup;
 pub mod cluster;
+pub mod commits;
 pub mod control_plane;
 pub mod kernel_reader;
 pub mod lab;
 pub mod namespace;
 pub mod objects;
+pub mod oracle;
 pub mod probe;
 pub mod process;
 pub mod programs;

@@ -1,0 +1,125 @@
+//! Many Services, one endpoint's change, and a plain watch that sees it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use futures::{StreamExt as _, TryStreamExt as _};
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
+use kube::api::{Patch, PatchParams, PostParams, WatchEvent, WatchParams};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::api::Kube;
+
+/// Requests under way at once.
+const CONCURRENCY: usize = 32;
+const NAMESPACE: &str = "default";
+
+/// Services `s0` … with one slice of three endpoints each.
+pub(super) struct Load<'a> {
+    kube: &'a Kube,
+    services: usize,
+    /// Every change brings an address that was never there.
+    changes: AtomicUsize,
+}
+
+impl<'a> Load<'a> {
+    pub(super) fn create(kube: &'a Kube, services: usize) -> Result<Self> {
+        let requests = futures::stream::iter(0..services).map(|number| create_one(kube, number));
+        kube.block_on(requests.buffer_unordered(CONCURRENCY).try_collect::<Vec<()>>())?;
+        Ok(Self { kube, services, changes: AtomicUsize::new(0) })
+    }
+
+    /// Replaces one endpoint of one Service; returns the slice's new resourceVersion.
+    pub(super) fn change(&self) -> Result<String> {
+        let number = self.changes.fetch_add(1, Ordering::Relaxed);
+        let name = slice_name(number * 97 % self.services);
+        let address = format!("10.250.{}.{}", number / 250 % 250, number % 250 + 1);
+        let patch: Patch<Value> = Patch::Json(serde_json::from_value(json!([
+            {"op": "replace", "path": "/endpoints/0/addresses/0", "value": address}
+        ]))?);
+        let api: Api<EndpointSlice> = Api::namespaced(self.kube.client(), NAMESPACE);
+        let changed = self.kube.block_on(api.patch(&name, &PatchParams::default(), &patch))?;
+        changed.metadata.resource_version.context("an object without resourceVersion")
+    }
+
+    /// A watch that does nothing but look.
+    pub(super) fn watch(&self) -> Result<PlainWatch> {
+        let api: Api<EndpointSlice> = Api::namespaced(self.kube.client(), NAMESPACE);
+        let list = self.kube.block_on(api.list_metadata(&Default::default()))?;
+        let version = list.metadata.resource_version.context("a list without resourceVersion")?;
+        let (tell, seen) = channel();
+        self.kube.runtime().spawn(async move {
+            let parameters = WatchParams::default().timeout(290);
+            let Ok(events) = api.watch(&parameters, &version).await else { return };
+            let mut events = std::pin::pin!(events);
+            while let Some(Ok(event)) = events.next().await {
+                let now = Instant::now();
+                let (WatchEvent::Added(slice) | WatchEvent::Modified(slice)) = event else { continue };
+                let version = slice.metadata.resource_version.unwrap_or_default();
+                if tell.send((version, now)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(PlainWatch { seen })
+    }
+}
+
+/// What the plain watch saw and when.
+pub(super) struct PlainWatch {
+    seen: Receiver<(String, Instant)>,
+}
+
+impl PlainWatch {
+    pub(super) fn wait_for(&self, version: &str, patience: Duration) -> Result<Instant> {
+        loop {
+            let (seen, when) = self.seen.recv_timeout(patience)?;
+            if seen == version {
+                return Ok(when);
+            }
+        }
+    }
+}
+
+fn slice_name(number: usize) -> String {
+    format!("s{number}-1")
+}
+
+async fn create_one(kube: &Kube, number: usize) -> Result<()> {
+    let name = format!("s{number}");
+    let addresses = (0..3).map(|pod| format!("10.{}.{}.{}", 200 + pod, number / 250 % 250, number % 250 + 1));
+    let endpoints: Vec<_> = addresses
+        .map(|address| json!({"addresses": [address], "nodeName": "n9", "conditions": {"ready": true}}))
+        .collect();
+    let service = json!({
+        "metadata": {"name": name},
+        "spec": {"ports": [{"port": 80, "targetPort": 8080}]},
+    });
+    let slice = json!({
+        "metadata": {"name": slice_name(number), "labels": {"kubernetes.io/service-name": name}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
+        "endpoints": endpoints,
+    });
+    create::<Service>(kube, service).await?;
+    create::<EndpointSlice>(kube, slice).await
+}
+
+async fn create<K>(kube: &Kube, object: Value) -> Result<()>
+where
+    K: kube::Resource<Scope = kube::core::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned
+        + serde::Serialize,
+    K::DynamicType: Default,
+{
+    let api: Api<K> = Api::namespaced(kube.client(), NAMESPACE);
+    api.create(&PostParams::default(), &serde_json::from_value(object)?).await?;
+    Ok(())
+}
