@@ -19,8 +19,8 @@ enum Action {
     Up {
         #[command(flatten)]
         place: Place,
-        /// Number of nodes with a kubelet
-        #[arg(long, default_value_t = 2, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
+        /// Number of nodes with a kubelet; upstream's tests of topology want three
+        #[arg(long, default_value_t = 3, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
         nodes: u8,
         #[command(flatten)]
         programs: Programs,

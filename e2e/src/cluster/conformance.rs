@@ -12,8 +12,8 @@ use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{print, say};
 
-/// Everything of sig-network that concerns Services.
-const FOCUS: &str = r"\[sig-network\] (Services|Conntrack|Endpoint|Networking|Proxy|Traffic Distribution|Service|Topology|Connectivity)";
+/// Everything of sig-network, less [`SKIP`].
+const FOCUS: &str = r"\[sig-network\]";
 /// A part of it that ends within minutes and touches each kind of Service.
 const QUICK: &str = concat!(
     r"\[sig-network\] (Services should (serve a basic|serve multiport|serve endpoints on same port|be able to ",
@@ -22,9 +22,13 @@ const QUICK: &str = concat!(
     r"Services should function for (pod|node)-Service|Conntrack should be able to preserve UDP traffic when server pod ",
     r"cycles for a NodePort)",
 );
-/// What this laboratory cannot do or what must not run beside others: cloud load balancers, SCTP sockets,
-/// tests that stop nodes, features that are off by default.
-const SKIP: &str = r"\[(Serial|Slow|Disruptive)\]|SCTP|LoadBalancer|\[Feature:|\[Alpha\]|NetworkPolic";
+/// What has nothing to do with a service proxy (network policies, ingress, performance of DNS), what this
+/// laboratory lacks (a cloud's load balancers, SCTP sockets, the Internet, a resolver outside the cluster),
+/// what must not run beside others, and what is off by default.
+const SKIP: &str = concat!(
+    r"\[(Serial|Disruptive|Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|SCTP|sctp|LoadBalancer|",
+    r"\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver",
+);
 
 /// How to run it.
 #[derive(Debug, Clone)]

@@ -115,9 +115,13 @@ impl Layout {
         format!("https://{}:{API_SERVER_PORT}", self.hub_ip())
     }
 
-    /// The zone of the node with this number: odd ones are in `zone-a`, even ones in `zone-b`.
+    /// The zone of the node with this number: three zones, in turn.
     pub fn zone(&self, number: u8) -> &'static str {
-        if number % 2 == 1 { "zone-a" } else { "zone-b" }
+        match number % 3 {
+            1 => "zone-a",
+            2 => "zone-b",
+            _ => "zone-c",
+        }
     }
 }
 
