@@ -1,5 +1,10 @@
 //! `ProxyStatus`: one row per Node, absent agents included.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "one printcolumn for each column, told apart by their names"
+)]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
@@ -45,7 +50,12 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Endpoints", type_ = "integer", json_path = ".status.counts.endpoints", priority = 1),
     printcolumn(name = "Agent", type_ = "string", json_path = ".status.agent.version", priority = 1),
     printcolumn(name = "Kernel", type_ = "string", json_path = ".status.kernel", priority = 1),
-    printcolumn(name = "Controller", type_ = "string", json_path = ".status.connection.replica", priority = 1),
+    printcolumn(
+        name = "Controller",
+        type_ = "string",
+        json_path = ".status.connection.replica",
+        priority = 1
+    ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]

@@ -1,5 +1,7 @@
 //! What the kernel holds after commits, restarts and disturbances; read back by `nft`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::collections::BTreeSet;

@@ -1,5 +1,7 @@
 //! Real packets through what the agent programs: a node, three pods and a client in network namespaces.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::collections::BTreeSet;

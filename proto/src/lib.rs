@@ -8,6 +8,11 @@ pub mod digest;
 
 /// Messages and service of `switchtower.v1`, generated; do not edit.
 pub mod v1 {
-    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated from fleet.proto, documented there")]
+    #![allow(
+        missing_docs,
+        clippy::all,
+        unreachable_pub,
+        reason = "generated from fleet.proto, documented there"
+    )]
     include!("gen/switchtower.v1.rs");
 }

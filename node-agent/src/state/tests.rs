@@ -82,7 +82,7 @@ fn full_digest(state: &State) -> Digest {
 }
 
 fn service_port(number: u8) -> ServicePort {
-    let protocol = if number % 2 == 0 { Protocol::Tcp } else { Protocol::Udp } as i32;
+    let protocol = if number.is_multiple_of(2) { Protocol::Tcp } else { Protocol::Udp } as i32;
     ServicePort { namespace: "default".into(), name: format!("s{number}"), port: String::new(), protocol }
 }
 
@@ -363,12 +363,12 @@ proptest! {
         play(&mut state, &sender.update(None, 1), &parts).unwrap();
         let (model, digest, counts) = (Model::of(&state), state.digest(), state.counts());
 
-        let mut other = sender.clone();
+        let mut other = sender;
         let mut parts: Vec<Part> = bad.iter().map(|step| other.play(step)).collect();
         let mut update = other.update(Some(1), 2);
         update.digest[0] ^= 1;
         prop_assert!(play(&mut state, &update, &parts).is_err());
-        prop_assert_eq!(Model::of(&state), model.clone());
+        prop_assert_eq!(&Model::of(&state), &model);
 
         // A truncated payload is malformed or another content; in no case is anything applied.
         let last = parts.last_mut().unwrap();
@@ -376,7 +376,7 @@ proptest! {
         last.payload.truncate(cut.min(length.saturating_sub(1)));
         let update = Update { digest: vec![0xee; 16], ..other.update(Some(1), 2) };
         prop_assert!(play(&mut state, &update, &parts).is_err());
-        prop_assert_eq!(Model::of(&state), model);
+        prop_assert_eq!(&Model::of(&state), &model);
         prop_assert_eq!(state.digest(), digest);
         prop_assert_eq!(state.counts(), counts);
         prop_assert_eq!(state.generation(), 1);

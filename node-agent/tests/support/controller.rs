@@ -142,7 +142,7 @@ impl FakeStream {
             let message = tokio::time::timeout(DEADLINE, self.incoming.next()).await;
             match message.expect("a message comes in time")?.ok()?.message? {
                 FromAgent::Ping(ping) => {
-                    self.send(FromController::Pong(Pong { sequence: ping.sequence })).await
+                    self.send(FromController::Pong(Pong { sequence: ping.sequence })).await;
                 }
                 message => return Some(message),
             }

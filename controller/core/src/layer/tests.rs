@@ -386,21 +386,3 @@ fn malformed_changes_are_dropped() {
     assert_eq!((applied.dropped, applied.touched.len()), (4, 0));
     assert_eq!(layers.head(&node(0)).digest(), Digest::default());
 }
-
-/// Run with `--release -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn cost_of_a_change_for_a_thousand_sessions() {
-    let mut layers = filled(10_000);
-    let subscriptions: Vec<Subscription> = (0..1_000).map(node).collect();
-    let mut places: Vec<Cursor> = subscriptions.iter().map(|node| layers.head(node)).collect();
-    let started = std::time::Instant::now();
-    for round in 0..200 {
-        toggle(&mut layers, round % 2 == 0);
-        for (subscription, place) in subscriptions.iter().zip(&mut places) {
-            let Planned::Update(plan) = layers.plan(subscription, Some(place)) else { panic!("a delta") };
-            *place = plan.after;
-        }
-    }
-    println!("{:?} per change, 1,000 sessions planned", started.elapsed() / 200);
-}
