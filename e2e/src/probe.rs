@@ -10,7 +10,8 @@ use anyhow::{Result, bail};
 
 use crate::namespace::Namespace;
 
-/// How long a probe waits before it says that nothing came back.
+/// How long a probe waits before it says that nothing came back. More than a second: where the ICMP error comes
+/// back while `connect` still holds the socket, Linux forgets it, and only the second SYN is refused.
 pub const PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The transport of a probe.

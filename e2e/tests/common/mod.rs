@@ -154,7 +154,7 @@ pub(crate) fn eventually(
 ) -> Outcome {
     let what = format!("{what}: {transport:?} from {} to {to}", from.name());
     wait::until(&what, SOON, || {
-        let outcome = probe::send_patiently(from, transport, to, Duration::from_millis(700))?;
+        let outcome = probe::send(from, transport, to)?;
         ensure!(wanted(&outcome), "{outcome}");
         Ok(outcome)
     })

@@ -1,0 +1,284 @@
+//! What goes wrong in a fleet: killed agents and controllers, foreign hands in the ruleset, Nodes that come and go.
+//! These tests disturb the fleet that they share, so they run one after another.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::ensure;
+use k8s_openapi::api::core::v1::Node;
+use serde_json::json;
+use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::switchtower::FleetNode;
+use switchtower_e2e::{kernel_reader, objects, wait};
+
+use common::{SOON, Scene, answered_by, cluster_ip, eventually, fleet};
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A Service on a1, b1 and c1, and its ClusterIP.
+fn scene(name: &str) -> (Scene, SocketAddr) {
+    let scene = Scene::new(name);
+    let service = scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1", "b1", "c1"]);
+    let to = cluster_ip(&service, false);
+    answered_by("at first", scene.pod("c2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    scene.fleet.settled(SOON).unwrap();
+    (scene, to)
+}
+
+/// All content of both tables, as sets: the order of slots is history.
+fn content(node: &FleetNode) -> BTreeMap<String, std::collections::BTreeSet<String>> {
+    let mut content = BTreeMap::new();
+    for family in ["ip", "ip6"] {
+        for set in ["frontends", "inside", "outside", "backends", "slots", "refused", "vips", "cluster_ips"] {
+            let elements = kernel_reader::elements(&node.net.namespace, family, set).unwrap();
+            content.insert(format!("{family} {set}"), elements);
+        }
+    }
+    content
+}
+
+#[test]
+fn rows_and_kernels_agree_within_two_seconds_of_a_change() {
+    let _alone = alone();
+    let (scene, to) = scene("agree");
+    for pods in [&["a1"][..], &["a1", "c2"][..], &["b1"][..]] {
+        scene.endpoints("web", pods);
+        answered_by("changed", scene.pod("c2"), Transport::Tcp, to, pods);
+        scene.fleet.settled(Duration::from_secs(2)).unwrap();
+    }
+}
+
+#[test]
+fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
+    let _alone = alone();
+    let (scene, to) = scene("kill-agent");
+    let alpha = scene.node("alpha");
+    let mut connection = LongConnection::open(scene.pod("a2"), to).unwrap();
+    scene.fleet.stop_agent(alpha, libc::SIGKILL).unwrap();
+    answered_by("without agent", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    let before = kernel_reader::transactions(&alpha.net.namespace).unwrap();
+    let content_before = content(alpha);
+    scene.fleet.run_agent(alpha).unwrap();
+    wait::until("the agent is connected again", SOON, || {
+        ensure!(scene.fleet.agent_metric(alpha, "switchtower_controller_connected", "")? == 1.0);
+        scene.fleet.agrees(alpha)
+    })
+    .unwrap();
+    assert_eq!(
+        kernel_reader::transactions(&alpha.net.namespace).unwrap(),
+        before,
+        "the agent wrote something"
+    );
+    assert_eq!(content(alpha), content_before);
+    connection.exchange().unwrap();
+    // And from here on an endpoint's change arrives as ever.
+    scene.endpoints("web", &["a1", "b1"]);
+    answered_by("changed", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1"]);
+    scene.fleet.settled(SOON).unwrap();
+}
+
+#[test]
+fn changes_while_the_agent_is_away_arrive_when_it_is_back() {
+    let _alone = alone();
+    let (scene, to) = scene("away");
+    let alpha = scene.node("alpha");
+    scene.fleet.stop_agent(alpha, libc::SIGTERM).unwrap();
+    scene.endpoints("web", &["c1"]);
+    answered_by("elsewhere", scene.pod("c2"), Transport::Tcp, to, &["c1"]);
+    answered_by("nothing changes here", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    scene.fleet.run_agent(alpha).unwrap();
+    answered_by("back", scene.pod("a2"), Transport::Tcp, to, &["c1"]);
+    scene.fleet.settled(SOON).unwrap();
+}
+
+#[test]
+fn an_absent_agent_is_a_row_that_says_so() {
+    let _alone = alone();
+    let (scene, _) = scene("absent");
+    let beta = scene.node("beta");
+    scene.fleet.stop_agent(beta, libc::SIGKILL).unwrap();
+    wait::until("beta's row says that its agent is gone", Duration::from_secs(25), || {
+        let row = scene.fleet.row("beta")?;
+        let ready = row.conditions.iter().find(|condition| condition.type_ == "Ready");
+        let ready = ready.map(|condition| (condition.status.clone(), condition.reason.clone()));
+        let connected = row.conditions.iter().find(|condition| condition.type_ == "Connected");
+        let connected = connected.map(|condition| condition.status.as_str());
+        ensure!(connected == Some("False"), "connected {connected:?}, ready {ready:?}, {}", row.state);
+        ensure!(ready.is_some_and(|(status, _)| status != "True"), "still ready");
+        Ok(())
+    })
+    .unwrap();
+    scene.fleet.run_agent(beta).unwrap();
+    scene.fleet.settled(Duration::from_secs(20)).unwrap();
+}
+
+#[test]
+fn a_flushed_ruleset_is_repaired() {
+    let _alone = alone();
+    let (scene, to) = scene("flush");
+    let gamma = scene.node("gamma");
+    let before = content(gamma);
+    gamma.net.namespace.output("nft", &["flush", "ruleset"]).unwrap();
+    answered_by("repaired", scene.pod("c2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    wait::until("the kernel holds the same as before", SOON, || {
+        scene.fleet.agrees(gamma)?;
+        let after: BTreeMap<_, _> =
+            content(gamma).into_iter().filter(|(set, _)| !set.ends_with("slots")).collect();
+        let frontends = after.get("ip frontends").map(std::collections::BTreeSet::len);
+        ensure!(frontends == before.get("ip frontends").map(std::collections::BTreeSet::len));
+        Ok(())
+    })
+    .unwrap();
+    assert!(scene.fleet.agent_metric(gamma, "switchtower_drift_total", "").unwrap() >= 1.0);
+}
+
+#[test]
+fn a_foreign_element_goes_and_a_removed_one_comes_back() {
+    let _alone = alone();
+    let (scene, to) = scene("foreign-hand");
+    let gamma = scene.node("gamma");
+    let address = to.ip().to_string();
+    let element = format!("delete element ip switchtower vips {{ {address} }}");
+    let (before, namespace) = (content(gamma), &gamma.net.namespace);
+    let removed =
+        ["delete", "element", "ip", "switchtower", "frontends", "{", &address, ".", "tcp", ".", "80", "}"];
+    namespace.output("nft", &removed).unwrap();
+    drop(namespace.output("nft", &[&element]));
+    let added = ["add", "element", "ip", "switchtower", "vips", "{", "192.0.2.77", "}"];
+    namespace.output("nft", &added).unwrap();
+    wait::until("the kernel holds the same as before", SOON, || {
+        let after = content(gamma);
+        ensure!(after == before, "it differs");
+        Ok(())
+    })
+    .unwrap();
+    answered_by("repaired", scene.pod("c2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+}
+
+#[test]
+fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
+    let _alone = alone();
+    let (scene, to) = scene("kill-controller");
+    let generation = scene.fleet.row("alpha").unwrap().generation.applied;
+    let transactions = kernel_reader::transactions(&scene.node("alpha").net.namespace).unwrap();
+    let mut connection = LongConnection::open(scene.pod("a2"), to).unwrap();
+    scene.fleet.stop_controller(libc::SIGKILL).unwrap();
+    answered_by("no controller", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    scene.fleet.start_controller().unwrap();
+    wait::until("every agent is connected again", Duration::from_secs(30), || {
+        for node in scene.fleet.nodes() {
+            ensure!(scene.fleet.agent_metric(node, "switchtower_controller_connected", "")? == 1.0);
+        }
+        Ok(())
+    })
+    .unwrap();
+    scene.fleet.settled(Duration::from_secs(20)).unwrap();
+    connection.exchange().unwrap();
+    assert_eq!(kernel_reader::transactions(&scene.node("alpha").net.namespace).unwrap(), transactions);
+    assert!(scene.fleet.row("alpha").unwrap().generation.applied >= generation, "a generation went back");
+    scene.endpoints("web", &["b1"]);
+    answered_by("changed", scene.pod("a2"), Transport::Tcp, to, &["b1"]);
+    scene.fleet.settled(SOON).unwrap();
+    assert!(scene.fleet.row("alpha").unwrap().generation.applied > generation);
+}
+
+#[test]
+fn a_node_that_is_deleted_and_made_anew_is_served_again() {
+    let _alone = alone();
+    let (scene, to) = scene("node-again");
+    let beta = scene.node("beta");
+    let uid = |name: &str| scene.fleet.kube().get_cluster::<Node>(name).unwrap().unwrap().metadata.uid;
+    let before = uid("beta");
+    scene.fleet.kube().delete_cluster::<Node>("beta").unwrap();
+    answered_by("the others", scene.pod("c2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    scene.fleet.register(beta).unwrap();
+    assert_ne!(uid("beta"), before);
+    // The old Pod of the agent is bound to the old Node; its DaemonSet would make a new one.
+    scene.fleet.stop_agent(beta, libc::SIGTERM).unwrap();
+    scene.fleet.start_agent(beta).unwrap();
+    wait::until("beta is served", Duration::from_secs(20), || scene.fleet.agrees(beta)).unwrap();
+    answered_by("served again", scene.pod("b1"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    scene.endpoints("web", &["c1"]);
+    answered_by("changed", scene.pod("b1"), Transport::Tcp, to, &["c1"]);
+    scene.fleet.settled(SOON).unwrap();
+}
+
+#[test]
+fn new_connections_survive_endpoints_that_come_and_go() {
+    let _alone = alone();
+    let (scene, to) = scene("churn");
+    let from = scene.pod("c2");
+    let stop = AtomicBool::new(false);
+    let outcomes = std::thread::scope(|scope| {
+        let hammer = scope.spawn(|| {
+            let mut outcomes = BTreeMap::<String, usize>::new();
+            while !stop.load(Ordering::Relaxed) {
+                for (name, count) in probe::spread(from, Transport::Tcp, to, 50).unwrap() {
+                    *outcomes.entry(name).or_default() += count;
+                }
+            }
+            outcomes
+        });
+        for round in 0..25 {
+            // b1 stays all the time; the pods themselves never stop serving.
+            let pods: &[&str] = if round % 2 == 0 { &["b1", "c1"] } else { &["a1", "b1"] };
+            scene.endpoints("web", pods);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        stop.store(true, Ordering::Relaxed);
+        hammer.join().unwrap()
+    });
+    let failed: Vec<_> =
+        outcomes.iter().filter(|(name, _)| !["a1", "b1", "c1"].contains(&name.as_str())).collect();
+    assert!(failed.is_empty(), "{failed:?} of {outcomes:?}");
+    assert!(outcomes.values().sum::<usize>() > 200, "{outcomes:?}");
+    scene.fleet.settled(SOON).unwrap();
+}
+
+#[test]
+fn services_that_swap_an_address_both_work_afterwards() {
+    let _alone = alone();
+    let scene = Scene::new("swap");
+    let with = |ip: &str| json!({"externalIPs": [ip]});
+    let (one, two) = ("192.0.2.31", "192.0.2.32");
+    scene.service("left", &with(one));
+    scene.service("right", &with(two));
+    scene.endpoints("left", &["a1"]);
+    scene.endpoints("right", &["c1"]);
+    let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 80);
+    let from = scene.pod("b1");
+    answered_by("left at first", from, Transport::Tcp, at(one), &["a1"]);
+    answered_by("right at first", from, Transport::Tcp, at(two), &["c1"]);
+    scene.service("left", &with(two));
+    scene.service("right", &with(one));
+    answered_by("swapped", from, Transport::Tcp, at(two), &["a1"]);
+    answered_by("swapped", from, Transport::Tcp, at(one), &["c1"]);
+    fleet().settled(SOON).unwrap();
+}
+
+#[test]
+fn nothing_leaves_a_node_without_translation_while_a_service_has_no_endpoint() {
+    let _alone = alone();
+    let (scene, to) = scene("empty");
+    scene.endpoints("web", &[]);
+    let from = scene.pod("c2");
+    eventually("empty", from, Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
+    let ports = [("tcp", "TCP", 8080)];
+    let slice = objects::slice("empty", "web-4", "web", false, &ports, &[]);
+    scene.fleet.kube().apply(&slice).unwrap();
+    eventually("still", from, Transport::Udp, to, |outcome| *outcome == Outcome::Refused);
+    scene.endpoints("web", &["a1"]);
+    eventually("back", from, Transport::Tcp, to, |outcome| outcome.backend() == Some("a1"));
+}

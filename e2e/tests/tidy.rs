@@ -1,0 +1,120 @@
+//! Rules of the repository that a machine can check: see CONTRIBUTING.md.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    // Cargo runs a test in its package's folder.
+    std::env::current_dir().unwrap().parent().unwrap().to_owned()
+}
+
+/// All Rust sources of the workspace except generated ones.
+fn sources() -> Vec<PathBuf> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            let name = entry.file_name().into_string().unwrap();
+            if path.is_dir() {
+                if !name.starts_with('.') && name != "target" && name != "gen" {
+                    walk(&path, found);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&root(), &mut found);
+    assert!(found.len() > 50, "only {} sources found below {}", found.len(), root().display());
+    found
+}
+
+#[test]
+fn every_module_says_what_it_is() {
+    for path in sources() {
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("//! "), "{}: the first line is not a `//!` comment", path.display());
+    }
+}
+
+#[test]
+fn no_file_is_longer_than_700_lines() {
+    for path in sources() {
+        let lines = fs::read_to_string(&path).unwrap().lines().count();
+        assert!(lines <= 700, "{} has {lines} lines: split it", path.display());
+    }
+}
+
+/// A module file that no `mod` line names is compiled by nobody.
+#[test]
+fn no_module_file_is_an_orphan() {
+    let all = sources();
+    let texts: Vec<_> = all.iter().map(|path| (path, fs::read_to_string(path).unwrap())).collect();
+    for path in &all {
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        let folder = path.parent().unwrap();
+        let folder_name = folder.file_name().unwrap().to_str().unwrap();
+        let is_root = matches!(stem, "lib" | "main" | "build")
+            || folder_name == "bin"
+            || folder_name == "tests" && folder.parent().unwrap().join("Cargo.toml").exists();
+        if is_root {
+            continue;
+        }
+        let (module, parent) = match stem {
+            "mod" => (folder_name, folder.parent().unwrap()),
+            _ => (stem, folder),
+        };
+        let declared = texts.iter().any(|(declarer, text)| {
+            // The declaring file is beside the module, or it is the file that the folder is named after.
+            let near = declarer.parent() == Some(parent) || **declarer == parent.with_extension("rs");
+            let names = |line: &str| {
+                let line = line.trim().strip_suffix(';').unwrap_or_default();
+                line.rsplit_once("mod ").is_some_and(|(_, name)| name == module)
+            };
+            let by_path = format!("{}/{stem}.rs\"]", folder.file_name().unwrap().to_str().unwrap());
+            near && text.lines().any(names) || text.lines().any(|line| line.contains(&by_path))
+        });
+        assert!(declared, "{}: no file says `mod {module};`", path.display());
+    }
+}
+
+/// The crates that a crate links, itself included.
+fn links(package: &str) -> BTreeSet<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["tree", "--locked", "--offline", "-p", package, "-e", "normal", "--prefix", "none"]);
+    let output = command.args(["-f", "{p}"]).current_dir(root()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect()
+}
+
+fn links_none_of(package: &str, forbidden: &[&str]) {
+    let linked = links(package);
+    assert!(linked.contains(package));
+    for name in forbidden {
+        assert!(!linked.contains(*name), "{package} links {name}");
+    }
+}
+
+#[test]
+fn the_agent_links_neither_the_kubernetes_client_nor_the_compiler() {
+    let forbidden = ["kube", "kube-client", "k8s-openapi", "switchtower-core", "switchtower-crds"];
+    links_none_of("switchtower-node-agent", &forbidden);
+}
+
+#[test]
+fn the_compiler_is_pure() {
+    links_none_of("switchtower-core", &["kube", "kube-client", "k8s-openapi", "tonic", "tokio", "hyper"]);
+}
+
+#[test]
+fn one_tls_provider_is_linked() {
+    for package in ["switchtower-controller", "switchtower-node-agent"] {
+        links_none_of(package, &["aws-lc-rs", "openssl", "native-tls"]);
+    }
+}
