@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use super::layout::{Layout, Tools};
+use super::load_balancer::LoadBalancer;
 use super::machine::Machine;
 use super::shell::{print, say};
 
@@ -23,11 +25,11 @@ const QUICK: &str = concat!(
     r"cycles for a NodePort)",
 );
 /// What has nothing to do with a service proxy (network policies, ingress, performance of DNS), what this
-/// laboratory lacks (a cloud's load balancers, SCTP sockets, the Internet, a resolver outside the cluster),
-/// what must not run beside others, and what is off by default.
+/// laboratory lacks (a cloud that cleans up load balancers, SCTP sockets, the Internet, a resolver outside
+/// the cluster), what must not run beside others, and what is off by default.
 const SKIP: &str = concat!(
-    r"\[(Serial|Disruptive|Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|SCTP|sctp|LoadBalancer|",
-    r"\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver",
+    r"\[(Serial|Disruptive|Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|SCTP|sctp|",
+    r"load balancer cleanup finalizer|\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver",
 );
 
 /// How to run it.
@@ -68,9 +70,34 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     let log = out.join(format!("{}.log", run.label));
     say(&format!("upstream's tests run; what they say goes to {}", log.display()));
     let focus = run.focus.as_deref().unwrap_or(if run.quick { QUICK } else { FOCUS });
-    // In the hub's network, which reaches pods and nodes, but with the host's files.
-    let output = fs::File::create(&log).context("making the log")?;
-    let status = std::process::Command::new("nsenter")
+    let status = run_suite(layout, tools, run, focus, &out, &json, &log)?;
+    let outcomes = read(&out.join(&json))
+        .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
+    let baseline = read(&out.join("kube-proxy.json")).unwrap_or_default();
+    let report = render(&run.label, &outcomes, &baseline);
+    fs::write(out.join(format!("{}.md", run.label)), &report).context("writing the report")?;
+    print(&report)?;
+    let worse = worse_than(&outcomes, &baseline);
+    if !worse.is_empty() {
+        bail!("{} tests failed that do not fail with kube-proxy, or have no result there", worse.len());
+    }
+    Ok(())
+}
+
+/// Ginkgo, in the hub's network, which reaches pods, nodes and VIPs, but with the host's files. Services of
+/// type LoadBalancer get addresses meanwhile.
+fn run_suite(
+    layout: &Layout,
+    tools: &Tools,
+    run: &Run,
+    focus: &str,
+    out: &Path,
+    json: &str,
+    log: &Path,
+) -> Result<ExitStatus> {
+    let output = fs::File::create(log).context("making the log")?;
+    let mut command = Command::new("nsenter");
+    command
         .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
         .arg(tools.cluster("ginkgo"))
         .args([format!("--procs={}", run.processes), format!("--focus={focus}"), format!("--skip={SKIP}")])
@@ -84,20 +111,14 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
         ])
         .stdin(Stdio::null())
         .stderr(output.try_clone().context("duplicating the log's descriptor")?)
-        .stdout(output)
-        .status()
-        .context("ginkgo could not be started")?;
-    let outcomes = read(&out.join(&json))
-        .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
-    let baseline = read(&out.join("kube-proxy.json")).unwrap_or_default();
-    let report = render(&run.label, &outcomes, &baseline);
-    fs::write(out.join(format!("{}.md", run.label)), &report).context("writing the report")?;
-    print(&report)?;
-    let worse = worse_than(&outcomes, &baseline);
-    if !worse.is_empty() {
-        bail!("{} tests failed that do not fail with kube-proxy, or have no result there", worse.len());
-    }
-    Ok(())
+        .stdout(output);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| LoadBalancer::new(layout, tools).run(&stop));
+        let status = command.status().context("ginkgo could not be started");
+        stop.store(true, Ordering::Relaxed);
+        status
+    })
 }
 
 fn worse_than<'a>(outcomes: &'a Outcomes, baseline: &Outcomes) -> Vec<&'a String> {

@@ -19,6 +19,7 @@ pub mod down;
 pub mod images;
 pub mod install;
 pub mod layout;
+pub mod load_balancer;
 pub mod machine;
 pub mod network;
 pub mod node;

@@ -8,7 +8,7 @@ use super::shell::run_line;
 
 /// Settings of every machine: it forwards, its refusals are not rate-limited (they would look like
 /// time-outs), and it neither sends nor believes redirects (a client would learn a route past the proxy).
-const SYSCTLS: [&str; 12] = [
+const SYSCTLS: [&str; 13] = [
     "net.ipv4.ip_forward=1",
     "net.ipv6.conf.all.forwarding=1",
     "net.ipv6.conf.default.forwarding=1",
@@ -21,6 +21,8 @@ const SYSCTLS: [&str; 12] = [
     "net.ipv6.conf.all.accept_redirects=0",
     "net.ipv6.conf.default.accept_redirects=0",
     "net.ipv6.conf.default.accept_dad=0",
+    // Connections of one client are spread over the nodes that a VIP is routed to.
+    "net.ipv4.fib_multipath_hash_policy=1",
 ];
 
 /// The bridge in the hub, and the host's link to it.
