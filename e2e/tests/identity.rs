@@ -1,0 +1,209 @@
+//! Who is an agent: tokens of the real TokenRequest API, reviewed by the real API server. Whoever is refused is
+//! counted with its own reason, and never disturbs the nodes' own agents.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::ensure;
+use k8s_openapi::api::core::v1::Pod;
+use rcgen::{KeyPair, SigningKey as _};
+use serde_json::{Value, json};
+use switchtower_e2e::control_plane::ISSUER;
+use switchtower_e2e::switchtower::{AGENT_ACCOUNT, AUDIENCE, Fleet, NAMESPACE};
+use switchtower_e2e::{objects, wait};
+
+use common::{SOON, fleet, node};
+
+const REFUSALS: &str = "switchtower_refusals_total";
+
+/// Counters are the fleet's: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn count(fleet: &Fleet, metric: &str, reason: &str) -> f64 {
+    fleet.controller_metric(metric, &format!("reason=\"{reason}\"")).unwrap()
+}
+
+/// A stranger in alpha's namespace with this name and token is refused for `reason`, and alpha's agent stays.
+fn refused(name: &str, token: &str, reason: &str) {
+    let fleet = fleet();
+    let before = count(fleet, REFUSALS, reason);
+    let stranger = fleet.stranger(node(fleet, "alpha"), name, token).unwrap();
+    wait::until(&format!("a refusal for {reason}"), SOON, || {
+        stranger.check_running()?;
+        let now = fleet.controller_metric(REFUSALS, &format!("reason=\"{reason}\""))?;
+        ensure!(now > before, "the counter stays at {now}; its log: {}", stranger.log_text());
+        Ok(())
+    })
+    .unwrap();
+    assert!(fleet.controller_log().contains(reason), "no log line names {reason}");
+    drop(stranger);
+    fleet.settled(SOON).unwrap();
+}
+
+#[test]
+fn a_token_for_another_audience_is_refused() {
+    let _alone = alone();
+    let pod = fleet().agent_pod("alpha").unwrap();
+    let token = fleet().token(AGENT_ACCOUNT, Some(&pod), &["elsewhere"], 3600).unwrap();
+    refused("alpha", &token, "wrong_audience");
+}
+
+#[test]
+fn a_token_of_another_service_account_is_refused() {
+    let _alone = alone();
+    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount",
+        "metadata": {"name": "intruder", "namespace": NAMESPACE}});
+    fleet().kube().apply(&account).unwrap();
+    fleet().kube().apply(&objects::pod(NAMESPACE, "intruder", "alpha", "intruder")).unwrap();
+    let pod: Pod = fleet().kube().get(NAMESPACE, "intruder").unwrap().unwrap();
+    let token = fleet().token("intruder", Some(&pod), &[AUDIENCE], 3600).unwrap();
+    refused("alpha", &token, "foreign_service_account");
+}
+
+#[test]
+fn a_token_that_is_not_bound_to_a_pod_is_refused() {
+    let _alone = alone();
+    let token = fleet().token(AGENT_ACCOUNT, None, &[AUDIENCE], 3600).unwrap();
+    refused("alpha", &token, "not_pod_bound");
+}
+
+#[test]
+fn a_token_whose_pod_is_gone_is_refused() {
+    let _alone = alone();
+    fleet().kube().apply(&objects::pod(NAMESPACE, "short-lived", "alpha", AGENT_ACCOUNT)).unwrap();
+    let pod: Pod = fleet().kube().get(NAMESPACE, "short-lived").unwrap().unwrap();
+    let token = fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
+    fleet().kube().delete::<Pod>(NAMESPACE, "short-lived").unwrap();
+    refused("alpha", &token, "pod_gone");
+}
+
+#[test]
+fn an_expired_token_is_refused() {
+    let _alone = alone();
+    let pod = fleet().agent_pod("alpha").unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    // The API makes no token for less than ten minutes; signed with its own key, this one is as genuine.
+    let claims = json!({
+        "iss": ISSUER, "aud": [AUDIENCE],
+        "sub": format!("system:serviceaccount:{NAMESPACE}:{AGENT_ACCOUNT}"),
+        "iat": now - 7200, "nbf": now - 7200, "exp": now - 3600,
+        "kubernetes.io": {
+            "namespace": NAMESPACE,
+            "serviceaccount": {"name": AGENT_ACCOUNT, "uid": "0"},
+            "pod": {"name": pod.metadata.name, "uid": pod.metadata.uid},
+            "node": {"name": "alpha", "uid": "0"},
+        },
+    });
+    refused("alpha", &signed(&claims), "expired");
+}
+
+#[test]
+fn what_is_no_token_is_refused() {
+    let _alone = alone();
+    refused("alpha", "not-a-token", "malformed_token");
+}
+
+#[test]
+fn an_agent_that_claims_another_nodes_name_is_refused() {
+    let _alone = alone();
+    let pod = fleet().agent_pod("alpha").unwrap();
+    let token = fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
+    refused("beta", &token, "node_name_mismatch");
+}
+
+#[test]
+fn plaintext_is_refused() {
+    let _alone = alone();
+    let before = count(fleet(), REFUSALS, "plaintext");
+    let address = fleet().controller_address();
+    let mut stream =
+        node(fleet(), "beta").net.namespace.run(|| TcpStream::connect(address)).unwrap().unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    // Closed, with or without a TLS alert; never an HTTP/2 frame of ours.
+    let mut answer = Vec::new();
+    drop(stream.read_to_end(&mut answer));
+    assert!(answer.len() < 16, "{answer:?}");
+    wait::until("a refusal for plaintext", SOON, || {
+        ensure!(fleet().controller_metric(REFUSALS, "reason=\"plaintext\"")? > before);
+        Ok(())
+    })
+    .unwrap();
+    fleet().settled(SOON).unwrap();
+}
+
+#[test]
+fn a_second_agent_of_a_node_supersedes_the_first() {
+    let _alone = alone();
+    let fleet = fleet();
+    let gamma = node(fleet, "gamma");
+    let ended = "switchtower_streams_ended_total";
+    let before = count(fleet, ended, "superseded");
+    let session = fleet.row("gamma").unwrap().connection.unwrap().session;
+    let pod = fleet.agent_pod("gamma").unwrap();
+    let token = fleet.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
+    let second = fleet.stranger(gamma, "gamma", &token).unwrap();
+    wait::until("the first agent's stream is superseded", SOON, || {
+        second.check_running()?;
+        ensure!(fleet.controller_metric(ended, "reason=\"superseded\"")? > before);
+        Ok(())
+    })
+    .unwrap();
+    // The second goes, as after a rolling update that went wrong; the first takes over again.
+    drop(second);
+    wait::until("gamma's own agent serves again", Duration::from_secs(45), || {
+        ensure!(fleet.agent_metric(gamma, "switchtower_controller_connected", "")? == 1.0, "not connected");
+        fleet.agrees(gamma)
+    })
+    .unwrap();
+    assert!(fleet.row("gamma").unwrap().connection.unwrap().session > session);
+}
+
+/// A JSON Web Token signed with the API server's key.
+fn signed(claims: &Value) -> String {
+    let pem = std::fs::read_to_string(fleet().control_plane().service_account_key()).unwrap();
+    let key = KeyPair::from_pem(&pem).unwrap();
+    let header = json!({"alg": "ES256", "typ": "JWT"});
+    let text =
+        format!("{}.{}", base64url(header.to_string().as_bytes()), base64url(claims.to_string().as_bytes()));
+    let signature = key.sign(text.as_bytes()).unwrap();
+    format!("{text}.{}", base64url(&fixed(&signature)))
+}
+
+/// An ECDSA signature as the two numbers of 32 bytes that JSON Web Tokens want, from ASN.1.
+fn fixed(signature: &[u8]) -> Vec<u8> {
+    let mut rest = &signature[2..];
+    let mut result = Vec::new();
+    for _ in 0..2 {
+        let length = usize::from(rest[1]);
+        let number: Vec<_> = rest[2..2 + length].iter().copied().skip_while(|byte| *byte == 0).collect();
+        result.resize(result.len() + 32 - number.len(), 0);
+        result.extend(number);
+        rest = &rest[2 + length..];
+    }
+    result
+}
+
+fn base64url(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let mut group = [0; 4];
+        group[1..=chunk.len()].copy_from_slice(chunk);
+        let group = u32::from_be_bytes(group);
+        for position in 0..=chunk.len() {
+            text.push(char::from(ALPHABET[(group >> (18 - 6 * position) & 63) as usize]));
+        }
+    }
+    text
+}
