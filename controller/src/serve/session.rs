@@ -90,6 +90,8 @@ struct InFlight {
     after: Cursor,
     snapshot: bool,
     since: Instant,
+    /// The kernel refused it, and the agent tries again until it is taken: no deadline holds.
+    retried: bool,
 }
 
 /// After a refusal: not before this time, or when the view changed, whichever the reason allows.
@@ -318,7 +320,7 @@ impl Session {
     /// When to look again without anything happening.
     fn deadline(&self) -> Option<Instant> {
         if let Some(in_flight) = &self.in_flight {
-            return Some(in_flight.since + self.limits.acknowledgement);
+            return (!in_flight.retried).then(|| in_flight.since + self.limits.acknowledgement);
         }
         self.pause.as_ref().map(|pause| pause.until)
     }
@@ -328,7 +330,7 @@ impl Session {
         let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
         self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
         if let Some(in_flight) = &self.in_flight {
-            if in_flight.since.elapsed() >= self.limits.acknowledgement {
+            if !in_flight.retried && in_flight.since.elapsed() >= self.limits.acknowledgement {
                 let detail = format!("generation {} was not acknowledged in time", in_flight.to);
                 return Err(End::GoAway(GoAwayReason::Unspecified, detail));
             }
@@ -427,7 +429,7 @@ impl Session {
             self.send(ToAgent::Part(part)).await?;
         }
         self.send(ToAgent::UpdateEnd(UpdateEnd { to })).await?;
-        self.in_flight = Some(InFlight { to, after, snapshot: whole, since: Instant::now() });
+        self.in_flight = Some(InFlight { to, after, snapshot: whole, since: Instant::now(), retried: false });
         Ok(())
     }
 
@@ -490,7 +492,9 @@ impl Session {
             let detail = format!("generation {} was acknowledged with another digest", ack.generation);
             return Err(End::GoAway(GoAwayReason::Malformed, detail));
         }
-        self.fleet.metrics().ack_seconds.observe(in_flight.since.elapsed().as_secs_f64());
+        if !in_flight.retried {
+            self.fleet.metrics().ack_seconds.observe(in_flight.since.elapsed().as_secs_f64());
+        }
         self.generation = in_flight.to;
         self.refusals = 0;
         self.fleet.reached(&self.node, self.number, &in_flight.after);
@@ -519,29 +523,21 @@ impl Session {
     }
 
     fn refused(&mut self, nack: &Nack) {
-        let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == nack.generation) else {
+        if self.in_flight.as_ref().is_none_or(|in_flight| in_flight.to != nack.generation) {
             return;
-        };
+        }
         let reason = nack.reason();
         self.fleet.metrics().nacked(nack_word(reason));
         tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
             errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
-        self.refusals = self.refusals.saturating_add(1);
-        let kernel = matches!(reason, NackReason::Kernel | NackReason::UnknownFeature);
-        if !kernel || nack.kept != self.generation {
-            self.cursor = None;
-        }
-        // A snapshot is the answer to a delta that does not fit; where a snapshot was refused, or this goes on,
-        // the same again will not do better at once.
-        if kernel || in_flight.snapshot || self.refusals > 1 {
-            let now = Instant::now();
-            let pause = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
-            self.pause = Some(Pause {
-                refused: in_flight.after.digest(),
-                wait_for_change: kernel,
-                earliest: now + self.limits.pause,
-                until: now + pause.mul_f64(rand::random_range(0.5..1.0)),
-            });
+        match reason {
+            // The agent has the update and acknowledges it when its kernel takes it.
+            NackReason::Kernel => {
+                if let Some(in_flight) = &mut self.in_flight {
+                    in_flight.retried = true;
+                }
+            }
+            _ => self.try_otherwise(reason, nack.kept),
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.failure = Some(Failure {
@@ -551,6 +547,27 @@ impl Session {
                 generation: nack.generation,
             });
         });
+    }
+
+    /// A snapshot is the answer to a delta that does not fit; where a snapshot was refused, or this goes on,
+    /// the same again will not do better at once.
+    fn try_otherwise(&mut self, reason: NackReason, kept: u64) {
+        let Some(in_flight) = self.in_flight.take() else { return };
+        self.refusals = self.refusals.saturating_add(1);
+        let unknown = reason == NackReason::UnknownFeature;
+        if !unknown || kept != self.generation {
+            self.cursor = None;
+        }
+        if unknown || in_flight.snapshot || self.refusals > 1 {
+            let now = Instant::now();
+            let pause = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
+            self.pause = Some(Pause {
+                refused: in_flight.after.digest(),
+                wait_for_change: unknown,
+                earliest: now + self.limits.pause,
+                until: now + pause.mul_f64(rand::random_range(0.5..1.0)),
+            });
+        }
     }
 
     fn reported(&self, report: &Report) {
