@@ -77,8 +77,7 @@ fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
     })
     .unwrap();
     let after = kernel_reader::transactions(&alpha.net.namespace).unwrap();
-    assert_eq!(after, before, "the agent wrote something; it says:
-{}", scene.fleet.agent_log(alpha));
+    assert_eq!(after, before, "the agent wrote something; it says:\n{}", scene.fleet.agent_log(alpha));
     assert_eq!(content(alpha), content_before);
     connection.exchange().unwrap();
     // And from here on an endpoint's change arrives as ever.

@@ -117,6 +117,8 @@ pub(super) struct Session {
     generation: u64,
     /// Highest number that was ever used for this node.
     highest: u64,
+    /// What the kernel held when the agent connected, until the first update. Its view may be older.
+    standing: Option<(u64, Digest)>,
     in_flight: Option<InFlight>,
     pause: Option<Pause>,
     refusals: u32,
@@ -174,6 +176,7 @@ impl Session {
             cursor: None,
             generation: 0,
             highest: 0,
+            standing: None,
             in_flight: None,
             pause: None,
             refusals: 0,
@@ -255,6 +258,10 @@ impl Session {
         let view = hello.view.as_ref();
         self.generation = view.map_or(0, |view| view.generation);
         self.highest = floor.max(kernel).max(self.generation);
+        self.standing = hello
+            .kernel
+            .as_ref()
+            .and_then(|stamp| Some((stamp.generation, Digest::from_bytes(&stamp.digest)?)));
         self.cursor = view.and_then(|view| {
             let digest = Digest::from_bytes(&view.digest)?;
             let revision = self.fleet.resumable(view.resume.as_ref());
@@ -399,7 +406,10 @@ impl Session {
 
     async fn update(&mut self, plan: Plan) -> Result<(), End> {
         let Plan { whole, snapshot, parts, changes, infos, after, source } = plan;
-        let to = self.highest + changes;
+        // An agent that was killed before it saved its view lacks what its kernel has: the same content keeps its
+        // number, and nothing is written.
+        let held = self.standing.take() == Some((self.highest, after.digest()));
+        let to = if held && self.generation < self.highest { self.highest } else { self.highest + changes };
         self.highest = to;
         let metrics = self.fleet.metrics();
         metrics.updated(if whole {

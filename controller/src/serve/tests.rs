@@ -278,6 +278,36 @@ async fn who_comes_back_continues() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_ahead_of_its_agents_view_keeps_its_number() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    (1..4).for_each(|number| lab.change(number));
+    let mut last = first.clone();
+    while last.to < first.to + 3 {
+        (last, _) = agent.update().await;
+        agent.ack(&last).await;
+    }
+    lab.until("n1", |known| known.applied == last.to).await;
+    drop(agent);
+    // Killed between the commit and the file: the view is the first one, the kernel holds the last.
+    let view = View {
+        digest: first.digest.clone(),
+        generation: first.to,
+        resume: first.resume.clone(),
+        source: first.source,
+    };
+    let kernel = Stamp { generation: last.to, digest: last.digest.clone() };
+    let mut agent = lab.agent("n1").await;
+    assert!(agent.welcome(Hello { view: Some(view), kernel: Some(kernel), ..hello("n1") }).await);
+    let (missed, _) = agent.update().await;
+    assert_eq!((missed.from, missed.to), (Some(first.to), last.to), "the same content has the same number");
+    agent.ack(&missed).await;
+    lab.change(9);
+    let (next, _) = agent.update().await;
+    assert_eq!((next.from, next.to), (Some(last.to), last.to + 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn refused_updates_are_followed_by_what_helps() {
     let limits = Limits { pause: Duration::from_millis(20), ..Limits::default() };
     let lab = Lab::start(limits).await;
