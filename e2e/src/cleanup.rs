@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ pub enum Resource {
 
 static REGISTRY: Mutex<BTreeMap<u64, Resource>> = Mutex::new(BTreeMap::new());
 static INSTALL: Once = Once::new();
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// A registered resource; it is removed when this is dropped.
 #[derive(Debug)]
@@ -40,13 +42,30 @@ impl Drop for Registered {
     }
 }
 
-/// Registers a resource for removal.
+/// Registers a resource for removal. Does not return once the process is interrupted: nothing is made any more.
 pub fn register(resource: Resource) -> Registered {
     INSTALL.call_once(install);
     let mut registry = registry();
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        drop(registry);
+        wait_for_the_end();
+    }
     let id = registry.last_key_value().map_or(0, |(id, _)| id + 1);
     registry.insert(id, resource);
     Registered(id)
+}
+
+/// Does not return if a signal is ending this process: what fails then fails because everything is taken away.
+pub fn check_interrupted() {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        wait_for_the_end();
+    }
+}
+
+fn wait_for_the_end() -> ! {
+    loop {
+        std::thread::park();
+    }
 }
 
 /// The name of this process in everything it makes: its id and its start time, so that a process that gets the
@@ -124,6 +143,9 @@ fn remove_namespace(name: &str) {
 
 /// Processes first, so that nothing keeps a namespace or writes into a directory; then the rest.
 fn remove_all() {
+    // Whoever comes second, the end of `main` or a signal, waits until all is gone.
+    static REMOVING: Mutex<()> = Mutex::new(());
+    let _removing = REMOVING.lock().unwrap_or_else(PoisonError::into_inner);
     let resources: Vec<_> = std::mem::take(&mut *registry()).into_values().collect();
     let is_process = |resource: &&Resource| matches!(resource, Resource::ProcessGroup(_));
     resources.iter().filter(is_process).for_each(remove);
@@ -138,6 +160,14 @@ fn remove_all() {
         }
     }
     resources.iter().filter(|resource| !is_process(resource)).for_each(remove);
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        // What was being made at that moment.
+        std::thread::sleep(Duration::from_millis(50));
+        let own = format!("{PREFIX}{}-", run_id());
+        let made_late =
+            entries(Path::new(NAMESPACE_DIRECTORY)).into_iter().filter(|name| name.starts_with(&own));
+        made_late.for_each(|name| remove_namespace(&name));
+    }
 }
 
 extern "C" fn at_exit() {
@@ -150,6 +180,7 @@ fn install() {
     std::thread::spawn(|| {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
         runtime.block_on(wait_for_signal());
+        INTERRUPTED.store(true, Ordering::Relaxed);
         remove_all();
         // SAFETY: ends the process at once; nothing of it is used afterwards.
         unsafe { libc::_exit(130) };

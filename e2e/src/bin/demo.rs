@@ -37,6 +37,7 @@ fn main() -> ExitCode {
     match run(arguments.keep) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            cleanup::check_interrupted();
             println!("\nThe demonstration failed: {error:#}");
             ExitCode::FAILURE
         }
@@ -66,6 +67,7 @@ fn run(keep: bool) -> Result<()> {
         proxy_status(&fleet)
     })();
     if let Err(error) = &shown {
+        cleanup::check_interrupted();
         println!("\n{error:#}\n\nThe controller's log ends:");
         let log = fleet.controller_log();
         let lines: Vec<_> = log.lines().collect();
@@ -296,7 +298,9 @@ fn look_around(fleet: &Fleet) -> Result<()> {
     println!("  export PATH={}:$PATH", folder.display());
     println!("  kubectl get proxystatus,nodes,services,pods -A");
     println!("  ip netns exec {} nft list table ip switchtower", near.net.namespace.name());
-    println!("  ip netns exec {} bash -c 'head -1 </dev/tcp/10.96.x.y/80'", pod.namespace.name());
+    let web: Service = fleet.kube().get("default", "web")?.context("no Service web")?;
+    let (name, address) = (pod.namespace.name(), address_of(&web, false)?);
+    println!("  ip netns exec {name} bash -c 'head -1 </dev/tcp/{address}/80'");
     println!("  tail -f {}/*.log", fleet.lab().directory().display());
     println!("\nIt runs until Ctrl-C (or: kill {}), and then removes everything.", std::process::id());
     Ok(())
