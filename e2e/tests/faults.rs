@@ -192,6 +192,38 @@ fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
 }
 
 #[test]
+fn a_standing_api_server_stops_no_packet_and_no_stream() {
+    let _alone = alone();
+    let (scene, to) = scene("api-server");
+    let api_server = scene.fleet.control_plane().api_server();
+    api_server.signal(libc::SIGSTOP);
+    answered_by("no API server", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    for node in scene.fleet.nodes() {
+        let connected = scene.fleet.agent_metric(node, "switchtower_controller_connected", "");
+        assert_eq!(connected.unwrap_or_default(), 1.0, "{} left its controller", node.net.name);
+    }
+    api_server.signal(libc::SIGCONT);
+    scene.endpoints("web", &["c1"]);
+    answered_by("goes on", scene.pod("a2"), Transport::Tcp, to, &["c1"]);
+    scene.fleet.settled(Duration::from_secs(20)).unwrap();
+}
+
+#[test]
+fn kubectl_shows_and_waits_for_every_node() {
+    let _alone = alone();
+    let (scene, _) = scene("kubectl");
+    let control_plane = scene.fleet.control_plane();
+    let wait = ["wait", "--for=condition=Ready", "pxs", "--all", "--timeout=40s"];
+    assert_eq!(control_plane.kubectl(&wait).unwrap().lines().count(), 3);
+    let table = control_plane.kubectl(&["get", "switchtower"]).unwrap();
+    let mut lines = table.lines();
+    let columns: Vec<_> = lines.next().unwrap().split_whitespace().collect();
+    let wanted = ["NAME", "READY", "STATE", "DESIRED", "APPLIED", "PROFILE", "SINCE", "REASON"];
+    assert_eq!(columns, wanted);
+    assert_eq!(lines.filter(|line| line.contains("True")).count(), 3, "{table}");
+}
+
+#[test]
 fn a_node_that_is_deleted_and_made_anew_is_served_again() {
     let _alone = alone();
     let (scene, to) = scene("node-again");
