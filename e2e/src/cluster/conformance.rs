@@ -26,10 +26,12 @@ const QUICK: &str = concat!(
 );
 /// What has nothing to do with a service proxy (network policies, ingress, performance of DNS), what this
 /// laboratory lacks (a cloud that cleans up load balancers, SCTP sockets, the Internet, a resolver outside
-/// the cluster), what must not run beside others, and what is off by default.
+/// the cluster, the images of two tests: one with CoreDNS, one with conntrack), what must not run beside
+/// others, and what is off by default.
 const SKIP: &str = concat!(
     r"\[(Serial|Disruptive|Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|SCTP|sctp|",
-    r"load balancer cleanup finalizer|\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver",
+    r"load balancer cleanup finalizer|\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver|",
+    r"configurable pod resolv.conf|KubeProxy should set TCP CLOSE_WAIT",
 );
 
 /// How to run it.

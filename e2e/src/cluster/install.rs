@@ -36,6 +36,12 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
         ))?;
     }
     wait_for_rollout(&kubectl)?;
+    // A change of the pod makes the kubelet look at its volumes now; otherwise an agent that started before
+    // the controller wrote switchtower-bootstrap gets it within about a minute and a half.
+    kubectl.run(&format!(
+        "annotate pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-node-agent \
+         switchtower.dev/look-again=yes --overwrite"
+    ))?;
     say(&format!("controller and agents run ({:.1} s)", start.elapsed().as_secs_f32()));
     wait_until("a Ready ProxyStatus for every node", Duration::from_secs(120), || {
         for name in layout.node_names() {
