@@ -214,9 +214,8 @@ fn load_balancer(fleet: &Fleet) -> Result<()> {
             true => outcome.source() == Some(client),
             false => *outcome == Outcome::Silence,
         })?;
-        let remark =
-            if has_endpoint { "the client's own address" } else { "no endpoint on this node: dropped" };
-        println!("  client {client:<14} via {:<6} -> {to}   {outcome} ({remark})", node.net.name);
+        let remark = if has_endpoint { "the client's own" } else { "dropped: no endpoint here" };
+        println!("  {client:<14} via {:<6} -> {to}   {outcome} ({remark})", node.net.name);
     }
     Ok(())
 }
