@@ -214,8 +214,8 @@ fn load_balancer(fleet: &Fleet) -> Result<()> {
             true => outcome.source() == Some(client),
             false => *outcome == Outcome::Silence,
         })?;
-        let remark = if has_endpoint { "the client's own" } else { "dropped: no endpoint here" };
-        println!("  {client:<14} via {:<6} -> {to}   {outcome} ({remark})", node.net.name);
+        let remark = if has_endpoint { "the client's" } else { "dropped: no endpoint here" };
+        println!("  {client:<14} via {:<6} -> {to}  {outcome} ({remark})", node.net.name);
     }
     Ok(())
 }
@@ -279,6 +279,7 @@ fn proxy_status(fleet: &Fleet) -> Result<()> {
     })?;
     std::thread::sleep(Duration::from_millis(200));
     show_rows(fleet, "during")?;
+    println!("  gamma's kernel lags behind what it should hold; after 5 s READY and STATE say so too.");
     if let Some(agent) = fleet.agent_id(gamma).and_then(|id| i32::try_from(id).ok()) {
         // SAFETY: as above.
         unsafe { libc::kill(agent, libc::SIGCONT) };
