@@ -54,6 +54,9 @@ enum Action {
         /// Only a part that ends within minutes
         #[arg(long)]
         quick: bool,
+        /// Only the tests of load balancers, which the others leave out
+        #[arg(long, conflicts_with = "quick")]
+        load_balancers: bool,
         /// Regular expression of the tests' names
         #[arg(long)]
         focus: Option<String>,
@@ -164,8 +167,8 @@ fn main() -> Result<()> {
         }
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
         Action::Demo { place, programs } => demo::demo(&place.existing()?, &programs.tools()?),
-        Action::Conformance { place, programs, label, quick, focus, processes, out } => {
-            let run = conformance::Run { label, quick, focus, processes, out };
+        Action::Conformance { place, programs, label, quick, load_balancers, focus, processes, out } => {
+            let run = conformance::Run { label, quick, load_balancers, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)
         }
         Action::Down { place } => down::down(&place.layout(0)),

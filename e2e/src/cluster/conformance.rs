@@ -34,6 +34,9 @@ const SKIP: &str = concat!(
     r"configurable pod resolv.conf|KubeProxy should set TCP CLOSE_WAIT",
 );
 
+/// Tests of a Service's VIP: slow, so they are a run of their own.
+const LOAD_BALANCERS: &str = "LoadBalancer";
+
 /// How to run it.
 #[derive(Debug, Clone)]
 pub struct Run {
@@ -41,6 +44,8 @@ pub struct Run {
     pub label: String,
     /// Only the quick part.
     pub quick: bool,
+    /// Only the tests of load balancers, which the others leave out.
+    pub load_balancers: bool,
     /// Another regular expression for the names of tests.
     pub focus: Option<String>,
     /// How many tests at once.
@@ -71,8 +76,14 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     let _ = fs::remove_file(out.join(&json));
     let log = out.join(format!("{}.log", run.label));
     say(&format!("upstream's tests run; what they say goes to {}", log.display()));
-    let focus = run.focus.as_deref().unwrap_or(if run.quick { QUICK } else { FOCUS });
-    let status = run_suite(layout, tools, run, focus, &out, &json, &log)?;
+    let focus = match &run.focus {
+        Some(focus) => focus,
+        None if run.load_balancers => LOAD_BALANCERS,
+        None if run.quick => QUICK,
+        None => FOCUS,
+    };
+    let skip = if run.load_balancers { SKIP.to_owned() } else { format!("{SKIP}|{LOAD_BALANCERS}") };
+    let status = run_suite(layout, tools, run, (focus, &skip), &out, &json, &log)?;
     let outcomes = read(&out.join(&json))
         .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
     let baseline = read(&out.join("kube-proxy.json")).unwrap_or_default();
@@ -92,7 +103,7 @@ fn run_suite(
     layout: &Layout,
     tools: &Tools,
     run: &Run,
-    focus: &str,
+    (focus, skip): (&str, &str),
     out: &Path,
     json: &str,
     log: &Path,
@@ -102,7 +113,7 @@ fn run_suite(
     command
         .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
         .arg(tools.cluster("ginkgo"))
-        .args([format!("--procs={}", run.processes), format!("--focus={focus}"), format!("--skip={SKIP}")])
+        .args([format!("--procs={}", run.processes), format!("--focus={focus}"), format!("--skip={skip}")])
         .args(["--no-color", "--timeout=60m", &format!("--json-report={json}")])
         .arg(format!("--output-dir={}", out.display()))
         .arg(tools.cluster("e2e.test"))
