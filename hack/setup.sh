@@ -58,6 +58,8 @@ go_build() {
         -ldflags "-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" \
         "${packages[@]}" >"$log" 2>&1 &
     pid=$!
+    # An interrupted run leaves no compiler behind.
+    trap 'kill "$pid" 2>/dev/null || true' EXIT
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
         if (((SECONDS - start) % 15 == 0)); then
