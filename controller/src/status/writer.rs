@@ -382,7 +382,7 @@ impl<R: Registry> Writer<R> {
         if requests::is_missing_kind(error) {
             tracing::error!(
                 "the kind ProxyStatus (switchtower.dev/v1alpha1) is not installed; install it with \
-                 `kubectl apply -f crds/yaml/`; agents are served meanwhile, and it is tried again"
+                 `kubectl apply -k crds/yaml`; agents are served meanwhile, and it is tried again"
             );
         } else {
             tracing::warn!(%error, "writing ProxyStatus failed; agents are served meanwhile, and it is tried again");
