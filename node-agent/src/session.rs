@@ -105,6 +105,7 @@ pub async fn run(
     mut stop: watch::Receiver<bool>,
 ) {
     let (mut attempt, mut turn) = (0_u32, 0_usize);
+    let mut told = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
@@ -117,13 +118,18 @@ pub async fn run(
             return;
         }
         // A stream that lasted is no failure: the next attempt starts from the shortest pause.
-        attempt = if began.elapsed() > SILENCE { 0 } else { attempt.saturating_add(1) };
+        // Files that are not there yet (the kubelet brings them) cost nobody anything to look for.
+        let waiting = matches!(error, SessionError::Bootstrap(_));
+        attempt = if waiting || began.elapsed() > SILENCE { 0 } else { attempt.saturating_add(1) };
         turn = turn.wrapping_add(1);
         let mut pause = full_jitter(BACKOFF.0, BACKOFF.1, attempt.saturating_sub(1));
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(BACKOFF.0, BACKOFF.1, 0);
         }
-        tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
+        if !(waiting && std::mem::replace(&mut told, waiting)) {
+            tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
+        }
+        told = waiting;
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|stop| *stop) => return,
