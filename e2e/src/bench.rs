@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::commits::Commits;
 use crate::oracle::KubeProxy;
 use crate::switchtower::{Fleet, FleetNode, NodeSpec};
+use crate::wait;
 use load::Load;
 use resources::{cpu_time, peak_of_children, resident};
 
@@ -93,7 +94,11 @@ pub fn run(size: Size, tell: &dyn Fn(&str)) -> Result<Figures> {
     tell(&format!("creating {} Services with three endpoints each", size.services));
     let load = Load::create(fleet.kube(), size.services)?;
     fleet.start_controller()?;
-    fleet.controller_listens(Duration::from_secs(60))?;
+    wait::until("the controller has compiled everything", Duration::from_secs(60), || {
+        let microseconds = fleet.controller_metric("switchtower_first_compile_microseconds", "")?;
+        anyhow::ensure!(microseconds > 0.0, "not yet");
+        Ok(())
+    })?;
     let controller = fleet.controller_id().context("the controller is not running")?;
     let [ours, theirs] = fleet.nodes() else { anyhow::bail!("two nodes were asked for") };
 

@@ -16,6 +16,7 @@ pub mod cleanup;
 pub mod cluster;
 pub mod commits;
 pub mod control_plane;
+pub mod differential;
 pub mod kernel_reader;
 pub mod lab;
 pub mod namespace;

@@ -1,0 +1,131 @@
+//! A case's Services as API objects.
+
+use serde_json::{Value, json};
+
+use super::case::{Endpoint, Families, PODS, Port, Protocol, Service, ServiceType};
+
+const NAMESPACE: &str = "default";
+
+fn protocol(port: &Port) -> &'static str {
+    match port.protocol {
+        Protocol::TCP => "TCP",
+        Protocol::UDP => "UDP",
+    }
+}
+
+/// The Service, without its status.
+pub(super) fn service(service: &Service) -> Value {
+    let (families, policy) = match service.families {
+        Families::Ipv4 => (json!(["IPv4"]), "SingleStack"),
+        Families::Ipv6 => (json!(["IPv6"]), "SingleStack"),
+        Families::Dual => (json!(["IPv4", "IPv6"]), "RequireDualStack"),
+    };
+    let ports: Vec<_> = service
+        .ports
+        .iter()
+        .map(|port| {
+            let mut value = json!({
+                "name": port.name, "protocol": protocol(port), "port": port.port,
+                "targetPort": port.target.unwrap_or(9),
+            });
+            if let Some(node_port) = port.node_port {
+                value["nodePort"] = json!(node_port);
+            }
+            value
+        })
+        .collect();
+    let local = |local| if local { "Local" } else { "Cluster" };
+    let mut spec = json!({
+        "type": format!("{:?}", service.service_type),
+        "ipFamilies": families,
+        "ipFamilyPolicy": policy,
+        "ports": ports,
+        "internalTrafficPolicy": local(service.internal_local),
+    });
+    if service.service_type != ServiceType::ClusterIP || !service.external_ips.is_empty() {
+        spec["externalTrafficPolicy"] = json!(local(service.external_local));
+    }
+    if !service.external_ips.is_empty() {
+        spec["externalIPs"] = json!(service.external_ips);
+    }
+    if !service.source_ranges.is_empty() {
+        spec["loadBalancerSourceRanges"] = json!(service.source_ranges);
+    }
+    if let Some(seconds) = service.affinity_seconds {
+        spec["sessionAffinity"] = json!("ClientIP");
+        spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": seconds}});
+    }
+    let labels: serde_json::Map<_, _> =
+        service.labels.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": service.name, "namespace": NAMESPACE, "labels": labels},
+        "spec": spec,
+    })
+}
+
+/// What a load balancer's controller would write.
+pub(super) fn status(service: &Service) -> Value {
+    let ingress: Vec<_> = service.load_balancer_ips.iter().map(|ip| json!({"ip": ip})).collect();
+    json!({"status": {"loadBalancer": {"ingress": ingress}}})
+}
+
+/// The Service's slices: one for each family.
+pub(super) fn slices(service: &Service) -> Vec<Value> {
+    let of = |ipv6: bool| {
+        let ports: Vec<_> = service
+            .ports
+            .iter()
+            .filter_map(|port| {
+                let target = port.target?;
+                Some(json!({"name": port.name, "protocol": protocol(port), "port": target}))
+            })
+            .collect();
+        let endpoints: Vec<_> = service.endpoints.iter().map(|endpoint| one(endpoint, ipv6)).collect();
+        let mut labels = json!({"kubernetes.io/service-name": service.name});
+        for (key, value) in &service.labels {
+            // The EndpointSlice controller mirrors the Service's labels.
+            labels[key] = json!(value);
+        }
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{}-{}", service.name, if ipv6 { "v6" } else { "v4" }),
+                "namespace": NAMESPACE, "labels": labels,
+            },
+            "addressType": if ipv6 { "IPv6" } else { "IPv4" },
+            "ports": ports,
+            "endpoints": endpoints,
+        })
+    };
+    match service.families {
+        Families::Ipv4 => vec![of(false)],
+        Families::Ipv6 => vec![of(true)],
+        Families::Dual => vec![of(false), of(true)],
+    }
+}
+
+fn one(endpoint: &Endpoint, ipv6: bool) -> Value {
+    let pod = PODS[endpoint.pod];
+    let node = pod.node.trim_start_matches('n');
+    let address = if ipv6 {
+        format!("fd00:244:{node}::{:x}", pod.number)
+    } else {
+        format!("10.244.{node}.{}", pod.number)
+    };
+    let mut value = json!({
+        "addresses": [address],
+        "nodeName": pod.node,
+        "conditions": {
+            "ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating,
+        },
+    });
+    let names = |names: &[String]| names.iter().map(|name| json!({"name": name})).collect::<Vec<_>>();
+    if !endpoint.zones.is_empty() {
+        value["hints"]["forZones"] = json!(names(&endpoint.zones));
+    }
+    if !endpoint.nodes.is_empty() {
+        value["hints"]["forNodes"] = json!(names(&endpoint.nodes));
+    }
+    value
+}
