@@ -59,7 +59,9 @@ go_build() {
         "${packages[@]}" >"$log" 2>&1 &
     pid=$!
     # An interrupted run leaves no compiler behind.
-    trap 'kill "$pid" 2>/dev/null || true' EXIT
+    # The number is written into the trap: when it runs, the function's variables are gone.
+    # shellcheck disable=SC2064
+    trap "kill $pid 2>/dev/null || true" EXIT
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
         if (((SECONDS - start) % 15 == 0)); then
