@@ -10,6 +10,7 @@ use serde::Serialize;
 use switchtower_core::compile::Compiler;
 use switchtower_core::compiled::{Compiled, Problem};
 use switchtower_core::model::{Input, LayerId};
+use switchtower_core::wire::address;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{
     Endpoint, Family, Frontend, FrontendKind, PoolKey, Protocol, Role, ServicePort, Target, Verdict,
@@ -220,13 +221,6 @@ fn protocol(protocol: Protocol) -> &'static str {
         Protocol::Sctp => "SCTP",
         Protocol::Unspecified => "?",
     }
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    <[u8; 4]>::try_from(bytes)
-        .map(IpAddr::from)
-        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
-        .ok()
 }
 
 fn endpoint(endpoint: &Endpoint) -> String {

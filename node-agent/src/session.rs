@@ -126,7 +126,7 @@ pub async fn run(
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(BACKOFF.0, BACKOFF.1, 0);
         }
-        if !(waiting && std::mem::replace(&mut told, waiting)) {
+        if !(waiting && told) {
             tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
         }
         told = waiting;

@@ -9,7 +9,6 @@ mod claims;
 mod emit;
 mod nodes;
 mod service;
-mod wire;
 
 #[cfg(test)]
 mod tests;
@@ -27,6 +26,7 @@ use self::nodes::Nodes;
 use self::service::Output;
 use crate::compiled::Compiled;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
+use crate::wire;
 
 /// Sizes of what is compiled, for status.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -10,3 +10,4 @@ pub mod layer;
 pub mod model;
 pub mod tracer;
 pub mod view;
+pub mod wire;

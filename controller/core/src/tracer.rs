@@ -13,6 +13,7 @@ use switchtower_proto::v1::{
 };
 
 use crate::view::View;
+use crate::wire::{self, address, net, octets};
 
 /// Where a packet comes from, as the node sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,7 +112,7 @@ impl Tracer<'_> {
     }
 
     fn family(&self) -> Family {
-        if self.packet.destination.is_ipv6() { Family::Ipv6 } else { Family::Ipv4 }
+        wire::family(self.packet.destination)
     }
 
     /// No frontend: ports of a ClusterIP that are not defined are refused, ServiceCIDR addresses that are not
@@ -183,20 +184,4 @@ impl Tracer<'_> {
             }
         }
     }
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    }
-}
-
-fn address(octets: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(octets).map(IpAddr::from);
-    v4.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok()
-}
-
-fn net(cidr: &Cidr) -> Option<IpNet> {
-    IpNet::new(address(&cidr.address)?, cidr.prefix_length.try_into().ok()?).ok()
 }

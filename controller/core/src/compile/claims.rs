@@ -4,7 +4,6 @@
 //! an externalIP; then age, namespace and name, UID. The loser takes over when the winner goes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use switchtower_proto::v1::{Frontend, FrontendKey, FrontendKind, Protocol};
@@ -12,6 +11,7 @@ use switchtower_proto::v1::{Frontend, FrontendKey, FrontendKind, Protocol};
 use super::emit::Emitter;
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{ObjectKey, Service};
+use crate::wire;
 
 /// The order of claimants; the least wins.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,11 +136,8 @@ fn describe(key: &FrontendKey) -> String {
         Protocol::Sctp => "SCTP",
         Protocol::Unspecified => "?",
     };
-    let address = <[u8; 4]>::try_from(key.address.as_slice())
-        .map(IpAddr::from)
-        .or_else(|_| <[u8; 16]>::try_from(key.address.as_slice()).map(IpAddr::from));
-    match address {
-        Ok(address) => format!("{}/{protocol}", std::net::SocketAddr::new(address, key.port as u16)),
-        Err(_) => format!("node port {}/{protocol}", key.port),
+    match wire::address(&key.address) {
+        Some(address) => format!("{}/{protocol}", std::net::SocketAddr::new(address, key.port as u16)),
+        None => format!("node port {}/{protocol}", key.port),
     }
 }

@@ -8,9 +8,9 @@ use switchtower_proto::v1::{Change, Cidr, Frontend, FrontendKey, PoolKey, PoolPa
 
 use super::categorize::Address;
 use super::service::Output;
-use super::wire;
 use crate::compiled::{Compiled, Problem};
 use crate::model::LayerId;
+use crate::wire;
 
 type Pools = BTreeMap<LayerId, BTreeMap<PoolKey, BTreeSet<Address>>>;
 

@@ -8,9 +8,9 @@ use switchtower_proto::v1::{HealthCheck, HealthCheckKey, LocalEndpoint, NodeReco
 
 use super::emit::Emitter;
 use super::service::Output;
-use super::wire;
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{LayerId, Node, ObjectKey};
+use crate::wire;
 
 #[derive(Debug, Default)]
 pub(super) struct Nodes {
@@ -182,7 +182,7 @@ fn record(node: &Node) -> NodeRecord {
     let Node { name, addresses, pod_cidrs, zone, eligible } = node;
     NodeRecord {
         name: name.to_string(),
-        addresses: addresses.iter().map(|address| wire::address(*address)).collect(),
+        addresses: addresses.iter().map(|address| wire::octets(*address)).collect(),
         pod_cidrs: pod_cidrs.iter().map(|cidr| wire::cidr(*cidr)).collect(),
         eligible: *eligible,
         zone: zone.as_deref().unwrap_or_default().to_owned(),

@@ -11,9 +11,9 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
-use super::wire;
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
+use crate::wire;
 
 /// Members of one pool at most; the rest is left out and reported.
 pub const MAX_POOL_MEMBERS: usize = 65_000;
@@ -189,10 +189,10 @@ fn frontends(
     let internal = target(service.internal_policy);
     let (external, inside) = (target(service.external_policy), target(TrafficPolicy::Cluster));
     let mut all =
-        vec![frontend(FrontendKind::ClusterIp, wire::address(cluster_ip), port.port, internal, internal)];
+        vec![frontend(FrontendKind::ClusterIp, wire::octets(cluster_ip), port.port, internal, internal)];
     for (kind, address) in &outside.addresses {
         if *address != cluster_ip {
-            all.push(frontend(*kind, wire::address(*address), port.port, external, inside));
+            all.push(frontend(*kind, wire::octets(*address), port.port, external, inside));
         }
     }
     if let Some(number) = outside.node_port {
@@ -258,7 +258,7 @@ fn local_endpoints(
         let by_local = || categories.local.get(node).is_some_and(|local| local.contains(address));
         if (uses_cluster && categories.cluster.contains(address)) || (uses_local && by_local()) {
             output.local.entry(node.clone()).or_default().insert(LocalEndpoint {
-                address: wire::address(address.0),
+                address: wire::octets(address.0),
                 protocol: protocol.into(),
                 port: address.1.into(),
             });
