@@ -480,6 +480,7 @@ impl Engine {
                     drift_repaired: self.drift_repaired,
                     drift_cause: cause.into(),
                     foreign_proxy: false,
+                    trial: None,
                 };
                 self.send(Event::Report(report));
             }

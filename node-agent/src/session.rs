@@ -263,6 +263,8 @@ fn hello(identity: &Identity, standing: Standing) -> Hello {
         kernel,
         view,
         addresses: addresses.into_iter().take(64).map(bytes).collect(),
+        deviations: None,
+        trial: None,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::v1::{
     Cidr, ConntrackSettings, Endpoint, Frontend, FrontendKey, HealthCheck, HealthCheckKey, LayerKind,
-    LocalEndpoint, NodeRecord, PoolKey, ServicePort, Settings, Target,
+    LocalEndpoint, NodeRecord, PoolKey, Probe, ServicePort, Settings, Target, Trial,
 };
 
 /// One item of a view, borrowed. The variants' order is that of `Item` in the .proto.
@@ -276,6 +276,8 @@ impl Encoder {
             node_port_addresses,
             conntrack,
             minimum_interval_milliseconds,
+            log_level,
+            trial,
         } = settings;
         self.bytes(profile.as_bytes());
         self.uint(*revision);
@@ -287,6 +289,27 @@ impl Encoder {
         self.repeated(node_port_addresses, Self::cidr);
         self.message(conntrack.as_ref(), Self::conntrack);
         self.uint(*minimum_interval_milliseconds);
+        self.bytes(log_level.as_bytes());
+        self.message(trial.as_deref(), Self::trial);
+    }
+
+    fn trial(&mut self, trial: &Trial) {
+        let Trial { probes, window_milliseconds, fallback } = trial;
+        self.repeated(probes, Self::probe);
+        self.uint(*window_milliseconds);
+        self.message(fallback.as_deref(), Self::settings);
+    }
+
+    fn probe(&mut self, probe: &Probe) {
+        let Probe { name, namespace, service, port, kind, timeout_milliseconds, compare_source, http_path } =
+            probe;
+        for text in [name, namespace, service, port] {
+            self.bytes(text.as_bytes());
+        }
+        self.enumeration(*kind);
+        self.uint(*timeout_milliseconds);
+        self.uint(*compare_source);
+        self.bytes(http_path.as_bytes());
     }
 }
 

@@ -56,6 +56,27 @@ fn vectors() -> BTreeMap<&'static str, String> {
         conntrack: Some(ConntrackSettings { tcp_be_liberal: true, ..Default::default() }),
         ..Default::default()
     };
+    let probe = Probe {
+        name: "cart".into(),
+        namespace: "shop".into(),
+        service: "cart".into(),
+        port: "http".into(),
+        kind: ProbeKind::NodePort.into(),
+        timeout_milliseconds: 500,
+        compare_source: true,
+        http_path: "/clientip".into(),
+    };
+    let tried = Settings {
+        profile: "default".into(),
+        revision: 2,
+        log_level: "debug".into(),
+        trial: Some(Box::new(Trial {
+            probes: vec![probe],
+            window_milliseconds: 30_000,
+            fallback: Some(Box::new(settings.clone())),
+        })),
+        ..settings.clone()
+    };
     let check = HealthCheck {
         key: Some(HealthCheckKey { namespace: "shop".into(), name: "cart".into() }),
         port: 30100,
@@ -80,6 +101,7 @@ fn vectors() -> BTreeMap<&'static str, String> {
         ("health check", hash(LayerKind::Node, ItemRef::HealthCheck(&check))),
         ("service cidr", hash(LayerKind::Cluster, ItemRef::ServiceCidr(&cidr))),
         ("settings", hash(LayerKind::Settings, ItemRef::Settings(&settings))),
+        ("settings on trial", hash(LayerKind::Settings, ItemRef::Settings(&tried))),
         ("digest of pool and member", sum.to_string()),
         ("bucket of shop/cart", bucket("shop", "cart").to_string()),
     ])

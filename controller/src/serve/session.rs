@@ -24,13 +24,11 @@ use super::auth::Identity;
 use super::fleet::{Fleet, Signal};
 use crate::status::observation::{Failure, nack_word};
 
+mod bounded;
 mod hello;
 
 /// Longest text of an agent that is kept.
 const TEXT: usize = 512;
-/// Most samples of deviations that are kept.
-const SAMPLES: usize = 16;
-
 /// Bounds and times of streams.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -273,6 +271,7 @@ impl Session {
         let (generation, highest) = (self.generation, self.highest);
         let applied = self.cursor.as_ref().map_or(kernel, |_| generation);
         let settings = (self.subscription.settings.0.to_string(), self.subscription.settings.1);
+        let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.since = Timestamp::now();
             known.lost_since = None;
@@ -284,6 +283,8 @@ impl Session {
             known.agent_version = shortened(&hello.agent_version);
             known.kernel_version = shortened(&hello.kernel_version);
             known.settings = settings;
+            known.deviations = deviations.map(bounded::deviations);
+            known.trial = trial.map(bounded::trial);
         });
     }
 
@@ -491,8 +492,11 @@ impl Session {
     fn acknowledged(&mut self, ack: Ack) -> Result<(), End> {
         let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == ack.generation) else {
             // Deviations of what it holds may change by themselves, as when held removals are released.
-            if ack.generation == self.generation && self.cursor.is_some() {
-                self.note_ack(ack);
+            if ack.generation == self.generation {
+                // Until the agent has a place in the log, what it holds is about to be replaced.
+                if self.cursor.is_some() {
+                    self.note_ack(ack);
+                }
                 return Ok(());
             }
             let detail = format!("generation {} was acknowledged but not sent", ack.generation);
@@ -514,14 +518,8 @@ impl Session {
     }
 
     fn note_ack(&self, ack: Ack) {
-        let Ack { generation, digest, mut deviations, timings, .. } = ack;
-        if let Some(deviations) = &mut deviations {
-            deviations.samples.truncate(SAMPLES);
-            for sample in &mut deviations.samples {
-                sample.item = shortened(&sample.item);
-                sample.reason = shortened(&sample.reason);
-            }
-        }
+        let Ack { generation, digest, deviations, timings, .. } = ack;
+        let deviations = deviations.map(bounded::deviations);
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.acknowledged = true;
             known.applied = generation;
@@ -588,6 +586,9 @@ impl Session {
             known.drift_repaired = report.drift_repaired;
             known.drift_cause = shortened(&report.drift_cause);
             known.foreign_proxy = report.foreign_proxy;
+            if let Some(trial) = &report.trial {
+                known.trial = Some(bounded::trial(trial.clone()));
+            }
         });
     }
 }

@@ -1,7 +1,7 @@
 //! What is known of a node's agent: the input of a row.
 
 use k8s_openapi::jiff::Timestamp;
-use switchtower_proto::v1::{Deviations, NackReason};
+use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
 
 /// One node's agent, as the registry of streams saw it last.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -24,7 +24,7 @@ pub struct Observation {
     pub behind_since: Option<Timestamp>,
     /// Digest of what was acknowledged.
     pub digest: Option<[u8; 16]>,
-    /// Of the last acknowledgement; `None` without any.
+    /// Of Hello or the last acknowledgement; `None` without any.
     pub deviations: Option<Deviations>,
     /// The refusal that was not followed by an acknowledgement.
     pub failure: Option<Failure>,
@@ -44,6 +44,8 @@ pub struct Observation {
     pub foreign_proxy: bool,
     /// Profile and revision of the settings.
     pub settings: (String, u64),
+    /// Where the agent's last trial of settings stands, as it told in Hello or Report.
+    pub trial: Option<TrialStatus>,
 }
 
 /// A generation that the agent refused.

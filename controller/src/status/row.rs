@@ -11,6 +11,8 @@ use switchtower_crds::{
     Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
 };
 
+use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
+
 use super::observation::{Failure, Observation};
 
 /// A lost stream shows as disconnected only after this time, so that a move to another replica or a short
@@ -231,8 +233,13 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
         return Verdict::new("False", "Programming", "The agent has not acknowledged a generation yet.");
     }
     if let Some(deviations) = observation.deviations.as_ref() {
-        let (reason, message) = if deviations.settings_revision != 0 {
-            ("RolledBack", format!("Settings revision {} is in force instead.", deviations.settings_revision))
+        let (reason, message) = if let Some(settings) = &deviations.settings {
+            let reason = match settings.cause() {
+                SettingsCause::Trial => "SettingsOnTrial",
+                SettingsCause::RolledBack | SettingsCause::Unspecified => "RolledBack",
+            };
+            let SettingsDeviation { profile, revision, .. } = settings;
+            (reason, format!("Settings {profile}@{revision} are in force instead."))
         } else if deviations.refused > 0 {
             ("ItemsRefused", format!("{} items were refused; all others are programmed.", deviations.refused))
         } else {
@@ -283,8 +290,10 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
     } else if observation.failure.is_some() {
         State::ApplyFailed
     } else if !verdicts.programmed.holds() {
+        let settings = observation.deviations.as_ref().and_then(|deviations| deviations.settings.as_ref());
+        let on_trial = settings.is_some_and(|settings| settings.cause() == SettingsCause::Trial);
         match observation.deviations {
-            Some(_) if observation.acknowledged => State::Deviating,
+            Some(_) if observation.acknowledged && !on_trial => State::Deviating,
             _ => State::Progressing,
         }
     } else if !verdicts.consistent.holds() {

@@ -2,7 +2,7 @@
 
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
 use switchtower_crds::ProxyStatusStatus;
-use switchtower_proto::v1::{Deviation, Deviations};
+use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
 use super::observation::{Failure, Observation};
 use super::row::{DISCONNECT_GRACE, Inputs, Row, row};
@@ -64,13 +64,16 @@ fn a_healthy_node() {
 
 #[test]
 fn every_state_and_its_reason() {
-    let deviating = |held, refused, settings_revision| Observation {
-        deviations: Some(Deviations { held, refused, settings_revision, ..Deviations::default() }),
-        ..healthy()
+    let deviating = |held, refused, settings: Option<SettingsCause>| {
+        let in_force = |cause| SettingsDeviation { profile: "builtin".into(), revision: 0, cause };
+        let settings = settings.map(|cause| in_force(cause as i32));
+        let deviations = Deviations { held, refused, settings, ..Deviations::default() };
+        Observation { deviations: Some(deviations), ..healthy() }
     };
-    check(&deviating(3, 0, 0), "Deviating", "False", "DeletionsHeld");
-    check(&deviating(3, 1, 0), "Deviating", "False", "ItemsRefused");
-    check(&deviating(0, 0, 4), "Deviating", "False", "RolledBack");
+    check(&deviating(3, 0, None), "Deviating", "False", "DeletionsHeld");
+    check(&deviating(3, 1, None), "Deviating", "False", "ItemsRefused");
+    check(&deviating(0, 0, Some(SettingsCause::RolledBack)), "Deviating", "False", "RolledBack");
+    check(&deviating(0, 1, Some(SettingsCause::Trial)), "Progressing", "False", "SettingsOnTrial");
     check(&Observation { acknowledged: false, ..healthy() }, "Progressing", "False", "Programming");
     let behind = |seconds| Observation { applied: 9, behind_since: Some(ago(seconds)), ..healthy() };
     check(&behind(60), "Progressing", "False", "Behind");

@@ -49,7 +49,7 @@ impl Engine {
         Some(Deviations {
             held: 0,
             refused: self.refused.len() as u32,
-            settings_revision: 0,
+            settings: None,
             effective_digest: effective.to_le_bytes().to_vec(),
             samples: samples.collect(),
         })

@@ -183,6 +183,57 @@ pub struct Settings {
     /// between two commits; 0..1000
     #[prost(uint32, tag = "10")]
     pub minimum_interval_milliseconds: u32,
+    /// "error", "warn", "info", "debug" or "trace" of the agent's own log; empty: as its command line says.
+    #[prost(string, tag = "11")]
+    pub log_level: ::prost::alloc::string::String,
+    /// How these settings are tried on a node before they count as good; absent: they are in force at once.
+    #[prost(message, optional, boxed, tag = "12")]
+    pub trial: ::core::option::Option<::prost::alloc::boxed::Box<Trial>>,
+}
+/// What a node does with settings that are not proved yet; see "Trial of settings".
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Trial {
+    /// at most 16, names unique; none: the settings pass at once
+    #[prost(message, repeated, tag = "1")]
+    pub probes: ::prost::alloc::vec::Vec<Probe>,
+    /// how long probes are repeated after the switch; 0..3600000, 0: one round
+    #[prost(uint32, tag = "2")]
+    pub window_milliseconds: u32,
+    /// the last good settings; without a trial of their own
+    #[prost(message, optional, boxed, tag = "3")]
+    pub fallback: ::core::option::Option<::prost::alloc::boxed::Box<Settings>>,
+}
+/// A TCP connection that the agent opens from the node's own network through the data plane. Addresses and ports
+/// are taken from the node's view. A round tries a failing connection three times before it counts as failed.
+///
+/// With `compare_source` the backend tells which address it sees the connection come from: it writes a line of at
+/// most 256 bytes, by itself, or in answer to "GET <http_path> HTTP/1.0" if that is set (then the body's first
+/// line counts). The first word of the line that is an IP address, with or without a port, is the source; the
+/// other words name the backend. A round asks eight times, because backends differ in what they see: a node is
+/// seen by its own pods under another address than by pods elsewhere. The source has changed if for some backend
+/// that answered before and after no source is common to both.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Probe {
+    /// in results; 1..253 bytes
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub service: ::prost::alloc::string::String,
+    /// A TCP port of the Service: its name, or its number (the Service's, also for a NodePort); empty: all of them.
+    #[prost(string, tag = "4")]
+    pub port: ::prost::alloc::string::String,
+    #[prost(enumeration = "ProbeKind", tag = "5")]
+    pub kind: i32,
+    /// of one connection with its answer; 0..10000, 0: 1000
+    #[prost(uint32, tag = "6")]
+    pub timeout_milliseconds: u32,
+    #[prost(bool, tag = "7")]
+    pub compare_source: bool,
+    /// "/clientip"; at most 256 bytes, no blanks; only with compare_source
+    #[prost(string, tag = "8")]
+    pub http_path: ::prost::alloc::string::String,
 }
 /// Never sent; the canonical numbering of items for the digest.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -306,7 +357,7 @@ pub mod agent_message {
         Answer(super::Answer),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {
     /// schema versions that the agent speaks
     #[prost(uint32, repeated, tag = "1")]
@@ -329,6 +380,12 @@ pub struct Hello {
     /// for people; never compiled
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// of what the kernel holds; absent: none
+    #[prost(message, optional, tag = "9")]
+    pub deviations: ::core::option::Option<Deviations>,
+    /// absent: none, or forgotten after it passed
+    #[prost(message, optional, tag = "10")]
+    pub trial: ::core::option::Option<TrialStatus>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Stamp {
@@ -377,14 +434,70 @@ pub struct Deviations {
     /// items that the kernel or the agent's limits refused
     #[prost(uint32, tag = "2")]
     pub refused: u32,
-    /// non-zero: these settings are in force instead
-    #[prost(uint64, tag = "3")]
-    pub settings_revision: u64,
+    /// present: other settings than the desired ones are in force
+    #[prost(message, optional, tag = "3")]
+    pub settings: ::core::option::Option<SettingsDeviation>,
     #[prost(bytes = "vec", tag = "4")]
     pub effective_digest: ::prost::alloc::vec::Vec<u8>,
     /// at most 16
     #[prost(message, repeated, tag = "5")]
     pub samples: ::prost::alloc::vec::Vec<Deviation>,
+}
+/// The settings that are in force instead of the desired ones.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SettingsDeviation {
+    #[prost(string, tag = "1")]
+    pub profile: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+    #[prost(enumeration = "SettingsCause", tag = "3")]
+    pub cause: i32,
+}
+/// Where the last trial stands.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TrialStatus {
+    /// of the settings that are tried
+    #[prost(string, tag = "1")]
+    pub profile: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+    #[prost(enumeration = "TrialPhase", tag = "3")]
+    pub phase: i32,
+    /// One per probe and address; empty before the baseline is measured.
+    #[prost(message, repeated, tag = "4")]
+    pub results: ::prost::alloc::vec::Vec<ProbeResult>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProbeResult {
+    /// its name
+    #[prost(string, tag = "1")]
+    pub probe: ::prost::alloc::string::String,
+    /// "10.96.0.1:443"; empty: the probe found nothing to connect to
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    /// in the baseline
+    #[prost(bool, tag = "3")]
+    pub ok_before: bool,
+    /// In the latest round in WATCHING; in ROLLED_BACK in the round that failed. False before the first one.
+    #[prost(bool, tag = "4")]
+    pub ok_after: bool,
+    /// This probe's failure counts: it passed before and failed after, or the source changed.
+    #[prost(bool, tag = "5")]
+    pub failed: bool,
+    /// Only in ROLLED_BACK: it passes again with the fallback.
+    #[prost(bool, tag = "6")]
+    pub ok_again: bool,
+    /// of the latest failure, 0 if it has none (a deadline is ETIMEDOUT)
+    #[prost(int32, tag = "7")]
+    pub errno: i32,
+    /// for people
+    #[prost(string, tag = "8")]
+    pub detail: ::prost::alloc::string::String,
+    /// 4 or 16 bytes, with compare_source: one that was seen
+    #[prost(bytes = "vec", tag = "9")]
+    pub source_before: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "10")]
+    pub source_after: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Deviation {
@@ -442,7 +555,7 @@ pub struct Nack {
     #[prost(uint64, tag = "6")]
     pub kept: u64,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Report {
     #[prost(uint64, tag = "1")]
     pub session: u64,
@@ -454,6 +567,9 @@ pub struct Report {
     /// kube-proxy's tables or chains exist beside ours (asked for by exact name, never listed).
     #[prost(bool, tag = "4")]
     pub foreign_proxy: bool,
+    /// absent: nothing new since the last Report or Hello
+    #[prost(message, optional, tag = "5")]
+    pub trial: ::core::option::Option<TrialStatus>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ControllerMessage {
@@ -830,6 +946,103 @@ impl LocalDetection {
             "LOCAL_DETECTION_BRIDGE_INTERFACE" => Some(Self::BridgeInterface),
             "LOCAL_DETECTION_INTERFACE_NAME_PREFIX" => Some(Self::InterfaceNamePrefix),
             "LOCAL_DETECTION_NONE" => Some(Self::None),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ProbeKind {
+    Unspecified = 0,
+    /// to each ClusterIP of the Service
+    ClusterIp = 1,
+    /// to the port's NodePort on each of NodeRecord.addresses
+    NodePort = 2,
+}
+impl ProbeKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PROBE_KIND_UNSPECIFIED",
+            Self::ClusterIp => "PROBE_KIND_CLUSTER_IP",
+            Self::NodePort => "PROBE_KIND_NODE_PORT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PROBE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "PROBE_KIND_CLUSTER_IP" => Some(Self::ClusterIp),
+            "PROBE_KIND_NODE_PORT" => Some(Self::NodePort),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SettingsCause {
+    Unspecified = 0,
+    /// the baseline of a trial is being measured
+    Trial = 1,
+    /// a trial failed
+    RolledBack = 2,
+}
+impl SettingsCause {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SETTINGS_CAUSE_UNSPECIFIED",
+            Self::Trial => "SETTINGS_CAUSE_TRIAL",
+            Self::RolledBack => "SETTINGS_CAUSE_ROLLED_BACK",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SETTINGS_CAUSE_UNSPECIFIED" => Some(Self::Unspecified),
+            "SETTINGS_CAUSE_TRIAL" => Some(Self::Trial),
+            "SETTINGS_CAUSE_ROLLED_BACK" => Some(Self::RolledBack),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum TrialPhase {
+    Unspecified = 0,
+    Before = 1,
+    Watching = 2,
+    Passed = 3,
+    RolledBack = 4,
+}
+impl TrialPhase {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "TRIAL_PHASE_UNSPECIFIED",
+            Self::Before => "TRIAL_PHASE_BEFORE",
+            Self::Watching => "TRIAL_PHASE_WATCHING",
+            Self::Passed => "TRIAL_PHASE_PASSED",
+            Self::RolledBack => "TRIAL_PHASE_ROLLED_BACK",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TRIAL_PHASE_UNSPECIFIED" => Some(Self::Unspecified),
+            "TRIAL_PHASE_BEFORE" => Some(Self::Before),
+            "TRIAL_PHASE_WATCHING" => Some(Self::Watching),
+            "TRIAL_PHASE_PASSED" => Some(Self::Passed),
+            "TRIAL_PHASE_ROLLED_BACK" => Some(Self::RolledBack),
             _ => None,
         }
     }

@@ -16,8 +16,19 @@ pub(super) type Fault = (GoAwayReason, String);
 /// Checks a Hello against the limits and the credential's node.
 pub(super) fn check(hello: &Hello, node: &str) -> Result<(), Fault> {
     let malformed = |what: &str| Err((GoAwayReason::Malformed, format!("Hello: {what}")));
-    let Hello { versions, features, agent_version, kernel_version, node_name, kernel, view, addresses } =
-        hello;
+    // What it says of deviations and of a trial is shortened where it is taken in.
+    let Hello {
+        versions,
+        features,
+        agent_version,
+        kernel_version,
+        node_name,
+        kernel,
+        view,
+        addresses,
+        deviations: _,
+        trial: _,
+    } = hello;
     if versions.len() > LIST || features.len() > LIST || addresses.len() > LIST {
         return malformed("a list is too long");
     }
