@@ -2,16 +2,28 @@
 //!
 //! The CRDs in `yaml/` are printed from these types by the program `crdgen`; a test keeps them fresh.
 
+mod proxy_profile;
+mod proxy_rollout;
 mod proxy_status;
+mod settings;
+mod strategy;
 
+pub use proxy_profile::*;
+pub use proxy_rollout::*;
 pub use proxy_status::*;
+pub use settings::*;
+pub use strategy::*;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
 
 /// All CRDs of the group, in the order in which they are installed, with the file name of each.
 pub fn all() -> Vec<(&'static str, CustomResourceDefinition)> {
-    vec![("proxystatuses.yaml", ProxyStatus::crd())]
+    vec![
+        ("proxystatuses.yaml", ProxyStatus::crd()),
+        ("proxyprofiles.yaml", ProxyProfile::crd()),
+        ("proxyrollouts.yaml", ProxyRollout::crd()),
+    ]
 }
 
 /// A definition could not be written as YAML.

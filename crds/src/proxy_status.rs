@@ -78,6 +78,9 @@ pub struct ProfileAssignment {
     /// Its revision.
     #[schemars(range(min = 0))]
     pub revision: i64,
+    /// When it was assigned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assigned_at: Option<Time>,
 }
 
 /// What the controller knows of the node.

@@ -144,10 +144,15 @@ impl Fleet {
     /// The API server refuses.
     pub fn install_crds(&self) -> Result<()> {
         let path = self.lab.directory().join("crds.yaml");
-        fs::write(&path, include_str!("../../crds/yaml/proxystatuses.yaml"))?;
+        let definitions = [
+            include_str!("../../crds/yaml/proxystatuses.yaml"),
+            include_str!("../../crds/yaml/proxyprofiles.yaml"),
+            include_str!("../../crds/yaml/proxyrollouts.yaml"),
+        ];
+        fs::write(&path, definitions.join("---\n"))?;
         self.control_plane.kubectl(&["apply", "-f", &path.to_string_lossy()])?;
-        wait::until("the API server serves ProxyStatus", Duration::from_secs(10), || {
-            self.control_plane.kubectl(&["get", "proxystatuses"])
+        wait::until("the API server serves switchtower.dev", Duration::from_secs(10), || {
+            self.control_plane.kubectl(&["get", "proxystatuses,proxyprofiles,proxyrollouts"])
         })?;
         Ok(())
     }
