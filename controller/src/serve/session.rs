@@ -13,8 +13,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    Ack, AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Nack, NackReason, Ping, Pong, Report,
-    Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -22,13 +21,14 @@ use tonic::{Status, Streaming};
 
 use super::auth::Identity;
 use super::fleet::{Fleet, Signal};
-use crate::status::observation::{Failure, nack_word};
 
 mod bounded;
 mod hello;
+mod received;
 
 /// Longest text of an agent that is kept.
 const TEXT: usize = 512;
+
 /// Bounds and times of streams.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -459,137 +459,6 @@ impl Session {
         self.pings += 1;
         let age = self.fleet.upstream_age().map_or(u64::MAX, |age| age.as_millis() as u64);
         self.send(ToAgent::Ping(Ping { sequence: self.pings, upstream_age_milliseconds: age })).await
-    }
-
-    async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
-        self.heard = Instant::now();
-        let refill = self.heard.duration_since(self.refilled).as_secs_f64() * self.limits.messages_per_second;
-        self.tokens = (self.tokens + refill).min(self.limits.messages_per_second * 10.0) - 1.0;
-        self.refilled = self.heard;
-        let malformed = |detail: &str| Err(End::GoAway(GoAwayReason::Malformed, detail.to_owned()));
-        if self.tokens < 0.0 {
-            return malformed("too many messages");
-        }
-        match message.message {
-            Some(FromAgent::Ack(ack)) if ack.session == self.number => self.acknowledged(ack),
-            Some(FromAgent::Nack(nack)) if nack.session == self.number => {
-                self.refused(&nack);
-                Ok(())
-            }
-            Some(FromAgent::Report(report)) if report.session == self.number => {
-                self.reported(&report);
-                Ok(())
-            }
-            // Of a session before: what it says is not of now.
-            Some(FromAgent::Ack(_) | FromAgent::Nack(_) | FromAgent::Report(_)) => Ok(()),
-            Some(FromAgent::Ping(ping)) => self.send(ToAgent::Pong(Pong { sequence: ping.sequence })).await,
-            Some(FromAgent::Pong(_) | FromAgent::Answer(_)) => Ok(()),
-            Some(FromAgent::Hello(_)) => malformed("a second Hello"),
-            None => malformed("a message without content"),
-        }
-    }
-
-    fn acknowledged(&mut self, ack: Ack) -> Result<(), End> {
-        let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == ack.generation) else {
-            // Deviations of what it holds may change by themselves, as when held removals are released.
-            if ack.generation == self.generation {
-                // Until the agent has a place in the log, what it holds is about to be replaced.
-                if self.cursor.is_some() {
-                    self.note_ack(ack);
-                }
-                return Ok(());
-            }
-            let detail = format!("generation {} was acknowledged but not sent", ack.generation);
-            return Err(End::GoAway(GoAwayReason::Malformed, detail));
-        };
-        if ack.digest != in_flight.after.digest().to_bytes() {
-            let detail = format!("generation {} was acknowledged with another digest", ack.generation);
-            return Err(End::GoAway(GoAwayReason::Malformed, detail));
-        }
-        if !in_flight.retried {
-            self.fleet.metrics().ack_seconds.observe(in_flight.since.elapsed().as_secs_f64());
-        }
-        self.generation = in_flight.to;
-        self.refusals = 0;
-        self.fleet.reached(&self.node, self.number, &in_flight.after);
-        self.cursor = Some(in_flight.after);
-        self.note_ack(ack);
-        Ok(())
-    }
-
-    fn note_ack(&self, ack: Ack) {
-        let Ack { generation, digest, deviations, timings, .. } = ack;
-        let deviations = deviations.map(bounded::deviations);
-        self.fleet.observe_with(&self.node, self.number, |known| {
-            known.acknowledged = true;
-            known.applied = generation;
-            known.digest = digest.as_slice().try_into().ok();
-            known.deviations = deviations;
-            known.failure = None;
-            known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
-        });
-    }
-
-    fn refused(&mut self, nack: &Nack) {
-        if self.in_flight.as_ref().is_none_or(|in_flight| in_flight.to != nack.generation) {
-            return;
-        }
-        let reason = nack.reason();
-        self.fleet.metrics().nacked(nack_word(reason));
-        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
-            errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
-        match reason {
-            // The agent has the update and acknowledges it when its kernel takes it.
-            NackReason::Kernel => {
-                if let Some(in_flight) = &mut self.in_flight {
-                    in_flight.retried = true;
-                }
-            }
-            _ => self.try_otherwise(reason, nack.kept),
-        }
-        self.fleet.observe_with(&self.node, self.number, |known| {
-            known.failure = Some(Failure {
-                reason: nack_word(reason),
-                detail: shortened(&nack.detail),
-                errno: nack.errno,
-                generation: nack.generation,
-            });
-        });
-    }
-
-    /// A snapshot is the answer to a delta that does not fit; where a snapshot was refused, or this goes on,
-    /// the same again will not do better at once.
-    fn try_otherwise(&mut self, reason: NackReason, kept: u64) {
-        let Some(in_flight) = self.in_flight.take() else { return };
-        self.refusals = self.refusals.saturating_add(1);
-        let unknown = reason == NackReason::UnknownFeature;
-        if !unknown || kept != self.generation {
-            self.cursor = None;
-        }
-        if unknown || in_flight.snapshot || self.refusals > 1 {
-            let now = Instant::now();
-            let pause = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
-            self.pause = Some(Pause {
-                refused: in_flight.after.digest(),
-                wait_for_change: unknown,
-                earliest: now + self.limits.pause,
-                until: now + pause.mul_f64(rand::random_range(0.5..1.0)),
-            });
-        }
-    }
-
-    fn reported(&self, report: &Report) {
-        self.fleet.observe_with(&self.node, self.number, |known| {
-            if report.drift_repaired > known.drift_repaired {
-                known.drift_at = Some(Timestamp::now());
-            }
-            known.drift_repaired = report.drift_repaired;
-            known.drift_cause = shortened(&report.drift_cause);
-            known.foreign_proxy = report.foreign_proxy;
-            if let Some(trial) = &report.trial {
-                known.trial = Some(bounded::trial(trial.clone()));
-            }
-        });
     }
 }
 
