@@ -24,11 +24,22 @@ pub use server::{health_router, metrics_router, serve};
 /// kube-proxy's default syncPeriod, twice.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
+/// One healthCheckNodePort.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Check {
+    /// The port.
+    pub port: u16,
+    /// Distinct local ready IPv4 addresses.
+    pub ready_ipv4: u32,
+    /// Distinct local ready IPv6 addresses.
+    pub ready_ipv6: u32,
+}
+
 /// healthCheckNodePorts to serve, and where.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HealthTargets {
-    /// (namespace, name) of the Service → (port, number of distinct local ready addresses).
-    pub checks: BTreeMap<(String, String), (u16, u32)>,
+    /// (namespace, name) of the Service → its port and numbers of local endpoints.
+    pub checks: BTreeMap<(String, String), Check>,
     /// Addresses to listen on; unspecified ones mean all.
     pub bind: Vec<IpAddr>,
     /// The Node is known and neither being deleted nor about to be.
@@ -40,7 +51,9 @@ impl HealthTargets {
     pub fn of(state: &State, host_addresses: &[IpAddr]) -> Self {
         let checks = state.health_checks().filter_map(|check| {
             let key = check.key.clone()?;
-            Some(((key.namespace, key.name), (u16::try_from(check.port).ok()?, check.ready)))
+            let port = u16::try_from(check.port).ok()?;
+            let check = Check { port, ready_ipv4: check.ready_ipv4, ready_ipv6: check.ready_ipv6 };
+            Some(((key.namespace, key.name), check))
         });
         HealthTargets {
             checks: checks.collect(),

@@ -291,7 +291,8 @@ fn health_checks_answer_what_the_kernel_holds() {
         let mut fleet = Fleet::new(3, 1);
         let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
         let key = HealthCheckKey { namespace: "shop".into(), name: "cart".into() };
-        let check = |ready| HealthCheck { key: Some(key.clone()), port: 31_999, ready };
+        let check =
+            |ready| HealthCheck { key: Some(key.clone()), port: 31_999, ready_ipv4: ready, ready_ipv6: 0 };
         let ask = || shell("curl -s -i http://192.0.2.1:31999/any || true");
         stream.update(fleet.health_check(None, check(2))).await;
         stream.ack().await;

@@ -236,13 +236,14 @@ impl Encoder {
     }
 
     fn health_check(&mut self, check: &HealthCheck) {
-        let HealthCheck { key, port, ready } = check;
+        let HealthCheck { key, port, ready_ipv4, ready_ipv6 } = check;
         self.message(key.as_ref(), |encoder, HealthCheckKey { namespace, name }| {
             encoder.bytes(namespace.as_bytes());
             encoder.bytes(name.as_bytes());
         });
         self.uint(*port);
-        self.uint(*ready);
+        self.uint(*ready_ipv4);
+        self.uint(*ready_ipv6);
     }
 
     fn conntrack(&mut self, conntrack: &ConntrackSettings) {

@@ -80,7 +80,8 @@ fn vectors() -> BTreeMap<&'static str, String> {
     let check = HealthCheck {
         key: Some(HealthCheckKey { namespace: "shop".into(), name: "cart".into() }),
         port: 30100,
-        ready: 2,
+        ready_ipv4: 2,
+        ready_ipv6: 1,
     };
     let local = LocalEndpoint { address: vec![10, 244, 0, 7], protocol: Protocol::Udp.into(), port: 53 };
     let cidr = Cidr { address: vec![10, 96, 0, 0], prefix_length: 16 };

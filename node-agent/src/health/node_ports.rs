@@ -38,8 +38,11 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics) {
             let targets = targets.borrow_and_update();
             let checks = targets.checks.iter();
             checks
-                .flat_map(|(service, (port, _))| {
-                    targets.bind.iter().map(|address| (service.clone(), SocketAddr::new(*address, *port)))
+                .flat_map(|(service, check)| {
+                    targets
+                        .bind
+                        .iter()
+                        .map(|address| (service.clone(), SocketAddr::new(*address, check.port)))
                 })
                 .collect()
         };
@@ -51,7 +54,8 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics) {
             }
             match listen(key.1) {
                 Ok(listener) => {
-                    let serving = axum::serve(listener, router(health.clone(), key.0.clone()));
+                    let serving =
+                        axum::serve(listener, router(health.clone(), key.0.clone(), key.1.is_ipv6()));
                     let server = tokio::spawn(async move {
                         // axum's accept loop ends only with its task.
                         let _ = serving.await;
@@ -108,9 +112,10 @@ fn only_ipv6(socket: &tokio::net::TcpSocket) -> std::io::Result<()> {
 }
 
 /// Every path is answered, as kube-proxy does.
-fn router(health: Health, service: Service) -> Router {
+fn router(health: Health, service: Service, ipv6: bool) -> Router {
     Router::new().fallback(async move || {
-        let local = health.targets.borrow().checks.get(&service).map_or(0, |(_, ready)| *ready);
+        let check = health.targets.borrow().checks.get(&service).copied();
+        let local = check.map_or(0, |check| if ipv6 { check.ready_ipv6 } else { check.ready_ipv4 });
         let healthy = health.read().healthy;
         let code = if local != 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         let headers = [

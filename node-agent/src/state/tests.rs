@@ -249,7 +249,8 @@ impl Sender {
                     self.checks.remove(&key);
                     return delta(LayerKind::Node, Kind::HealthCheckRemoved(key));
                 }
-                let check = HealthCheck { key: Some(key.clone()), port: 30_000, ready: *ready };
+                let check =
+                    HealthCheck { key: Some(key.clone()), port: 30_000, ready_ipv4: *ready, ready_ipv6: 1 };
                 self.checks.insert(key, check.clone());
                 delta(LayerKind::Node, Kind::HealthCheck(check))
             }

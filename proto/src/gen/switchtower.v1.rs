@@ -127,7 +127,8 @@ pub struct HealthCheckKey {
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
 }
-/// spec.healthCheckNodePort of a Service and the number of its distinct local ready addresses.
+/// spec.healthCheckNodePort of a Service and the numbers of its distinct local ready addresses: a listener answers
+/// with the number of its own family (kube-proxy: one proxier per family).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthCheck {
     #[prost(message, optional, tag = "1")]
@@ -135,7 +136,9 @@ pub struct HealthCheck {
     #[prost(uint32, tag = "2")]
     pub port: u32,
     #[prost(uint32, tag = "3")]
-    pub ready: u32,
+    pub ready_ipv4: u32,
+    #[prost(uint32, tag = "4")]
+    pub ready_ipv6: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ConntrackSettings {
@@ -562,6 +565,7 @@ pub struct Report {
     /// times since the agent started
     #[prost(uint64, tag = "2")]
     pub drift_repaired: u64,
+    /// Of a drift repaired just now; empty where the report is about something else.
     #[prost(string, tag = "3")]
     pub drift_cause: ::prost::alloc::string::String,
     /// kube-proxy's tables or chains exist beside ours (asked for by exact name, never listed).

@@ -7,7 +7,7 @@ use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::{HealthCheck, HealthCheckKey, LocalEndpoint, NodeRecord};
 
 use super::emit::Emitter;
-use super::service::Output;
+use super::service::{Output, ReadyCounts};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{LayerId, Node, ObjectKey};
 use crate::wire;
@@ -23,7 +23,7 @@ pub(super) struct Nodes {
     /// How many service ports have a local endpoint.
     local: BTreeMap<Arc<str>, BTreeMap<LocalEndpoint, usize>>,
     /// Health check ports: a new Node gets all of them.
-    health: BTreeMap<ObjectKey, (u16, BTreeMap<Arc<str>, u32>)>,
+    health: BTreeMap<ObjectKey, (u16, ReadyCounts)>,
 }
 
 impl Nodes {
@@ -78,7 +78,7 @@ impl Nodes {
             let layer = LayerId::Node(name.clone());
             emitter.push(layer.clone(), Kind::Node(record(node)));
             for (key, (port, ready)) in self.health.iter().filter(|_| new) {
-                let ready = ready.get(&name).copied().unwrap_or(0);
+                let ready = ready.get(&name).copied().unwrap_or_default();
                 emitter.push(layer.clone(), Kind::HealthCheck(health_check(key, *port, ready)));
             }
         }
@@ -161,7 +161,7 @@ impl Nodes {
                     self.known.keys().collect()
                 };
                 for name in touched.into_iter().filter(|name| self.known.contains_key(*name)) {
-                    let count = ready.get(name).copied().unwrap_or(0);
+                    let count = ready.get(name).copied().unwrap_or_default();
                     let change = Kind::HealthCheck(health_check(key, *port, count));
                     emitter.push(LayerId::Node(name.clone()), change);
                 }
@@ -174,8 +174,8 @@ fn health_check_key(key: &ObjectKey) -> HealthCheckKey {
     HealthCheckKey { namespace: key.namespace.to_string(), name: key.name.to_string() }
 }
 
-fn health_check(key: &ObjectKey, port: u16, ready: u32) -> HealthCheck {
-    HealthCheck { key: Some(health_check_key(key)), port: port.into(), ready }
+fn health_check(key: &ObjectKey, port: u16, [ready_ipv4, ready_ipv6]: [u32; 2]) -> HealthCheck {
+    HealthCheck { key: Some(health_check_key(key)), port: port.into(), ready_ipv4, ready_ipv6 }
 }
 
 fn record(node: &Node) -> NodeRecord {

@@ -30,7 +30,7 @@ pub(super) struct Output {
     /// Local endpoints by node.
     pub(super) local: BTreeMap<Arc<str>, BTreeSet<LocalEndpoint>>,
     /// Health check port and ready addresses by node.
-    pub(super) health: Option<(u16, BTreeMap<Arc<str>, u32>)>,
+    pub(super) health: Option<(u16, ReadyCounts)>,
     /// Nodes that endpoints or hints name, whether the Node exists or not.
     pub(super) nodes: BTreeSet<Arc<str>>,
     pub(super) problems: Vec<Problem>,
@@ -266,17 +266,25 @@ fn local_endpoints(
     }
 }
 
-/// Distinct ready addresses by node, over all ports, in the Service's first family.
-fn ready_addresses(service: &Service, slices: &[&EndpointSlice]) -> BTreeMap<Arc<str>, u32> {
+/// Distinct ready addresses by node, IPv4 and IPv6.
+pub(super) type ReadyCounts = BTreeMap<Arc<str>, [u32; 2]>;
+
+/// Distinct ready addresses by node, over all ports, in the Service's families.
+fn ready_addresses(service: &Service, slices: &[&EndpointSlice]) -> ReadyCounts {
     let mut distinct: BTreeMap<Arc<str>, BTreeSet<IpAddr>> = BTreeMap::new();
-    let Some(first) = service.cluster_ips.first() else { return BTreeMap::new() };
-    for port in &service.ports {
-        let endpoints = gather(slices.iter().copied(), port, first.is_ipv6());
-        for (address, endpoint) in endpoints.iter().filter(|(_, endpoint)| endpoint.ready) {
-            if let Some(node) = &endpoint.node {
-                distinct.entry(node.clone()).or_default().insert(address.0);
+    for ipv6 in service.cluster_ips.iter().map(IpAddr::is_ipv6) {
+        for port in &service.ports {
+            let endpoints = gather(slices.iter().copied(), port, ipv6);
+            for (address, endpoint) in endpoints.iter().filter(|(_, endpoint)| endpoint.ready) {
+                if let Some(node) = &endpoint.node {
+                    distinct.entry(node.clone()).or_default().insert(address.0);
+                }
             }
         }
     }
-    distinct.into_iter().map(|(node, addresses)| (node, addresses.len() as u32)).collect()
+    let count = |addresses: BTreeSet<IpAddr>| {
+        let ipv6 = addresses.iter().filter(|address| address.is_ipv6()).count();
+        [(addresses.len() - ipv6) as u32, ipv6 as u32]
+    };
+    distinct.into_iter().map(|(node, addresses)| (node, count(addresses))).collect()
 }

@@ -28,7 +28,7 @@ pub(super) struct World {
     pools: BTreeMap<(LayerId, PoolKey), Members>,
     nodes: BTreeMap<LayerId, NodeRecord>,
     local: BTreeSet<(LayerId, LocalEndpoint)>,
-    health: BTreeMap<(LayerId, HealthCheckKey), (u32, u32)>,
+    health: BTreeMap<(LayerId, HealthCheckKey), (u32, u32, u32)>,
     cidrs: BTreeSet<Vec<u8>>,
 }
 
@@ -72,7 +72,7 @@ impl World {
             Kind::LocalEndpoint(endpoint) => assert!(self.local.insert((layer, endpoint))),
             Kind::LocalEndpointRemoved(endpoint) => assert!(self.local.remove(&(layer, endpoint))),
             Kind::HealthCheck(check) => {
-                let value = (check.port, check.ready);
+                let value = (check.port, check.ready_ipv4, check.ready_ipv6);
                 assert_ne!(self.health.insert((layer, check.key.unwrap()), value), Some(value));
             }
             Kind::HealthCheckRemoved(key) => assert!(self.health.remove(&(layer, key)).is_some()),

@@ -176,7 +176,7 @@ fn health_checks_count_distinct_ready_local_addresses_on_every_node() {
     let mut world = World::default();
     world.apply(compiler.compile());
     let counts: Vec<_> = world.health.values().copied().collect();
-    assert_eq!(counts, [(30_100, 1), (30_100, 1), (30_100, 0)]);
+    assert_eq!(counts, [(30_100, 1, 0), (30_100, 1, 0), (30_100, 0, 0)]);
     // A Node that comes later has the check too.
     compiler.apply(Input::Node(mk_node("n4", None)));
     world.apply(compiler.compile());
