@@ -66,6 +66,13 @@ pub fn hinted(mut endpoint: Value, zones: &[&str]) -> Value {
     endpoint
 }
 
+/// The same endpoint with a hint for nodes.
+pub fn hinted_for_nodes(mut endpoint: Value, nodes: &[&str]) -> Value {
+    let nodes: Vec<_> = nodes.iter().map(|node| json!({"name": node})).collect();
+    endpoint["hints"] = json!({"forNodes": nodes});
+    endpoint
+}
+
 /// A Node with addresses and pod CIDRs, as a kubelet would register it.
 pub fn node(node: &NodeNet, zone: &str) -> Value {
     let cidrs = node.pod_cidrs();

@@ -499,7 +499,11 @@ fn free_address() -> Result<SocketAddr> {
     Ok(listener.local_addr()?)
 }
 
-fn http_get(address: SocketAddr, path: &str) -> Result<String> {
+/// The whole answer to a GET: status line, headers, body.
+///
+/// # Errors
+/// Nobody answers.
+pub fn http_get(address: SocketAddr, path: &str) -> Result<String> {
     use std::io::{Read as _, Write as _};
     let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))
         .with_context(|| format!("connecting to {address}"))?;

@@ -9,9 +9,11 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
+use anyhow::ensure;
 use serde_json::json;
-use switchtower_e2e::objects;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::switchtower::http_get;
+use switchtower_e2e::{objects, wait};
 
 use common::{SOON, Scene, WAYS, answered_by, cluster_ip, eventually, node_port};
 
@@ -139,6 +141,70 @@ fn zone_hints_keep_traffic_in_the_zone_until_one_is_missing() {
     answered_by("one hint is missing", scene.pod("c2"), Transport::Tcp, to, &pods);
     scene.endpoints_with("web", &pods, |_, endpoint| objects::hinted(endpoint, &["east"]));
     answered_by("no hint for the west", scene.pod("c2"), Transport::Tcp, to, &pods);
+}
+
+#[test]
+fn node_hints_keep_traffic_on_the_node_until_one_is_missing() {
+    let scene = Scene::new("node-hints");
+    let service = scene.service("web", &json!({}));
+    let node = |name: &str| scene.fleet.pod(name).unwrap().1.net.name.clone();
+    let pods = ["a1", "b1", "c1"];
+    scene.endpoints_with("web", &pods, |name, endpoint| objects::hinted_for_nodes(endpoint, &[&node(name)]));
+    for (transport, ipv6) in WAYS {
+        let to = cluster_ip(&service, ipv6);
+        for (client, pod) in [("a2", "a1"), ("b1", "b1"), ("c2", "c1")] {
+            answered_by("on its own node", scene.pod(client), transport, to, &[pod]);
+        }
+    }
+    let to = cluster_ip(&service, false);
+    scene.endpoints_with("web", &pods, |name, endpoint| match name {
+        "b1" => endpoint,
+        _ => objects::hinted_for_nodes(endpoint, &[&node(name)]),
+    });
+    answered_by("one hint is missing", scene.pod("c2"), Transport::Tcp, to, &pods);
+    scene.endpoints_with("web", &pods, |_, endpoint| objects::hinted_for_nodes(endpoint, &["alpha"]));
+    answered_by("hinted", scene.pod("a2"), Transport::Tcp, to, &pods);
+    answered_by("no hint for gamma", scene.pod("c2"), Transport::Tcp, to, &pods);
+}
+
+#[test]
+fn a_health_check_node_port_tells_which_nodes_have_local_endpoints() {
+    let scene = Scene::new("health-check");
+    let policy = json!({"externalTrafficPolicy": "Local"});
+    let service = scene.load_balancer("web", &policy, &["203.0.113.9", "2001:db8:113::9"]);
+    let port = service.spec.as_ref().and_then(|spec| spec.health_check_node_port).unwrap();
+    let port = u16::try_from(port).unwrap();
+    let expect = |node: &str, ipv6: bool, status: &str, count: u32| {
+        let net = &scene.node(node).net;
+        wait::until("the health check answers", SOON, || {
+            let to = SocketAddr::new(net.address(ipv6), port);
+            let answer = net.client.run(|| http_get(to, "/"))??;
+            let lower = answer.to_lowercase();
+            ensure!(answer.starts_with(&format!("HTTP/1.0 {status}")), "{node}: {answer}");
+            ensure!(
+                lower.contains(&format!("x-load-balancing-endpoint-weight: {count}\r")),
+                "{node}: {answer}"
+            );
+            ensure!(answer.contains(&format!("\"localEndpoints\":{count}")), "{node}: {answer}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    scene.endpoints("web", &["a1", "a2", "b1"]);
+    for ipv6 in [false, true] {
+        expect("alpha", ipv6, "200", 2);
+        expect("beta", ipv6, "200", 1);
+        expect("gamma", ipv6, "503", 0);
+    }
+    // A pod that shuts down still serves where it is the last, but the load balancer is told to leave.
+    scene.endpoints_with("web", &["a1", "a2", "b1"], |name, endpoint| match name {
+        "a1" => endpoint,
+        _ => objects::terminating(endpoint, true),
+    });
+    expect("alpha", false, "200", 1);
+    expect("beta", false, "503", 0);
+    let to = SocketAddr::new(ip("203.0.113.9"), 80);
+    answered_by("a pod that shuts down", &scene.node("beta").net.client, Transport::Tcp, to, &["b1"]);
 }
 
 #[test]
