@@ -142,6 +142,34 @@ fn a_flushed_ruleset_is_repaired() {
 }
 
 #[test]
+fn rules_of_kube_proxy_beside_ours_show_on_the_row() {
+    let _alone = alone();
+    let (scene, to) = scene("exclusive");
+    let beta = scene.node("beta");
+    let state = |wanted: &str, exclusive: &str| {
+        wait::until("the row tells of kube-proxy", Duration::from_secs(15), || {
+            let row = scene.fleet.row("beta")?;
+            let condition = row.conditions.iter().find(|condition| condition.type_ == "Exclusive");
+            let status = condition.map(|condition| condition.status.as_str());
+            ensure!((row.state.as_str(), status) == (wanted, Some(exclusive)), "{}: {status:?}", row.state);
+            Ok(())
+        })
+        .unwrap();
+    };
+    state("Synced", "True");
+    for (add, remove) in [
+        ("add table ip6 kube-proxy", "delete table ip6 kube-proxy"),
+        ("add table ip nat; add chain ip nat KUBE-SERVICES", "delete table ip nat"),
+    ] {
+        beta.net.namespace.output("nft", &[add]).unwrap();
+        state("NotExclusive", "False");
+        answered_by("meanwhile", scene.pod("b1"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+        beta.net.namespace.output("nft", &[remove]).unwrap();
+        state("Synced", "True");
+    }
+}
+
+#[test]
 fn a_foreign_element_goes_and_a_removed_one_comes_back() {
     let _alone = alone();
     let (scene, to) = scene("foreign-hand");

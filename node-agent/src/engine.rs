@@ -11,7 +11,7 @@ mod report;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use switchtower_proto::v1::{Nack, NackReason, Report, Stamp as WireStamp, View};
+use switchtower_proto::v1::{Nack, NackReason, Stamp as WireStamp, View};
 use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
@@ -84,6 +84,8 @@ pub struct Engine {
     dirty: bool,
     last_snapshot: Option<Instant>,
     drift_repaired: u64,
+    /// Rules of kube-proxy exist beside ours.
+    foreign_proxy: bool,
 }
 
 impl Engine {
@@ -122,6 +124,7 @@ impl Engine {
             dirty: false,
             last_snapshot: None,
             drift_repaired: 0,
+            foreign_proxy: false,
         };
         match stamp {
             Ok(stamp) => engine.kernel = stamp,
@@ -216,6 +219,9 @@ impl Engine {
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
+                if self.foreign_proxy {
+                    self.report("");
+                }
             }
             Command::Resumed => self.hold_until = self.hold.then(|| Instant::now() + HOLD_AFTER_RESUME),
             Command::Begin(update) => {
@@ -243,6 +249,11 @@ impl Engine {
                 }
             }
             Command::Drift { cause } => self.repair(cause),
+            Command::ForeignProxy(present) => {
+                tracing::warn!(present, "kube-proxy's rules beside ours");
+                self.foreign_proxy = present;
+                self.report("");
+            }
             Command::Ask { what, answer } => {
                 let _ = answer.send(self.answer(&what));
             }
@@ -475,14 +486,7 @@ impl Engine {
                 self.drift_repaired += 1;
                 self.parts.metrics.drift.with_label_values(&[cause]).inc();
                 tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
-                let report = Report {
-                    session: 0,
-                    drift_repaired: self.drift_repaired,
-                    drift_cause: cause.into(),
-                    foreign_proxy: false,
-                    trial: None,
-                };
-                self.send(Event::Report(report));
+                self.report(cause);
             }
             Err(error) => {
                 self.doubt = true;

@@ -15,7 +15,7 @@ use crate::engine::{Command, Engine, Parts};
 use crate::facts::{Addresses, kernel_version};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::metrics::Metrics;
-use crate::nft::{Monitor, Nft, Notice};
+use crate::nft::{ForeignProxy, Monitor, Nft, Notice};
 use crate::session::Identity;
 use crate::snapshot::SnapshotFile;
 use crate::sysctl::Sysctls;
@@ -97,6 +97,7 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
     // All netlink sockets are opened here, by the first thread: they belong to its network namespace.
     let kernel = Nft::open().context("open nf_tables netlink; does this kernel have CONFIG_NF_TABLES?")?;
     let monitor = kernel.port().and_then(Monitor::open);
+    let foreign = ForeignProxy::open().context("open nf_tables netlink")?;
     let flows = Conntrack::open().context("open conntrack netlink")?;
     let mut addresses = Addresses::open().context("open route netlink")?;
     let host_addresses = addresses.read().context("read the addresses of the interfaces")?;
@@ -129,6 +130,11 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         .name("addresses".into())
         .spawn(move || addresses.follow(&to_engine))
         .context("start the thread that follows addresses")?;
+    let to_engine = commands.clone();
+    std::thread::Builder::new()
+        .name("foreign-proxy".into())
+        .spawn(move || foreign.follow(&to_engine))
+        .context("start the thread that looks for kube-proxy's rules")?;
     match monitor {
         Ok(monitor) => watch_drift(monitor, commands.clone())?,
         Err(error) => tracing::warn!(%error, "foreign changes of our tables are not noticed"),

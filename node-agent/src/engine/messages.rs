@@ -30,6 +30,8 @@ pub enum Command {
         /// For the report and the metric.
         cause: &'static str,
     },
+    /// Whether kube-proxy's rules exist beside ours; told when it changes.
+    ForeignProxy(bool),
     /// A question of the controller.
     Ask {
         /// "counts" or "stamp".
@@ -48,7 +50,7 @@ pub enum Event {
     Ack(Ack),
     /// An update was refused, or the kernel refuses it for now.
     Nack(Nack),
-    /// Drift was repaired.
+    /// Drift was repaired, or kube-proxy's rules came or went.
     Report(Report),
 }
 

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations};
+use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Report};
 
-use super::Engine;
+use super::{Engine, Event};
 use crate::dataplane::{Committed, Refused, Stamp};
 
 /// Most deviations that an Ack names.
@@ -53,6 +53,18 @@ impl Engine {
             effective_digest: effective.to_le_bytes().to_vec(),
             samples: samples.collect(),
         })
+    }
+
+    /// Tells the controller how things stand beside generations; `cause` is that of a drift just repaired, or
+    /// empty.
+    pub(super) fn report(&mut self, cause: &str) {
+        self.send(Event::Report(Report {
+            session: 0,
+            drift_repaired: self.drift_repaired,
+            drift_cause: cause.into(),
+            foreign_proxy: self.foreign_proxy,
+            trial: None,
+        }));
     }
 
     pub(super) fn answer(&mut self, what: &str) -> Result<Vec<u8>, String> {

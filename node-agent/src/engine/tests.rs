@@ -254,6 +254,26 @@ fn addresses_and_drift_are_commits_without_a_generation() {
 }
 
 #[test]
+fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
+    let foreign = |events: &mut tokio::sync::mpsc::UnboundedReceiver<Event>| match events.try_recv() {
+        Ok(Event::Report(report)) => Some(report.foreign_proxy),
+        _ => None,
+    };
+    let (_, mut events) = attach(&mut engine);
+    assert_eq!(foreign(&mut events), None, "nothing to tell");
+    engine.handle(Command::ForeignProxy(true));
+    assert_eq!(foreign(&mut events), Some(true));
+    let (_, mut events) = attach(&mut engine);
+    assert_eq!(foreign(&mut events), Some(true), "a new session knows nothing");
+    engine.handle(Command::ForeignProxy(false));
+    assert_eq!(foreign(&mut events), Some(false));
+    let (_, mut events) = attach(&mut engine);
+    assert_eq!(foreign(&mut events), None);
+}
+
+#[test]
 fn questions_are_answered() {
     let directory = tempfile::tempdir().unwrap();
     let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());

@@ -10,6 +10,7 @@ mod dump;
 mod element;
 mod encode;
 mod expression;
+mod foreign;
 mod inspect;
 mod mirror;
 mod monitor;
@@ -33,6 +34,7 @@ use netlink::{Batch, Failure, Socket};
 use plan::Plan;
 use ruleset::{FAMILY_IPV4, FAMILY_IPV6, LAST_CODE};
 
+pub use foreign::ForeignProxy;
 pub use inspect::{TableSummary, cleanup, inspect};
 pub use monitor::{Monitor, Notice};
 pub use ruleset::{LAYOUT_VERSION, TABLE};
