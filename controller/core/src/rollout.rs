@@ -1,0 +1,50 @@
+//! Rollouts of settings: which node gets which revision of a profile, as a pure function of what is known.
+//!
+//! [`decide`] looks at one rollout, the whole fleet and the time, and says what to store and which nodes to move.
+//! [`profile`] says which profile a node belongs to, which revision is stable, and when a new rollout begins.
+//!
+//! What holds:
+//! * A node is touched iff its row names the target. Counts are made of that at each decision, never kept.
+//! * What a decision needs beyond rows and agents is in [`Progress`], which is stored with each decision before
+//!   any node is moved: a controller that dies in between loses nothing and repeats nothing.
+//! * No more nodes than `max_unavailable` are out of order because of a rollout, and none is touched while too much
+//!   is out of order elsewhere.
+//! * A rollout that failed, was aborted or superseded never touches a node again except to return it.
+//! * A step is passed only with a node at hand that holds the target and passed its gates.
+
+use std::time::Duration;
+
+mod decide;
+mod describe;
+mod judge;
+mod model;
+mod order;
+pub mod profile;
+mod selector;
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+pub use decide::{Decision, Transition, decide};
+pub use describe::{Condition, Status};
+pub use judge::{Health, health};
+pub use model::{
+    Agent, Assignment, Excluded, Failure, FleetNode, Observed, Progress, Quantity, Refusal, Revision,
+    Rollout, State, Step, Strategy, Trial, TrialPhase, WaitingOn,
+};
+pub use selector::{Requirement, Selector};
+
+/// A point in time, in milliseconds since 1970. Times of different clocks are compared with care: where one lies in
+/// the future, no time has passed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(pub i64);
+
+impl Time {
+    /// How long ago `earlier` was; zero if it lies in the future.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}

@@ -1,0 +1,196 @@
+//! A decision in words: counts, conditions, Events.
+
+use super::decide::{Survey, Transition};
+use super::{Excluded, Progress, Rollout, State, Time, WaitingOn};
+
+/// A decision for people. Counts are those of the fleet at the decision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    /// The current step from 1, or the last one; 0 before the first.
+    pub step: usize,
+    /// How many steps there are.
+    pub steps: usize,
+    /// Nodes whose row names the target.
+    pub touched: usize,
+    /// Nodes of the profile that hold the target and passed the gates.
+    pub updated: usize,
+    /// Nodes of the profile that take part.
+    pub eligible: usize,
+    /// Nodes of the profile that are left out, by name.
+    pub excluded: Vec<Excluded>,
+    /// Ready (not with every state), Reconciling, Stalled.
+    pub conditions: Vec<Condition>,
+    /// What is going on, in a sentence.
+    pub message: String,
+}
+
+/// A condition as the API has it, without its times.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Condition {
+    /// Its type.
+    pub kind: &'static str,
+    /// "True" or "False".
+    pub status: &'static str,
+    /// One CamelCase word.
+    pub reason: &'static str,
+    /// What is going on.
+    pub message: String,
+}
+
+pub(super) fn status(
+    rollout: &Rollout,
+    progress: &Progress,
+    survey: &Survey<'_>,
+    note: Option<&str>,
+    now: Time,
+) -> Status {
+    let steps = rollout.strategy.steps.len();
+    let step = match progress.state {
+        State::Pending => 0,
+        _ => (progress.steps_done + 1).min(steps),
+    };
+    let mut status = Status {
+        step,
+        steps,
+        touched: survey.touched(),
+        updated: survey.updated(),
+        eligible: survey.eligible(),
+        excluded: survey.excluded(),
+        conditions: Vec::new(),
+        message: String::new(),
+    };
+    let overdue = progress.state == State::Progressing
+        && progress.advanced_at.is_some_and(|at| now.since(at) > rollout.strategy.progress_deadline);
+    status.message = message(rollout, progress, &status, note, overdue);
+    status.conditions = conditions(progress, &status.message, overdue);
+    status
+}
+
+fn message(
+    rollout: &Rollout,
+    progress: &Progress,
+    status: &Status,
+    note: Option<&str>,
+    overdue: bool,
+) -> String {
+    let Rollout { target, stable, .. } = rollout;
+    let Status { step, steps, updated, eligible, touched, .. } = status;
+    let name = rollout.strategy.steps.get(step.saturating_sub(1)).map_or("", |step| &step.name);
+    let place = if name.is_empty() {
+        format!("step {step}/{steps}")
+    } else {
+        format!("step {step}/{steps} ({name})")
+    };
+    let held = format!("{updated} of {eligible} nodes hold {target}");
+    let note = note.unwrap_or("no node of the step can be reached");
+    match (progress.state, progress.waiting_on) {
+        (State::Pending, _) => format!("waiting until the nodes of an earlier rollout hold {stable} again"),
+        (State::Soaking, _) => format!("{place}: {held}; they are being watched"),
+        (State::Frozen, _) => format!("{place}: frozen: {note}; it goes on when they are in order again"),
+        (State::Paused, Some(WaitingOn::Approval)) => format!(
+            "{place}: {held}; waiting for approval: `kubectl patch pxr NAME --type=merge -p \
+             '{{\"spec\":{{\"approvedStep\":{step}}}}}'`"
+        ),
+        (State::Paused, Some(WaitingOn::Resume)) => format!("{place}: {held}; paused by spec.paused"),
+        (State::Paused, Some(WaitingOn::EligibleNodes)) => {
+            format!("{place}: the profile has no node whose agent is connected")
+        }
+        (State::Paused, _) => format!(
+            "{place}: inconclusive: {note}. It goes on when they are back; set spec.paused to true and back to false to \
+             start the step with other nodes, or set spec.abort"
+        ),
+        (State::Progressing, Some(WaitingOn::HealthyNodes)) => {
+            format!("{place}: {held}; too many nodes are out of order for another reason")
+        }
+        (State::Progressing, _) if overdue => format!("{place}: {held}; no node has advanced for too long"),
+        (State::Progressing, _) => format!("{place}: {held}"),
+        (State::RollingBack, _) => {
+            format!("{}; {touched} nodes are still to be returned to {stable}", why(progress))
+        }
+        (State::Failed | State::Aborted, _) => {
+            format!("{}; all nodes were returned to {stable}", why(progress))
+        }
+        (State::Superseded, _) => "a newer revision took its place".to_owned(),
+        (State::Complete, _) => held,
+    }
+}
+
+/// The evidence of the first failure.
+fn why(progress: &Progress) -> String {
+    let Some(first) = progress.failures.first() else { return "aborted by spec.abort".to_owned() };
+    let mut text = format!("{} on node {}: {}", first.reason, first.node, first.message);
+    if first.errno != 0 {
+        text.push_str(&format!(" (errno {})", first.errno));
+    }
+    if !first.trace.is_empty() {
+        text.push_str(&format!(" (trace {})", first.trace));
+    }
+    if progress.failed > 1 {
+        text.push_str(&format!(" (and {} more nodes)", progress.failed - 1));
+    }
+    text
+}
+
+fn conditions(progress: &Progress, message: &str, overdue: bool) -> Vec<Condition> {
+    let condition = |kind, holds, reason| Condition {
+        kind,
+        status: if holds { "True" } else { "False" },
+        reason,
+        message: message.to_owned(),
+    };
+    let state = progress.state;
+    let reason = match (state, progress.waiting_on) {
+        (State::Failed | State::RollingBack, _) if progress.failed > 0 => "NodeFailed",
+        (State::RollingBack, _) => "Aborted",
+        (State::Paused, Some(WaitingOn::Approval)) => "WaitingForApproval",
+        (State::Paused, Some(WaitingOn::EligibleNodes)) => "NoEligibleNodes",
+        (State::Paused, Some(WaitingOn::CanaryNodes)) => "Inconclusive",
+        (State::Progressing, _) if overdue => "ProgressDeadlineExceeded",
+        _ => state.word(),
+    };
+    let stalled = overdue
+        || matches!(state, State::Failed | State::Aborted | State::RollingBack | State::Frozen)
+        || matches!(reason, "NoEligibleNodes" | "Inconclusive");
+    let mut conditions = vec![
+        condition("Reconciling", !stalled && !state.is_final(), reason),
+        condition("Stalled", stalled, reason),
+    ];
+    // Ready=False would read as "in progress", and a superseded rollout neither succeeds nor goes on.
+    if state != State::Superseded {
+        conditions.insert(0, condition("Ready", state == State::Complete, reason));
+    }
+    conditions
+}
+
+pub(super) fn transitions(rollout: &Rollout, after: &Progress, status: &Status) -> Vec<Transition> {
+    let before = &rollout.progress;
+    let mut transitions = Vec::new();
+    for step in before.steps_done..after.steps_done {
+        let message = format!("step {}/{} is done", step + 1, status.steps);
+        transitions.push(Transition { reason: "StepDone", warning: false, message });
+    }
+    // What a step waits for is news; how many nodes are on their way is not.
+    let kept = before.state == after.state
+        && (after.state == State::Progressing || before.waiting_on == after.waiting_on);
+    if kept {
+        return transitions;
+    }
+    let (reason, warning) = match (after.state, after.waiting_on) {
+        (State::Pending, _) => ("RolloutPending", false),
+        (State::Progressing, _) if before.state == State::Pending => ("RolloutStarted", false),
+        (State::Progressing, _) if after.steps_done > before.steps_done => return transitions,
+        (State::Progressing, _) => ("RolloutProgressing", false),
+        (State::Soaking, _) => ("SoakStarted", false),
+        (State::Paused, Some(WaitingOn::Approval)) => ("WaitingForApproval", false),
+        (State::Paused, Some(WaitingOn::Resume)) => ("RolloutPaused", false),
+        (State::Paused, _) => ("RolloutInconclusive", true),
+        (State::Frozen, _) => ("RolloutFrozen", true),
+        (State::RollingBack, _) => ("RollingBack", true),
+        (State::Complete, _) => ("RolloutComplete", false),
+        (State::Failed, _) => ("RolloutFailed", true),
+        (State::Aborted, _) => ("RolloutAborted", true),
+        (State::Superseded, _) => ("RolloutSuperseded", false),
+    };
+    transitions.push(Transition { reason, warning, message: status.message.clone() });
+    transitions
+}

@@ -1,0 +1,398 @@
+//! What decisions are made of.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Selector, Time};
+
+/// A revision of a profile, such as `default@7`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revision {
+    /// The profile's name.
+    pub profile: Arc<str>,
+    /// Its revision, from 1; 0 for the built-in settings.
+    pub number: u64,
+}
+
+impl Revision {
+    /// The name of the settings that hold without any profile.
+    pub const BUILTIN: &'static str = "builtin";
+
+    /// The settings that hold without any profile.
+    #[must_use]
+    pub fn builtin() -> Self {
+        Self { profile: Self::BUILTIN.into(), number: 0 }
+    }
+
+    /// Whether these are the built-in settings.
+    #[must_use]
+    pub fn is_builtin(&self) -> bool {
+        self.number == 0
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}@{}", self.profile, self.number)
+    }
+}
+
+/// A number of nodes, or a share of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantity {
+    /// So many.
+    Number(u32),
+    /// This share, 0 to 100; rounded up.
+    Percent(u8),
+}
+
+impl Quantity {
+    /// How many of `all` that is; never more than there are.
+    #[must_use]
+    pub fn of(self, all: usize) -> usize {
+        match self {
+            Self::Number(number) => usize::try_from(number).unwrap_or(usize::MAX).min(all),
+            Self::Percent(percent) => (all * usize::from(percent)).div_ceil(100).min(all),
+        }
+    }
+}
+
+/// One step of a strategy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// For people; empty without a name.
+    pub name: String,
+    /// Which nodes; `None`: all of the profile.
+    pub selector: Option<Selector>,
+    /// How many of them hold the target at the end.
+    pub nodes: Quantity,
+    /// Label keys whose values tell the groups from which nodes are taken in turn.
+    pub spread_by: Vec<String>,
+    /// How long its nodes are watched after all of them hold the target.
+    pub soak: Duration,
+    /// A person approves it afterwards.
+    pub manual: bool,
+}
+
+/// How a rollout proceeds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Strategy {
+    /// In their order.
+    pub steps: Vec<Step>,
+    /// How many nodes may be out of order at the same time; at least one.
+    pub max_unavailable: Quantity,
+    /// From the assignment to a connected node's acknowledgement.
+    pub apply_deadline: Duration,
+    /// Without an advance for this long the rollout shows as stalled.
+    pub progress_deadline: Duration,
+    /// Lost streams of a touched node that are still in order.
+    pub maximum_reconnects: usize,
+    /// More than this share of untouched nodes unhealthy: the cause is elsewhere.
+    pub freeze_percent: u8,
+}
+
+/// A rollout as it stands in the API server.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rollout {
+    /// Seeds the order of nodes.
+    pub uid: Arc<str>,
+    /// What is rolled out.
+    pub target: Revision,
+    /// What nodes return to.
+    pub stable: Revision,
+    /// How.
+    pub strategy: Strategy,
+    /// No further node is touched.
+    pub paused: bool,
+    /// Steps that a person approved, from the first on.
+    pub approved_steps: usize,
+    /// It is to end.
+    pub abort: bool,
+    /// A newer revision takes its place, or its profile is going away.
+    pub superseded: bool,
+    /// What was stored with the last decision.
+    pub progress: Progress,
+}
+
+/// Where a rollout stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum State {
+    /// No node was touched yet.
+    #[default]
+    Pending,
+    /// Nodes are being moved.
+    Progressing,
+    /// All nodes of the step hold the target and are watched.
+    Soaking,
+    /// It goes on when somebody or something else acts: see [`WaitingOn`].
+    Paused,
+    /// Too much is out of order elsewhere.
+    Frozen,
+    /// Nodes are being returned.
+    RollingBack,
+    /// Every node that can be reached holds the target.
+    Complete,
+    /// A node failed, and all nodes were returned.
+    Failed,
+    /// A person ended it, and all nodes were returned.
+    Aborted,
+    /// A newer revision took its place.
+    Superseded,
+}
+
+impl State {
+    /// All states.
+    pub const ALL: [Self; 10] = [
+        Self::Pending,
+        Self::Progressing,
+        Self::Soaking,
+        Self::Paused,
+        Self::Frozen,
+        Self::RollingBack,
+        Self::Complete,
+        Self::Failed,
+        Self::Aborted,
+        Self::Superseded,
+    ];
+
+    /// The word of the STATE column.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Progressing => "Progressing",
+            Self::Soaking => "Soaking",
+            Self::Paused => "Paused",
+            Self::Frozen => "Frozen",
+            Self::RollingBack => "RollingBack",
+            Self::Complete => "Complete",
+            Self::Failed => "Failed",
+            Self::Aborted => "Aborted",
+            Self::Superseded => "Superseded",
+        }
+    }
+
+    /// The state of a word; an unknown one is [`State::Pending`].
+    #[must_use]
+    pub fn from_word(word: &str) -> Self {
+        Self::ALL.into_iter().find(|state| state.word() == word).unwrap_or_default()
+    }
+
+    /// Nothing follows.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Complete | Self::Failed | Self::Aborted | Self::Superseded)
+    }
+}
+
+/// What has to happen before a rollout goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WaitingOn {
+    /// Nodes take the target.
+    Nodes,
+    /// The soak is over.
+    Soak,
+    /// A person approves the step.
+    Approval,
+    /// A person ends the pause.
+    Resume,
+    /// The step's selector matches no node that can be reached, or all touched ones are gone.
+    CanaryNodes,
+    /// The profile has no node that can be reached.
+    EligibleNodes,
+    /// Nodes that are out of order for other reasons get well.
+    HealthyNodes,
+    /// Nodes of an earlier rollout are returned.
+    Stable,
+}
+
+impl WaitingOn {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Nodes,
+        Self::Soak,
+        Self::Approval,
+        Self::Resume,
+        Self::CanaryNodes,
+        Self::EligibleNodes,
+        Self::HealthyNodes,
+        Self::Stable,
+    ];
+
+    /// Of a word; `None` if there is no such word.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|waiting| waiting.word() == word)
+    }
+
+    /// The word of the WAITING-ON column.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Nodes => "Nodes",
+            Self::Soak => "Soak",
+            Self::Approval => "Approval",
+            Self::Resume => "Resume",
+            Self::CanaryNodes => "CanaryNodes",
+            Self::EligibleNodes => "EligibleNodes",
+            Self::HealthyNodes => "HealthyNodes",
+            Self::Stable => "Stable",
+        }
+    }
+}
+
+/// What is stored between decisions.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Progress {
+    /// Where it stands.
+    pub state: State,
+    /// What it waits for.
+    pub waiting_on: Option<WaitingOn>,
+    /// Steps that are done.
+    pub steps_done: usize,
+    /// When the first node of the current step was seen to be touched.
+    pub step_began_at: Option<Time>,
+    /// Since when all nodes of the current step hold the target.
+    pub soaking_since: Option<Time>,
+    /// When a node or a step advanced last.
+    pub advanced_at: Option<Time>,
+    /// How many nodes held the target then.
+    pub updated: usize,
+    /// How many nodes failed.
+    pub failed: usize,
+    /// The first of them, at most 16.
+    pub failures: Vec<Failure>,
+}
+
+/// A node that failed, with the evidence.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// The node.
+    pub node: String,
+    /// One CamelCase word.
+    pub reason: String,
+    /// What happened.
+    pub message: String,
+    /// The kernel's error number, 0 if there is none.
+    pub errno: i32,
+    /// Trace of the change, 32 hexadecimal digits; empty if there is none.
+    pub trace: String,
+}
+
+/// A node that is left out for now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Excluded {
+    /// The node.
+    pub node: Arc<str>,
+    /// One CamelCase word.
+    pub reason: &'static str,
+}
+
+/// The revision that a node's row names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    /// Which one.
+    pub revision: Revision,
+    /// Since when.
+    pub at: Time,
+}
+
+/// A node with everything that decisions look at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FleetNode {
+    /// Its name.
+    pub name: Arc<str>,
+    /// UID of the Node.
+    pub uid: Arc<str>,
+    /// Labels of the Node.
+    pub labels: Arc<BTreeMap<String, String>>,
+    /// The profile that it belongs to.
+    pub profile: Option<Arc<str>>,
+    /// What its row names; `None` before anything was assigned.
+    pub assigned: Option<Assignment>,
+    /// What is known of its agent.
+    pub agent: Agent,
+}
+
+/// What is known of a node's agent.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Agent {
+    /// Nothing yet: this controller has just started.
+    Unknown,
+    /// There has been none.
+    Absent,
+    /// It is gone.
+    Disconnected,
+    /// It is there.
+    Connected(Box<Observed>),
+}
+
+impl Agent {
+    /// A connected agent.
+    #[must_use]
+    pub fn connected(observed: Observed) -> Self {
+        Self::Connected(Box::new(observed))
+    }
+}
+
+/// A connected agent.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Observed {
+    /// When its stream began.
+    pub since: Time,
+    /// Settings of the last view that it acknowledged; `None` before the first.
+    pub acknowledged: Option<Revision>,
+    /// Other settings are in force than the acknowledged ones.
+    pub in_force: Option<Revision>,
+    /// An update was refused and nothing acknowledged since.
+    pub refusal: Option<Refusal>,
+    /// Items that the kernel refused.
+    pub refused_items: u32,
+    /// Removals that are held back.
+    pub held_removals: u32,
+    /// Where its last trial of settings stands.
+    pub trial: Option<Trial>,
+    /// When its tables were changed by others last, as far as this controller knows, and by what.
+    pub drift: Option<(Time, String)>,
+    /// When its streams were lost lately.
+    pub losses: Vec<Time>,
+}
+
+/// An update that the agent refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// One CamelCase word.
+    pub reason: String,
+    /// What the agent says.
+    pub detail: String,
+    /// The kernel's error number, 0 if it was not the kernel.
+    pub errno: i32,
+    /// The stream repairs this by itself, with a snapshot.
+    pub transient: bool,
+}
+
+/// A trial of settings on a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trial {
+    /// What is tried.
+    pub revision: Revision,
+    /// Where it stands.
+    pub phase: TrialPhase,
+    /// The first probe whose failure counts: its name, address and what happened.
+    pub evidence: Option<(String, i32)>,
+}
+
+/// Where a trial stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrialPhase {
+    /// The probes run with the old settings.
+    Before,
+    /// The new settings are in force and probed.
+    Watching,
+    /// They are good.
+    Passed,
+    /// They are not: the node returned to its fallback by itself.
+    RolledBack,
+}

@@ -1,0 +1,236 @@
+//! Which profile a node belongs to, which revision is stable, and when a rollout begins.
+//!
+//! What holds: a node without an assignment gets the stable revision of its profile; a node that holds a revision of
+//! another profile keeps it until a rollout moves it; revisions of a profile are never numbered twice, also if it is
+//! deleted and created again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Assignment, Revision, Selector, State, Time};
+
+/// A profile as far as it decides about nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its UID: a profile that was created again has another.
+    pub uid: Arc<str>,
+    /// The highest one wins.
+    pub priority: i32,
+    /// When it was created: of equal priorities the oldest wins.
+    pub created: Time,
+    /// Which nodes it is for.
+    pub selector: Selector,
+    /// Hash of what makes a revision.
+    pub hash: String,
+    /// It is being deleted: it wins no node any more.
+    pub deleting: bool,
+}
+
+/// A rollout as far as it decides about its profile.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Past {
+    /// UID of the profile that owns it.
+    pub owner: Arc<str>,
+    /// What it rolls out.
+    pub target: Revision,
+    /// The hash of that.
+    pub hash: String,
+    /// Where it stands.
+    pub state: State,
+}
+
+/// The profile of a node, and another one that selects it too and lost.
+pub fn winner<'a>(
+    profiles: &'a [Profile],
+    labels: &BTreeMap<String, String>,
+) -> (Option<&'a Profile>, Vec<&'a Profile>) {
+    let mut selecting: Vec<_> =
+        profiles.iter().filter(|profile| !profile.deleting && profile.selector.matches(labels)).collect();
+    selecting.sort_by(|one, other| {
+        other
+            .priority
+            .cmp(&one.priority)
+            .then_with(|| one.created.cmp(&other.created))
+            .then_with(|| one.name.cmp(&other.name))
+    });
+    let mut selecting = selecting.into_iter();
+    (selecting.next(), selecting.collect())
+}
+
+/// The last revision of a profile that was rolled out completely; the built-in settings before the first.
+#[must_use]
+pub fn stable(profile: &str, rollouts: &[Past]) -> Revision {
+    let complete =
+        rollouts.iter().filter(|past| &*past.target.profile == profile && past.state == State::Complete);
+    complete
+        .map(|past| past.target.clone())
+        .max_by_key(|target| target.number)
+        .unwrap_or_else(Revision::builtin)
+}
+
+/// The number of the rollout that is to be created, if the profile says something new. `highest`: the highest number
+/// that any row names of this profile.
+#[must_use]
+pub fn next_revision(profile: &Profile, rollouts: &[Past], highest: u64) -> Option<u64> {
+    if profile.deleting {
+        return None;
+    }
+    let named = |past: &&Past| past.target.profile == profile.name;
+    let latest = rollouts
+        .iter()
+        .filter(named)
+        .filter(|past| past.owner == profile.uid)
+        .max_by_key(|past| past.target.number);
+    if latest.is_some_and(|past| past.hash == profile.hash) {
+        return None;
+    }
+    let used = rollouts.iter().filter(named).map(|past| past.target.number).max().unwrap_or(0);
+    Some(used.max(highest) + 1)
+}
+
+/// Whether a rollout has lost its place: to a later one, or with its profile.
+#[must_use]
+pub fn superseded(past: &Past, rollouts: &[Past], profile: Option<&Profile>) -> bool {
+    let later = rollouts
+        .iter()
+        .any(|other| other.target.profile == past.target.profile && other.target.number > past.target.number);
+    later || profile.is_none_or(|profile| profile.deleting || profile.uid != past.owner)
+}
+
+/// What a node's row should name where no rollout decides; `None`: what it names stays.
+///
+/// `winner`: name and stable revision of the node's profile, and whether a rollout of it is under way. `profiles`:
+/// there is some profile; before the first, rows name nothing.
+#[must_use]
+pub fn settled(
+    assigned: Option<&Assignment>,
+    winner: Option<(&str, &Revision, bool)>,
+    profiles: bool,
+) -> Option<Revision> {
+    match (assigned, winner) {
+        (None, None) => profiles.then(Revision::builtin),
+        // Named by nothing it counts as new until the first revision is stable, and then gets that.
+        (None, Some((_, stable, _))) => (!stable.is_builtin()).then(|| stable.clone()),
+        // A straggler: it was away when the rollout came through.
+        (Some(assigned), Some((profile, stable, active))) => {
+            let straggler = &*assigned.revision.profile == profile && assigned.revision != *stable;
+            (straggler && !active).then(|| stable.clone())
+        }
+        (Some(_), None) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(name: &str, priority: i32, created: i64) -> Profile {
+        Profile {
+            name: name.into(),
+            uid: format!("uid-{name}").into(),
+            priority,
+            created: Time(created),
+            selector: Selector::default(),
+            hash: "h1".into(),
+            deleting: false,
+        }
+    }
+
+    fn past(profile: &Profile, number: u64, hash: &str, state: State) -> Past {
+        let target = Revision { profile: profile.name.clone(), number };
+        Past { owner: profile.uid.clone(), target, hash: hash.into(), state }
+    }
+
+    #[test]
+    fn of_overlapping_profiles_priority_then_age_then_name_wins() {
+        let labels = BTreeMap::new();
+        let mut profiles =
+            vec![profile("b", 0, 5), profile("c", 0, 4), profile("a", 0, 5), profile("d", 1, 9)];
+        for expected in ["d", "c", "a", "b"] {
+            let (winner, losers) = winner(&profiles, &labels);
+            assert_eq!(&*winner.unwrap().name, expected);
+            assert_eq!(losers.len(), profiles.len() - 1);
+            profiles.retain(|profile| &*profile.name != expected);
+        }
+        let mut leaving = profile("x", 9, 0);
+        leaving.deleting = true;
+        assert_eq!(winner(&[leaving], &labels), (None, vec![]));
+    }
+
+    #[test]
+    fn a_rollout_begins_when_the_hash_is_news_and_numbers_only_grow() {
+        let mut default = profile("default", 0, 0);
+        assert_eq!(next_revision(&default, &[], 0), Some(1));
+        let first = past(&default, 1, "h1", State::Failed);
+        assert_eq!(
+            next_revision(&default, std::slice::from_ref(&first), 1),
+            None,
+            "a failed one is not tried again"
+        );
+        default.hash = "h2".into();
+        assert_eq!(next_revision(&default, std::slice::from_ref(&first), 1), Some(2));
+        let second = past(&default, 2, "h2", State::Complete);
+        default.hash = "h1".into();
+        let both = [first, second];
+        assert_eq!(next_revision(&default, &both, 2), Some(3), "the old hash is a new revision");
+        default.deleting = true;
+        assert_eq!(next_revision(&default, &both, 2), None);
+        // Created again under its name.
+        default.deleting = false;
+        default.uid = "another".into();
+        assert_eq!(next_revision(&default, &both, 2), Some(3));
+        assert_eq!(next_revision(&default, &[], 7), Some(8), "rows still name what is gone");
+    }
+
+    #[test]
+    fn stable_is_the_last_complete_revision() {
+        let (default, other) = (profile("default", 0, 0), profile("other", 0, 0));
+        let rollouts = [
+            past(&default, 1, "h", State::Complete),
+            past(&default, 3, "h", State::Complete),
+            past(&default, 2, "h", State::Complete),
+            past(&default, 4, "h", State::Failed),
+            past(&other, 9, "h", State::Complete),
+        ];
+        assert_eq!(stable("default", &rollouts).to_string(), "default@3");
+        assert_eq!(stable("none", &rollouts), Revision::builtin());
+    }
+
+    #[test]
+    fn a_rollout_loses_its_place_to_a_later_one_or_with_its_profile() {
+        let mut default = profile("default", 0, 0);
+        let rollouts = [past(&default, 1, "h1", State::Progressing), past(&default, 2, "h2", State::Pending)];
+        assert!(superseded(&rollouts[0], &rollouts, Some(&default)));
+        assert!(!superseded(&rollouts[1], &rollouts, Some(&default)));
+        assert!(superseded(&rollouts[1], &rollouts, None));
+        default.uid = "another".into();
+        assert!(superseded(&rollouts[1], &rollouts, Some(&default)));
+    }
+
+    #[test]
+    fn where_no_rollout_decides() {
+        let revision = |profile: &str, number| Revision { profile: profile.into(), number };
+        let at =
+            |profile: &str, number| Some(Assignment { revision: revision(profile, number), at: Time(0) });
+        let (builtin, two) = (Revision::builtin(), revision("default", 2));
+        let cases = [
+            ("no profile anywhere", None, None, false, None),
+            ("none for this node", None, None, true, Some(builtin.clone())),
+            ("before the first is stable", None, Some((&builtin, true)), true, None),
+            ("a new node", None, Some((&two, false)), true, Some(two.clone())),
+            ("a new node during a rollout", None, Some((&two, true)), true, Some(two.clone())),
+            ("in order", at("default", 2), Some((&two, false)), true, None),
+            ("a straggler", at("default", 1), Some((&two, false)), true, Some(two.clone())),
+            ("a rollout decides", at("default", 1), Some((&two, true)), true, None),
+            ("relabelled from another profile", at("other", 7), Some((&two, false)), true, None),
+            ("relabelled from none", at("builtin", 0), Some((&two, false)), true, None),
+            ("its profile is gone", at("other", 7), None, true, None),
+        ];
+        for (what, assigned, winner, profiles, expected) in cases {
+            let winner = winner.map(|(stable, active)| ("default", stable, active));
+            assert_eq!(settled(assigned.as_ref(), winner, profiles), expected, "{what}");
+        }
+    }
+}
