@@ -4,15 +4,17 @@
 //! event compiles at once, and what arrives while a compile runs goes into the next one (there is no timer);
 //! a compile costs what changed, not what there is.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
 use switchtower_core::compiled::Compiled;
 use switchtower_core::model::Input;
-use switchtower_proto::v1::{ChangeInfo, Source};
+use switchtower_core::propagation::{Change, Publication, TraceContext};
+use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, watch};
 
 use crate::events::EventSink;
+use crate::propagation::unix_nanoseconds;
 use crate::status::NodeEvent;
 use crate::watch::Batch;
 
@@ -37,8 +39,8 @@ pub trait Pipeline: Send + 'static {
     /// Compiles inputs in their order; returns exactly what differs from before.
     fn compile(&mut self, inputs: Vec<Input>) -> Compiled;
 
-    /// Hands changed layers to the sessions. Returns the new revision.
-    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, source: Source) -> u64;
+    /// Hands changed layers to the sessions, and notes when. Returns the new revision.
+    fn publish(&mut self, compiled: Compiled, publication: Publication, source: Source) -> u64;
 
     /// Resources are processed further, and no layer changed.
     fn advance(&mut self, source: Source);
@@ -101,18 +103,19 @@ impl EngineMetrics {
     }
 }
 
-/// Runs until the watches are gone.
+/// Runs until the watches are gone. `new_trace` names the trace of each change.
 pub async fn run(
     mut pipeline: impl Pipeline,
     outputs: Outputs,
     metrics: EngineMetrics,
+    mut new_trace: impl FnMut() -> TraceContext + Send + 'static,
     mut batches: mpsc::Receiver<Batch>,
 ) {
     let mut engine = Engine { intake: Intake::default(), outputs, metrics, head: Head::default() };
     let mut buffer = Vec::new();
     while batches.recv_many(&mut buffer, BATCHES).await > 0 {
         for batch in buffer.drain(..) {
-            engine.intake.absorb(batch);
+            engine.intake.absorb(batch, &mut new_trace);
         }
         engine.step(&mut pipeline);
     }
@@ -162,17 +165,18 @@ impl Engine {
         &mut self,
         pipeline: &mut impl Pipeline,
         inputs: Vec<Input>,
-        changes: Vec<ChangeInfo>,
+        changes: Vec<Change>,
         total: u32,
         source: Source,
         first: bool,
     ) {
-        let started = Instant::now();
+        let (started, compiling) = (Instant::now(), unix_nanoseconds(SystemTime::now()));
         let objects = inputs.len();
         let mut compiled = pipeline.compile(inputs);
         self.outputs.events.report(std::mem::take(&mut compiled.problems));
         if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
-            self.head.revision = pipeline.publish(compiled, changes, source);
+            let publication = Publication { changes, total, compiling, published: compiling };
+            self.head.revision = pipeline.publish(compiled, publication, source);
             self.head.source = source;
         } else {
             self.metrics.idle.inc();

@@ -13,6 +13,7 @@ use switchtower_core::model::{Input, Node, ObjectKey};
 
 pub mod address;
 mod node;
+mod origin;
 mod service;
 mod slice;
 
@@ -20,6 +21,7 @@ mod slice;
 mod tests;
 
 pub use node::{node, service_cidr};
+pub use origin::Origin;
 pub use service::service;
 pub use slice::slice;
 
@@ -52,8 +54,18 @@ pub enum Fact {
 pub struct Ingested {
     /// What can be served.
     pub fact: Fact,
+    /// Where the change comes from.
+    pub origin: Origin,
     /// What was wrong with the rest; at most one per reason.
     pub problems: Vec<Problem>,
+}
+
+impl Ingested {
+    /// An object that does not exist any more.
+    #[must_use]
+    pub fn gone(fact: Fact) -> Self {
+        Self { fact, origin: Origin::default(), problems: Vec::new() }
+    }
 }
 
 /// Collects what is wrong with one object: one problem per reason, however many values are affected.

@@ -3,7 +3,7 @@
 //!
 //! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
-//! writes what they acknowledged.
+//! writes what they acknowledged, and [`propagation`] knows how long it took.
 
 pub mod bootstrap;
 pub mod cli;
@@ -12,6 +12,7 @@ mod errors;
 pub mod events;
 pub mod ingest;
 pub mod metrics;
+pub mod propagation;
 pub mod render;
 pub mod run;
 pub mod serve;

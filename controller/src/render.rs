@@ -103,7 +103,7 @@ fn compile(ingested: Vec<Ingested>, node: &str) -> Result<View, RenderError> {
     let mut compiler = Compiler::new();
     let mut service_cidrs = Vec::new();
     let mut problems: Vec<Problem> = Vec::new();
-    for Ingested { fact, problems: found } in ingested {
+    for Ingested { fact, origin: _, problems: found } in ingested {
         problems.extend(found);
         match fact {
             Fact::Input(input) => compiler.apply(input),

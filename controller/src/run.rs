@@ -25,7 +25,8 @@ use prometheus::Registry;
 use switchtower_core::compile::Compiler;
 use switchtower_core::compiled::Compiled;
 use switchtower_core::model::Input;
-use switchtower_proto::v1::{ChangeInfo, Source};
+use switchtower_core::propagation::Publication;
+use switchtower_proto::v1::Source;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch as channel};
 
@@ -34,6 +35,7 @@ use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::Chain;
 use crate::metrics::{self, Readiness};
+use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::fleet::{Fleet, builtin_settings};
@@ -177,8 +179,14 @@ async fn start_parts(
     let floors = Floors::default();
     let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
+    let propagation = Arc::new(Propagation::new(
+        switchtower_core::propagation::Limits::default(),
+        PropagationMetrics::new(registry)?,
+    ));
+    tokio::spawn(propagation.clone().watch());
+    let age = Arc::new(move || age.age());
     let fleet =
-        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), Arc::new(move || age.age()));
+        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation.clone());
 
     // Rows first: sessions continue from the generations in them.
     let settings = WriterSettings { replica: replica.to_owned() };
@@ -194,7 +202,8 @@ async fn start_parts(
     let (head, head_seen) = channel::channel(None);
     let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
     let outputs = Outputs { head, nodes, events };
-    tokio::spawn(engine::run(pipeline, outputs, EngineMetrics::new(registry)?, batches));
+    let metrics = EngineMetrics::new(registry)?;
+    tokio::spawn(engine::run(pipeline, outputs, metrics, propagation::new_trace, batches));
     Ok(Parts { fleet, serve_metrics, head: head_seen })
 }
 
@@ -210,8 +219,8 @@ impl Pipeline for FleetPipeline {
         self.compiler.compile()
     }
 
-    fn publish(&mut self, compiled: Compiled, changes: Vec<ChangeInfo>, source: Source) -> u64 {
-        self.fleet.publish(compiled, changes, source)
+    fn publish(&mut self, compiled: Compiled, publication: Publication, source: Source) -> u64 {
+        self.fleet.publish(compiled, publication, source)
     }
 
     fn advance(&mut self, source: Source) {

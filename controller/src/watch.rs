@@ -153,9 +153,7 @@ impl<K: Watched> Watch<K> {
                 }
                 None => {
                     let gone = self.known.keys().filter(|key| !seen.contains_key(*key));
-                    facts.extend(
-                        gone.map(|key| Ingested { fact: K::forget(key.clone()), problems: Vec::new() }),
-                    );
+                    facts.extend(gone.map(|key| Ingested::gone(K::forget(key.clone()))));
                     self.known = seen;
                     self.send(facts, parse_version(&version), true, received).await?;
                     return Ok(version);
@@ -222,7 +220,7 @@ impl<K: Watched> Watch<K> {
         let (key, version) = identity(&object);
         let fact = if gone {
             self.known.remove(&key);
-            Some(Ingested { fact: K::forget(key), problems: Vec::new() })
+            Some(Ingested::gone(K::forget(key)))
         } else {
             let fact = self.ingest(&object, &key);
             self.known.insert(key, version);

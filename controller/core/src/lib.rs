@@ -8,6 +8,7 @@ pub mod compile;
 pub mod compiled;
 pub mod layer;
 pub mod model;
+pub mod propagation;
 pub mod rollout;
 pub mod tracer;
 pub mod view;

@@ -1,4 +1,5 @@
-//! What came from the watches and is not compiled yet. Pure: no task, no clock.
+//! What came from the watches and is not compiled yet. Pure: no task, no clock; identifiers of traces come from
+//! outside.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,9 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ipnet::IpNet;
 use switchtower_core::compiled::Problem;
 use switchtower_core::model::{Input, ObjectKey};
-use switchtower_proto::v1::{ChangeInfo, Source};
+use switchtower_core::propagation::{Change, TraceContext, UnixNanoseconds};
+use switchtower_proto::v1::Source;
 
-use crate::ingest::{Fact, Ingested};
+use crate::ingest::{Fact, Ingested, Origin};
 use crate::status::NodeEvent;
 use crate::watch::{Batch, WatchedResource};
 
@@ -22,7 +24,7 @@ pub(super) struct Work {
     /// For the compiler, in the order of arrival.
     pub(super) inputs: Vec<Input>,
     /// The first of them, named.
-    pub(super) changes: Vec<ChangeInfo>,
+    pub(super) changes: Vec<Change>,
     /// How many there are.
     pub(super) total: u32,
     /// What could not be understood.
@@ -46,10 +48,10 @@ pub(super) struct Intake {
 
 impl Intake {
     /// Takes a batch. Its order within its resource is kept; resources are independent of each other.
-    pub(super) fn absorb(&mut self, batch: Batch) {
+    pub(super) fn absorb(&mut self, batch: Batch, new_trace: &mut impl FnMut() -> TraceContext) {
         let Batch { resource, facts, resource_version, synced, received } = batch;
         for ingested in facts {
-            self.absorb_one(ingested, received);
+            self.absorb_one(ingested, received, new_trace);
         }
         let version = match resource {
             WatchedResource::Services => &mut self.work.source.services,
@@ -66,9 +68,14 @@ impl Intake {
         }
     }
 
-    fn absorb_one(&mut self, ingested: Ingested, received: SystemTime) {
+    fn absorb_one(
+        &mut self,
+        ingested: Ingested,
+        received: SystemTime,
+        new_trace: &mut impl FnMut() -> TraceContext,
+    ) {
         self.work.problems.extend(ingested.problems);
-        self.note_change(&ingested.fact, received);
+        self.note_change(&ingested.fact, ingested.origin, received, new_trace);
         match ingested.fact {
             Fact::Input(input) => self.work.inputs.push(input),
             Fact::Node(node, identity) => {
@@ -90,7 +97,13 @@ impl Intake {
     }
 
     /// The first complete lists are a state, not changes.
-    fn note_change(&mut self, fact: &Fact, received: SystemTime) {
+    fn note_change(
+        &mut self,
+        fact: &Fact,
+        origin: Origin,
+        received: SystemTime,
+        new_trace: &mut impl FnMut() -> TraceContext,
+    ) {
         if !self.initial_done {
             return;
         }
@@ -98,11 +111,14 @@ impl Intake {
         self.next_change += 1;
         if self.work.changes.len() < NAMED_CHANGES {
             let since = received.duration_since(UNIX_EPOCH).unwrap_or_default();
-            self.work.changes.push(ChangeInfo {
+            self.work.changes.push(Change {
                 id: self.next_change,
-                traceparent: String::new(),
-                received_unix_nanoseconds: u64::try_from(since.as_nanos()).unwrap_or(0),
-                object: describe(fact),
+                object: describe(fact).into(),
+                service: service(fact),
+                received: UnixNanoseconds::try_from(since.as_nanos()).unwrap_or(0),
+                triggered: origin.triggered,
+                trace: new_trace(),
+                origin: origin.trace,
             });
         }
     }
@@ -143,13 +159,29 @@ fn describe(fact: &Fact) -> String {
     }
 }
 
+/// The Service that a fact concerns; a slice that is gone does not tell.
+fn service(fact: &Fact) -> Option<ObjectKey> {
+    match fact {
+        Fact::Input(Input::Service(service)) => Some(service.key.clone()),
+        Fact::Input(Input::ServiceDeleted(key)) => Some(key.clone()),
+        Fact::Input(Input::Slice(slice)) => {
+            Some(ObjectKey { namespace: slice.key.namespace.clone(), name: slice.service.clone() })
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn batch(resource: WatchedResource, facts: Vec<Fact>, version: u64, synced: bool) -> Batch {
-        let facts = facts.into_iter().map(|fact| Ingested { fact, problems: Vec::new() }).collect();
+        let facts = facts.into_iter().map(Ingested::gone).collect();
         Batch { resource, facts, resource_version: version, synced, received: UNIX_EPOCH }
+    }
+
+    fn absorb(intake: &mut Intake, batch: Batch) {
+        intake.absorb(batch, &mut || TraceContext { trace: 1, span: 2, sampled: false });
     }
 
     fn deleted(name: &str) -> Fact {
@@ -159,7 +191,7 @@ mod tests {
     fn synced() -> Intake {
         let mut intake = Intake::default();
         for resource in WatchedResource::ALL {
-            intake.absorb(batch(resource, vec![], 5, true));
+            absorb(&mut intake, batch(resource, vec![], 5, true));
         }
         assert!(intake.take().is_some());
         intake
@@ -168,13 +200,13 @@ mod tests {
     #[test]
     fn nothing_is_compiled_before_every_list_is_complete() {
         let mut intake = Intake::default();
-        intake.absorb(batch(WatchedResource::Services, vec![deleted("a")], 5, true));
+        absorb(&mut intake, batch(WatchedResource::Services, vec![deleted("a")], 5, true));
         for resource in [WatchedResource::EndpointSlices, WatchedResource::Nodes] {
-            intake.absorb(batch(resource, vec![], 6, true));
+            absorb(&mut intake, batch(resource, vec![], 6, true));
             assert!(intake.take().is_none());
         }
         assert_eq!(intake.missing().collect::<Vec<_>>(), [WatchedResource::ServiceCidrs]);
-        intake.absorb(batch(WatchedResource::ServiceCidrs, vec![], 7, true));
+        absorb(&mut intake, batch(WatchedResource::ServiceCidrs, vec![], 7, true));
         let work = intake.take().unwrap();
         assert_eq!(work.inputs.len(), 2, "the Service and the (empty) list of ServiceCIDRs");
         assert_eq!((work.total, work.changes.len()), (0, 0), "the first state is not a change");
@@ -186,10 +218,12 @@ mod tests {
     fn changes_are_named_up_to_a_limit_and_counted() {
         let mut intake = synced();
         let facts = (0..20).map(|index| deleted(&format!("s{index}"))).collect();
-        intake.absorb(batch(WatchedResource::Services, facts, 9, false));
+        absorb(&mut intake, batch(WatchedResource::Services, facts, 9, false));
         let work = intake.take().unwrap();
         assert_eq!((work.total, work.changes.len(), work.inputs.len()), (20, 16, 20));
-        assert_eq!((work.changes[0].id, work.changes[0].object.as_str()), (1, "Service default/s0"));
+        assert_eq!((work.changes[0].id, &*work.changes[0].object), (1, "Service default/s0"));
+        let service = work.changes[0].service.as_ref().map(|key| (&*key.namespace, &*key.name));
+        assert_eq!(service, Some(("default", "s0")));
         assert_eq!(work.source.services, 9);
         let next = intake.take().unwrap();
         assert_eq!((next.inputs.len(), next.total, next.source.services), (0, 0, 9));
@@ -200,18 +234,18 @@ mod tests {
         let mut intake = synced();
         let cidr = |name: &str, net: &str| Fact::ServiceCidr(name.into(), vec![net.parse().unwrap()]);
         let facts = vec![cidr("b", "10.97.0.0/16"), cidr("a", "10.96.0.0/16")];
-        intake.absorb(batch(WatchedResource::ServiceCidrs, facts, 9, false));
+        absorb(&mut intake, batch(WatchedResource::ServiceCidrs, facts, 9, false));
         let expected = vec!["10.96.0.0/16".parse().unwrap(), "10.97.0.0/16".parse().unwrap()];
         assert_eq!(intake.take().unwrap().inputs, [Input::ServiceCidrs(expected)]);
-        intake.absorb(batch(WatchedResource::ServiceCidrs, vec![cidr("a", "10.96.0.0/16")], 10, false));
+        absorb(&mut intake, batch(WatchedResource::ServiceCidrs, vec![cidr("a", "10.96.0.0/16")], 10, false));
         assert_eq!(intake.take().unwrap().inputs, []);
     }
 
     #[test]
     fn versions_never_go_back() {
         let mut intake = synced();
-        intake.absorb(batch(WatchedResource::Nodes, vec![], 90, false));
-        intake.absorb(batch(WatchedResource::Nodes, vec![], 0, false));
+        absorb(&mut intake, batch(WatchedResource::Nodes, vec![], 90, false));
+        absorb(&mut intake, batch(WatchedResource::Nodes, vec![], 0, false));
         assert_eq!(intake.take().unwrap().source.nodes, 90);
     }
 }

@@ -6,7 +6,7 @@ use switchtower_core::compiled::{ProblemObject, ProblemReason};
 use switchtower_core::model::Node;
 
 use super::address::{one_per_family, parse_cidr, parse_ip};
-use super::{Fact, Findings, Ingested, NodeIdentity};
+use super::{Fact, Findings, Ingested, NodeIdentity, Origin};
 
 /// The label that names a Node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -49,7 +49,8 @@ pub fn node(object: &ApiNode) -> Ingested {
         name: node.name.clone(),
         uid: object.metadata.uid.as_deref().unwrap_or_default().into(),
     };
-    Ingested { fact: Fact::Node(node, identity), problems: findings.finish() }
+    let origin = Origin::of(&object.metadata);
+    Ingested { fact: Fact::Node(node, identity), origin, problems: findings.finish() }
 }
 
 /// InternalIPs before ExternalIPs, the first of each family (kube-proxy: `GetNodeHostIPs`).
@@ -79,5 +80,5 @@ pub fn service_cidr(object: &ServiceCIDR) -> Ingested {
     let name = object.metadata.name.as_deref().unwrap_or_default();
     let cidrs = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
     let fact = Fact::ServiceCidr(name.into(), cidrs.iter().filter_map(|text| parse_cidr(text)).collect());
-    Ingested { fact, problems: Vec::new() }
+    Ingested { fact, origin: Origin::of(&object.metadata), problems: Vec::new() }
 }

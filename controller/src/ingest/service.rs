@@ -7,7 +7,7 @@ use switchtower_core::compiled::{ProblemObject, ProblemReason};
 use switchtower_core::model::{Input, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
 
 use super::address::{one_per_family, parse_cidr, parse_ip};
-use super::{Fact, Findings, Ingested, object_key, port, protocol};
+use super::{Fact, Findings, Ingested, Origin, object_key, port, protocol};
 
 /// Kubernetes' default for ClientIP affinity, seconds.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
@@ -23,7 +23,8 @@ pub fn service(object: &ApiService) -> Ingested {
         Some(spec) => serve(object, spec, key, &mut findings),
         None => Input::ServiceDeleted(key),
     };
-    Ingested { fact: Fact::Input(input), problems: findings.finish() }
+    let origin = Origin::of(&object.metadata);
+    Ingested { fact: Fact::Input(input), origin, problems: findings.finish() }
 }
 
 fn is_served(spec: &ServiceSpec) -> bool {

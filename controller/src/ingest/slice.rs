@@ -7,7 +7,7 @@ use switchtower_core::compiled::{ProblemObject, ProblemReason};
 use switchtower_core::model::{EndpointSlice, Input, SliceEndpoint, SlicePort};
 
 use super::address::parse_ip;
-use super::{Fact, Findings, Ingested, object_key, port, protocol};
+use super::{Fact, Findings, Ingested, Origin, object_key, port, protocol};
 
 /// The label that names a slice's Service.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -37,7 +37,8 @@ pub fn slice(object: &ApiEndpointSlice) -> Ingested {
         }),
         _ => Input::SliceDeleted(key),
     };
-    Ingested { fact: Fact::Input(input), problems: findings.finish() }
+    let origin = Origin::of(&object.metadata);
+    Ingested { fact: Fact::Input(input), origin, problems: findings.finish() }
 }
 
 /// Ports without a name or number mean "not served" to kube-proxy; a number out of range is an error.

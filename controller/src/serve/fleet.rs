@@ -5,20 +5,22 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::compiled::Compiled;
 use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::LayerId;
+use switchtower_core::propagation::{Delivery, Publication, Slot};
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{
-    Change, ChangeInfo, ConntrackSettings, GoAwayReason, LocalDetection, Resume, Settings, Source,
+    Change, ConntrackSettings, GoAwayReason, LocalDetection, Resume, Settings, Source,
 };
 use tokio::sync::Notify;
 
 use super::metrics::ServeMetrics;
 use super::session::Limits;
+use crate::propagation::{Propagation, unix_nanoseconds};
 use crate::status::{Floor, Floors, Observation};
 
 /// How old what the API server said last is; `None` if that is not known.
@@ -49,7 +51,18 @@ struct Node {
     signal: Option<Arc<Signal>>,
     /// The place that the agent acknowledged last.
     cursor: Option<Cursor>,
+    /// Where changes are followed; from the stream's first acknowledgement to its end.
+    slot: Option<Slot>,
     observation: Option<Observation>,
+}
+
+/// Whom a new revision concerns.
+#[derive(Debug, Default)]
+struct Woken {
+    /// Nodes without a stream.
+    idle: Vec<Arc<str>>,
+    /// Nodes whose acknowledgement is waited for.
+    followed: Vec<Slot>,
 }
 
 #[derive(Debug, Default)]
@@ -68,6 +81,7 @@ pub struct Fleet {
     ready: AtomicBool,
     metrics: ServeMetrics,
     upstream: UpstreamAge,
+    propagation: Arc<Propagation>,
     dirty: Mutex<BTreeSet<Arc<str>>>,
     changed: Notify,
     /// One snapshot is compressed at a time; who comes later finds it done.
@@ -123,6 +137,7 @@ impl Fleet {
         floors: Floors,
         metrics: ServeMetrics,
         upstream: UpstreamAge,
+        propagation: Arc<Propagation>,
     ) -> Arc<Self> {
         let name: (Arc<str>, u64) = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
@@ -138,6 +153,7 @@ impl Fleet {
             ready: AtomicBool::new(false),
             metrics,
             upstream,
+            propagation,
             dirty: Mutex::default(),
             changed: Notify::new(),
             compressing: tokio::sync::Mutex::default(),
@@ -147,9 +163,10 @@ impl Fleet {
     }
 
     /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
-    pub fn publish(&self, compiled: Compiled, infos: Vec<ChangeInfo>, source: Source) -> u64 {
+    pub fn publish(&self, compiled: Compiled, mut publication: Publication, source: Source) -> u64 {
         let Compiled { changes, removed, .. } = compiled;
         let zones: Vec<(Arc<str>, Option<Arc<str>>)> = changes.iter().filter_map(node_record).collect();
+        let infos = self.propagation.describe(&publication);
         let mut nodes = lock(&self.nodes);
         let applied = self.write(|layers| layers.apply(changes, &removed, infos, source));
         if applied.dropped > 0 {
@@ -166,7 +183,10 @@ impl Fleet {
             }
         }
         self.ready.store(true, Ordering::Release);
-        let idle = nodes.wake(&applied);
+        publication.published = unix_nanoseconds(SystemTime::now());
+        let Woken { idle, followed } = nodes.wake(&applied);
+        // Still under the lock, which an acknowledgement of this revision needs too.
+        self.propagation.publish(applied.revision, publication, &followed);
         drop(nodes);
         self.mark(idle);
         applied.revision
@@ -291,6 +311,7 @@ impl Fleet {
         if let Some(old) = entry.signal.replace(signal.clone()) {
             old.end(GoAwayReason::Superseded);
         }
+        self.unfollow(entry);
         Some((floor.session, signal))
     }
 
@@ -314,12 +335,35 @@ impl Fleet {
         self.mark([node.clone()]);
     }
 
-    /// Remembers the place that a node acknowledged.
-    pub(super) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor) {
+    /// Remembers the place that a node acknowledged, and the update that brought it there, if one did.
+    pub(super) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor, delivery: Option<Delivery>) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
-        if entry.observation.as_ref().is_some_and(|known| known.session == session) {
-            entry.cursor = Some(cursor.clone());
+        if entry.observation.as_ref().is_none_or(|known| known.session != session) {
+            return;
+        }
+        entry.cursor = Some(cursor.clone());
+        match entry.slot {
+            Some(slot) => self.propagation.reached(slot, cursor.revision(), delivery),
+            // The first view of a stream is no latency: from here on it is.
+            None => entry.slot = Some(self.propagation.join(node.clone(), cursor.revision())),
+        }
+    }
+
+    /// A node refused an update that leads to a revision of the layers.
+    pub(super) fn refused(&self, node: &Arc<str>, session: u64, revision: u64, reason: &'static str) {
+        let nodes = lock(&self.nodes);
+        let Some(entry) = nodes.nodes.get(node) else { return };
+        if let Some(slot) =
+            entry.slot.filter(|_| entry.observation.as_ref().is_some_and(|known| known.session == session))
+        {
+            self.propagation.refused(slot, revision, reason);
+        }
+    }
+
+    fn unfollow(&self, entry: &mut Node) {
+        if let Some(slot) = entry.slot.take() {
+            self.propagation.leave(slot);
         }
     }
 
@@ -330,6 +374,7 @@ impl Fleet {
         let Some(known) = entry.observation.as_mut().filter(|known| known.session == session) else { return };
         known.lost_since = Some(Timestamp::now());
         entry.signal = None;
+        self.unfollow(entry);
         if entry.subscription.is_none() {
             nodes.nodes.remove(node);
         }
@@ -409,18 +454,21 @@ impl Nodes {
         }
     }
 
-    /// Wakes the sessions of the touched layers; returns the nodes that have none.
-    fn wake(&self, applied: &Applied) -> Vec<Arc<str>> {
-        let mut idle = Vec::new();
+    /// Wakes the sessions of the touched layers.
+    fn wake(&self, applied: &Applied) -> Woken {
+        let mut woken = Woken::default();
         let mut wake = |name: &Arc<str>| match self.nodes.get(name) {
-            Some(Node { signal: Some(signal), .. }) => signal.notify.notify_one(),
-            Some(Node { observation: Some(_), .. }) => idle.push(name.clone()),
+            Some(Node { signal: Some(signal), slot, .. }) => {
+                signal.notify.notify_one();
+                woken.followed.extend(*slot);
+            }
+            Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),
             _ => {}
         };
         let all = |id: &LayerId| matches!(id, LayerId::Cluster | LayerId::Settings(..));
         if applied.touched.iter().any(all) {
             self.nodes.keys().for_each(wake);
-            return idle;
+            return woken;
         }
         for id in &applied.touched {
             match id {
@@ -429,7 +477,7 @@ impl Nodes {
                 LayerId::Cluster | LayerId::Settings(..) => {}
             }
         }
-        idle
+        woken
     }
 }
 

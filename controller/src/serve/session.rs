@@ -24,7 +24,10 @@ use super::fleet::{Fleet, Signal};
 
 mod bounded;
 mod hello;
+mod in_flight;
 mod received;
+
+use in_flight::InFlight;
 
 /// Longest text of an agent that is kept.
 const TEXT: usize = 512;
@@ -83,15 +86,6 @@ enum End {
     Gone(&'static str),
 }
 
-struct InFlight {
-    to: u64,
-    after: Cursor,
-    snapshot: bool,
-    since: Instant,
-    /// The kernel refused it, and the agent tries again until it is taken: no deadline holds.
-    retried: bool,
-}
-
 /// After a refusal: not before this time, or when the view changed, whichever the reason allows.
 struct Pause {
     refused: Digest,
@@ -115,6 +109,8 @@ pub(super) struct Session {
     generation: u64,
     /// Highest number that was ever used for this node.
     highest: u64,
+    /// The agent exports the spans of its part itself.
+    traced_by_agent: bool,
     /// What the kernel held when the agent connected, until the first update. Its view may be older.
     standing: Option<(u64, Digest)>,
     in_flight: Option<InFlight>,
@@ -174,6 +170,7 @@ impl Session {
             cursor: None,
             generation: 0,
             highest: 0,
+            traced_by_agent: false,
             standing: None,
             in_flight: None,
             pause: None,
@@ -256,6 +253,7 @@ impl Session {
         let view = hello.view.as_ref();
         self.generation = view.map_or(0, |view| view.generation);
         self.highest = floor.max(kernel).max(self.generation);
+        self.traced_by_agent = hello.features.iter().any(|feature| feature == hello::TRACES);
         self.standing = hello
             .kernel
             .as_ref()
@@ -266,7 +264,7 @@ impl Session {
             self.fleet.read(|layers| layers.resume(&self.subscription, revision, digest))
         });
         if let Some(cursor) = &self.cursor {
-            self.fleet.reached(&self.node, self.number, cursor);
+            self.fleet.reached(&self.node, self.number, cursor, None);
         }
         let (generation, highest) = (self.generation, self.highest);
         let applied = self.cursor.as_ref().map_or(kernel, |_| generation);
@@ -378,7 +376,7 @@ impl Session {
     fn settled(&mut self, after: Cursor) {
         let generation = self.generation;
         let digest = after.digest().to_bytes();
-        self.fleet.reached(&self.node, self.number, &after);
+        self.fleet.reached(&self.node, self.number, &after, None);
         self.cursor = Some(after);
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.acknowledged = true;
@@ -420,7 +418,9 @@ impl Session {
         } else {
             "delta"
         });
-        metrics.sent_bytes.inc_by(parts.iter().map(|part| part.payload.len() as u64).sum());
+        let mut in_flight = InFlight::begin(to, after, whole, snapshot, &parts);
+        let after = &in_flight.after;
+        metrics.sent_bytes.inc_by(in_flight.bytes());
         let update = Update {
             from: (!whole).then_some(self.generation),
             to,
@@ -440,7 +440,8 @@ impl Session {
             self.send(ToAgent::Part(part)).await?;
         }
         self.send(ToAgent::UpdateEnd(UpdateEnd { to })).await?;
-        self.in_flight = Some(InFlight { to, after, snapshot: whole, since: Instant::now(), retried: false });
+        in_flight.sent();
+        self.in_flight = Some(in_flight);
         Ok(())
     }
 

@@ -2,24 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use k8s_openapi::api::authentication::v1::{TokenReviewStatus, UserInfo};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
 use switchtower_core::compiled::Compiled;
 use switchtower_core::model::LayerId;
+use switchtower_core::propagation::{Change as Followed, ChangeReport, Limits as FollowLimits, Publication};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    Ack, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
+    Ack, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
 };
 use tokio::net::TcpStream;
 
 use super::auth::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
+use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::{Floors, Registry as _};
 
 const USER: &str = "system:serviceaccount:switchtower-system:switchtower-node-agent";
@@ -60,6 +63,7 @@ fn token(user: &str, node: &str) -> String {
 
 struct Lab {
     fleet: Arc<Fleet>,
+    propagation: Arc<Propagation>,
     metrics: ServeMetrics,
     ca: CaPem,
     address: SocketAddr,
@@ -68,11 +72,14 @@ struct Lab {
 impl Lab {
     async fn start(limits: Limits) -> Self {
         let metrics = ServeMetrics::new(&prometheus::Registry::new()).unwrap();
+        let propagation = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
+        let propagation = Arc::new(Propagation::new(FollowLimits::default(), propagation));
         let fleet = Fleet::new(
             fleet::builtin_settings(),
             Floors::default(),
             metrics.clone(),
             Arc::new(|| Some(Duration::ZERO)),
+            propagation.clone(),
         );
         let authenticator =
             Authenticator::new(Fake, "switchtower", "switchtower-system", "switchtower-node-agent");
@@ -82,7 +89,7 @@ impl Lab {
         let address = listener.local_addr().unwrap();
         let server = Server::new(fleet.clone(), Arc::new(authenticator), limits);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
-        let lab = Self { fleet, metrics, ca, address };
+        let lab = Self { fleet, propagation, metrics, ca, address };
         for node in ["n1", "n2"] {
             lab.add_node(node);
         }
@@ -95,8 +102,33 @@ impl Lab {
     }
 
     fn publish(&self, layer: LayerId, op: Op) {
+        static COUNT: AtomicU64 = AtomicU64::new(1);
+        let received = crate::propagation::unix_nanoseconds(std::time::SystemTime::now());
+        let change = Followed {
+            id: COUNT.fetch_add(1, Ordering::Relaxed),
+            object: format!("{layer:?}").into(),
+            service: None,
+            received,
+            triggered: None,
+            trace: crate::propagation::new_trace(),
+            origin: None,
+        };
+        let publication =
+            Publication { changes: vec![change], total: 1, compiling: received, published: received };
         let changes = BTreeMap::from([(layer, vec![Change { change: Some(op) }])]);
-        self.fleet.publish(Compiled { changes, ..Compiled::default() }, Vec::new(), Source::default());
+        let compiled = Compiled { changes, ..Compiled::default() };
+        self.fleet.publish(compiled, publication, Source::default());
+    }
+
+    /// The latest change and what became of it, once `holds`.
+    async fn followed(&self, holds: impl Fn(&ChangeReport) -> bool) -> ChangeReport {
+        for _ in 0..1_000 {
+            if let Some(report) = self.propagation.changes(1, |_| true).pop().filter(|report| holds(report)) {
+                return report;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("not reached: {:?}", self.propagation.changes(1, |_| true));
     }
 
     /// A change that concerns every node.
@@ -194,7 +226,10 @@ impl Agent {
 
     async fn ack(&self, update: &Update) {
         let Update { to, digest, .. } = update.clone();
-        let ack = Ack { session: self.session, generation: to, digest, ..Ack::default() };
+        let timings =
+            ApplyTimings { plan_microseconds: 3, commit_microseconds: 5, ..ApplyTimings::default() };
+        let timings = Some(timings);
+        let ack = Ack { session: self.session, generation: to, digest, timings, ..Ack::default() };
         self.send(FromAgent::Ack(ack)).await;
     }
 
@@ -392,8 +427,35 @@ async fn a_flood_a_false_acknowledgement_and_a_deleted_node_end_the_stream() {
     assert_eq!(agent.sent_away().await, GoAwayReason::Malformed);
     let (mut agent, _) = Agent::settled(&lab, "n1").await;
     let removed = vec![LayerId::Node("n1".into())];
-    lab.fleet.publish(Compiled { removed, ..Compiled::default() }, Vec::new(), Source::default());
+    lab.fleet.publish(Compiled { removed, ..Compiled::default() }, Publication::default(), Source::default());
     assert_eq!(agent.sent_away().await, GoAwayReason::NodeDeleted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_is_followed_to_every_connected_node() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut first, _) = Agent::settled(&lab, "n1").await;
+    let (mut second, _) = Agent::settled(&lab, "n2").await;
+    lab.change(1);
+    let report = lab.followed(|report| report.eligible == 2).await;
+    assert_eq!((report.acknowledged, &report.waiting[..]), (0, &["n1".to_owned(), "n2".to_owned()][..]));
+    let (update, _) = first.update().await;
+    first.nack(&update, NackReason::FromMismatch).await;
+    let (update, _) = first.update().await;
+    assert_eq!(update.from, None, "the snapshot that follows");
+    first.ack(&update).await;
+    let report = lab.followed(|report| report.acknowledged == 1).await;
+    assert_eq!((report.all, report.refusals[0].reason.as_str()), (None, "FromMismatch"));
+    let node = &report.slowest[0];
+    assert_eq!((node.node.as_str(), node.plan, node.commit), ("n1", Some(3), Some(5)));
+    assert!(node.sending.unwrap() + node.round_trip.unwrap() <= node.after + 1, "{node:?}");
+    assert!(report.published <= node.after && report.half.unwrap() == node.after, "{report:?}");
+    // The other one goes instead of acknowledging: all that are left hold it.
+    second.update().await;
+    drop(second);
+    let report = lab.followed(|report| report.excluded == 1).await;
+    assert_eq!((report.outstanding, report.all), (0, Some(node.after)));
+    assert_eq!(report.compiled_together, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -365,6 +365,7 @@ pub struct Hello {
     /// schema versions that the agent speaks
     #[prost(uint32, repeated, tag = "1")]
     pub versions: ::prost::alloc::vec::Vec<u32>,
+    /// "traces": the agent exports the spans of its part of a change itself.
     #[prost(string, repeated, tag = "2")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, tag = "3")]
@@ -622,7 +623,7 @@ pub struct Welcome {
 pub struct ChangeInfo {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// W3C
+    /// W3C; empty: nobody collects traces
     #[prost(string, tag = "2")]
     pub traceparent: ::prost::alloc::string::String,
     #[prost(uint64, tag = "3")]
@@ -630,6 +631,9 @@ pub struct ChangeInfo {
     /// "EndpointSlice default/web-x7"
     #[prost(string, tag = "4")]
     pub object: ::prost::alloc::string::String,
+    /// endpoints.kubernetes.io/last-change-trigger-time of an EndpointSlice: on another clock, in whole seconds. 0: unknown.
+    #[prost(uint64, tag = "5")]
+    pub trigger_unix_nanoseconds: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Update {

@@ -60,7 +60,8 @@ impl Session {
         }
         self.generation = in_flight.to;
         self.refusals = 0;
-        self.fleet.reached(&self.node, self.number, &in_flight.after);
+        let delivery = in_flight.delivered(ack.timings.as_ref(), self.traced_by_agent);
+        self.fleet.reached(&self.node, self.number, &in_flight.after, Some(delivery));
         self.cursor = Some(in_flight.after);
         self.note_ack(ack);
         Ok(())
@@ -87,6 +88,10 @@ impl Session {
         self.fleet.metrics().nacked(nack_word(reason));
         tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
             errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
+        if let Some(in_flight) = &self.in_flight {
+            let revision = in_flight.after.revision();
+            self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
+        }
         match reason {
             // The agent has the update and acknowledges it when its kernel takes it.
             NackReason::Kernel => {

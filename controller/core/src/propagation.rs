@@ -1,0 +1,93 @@
+//! What became of each change: when it was received, compiled, and held by how many nodes. Pure: time and
+//! identifiers are arguments.
+//!
+//! Changes that were compiled together share one revision of the layers and one [`Record`]. A node is followed
+//! while its stream is open and it has acknowledged something in it; its first synchronisation is never
+//! counted as latency.
+//!
+//! What holds:
+//! * An acknowledgement costs the revisions that it covers, a publication one bit per node that it concerns.
+//! * Everything is bounded ([`Limits`]). What is dropped is counted.
+//! * A node that leaves before it acknowledged is excluded from the record, not waited for; a change that no
+//!   node was there for has no time at which "all" nodes held it.
+
+use std::sync::Arc;
+
+use crate::model::ObjectKey;
+
+mod nodes;
+mod record;
+mod report;
+mod trace_context;
+mod tracker;
+
+#[cfg(test)]
+mod tests;
+
+pub use record::{Milestone, NodeAck, Record, Refusal};
+pub use report::{ChangeReport, NodeReport, RefusalReport};
+pub use trace_context::TraceContext;
+pub use tracker::{Limits, Outcome, Slot, Tracker};
+
+/// Nanoseconds since 1970, of the controller's clock.
+pub type UnixNanoseconds = u64;
+
+/// One change of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Its number in this process, from 1.
+    pub id: u64,
+    /// "EndpointSlice default/web-x7".
+    pub object: Arc<str>,
+    /// The Service that it concerns, where the object tells.
+    pub service: Option<ObjectKey>,
+    /// When the watch delivered it.
+    pub received: UnixNanoseconds,
+    /// What the cluster says about when it began (`endpoints.kubernetes.io/last-change-trigger-time`); on
+    /// another clock, in whole seconds.
+    pub triggered: Option<UnixNanoseconds>,
+    /// The trace of this change; the span is its root.
+    pub trace: TraceContext,
+    /// The trace in which the object was written (annotation `tracing.k8s.io/traceparent`).
+    pub origin: Option<TraceContext>,
+}
+
+/// What was compiled together, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Publication {
+    /// The first of the changes, at most 16, oldest first.
+    pub changes: Vec<Change>,
+    /// How many there were.
+    pub total: u32,
+    /// When the compile began.
+    pub compiling: UnixNanoseconds,
+    /// When the layers had the result and the streams were woken.
+    pub published: UnixNanoseconds,
+}
+
+/// One update on its way to one node and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Delivery {
+    /// When the controller began to send it.
+    pub started: UnixNanoseconds,
+    /// When its last part was handed to the connection.
+    pub sent: UnixNanoseconds,
+    /// When the acknowledgement arrived.
+    pub acknowledged: UnixNanoseconds,
+    /// The node's generation.
+    pub generation: u64,
+    /// Payload bytes.
+    pub bytes: u64,
+    /// It replaced whole layers.
+    pub snapshot: bool,
+    /// The agent's planning, in microseconds; like the next two as the agent measured it.
+    pub plan: u64,
+    /// The kernel's transaction, in microseconds.
+    pub commit: u64,
+    /// The pass over the conntrack table, in microseconds.
+    pub conntrack: u64,
+    /// Operations in the kernel's transaction.
+    pub operations: u32,
+    /// The agent exports the spans of its part itself.
+    pub traced_by_agent: bool,
+}

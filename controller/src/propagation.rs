@@ -1,0 +1,137 @@
+//! How long changes take to reach the nodes: the core's tracker with a clock, a lock and metrics.
+//!
+//! What holds: nobody waits for whoever reads; a reader that is too slow loses records, which is counted.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use switchtower_core::propagation::{
+    Change, ChangeReport, Delivery, Limits, Outcome, Publication, Record, Slot, TraceContext, Tracker,
+    UnixNanoseconds,
+};
+use switchtower_proto::v1::ChangeInfo;
+use tokio::sync::{Notify, mpsc};
+
+mod metrics;
+
+pub use metrics::PropagationMetrics;
+
+/// Concluded records that wait for their reader.
+const RECORDS: usize = 256;
+
+/// The time as records have it.
+#[must_use]
+pub fn unix_nanoseconds(time: SystemTime) -> UnixNanoseconds {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    UnixNanoseconds::try_from(since.as_nanos()).unwrap_or(UnixNanoseconds::MAX)
+}
+
+/// A trace that nobody started to collect.
+#[must_use]
+pub fn new_trace() -> TraceContext {
+    let (trace, span) = (rand::random_range(1..=u128::MAX), rand::random_range(1..=u64::MAX));
+    TraceContext { trace, span, sampled: false }
+}
+
+/// What became of each change. Shared by the streams, the engine and whoever asks.
+#[derive(Debug)]
+pub struct Propagation {
+    tracker: Mutex<Tracker>,
+    metrics: PropagationMetrics,
+    reader: Option<mpsc::Sender<Record>>,
+    opened: Notify,
+}
+
+impl Propagation {
+    /// Nothing is followed yet.
+    #[must_use]
+    pub fn new(limits: Limits, metrics: PropagationMetrics) -> Self {
+        Self { tracker: Mutex::new(Tracker::new(limits)), metrics, reader: None, opened: Notify::new() }
+    }
+
+    /// The same, and every concluded record goes to the returned receiver.
+    #[must_use]
+    pub fn with_reader(self) -> (Self, mpsc::Receiver<Record>) {
+        let (reader, records) = mpsc::channel(RECORDS);
+        (Self { reader: Some(reader), ..self }, records)
+    }
+
+    /// How the changes of a publication are told to agents, with their traces if anybody collects these.
+    pub(crate) fn describe(&self, publication: &Publication) -> Vec<ChangeInfo> {
+        let describe = |change: &Change| ChangeInfo {
+            id: change.id,
+            traceparent: if self.reader.is_some() { change.trace.to_string() } else { String::new() },
+            received_unix_nanoseconds: change.received,
+            object: change.object.to_string(),
+            trigger_unix_nanoseconds: change.triggered.unwrap_or(0),
+        };
+        publication.changes.iter().map(describe).collect()
+    }
+
+    /// The latest changes that `wanted` accepts and what became of them, the latest first.
+    pub fn changes(&self, limit: usize, wanted: impl Fn(&Change) -> bool) -> Vec<ChangeReport> {
+        self.lock().reports(limit, wanted)
+    }
+
+    /// The revision that all connected nodes hold at least; `None` without nodes.
+    #[must_use]
+    pub fn held_by_all(&self) -> Option<u64> {
+        self.lock().held_by_all()
+    }
+
+    /// Tells of records that wait for too long. Runs as long as the process.
+    pub async fn watch(self: Arc<Self>) {
+        loop {
+            let next = self.lock().next_overdue();
+            match next {
+                None => self.opened.notified().await,
+                Some(at) => {
+                    let left = at.saturating_sub(unix_nanoseconds(SystemTime::now()));
+                    tokio::time::sleep(Duration::from_nanos(left)).await;
+                    let outcome = self.lock().overdue(unix_nanoseconds(SystemTime::now()));
+                    self.note(outcome);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn publish(&self, revision: u64, publication: Publication, nodes: &[Slot]) {
+        let outcome = self.lock().publish(revision, publication, nodes);
+        self.note(outcome);
+        self.opened.notify_one();
+    }
+
+    pub(crate) fn join(&self, node: Arc<str>, revision: u64) -> Slot {
+        self.lock().join(node, revision)
+    }
+
+    pub(crate) fn reached(&self, slot: Slot, revision: u64, delivery: Option<Delivery>) {
+        let now = delivery.map(|delivery| delivery.acknowledged);
+        let now = now.unwrap_or_else(|| unix_nanoseconds(SystemTime::now()));
+        let outcome = self.lock().reached(slot, revision, now, delivery);
+        self.note(outcome);
+    }
+
+    pub(crate) fn refused(&self, slot: Slot, revision: u64, reason: &'static str) {
+        self.lock().refused(slot, revision, unix_nanoseconds(SystemTime::now()), reason);
+    }
+
+    pub(crate) fn leave(&self, slot: Slot) {
+        let outcome = self.lock().leave(slot);
+        self.note(outcome);
+    }
+
+    fn note(&self, outcome: Outcome) {
+        self.metrics.note(&outcome);
+        let Some(reader) = &self.reader else { return };
+        for record in outcome.concluded {
+            if reader.try_send(record).is_err() {
+                self.metrics.unread();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tracker> {
+        self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
