@@ -1,5 +1,6 @@
 //! Kernel settings of connection tracking, as kube-proxy sets them: only where they differ.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use switchtower_proto::v1::ConntrackSettings;
@@ -14,33 +15,53 @@ const MAXIMUM: u64 = 1_048_576;
 pub struct Sysctls {
     root: PathBuf,
     applied: Option<ConntrackSettings>,
+    /// Values from before this process set them first.
+    found: BTreeMap<&'static str, u64>,
 }
 
 impl Sysctls {
     /// Settings below `root`.
     pub fn new(root: &Path) -> Self {
-        Sysctls { root: root.to_path_buf(), applied: None }
+        Sysctls { root: root.to_path_buf(), applied: None, found: BTreeMap::new() }
     }
 
-    /// Applies `settings` if they are not those of the last time. What cannot be written (a read-only `/proc`
-    /// in an unprivileged container) is a warning and a metric, never a failure: an init container does it.
+    /// Applies `settings` if they are not those of the last time. What they leave alone gets back the value that it
+    /// had before. What cannot be written (a read-only `/proc` in an unprivileged container) is a warning and a
+    /// metric, never a failure: an init container does it.
     pub fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) {
         if self.applied.as_ref() == Some(settings) {
             return;
         }
+        let wanted = wanted(settings, cores());
+        for (name, _) in &wanted {
+            if let Some(value) = self.read(name) {
+                self.found.entry(name).or_insert(value);
+            }
+        }
+        let left: Vec<_> = self
+            .found
+            .iter()
+            .filter(|(name, _)| !wanted.iter().any(|(other, _)| other == *name))
+            .map(|(name, value)| (*name, *value))
+            .collect();
+        let failed = wanted.iter().chain(&left).filter(|(name, value)| !self.write(name, *value)).count();
+        self.found.retain(|name, _| !left.iter().any(|(other, _)| other == name));
         self.applied = Some(*settings);
-        metrics.sysctl_failures.set(self.write_all(settings) as i64);
+        metrics.sysctl_failures.set(failed as i64);
     }
 
     /// Writes what differs; returns how many settings could not be written.
     pub fn write_all(&self, settings: &ConntrackSettings) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-        wanted(settings, cores).into_iter().filter(|(name, value)| !self.write(name, *value)).count()
+        wanted(settings, cores()).into_iter().filter(|(name, value)| !self.write(name, *value)).count()
+    }
+
+    fn read(&self, name: &str) -> Option<u64> {
+        std::fs::read_to_string(self.root.join(name)).ok()?.trim().parse().ok()
     }
 
     fn write(&self, name: &str, value: u64) -> bool {
         let path = self.root.join(name);
-        let current = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let current = self.read(name);
         // The number of buckets is only ever raised.
         if current == Some(value) || (name == HASH_SIZE && current.is_some_and(|current| current > value)) {
             return true;
@@ -59,6 +80,10 @@ impl Sysctls {
 }
 
 const HASH_SIZE: &str = "net/netfilter/nf_conntrack_buckets";
+
+fn cores() -> u64 {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64)
+}
 
 fn wanted(settings: &ConntrackSettings, cores: u64) -> Vec<(&'static str, u64)> {
     let ConntrackSettings {
@@ -108,6 +133,27 @@ mod tests {
         assert_eq!(wanted(&settings, 2), sized(131_072));
         assert_eq!(wanted(&settings, 8), sized(262_144));
         assert_eq!(wanted(&settings, 512), sized(MAXIMUM));
+    }
+
+    #[test]
+    fn what_is_left_alone_again_gets_its_value_back() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(directory.path().join("net/netfilter")).unwrap();
+        let path = |name: &str| directory.path().join("net/netfilter").join(name);
+        let (udp, liberal) = (path("nf_conntrack_udp_timeout"), path("nf_conntrack_tcp_be_liberal"));
+        std::fs::write(&udp, "30\n").unwrap();
+        std::fs::write(&liberal, "0\n").unwrap();
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        let mut sysctls = Sysctls::new(directory.path());
+        let read = || [&udp, &liberal].map(|path| std::fs::read_to_string(path).unwrap().trim().to_owned());
+        for (udp_timeout_seconds, tcp_be_liberal, expected) in
+            [(10, true, ["10", "1"]), (20, false, ["20", "0"]), (0, false, ["30", "0"])]
+        {
+            let settings =
+                ConntrackSettings { udp_timeout_seconds, tcp_be_liberal, ..ConntrackSettings::default() };
+            sysctls.apply(&settings, &metrics);
+            assert_eq!(read(), expected);
+        }
     }
 
     #[test]
