@@ -7,6 +7,7 @@
 mod flows;
 mod messages;
 mod report;
+mod trial;
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -17,9 +18,12 @@ use tokio::sync::mpsc;
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
 use crate::health::{Health, HealthTargets};
 use crate::kernel_change::KernelChange;
+use crate::log::LogLevel;
 use crate::metrics::Metrics;
+use crate::probe::Prober;
 use crate::snapshot::SnapshotFile;
 use crate::state::{Refusal, State, UdpChanges};
+use crate::trial_file::TrialFile;
 
 pub use flows::{FlowTable, StaleFlows};
 pub use messages::{Command, Event, Standing};
@@ -53,6 +57,12 @@ pub struct Parts {
     pub host_addresses: Vec<IpAddr>,
     /// Applies the conntrack settings when they change.
     pub sysctls: crate::sysctl::Sysctls,
+    /// Changes the level of the log.
+    pub log: LogLevel,
+    /// Runs the probes of a trial of settings.
+    pub prober: Box<dyn Prober>,
+    /// Keeps a trial's standing across a restart, if there is a state directory.
+    pub trial: Option<TrialFile>,
 }
 
 /// The view, the kernel, and what is between them.
@@ -86,6 +96,7 @@ pub struct Engine {
     drift_repaired: u64,
     /// Rules of kube-proxy exist beside ours.
     foreign_proxy: bool,
+    drift_cause: &'static str,
 }
 
 impl Engine {
@@ -125,11 +136,13 @@ impl Engine {
             last_snapshot: None,
             drift_repaired: 0,
             foreign_proxy: false,
+            drift_cause: "",
         };
         match stamp {
             Ok(stamp) => engine.kernel = stamp,
             Err(error) => tracing::warn!(%error, "the kernel's stamp cannot be read"),
         }
+        engine.remember_trial();
         engine.start_from_file();
         engine
     }
@@ -184,7 +197,8 @@ impl Engine {
             self.last_snapshot.map_or(now + QUIET, |last| (last + SNAPSHOT_INTERVAL).max(now + QUIET))
         });
         let commit = (self.queued && self.retry.is_none()).then(|| self.earliest_commit().unwrap_or(now));
-        [snapshot, commit, self.retry.map(|(at, _)| at), self.flow_retry, self.hold_until]
+        let round = self.state.round_due().filter(|_| !self.queued && !self.hold);
+        [snapshot, commit, self.retry.map(|(at, _)| at), self.flow_retry, self.hold_until, round]
             .into_iter()
             .flatten()
             .min()
@@ -203,6 +217,7 @@ impl Engine {
         if self.flow_retry.is_some_and(|at| at <= now) {
             self.reconcile_flows();
         }
+        self.probe();
         let due = self.last_snapshot.is_none_or(|last| last + SNAPSHOT_INTERVAL <= now);
         if self.dirty && due {
             self.write_snapshot();
@@ -220,7 +235,7 @@ impl Engine {
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
                 if self.foreign_proxy {
-                    self.report("");
+                    self.tell(None);
                 }
             }
             Command::Resumed => self.hold_until = self.hold.then(|| Instant::now() + HOLD_AFTER_RESUME),
@@ -252,8 +267,9 @@ impl Engine {
             Command::ForeignProxy(present) => {
                 tracing::warn!(present, "kube-proxy's rules beside ours");
                 self.foreign_proxy = present;
-                self.report("");
+                self.tell(None);
             }
+            Command::Probed { number, measured } => self.probed(number, measured),
             Command::Ask { what, answer } => {
                 let _ = answer.send(self.answer(&what));
             }
@@ -274,7 +290,13 @@ impl Engine {
         });
         // A view that the kernel does not hold yet is acknowledged once it does.
         self.unacknowledged |= self.queued;
-        Standing { kernel, view, addresses: self.parts.host_addresses.clone() }
+        Standing {
+            kernel,
+            view,
+            addresses: self.parts.host_addresses.clone(),
+            deviations: self.kernel.and_then(|stamp| self.deviations(stamp.digest)),
+            trial: self.state.trial_status(),
+        }
     }
 
     fn refuse(&mut self, to: u64, result: Result<(), Refusal>) {
@@ -309,6 +331,9 @@ impl Engine {
         let counts = self.state.counts();
         self.parts.metrics.services.set(counts.services as i64);
         self.parts.metrics.endpoints.set(counts.endpoints as i64);
+        if applied.trial {
+            self.trial_moved();
+        }
         self.queue_and_sync();
     }
 
@@ -341,7 +366,7 @@ impl Engine {
             generation: self.state.generation(),
             digest: self.state.digest().0,
             facts: self.facts(),
-            deviations: self.refused.len() as u32,
+            deviations: self.refused.len() as u32 + u32::from(self.state.settings_deviation().is_some()),
         }
     }
 
@@ -403,8 +428,9 @@ impl Engine {
         self.publish_health();
         let started = Instant::now();
         self.reconcile_flows();
-        if let Some(conntrack) = self.state.settings().and_then(|settings| settings.conntrack) {
-            self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
+        if let Some(settings) = self.state.settings() {
+            self.parts.sysctls.apply(&settings.conntrack.unwrap_or_default(), &self.parts.metrics);
+            self.parts.log.apply(&settings.log_level);
         }
         tracing::info!(
             generation = stamp.generation,
@@ -418,6 +444,7 @@ impl Engine {
             let ack = self.ack(stamp, committed, started.elapsed());
             self.send(Event::Ack(ack));
         }
+        self.probe();
     }
 
     fn failed(&mut self, error: &CommitError) {
@@ -486,7 +513,8 @@ impl Engine {
                 self.drift_repaired += 1;
                 self.parts.metrics.drift.with_label_values(&[cause]).inc();
                 tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
-                self.report(cause);
+                self.drift_cause = cause;
+                self.tell(None);
             }
             Err(error) => {
                 self.doubt = true;

@@ -12,8 +12,10 @@ pub mod engine;
 pub mod facts;
 pub mod health;
 pub mod kernel_change;
+pub mod log;
 pub mod metrics;
 pub mod nft;
+pub mod probe;
 mod rawnetlink;
 pub mod run;
 pub mod session;
@@ -21,6 +23,7 @@ pub mod snapshot;
 pub mod state;
 pub mod sysctl;
 mod time;
+pub mod trial_file;
 
 #[cfg(test)]
 mod testing;

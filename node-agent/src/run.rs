@@ -8,17 +8,20 @@ use prometheus::Registry;
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::{Action, AgentArgs, Cli, LogFormat};
+use crate::cli::{Action, AgentArgs, Cli};
 use crate::conntrack::Conntrack;
 use crate::controllers::Controllers;
 use crate::engine::{Command, Engine, Parts};
 use crate::facts::{Addresses, kernel_version};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
+use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::nft::{ForeignProxy, Monitor, Nft, Notice};
+use crate::probe::TcpProber;
 use crate::session::Identity;
 use crate::snapshot::SnapshotFile;
 use crate::sysctl::Sysctls;
+use crate::trial_file::TrialFile;
 
 /// Commands that wait for the engine; a session that is faster than the kernel waits here.
 const COMMANDS: usize = 16;
@@ -32,9 +35,9 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// # Errors
 /// What kept the agent from starting; never what happens later.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    log_to_stderr(&cli)?;
+    let log = crate::log::to_stderr(&cli.log_level, cli.log_format)?;
     match cli.command {
-        None => agent(cli.agent),
+        None => agent(cli.agent, log),
         Some(Action::Cleanup { dry_run }) => cleanup(dry_run),
         Some(Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait }) => {
             let settings = ConntrackSettings {
@@ -52,17 +55,6 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
     }
-}
-
-fn log_to_stderr(cli: &Cli) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&cli.log_level)
-        .with_context(|| format!("--log-level {:?} is not a filter", cli.log_level))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match cli.log_format {
-        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
-    }
-    Ok(())
 }
 
 fn cleanup(dry_run: bool) -> anyhow::Result<()> {
@@ -83,7 +75,7 @@ fn cleanup(dry_run: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn agent(args: AgentArgs) -> anyhow::Result<()> {
+fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     bound_memory();
     let node_name = args.hostname_override.or(args.node_name);
     let node_name = node_name.context("no --node-name; in a pod, take it from spec.nodeName")?;
@@ -108,6 +100,9 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
         .context("register process metrics")?;
     let health = Health::default();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    let (commands, received) = mpsc::channel(COMMANDS);
     let parts = Parts {
         dataplane: Box::new(kernel),
         flows: Box::new(flows),
@@ -116,10 +111,10 @@ fn agent(args: AgentArgs) -> anyhow::Result<()> {
         metrics: metrics.clone(),
         host_addresses,
         sysctls: Sysctls::new("/proc/sys".as_ref()),
+        log,
+        prober: Box::new(TcpProber::new(runtime.handle().clone(), commands.clone())),
+        trial: Some(TrialFile::new(&args.state_dir)),
     };
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
-    let (commands, received) = mpsc::channel(COMMANDS);
     let handle = runtime.handle().clone();
     let engine = std::thread::Builder::new()
         .name("engine".into())

@@ -249,7 +249,7 @@ fn go_away(goodbye: GoAway) -> SessionError {
 }
 
 fn hello(identity: &Identity, standing: Standing) -> Hello {
-    let Standing { kernel, view, addresses } = standing;
+    let Standing { kernel, view, addresses, deviations, trial } = standing;
     let bytes = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec(),
         std::net::IpAddr::V6(address) => address.octets().to_vec(),
@@ -263,8 +263,8 @@ fn hello(identity: &Identity, standing: Standing) -> Hello {
         kernel,
         view,
         addresses: addresses.into_iter().take(64).map(bytes).collect(),
-        deviations: None,
-        trial: None,
+        deviations,
+        trial,
     }
 }
 

@@ -3,23 +3,34 @@
 //! An update is staged while its parts arrive and changes nothing. [`State::end`] checks the digest, folds
 //! the stage into the layers, and returns the difference of the merged views before and after; that
 //! difference costs what changed. A refused update leaves no trace. What the controller sent (desired) is
-//! all that is kept here; where the kernel deviates from it is the commit's result.
+//! kept exactly; where the kernel deviates from it is the commit's result, or a trial of settings.
 
+mod evidence;
 mod layer;
 mod merge;
 mod pack;
+mod settings;
+mod targets;
+mod trial;
 mod update;
 mod wire;
 
+use std::time::Instant;
 use switchtower_proto::digest::Digest;
+
 use switchtower_proto::v1::{
-    Change, HealthCheck, LayerKind, NackReason, NodeRecord, Resume, Settings, Source,
+    Change, HealthCheck, LayerKind, NackReason, NodeRecord, Resume, Settings, SettingsDeviation, Source,
+    TrialStatus,
 };
 
 use crate::kernel_change::KernelChange;
+pub use evidence::{Measured, Outcome, Seen};
 use layer::Layer;
 pub(crate) use merge::{Flow, UdpChanges};
 use pack::{Interner, Malformed};
+pub use targets::{Round, Target};
+use trial::Trials;
+pub use trial::{Moved, TrialRecord};
 use update::Staging;
 
 /// Limits of what an agent accepts; beyond them an update is refused whole, never truncated.
@@ -73,6 +84,8 @@ pub struct Applied {
     pub(crate) udp: UdpChanges,
     /// The set of health checks, or a count in it, changed.
     pub health_checks: bool,
+    /// A trial of settings began or ended.
+    pub trial: bool,
 }
 
 /// How much the view holds.
@@ -103,6 +116,7 @@ pub struct State {
     source: Option<Source>,
     loaded: bool,
     endpoints: usize,
+    trials: Trials,
 }
 
 impl Default for State {
@@ -130,6 +144,7 @@ impl State {
             source: None,
             loaded: false,
             endpoints: 0,
+            trials: Trials::default(),
         }
     }
 
@@ -163,9 +178,39 @@ impl State {
         self.layer(LayerKind::Node).node.as_deref()
     }
 
-    /// The settings in force, if the view has them.
+    /// The settings in force, if the view has any: the desired ones, or others while a trial says so.
     pub fn settings(&self) -> Option<&Settings> {
-        self.layer(LayerKind::Settings).settings.as_deref()
+        self.trials.in_force()
+    }
+
+    /// Takes what was kept of a trial of settings before a restart.
+    pub fn remember(&mut self, record: TrialRecord) -> Moved {
+        self.trials.remember(record)
+    }
+
+    /// When a round of probes is due by itself.
+    pub fn round_due(&self) -> Option<Instant> {
+        self.trials.due()
+    }
+
+    /// The results of a round of probes.
+    pub fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> Moved {
+        self.trials.measured(number, measured, now)
+    }
+
+    /// What is to be kept of the trial of settings across a restart.
+    pub fn trial_record(&self) -> Option<&TrialRecord> {
+        self.trials.record()
+    }
+
+    /// Where the last trial of settings stands.
+    pub fn trial_status(&self) -> Option<TrialStatus> {
+        self.trials.status()
+    }
+
+    /// Settings in force that are not the desired ones.
+    pub fn settings_deviation(&self) -> Option<SettingsDeviation> {
+        self.trials.deviation()
     }
 
     /// The health checks to serve.

@@ -7,7 +7,8 @@ use switchtower_proto::v1::*;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp as KernelStamp};
 use crate::kernel_change::KernelChange;
-use crate::state::State;
+use crate::probe::Prober;
+use crate::state::{Round, State};
 
 #[allow(unreachable_pub, dead_code, reason = "shared with the integration tests, which use other parts")]
 #[path = "../tests/support/fleet.rs"]
@@ -29,6 +30,28 @@ pub(crate) fn state(services: u32, endpoints: u32) -> State {
     state
 }
 
+/// A prober that only notes what it is asked for.
+#[derive(Clone, Default)]
+pub(crate) struct NotingProber(pub(crate) Arc<Mutex<Vec<Round>>>);
+
+impl Prober for NotingProber {
+    fn start(&self, round: Round) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(round);
+    }
+}
+
+impl NotingProber {
+    /// The round that was asked for last.
+    pub(crate) fn take(&self) -> Option<Round> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+}
+
+/// A log whose level nobody looks at.
+pub(crate) fn log() -> crate::log::LogLevel {
+    crate::log::LogLevel::new("info", |_| Ok(()))
+}
+
 /// What the in-memory kernel holds and was asked to do.
 #[derive(Default)]
 pub(crate) struct Memory {
@@ -39,6 +62,8 @@ pub(crate) struct Memory {
     pub(crate) commits: Vec<usize>,
     pub(crate) adoptions: usize,
     pub(crate) repairs: usize,
+    /// The settings in force.
+    pub(crate) settings: Option<Settings>,
     /// Fail everything with this error number.
     pub(crate) fail: Option<i32>,
     /// What is reported as refused.
@@ -76,6 +101,7 @@ impl Memory {
                     added.into_iter().for_each(|endpoint| assert!(pool.insert(endpoint)));
                 }
                 KernelChange::PoolRemoved(key) => assert!(self.pools.remove(&key).is_some()),
+                KernelChange::Settings(settings) => self.settings = Some(settings),
                 _ => {}
             }
         }
@@ -116,6 +142,7 @@ impl Dataplane for MemoryKernel {
             memory.commits.push(differences);
             memory.pools = fresh.pools;
             memory.frontends = fresh.frontends;
+            memory.settings = fresh.settings;
             memory.stamp = Some(stamp);
         }
         Ok(Adopted { committed, refused: memory.refused.clone() })

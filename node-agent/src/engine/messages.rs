@@ -2,8 +2,12 @@
 
 use std::net::IpAddr;
 
-use switchtower_proto::v1::{Ack, Nack, Part, Report, Stamp as WireStamp, Update, UpdateEnd, View};
+use switchtower_proto::v1::{
+    Ack, Deviations, Nack, Part, Report, Stamp as WireStamp, TrialStatus, Update, UpdateEnd, View,
+};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::state::Measured;
 
 /// What the engine is asked to do.
 #[derive(Debug)]
@@ -32,6 +36,13 @@ pub enum Command {
     },
     /// Whether kube-proxy's rules exist beside ours; told when it changes.
     ForeignProxy(bool),
+    /// What a round of probes found.
+    Probed {
+        /// The round's number.
+        number: u64,
+        /// The results.
+        measured: Vec<Measured>,
+    },
     /// A question of the controller.
     Ask {
         /// "counts" or "stamp".
@@ -63,4 +74,8 @@ pub struct Standing {
     pub view: Option<View>,
     /// The addresses of the node's interfaces.
     pub addresses: Vec<IpAddr>,
+    /// Where the kernel differs from the view on purpose.
+    pub deviations: Option<Deviations>,
+    /// Where the last trial of settings stands.
+    pub trial: Option<TrialStatus>,
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Report};
+use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Report, TrialStatus};
 
 use super::{Engine, Event};
 use crate::dataplane::{Committed, Refused, Stamp};
@@ -30,15 +30,31 @@ impl Engine {
         }
     }
 
-    /// Held removals and settings fallback come with the delete budget and rollouts; refused items are now.
-    fn deviations(&self, desired: u128) -> Option<Deviations> {
-        if self.refused.is_empty() {
+    /// Tells the controller what is not of one generation, and where a trial stands if that is new.
+    pub(super) fn tell(&mut self, trial: Option<TrialStatus>) {
+        let report = Report {
+            session: 0,
+            drift_repaired: self.drift_repaired,
+            drift_cause: self.drift_cause.into(),
+            foreign_proxy: self.foreign_proxy,
+            trial,
+        };
+        self.send(Event::Report(report));
+    }
+
+    /// Held removals come with the delete budget; refused items and other settings are now.
+    pub(super) fn deviations(&self, desired: u128) -> Option<Deviations> {
+        let settings = self.state.settings_deviation();
+        if self.refused.is_empty() && settings.is_none() {
             return None;
         }
-        // Equal for equal sets of refused items over equal views; it is compared, never decoded.
-        let effective = self.refused.iter().fold(desired, |digest, refused| {
+        // Equal for equal deviations from equal views; it is compared, never decoded.
+        let in_force =
+            settings.as_ref().map(|settings| format!("{}@{}", settings.profile, settings.revision));
+        let items = self.refused.iter().map(|refused| &refused.item).chain(&in_force);
+        let effective = items.fold(desired, |digest, item| {
             let mut first = [0; 16];
-            first.copy_from_slice(&blake3::hash(refused.item.as_bytes()).as_bytes()[..16]);
+            first.copy_from_slice(&blake3::hash(item.as_bytes()).as_bytes()[..16]);
             digest.wrapping_sub(u128::from_le_bytes(first))
         });
         let samples = self.refused.iter().take(SAMPLES).map(|Refused { item, reason, errno }| Deviation {
@@ -49,22 +65,10 @@ impl Engine {
         Some(Deviations {
             held: 0,
             refused: self.refused.len() as u32,
-            settings: None,
+            settings,
             effective_digest: effective.to_le_bytes().to_vec(),
             samples: samples.collect(),
         })
-    }
-
-    /// Tells the controller how things stand beside generations; `cause` is that of a drift just repaired, or
-    /// empty.
-    pub(super) fn report(&mut self, cause: &str) {
-        self.send(Event::Report(Report {
-            session: 0,
-            drift_repaired: self.drift_repaired,
-            drift_cause: cause.into(),
-            foreign_proxy: self.foreign_proxy,
-            trial: None,
-        }));
     }
 
     pub(super) fn answer(&mut self, what: &str) -> Result<Vec<u8>, String> {

@@ -6,6 +6,8 @@ use tokio::sync::oneshot;
 use super::*;
 use crate::testing::{self, Fleet, MemoryKernel};
 
+mod trials;
+
 struct NoFlows;
 
 impl FlowTable for NoFlows {
@@ -15,7 +17,16 @@ impl FlowTable for NoFlows {
 }
 
 fn engine(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, Health) {
+    let (engine, health, _) = probing_engine(kernel, directory);
+    (engine, health)
+}
+
+fn probing_engine(
+    kernel: &MemoryKernel,
+    directory: &std::path::Path,
+) -> (Engine, Health, testing::NotingProber) {
     let health = Health::default();
+    let prober = testing::NotingProber::default();
     let parts = Parts {
         dataplane: Box::new(kernel.clone()),
         flows: Box::new(NoFlows),
@@ -24,8 +35,11 @@ fn engine(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, Health
         metrics: Metrics::register(&prometheus::Registry::new()).unwrap(),
         host_addresses: vec!["192.0.2.1".parse().unwrap()],
         sysctls: crate::sysctl::Sysctls::new(directory),
+        log: testing::log(),
+        prober: Box::new(prober.clone()),
+        trial: Some(TrialFile::new(directory)),
     };
-    (Engine::start(parts), health)
+    (Engine::start(parts), health, prober)
 }
 
 fn attach(engine: &mut Engine) -> (Standing, mpsc::UnboundedReceiver<Event>) {

@@ -9,7 +9,7 @@ use crate::health::Health;
 use crate::snapshot::SnapshotFile;
 use crate::state::limits;
 use crate::testing::controller::FakeController;
-use crate::testing::{Fleet, MemoryKernel, deflate, frontend};
+use crate::testing::{self, Fleet, MemoryKernel, deflate, frontend};
 
 struct NoFlows;
 
@@ -45,6 +45,9 @@ impl Agent {
             metrics: metrics.clone(),
             host_addresses: vec!["192.0.2.1".parse().unwrap()],
             sysctls: crate::sysctl::Sysctls::new(&path),
+            log: testing::log(),
+            prober: Box::new(testing::NotingProber::default()),
+            trial: None,
         };
         let (commands, received) = mpsc::channel(16);
         let handle = tokio::runtime::Handle::current();

@@ -16,6 +16,7 @@ use super::pack::{
     FrontendId, Interner, Malformed, Members, PackedEndpoint, PackedFrontend, PoolId, PoolRole,
     check_address, check_cidr, check_name, check_port, pack_pool,
 };
+use super::settings::check_settings;
 
 /// A layer's items, compact.
 pub(super) struct Layer {
@@ -306,11 +307,7 @@ impl Overlay {
     }
 
     fn replace_settings(&mut self, base: &Layer, settings: &Settings) -> Result<(), Refusal> {
-        check_name(&settings.profile)?;
-        if settings.interface.len() > 15 || settings.interface.contains('\0') {
-            return Err(Malformed("settings name an interface of more than 15 bytes".into()).into());
-        }
-        settings.cluster_cidrs.iter().chain(&settings.node_port_addresses).try_for_each(check_cidr)?;
+        check_settings(settings)?;
         let before = self.settings.take().or_else(|| base.settings.as_deref().cloned());
         if let Some(before) = before {
             self.subtract(base.kind, ItemRef::Settings(&before));

@@ -39,7 +39,7 @@ impl UdpChanges {
 }
 
 /// The order in which a pool is looked for.
-const SPECIFIC_FIRST: [LayerKind; 3] = [LayerKind::Node, LayerKind::Zone, LayerKind::Cluster];
+pub(super) const SPECIFIC_FIRST: [LayerKind; 3] = [LayerKind::Node, LayerKind::Zone, LayerKind::Cluster];
 
 fn after<'a>(base: &'a Layer, staged: &'a StagedLayer) -> After<'a> {
     After { base, staged }
@@ -217,20 +217,14 @@ fn frontend_difference(
 
 const UDP: u8 = 17;
 
-/// Settings, node record, ServiceCIDRs.
+/// Node record and ServiceCIDRs. Which settings are in force follows from more than the layers.
 fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
     for (base, staged) in before.iter().zip(staged) {
-        let (settings, node) = match staged {
+        let node = match staged {
             StagedLayer::Unchanged => continue,
-            StagedLayer::Changed(overlay) => (
-                overlay.settings.as_ref().or(base.settings.as_deref()),
-                overlay.node.as_ref().or(base.node.as_deref()),
-            ),
-            StagedLayer::Replaced(layer) => (layer.settings.as_deref(), layer.node.as_deref()),
+            StagedLayer::Changed(overlay) => overlay.node.as_ref().or(base.node.as_deref()),
+            StagedLayer::Replaced(layer) => layer.node.as_deref(),
         };
-        if settings != base.settings.as_deref() {
-            applied.changes.push(KernelChange::Settings(settings.cloned().unwrap_or_default()));
-        }
         if node != base.node.as_deref() {
             applied.changes.push(KernelChange::Node(node.cloned().unwrap_or_default()));
         }

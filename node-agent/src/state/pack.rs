@@ -331,6 +331,15 @@ impl PackedFrontend {
         Ok((id, PackedFrontend { kind, port, outside, inside, affinity_seconds, source_ranges }))
     }
 
+    pub(crate) fn kind(&self) -> FrontendKind {
+        FrontendKind::try_from(i32::from(self.kind)).unwrap_or_default()
+    }
+
+    /// Which pool serves pods and host processes of the node.
+    pub(crate) fn inside_role(&self) -> PoolRole {
+        PoolRole::try_from_proto(i32::from(self.inside.0)).unwrap_or(PoolRole::Cluster)
+    }
+
     pub(crate) fn unpack(&self, id: &FrontendId, ports: &Interner) -> Frontend {
         let PackedFrontend { kind, port, outside, inside, affinity_seconds, source_ranges } = self;
         let target =
@@ -448,6 +457,11 @@ impl Interner {
     pub(crate) fn get(&self, id: PortId) -> ServicePort {
         let text = self.entries.get(id as usize).and_then(Option::as_ref).map(|entry| &entry.text);
         text.map(|text| decode(text)).unwrap_or_default()
+    }
+
+    /// Namespace, name, port and protocol, each but the last ended by a NUL.
+    pub(crate) fn text(&self, id: PortId) -> &str {
+        self.entries.get(id as usize).and_then(Option::as_ref).map_or("", |entry| &entry.text)
     }
 
     pub(crate) fn key(&self, id: PoolId) -> PoolKey {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use prost::Message as _;
 use switchtower_proto::digest::{Digest, ItemRef};
 use switchtower_proto::v1::change::Change as Kind;
-use switchtower_proto::v1::*;
+use switchtower_proto::v1::{Target, *};
 
 use super::merge::Flow;
 use super::*;

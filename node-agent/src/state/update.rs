@@ -4,12 +4,13 @@ use std::io::Read as _;
 
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{
-    Change, LayerKind, NackReason, Part, PartKind, Resume, Source, Update, UpdateEnd,
+    Change, LayerKind, NackReason, Part, PartKind, Resume, Settings, Source, Update, UpdateEnd,
 };
 
 use super::layer::{Layer, Overlay};
 use super::pack::{Malformed, PoolRole};
 use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, wire};
+use crate::kernel_change::KernelChange;
 
 /// A layer as it will be.
 pub(super) enum StagedLayer {
@@ -157,7 +158,9 @@ impl State {
     }
 
     fn fold(&mut self, staging: Staging) -> Applied {
-        let applied = merge::difference(&self.layers, &staging.layers, &self.ports);
+        let settings = position(LayerKind::Settings)
+            .is_some_and(|at| !matches!(staging.layers[at], StagedLayer::Unchanged));
+        let mut applied = merge::difference(&self.layers, &staging.layers, &self.ports);
         self.endpoints =
             self.endpoints.saturating_add_signed(cluster_endpoints(&self.layers, &staging.layers));
         for (base, staged) in self.layers.iter_mut().zip(staging.layers) {
@@ -171,11 +174,32 @@ impl State {
                 }
             }
         }
+        if settings {
+            self.desire(&mut applied);
+        }
         self.generation = staging.to;
         self.resume = staging.resume;
         self.source = staging.source;
         self.loaded = true;
         applied
+    }
+}
+
+impl State {
+    /// Decides which settings are in force after an update that may have changed the desired ones.
+    fn desire(&mut self, applied: &mut Applied) {
+        let desired = match self.layer(LayerKind::Settings).settings.as_deref() {
+            Some(desired) => desired.clone(),
+            // There never were any.
+            None if self.settings().is_none() => return,
+            None => Settings::default(),
+        };
+        let moved = self.trials.desire(&desired);
+        if moved.settings {
+            let in_force = self.settings().cloned().unwrap_or_default();
+            applied.changes.insert(0, KernelChange::Settings(in_force));
+        }
+        applied.trial = moved.standing;
     }
 }
 

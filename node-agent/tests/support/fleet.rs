@@ -61,6 +61,28 @@ pub fn settings() -> Settings {
     }
 }
 
+/// Revision 2 of a profile, on trial with one probe of service 0's ClusterIP and the built-in settings behind it.
+pub fn settings_on_trial(window_milliseconds: u32) -> Settings {
+    let probe = Probe {
+        name: "first".into(),
+        namespace: "namespace-0".into(),
+        service: "service-0".into(),
+        port: "http".into(),
+        kind: ProbeKind::ClusterIp as i32,
+        timeout_milliseconds: 500,
+        ..Probe::default()
+    };
+    let fallback = Some(Box::new(settings()));
+    let trial = Trial { probes: vec![probe], window_milliseconds, fallback };
+    Settings {
+        profile: "default".into(),
+        revision: 2,
+        masquerade_all: true,
+        trial: Some(Box::new(trial)),
+        ..settings()
+    }
+}
+
 /// The node's own record.
 pub fn node_record() -> NodeRecord {
     NodeRecord {
@@ -154,6 +176,34 @@ impl Fleet {
         self.digest.add(LayerKind::Node, ItemRef::HealthCheck(&check));
         self.node.push(Kind::HealthCheck(check.clone()));
         self.delta(LayerKind::Node, Kind::HealthCheck(check))
+    }
+
+    /// Other settings, as a delta.
+    pub fn replace_settings(&mut self, after: Settings) -> (Update, Vec<Part>) {
+        for before in std::mem::take(&mut self.settings) {
+            if let Kind::Settings(before) = before {
+                self.digest.remove(LayerKind::Settings, ItemRef::Settings(&before));
+            }
+        }
+        self.digest.add(LayerKind::Settings, ItemRef::Settings(&after));
+        self.settings.push(Kind::Settings(after.clone()));
+        self.delta(LayerKind::Settings, Kind::Settings(after))
+    }
+
+    /// One more frontend, as a delta.
+    pub fn add_frontend(&mut self, frontend: Frontend) -> (Update, Vec<Part>) {
+        self.digest.add(LayerKind::Cluster, ItemRef::Frontend(&frontend));
+        self.cluster.push(Kind::Frontend(frontend.clone()));
+        self.delta(LayerKind::Cluster, Kind::Frontend(frontend))
+    }
+
+    /// One more pool of the CLUSTER layer, as a delta.
+    pub fn add_pool(&mut self, key: PoolKey, added: Vec<Endpoint>) -> (Update, Vec<Part>) {
+        self.digest.add(LayerKind::Cluster, ItemRef::Pool(&key));
+        added.iter().for_each(|one| self.digest.add(LayerKind::Cluster, ItemRef::member(&key, one)));
+        let kind = Kind::Pool(PoolPatch { key: Some(key), added, removed: Vec::new() });
+        self.cluster.push(kind.clone());
+        self.delta(LayerKind::Cluster, kind)
     }
 
     /// One change as a delta; its hash must have been counted.

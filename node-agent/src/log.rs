@@ -1,0 +1,85 @@
+//! The agent's own log: to standard error, with a level that settings may change while it runs.
+
+use anyhow::Context as _;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, fmt, reload};
+
+use crate::cli::LogFormat;
+
+/// Changes what is logged.
+pub struct LogLevel {
+    default: String,
+    current: String,
+    set: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send>,
+}
+
+impl LogLevel {
+    /// A level that is changed by `set`; `default` is the command line's filter.
+    pub fn new(default: &str, set: impl Fn(EnvFilter) -> Result<(), reload::Error> + Send + 'static) -> Self {
+        LogLevel { default: default.to_owned(), current: default.to_owned(), set: Box::new(set) }
+    }
+
+    /// Logs at `level` from now on; empty: as the command line says.
+    pub fn apply(&mut self, level: &str) {
+        let wanted = if level.is_empty() { &self.default } else { level };
+        if self.current == wanted {
+            return;
+        }
+        let filter = match EnvFilter::try_new(wanted) {
+            Ok(filter) => filter,
+            Err(error) => {
+                tracing::warn!(level = wanted, %error, "the log level is unknown and stays as it is");
+                return;
+            }
+        };
+        if let Err(error) = (self.set)(filter) {
+            tracing::warn!(level = wanted, %error, "the log level cannot be changed");
+            return;
+        }
+        tracing::info!(level = wanted, "the log level was changed");
+        self.current = wanted.to_owned();
+    }
+}
+
+/// Logs to standard error from now on.
+///
+/// # Errors
+/// `filter` is none, or something logs already.
+pub fn to_stderr(filter: &str, format: LogFormat) -> anyhow::Result<LogLevel> {
+    let parsed =
+        EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?} is not a filter"))?;
+    let (layer, handle) = reload::Layer::new(parsed);
+    let registry = tracing_subscriber::registry().with(layer);
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    let result = match format {
+        LogFormat::Text => {
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            registry.with(lines.with_ansi(colours)).try_init()
+        }
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
+    };
+    result.context("start the log")?;
+    Ok(LogLevel::new(filter, move |filter| handle.reload(filter)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn the_level_follows_and_returns_to_the_command_lines() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = seen.clone();
+        let mut level = LogLevel::new("info", move |filter| {
+            log.lock().unwrap().push(filter.to_string());
+            Ok(())
+        });
+        for wanted in ["", "debug", "debug", "warn", "no=such=level=", ""] {
+            level.apply(wanted);
+        }
+        assert_eq!(*seen.lock().unwrap(), ["debug", "warn", "info"]);
+    }
+}

@@ -1,0 +1,153 @@
+//! What rounds of probes found, and what follows from comparing them. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use switchtower_proto::v1::ProbeResult;
+
+/// What one round found for one probe at one address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Measured {
+    /// The probe's name.
+    pub probe: String,
+    /// Where it connected to; `None`: nowhere.
+    pub address: Option<SocketAddr>,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// What came of a probe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Connected, and answered where an answer was asked for: the sources that each backend saw, by what it
+    /// called itself.
+    Passed {
+        /// Empty unless the source was asked for.
+        seen: Seen,
+    },
+    /// No connection, or no good answer.
+    Failed {
+        /// The error number; 0 if there is none.
+        errno: i32,
+        /// For people.
+        detail: String,
+    },
+    /// There is nothing to connect to, whatever the settings. Counts neither way.
+    Absent {
+        /// For people.
+        detail: String,
+    },
+}
+
+/// The sources that each backend saw.
+pub type Seen = BTreeMap<String, BTreeSet<IpAddr>>;
+
+impl Measured {
+    fn seen(&self) -> Option<&Seen> {
+        match &self.outcome {
+            Outcome::Passed { seen } => Some(seen),
+            Outcome::Failed { .. } | Outcome::Absent { .. } => None,
+        }
+    }
+
+    fn same_place(&self, other: &Measured) -> bool {
+        (&self.probe, self.address) == (&other.probe, other.address)
+    }
+}
+
+/// A backend that answered before and after, and saw no source twice.
+fn changed_source(before: &Seen, after: &Seen) -> Option<(IpAddr, IpAddr)> {
+    before.iter().find_map(|(backend, old)| {
+        let new = after.get(backend)?;
+        if !old.is_disjoint(new) {
+            return None;
+        }
+        Some((*old.first()?, *new.first()?))
+    })
+}
+
+/// Whether a probe that passed before failed after, or the source changed.
+fn failed(before: &Measured, after: &Measured) -> bool {
+    match (before.seen(), &after.outcome) {
+        (Some(_), Outcome::Failed { .. }) => true,
+        (Some(old), Outcome::Passed { seen }) => changed_source(old, seen).is_some(),
+        _ => false,
+    }
+}
+
+/// Whether something of a round counts against the settings that are tried.
+pub(super) fn any_failed(before: &[Measured], after: &[Measured]) -> bool {
+    after.iter().any(|after| before.iter().any(|before| before.same_place(after) && failed(before, after)))
+}
+
+/// The results for the controller: one for each probe and address of the baseline, then those that came later.
+pub(super) fn results(
+    before: &[Measured],
+    after: &[Measured],
+    again: Option<&[Measured]>,
+) -> Vec<ProbeResult> {
+    let find = |all: &[Measured], place: &Measured| all.iter().find(|one| one.same_place(place)).cloned();
+    let later = after.iter().filter(|after| find(before, after).is_none());
+    before
+        .iter()
+        .map(|place| {
+            let after = find(after, place);
+            let again = again.and_then(|again| find(again, place));
+            result(place, Some(place), after.as_ref(), again.as_ref())
+        })
+        .chain(later.map(|place| result(place, None, Some(place), None)))
+        .collect()
+}
+
+fn result(
+    place: &Measured,
+    before: Option<&Measured>,
+    after: Option<&Measured>,
+    again: Option<&Measured>,
+) -> ProbeResult {
+    let passed = |measured: Option<&Measured>| measured.is_some_and(|measured| measured.seen().is_some());
+    let failed = before.zip(after).is_some_and(|(before, after)| failed(before, after));
+    let (old, new) = (before.and_then(Measured::seen), after.and_then(Measured::seen));
+    let sources = old.zip(new).and_then(|(old, new)| changed_source(old, new));
+    let first = |seen: Option<&Seen>| seen?.values().next()?.first().copied();
+    let (source_before, source_after) = match sources {
+        Some((old, new)) => (Some(old), Some(new)),
+        None => (first(old), first(new)),
+    };
+    let (errno, detail) = explain(before, after, sources);
+    ProbeResult {
+        probe: place.probe.clone(),
+        address: place.address.map(|address| address.to_string()).unwrap_or_default(),
+        ok_before: passed(before),
+        ok_after: passed(after),
+        failed,
+        ok_again: passed(again),
+        errno,
+        detail,
+        source_before: source_before.map(octets).unwrap_or_default(),
+        source_after: source_after.map(octets).unwrap_or_default(),
+    }
+}
+
+/// The latest failure in words.
+fn explain(
+    before: Option<&Measured>,
+    after: Option<&Measured>,
+    sources: Option<(IpAddr, IpAddr)>,
+) -> (i32, String) {
+    if let Some((old, new)) = sources {
+        return (0, format!("a backend that saw {old} sees {new}"));
+    }
+    match after.or(before).map(|measured| &measured.outcome) {
+        Some(Outcome::Failed { errno, detail }) => (*errno, detail.clone()),
+        Some(Outcome::Absent { detail }) => (0, detail.clone()),
+        Some(Outcome::Passed { .. }) | None => (0, String::new()),
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}

@@ -1,0 +1,267 @@
+//! Trying settings on this node: which settings are in force, and when that changes. Pure: rounds of probes are
+//! handed out, their results and the time are handed in.
+//!
+//! The machine is specified in `fleet.proto` ("Trial of settings"). What is in force is known from the first view
+//! on; a trial differs from an ordinary change only in who decides: settings without one are in force at once.
+
+use std::time::{Duration, Instant};
+
+use switchtower_proto::v1::{
+    Probe, Settings, SettingsCause, SettingsDeviation, Trial, TrialPhase, TrialStatus,
+};
+
+use super::evidence::{self, Measured};
+use super::targets::Found;
+
+/// Pause between two rounds while new settings are watched.
+pub(crate) const ROUND_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Where a trial stands, as it is kept across a restart of the agent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrialRecord {
+    /// The settings that are tried, with their trial.
+    pub tried: Settings,
+    /// The settings in force.
+    pub in_force: Settings,
+    /// Never `Unspecified`.
+    pub phase: TrialPhase,
+    /// The baseline; empty in [`TrialPhase::Before`].
+    pub before: Vec<Measured>,
+    /// The latest round after the switch; in [`TrialPhase::RolledBack`] the one that failed.
+    pub after: Vec<Measured>,
+    /// The round after the rollback.
+    pub again: Option<Vec<Measured>>,
+}
+
+/// What an event changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Moved {
+    /// Other settings are in force: they must be committed.
+    pub settings: bool,
+    /// The trial's standing changed in a way that is kept and reported.
+    pub standing: bool,
+}
+
+/// What is in force, and the trial that decides about it.
+#[derive(Debug, Default)]
+pub(super) struct Trials {
+    in_force: Option<Settings>,
+    current: Option<TrialRecord>,
+    /// From before a restart, while the view does not hold the settings that it is about.
+    remembered: Option<TrialRecord>,
+    /// Number of the last round that was handed out, and whether its results are due.
+    round: u64,
+    running: bool,
+    /// Not before this time; `None`: as soon as the kernel holds the settings in force.
+    next: Option<Instant>,
+    /// End of the watching; set when its first round begins.
+    until: Option<Instant>,
+    /// Where the probes go; found by the first round.
+    pub(super) frontends: Option<Vec<Found>>,
+}
+
+fn bare(settings: &Settings) -> Settings {
+    Settings { trial: None, ..settings.clone() }
+}
+
+fn same(one: &Settings, other: &Settings) -> bool {
+    (&one.profile, one.revision) == (&other.profile, other.revision)
+}
+
+fn trial(record: &TrialRecord) -> &Trial {
+    static NONE: Trial = Trial { probes: Vec::new(), window_milliseconds: 0, fallback: None };
+    record.tried.trial.as_deref().unwrap_or(&NONE)
+}
+
+fn fallback(tried: &Settings) -> Option<Settings> {
+    Some(bare(tried.trial.as_ref()?.fallback.as_deref()?))
+}
+
+impl Trials {
+    /// The settings in force, without a trial; `None` before the first view.
+    pub(super) fn in_force(&self) -> Option<&Settings> {
+        self.in_force.as_ref()
+    }
+
+    /// Takes what was kept of a trial before a restart.
+    pub(super) fn remember(&mut self, record: TrialRecord) -> Moved {
+        match &self.current {
+            // The view is of after the trial's beginning: it goes on. The view's settings are the same.
+            None if self.in_force.as_ref().is_some_and(|in_force| same(in_force, &record.tried)) => {
+                self.resume(record)
+            }
+            _ => {
+                self.remembered = Some(record);
+                Moved::default()
+            }
+        }
+    }
+
+    fn resume(&mut self, record: TrialRecord) -> Moved {
+        let settings = self.in_force.as_ref() != Some(&record.in_force);
+        self.in_force = Some(record.in_force.clone());
+        self.current = Some(record);
+        self.restart_rounds();
+        Moved { settings, standing: false }
+    }
+
+    fn restart_rounds(&mut self) {
+        (self.running, self.next, self.until, self.frontends) = (false, None, None, None);
+    }
+
+    /// The controller wants these settings.
+    pub(super) fn desire(&mut self, desired: &Settings) -> Moved {
+        let before = self.in_force.clone();
+        let standing = self.take(desired);
+        Moved { settings: self.in_force != before, standing }
+    }
+
+    /// Returns whether the standing changed.
+    fn take(&mut self, desired: &Settings) -> bool {
+        if desired.trial.is_none() {
+            self.in_force = Some(bare(desired));
+            self.restart_rounds();
+            return self.current.take().or(self.remembered.take()).is_some();
+        }
+        if let Some(record) = self.remembered.take_if(|record| same(&record.tried, desired)) {
+            self.resume(record);
+            return false;
+        }
+        if self.current.as_ref().is_some_and(|current| same(&current.tried, desired)) {
+            return false;
+        }
+        let in_force = match (&self.current, self.in_force.take()) {
+            // What is not proved is left before something else is tried.
+            (Some(current), Some(_)) if current.phase == TrialPhase::Watching => fallback(desired),
+            (_, in_force) => in_force,
+        };
+        self.restart_rounds();
+        let standing = self.current.take().is_some();
+        let Some(in_force) = in_force.filter(|in_force| !same(in_force, desired)) else {
+            // Nothing to compare with, or nothing to try.
+            self.in_force = Some(bare(desired));
+            return standing;
+        };
+        self.remembered = None;
+        let without_probes = desired.trial.as_ref().is_none_or(|trial| trial.probes.is_empty());
+        let (in_force, phase) =
+            if without_probes { (bare(desired), TrialPhase::Passed) } else { (in_force, TrialPhase::Before) };
+        self.in_force = Some(in_force.clone());
+        let (before, after) = (Vec::new(), Vec::new());
+        self.current =
+            Some(TrialRecord { tried: desired.clone(), in_force, phase, before, after, again: None });
+        true
+    }
+
+    /// When the next round is due, if one is to come by itself.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.next.filter(|_| !self.running)
+    }
+
+    /// Number and probes of the round that is to be run now, if one is.
+    pub(super) fn round(&mut self, now: Instant) -> Option<(u64, Vec<Probe>)> {
+        let current = self.current.as_ref()?;
+        let wanted = match current.phase {
+            TrialPhase::Before | TrialPhase::Watching => true,
+            TrialPhase::RolledBack => current.again.is_none(),
+            TrialPhase::Passed | TrialPhase::Unspecified => false,
+        };
+        if !wanted || self.running || self.next.is_some_and(|next| now < next) {
+            return None;
+        }
+        let Trial { probes, window_milliseconds, .. } = trial(current);
+        if current.phase == TrialPhase::Watching {
+            let window = Duration::from_millis(u64::from(*window_milliseconds));
+            self.until.get_or_insert(now + window);
+        }
+        self.round += 1;
+        (self.running, self.next) = (true, None);
+        Some((self.round, probes.clone()))
+    }
+
+    /// The results of a round.
+    pub(super) fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> Moved {
+        if number != self.round || !std::mem::take(&mut self.running) {
+            return Moved::default();
+        }
+        let Some(current) = &mut self.current else { return Moved::default() };
+        match current.phase {
+            TrialPhase::Before => {
+                current.before = measured;
+                current.phase = TrialPhase::Watching;
+                current.in_force = bare(&current.tried);
+                self.in_force = Some(current.in_force.clone());
+                Moved { settings: true, standing: true }
+            }
+            TrialPhase::Watching => self.watched(measured, now),
+            TrialPhase::RolledBack => {
+                current.again = Some(measured);
+                Moved { settings: false, standing: true }
+            }
+            TrialPhase::Passed | TrialPhase::Unspecified => Moved::default(),
+        }
+    }
+
+    fn watched(&mut self, measured: Vec<Measured>, now: Instant) -> Moved {
+        let Some(current) = &mut self.current else { return Moved::default() };
+        let first = current.after.is_empty();
+        current.after = measured;
+        if evidence::any_failed(&current.before, &current.after) {
+            current.phase = TrialPhase::RolledBack;
+            if let Some(fallback) = fallback(&current.tried) {
+                current.in_force = fallback;
+            }
+            self.in_force = Some(current.in_force.clone());
+            return Moved { settings: true, standing: true };
+        }
+        let until = self.until.unwrap_or(now);
+        if now >= until {
+            current.phase = TrialPhase::Passed;
+            return Moved { settings: false, standing: true };
+        }
+        self.next = Some((now + ROUND_INTERVAL).min(until));
+        Moved { settings: false, standing: first }
+    }
+
+    /// What is to be kept across a restart; `None`: nothing.
+    pub(super) fn record(&self) -> Option<&TrialRecord> {
+        self.current.as_ref()
+    }
+
+    /// The last trial: this agent's, or what the one before it left while the view does not know of it.
+    fn last(&self) -> Option<&TrialRecord> {
+        self.current.as_ref().or(self.remembered.as_ref())
+    }
+
+    /// Settings in force that are not the desired ones, as the kernel was left by the last trial.
+    pub(super) fn deviation(&self) -> Option<SettingsDeviation> {
+        let TrialRecord { tried, in_force, phase, .. } = self.last()?;
+        if same(tried, in_force) {
+            return None;
+        }
+        let cause = match phase {
+            TrialPhase::RolledBack => SettingsCause::RolledBack,
+            _ => SettingsCause::Trial,
+        };
+        Some(SettingsDeviation {
+            profile: in_force.profile.clone(),
+            revision: in_force.revision,
+            cause: cause as i32,
+        })
+    }
+
+    /// The trial's standing, for the controller.
+    pub(super) fn status(&self) -> Option<TrialStatus> {
+        let TrialRecord { tried, phase, before, after, again, .. } = self.last()?;
+        Some(TrialStatus {
+            profile: tried.profile.clone(),
+            revision: tried.revision,
+            phase: *phase as i32,
+            results: evidence::results(before, after, again.as_deref()),
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "trial_tests.rs"]
+mod tests;
