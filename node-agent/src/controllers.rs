@@ -15,6 +15,9 @@ const ADDRESS_LENGTH: usize = 300;
 /// Largest file that is read.
 const FILE_LIMIT: u64 = 1 << 20;
 
+/// What the token file holds, in errors.
+const TOKEN: &str = "the token";
+
 /// Why there is nothing to connect with.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
@@ -40,12 +43,31 @@ pub enum BootstrapError {
     /// No controller's address is known.
     #[error("no controller is known: pass --controller, or --bootstrap-dir with a file `controllers` in it")]
     NoController,
+    /// The bootstrap directory has a list of controllers, and none in it.
+    #[error("{path} names no controller; it must hold one host:port a line")]
+    NoAddress {
+        /// The file.
+        path: PathBuf,
+    },
     /// The token file is empty.
     #[error("the token file {path} is empty")]
     EmptyToken {
         /// The file.
         path: PathBuf,
     },
+}
+
+impl BootstrapError {
+    /// The reason as one CamelCase word.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Read { what: TOKEN, .. } | Self::EmptyToken { .. } => "TokenMissing",
+            Self::Read { source, .. } if source.kind() != std::io::ErrorKind::NotFound => "BootstrapInvalid",
+            Self::Read { .. } | Self::NoCa | Self::NoController => "BootstrapMissing",
+            Self::NoCertificate { .. } | Self::NoAddress { .. } => "BootstrapInvalid",
+        }
+    }
 }
 
 /// The sources.
@@ -97,7 +119,12 @@ impl Controllers {
                 addresses.push(address);
             }
         }
-        if addresses.is_empty() { Err(BootstrapError::NoController) } else { Ok(addresses) }
+        if !addresses.is_empty() {
+            return Ok(addresses);
+        }
+        let listed =
+            self.bootstrap.as_ref().map(|path| path.join("controllers")).filter(|path| path.exists());
+        Err(listed.map_or(BootstrapError::NoController, |path| BootstrapError::NoAddress { path }))
     }
 
     /// Remembers the peers that a controller told, also on disk.
@@ -140,7 +167,7 @@ impl Controllers {
     /// # Errors
     /// The file cannot be read or is empty.
     pub fn token(&self) -> Result<String, BootstrapError> {
-        let token = read(&self.token_file, "the token")?.trim().to_owned();
+        let token = read(&self.token_file, TOKEN)?.trim().to_owned();
         if token.is_empty() {
             Err(BootstrapError::EmptyToken { path: self.token_file.clone() })
         } else {
@@ -190,5 +217,26 @@ mod tests {
         assert_eq!(again.addresses().unwrap(), ["c:9443", "b:9443"], "remembered on disk");
         let none = Controllers::new(Vec::new(), None, None, "token".into(), None);
         assert!(matches!(none.addresses(), Err(BootstrapError::NoController)));
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_bootstrap_directory_has_a_word() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, put) = (directory.path(), |name: &str, text: &str| {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        });
+        let controllers =
+            Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
+        assert_eq!(controllers.addresses().unwrap_err().word(), "BootstrapMissing");
+        assert_eq!(controllers.ca().unwrap_err().word(), "BootstrapMissing");
+        assert_eq!(controllers.token().unwrap_err().word(), "TokenMissing");
+        for garbage in ["", "\u{1}\u{2} no address\n"] {
+            put("controllers", garbage);
+            put("ca.crt", garbage);
+            put("token", "");
+            assert_eq!(controllers.addresses().unwrap_err().word(), "BootstrapInvalid", "{garbage:?}");
+            assert_eq!(controllers.ca().unwrap_err().word(), "BootstrapInvalid", "{garbage:?}");
+            assert_eq!(controllers.token().unwrap_err().word(), "TokenMissing");
+        }
     }
 }

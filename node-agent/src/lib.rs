@@ -6,6 +6,7 @@
 pub mod backoff;
 pub mod cli;
 pub mod conntrack;
+pub mod contact;
 pub mod controllers;
 pub mod dataplane;
 pub mod engine;

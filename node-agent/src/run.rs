@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cli::{Action, AgentArgs, Cli};
 use crate::conntrack::Conntrack;
+use crate::contact::Contact;
 use crate::controllers::Controllers;
 use crate::engine::{Command, Engine, Parts};
 use crate::facts::{Addresses, kernel_version};
@@ -136,14 +137,15 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     }
     let identity = Identity { node_name, kernel_version: kernel_version() };
     let servers = (args.healthz_bind_address, args.metrics_bind_address);
+    let contact = Contact::default();
     let result = runtime.block_on(async {
-        tokio::spawn(serve(servers.0, "health", health_router(&health, &metrics)));
+        tokio::spawn(serve(servers.0, "health", health_router(&health, &contact, &metrics)));
         let router = metrics_router(registry);
         for address in servers.1 {
             tokio::spawn(serve(address, "metrics", router.clone()));
         }
         tokio::spawn(serve_node_ports(health, metrics.clone()));
-        until_stopped(controllers, identity, commands, metrics).await
+        until_stopped(controllers, identity, commands, metrics, contact).await
     });
     wait_for(&runtime, &engine);
     result
@@ -154,13 +156,14 @@ async fn until_stopped(
     identity: Identity,
     commands: mpsc::Sender<Command>,
     metrics: Metrics,
+    contact: Contact,
 ) -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (stop, stopped) = watch::channel(false);
     let session =
-        tokio::spawn(crate::session::run(controllers, identity, commands.clone(), metrics, stopped));
+        tokio::spawn(crate::session::run(controllers, identity, commands.clone(), metrics, contact, stopped));
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

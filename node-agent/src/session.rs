@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::backoff::full_jitter;
+use crate::contact::Contact;
 use crate::controllers::{BootstrapError, Controllers};
 use crate::engine::{Command, Event, Standing};
 use crate::metrics::Metrics;
@@ -54,6 +55,8 @@ pub enum SessionError {
         address: String,
         /// What failed, with its causes.
         reason: String,
+        /// The connection stood, and its certificate was refused.
+        untrusted: bool,
     },
     /// The controller refused the stream.
     #[error("the controller refused the stream: {code}: {detail}")]
@@ -87,6 +90,24 @@ pub enum SessionError {
     Stopping,
 }
 
+impl SessionError {
+    /// The reason as one CamelCase word, as it stands in the conditions of the node's `ProxyStatus`.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Bootstrap(error) => error.word(),
+            Self::Tls(_) => "BootstrapInvalid",
+            Self::Connect { untrusted: true, .. } => "ControllerUntrusted",
+            Self::Connect { .. } => "ControllerUnreachable",
+            Self::Refused { .. } => "ControllerRefused",
+            Self::GoAway { .. } => "SentAway",
+            Self::Ended | Self::Silent => "StreamLost",
+            Self::Protocol(_) => "ProtocolError",
+            Self::Stopping => "Stopping",
+        }
+    }
+}
+
 /// What a session needs to know about this agent.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -102,6 +123,7 @@ pub async fn run(
     identity: Identity,
     commands: mpsc::Sender<Command>,
     metrics: Metrics,
+    contact: Contact,
     mut stop: watch::Receiver<bool>,
 ) {
     let (mut attempt, mut turn) = (0_u32, 0_usize);
@@ -109,7 +131,7 @@ pub async fn run(
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut controllers, turn, &identity, &commands, &metrics) => result,
+            result = session(&mut controllers, turn, &identity, &commands, &metrics, &contact) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
         metrics.connected.set(0);
@@ -117,6 +139,7 @@ pub async fn run(
         if matches!(error, SessionError::Stopping) {
             return;
         }
+        contact.lost(error.word(), &error.to_string());
         // A stream that lasted is no failure: the next attempt starts from the shortest pause.
         // Files that are not there yet (the kubelet brings them) cost nobody anything to look for.
         let waiting = matches!(error, SessionError::Bootstrap(_));
@@ -162,18 +185,34 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
             Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
         }
     });
-    let failed = |reason: String| SessionError::Connect { address: address.clone(), reason };
+    let failed =
+        |reason: String, untrusted| SessionError::Connect { address: address.clone(), reason, untrusted };
     // TLS is the connector's; tonic must not see https, or it would add its own.
     let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
-        .map_err(|error| failed(chain(&error)))?
+        .map_err(|error| failed(chain(&error), false))?
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)
         .keep_alive_while_idle(true);
     match timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(dial)).await {
         Ok(Ok(channel)) => Ok((address, channel)),
-        Ok(Err(error)) => Err(failed(chain(&error))),
-        Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()))),
+        Ok(Err(error)) => Err(failed(chain(&error), is_untrusted(&error))),
+        Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()), false)),
     }
+}
+
+/// The controller's certificate is the cause: it is not of the CA that this agent knows, or has expired.
+fn is_untrusted(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        // An io::Error names as its source that of the error it carries, which would pass over the latter.
+        let carried = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let tls = carried.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -195,6 +234,7 @@ async fn session(
     identity: &Identity,
     commands: &mpsc::Sender<Command>,
     metrics: &Metrics,
+    contact: &Contact,
 ) -> Result<std::convert::Infallible, SessionError> {
     let token = controllers.token()?;
     let (address, channel) = connect(controllers, turn).await?;
@@ -232,6 +272,7 @@ async fn session(
     }
     tracing::info!(%address, controller, session, resumed, "connected");
     metrics.connected.set(1);
+    contact.made(&address);
     controllers.remember(&peers);
     if resumed {
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;

@@ -3,24 +3,25 @@
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::{Json, Router};
 use prometheus::{Encoder as _, Registry, TextEncoder};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::{Health, Reading};
+use crate::contact::Contact;
 use crate::metrics::Metrics;
 use crate::time::rfc3339;
 
 /// Pause between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
 
-/// `/healthz` and `/livez`.
-pub fn health_router(health: &Health, metrics: &Metrics) -> Router {
-    let (for_healthz, for_livez) = (health.clone(), health.clone());
+/// `/healthz` and `/livez`, and `/connection`, which says whether there is a controller and why not.
+pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
+    let (for_healthz, for_livez, contact) = (health.clone(), health.clone(), contact.clone());
     let (healthz_total, livez_total) = (metrics.healthz.clone(), metrics.livez.clone());
     Router::new()
         .route(
@@ -37,6 +38,7 @@ pub fn health_router(health: &Health, metrics: &Metrics) -> Router {
                 answer(reading, reading.healthy, &livez_total)
             }),
         )
+        .route("/connection", get(async move || Json(contact.state())))
 }
 
 /// `/metrics`, `/proxyMode`, and `/healthz` as kube-proxy's metrics server has it.

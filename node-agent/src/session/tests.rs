@@ -25,6 +25,7 @@ struct Agent {
     directory: tempfile::TempDir,
     stop: watch::Sender<bool>,
     connected: Metrics,
+    contact: Contact,
 }
 
 impl Agent {
@@ -56,8 +57,9 @@ impl Agent {
         let state = Some(path.join("state"));
         let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
         let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into() };
-        tokio::spawn(run(controllers, identity, commands, metrics.clone(), stopped));
-        Agent { kernel, directory, stop, connected: metrics }
+        let contact = Contact::default();
+        tokio::spawn(run(controllers, identity, commands, metrics.clone(), contact.clone(), stopped));
+        Agent { kernel, directory, stop, connected: metrics, contact }
     }
 }
 
@@ -80,6 +82,7 @@ async fn hello_update_ack_and_resume() {
     stream.update(fleet.add_endpoint(5, 6)).await;
     assert_eq!(stream.ack().await.generation, 2);
     assert_eq!(agent.connected.connected.get(), 1);
+    assert!(agent.contact.state().connected);
 
     // The stream breaks; the agent comes back with what it holds, and a delta continues from there.
     drop(stream);
@@ -248,7 +251,8 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
         let refused = connect(&controllers, 0).await;
-        assert!(matches!(refused, Err(SessionError::Connect { .. })), "{name}: {:?}", refused.err());
+        let refused = refused.map(|_| ()).unwrap_err();
+        assert_eq!(refused.word(), "ControllerUntrusted", "{name}: {refused}");
         // During a rotation the file holds both authorities, and is read anew for each attempt.
         std::fs::write(path.join("ca.crt"), format!("{}{}", other.ca, controller.ca)).unwrap();
         assert_eq!(connect(&controllers, 0).await.is_ok(), name == SERVER_NAME);

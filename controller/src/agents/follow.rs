@@ -1,0 +1,39 @@
+//! Watches the Pods of the agents' ServiceAccount in the controller's own namespace.
+
+use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt as _, watcher as watch};
+use kube::{Api, Client};
+
+use super::Agents;
+use super::pod::{AgentPod, agent_pod};
+
+/// Follows them for ever. Where the controller may not read Pods, rows go without; it is tried again.
+pub async fn run(client: Client, namespace: String, service_account: String, agents: Agents) {
+    let api: Api<Pod> = Api::namespaced(client, &namespace);
+    let selector = format!("spec.serviceAccountName={service_account}");
+    let events = watch(api, watcher::Config::default().fields(&selector)).default_backoff();
+    futures::pin_mut!(events);
+    let mut listed: Vec<AgentPod> = Vec::new();
+    let mut complained = false;
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(Event::Init) => listed.clear(),
+            Ok(Event::InitApply(pod)) => listed.extend(agent_pod(&pod)),
+            Ok(Event::InitDone) => {
+                agents.pods_listed(std::mem::take(&mut listed));
+                complained = false;
+            }
+            Ok(Event::Apply(pod)) => agent_pod(&pod).into_iter().for_each(|pod| agents.pod(pod)),
+            Ok(Event::Delete(pod)) => {
+                agent_pod(&pod).into_iter().for_each(|pod| agents.pod_gone(&pod.node, &pod.name));
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut complained, true) {
+                    tracing::warn!(%error, %namespace, "watching the agents' Pods failed; rows cannot say why an agent is missing; it is tried again");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What an agent's Pod says about itself. Pure.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
+use k8s_openapi::jiff::Timestamp;
+
+use super::Obstacle;
+
+/// The agent's health port, where a Pod does not name one `healthz`.
+const HEALTH_PORT: u16 = 10_256;
+/// Most bytes of a message that comes from a Pod.
+const MESSAGE_LIMIT: usize = 1_024;
+/// The last words of a container are the end of its log: this many lines of it.
+const LAST_LINES: usize = 3;
+
+/// One Pod of the agents' ServiceAccount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentPod {
+    /// The node that it is for, also before it is bound to it.
+    pub node: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// When it was created.
+    pub created: Option<Timestamp>,
+    /// How far it is.
+    pub stage: Stage,
+}
+
+/// How far a Pod is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stage {
+    /// The kubelet has not said anything about it yet.
+    Pending,
+    /// It does not run, for this reason.
+    Obstructed(Obstacle),
+    /// Its containers run.
+    Running {
+        /// Where the agent answers; `None` while the Pod has no address.
+        address: Option<SocketAddr>,
+        /// How the container before this one ended.
+        last_words: Option<String>,
+    },
+    /// It is being deleted.
+    Leaving,
+}
+
+/// Reads a Pod; `None` if it is for no node in particular.
+#[must_use]
+pub fn agent_pod(pod: &Pod) -> Option<AgentPod> {
+    Some(AgentPod {
+        node: node_of(pod)?.into(),
+        name: pod.metadata.name.as_deref()?.into(),
+        created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        stage: stage(pod),
+    })
+}
+
+/// The node that the Pod is bound to, or that the DaemonSet controller made it for.
+fn node_of(pod: &Pod) -> Option<&str> {
+    let spec = pod.spec.as_ref()?;
+    if let Some(node) = spec.node_name.as_deref().filter(|name| !name.is_empty()) {
+        return Some(node);
+    }
+    let affinity = spec.affinity.as_ref()?.node_affinity.as_ref()?;
+    let terms = &affinity.required_during_scheduling_ignored_during_execution.as_ref()?.node_selector_terms;
+    let fields = terms.first()?.match_fields.as_ref()?;
+    let name = fields.iter().find(|field| field.key == "metadata.name" && field.operator == "In")?;
+    name.values.as_ref()?.first().map(String::as_str)
+}
+
+fn stage(pod: &Pod) -> Stage {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return Stage::Leaving;
+    }
+    let Some(status) = &pod.status else { return Stage::Pending };
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let obstructed = |reason: &str, message: String| {
+        Stage::Obstructed(Obstacle { reason: word(reason), message: format!("Pod {name}: {message}") })
+    };
+    if let Some(condition) = unscheduled(status) {
+        return obstructed(
+            condition.0.unwrap_or("Unschedulable"),
+            bounded(condition.1.unwrap_or("it is not scheduled")),
+        );
+    }
+    if status.phase.as_deref() == Some("Failed") {
+        let message = status.message.as_deref().unwrap_or("it failed, see `kubectl describe pod`");
+        return obstructed(status.reason.as_deref().unwrap_or("PodFailed"), bounded(message));
+    }
+    let containers = status
+        .init_container_statuses
+        .iter()
+        .flatten()
+        .map(|container| (container, true))
+        .chain(status.container_statuses.iter().flatten().map(|container| (container, false)));
+    let mut last_words = None;
+    let mut seen = false;
+    for (container, init) in containers {
+        seen = true;
+        if let Some((reason, message)) = trouble(container, init) {
+            return obstructed(reason, message);
+        }
+        last_words = last_words.or_else(|| last_end(container));
+    }
+    if !seen {
+        return Stage::Pending;
+    }
+    Stage::Running { address: address(pod, status), last_words }
+}
+
+/// Reason and message of the condition that says that no node takes the Pod.
+fn unscheduled(status: &PodStatus) -> Option<(Option<&str>, Option<&str>)> {
+    let condition = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled")?;
+    (condition.status == "False").then_some((condition.reason.as_deref(), condition.message.as_deref()))
+}
+
+/// Why a container does not run, as the kubelet puts it.
+fn trouble(container: &ContainerStatus, init: bool) -> Option<(&str, String)> {
+    let state = container.state.as_ref()?;
+    let name = &container.name;
+    match state {
+        ContainerState { waiting: Some(waiting), .. } => {
+            let reason = waiting.reason.as_deref().unwrap_or("ContainerWaiting");
+            let mut message = format!("container {name} waits ({reason})");
+            if let Some(words) = waiting.message.as_deref().filter(|words| !words.is_empty()) {
+                message = format!("{message}: {}", bounded(words));
+            }
+            if let Some(end) = last_end(container) {
+                message = format!("{message}; {end}");
+            }
+            Some((reason, message))
+        }
+        ContainerState { terminated: Some(end), .. } if !(init && end.exit_code == 0) => {
+            let reason = end.reason.as_deref().filter(|reason| !reason.is_empty()).unwrap_or("Terminated");
+            Some((reason, format!("container {name} {}", ended(end))))
+        }
+        // An init container that runs keeps the agent from starting; it is not yet a failure.
+        ContainerState { running: Some(_), .. } if init && !restarts(container) => {
+            Some(("PodInitializing", format!("init container {name} runs")))
+        }
+        _ => None,
+    }
+}
+
+/// A sidecar: an init container that goes on beside the others.
+fn restarts(container: &ContainerStatus) -> bool {
+    container.started == Some(true) && container.ready
+}
+
+fn last_end(container: &ContainerStatus) -> Option<String> {
+    let end = container.last_state.as_ref()?.terminated.as_ref()?;
+    let times = container.restart_count;
+    Some(format!("container {} was restarted {times} times, it {}", container.name, ended(end)))
+}
+
+/// "ended with exit code 1 (Error): last words".
+fn ended(end: &ContainerStateTerminated) -> String {
+    let mut text = match end.signal.filter(|signal| *signal != 0) {
+        Some(signal) => format!("was ended by signal {signal}"),
+        None => format!("ended with exit code {}", end.exit_code),
+    };
+    if let Some(reason) = end.reason.as_deref().filter(|reason| !reason.is_empty()) {
+        text = format!("{text} ({reason})");
+    }
+    let words = end.message.as_deref().map(bounded).unwrap_or_default();
+    if words.is_empty() { text } else { format!("{text}: {words}") }
+}
+
+/// Where the agent answers: the port that it names `healthz`, on the Pod's address.
+fn address(pod: &Pod, status: &PodStatus) -> Option<SocketAddr> {
+    let ip = status.pod_ip.as_deref()?.parse().ok()?;
+    let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
+    let mut ports = containers.iter().flat_map(|container| container.ports.iter().flatten());
+    let named = ports.find(|port| port.name.as_deref() == Some("healthz")).map(|port| port.container_port);
+    let port = named.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0);
+    Some(SocketAddr::new(ip, port.unwrap_or(HEALTH_PORT)))
+}
+
+/// A reason as the API server takes it in a condition; one that it would refuse would cost the whole row.
+pub(super) fn word(text: &str) -> Cow<'static, str> {
+    let good = text.len() <= 128
+        && text.starts_with(|first: char| first.is_ascii_alphabetic())
+        && text.chars().all(|letter| letter.is_ascii_alphanumeric());
+    Cow::Owned(if good { text } else { "AgentNotRunning" }.to_owned())
+}
+
+/// The last lines as one, without control characters.
+pub(super) fn bounded(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(LAST_LINES)..).unwrap_or_default().join(" | ");
+    let mut bounded = String::new();
+    for letter in last.chars().map(|letter| if letter.is_control() { ' ' } else { letter }) {
+        if bounded.len() + letter.len_utf8() > MESSAGE_LIMIT {
+            bounded.push('…');
+            break;
+        }
+        bounded.push(letter);
+    }
+    bounded
+}

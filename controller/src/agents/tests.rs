@@ -1,0 +1,205 @@
+//! Tables: Pods as kubelets write them, and the reason that a row shows.
+
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+
+use super::ask::{Answer, Connection};
+use super::pod::{AgentPod, Stage, agent_pod};
+use super::{Agents, Obstacle};
+
+const NODE: &str = "alpha";
+
+/// A Pod of the agents' DaemonSet, bound to a node, with this status.
+fn pod(name: &str, status: &Value) -> Pod {
+    let object = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"nodeName": NODE, "containers": [{"name": "node-agent", "ports": [
+            {"name": "metrics", "containerPort": 10249}, {"name": "healthz", "containerPort": 11256},
+        ]}]},
+        "status": status,
+    });
+    serde_json::from_value(object).unwrap()
+}
+
+fn parsed(name: &str, status: &Value) -> AgentPod {
+    agent_pod(&pod(name, status)).unwrap()
+}
+
+/// The status of a Pod with one container in this state, after this one.
+fn container(state: &Value, last_state: &Value, restarts: i32) -> Value {
+    json!({"phase": "Running", "podIP": "192.0.2.7", "containerStatuses": [{
+        "name": "node-agent", "image": "agent", "imageID": "", "ready": false, "restartCount": restarts,
+        "state": state, "lastState": last_state,
+    }]})
+}
+
+fn running() -> Value {
+    container(&json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), &json!({}), 0)
+}
+
+fn crashed(message: &str) -> Value {
+    json!({"terminated": {"exitCode": 1, "reason": "Error", "message": message}})
+}
+
+#[track_caller]
+fn obstructed(status: &Value, reason: &str, words: &[&str]) {
+    let Stage::Obstructed(obstacle) = parsed("agent-x", status).stage else {
+        panic!("{:?}", parsed("agent-x", status).stage)
+    };
+    assert_eq!(obstacle.reason, reason, "{}", obstacle.message);
+    for word in words {
+        assert!(obstacle.message.contains(word), "{word:?} is not in {:?}", obstacle.message);
+    }
+}
+
+#[test]
+fn what_keeps_a_pod_from_running_has_the_kubelets_reason() {
+    let waiting = |reason: &str, message: &str| json!({"waiting": {"reason": reason, "message": message}});
+    let none = json!({});
+    obstructed(
+        &container(&waiting("ErrImagePull", "not found: agent:9"), &none, 0),
+        "ErrImagePull",
+        &["Pod agent-x", "container node-agent", "not found: agent:9"],
+    );
+    obstructed(&container(&waiting("ImagePullBackOff", ""), &none, 0), "ImagePullBackOff", &["node-agent"]);
+    obstructed(&container(&waiting("ContainerCreating", ""), &none, 0), "ContainerCreating", &[]);
+    obstructed(
+        &container(&waiting("CreateContainerConfigError", "configmap \"x\" not found"), &none, 0),
+        "CreateContainerConfigError",
+        &["configmap \"x\" not found"],
+    );
+    obstructed(
+        &container(&waiting("CrashLoopBackOff", "back-off 40s"), &crashed("no --node-name\n"), 3),
+        "CrashLoopBackOff",
+        &["back-off 40s", "restarted 3 times", "exit code 1 (Error)", "no --node-name"],
+    );
+    obstructed(
+        &container(&json!({"terminated": {"exitCode": 137, "signal": 9, "reason": "OOMKilled"}}), &none, 0),
+        "OOMKilled",
+        &["signal 9"],
+    );
+    obstructed(
+        &json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False",
+            "reason": "Unschedulable", "message": "0/3 nodes are available: 1 node didn't have free ports"}]}),
+        "Unschedulable",
+        &["free ports"],
+    );
+    obstructed(
+        &json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}),
+        "Evicted",
+        &["memory"],
+    );
+}
+
+#[test]
+fn an_init_container_that_fails_is_named_and_one_that_is_done_is_not() {
+    let with_init = |init: &Value| {
+        let mut status = running();
+        status["initContainerStatuses"] = json!([{
+            "name": "sysctl", "image": "agent", "imageID": "", "ready": false, "restartCount": 2, "state": init,
+        }]);
+        status
+    };
+    obstructed(&with_init(&crashed("read-only file system")), "Error", &["container sysctl", "read-only"]);
+    obstructed(&with_init(&json!({"running": {}})), "PodInitializing", &["sysctl"]);
+    let done = with_init(&json!({"terminated": {"exitCode": 0, "reason": "Completed"}}));
+    assert!(matches!(parsed("agent-x", &done).stage, Stage::Running { .. }));
+}
+
+#[test]
+fn words_of_a_container_cannot_break_the_row() {
+    let garbage = format!("first\nsecond\n\u{1b}[31mthird\nfourth\n{}", "x".repeat(5_000));
+    let status = container(&json!({"waiting": {"reason": "no such-word!"}}), &crashed(&garbage), 1);
+    let Stage::Obstructed(Obstacle { reason, message }) = parsed("agent-x", &status).stage else { panic!() };
+    assert_eq!(reason, "AgentNotRunning", "the API server would refuse the kubelet's word");
+    assert!(message.len() < 2_048 && !message.contains(char::is_control), "{message}");
+    assert!(message.contains("fourth") && !message.contains("second"), "the end of the log: {message}");
+}
+
+#[test]
+fn a_pod_that_is_not_scheduled_is_for_the_node_of_its_affinity() {
+    let mut pod = pod("agent-x", &json!({"phase": "Pending"}));
+    let spec = pod.spec.as_mut().unwrap();
+    spec.node_name = None;
+    assert_eq!(agent_pod(&pod), None);
+    let affinity = json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
+        "nodeSelectorTerms": [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["beta"]}]}]}}});
+    pod.spec.as_mut().unwrap().affinity = serde_json::from_value(affinity).unwrap();
+    assert_eq!(&*agent_pod(&pod).unwrap().node, "beta");
+}
+
+fn reason(agents: &Agents) -> Option<String> {
+    agents.obstacle(NODE, None).map(|obstacle| obstacle.reason.into_owned())
+}
+
+fn heard(connected: bool, reason: &str) -> Answer {
+    Answer::Heard(Connection { connected, reason: reason.into(), detail: "detail".into() })
+}
+
+#[tokio::test]
+async fn the_agents_own_word_counts_once_its_pod_runs() {
+    let (agents, node) = (Agents::default(), NODE.into());
+    assert_eq!(reason(&agents), None);
+    agents.pod(parsed("agent-x", &running()));
+    assert_eq!(reason(&agents), None, "nobody asked it yet");
+    agents.set_missing(&node, true);
+    let asked = agents.to_ask().await;
+    assert_eq!(asked, [(node.clone(), "192.0.2.7:11256".parse().unwrap())]);
+    agents.changed().await;
+    agents.answered(&node, heard(false, "BootstrapMissing"));
+    assert_eq!(agents.changed().await, [node.clone()]);
+    assert_eq!(reason(&agents).unwrap(), "BootstrapMissing");
+    agents.answered(&node, Answer::Silent("connection refused".into()));
+    assert_eq!(reason(&agents).unwrap(), "AgentNotAnswering");
+    agents.answered(&node, heard(true, ""));
+    assert_eq!(reason(&agents), None, "on its way to here, or to another replica");
+    agents.answered(&node, heard(false, "not a word"));
+    assert_eq!(reason(&agents).unwrap(), "AgentNotRunning".to_owned());
+    agents.set_missing(&node, false);
+    assert_eq!(reason(&agents), None, "it is connected");
+}
+
+#[test]
+fn the_pod_that_stays_counts() {
+    let agents = Agents::default();
+    let waiting = |reason: &str| container(&json!({"waiting": {"reason": reason}}), &json!({}), 0);
+    let mut old = parsed("agent-a", &waiting("CrashLoopBackOff"));
+    agents.pod(old.clone());
+    let mut young = parsed("agent-b", &waiting("ErrImagePull"));
+    young.created = Some("2026-02-01T00:00:00Z".parse().unwrap());
+    agents.pod(young.clone());
+    assert_eq!(reason(&agents).unwrap(), "ErrImagePull");
+    young.stage = Stage::Leaving;
+    agents.pod(young);
+    assert_eq!(reason(&agents).unwrap(), "CrashLoopBackOff");
+    old.stage = Stage::Pending;
+    agents.pod(old);
+    assert_eq!(reason(&agents), None);
+    agents.pod_gone(NODE, "agent-a");
+    agents.pod_gone(NODE, "agent-b");
+    agents.pod_gone(NODE, "agent-b");
+    assert_eq!(reason(&agents), None);
+}
+
+#[test]
+fn a_node_without_an_agents_pod_is_news_only_where_agents_are_pods() {
+    let agents = Agents::default();
+    let elsewhere = AgentPod { node: "beta".into(), ..parsed("agent-b", &running()) };
+    agents.pod(elsewhere.clone());
+    assert_eq!(reason(&agents), None, "the list is not complete");
+    agents.pods_listed(vec![elsewhere]);
+    assert_eq!(reason(&agents).unwrap(), "NoAgentPod");
+    agents.pods_listed(Vec::new());
+    assert_eq!(reason(&agents), None);
+}
+
+#[test]
+fn a_lost_kubelet_makes_its_pods_status_old() {
+    let agents = Agents::default();
+    agents.pod(parsed("agent-x", &running()));
+    let lost = agents.obstacle(NODE, Some("Kubelet stopped posting node status.")).unwrap();
+    assert_eq!(lost.reason, "NodeStatusUnknown");
+    agents.closed(Some(Obstacle::new("ControllerNotListening", "")));
+    assert_eq!(agents.obstacle(NODE, Some("")).unwrap().reason, "ControllerNotListening");
+}

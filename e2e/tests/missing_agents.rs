@@ -1,0 +1,203 @@
+//! Why an agent is missing, on its node's row: what the kubelet says of its Pod (written by the test, on the real
+//! API server), what the agent itself says, and what keeps the controller from accepting it. The other nodes go on.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::fs;
+use std::net::TcpListener;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use switchtower_e2e::switchtower::{AGENT_ACCOUNT, Fleet, FleetNode, NAMESPACE};
+use switchtower_e2e::{objects, wait};
+
+use common::{fleet, node};
+
+/// A lost stream shows after ten seconds, and an agent is asked every five.
+const SHOWN: Duration = Duration::from_secs(45);
+const BOOTSTRAP: &str = "switchtower-bootstrap";
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes the status of a node's agent's Pod, as its kubelet would.
+fn pod_status(node: &FleetNode, state: &Value, last_state: &Value, restarts: u32) {
+    let name = &node.net.name;
+    let mut pod = objects::pod(NAMESPACE, &format!("{AGENT_ACCOUNT}-{name}"), name, AGENT_ACCOUNT);
+    pod["status"] = json!({
+        "phase": "Running",
+        "hostIP": node.net.address(false).to_string(),
+        "podIP": node.net.address(false).to_string(),
+        "podIPs": [{"ip": node.net.address(false).to_string()}],
+        "containerStatuses": [{
+            "name": "main", "image": "none", "imageID": "", "ready": false, "restartCount": restarts,
+            "state": state, "lastState": last_state,
+        }],
+    });
+    fleet().kube().apply(&pod).unwrap();
+}
+
+fn running(node: &FleetNode) {
+    pod_status(node, &json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), &json!({}), 0);
+}
+
+/// Waits until a node's row is not ready for this reason, and says these words; the other nodes are in order.
+fn shows(node: &FleetNode, reason: &str, words: &[&str]) {
+    let name = &node.net.name;
+    wait::until(&format!("{reason} on the row of {name}"), SHOWN, || {
+        let row = fleet().row(name)?;
+        let ready = row.conditions.iter().find(|known| known.type_ == "Ready").context("no Ready condition")?;
+        ensure!(ready.status == "False" && ready.reason == reason, "{} {}", ready.reason, ready.message);
+        for word in words {
+            ensure!(ready.message.contains(word), "{:?} lacks {word:?}", ready.message);
+        }
+        Ok(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}"));
+    let others = fleet().nodes().iter().filter(|other| other.net.name != *name);
+    others.for_each(|other| wait::until("the others", SHOWN, || fleet().agrees(other)).unwrap());
+}
+
+fn in_order() {
+    fleet().settled(SHOWN).unwrap();
+}
+
+#[test]
+fn a_pod_that_does_not_run_is_named_with_the_kubelets_reason() {
+    let _alone = alone();
+    let alpha = node(fleet(), "alpha");
+    fleet().stop_agent(alpha, libc::SIGKILL).unwrap();
+    let waiting = |reason: &str, message: &str| json!({"waiting": {"reason": reason, "message": message}});
+    pod_status(alpha, &waiting("ErrImagePull", "agent:9: not found"), &json!({}), 0);
+    shows(alpha, "ErrImagePull", &["agent:9: not found"]);
+    let last = json!({"terminated": {"exitCode": 1, "reason": "Error", "startedAt": null, "finishedAt": null,
+        "message": "switchtower-node-agent: open nf_tables netlink"}});
+    pod_status(alpha, &waiting("CrashLoopBackOff", "back-off 5m0s"), &last, 7);
+    shows(alpha, "CrashLoopBackOff", &["restarted 7 times", "exit code 1", "open nf_tables netlink"]);
+    running(alpha);
+    shows(alpha, "AgentNotAnswering", &["10256"]);
+    fleet().run_agent(alpha).unwrap();
+    in_order();
+}
+
+#[test]
+fn a_kubelet_that_is_gone_is_the_reason_where_the_agent_is_gone_too() {
+    let _alone = alone();
+    let fleet = fleet();
+    let beta = node(fleet, "beta");
+    let ready = |status: &str, message: &str| {
+        let mut object = objects::node(&beta.net, &beta.zone);
+        object["status"]["conditions"] = json!([{"type": "Ready", "status": status,
+            "reason": "NodeStatusUnknown", "message": message}]);
+        fleet.kube().apply(&object).unwrap();
+    };
+    ready("Unknown", "Kubelet stopped posting node status.");
+    std::thread::sleep(Duration::from_millis(500));
+    fleet.agrees(beta).unwrap();
+    fleet.stop_agent(beta, libc::SIGKILL).unwrap();
+    shows(beta, "NodeStatusUnknown", &["Kubelet stopped posting node status."]);
+    ready("True", "");
+    fleet.run_agent(beta).unwrap();
+    in_order();
+}
+
+/// Starts alpha's agent with another content of its bootstrap folder and waits for the reason on its row.
+fn with_bootstrap(fleet: &Fleet, files: &[(&str, &str)], reason: &str, words: &[&str]) {
+    let gamma = node(fleet, "gamma");
+    running(gamma);
+    fleet.stop_agent(gamma, libc::SIGTERM).unwrap();
+    let directory = fleet.bootstrap_directory(gamma);
+    fs::remove_dir_all(&directory).unwrap();
+    fs::create_dir_all(&directory).unwrap();
+    for (name, text) in files {
+        fs::write(directory.join(name), text).unwrap();
+    }
+    fleet.run_agent(gamma).unwrap();
+    shows(gamma, reason, words);
+    // The kernel keeps what it held, and nobody's hand is needed once the files are right.
+    fleet.write_bootstrap(gamma).unwrap();
+    in_order();
+}
+
+#[test]
+fn an_agent_without_its_bootstrap_files_says_so_itself() {
+    let _alone = alone();
+    with_bootstrap(fleet(), &[], "BootstrapMissing", &["ca.crt"]);
+}
+
+#[test]
+fn empty_and_garbled_bootstrap_files_are_told() {
+    let _alone = alone();
+    with_bootstrap(fleet(), &[("ca.crt", ""), ("controllers", "")], "BootstrapInvalid", &["certificate"]);
+    let garbage = "\u{1}\u{2} garbage\n";
+    with_bootstrap(fleet(), &[("ca.crt", garbage), ("controllers", garbage)], "BootstrapInvalid", &["ca.crt"]);
+}
+
+#[test]
+fn an_agent_with_another_authority_does_not_trust_the_controller_and_says_so() {
+    let _alone = alone();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let foreign = params.self_signed(&key).unwrap().pem();
+    let address = fleet().controller_address().to_string();
+    let files = [("ca.crt", foreign.as_str()), ("controllers", address.as_str())];
+    with_bootstrap(fleet(), &files, "ControllerUntrusted", &[address.as_str()]);
+}
+
+#[test]
+fn a_deleted_emptied_or_garbled_bootstrap_config_map_is_written_again() {
+    let _alone = alone();
+    let kube = fleet().kube();
+    let api: Api<ConfigMap> = Api::namespaced(kube.client(), NAMESPACE);
+    let good: ConfigMap = kube.get(NAMESPACE, BOOTSTRAP).unwrap().unwrap();
+    let comes_back = |what: &str| {
+        wait::until(what, Duration::from_secs(20), || {
+            let map: Option<ConfigMap> = kube.get(NAMESPACE, BOOTSTRAP)?;
+            ensure!(map.context("it is not there")?.data == good.data, "it holds something else");
+            Ok(())
+        })
+        .unwrap();
+    };
+    kube.delete::<ConfigMap>(NAMESPACE, BOOTSTRAP).unwrap();
+    comes_back("a deleted ConfigMap");
+    for bad in [json!({"data": null}), json!({"data": {"ca.crt": "garbage", "controllers": "\u{1}"}})] {
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&bad));
+        kube.block_on(api.patch(BOOTSTRAP, &parameters, &patch)).unwrap();
+        comes_back("a changed ConfigMap");
+    }
+    in_order();
+}
+
+#[test]
+fn a_taken_port_shows_on_every_row_and_is_waited_for() {
+    let _alone = alone();
+    let fleet = fleet();
+    fleet.stop_controller(libc::SIGKILL).unwrap();
+    let taken = wait::until("the port is free", SHOWN, || Ok(TcpListener::bind(fleet.controller_address())?));
+    let taken = taken.unwrap();
+    fleet.start_controller().unwrap();
+    for node in fleet.nodes() {
+        let what = format!("the reason on the row of {}", node.net.name);
+        wait::until(&what, SHOWN, || {
+            fleet.check_controller()?;
+            let row = fleet.row(&node.net.name)?;
+            let told = row.conditions.iter().any(|known| known.reason == "ControllerNotListening");
+            ensure!(told, "{}: {:?}", row.state, row.conditions);
+            Ok(())
+        })
+        .unwrap();
+    }
+    drop(taken);
+    in_order();
+}
