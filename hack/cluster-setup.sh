@@ -19,8 +19,12 @@ watched() {
     local label=$1 log=$2 start=$SECONDS pid
     shift 2
     say "building $label"
-    "$@" >"$log" 2>&1 &
+    # In a process group of its own, so that an interrupted run leaves no compiler behind.
+    setsid "$@" >"$log" 2>&1 &
     pid=$!
+    # The number is written into the trap: when it runs, the function's variables are gone.
+    # shellcheck disable=SC2064
+    trap "kill -- -$pid 2>/dev/null || true" EXIT
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
         if (((SECONDS - start) % 15 == 0)); then
@@ -31,6 +35,7 @@ watched() {
         tail -20 "$log" >&2
         fail "$label could not be built, its last words are above: check the network and the free space in $CACHE, then try again."
     }
+    trap - EXIT
 }
 
 build_go_programs() {
@@ -55,10 +60,12 @@ build_test_root() {
     local out=$1 root=$1/root
     # In a mount namespace of its own: what it mounts is gone with it, also if it is killed.
     watched "the test image's files (debootstrap, about a minute)" "$out/build.log" \
-        unshare --mount debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,ca-certificates \
+        unshare --mount debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,conntrack,ca-certificates \
         bookworm "$root"
     cp "$out/agnhost" "$root/agnhost"
     ln -sf agnhost "$root/agnhost-2"
+    # Upstream's image has a DNS server too, which a test of resolv.conf starts.
+    cp "$out/coredns" "$root/coredns"
     # What upstream's image carries for its porter server.
     cp "$(cd "$ROOT/e2e/tools/kubernetes" && GOFLAGS=-mod=readonly go list -m -f '{{.Dir}}' k8s.io/kubernetes)"/test/images/agnhost/porter/localhost.{crt,key} "$root/"
     chmod 644 "$root"/localhost.*

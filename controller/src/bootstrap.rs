@@ -1,16 +1,18 @@
 //! What agents need to find and trust the controller: the CA, and the ConfigMap `switchtower-bootstrap`.
 //!
 //! The CA is made once. Of several controllers that start at the same time one creates the Secret, the
-//! others read it. The ConfigMap is written at every start and is no part of the manifests, so that applying
-//! them again does not reset it.
+//! others read it. The ConfigMap is written at every start, and again when somebody deletes or changes it. It is
+//! no part of the manifests, so that applying them again does not reset it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use futures::StreamExt as _;
 use http::uri::Authority;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
+use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client};
 use serde_json::json;
 
@@ -153,23 +155,56 @@ fn ca_of(secret: &Secret, namespace: &str) -> Result<CaPem, BootstrapError> {
     Ok(CaPem { certificate: text("ca.crt")?, key: text("ca.key")? })
 }
 
-/// Writes the ConfigMap: the CA's certificate, and where controllers listen, one `host:port` a line.
-///
-/// # Errors
-/// The API server refuses.
-pub async fn publish(
-    client: &Client,
-    namespace: &str,
-    ca_certificate: &str,
-    controllers: &[String],
-) -> Result<(), kube::Error> {
-    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-    let object = json!({
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": BOOTSTRAP_CONFIG_MAP},
-        "data": {"ca.crt": ca_certificate, "controllers": controllers.join("\n") + "\n"},
-    });
-    let params = PatchParams::apply(MANAGER).force();
-    api.patch(BOOTSTRAP_CONFIG_MAP, &params, &Patch::Apply(&object)).await.map(drop)
+/// What the ConfigMap holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bootstrap {
+    /// The CA's certificate as PEM text.
+    pub ca_certificate: String,
+    /// `host:port` of every controller.
+    pub controllers: Vec<String>,
+}
+
+impl Bootstrap {
+    /// By key: the certificate, and the controllers, one a line.
+    fn data(&self) -> [(&'static str, String); 2] {
+        [("ca.crt", self.ca_certificate.clone()), ("controllers", self.controllers.join("\n") + "\n")]
+    }
+
+    /// The ConfigMap holds it; further keys are somebody else's business.
+    fn is_in(&self, map: &ConfigMap) -> bool {
+        let data = map.data.as_ref();
+        self.data().iter().all(|(key, text)| data.and_then(|data| data.get(*key)) == Some(text))
+    }
+
+    /// Writes the ConfigMap.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub async fn publish(&self, client: &Client, namespace: &str) -> Result<(), kube::Error> {
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        let object = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": BOOTSTRAP_CONFIG_MAP},
+            "data": serde_json::Map::from_iter(self.data().map(|(key, text)| (key.to_owned(), text.into()))),
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        api.patch(BOOTSTRAP_CONFIG_MAP, &params, &Patch::Apply(&object)).await.map(drop)
+    }
+
+    /// Waits until the ConfigMap is gone or holds something else. A watch that fails is tried again.
+    pub async fn is_lost(&self, client: &Client, namespace: &str) {
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        let seen = watcher::watch_object(api, BOOTSTRAP_CONFIG_MAP).default_backoff();
+        futures::pin_mut!(seen);
+        while let Some(event) = seen.next().await {
+            match event {
+                Ok(Some(map)) if self.is_in(&map) => {}
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "watching the ConfigMap failed; it is tried again");
+                }
+            }
+        }
+    }
 }
 
 /// Where agents reach this controller: what the flags say, or else the address of --listen, or, if that is
@@ -222,6 +257,25 @@ mod tests {
         assert!(again.unwrap() == first);
         std::fs::remove_file(path.join("ca.key")).unwrap();
         assert!(ca_from_directory(&path, made).is_err(), "a certificate without its key is not replaced");
+    }
+
+    #[test]
+    fn a_changed_config_map_is_told_from_a_good_one() {
+        let bootstrap = Bootstrap {
+            ca_certificate: "certificate".into(),
+            controllers: vec!["192.0.2.1:9443".into(), "192.0.2.2:9443".into()],
+        };
+        let map = |pairs: &[(&str, &str)]| ConfigMap {
+            data: Some(pairs.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect()),
+            ..ConfigMap::default()
+        };
+        let good = [("ca.crt", "certificate"), ("controllers", "192.0.2.1:9443\n192.0.2.2:9443\n")];
+        assert!(bootstrap.is_in(&map(&good)));
+        assert!(bootstrap.is_in(&map(&[good[0], good[1], ("note", "of somebody's")])));
+        for bad in [vec![], vec![good[0]], vec![good[0], ("controllers", "garbage")]] {
+            assert!(!bootstrap.is_in(&map(&bad)), "{bad:?}");
+        }
+        assert!(!bootstrap.is_in(&ConfigMap::default()));
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct NodeIdentity {
     pub name: Arc<str>,
     /// UID of the Node: a Node that was deleted and recreated under one name has another.
     pub uid: Arc<str>,
+    /// The kubelet has stopped reporting, in the words of the Node's Ready condition.
+    pub kubelet_lost: Option<Arc<str>>,
 }
 
 /// One object, or its absence, in the form in which the engine takes it.

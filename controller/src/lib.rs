@@ -3,8 +3,10 @@
 //!
 //! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
-//! writes what they acknowledged, and [`propagation`] knows how long it took.
+//! writes what they acknowledged, [`propagation`] knows how long it took, and [`agents`] why an agent is
+//! missing.
 
+pub mod agents;
 pub mod bootstrap;
 pub mod cli;
 pub mod engine;

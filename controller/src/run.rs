@@ -7,10 +7,11 @@
 //!   With the admission plugin OwnerReferencesPermissionEnforcement also update: nodes/finalizers, because rows
 //!   are owned by Nodes (without blocking their deletion, so that most clusters do not ask for it)
 //! - create, patch: events.events.k8s.io
-//! - in its own namespace, get, create: secrets (`switchtower-ca`); patch, create: configmaps
-//!   (`switchtower-bootstrap`)
+//! - in its own namespace, get, create: secrets (`switchtower-ca`); get, list, watch, patch, create: configmaps
+//!   (`switchtower-bootstrap`); get, list, watch: pods (why an agent does not run)
 
 use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +31,8 @@ use switchtower_proto::v1::Source;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch as channel};
 
-use crate::bootstrap::{self, BootstrapError, CaPem};
+use crate::agents::{self, Agents, Obstacle};
+use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::Chain;
@@ -55,6 +57,8 @@ const BATCHES: usize = 1_024;
 const ROWS_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts to reach the API server while starting.
 const RETRY: Duration = Duration::from_secs(5);
+/// Between two writes of the bootstrap ConfigMap.
+const BOOTSTRAP_PAUSE: Duration = Duration::from_secs(2);
 /// How long agents have to leave when the controller ends.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Between two renewals of the server's certificate.
@@ -115,19 +119,14 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let registry = metrics::registry()?;
     let readiness = Readiness::default();
     // What can be refused at once is refused before anything is started.
-    let listener = TcpListener::bind(args.listen)
-        .await
-        .with_context(|| format!("listening for agents on {}; choose another with --listen", args.listen))?;
+    let agents = Agents::default();
+    let listener = listen(args.listen, &agents).await?;
     tokio::spawn(metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?);
 
     let ca = certificate_authority(&client, &args).await?;
-    let parts = start_parts(&client, &args, &replica, &registry).await?;
-    tokio::spawn(publish_bootstrap(
-        client.clone(),
-        args.namespace.clone(),
-        ca.certificate.clone(),
-        controllers.clone(),
-    ));
+    let parts = start_parts(&client, &args, &replica, &agents, &registry).await?;
+    let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
+    tokio::spawn(keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
     let Parts { fleet, serve_metrics, mut head } = parts;
     tokio::select! {
         served = engine::first_head(&mut head) => {
@@ -135,6 +134,13 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         }
         signal = wait_for_signal() => return signal,
     }
+    let listener = match listener {
+        Some(listener) => listener,
+        None => tokio::select! {
+            listener = listen_in_the_end(args.listen, &agents) => listener?,
+            signal = wait_for_signal() => return signal,
+        },
+    };
     let authenticator =
         Authenticator::new(client, &args.audience, &args.namespace, &args.agent_service_account);
     let limits = Limits { replica, peers: controllers, ..Limits::default() };
@@ -160,6 +166,39 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The address that agents connect to. `None`: another program has it, maybe the controller before this one;
+/// rows tell until it is free.
+async fn listen(address: SocketAddr, agents: &Agents) -> anyhow::Result<Option<TcpListener>> {
+    match TcpListener::bind(address).await {
+        Ok(listener) => {
+            agents.closed(None);
+            Ok(Some(listener))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            agents.closed(Some(Obstacle::new(
+                "ControllerNotListening",
+                format!(
+                    "The controller cannot accept agents: another program uses {address}. Stop it, or choose another \
+                     port with --listen."
+                ),
+            )));
+            Ok(None)
+        }
+        Err(error) => Err(error)
+            .with_context(|| format!("listening for agents on {address}; choose another with --listen")),
+    }
+}
+
+async fn listen_in_the_end(address: SocketAddr, agents: &Agents) -> anyhow::Result<TcpListener> {
+    loop {
+        tracing::error!(%address, "another program uses the address; agents wait, and it is tried again");
+        tokio::time::sleep(RETRY).await;
+        if let Some(listener) = listen(address, agents).await? {
+            return Ok(listener);
+        }
+    }
+}
+
 /// What the streams need of the parts that run by themselves.
 struct Parts {
     fleet: Arc<Fleet>,
@@ -172,6 +211,7 @@ async fn start_parts(
     client: &Client,
     args: &ServeArgs,
     replica: &str,
+    agents: &Agents,
     registry: &Registry,
 ) -> anyhow::Result<Parts> {
     let upstream = Arc::new(Upstream::default());
@@ -189,12 +229,15 @@ async fn start_parts(
         Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation.clone());
 
     // Rows first: sessions continue from the generations in them.
-    let settings = WriterSettings { replica: replica.to_owned() };
+    let settings = WriterSettings { replica: replica.to_owned(), agents: agents.clone() };
     let mut writer =
         Writer::new(client.clone(), fleet.clone(), settings, floors, StatusMetrics::new(registry)?);
     let loaded = matches!(tokio::time::timeout(ROWS_PATIENCE, writer.load()).await, Ok(Ok(())));
     let (nodes, node_events) = mpsc::unbounded_channel();
     tokio::spawn(writer.run(loaded, node_events));
+    let account = args.agent_service_account.clone();
+    tokio::spawn(agents::follow::run(client.clone(), args.namespace.clone(), account, agents.clone()));
+    tokio::spawn(agents::ask::run(agents.clone()));
 
     let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
     tokio::spawn(publisher);
@@ -279,18 +322,21 @@ async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Res
 }
 
 /// Agents that are already running know the controller; a missing ConfigMap only keeps new ones waiting.
-async fn publish_bootstrap(client: Client, namespace: String, certificate: String, controllers: Vec<String>) {
+async fn keep_bootstrap(client: Client, namespace: String, bootstrap: Bootstrap) {
     loop {
-        match bootstrap::publish(&client, &namespace, &certificate, &controllers).await {
+        match bootstrap.publish(&client, &namespace).await {
             Ok(()) => {
+                let controllers = &bootstrap.controllers;
                 tracing::info!(?controllers, %namespace, "ConfigMap switchtower-bootstrap written");
-                return;
+                bootstrap.is_lost(&client, &namespace).await;
+                tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; it is written again");
             }
             Err(error) => {
                 tracing::warn!(error = %Chain(&error), %namespace, "writing the ConfigMap switchtower-bootstrap failed; new agents wait for it; it is tried again");
-                tokio::time::sleep(RETRY).await;
             }
         }
+        // Somebody who keeps changing it is not to be outrun.
+        tokio::time::sleep(BOOTSTRAP_PAUSE).await;
     }
 }
 

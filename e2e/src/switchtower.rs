@@ -393,6 +393,11 @@ impl Fleet {
         row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("a row without status")
     }
 
+    /// The folder that a node's agent finds its controller by: `ca.crt` and `controllers`.
+    pub fn bootstrap_directory(&self, node: &FleetNode) -> PathBuf {
+        node.directory.join("bootstrap")
+    }
+
     /// Waits until every node's row, agent and kernel agree: Ready, desired equals applied, and the stamp that
     /// `nft` reads from the kernel has the same generation and digest. Returns how long it took.
     ///
@@ -450,7 +455,10 @@ impl Fleet {
     }
 
     /// What a kubelet does with the ConfigMap that the controller writes: files.
-    fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
+    ///
+    /// # Errors
+    /// The controller does not write it, or a file cannot be written.
+    pub fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
         let data = wait::until("the controller writes its ConfigMap", Duration::from_secs(20), || {
             self.check_controller()?;
             let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;

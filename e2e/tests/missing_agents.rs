@@ -56,14 +56,15 @@ fn shows(node: &FleetNode, reason: &str, words: &[&str]) {
     let name = &node.net.name;
     wait::until(&format!("{reason} on the row of {name}"), SHOWN, || {
         let row = fleet().row(name)?;
-        let ready = row.conditions.iter().find(|known| known.type_ == "Ready").context("no Ready condition")?;
+        let ready =
+            row.conditions.iter().find(|known| known.type_ == "Ready").context("no Ready condition")?;
         ensure!(ready.status == "False" && ready.reason == reason, "{} {}", ready.reason, ready.message);
         for word in words {
             ensure!(ready.message.contains(word), "{:?} lacks {word:?}", ready.message);
         }
         Ok(())
     })
-    .unwrap_or_else(|error| panic!("{error:#}"));
+    .unwrap();
     let others = fleet().nodes().iter().filter(|other| other.net.name != *name);
     others.for_each(|other| wait::until("the others", SHOWN, || fleet().agrees(other)).unwrap());
 }
@@ -140,7 +141,12 @@ fn empty_and_garbled_bootstrap_files_are_told() {
     let _alone = alone();
     with_bootstrap(fleet(), &[("ca.crt", ""), ("controllers", "")], "BootstrapInvalid", &["certificate"]);
     let garbage = "\u{1}\u{2} garbage\n";
-    with_bootstrap(fleet(), &[("ca.crt", garbage), ("controllers", garbage)], "BootstrapInvalid", &["ca.crt"]);
+    with_bootstrap(
+        fleet(),
+        &[("ca.crt", garbage), ("controllers", garbage)],
+        "BootstrapInvalid",
+        &["ca.crt"],
+    );
 }
 
 #[test]

@@ -148,7 +148,7 @@ async fn the_agents_own_word_counts_once_its_pod_runs() {
     assert_eq!(asked, [(node.clone(), "192.0.2.7:11256".parse().unwrap())]);
     agents.changed().await;
     agents.answered(&node, heard(false, "BootstrapMissing"));
-    assert_eq!(agents.changed().await, [node.clone()]);
+    assert_eq!(agents.changed().await, std::slice::from_ref(&node));
     assert_eq!(reason(&agents).unwrap(), "BootstrapMissing");
     agents.answered(&node, Answer::Silent("connection refused".into()));
     assert_eq!(reason(&agents).unwrap(), "AgentNotAnswering");

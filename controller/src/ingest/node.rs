@@ -1,5 +1,7 @@
 //! Nodes and ServiceCIDRs.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::Node as ApiNode;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use switchtower_core::compiled::{ProblemObject, ProblemReason};
@@ -48,9 +50,17 @@ pub fn node(object: &ApiNode) -> Ingested {
     let identity = NodeIdentity {
         name: node.name.clone(),
         uid: object.metadata.uid.as_deref().unwrap_or_default().into(),
+        kubelet_lost: kubelet_lost(object),
     };
     let origin = Origin::of(&object.metadata);
     Ingested { fact: Fact::Node(node, identity), origin, problems: findings.finish() }
+}
+
+/// The node lifecycle controller sets a Node's Ready condition to Unknown when its kubelet goes silent.
+fn kubelet_lost(object: &ApiNode) -> Option<Arc<str>> {
+    let conditions = object.status.as_ref()?.conditions.as_deref()?;
+    let ready = conditions.iter().find(|known| known.type_ == "Ready" && known.status == "Unknown")?;
+    Some(ready.message.as_deref().unwrap_or("its Ready condition is Unknown").into())
 }
 
 /// InternalIPs before ExternalIPs, the first of each family (kube-proxy: `GetNodeHostIPs`).

@@ -3,6 +3,7 @@
 //! Conditions come first; STATE and the Ready condition are derived from them, so that the columns never
 //! contradict each other.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -14,6 +15,7 @@ use switchtower_crds::{
 use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
 use super::observation::{Failure, Observation};
+use crate::agents::Obstacle;
 
 /// A lost stream shows as disconnected only after this time, so that a move to another replica or a short
 /// interruption is not a transition of the whole fleet.
@@ -78,6 +80,8 @@ impl State {
 pub struct Inputs<'a> {
     /// What the registry of streams knows of the node; `None` if no agent came since this process started.
     pub observation: Option<&'a Observation>,
+    /// Why the agent is not connected, if that is known; says nothing while it is.
+    pub obstacle: Option<&'a Obstacle>,
     /// The status in the API server.
     pub previous: Option<&'a ProxyStatusStatus>,
     /// `metadata.generation` of the row.
@@ -104,13 +108,21 @@ pub struct Row {
 /// One condition before it is merged with the previous one.
 struct Verdict {
     status: &'static str,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
 }
 
 impl Verdict {
-    fn new(status: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { status, reason, message: message.into() }
+    fn new(status: &'static str, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self { status, reason: reason.into(), message: message.into() }
+    }
+
+    /// The agent is not connected: for this reason, or else for one that only says so.
+    fn not_connected(obstacle: Option<&Obstacle>, reason: &'static str, message: &'static str) -> Self {
+        match obstacle {
+            Some(Obstacle { reason, message }) => Self::new("False", reason.clone(), message.clone()),
+            None => Self::new("False", reason, message),
+        }
     }
 
     fn holds(&self) -> bool {
@@ -165,7 +177,7 @@ impl CheckAfter {
 fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfter) -> Row {
     let now = inputs.now;
     let verdicts = Verdicts {
-        connected: connected(observation, check, now),
+        connected: connected(observation, inputs.obstacle, check, now),
         programmed: programmed(observation, check, now),
         consistent: consistent(observation, check, now),
         exclusive: exclusive(observation),
@@ -213,10 +225,15 @@ fn shows(since: Timestamp, limit: Duration, now: Timestamp) -> bool {
     Duration::try_from(now.duration_since(since)).unwrap_or_default() >= limit
 }
 
-fn connected(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
+fn connected(
+    observation: &Observation,
+    obstacle: Option<&Obstacle>,
+    check: &mut CheckAfter,
+    now: Timestamp,
+) -> Verdict {
     match observation.lost_since {
-        Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::new(
-            "False",
+        Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::not_connected(
+            obstacle,
             "AgentDisconnected",
             "The agent's stream ended; the kernel keeps what it held. See the agent's log on the node.",
         ),
@@ -315,7 +332,7 @@ fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
         State::Drifted => ("False", &verdicts.consistent),
         State::Progressing | State::ApplyFailed | State::Deviating => ("False", &verdicts.programmed),
     };
-    Verdict::new(status, decisive.reason, decisive.message.clone())
+    Verdict::new(status, decisive.reason.clone(), decisive.message.clone())
 }
 
 fn profile(observation: &Observation) -> ProfileInForce {
@@ -362,12 +379,12 @@ fn last_error(
 
 /// No agent came back to this process: the row keeps what was known and says so.
 fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
-    let lost = Verdict::new(
-        "False",
+    let lost = Verdict::not_connected(
+        inputs.obstacle,
         "AgentDisconnected",
         "The agent has not connected since the controller started; the kernel keeps what it held.",
     );
-    let ready = Verdict::new("False", lost.reason, lost.message.clone());
+    let ready = Verdict::new("False", lost.reason.clone(), lost.message.clone());
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
     State::Stale.word().clone_into(&mut status.state);
@@ -388,9 +405,10 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
 
 fn absent(inputs: Inputs<'_>) -> Row {
     let message = "No agent of this node has connected. Check that the node agent's pod runs on it.";
+    let not_connected = || Verdict::not_connected(inputs.obstacle, "NoAgent", message);
     let unknown = || Verdict::new("Unknown", "NoAgent", message);
     let verdicts = Verdicts {
-        connected: Verdict::new("False", "NoAgent", message),
+        connected: not_connected(),
         programmed: unknown(),
         consistent: unknown(),
         exclusive: unknown(),
@@ -398,7 +416,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
         state: State::Absent.word().to_owned(),
-        conditions: conditions(Verdict::new("False", "NoAgent", message), verdicts, inputs),
+        conditions: conditions(not_connected(), verdicts, inputs),
         ..ProxyStatusStatus::default()
     };
     Row { status, state: State::Absent, check_after: None }
@@ -427,7 +445,7 @@ fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
     Condition {
         type_: kind.to_owned(),
         status: verdict.status.to_owned(),
-        reason: verdict.reason.to_owned(),
+        reason: verdict.reason.into_owned(),
         message: verdict.message,
         observed_generation: inputs.row_generation,
         last_transition_time: known

@@ -6,6 +6,7 @@ use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviat
 
 use super::observation::{Failure, Observation};
 use super::row::{DISCONNECT_GRACE, Inputs, Row, row};
+use crate::agents::Obstacle;
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).unwrap()
@@ -33,7 +34,17 @@ fn healthy() -> Observation {
 }
 
 fn make(observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>, settled: bool) -> Row {
-    row(Inputs { observation, previous, row_generation: Some(1), replica: "tower-0", settled, now: now() })
+    make_with(observation, None, previous, settled)
+}
+
+fn make_with(
+    observation: Option<&Observation>,
+    obstacle: Option<&Obstacle>,
+    previous: Option<&ProxyStatusStatus>,
+    settled: bool,
+) -> Row {
+    let row_generation = Some(1);
+    row(Inputs { observation, obstacle, previous, row_generation, replica: "tower-0", settled, now: now() })
 }
 
 /// STATE, Ready and its reason.
@@ -144,4 +155,25 @@ fn samples_are_bounded_and_numbers_fit_the_api() {
     let status = make(Some(&Observation { deviations, desired: u64::MAX, ..healthy() }), None, true).status;
     assert_eq!(status.deviations.unwrap().samples.len(), 16);
     assert_eq!(status.generation.desired, i64::MAX);
+}
+
+#[test]
+fn an_obstacle_is_the_reason_of_a_missing_agent_and_of_no_other() {
+    let obstacle = Obstacle::new("ErrImagePull", "no such image");
+    let with = |observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>| {
+        let row = make_with(observation, Some(&obstacle), previous, true);
+        let connected = row.status.conditions.iter().find(|known| known.type_ == "Connected").unwrap();
+        (columns(&row), connected.message.clone())
+    };
+    let expect = |state: &str| {
+        ((state.to_owned(), "False".to_owned(), "ErrImagePull".to_owned()), "no such image".to_owned())
+    };
+    let lost = |seconds| Observation { lost_since: Some(ago(seconds)), ..healthy() };
+    assert_eq!(with(None, None), expect("Absent"));
+    assert_eq!(with(Some(&lost(60)), None), expect("Stale"));
+    let before = make(Some(&healthy()), None, true).status;
+    assert_eq!(with(None, Some(&before)), expect("Stale"));
+    let synced = ("Synced".to_owned(), "True".to_owned(), "UpToDate".to_owned());
+    assert_eq!(with(Some(&lost(4)), None).0, synced, "a short interruption is no transition");
+    assert_eq!(with(Some(&healthy()), None).0, synced);
 }

@@ -18,6 +18,7 @@ use super::requests::{self, Outcome, Request, Stored};
 use super::row::{Inputs, Row, State, row};
 use super::schedule::{Budget, Schedule, minimum_interval};
 use super::{Floors, NodeEvent, Registry, StatusMetrics};
+use crate::agents::Agents;
 use crate::ingest::NodeIdentity;
 
 /// Requests under way at once.
@@ -38,6 +39,8 @@ type MetadataEvents = std::pin::Pin<
 pub struct WriterSettings {
     /// This replica's name, as rows show it.
     pub replica: String,
+    /// What is known of agents that are not connected.
+    pub agents: Agents,
 }
 
 /// One node, its row, or both.
@@ -121,6 +124,7 @@ impl<R: Registry> Writer<R> {
         names.iter().for_each(|name| self.consider(name));
         let mut rows = self.watch_metadata();
         let registry = self.registry.clone();
+        let agents = self.settings.agents.clone();
         loop {
             let wake = self.start_requests();
             tokio::select! {
@@ -129,6 +133,7 @@ impl<R: Registry> Writer<R> {
                     None => return,
                 },
                 changed = registry.changed() => changed.iter().for_each(|name| self.consider(name)),
+                changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
                 Some(event) = rows.next() => self.metadata(event),
                 Some(Ok((name, outcome))) = self.running.join_next() => self.finished(&name, outcome),
                 () = sleep_until(wake) => {
@@ -276,13 +281,24 @@ impl<R: Registry> Writer<R> {
             (Some(_), _) => return None,
             (None, _) => {}
         }
+        let settled = self.started.elapsed() >= SETTLE;
+        let kubelet = entry.node.as_ref().and_then(|node| node.kubelet_lost.as_deref());
+        let agents = &self.settings.agents;
         let stored = entry.stored.as_ref();
+        let came_before = stored.and_then(|stored| stored.status.as_ref()?.connection.as_ref()).is_some();
+        let missing = match &observation {
+            Some(observed) => observed.lost_since.is_some(),
+            None => settled || !came_before,
+        };
+        agents.set_missing(name, missing);
+        let obstacle = missing.then(|| agents.obstacle(name, kubelet)).flatten();
         let row = row(Inputs {
             observation: observation.as_ref(),
+            obstacle: obstacle.as_ref(),
             previous: stored.and_then(|stored| stored.status.as_ref()),
             row_generation: stored.and_then(|stored| stored.generation),
             replica: &self.settings.replica,
-            settled: self.started.elapsed() >= SETTLE,
+            settled,
             now: Timestamp::now(),
         });
         self.metrics.moved(entry.state, Some(row.state));
@@ -369,6 +385,7 @@ impl<R: Registry> Writer<R> {
         if let Some(entry) = self.entries.remove(name) {
             self.metrics.moved(entry.state, None);
         }
+        self.settings.agents.set_missing(name, false);
         self.floors.remove(name);
     }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
 use super::{Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings};
+use crate::agents::{Agents, Obstacle};
 use crate::ingest::NodeIdentity;
 
 /// Rows, and what was asked: method and name.
@@ -125,6 +126,7 @@ struct Lab {
     fleet: Arc<Fleet>,
     nodes: mpsc::UnboundedSender<NodeEvent>,
     floors: Floors,
+    agents: Agents,
 }
 
 async fn lab(server: Server) -> Lab {
@@ -143,18 +145,20 @@ async fn lab(server: Server) -> Lab {
     });
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
-    let settings = WriterSettings { replica: "tower-0".into() };
+    let agents = Agents::default();
+    let settings = WriterSettings { replica: "tower-0".into(), agents: agents.clone() };
     let client = Client::new(service, "default");
     let mut writer = Writer::new(client, fleet.clone(), settings, floors.clone(), metrics);
     let loaded = writer.load().await.is_ok();
     let (nodes, events) = mpsc::unbounded_channel();
     tokio::spawn(writer.run(loaded, events));
-    Lab { server, fleet, nodes, floors }
+    Lab { server, fleet, nodes, floors, agents }
 }
 
 impl Lab {
     fn node(&self, name: &str, uid: &str) {
-        self.nodes.send(NodeEvent::Applied(NodeIdentity { name: name.into(), uid: uid.into() })).unwrap();
+        let identity = NodeIdentity { name: name.into(), uid: uid.into(), kubelet_lost: None };
+        self.nodes.send(NodeEvent::Applied(identity)).unwrap();
     }
 
     /// Virtual time: everything that can happen without waiting longer happens before this returns.
@@ -291,4 +295,25 @@ async fn a_row_that_another_replica_took_is_left_to_it() {
     lab.fleet.set("n1", observed(74, 7));
     lab.wait(5_000).await;
     assert_eq!(lab.row("n1")["status"]["connection"], json!({"replica": "tower-0", "session": 7}));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_row_says_why_its_agent_is_missing() {
+    let lab = lab(Server::default()).await;
+    lab.node("n1", "u1");
+    lab.wait(30_000).await;
+    let reason = || {
+        let row = lab.row("n1");
+        let conditions = row["status"]["conditions"].as_array().unwrap().clone();
+        let ready = conditions.into_iter().find(|known| known["type"] == "Ready").unwrap();
+        ready["reason"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(reason(), "NoAgent");
+    lab.agents.closed(Some(Obstacle::new("ControllerNotListening", "the port is taken")));
+    lab.wait(2_000).await;
+    assert_eq!(reason(), "ControllerNotListening");
+    lab.agents.closed(None);
+    lab.fleet.set("n1", observed(1, 1));
+    lab.wait(2_000).await;
+    assert_eq!(reason(), "UpToDate");
 }
