@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 pub mod auth;
 pub mod fleet;
 pub mod metrics;
+pub mod questions;
 pub mod session;
 pub mod tls;
 

@@ -63,6 +63,8 @@ pub struct Parts {
     pub prober: Box<dyn Prober>,
     /// Keeps a trial's standing across a restart, if there is a state directory.
     pub trial: Option<TrialFile>,
+    /// Answers what is asked about the kernel, without holding up the engine.
+    pub questions: crate::questions::Questions,
 }
 
 /// The view, the kernel, and what is between them.
@@ -270,9 +272,7 @@ impl Engine {
                 self.tell(None);
             }
             Command::Probed { number, measured } => self.probed(number, measured),
-            Command::Ask { what, answer } => {
-                let _ = answer.send(self.answer(&what));
-            }
+            Command::Ask { query, answer } => self.ask(&query, answer),
             Command::Stop => {}
         }
     }

@@ -17,6 +17,7 @@ pub mod log;
 pub mod metrics;
 pub mod nft;
 pub mod probe;
+pub mod questions;
 mod rawnetlink;
 pub mod run;
 pub mod session;

@@ -17,8 +17,9 @@ use crate::facts::{Addresses, kernel_version};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
-use crate::nft::{ForeignProxy, Monitor, Nft, Notice};
+use crate::nft::{ForeignProxy, KernelReader, Monitor, Nft, Notice};
 use crate::probe::TcpProber;
+use crate::questions::Questions;
 use crate::session::Identity;
 use crate::snapshot::SnapshotFile;
 use crate::sysctl::Sysctls;
@@ -115,6 +116,7 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
         log,
         prober: Box::new(TcpProber::new(runtime.handle().clone(), commands.clone())),
         trial: Some(TrialFile::new(&args.state_dir)),
+        questions: KernelReader::open().and_then(Questions::start).context("open a socket for questions")?,
     };
     let handle = runtime.handle().clone();
     let engine = std::thread::Builder::new()

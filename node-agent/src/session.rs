@@ -10,12 +10,14 @@ use futures::StreamExt as _;
 use switchtower_proto::v1::controller_message::Message as FromController;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    AgentMessage, Answer, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Pong, Query, Welcome,
+    AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Pong, Welcome,
     agent_message::Message as FromAgent,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
+
+mod answers;
 
 use crate::backoff::full_jitter;
 use crate::contact::Contact;
@@ -23,6 +25,7 @@ use crate::controllers::{BootstrapError, Controllers};
 use crate::engine::{Command, Event, Standing};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
+use answers::Answers;
 
 /// The name in the controller's certificate, whatever its address.
 pub const SERVER_NAME: &str = "switchtower-controller";
@@ -277,7 +280,8 @@ async fn session(
     if resumed {
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
     }
-    let mut stream = Stream { commands, out, session, events, sequence: 0 };
+    let answers = Answers::new(commands.clone(), out.clone());
+    let mut stream = Stream { commands, out, session, events, sequence: 0, answers };
     stream.pump(&mut incoming).await
 }
 
@@ -316,6 +320,7 @@ struct Stream<'a> {
     session: u64,
     events: mpsc::UnboundedReceiver<Event>,
     sequence: u64,
+    answers: Answers,
 }
 
 impl Stream<'_> {
@@ -386,23 +391,15 @@ impl Stream<'_> {
                 self.send(FromAgent::Pong(Pong { sequence: ping.sequence })).await
             }
             Some(FromController::GoAway(goodbye)) => Err(go_away(goodbye)),
-            Some(FromController::Query(query)) => self.answer(query).await,
+            Some(FromController::Query(query)) => {
+                self.answers.begin(query);
+                Ok(())
+            }
             Some(FromController::Pong(_)) => Ok(()),
             Some(FromController::Welcome(_)) => Err(SessionError::Protocol("a second Welcome")),
             // A kind of message that a later version added: nothing that this one has to know.
             None => Ok(()),
         }
-    }
-
-    async fn answer(&self, query: Query) -> Result<(), SessionError> {
-        let (answer, answered) = oneshot::channel();
-        self.command(Command::Ask { what: query.what, answer }).await?;
-        let result = answered.await.map_err(|_| SessionError::Stopping)?;
-        let (part, error) = match result {
-            Ok(part) => (part, String::new()),
-            Err(error) => (Vec::new(), error),
-        };
-        self.send(FromAgent::Answer(Answer { id: query.id, part, last: true, error })).await
     }
 }
 

@@ -340,3 +340,70 @@ fn cleanup_removes_only_our_tables() {
     assert_eq!(node.nft(&["list", "tables"], "").trim(), "table ip foreign");
     assert_eq!(open(&node).stamp().unwrap(), None);
 }
+
+/// One line for one side of a frontend: verdict and endpoints.
+fn side(target: Option<&proto::KernelTarget>) -> String {
+    let target = target.unwrap();
+    let endpoints = target.endpoints.iter().map(|endpoint| {
+        let address = <[u8; 4]>::try_from(endpoint.address.as_slice()).unwrap();
+        format!(" {}:{}", std::net::Ipv4Addr::from(address), endpoint.port)
+    });
+    format!("{:?}{}", target.verdict(), endpoints.collect::<String>())
+}
+
+#[test]
+fn a_reader_follows_the_maps_to_the_endpoints() {
+    let node = Namespace::new("reader");
+    let mut nft = open(&node);
+    let mut view = facts();
+    view.extend(service("a", "10.96.0.1", &PODS[..2]));
+    view.push(KernelChange::Frontend(cluster_ip("none", "10.96.0.2")));
+    nft.commit(&view, stamp(5)).unwrap();
+    let mut reader = node.run(|| nft::KernelReader::open().unwrap());
+    let ask = |address: Option<&str>, port| nft::FrontendQuery {
+        address: address.map(|address| address.parse().unwrap()),
+        protocol: 6,
+        port,
+    };
+    let queries =
+        [ask(Some("10.96.0.1"), 80), ask(Some("10.96.0.2"), 80), ask(Some("10.96.0.3"), 80), ask(None, 81)];
+    let found = reader.lookup(&queries).unwrap();
+    assert_eq!(found.stamp.as_ref().unwrap().generation, 5);
+    let sides: Vec<String> = found.frontends.iter().map(|found| side(found.inside.as_ref())).collect();
+    assert_eq!(sides, [format!("Forward {} {}", PODS[0], PODS[1]), "Reject".to_owned()]);
+    // The same by the port alone, and in the dump of everything.
+    let all = reader.frontends(100).unwrap();
+    assert_eq!(all.frontends, found.frontends);
+    assert_eq!(reader.lookup(&[ask(None, 80)]).unwrap().frontends, found.frontends);
+    let limited = reader.frontends(1).unwrap();
+    assert_eq!((limited.frontends.len(), limited.total), (1, 2));
+
+    let elements = reader.elements("10.96.0.2", 100).unwrap().elements;
+    assert!(elements.iter().any(|line| line == "ip refused 10.96.0.2:80/TCP"), "{elements:?}");
+    let chains = reader.chains().unwrap().chains;
+    let hooked = chains.iter().find(|chain| chain.family == "ip" && chain.name == "nat_prerouting").unwrap();
+    assert_eq!(
+        (hooked.hook.as_str(), hooked.rules, hooked.foreign),
+        ("nat hook prerouting priority -100", 1, 0)
+    );
+    assert!(chains.iter().any(|chain| chain.family == "ip6"));
+}
+
+#[test]
+fn a_reader_sees_foreign_hands_and_a_missing_table() {
+    let node = Namespace::new("reader-foreign");
+    let mut nft = open(&node);
+    let mut reader = node.run(|| nft::KernelReader::open().unwrap());
+    let empty = reader.frontends(10).unwrap();
+    assert_eq!((empty.stamp, empty.frontends.len()), (None, 0));
+    let mut view = facts();
+    view.extend(service("a", "10.96.0.1", &PODS[..2]));
+    nft.commit(&view, stamp(1)).unwrap();
+    node.nft(&["flush", "map", "ip", "switchtower", "backends"], "");
+    node.nft(&["add", "rule", "ip", "switchtower", "services", "accept"], "");
+    let found = reader.frontends(10).unwrap().frontends.remove(0);
+    assert_eq!(side(found.inside.as_ref()), "Broken");
+    let chains = reader.chains().unwrap().chains;
+    let foreign: Vec<_> = chains.iter().filter(|chain| chain.foreign > 0).map(|chain| &chain.name).collect();
+    assert_eq!(foreign, ["services"]);
+}

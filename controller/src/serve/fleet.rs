@@ -19,6 +19,7 @@ use switchtower_proto::v1::{
 use tokio::sync::Notify;
 
 use super::metrics::ServeMetrics;
+use super::questions::Desk;
 use super::session::Limits;
 use crate::propagation::{Propagation, unix_nanoseconds};
 use crate::status::{Floor, Floors, Observation};
@@ -30,6 +31,7 @@ pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
 #[derive(Debug, Default)]
 pub(super) struct Signal {
     pub(super) notify: Notify,
+    pub(super) desk: Desk,
     end: Mutex<Option<GoAwayReason>>,
 }
 
@@ -214,6 +216,11 @@ impl Fleet {
     #[must_use]
     pub fn knows(&self, node: &str) -> bool {
         lock(&self.nodes).nodes.get(node).is_some_and(|node| node.subscription.is_some())
+    }
+
+    /// The node's open stream.
+    pub(super) fn signal(&self, node: &str) -> Option<Arc<Signal>> {
+        lock(&self.nodes).nodes.get(node)?.signal.clone()
     }
 
     pub(super) fn ready(&self) -> bool {

@@ -21,6 +21,7 @@ use tonic::{Status, Streaming};
 
 use super::auth::Identity;
 use super::fleet::{Fleet, Signal};
+use super::questions::Asking;
 
 mod bounded;
 mod hello;
@@ -117,6 +118,7 @@ pub(super) struct Session {
     pause: Option<Pause>,
     refusals: u32,
     pings: u64,
+    asking: Asking,
     heard: Instant,
     tokens: f64,
     refilled: Instant,
@@ -176,6 +178,7 @@ impl Session {
             pause: None,
             refusals: 0,
             pings: 0,
+            asking: Asking::default(),
             heard: now,
             refilled: now,
         }
@@ -295,6 +298,11 @@ impl Session {
                 return End::GoAway(reason, String::new());
             }
             if let Err(end) = self.advance().await {
+                return end;
+            }
+            if let Some(query) = self.asking.next(&signal.desk)
+                && let Err(end) = self.send(ToAgent::Query(query)).await
+            {
                 return end;
             }
             let deadline = self.deadline();

@@ -15,7 +15,7 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    Ack, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
+    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
 };
 use tokio::net::TcpStream;
 
@@ -475,4 +475,34 @@ async fn five_hundred_agents_come_at_once() {
     }
     println!("500 agents settled after {:?}", started.elapsed());
     assert!(started.elapsed() < Duration::from_secs(60));
+}
+
+#[tokio::test]
+async fn a_question_goes_over_the_stream_and_its_answer_comes_back() {
+    let lab = Lab::start(Limits::default()).await;
+    let question = || questions::Question { what: "lookup", filter: ":80/TCP".to_owned(), limit: 3 };
+    let refused = lab.fleet.ask("n9", question()).await;
+    assert_eq!(refused, Err(questions::QuestionError::UnknownNode("n9".to_owned())));
+    let refused = lab.fleet.ask("n1", question()).await;
+    assert_eq!(refused, Err(questions::QuestionError::NotConnected("n1".to_owned())));
+
+    let mut agent = lab.agent("n1").await;
+    agent.welcome(hello("n1")).await;
+    let (update, _) = agent.update().await;
+    let fleet = lab.fleet.clone();
+    let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
+    let ToAgent::Query(query) = agent.next().await else { panic!("Query") };
+    assert_eq!((query.what.as_str(), query.filter.as_str(), query.limit), ("lookup", ":80/TCP", 3));
+    // An acknowledgement in between is no matter.
+    let part = |part: &str, last| Answer { id: query.id, part: part.into(), last, ..Answer::default() };
+    agent.send(FromAgent::Answer(part("first, ", false))).await;
+    agent.ack(&update).await;
+    agent.send(FromAgent::Answer(part("second", true))).await;
+    assert_eq!(asked.await.unwrap().unwrap(), b"first, second");
+
+    let fleet = lab.fleet.clone();
+    let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
+    assert!(matches!(agent.next().await, ToAgent::Query(_)));
+    drop(agent);
+    assert_eq!(asked.await.unwrap(), Err(questions::QuestionError::Ended("n1".to_owned())));
 }

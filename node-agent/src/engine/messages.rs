@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use switchtower_proto::v1::{
-    Ack, Deviations, Nack, Part, Report, Stamp as WireStamp, TrialStatus, Update, UpdateEnd, View,
+    Ack, Deviations, Nack, Part, Query, Report, Stamp as WireStamp, TrialStatus, Update, UpdateEnd, View,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -45,10 +45,10 @@ pub enum Command {
     },
     /// A question of the controller.
     Ask {
-        /// "counts" or "stamp".
-        what: String,
+        /// The question.
+        query: Query,
         /// Gets the answer or why there is none.
-        answer: oneshot::Sender<Result<Vec<u8>, String>>,
+        answer: crate::questions::Reply,
     },
     /// Write the snapshot file and stop. The kernel is left as it is.
     Stop,

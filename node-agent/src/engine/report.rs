@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Report, TrialStatus};
+use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Query, Report, TrialStatus};
 
 use super::{Engine, Event};
 use crate::dataplane::{Committed, Refused, Stamp};
+use crate::questions::Reply;
 
 /// Most deviations that an Ack names.
 const SAMPLES: usize = 16;
@@ -71,27 +72,32 @@ impl Engine {
         })
     }
 
-    pub(super) fn answer(&mut self, what: &str) -> Result<Vec<u8>, String> {
-        let json = match what {
-            "counts" => {
-                let counts = self.state.counts();
-                serde_json::json!({
-                    "services": counts.services, "frontends": counts.frontends, "pools": counts.pools,
-                    "endpoints": counts.endpoints, "items": counts.items, "refused": self.refused.len(),
-                })
-            }
-            "stamp" => {
-                let stamp = self.parts.dataplane.stamp().map_err(|error| error.to_string())?;
-                match stamp {
-                    None => serde_json::Value::Null,
-                    Some(stamp) => serde_json::json!({
-                        "generation": stamp.generation, "digest": format!("{:032x}", stamp.digest),
-                        "facts": format!("{:016x}", stamp.facts), "deviations": stamp.deviations,
-                    }),
-                }
-            }
-            other => return Err(format!("this agent answers \"counts\" and \"stamp\", not {other:?}")),
+    /// Answers what the view knows; what the kernel knows is read by another thread.
+    pub(super) fn ask(&mut self, query: &Query, answer: Reply) {
+        let json = match query.what.as_str() {
+            "counts" => self.counts(),
+            "stamp" => self.stamp_as_json(),
+            _ => return self.parts.questions.ask(query, answer),
         };
-        serde_json::to_vec(&json).map_err(|error| error.to_string())
+        // The session that asked may be gone.
+        let _ = answer.send(json.map(|json| json.to_string().into_bytes()));
+    }
+
+    fn counts(&self) -> Result<serde_json::Value, String> {
+        let counts = self.state.counts();
+        Ok(serde_json::json!({
+            "services": counts.services, "frontends": counts.frontends, "pools": counts.pools,
+            "endpoints": counts.endpoints, "items": counts.items, "refused": self.refused.len(),
+        }))
+    }
+
+    fn stamp_as_json(&mut self) -> Result<serde_json::Value, String> {
+        let stamp = self.parts.dataplane.stamp().map_err(|error| error.to_string())?;
+        Ok(stamp.map_or(serde_json::Value::Null, |stamp| {
+            serde_json::json!({
+                "generation": stamp.generation, "digest": format!("{:032x}", stamp.digest),
+                "facts": format!("{:016x}", stamp.facts), "deviations": stamp.deviations,
+            })
+        }))
     }
 }

@@ -4,6 +4,7 @@ use switchtower_proto::v1::{Ack, Part, Update, UpdateEnd};
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::questions::Questions;
 use crate::testing::{self, Fleet, MemoryKernel};
 
 mod trials;
@@ -38,6 +39,7 @@ fn probing_engine(
         log: testing::log(),
         prober: Box::new(prober.clone()),
         trial: Some(TrialFile::new(directory)),
+        questions: Questions::none(),
     };
     (Engine::start(parts), health, prober)
 }
@@ -267,6 +269,13 @@ fn addresses_and_drift_are_commits_without_a_generation() {
     assert_eq!(kernel.lock().repairs, 1);
 }
 
+fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {
+    let (answer, answered) = oneshot::channel();
+    let query = switchtower_proto::v1::Query { what: what.to_owned(), ..Default::default() };
+    engine.handle(Command::Ask { query, answer });
+    answered.blocking_recv().unwrap().map(|json| serde_json::from_slice(&json).unwrap())
+}
+
 #[test]
 fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
     let directory = tempfile::tempdir().unwrap();
@@ -288,15 +297,14 @@ fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
 }
 
 #[test]
-fn questions_are_answered() {
+fn questions_about_the_view_are_answered() {
     let directory = tempfile::tempdir().unwrap();
     let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
     play(&mut engine, Fleet::new(5, 2).snapshot());
-    let counts: serde_json::Value = serde_json::from_slice(&engine.answer("counts").unwrap()).unwrap();
+    let counts = ask(&mut engine, "counts").unwrap();
     assert_eq!((&counts["services"], &counts["endpoints"]), (&5.into(), &10.into()));
-    let stamp: serde_json::Value = serde_json::from_slice(&engine.answer("stamp").unwrap()).unwrap();
-    assert_eq!(stamp["generation"], 1);
-    assert!(engine.answer("rules").is_err());
+    assert_eq!(ask(&mut engine, "stamp").unwrap()["generation"], 1);
+    assert!(ask(&mut engine, "rules").is_err(), "nobody reads this kernel");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::element::{Data, Dumped, Element, decode, decode_intervals};
 use super::expression::fingerprint_of;
 use super::netlink::{GET_CHAIN, GET_ELEMENT, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, Socket};
 use super::ruleset::{Layout, SetSpec, TABLE};
-use super::wire::{Attributes, find, find_number, find_path, find_string};
+use super::wire::{Attributes, Received, find, find_number, find_path, find_string};
 
 /// Where a dumped chain is hooked: type, hook number, priority, policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,15 @@ pub(crate) struct DumpedHook {
     pub(crate) number: u32,
     pub(crate) priority: i32,
     pub(crate) policy: u32,
+}
+
+impl std::fmt::Display for DumpedHook {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // NF_INET_PRE_ROUTING and the following.
+        let names = ["prerouting", "input", "forward", "output", "postrouting"];
+        let hook = names.get(self.number as usize).copied().unwrap_or("unknown");
+        write!(formatter, "{} hook {hook} priority {}", self.kind, self.priority)
+    }
 }
 
 /// A set's declaration, comparable with [`SetSpec`].
@@ -55,6 +64,23 @@ const ANONYMOUS: u32 = 1;
 /// # Errors
 /// The dump failed.
 pub(crate) fn table<const N: usize>(socket: &mut Socket) -> io::Result<Option<TableDump<N>>> {
+    let Some(mut dump) = structure_only(socket)? else { return Ok(None) };
+    let names: Vec<String> = dump.sets.keys().cloned().collect();
+    for name in names {
+        if let Some(seconds) = name.strip_prefix("affinity_").and_then(|seconds| seconds.parse().ok()) {
+            dump.elements.insert(Element::AffinityMap(seconds), Data::Present);
+        } else {
+            elements(socket, &name, &mut dump)?;
+        }
+    }
+    Ok(Some(dump))
+}
+
+/// Reads one family's sets, chains and rules without elements; `None` if there is no table.
+///
+/// # Errors
+/// The dump failed.
+pub(crate) fn structure_only<const N: usize>(socket: &mut Socket) -> io::Result<Option<TableDump<N>>> {
     let family = Layout::new(N).family;
     let mut dump = TableDump::default();
     let found = socket.request(
@@ -69,14 +95,6 @@ pub(crate) fn table<const N: usize>(socket: &mut Socket) -> io::Result<Option<Ta
         other => other?,
     }
     structure(socket, family, &mut dump)?;
-    let names: Vec<String> = dump.sets.keys().cloned().collect();
-    for name in names {
-        if let Some(seconds) = name.strip_prefix("affinity_").and_then(|seconds| seconds.parse().ok()) {
-            dump.elements.insert(Element::AffinityMap(seconds), Data::Present);
-        } else {
-            elements(socket, family, &name, &mut dump)?;
-        }
-    }
     Ok(Some(dump))
 }
 
@@ -141,26 +159,59 @@ fn each_element(
         writer.string(1, TABLE);
         writer.string(2, set);
     };
-    socket.request((GET_ELEMENT, family, true), request, |message| {
-        for (_, element) in Attributes(find(message.attributes(), 3).unwrap_or_default()) {
-            let data = find(element, 2);
-            each(Dumped {
-                key: find_path(element, &[1, 1]).unwrap_or_default(),
-                key_end: find_path(element, &[10, 1]),
-                interval_end: find_number(element, 3).unwrap_or_default() & 1 != 0,
-                data: data.and_then(|data| find(data, 1)),
-                chain: data.and_then(|data| find_string(find(data, 2)?, 2)),
-            });
-        }
-    })
+    socket.request((GET_ELEMENT, family, true), request, |message| for_each_element(message, &mut each))
 }
 
-fn elements<const N: usize>(
+fn for_each_element(message: &Received<'_>, mut each: impl FnMut(Dumped<'_>)) {
+    for (_, element) in Attributes(find(message.attributes(), 3).unwrap_or_default()) {
+        let data = find(element, 2);
+        each(Dumped {
+            key: find_path(element, &[1, 1]).unwrap_or_default(),
+            key_end: find_path(element, &[10, 1]),
+            interval_end: find_number(element, 3).unwrap_or_default() & 1 != 0,
+            data: data.and_then(|data| find(data, 1)),
+            chain: data.and_then(|data| find_string(find(data, 2)?, 2)),
+        });
+    }
+}
+
+/// Reads one element of a map or of a set without intervals; `None` if it is not there, or not of our form.
+///
+/// # Errors
+/// The request failed.
+pub(crate) fn element<const N: usize>(
     socket: &mut Socket,
-    family: u8,
+    element: &Element<N>,
+) -> io::Result<Option<Data<N>>> {
+    let Some(set) = element.set() else { return Ok(None) };
+    let request = |writer: &mut super::wire::Writer| {
+        writer.string(1, TABLE);
+        writer.string(2, set);
+        writer.nest(3, |writer| {
+            element.encode(writer, None);
+        });
+    };
+    let mut found = None;
+    let result = socket.request((GET_ELEMENT, Layout::new(N).family, false), request, |message| {
+        for_each_element(message, |dumped| found = decode(set, &dumped).map(|(_, data)| data));
+    });
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+        Ok(()) => Ok(found),
+    }
+}
+
+/// Reads the elements of one set into a dump.
+///
+/// # Errors
+/// The dump failed.
+pub(crate) fn elements<const N: usize>(
+    socket: &mut Socket,
     set: &str,
     dump: &mut TableDump<N>,
 ) -> io::Result<()> {
+    let family = Layout::new(N).family;
     if set == "service_cidrs" || set == "local_pods" {
         let mut owned: Vec<(Vec<u8>, bool)> = Vec::new();
         each_element(socket, family, set, |element| {

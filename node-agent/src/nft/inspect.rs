@@ -24,9 +24,12 @@ pub struct TableSummary {
 /// # Errors
 /// The dump failed.
 pub fn inspect() -> io::Result<Vec<TableSummary>> {
-    let mut socket = Socket::open()?;
-    let v4 = dump::table::<4>(&mut socket)?.map(|dump| summary("ip", &dump));
-    let v6 = dump::table::<16>(&mut socket)?.map(|dump| summary("ip6", &dump));
+    read(&mut Socket::open()?)
+}
+
+pub(super) fn read(socket: &mut Socket) -> io::Result<Vec<TableSummary>> {
+    let v4 = dump::table::<4>(socket)?.map(|dump| summary("ip", &dump));
+    let v6 = dump::table::<16>(socket)?.map(|dump| summary("ip6", &dump));
     Ok(v4.into_iter().chain(v6).collect())
 }
 

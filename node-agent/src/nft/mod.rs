@@ -16,6 +16,8 @@ mod mirror;
 mod monitor;
 mod netlink;
 mod plan;
+mod reader;
+mod resolve;
 mod ruleset;
 mod text;
 mod wire;
@@ -37,6 +39,7 @@ use ruleset::{FAMILY_IPV4, FAMILY_IPV6, LAST_CODE};
 pub use foreign::ForeignProxy;
 pub use inspect::{TableSummary, cleanup, inspect};
 pub use monitor::{Monitor, Notice};
+pub use reader::{FrontendQuery, KernelReader};
 pub use ruleset::{LAYOUT_VERSION, TABLE};
 
 /// Attempts of one transaction: each takes out at least one refused element or waits for another writer.

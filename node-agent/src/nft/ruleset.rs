@@ -37,7 +37,7 @@ pub(crate) const FIRST_CODE: u32 = 5;
 /// The last code of a [`Pick`].
 pub(crate) const LAST_CODE: u32 = 0xfff;
 /// Mask of a value's code.
-const CODE_MASK: u32 = 0xfff;
+pub(crate) const CODE_MASK: u32 = 0xfff;
 /// Mask of a value's pool.
 pub(crate) const POOL_MASK: u32 = 0xffff_f000;
 /// Mask of the service-port number of a pool with affinity, in values and in ids of its backends.

@@ -49,6 +49,7 @@ impl Agent {
             log: testing::log(),
             prober: Box::new(testing::NotingProber::default()),
             trial: None,
+            questions: crate::questions::Questions::none(),
         };
         let (commands, received) = mpsc::channel(16);
         let handle = tokio::runtime::Handle::current();

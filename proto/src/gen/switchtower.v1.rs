@@ -691,19 +691,31 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_milliseconds: u32,
 }
-/// One at a time per node; answered from the agent's own table only.
+/// What a node's kernel holds, asked for by people through the controller. Answered from the agent's own tables
+/// alone, read at that moment, and never in the way of an update. One at a time per node: a second Query before
+/// the last part of an Answer is refused. What can be asked:
+///
+///    what         filter                                               payload (the parts, joined)
+///    "counts"     -                                                    JSON: sizes of the view
+///    "stamp"      -                                                    JSON: the kernel's stamp
+///    "lookup"     frontends "10.96.0.10:80/TCP", comma-separated,      KernelTable: stamp, frontends
+///                 ":30080/TCP" for every address with that NodePort
+///    "frontends"  -                                                    KernelTable: stamp, all frontends
+///    "elements"   text that an element's line contains                 KernelTable: stamp, elements
+///    "rules"      -                                                    KernelTable: stamp, chains
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Query {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// "rules", "elements", "counts"
     #[prost(string, tag = "2")]
     pub what: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub filter: ::prost::alloc::string::String,
+    /// most frontends or elements; 0: 1,000; at most 100,000
     #[prost(uint32, tag = "4")]
     pub limit: u32,
 }
+/// At most 128 KiB of payload each, at most 16 MiB altogether.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Answer {
     #[prost(uint64, tag = "1")]
@@ -712,8 +724,76 @@ pub struct Answer {
     pub part: ::prost::alloc::vec::Vec<u8>,
     #[prost(bool, tag = "3")]
     pub last: bool,
+    /// not empty: there is no payload
     #[prost(string, tag = "4")]
     pub error: ::prost::alloc::string::String,
+}
+/// The agent's tables of both families as the kernel has them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KernelTable {
+    /// absent: no tables, or tables of another layout
+    #[prost(message, optional, tag = "1")]
+    pub stamp: ::core::option::Option<Stamp>,
+    /// sorted by key
+    #[prost(message, repeated, tag = "2")]
+    pub frontends: ::prost::alloc::vec::Vec<KernelFrontend>,
+    /// "ip frontends 10.96.0.10:80/TCP : 0x00001007", sorted
+    #[prost(string, repeated, tag = "3")]
+    pub elements: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, repeated, tag = "4")]
+    pub chains: ::prost::alloc::vec::Vec<KernelChain>,
+    /// frontends or elements before `limit`
+    #[prost(uint64, tag = "5")]
+    pub total: u64,
+}
+/// Where the maps lead a new connection to one address.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KernelFrontend {
+    /// always with an address
+    #[prost(message, optional, tag = "1")]
+    pub key: ::core::option::Option<FrontendKey>,
+    #[prost(message, optional, tag = "2")]
+    pub outside: ::core::option::Option<KernelTarget>,
+    /// equal to `outside` where the kernel does not tell them apart
+    #[prost(message, optional, tag = "3")]
+    pub inside: ::core::option::Option<KernelTarget>,
+    /// only `allowed` sources; others are dropped
+    #[prost(bool, tag = "4")]
+    pub restricted: bool,
+    #[prost(message, repeated, tag = "5")]
+    pub allowed: ::prost::alloc::vec::Vec<Cidr>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KernelTarget {
+    #[prost(enumeration = "KernelVerdict", tag = "1")]
+    pub verdict: i32,
+    /// sorted, each once
+    #[prost(message, repeated, tag = "2")]
+    pub endpoints: ::prost::alloc::vec::Vec<Endpoint>,
+    /// "never", "cluster_ip" (local pods are spared), "always"
+    #[prost(string, tag = "3")]
+    pub masquerade: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub affinity_seconds: u32,
+    /// the chain that chooses; empty without one
+    #[prost(string, tag = "5")]
+    pub chain: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KernelChain {
+    /// "ip" or "ip6"
+    #[prost(string, tag = "1")]
+    pub family: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// "nat hook 0 priority -100"; empty for a chain that others jump to
+    #[prost(string, tag = "3")]
+    pub hook: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub rules: u32,
+    /// rules that are not the agent's
+    #[prost(uint32, tag = "5")]
+    pub foreign: u32,
 }
 /// IANA protocol numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1183,6 +1263,42 @@ impl GoAwayReason {
             "GO_AWAY_REASON_GENERATION_OUT_OF_RANGE" => Some(Self::GenerationOutOfRange),
             "GO_AWAY_REASON_SHUTDOWN" => Some(Self::Shutdown),
             "GO_AWAY_REASON_NODE_DELETED" => Some(Self::NodeDeleted),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum KernelVerdict {
+    Unspecified = 0,
+    Forward = 1,
+    Reject = 2,
+    Drop = 3,
+    /// A map names something that another does not have: the packet is dropped.
+    Broken = 4,
+}
+impl KernelVerdict {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "KERNEL_VERDICT_UNSPECIFIED",
+            Self::Forward => "KERNEL_VERDICT_FORWARD",
+            Self::Reject => "KERNEL_VERDICT_REJECT",
+            Self::Drop => "KERNEL_VERDICT_DROP",
+            Self::Broken => "KERNEL_VERDICT_BROKEN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "KERNEL_VERDICT_UNSPECIFIED" => Some(Self::Unspecified),
+            "KERNEL_VERDICT_FORWARD" => Some(Self::Forward),
+            "KERNEL_VERDICT_REJECT" => Some(Self::Reject),
+            "KERNEL_VERDICT_DROP" => Some(Self::Drop),
+            "KERNEL_VERDICT_BROKEN" => Some(Self::Broken),
             _ => None,
         }
     }

@@ -32,7 +32,11 @@ impl Session {
             // Of a session before: what it says is not of now.
             Some(FromAgent::Ack(_) | FromAgent::Nack(_) | FromAgent::Report(_)) => Ok(()),
             Some(FromAgent::Ping(ping)) => self.send(ToAgent::Pong(Pong { sequence: ping.sequence })).await,
-            Some(FromAgent::Pong(_) | FromAgent::Answer(_)) => Ok(()),
+            Some(FromAgent::Answer(answer)) => {
+                self.asking.take(answer);
+                Ok(())
+            }
+            Some(FromAgent::Pong(_)) => Ok(()),
             Some(FromAgent::Hello(_)) => malformed("a second Hello"),
             None => malformed("a message without content"),
         }

@@ -1,0 +1,251 @@
+//! Reads the own tables for people who ask: whole, or the elements of a few frontends one by one.
+//!
+//! A lookup follows the maps as the kernel does and reads only what it meets, so that its cost is that of the
+//! Service and not of the table. Reading is no part of a transaction: an answer from the middle of a change may
+//! mix both sides of it, and says so by the stamps before and after, which then differ.
+
+use std::io;
+use std::net::IpAddr;
+
+use switchtower_proto::v1::{KernelChain, KernelFrontend, KernelTable, Stamp as WireStamp};
+
+use super::dump::{self, TableDump};
+use super::element::{Data, Element, Key};
+use super::inspect;
+use super::netlink::Socket;
+use super::resolve::{self, Lookup};
+use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6};
+use super::stamp_from;
+
+/// What a lookup asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrontendQuery {
+    /// `None`: every address with this protocol and port.
+    pub address: Option<IpAddr>,
+    /// IANA number.
+    pub protocol: u8,
+    /// 1..65535.
+    pub port: u16,
+}
+
+/// How often reading is begun again when a commit came in between.
+const ATTEMPTS: usize = 3;
+
+/// A socket for questions, apart from the one that commits.
+#[derive(Debug)]
+pub struct KernelReader {
+    socket: Socket,
+}
+
+impl KernelReader {
+    /// Opens a socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel has no nf_tables, or the process may open no more files.
+    pub fn open() -> io::Result<Self> {
+        Ok(KernelReader { socket: Socket::open()? })
+    }
+
+    /// Frontends by name; absent ones are left out.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub fn lookup(&mut self, queries: &[FrontendQuery]) -> io::Result<KernelTable> {
+        self.steadily(|socket| {
+            let mut frontends = lookup::<4>(socket, queries)?;
+            frontends.extend(lookup::<16>(socket, queries)?);
+            Ok(KernelTable { total: frontends.len() as u64, frontends, ..KernelTable::default() })
+        })
+    }
+
+    /// All frontends, at most `limit` of them.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub fn frontends(&mut self, limit: usize) -> io::Result<KernelTable> {
+        self.steadily(|socket| {
+            let mut frontends = all::<4>(socket)?;
+            frontends.extend(all::<16>(socket)?);
+            let total = frontends.len() as u64;
+            frontends.truncate(limit);
+            Ok(KernelTable { total, frontends, ..KernelTable::default() })
+        })
+    }
+
+    /// All elements whose line contains `filter`, at most `limit` of them.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub fn elements(&mut self, filter: &str, limit: usize) -> io::Result<KernelTable> {
+        self.steadily(|socket| {
+            let tables = inspect::read(socket)?;
+            let lines = tables.iter().flat_map(|table| {
+                table.elements.iter().map(move |element| format!("{} {element}", table.family))
+            });
+            let mut elements: Vec<String> = lines.filter(|line| line.contains(filter)).collect();
+            let total = elements.len() as u64;
+            elements.truncate(limit);
+            Ok(KernelTable { total, elements, ..KernelTable::default() })
+        })
+    }
+
+    /// All chains.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub fn chains(&mut self) -> io::Result<KernelTable> {
+        self.steadily(|socket| {
+            let mut chains = self::chains::<4>(socket, "ip")?;
+            chains.extend(self::chains::<16>(socket, "ip6")?);
+            Ok(KernelTable { chains, ..KernelTable::default() })
+        })
+    }
+
+    /// Reads until the stamp is the same before and after; the last attempt counts as it is.
+    fn steadily(
+        &mut self,
+        mut read: impl FnMut(&mut Socket) -> io::Result<KernelTable>,
+    ) -> io::Result<KernelTable> {
+        let mut before = stamp(&mut self.socket)?;
+        let mut table = read(&mut self.socket)?;
+        for _ in 1..ATTEMPTS {
+            let after = stamp(&mut self.socket)?;
+            if after == before {
+                break;
+            }
+            before = after;
+            table = read(&mut self.socket)?;
+        }
+        table.stamp = before;
+        Ok(table)
+    }
+}
+
+/// The stamp, if both tables have the same one.
+fn stamp(socket: &mut Socket) -> io::Result<Option<WireStamp>> {
+    let mut read = |family| match dump::stamp(socket, family) {
+        Ok(entries) => Ok(stamp_from(&entries)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    };
+    let (first, second) = (read(FAMILY_IPV4)?, read(FAMILY_IPV6)?);
+    let stamp = first.filter(|_| first == second);
+    Ok(stamp
+        .map(|stamp| WireStamp { generation: stamp.generation, digest: stamp.digest.to_le_bytes().to_vec() }))
+}
+
+fn all<const N: usize>(socket: &mut Socket) -> io::Result<Vec<KernelFrontend>> {
+    Ok(dump::table::<N>(socket)?.map(|dump| resolve::frontends(&dump)).unwrap_or_default())
+}
+
+fn chains<const N: usize>(socket: &mut Socket, family: &str) -> io::Result<Vec<KernelChain>> {
+    let Some(dump) = dump::structure_only::<N>(socket)? else { return Ok(Vec::new()) };
+    let chain = |(name, hook): (&String, &Option<dump::DumpedHook>)| {
+        let rules = dump.rules.get(name).map(Vec::as_slice).unwrap_or_default();
+        KernelChain {
+            family: family.to_owned(),
+            name: name.clone(),
+            hook: hook.as_ref().map(ToString::to_string).unwrap_or_default(),
+            rules: rules.len() as u32,
+            foreign: rules.iter().filter(|rule| rule.is_none()).count() as u32,
+        }
+    };
+    Ok(dump.chains.iter().map(chain).collect())
+}
+
+fn lookup<const N: usize>(socket: &mut Socket, queries: &[FrontendQuery]) -> io::Result<Vec<KernelFrontend>> {
+    let mut partial = Partial::<N> { socket, dump: TableDump::default() };
+    let mut keys = Vec::new();
+    for query in queries {
+        let address = query.address.map(octets);
+        match address.as_deref().map(<[u8; N]>::try_from) {
+            Some(Ok(address)) => keys.push(Key { address, port: query.port, protocol: query.protocol }),
+            // Of the other family.
+            Some(Err(_)) => {}
+            None => keys.extend(partial.keys_with(query)?),
+        }
+    }
+    keys.sort_unstable();
+    keys.dedup();
+    for key in &keys {
+        partial.follow(key)?;
+    }
+    Ok(resolve::frontends(&partial.dump))
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// The elements that the lookups of some frontends meet.
+struct Partial<'a, const N: usize> {
+    socket: &'a mut Socket,
+    dump: TableDump<N>,
+}
+
+impl<const N: usize> Partial<'_, N> {
+    /// Keys of frontends on any address; reads the map `frontends`.
+    fn keys_with(&mut self, query: &FrontendQuery) -> io::Result<Vec<Key<N>>> {
+        let mut frontends = TableDump::<N>::default();
+        match dump::elements(self.socket, "frontends", &mut frontends) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
+            _ => {}
+        }
+        let keys = frontends.elements.keys().filter_map(|element| match element {
+            Element::Frontend(key) if (key.protocol, key.port) == (query.protocol, query.port) => Some(*key),
+            _ => None,
+        });
+        Ok(keys.collect())
+    }
+
+    /// Reads what a connection to this frontend would meet, on both sides.
+    fn follow(&mut self, key: &Key<N>) -> io::Result<()> {
+        for side in [Element::Outside, Element::Inside] {
+            let value = loop {
+                match resolve::next_element(&self.dump, key, side) {
+                    Lookup::Value(value) => break Some(value),
+                    Lookup::Missing(element) if self.get(element)?.is_none() => break None,
+                    Lookup::Missing(_) => {}
+                }
+            };
+            if let Some(value) = value {
+                self.follow_value(value)?;
+            }
+        }
+        if resolve::restricted(&self.dump, key) {
+            self.allowed_sources()?;
+        }
+        Ok(())
+    }
+
+    fn follow_value(&mut self, value: u32) -> io::Result<()> {
+        self.get(Element::Pick(resolve::code(value)))?;
+        let Some(pick) = resolve::pick(&self.dump, value) else { return Ok(()) };
+        for slot in resolve::slots(value, &pick) {
+            if let Some(Data::Value(id)) = self.get(slot)? {
+                self.get(resolve::backend(id, &pick))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn get(&mut self, element: Element<N>) -> io::Result<Option<Data<N>>> {
+        if let Some(known) = self.dump.elements.get(&element) {
+            return Ok(Some(*known));
+        }
+        let found = dump::element(self.socket, &element)?;
+        if let Some(data) = found {
+            self.dump.elements.insert(element, data);
+        }
+        Ok(found)
+    }
+
+    /// Interval sets cannot be asked for what they hold of one frontend: the set is read, once.
+    fn allowed_sources(&mut self) -> io::Result<()> {
+        let known = self.dump.elements.keys().any(|element| matches!(element, Element::AllowedSource(..)));
+        if known { Ok(()) } else { dump::elements(self.socket, "allowed_sources", &mut self.dump) }
+    }
+}

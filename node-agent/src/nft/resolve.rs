@@ -1,0 +1,241 @@
+//! Where the maps of a table lead a connection: pure, from elements that were read.
+//!
+//! The kernel's own lookups are followed: `frontends` gives a value, its code a verdict or a chain, the chain's
+//! slots name backends, and these have addresses. What one map names and another lacks is a broken target: the
+//! kernel drops such a packet.
+
+use std::collections::BTreeSet;
+
+use switchtower_proto::v1::{
+    Cidr, Endpoint, Family, FrontendKey, KernelFrontend, KernelTarget, KernelVerdict,
+};
+
+use super::dump::TableDump;
+use super::element::{Data, Element, Key};
+use super::ruleset::{
+    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick,
+};
+
+/// Codes that lead to further maps, at most: `restricted`, then `split`, then a pick.
+const STEPS: usize = 3;
+
+/// All frontends of a table, sorted by key.
+pub(super) fn frontends<const N: usize>(dump: &TableDump<N>) -> Vec<KernelFrontend> {
+    let mut keys: Vec<Key<N>> = dump
+        .elements
+        .keys()
+        .filter_map(|element| match element {
+            Element::Frontend(key) => Some(*key),
+            _ => None,
+        })
+        .collect();
+    keys.sort_unstable_by_key(|key| (key.address, key.protocol, key.port));
+    keys.iter().map(|key| frontend(dump, key)).collect()
+}
+
+fn frontend<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> KernelFrontend {
+    let restricted = restricted(dump, key);
+    KernelFrontend {
+        key: Some(FrontendKey {
+            family: if N == 4 { Family::Ipv4 } else { Family::Ipv6 }.into(),
+            address: key.address.to_vec(),
+            protocol: key.protocol.into(),
+            port: key.port.into(),
+        }),
+        outside: Some(target(dump, key, Element::Outside)),
+        inside: Some(target(dump, key, Element::Inside)),
+        restricted,
+        allowed: if restricted { allowed(dump, key) } else { Vec::new() },
+    }
+}
+
+/// Whether only some sources may use a frontend.
+pub(super) fn restricted<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> bool {
+    value(dump, &Element::Frontend(*key)).is_some_and(|value| code(value) == CODE_RESTRICTED)
+}
+
+fn allowed<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> Vec<Cidr> {
+    let ranges = dump.elements.keys().filter_map(|element| match element {
+        Element::AllowedSource(at, range) if at == key => Some(range),
+        _ => None,
+    });
+    let cidr =
+        |address: [u8; N], prefix: u8| Cidr { address: address.to_vec(), prefix_length: prefix.into() };
+    let sorted: BTreeSet<Cidr> = ranges.map(|range| cidr(range.address, range.prefix)).collect();
+    sorted.into_iter().collect()
+}
+
+/// The dispatch code of a value.
+pub(super) fn code(value: u32) -> u32 {
+    value & CODE_MASK
+}
+
+fn value<const N: usize>(dump: &TableDump<N>, element: &Element<N>) -> Option<u32> {
+    match dump.elements.get(element) {
+        Some(Data::Value(value)) => Some(*value),
+        _ => None,
+    }
+}
+
+/// The elements whose values lead from a frontend to its target on one side, in the order of the lookups, as far
+/// as `dump` has them. `side` is the map behind `split`.
+pub(super) fn next_element<const N: usize>(
+    dump: &TableDump<N>,
+    key: &Key<N>,
+    side: fn(Key<N>) -> Element<N>,
+) -> Lookup<N> {
+    let mut at = Element::Frontend(*key);
+    for _ in 0..STEPS {
+        let Some(value) = value(dump, &at) else { return Lookup::Missing(at) };
+        at = match code(value) {
+            CODE_RESTRICTED => Element::Guarded(*key),
+            CODE_SPLIT => side(*key),
+            _ => return Lookup::Value(value),
+        };
+    }
+    Lookup::Missing(at)
+}
+
+/// Where the lookups of a frontend end.
+pub(super) enum Lookup<const N: usize> {
+    /// This element is not there, or was not read.
+    Missing(Element<N>),
+    /// A verdict, or a pool and a pick.
+    Value(u32),
+}
+
+fn target<const N: usize>(dump: &TableDump<N>, key: &Key<N>, side: fn(Key<N>) -> Element<N>) -> KernelTarget {
+    let verdict =
+        |verdict: KernelVerdict| KernelTarget { verdict: verdict.into(), ..KernelTarget::default() };
+    let Lookup::Value(value) = next_element(dump, key, side) else { return verdict(KernelVerdict::Broken) };
+    match code(value) {
+        CODE_DROP => return verdict(KernelVerdict::Drop),
+        CODE_REFUSE => return verdict(KernelVerdict::Reject),
+        _ => {}
+    }
+    let Some(pick) = pick(dump, value) else { return verdict(KernelVerdict::Broken) };
+    let found: Option<BTreeSet<Endpoint>> =
+        slots(value, &pick).map(|slot| endpoint(dump, &slot, &pick)).collect();
+    let broken = found.is_none();
+    KernelTarget {
+        verdict: if broken { KernelVerdict::Broken } else { KernelVerdict::Forward }.into(),
+        endpoints: found.into_iter().flatten().collect(),
+        masquerade: match pick.kind.masquerade {
+            Masquerade::Never => "never",
+            Masquerade::ClusterIp => "cluster_ip",
+            Masquerade::Always => "always",
+        }
+        .to_owned(),
+        affinity_seconds: pick.kind.affinity.map_or(0, |(seconds, _)| seconds),
+        chain: pick.chain(),
+    }
+}
+
+/// The pick that a value's code stands for.
+pub(super) fn pick<const N: usize>(dump: &TableDump<N>, value: u32) -> Option<Pick> {
+    match dump.elements.get(&Element::Pick(code(value))) {
+        Some(Data::Pick(pick)) => Some(*pick),
+        _ => None,
+    }
+}
+
+/// The slots that a pick chooses from.
+pub(super) fn slots<const N: usize>(value: u32, pick: &Pick) -> impl Iterator<Item = Element<N>> + use<N> {
+    let (pool, size) = (value & POOL_MASK, pick.size);
+    (0..size).map(move |index| Element::Slot { pool, index })
+}
+
+/// The map element that has the address of a backend.
+pub(super) fn backend<const N: usize>(id: u32, pick: &Pick) -> Element<N> {
+    match pick.kind.affinity {
+        None => Element::Backend(id),
+        Some((_, false)) => Element::StickyCluster(id),
+        Some((_, true)) => Element::StickyLocal(id),
+    }
+}
+
+fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pick: &Pick) -> Option<Endpoint> {
+    let id = value(dump, slot)?;
+    match dump.elements.get(&backend(id, pick))? {
+        Data::Endpoint(address, port) => Some(Endpoint { address: address.to_vec(), port: (*port).into() }),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::element::Range;
+    use crate::nft::ruleset::Kind;
+
+    const KEY: Key<4> = Key { address: [10, 96, 0, 1], port: 80, protocol: 6 };
+    const POOL: u32 = 1 << 13;
+    const PICK: Pick = Pick { kind: Kind { masquerade: Masquerade::ClusterIp, affinity: None }, size: 3 };
+
+    fn dump(elements: &[(Element<4>, Data<4>)]) -> TableDump<4> {
+        TableDump { elements: elements.iter().copied().collect(), ..TableDump::default() }
+    }
+
+    /// Two backends in three slots.
+    fn pool() -> Vec<(Element<4>, Data<4>)> {
+        let slot = |index, id| (Element::Slot { pool: POOL, index }, Data::Value(id));
+        let backend = |id, last| (Element::Backend(id), Data::Endpoint([10, 244, 0, last], 8080));
+        vec![
+            (Element::Pick(7), Data::Pick(PICK)),
+            slot(0, 1),
+            slot(1, 2),
+            slot(2, 1),
+            backend(1, 9),
+            backend(2, 5),
+        ]
+    }
+
+    fn one(elements: &[(Element<4>, Data<4>)]) -> KernelFrontend {
+        let mut all = pool();
+        all.extend(elements);
+        let mut found = frontends(&dump(&all));
+        assert_eq!(found.len(), 1);
+        found.remove(0)
+    }
+
+    fn verdicts(frontend: &KernelFrontend) -> (KernelVerdict, KernelVerdict) {
+        let verdict = |target: &Option<KernelTarget>| target.as_ref().unwrap().verdict();
+        (verdict(&frontend.outside), verdict(&frontend.inside))
+    }
+
+    #[test]
+    fn a_pool_is_followed_to_its_endpoints_each_once() {
+        let found = one(&[(Element::Frontend(KEY), Data::Value(POOL | 7))]);
+        let target = found.outside.clone().unwrap();
+        assert_eq!(found.outside, found.inside);
+        assert_eq!(target.verdict(), KernelVerdict::Forward);
+        let last: Vec<u8> = target.endpoints.iter().map(|endpoint| endpoint.address[3]).collect();
+        assert_eq!(last, [5, 9]);
+        assert_eq!((target.chain.as_str(), target.masquerade.as_str()), ("pick-cluster_ip-3", "cluster_ip"));
+    }
+
+    #[test]
+    fn both_sides_of_a_split_and_the_sources_of_a_restriction() {
+        let range = Range::new(&[192, 0, 2, 0], 24).unwrap();
+        let found = one(&[
+            (Element::Frontend(KEY), Data::Value(CODE_RESTRICTED)),
+            (Element::Guarded(KEY), Data::Value(CODE_SPLIT)),
+            (Element::Inside(KEY), Data::Value(POOL | 7)),
+            (Element::Outside(KEY), Data::Value(CODE_DROP)),
+            (Element::AllowedSource(KEY, range), Data::Present),
+        ]);
+        assert_eq!(verdicts(&found), (KernelVerdict::Drop, KernelVerdict::Forward));
+        assert!(found.restricted);
+        assert_eq!(found.allowed, [Cidr { address: vec![192, 0, 2, 0], prefix_length: 24 }]);
+    }
+
+    #[test]
+    fn refusal_and_what_is_missing() {
+        let found = one(&[(Element::Frontend(KEY), Data::Value(CODE_REFUSE))]);
+        assert_eq!(verdicts(&found).0, KernelVerdict::Reject);
+        for value in [CODE_SPLIT, CODE_RESTRICTED, POOL | 8, (POOL * 2) | 7] {
+            let found = one(&[(Element::Frontend(KEY), Data::Value(value))]);
+            assert_eq!(verdicts(&found).0, KernelVerdict::Broken, "{value:#x}");
+        }
+    }
+}
