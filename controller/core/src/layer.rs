@@ -20,6 +20,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Change, ChangeInfo, LayerKind, Part, PartKind, Source};
 
 use crate::model::LayerId;
+use crate::view::View;
 
 mod items;
 mod log;
@@ -261,6 +262,20 @@ impl Layers {
             subscription: subscription.clone(),
             digests: self.digests(subscription),
         }
+    }
+
+    /// A node's view, for explanations. `service` (namespace, name): only what concerns this Service and those in
+    /// its bucket; costs their size, and a glance at each frontend's bucket.
+    #[must_use]
+    pub fn view(&self, subscription: &Subscription, service: Option<(&str, &str)>) -> View {
+        let only = service.map(|(namespace, name)| items::bucket16(namespace, name));
+        let mut view = View::default();
+        for (kind, id) in KINDS.into_iter().zip(subscription.layers()) {
+            let Some(layer) = id.and_then(|id| self.layers.get(&id)) else { continue };
+            let changes = layer.items.changes(only);
+            changes.values().flatten().for_each(|change| view.apply(kind, change));
+        }
+        view
     }
 
     /// Finds the place of a view by the revision that its holder remembers and by its digest.

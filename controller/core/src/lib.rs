@@ -4,11 +4,15 @@
 //! Items of the view are the protocol's own messages (`switchtower-proto` without its gRPC half), so that
 //! there is one definition of what is hashed, sent and merged.
 
+pub mod admin;
+pub mod codes;
 pub mod compile;
 pub mod compiled;
+pub mod explain;
 pub mod layer;
 pub mod model;
 pub mod propagation;
+pub mod names;
 pub mod rollout;
 pub mod tracer;
 pub mod view;

@@ -12,6 +12,7 @@ use switchtower_proto::v1::{
     Verdict,
 };
 
+use crate::names;
 use crate::view::View;
 use crate::wire::{self, address, net, octets};
 
@@ -27,10 +28,30 @@ pub enum Source {
 }
 
 impl Source {
-    fn address(self) -> IpAddr {
+    /// The packet's source address.
+    pub fn address(self) -> IpAddr {
         match self {
             Source::LocalPod(address) | Source::Host(address) | Source::Other(address) => address,
         }
+    }
+
+    /// What a node takes a source address for. Where local pods are known by their interface, an address of the
+    /// node's pod CIDRs is taken to be one.
+    pub fn of(view: &View, address: IpAddr) -> Self {
+        let within = |cidrs: &[Cidr]| cidrs.iter().filter_map(net).any(|net| net.contains(&address));
+        let node = view.node();
+        if node.is_some_and(|node| node.addresses.contains(&octets(address))) {
+            return Source::Host(address);
+        }
+        let own_pods = || node.is_some_and(|node| within(&node.pod_cidrs));
+        let local = view.settings().is_some_and(|settings| match settings.local_detection() {
+            LocalDetection::ClusterCidr => within(&settings.cluster_cidrs),
+            LocalDetection::None | LocalDetection::Unspecified => false,
+            LocalDetection::NodeCidr
+            | LocalDetection::BridgeInterface
+            | LocalDetection::InterfaceNamePrefix => own_pods(),
+        });
+        if local { Source::LocalPod(address) } else { Source::Other(address) }
     }
 }
 
@@ -56,13 +77,33 @@ pub enum Fate {
         endpoints: BTreeSet<Endpoint>,
         /// The endpoint sees the node's address instead of the client's.
         masquerade: bool,
+        /// The endpoint among them that is the source itself: a connection to it is masqueraded in any case, or
+        /// it would never see its own answer.
+        hairpin: Option<Endpoint>,
     },
     /// The client is told at once.
-    Reject,
+    Reject(Cause),
     /// The client times out.
-    Drop,
+    Drop(Cause),
     /// No Service is concerned: the packet goes where it would without a proxy.
     Pass,
+}
+
+/// Why a packet goes nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// The service port has no usable endpoint.
+    NoEndpoints,
+    /// internalTrafficPolicy Local, and no endpoint on this node.
+    NoLocalEndpointsInside,
+    /// externalTrafficPolicy Local, and no endpoint on this node.
+    NoLocalEndpointsOutside,
+    /// The source is in none of loadBalancerSourceRanges.
+    SourceRange,
+    /// A ClusterIP without this port.
+    UndefinedPort,
+    /// An address of a ServiceCIDR that no Service has.
+    UnallocatedAddress,
 }
 
 /// The fate and how it came about.
@@ -70,7 +111,7 @@ pub enum Fate {
 pub struct Trace {
     /// The outcome.
     pub fate: Fate,
-    /// The steps that led to it, for people.
+    /// The steps that led to it, for people, in the words of the kernel's maps.
     pub path: Vec<String>,
 }
 
@@ -97,16 +138,29 @@ impl Tracer<'_> {
             port: port.into(),
         };
         let Some(frontend) = self.view.frontend(&key) else { return self.unserved() };
-        self.path.push(format!("frontend {destination}:{port} ({:?})", frontend.kind()));
-        if !self.source_allowed(frontend) {
-            self.path.push("source is in none of loadBalancerSourceRanges".to_owned());
-            return Fate::Drop;
+        self.path.push(format!("frontends {} ({})", names::frontend(&key), names::kind(frontend.kind())));
+        let ranges = self.source_ranges(frontend);
+        if !ranges.is_empty() {
+            let allowed = self.source_allowed(frontend, &ranges);
+            let verdict = if allowed { "is allowed" } else { "is in no allowed range" };
+            self.path.push(format!("allowed_sources: {} {verdict}", self.packet.source.address()));
+            if !allowed {
+                return Fate::Drop(Cause::SourceRange);
+            }
         }
         let detected = self.detection();
         let local_pod = detected && matches!(self.packet.source, Source::LocalPod(_));
         let inside = local_pod || matches!(self.packet.source, Source::Host(_));
-        let target = if inside { frontend.inside } else { frontend.outside }.unwrap_or_default();
-        self.path.push(format!("{} target", if inside { "inside" } else { "outside" }));
+        let (inner, outer) = (frontend.inside.unwrap_or_default(), frontend.outside.unwrap_or_default());
+        let target = if inside { inner } else { outer };
+        if inner != outer {
+            let who = match (self.packet.source, local_pod) {
+                (Source::Host(_), _) => "a process of the node",
+                (_, true) => "a local pod",
+                _ => "not a local pod",
+            };
+            self.path.push(format!("{}: the source is {who}", if inside { "inside" } else { "outside" }));
+        }
         let masquerade = self.masquerades(frontend, detected, local_pod);
         self.pick(frontend, &target, masquerade)
     }
@@ -124,25 +178,39 @@ impl Tracer<'_> {
                 && frontend.key.as_ref().is_some_and(|key| key.address == address)
         };
         if self.view.frontends().find(of_address).is_some() {
-            self.path.push("a ClusterIP without this port".to_owned());
-            return Fate::Reject;
+            self.path.push(format!("cluster_ips {}: no such port", self.packet.destination));
+            return Fate::Reject(Cause::UndefinedPort);
         }
         if self.view.service_cidrs().filter_map(net).any(|net| net.contains(&self.packet.destination)) {
-            self.path.push("an address of a ServiceCIDR that no Service has".to_owned());
-            return Fate::Drop;
+            self.path.push(format!("service_cidrs: no Service has {}", self.packet.destination));
+            return Fate::Drop(Cause::UnallocatedAddress);
         }
         Fate::Pass
     }
 
-    /// A node whose own address is allowed may also use the address that the balancer gave, which is then
-    /// both source and destination (kube-proxy: the firewall chain's own exception).
-    fn source_allowed(&self, frontend: &Frontend) -> bool {
-        let ranges: Vec<IpNet> = frontend.source_ranges.iter().filter_map(net).collect();
+    /// The source ranges that count: a family without one of its own is open.
+    fn source_ranges(&self, frontend: &Frontend) -> Vec<IpNet> {
+        let ipv6 = self.packet.destination.is_ipv6();
+        let ranges = frontend.source_ranges.iter().filter_map(net);
+        let balanced = frontend.kind() == FrontendKind::LoadBalancer;
+        ranges.filter(|range| balanced && range.addr().is_ipv6() == ipv6).collect()
+    }
+
+    /// A node whose own address is allowed may also use the addresses that the balancer gave the Service: where
+    /// they are bound on the node, its connections have one of them as their source.
+    fn source_allowed(&self, frontend: &Frontend, ranges: &[IpNet]) -> bool {
         let source = self.packet.source.address();
         let within = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
         let node = self.view.node().map(|node| node.addresses.as_slice()).unwrap_or_default();
-        let node_allowed = node.iter().filter_map(|octets| address(octets)).any(|address| within(&address));
-        ranges.is_empty() || within(&source) || (source == self.packet.destination && node_allowed)
+        let ipv6 = self.packet.destination.is_ipv6();
+        let primary =
+            node.iter().filter_map(|octets| address(octets)).find(|address| address.is_ipv6() == ipv6);
+        let balanced = |other: &Frontend| {
+            other.kind() == FrontendKind::LoadBalancer
+                && other.service_port == frontend.service_port
+                && other.key.as_ref().is_some_and(|key| key.address == octets(source))
+        };
+        within(&source) || (primary.is_some_and(|node| within(&node)) && self.view.frontends().any(balanced))
     }
 
     /// Whether local pods can be told from other sources in this family.
@@ -173,14 +241,27 @@ impl Tracer<'_> {
     fn pick(&mut self, frontend: &Frontend, target: &Target, masquerade: bool) -> Fate {
         let service_port = frontend.service_port.clone().unwrap_or_default();
         let pool = self.view.pool(&service_port, self.family(), target.role());
+        let name = format!("slots {} {}", names::service_port(&service_port), names::role(target.role()));
         match pool.filter(|pool| !pool.is_empty()) {
             Some(pool) => {
-                self.path.push(format!("pool {:?} with {} endpoints", target.role(), pool.len()));
-                Fate::Forward { endpoints: pool.clone(), masquerade }
+                self.path.push(format!("{name}: one of {}", pool.len()));
+                let own = pool.iter().find(|endpoint| {
+                    endpoint.address == octets(self.packet.source.address())
+                        && self.view.is_local_endpoint(self.packet.protocol, endpoint)
+                });
+                Fate::Forward { endpoints: pool.clone(), masquerade, hairpin: own.cloned() }
+            }
+            None if target.when_empty() == Verdict::Drop => {
+                self.path.push(format!("{name}: none on this node, dropped"));
+                let internal = frontend.kind() == FrontendKind::ClusterIp
+                    || frontend.outside.unwrap_or_default().role() != Role::Local;
+                let cause =
+                    if internal { Cause::NoLocalEndpointsInside } else { Cause::NoLocalEndpointsOutside };
+                Fate::Drop(cause)
             }
             None => {
-                self.path.push(format!("pool {:?} is empty", target.role()));
-                if target.when_empty() == Verdict::Drop { Fate::Drop } else { Fate::Reject }
+                self.path.push(format!("{name}: none, refused"));
+                Fate::Reject(Cause::NoEndpoints)
             }
         }
     }

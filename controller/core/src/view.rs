@@ -4,12 +4,16 @@
 //! NODE before ZONE before CLUSTER. So losing an override lets the default show again by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::{
-    Change, Cidr, Endpoint, Family, Frontend, FrontendKey, LayerKind, NodeRecord, PoolKey, Role, ServicePort,
-    Settings,
+    Change, Cidr, Endpoint, Family, Frontend, FrontendKey, LayerKind, LocalEndpoint, NodeRecord, PoolKey,
+    Protocol, Role, ServicePort, Settings,
 };
+
+use crate::wire;
 
 type Pools = BTreeMap<PoolKey, BTreeSet<Endpoint>>;
 
@@ -21,13 +25,15 @@ pub struct View {
     zone: Pools,
     own: Pools,
     service_cidrs: BTreeSet<Cidr>,
+    local_endpoints: BTreeSet<LocalEndpoint>,
+    host_addresses: BTreeSet<IpAddr>,
     node: Option<NodeRecord>,
     settings: Option<Settings>,
 }
 
 impl View {
     /// Applies a change of one of the node's layers. What concerns neither frontends nor pools nor facts
-    /// (hairpin entries, health checks) is passed over.
+    /// (health checks) is passed over.
     pub fn apply(&mut self, layer: LayerKind, change: &Change) {
         let pools = match layer {
             LayerKind::Zone => &mut self.zone,
@@ -50,22 +56,51 @@ impl View {
             Some(Kind::ServiceCidr(cidr)) => drop(self.service_cidrs.insert(cidr.clone())),
             Some(Kind::ServiceCidrRemoved(cidr)) => drop(self.service_cidrs.remove(cidr)),
             Some(Kind::Settings(settings)) => self.settings = Some(settings.clone()),
-            Some(
-                Kind::LocalEndpoint(_)
-                | Kind::LocalEndpointRemoved(_)
-                | Kind::HealthCheck(_)
-                | Kind::HealthCheckRemoved(_),
-            )
-            | None => {}
+            Some(Kind::LocalEndpoint(endpoint)) => drop(self.local_endpoints.insert(endpoint.clone())),
+            Some(Kind::LocalEndpointRemoved(endpoint)) => drop(self.local_endpoints.remove(endpoint)),
+            Some(Kind::HealthCheck(_) | Kind::HealthCheckRemoved(_)) | None => {}
         }
     }
 
-    /// The frontend of an address, or the node port if the address is one of the node's primary ones.
+    /// Tells the addresses of the node's interfaces, which only the node knows. Without them a NodePort is taken to
+    /// be served on the node's primary addresses alone.
+    pub fn set_host_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.host_addresses = addresses.into_iter().collect();
+    }
+
+    /// The addresses on which the node serves NodePorts: its primary ones, or those of its interfaces that are inside
+    /// `nodePortAddresses`, loopback excluded.
+    pub fn node_port_addresses(&self) -> BTreeSet<IpAddr> {
+        let node = self.node.iter().flat_map(|node| &node.addresses);
+        let primary: BTreeSet<IpAddr> = node.filter_map(|octets| wire::address(octets)).collect();
+        let settings = self.settings.as_ref();
+        let served = settings.map(|settings| settings.node_port_addresses.as_slice()).unwrap_or_default();
+        if served.is_empty() {
+            return primary;
+        }
+        let ranges: Vec<IpNet> = served.iter().filter_map(wire::net).collect();
+        let all = if self.host_addresses.is_empty() { &primary } else { &self.host_addresses };
+        let inside =
+            |address: &&IpAddr| !address.is_loopback() && ranges.iter().any(|range| range.contains(*address));
+        all.iter().filter(inside).copied().collect()
+    }
+
+    /// The frontend of an address, or the node port if NodePorts are served on the address.
     pub fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
         self.frontends.get(key).or_else(|| {
-            let node = self.node.as_ref()?;
+            let address = wire::address(&key.address)?;
             let anywhere = FrontendKey { address: Vec::new(), ..key.clone() };
-            node.addresses.contains(&key.address).then(|| self.frontends.get(&anywhere)).flatten()
+            let frontend = self.frontends.get(&anywhere)?;
+            self.node_port_addresses().contains(&address).then_some(frontend)
+        })
+    }
+
+    /// Whether this is an endpoint on the node: its connections to itself through a Service are masqueraded.
+    pub fn is_local_endpoint(&self, protocol: Protocol, endpoint: &Endpoint) -> bool {
+        self.local_endpoints.contains(&LocalEndpoint {
+            address: endpoint.address.clone(),
+            protocol: protocol.into(),
+            port: endpoint.port,
         })
     }
 

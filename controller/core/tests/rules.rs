@@ -11,10 +11,11 @@ use std::net::IpAddr;
 
 use switchtower_core::compile::Compiler;
 use switchtower_core::model::*;
-use switchtower_core::tracer::{Fate, Packet, Source, trace};
+use switchtower_core::tracer::{Cause, Fate, Packet, Source, trace};
 use switchtower_core::view::View;
+use switchtower_core::wire;
 use switchtower_proto::v1::change::Change as Kind;
-use switchtower_proto::v1::{Change, Endpoint, LayerKind, LocalDetection, Protocol, Settings};
+use switchtower_proto::v1::{Change, Cidr, Endpoint, LayerKind, LocalDetection, Protocol, Settings};
 
 const CLUSTER_IP: [u8; 4] = [10, 96, 0, 10];
 const BALANCER: [u8; 4] = [198, 51, 100, 1];
@@ -118,7 +119,7 @@ fn local_list(case: &Case) -> Vec<u8> {
 fn expected(case: &Case, to: &str, from: &str) -> Fate {
     let any = case.places.iter().any(|p| matches!(p.condition, Condition::Ready | Condition::Serving));
     if !any {
-        return Fate::Reject;
+        return Fate::Reject(Cause::NoEndpoints);
     }
     let (list, masquerade) = if to == "cluster ip" {
         (if case.internal_local { local_list(case) } else { cluster_list(case) }, from != "pod")
@@ -132,10 +133,15 @@ fn expected(case: &Case, to: &str, from: &str) -> Fate {
         }
     };
     if list.is_empty() {
-        return Fate::Drop;
+        return Fate::Drop(if to == "cluster ip" {
+            Cause::NoLocalEndpointsInside
+        } else {
+            Cause::NoLocalEndpointsOutside
+        });
     }
     let endpoint = |octet| Endpoint { address: vec![10, 244, 0, octet], port: 8080 };
-    Fate::Forward { endpoints: list.into_iter().map(endpoint).collect::<BTreeSet<_>>(), masquerade }
+    let endpoints = list.into_iter().map(endpoint).collect::<BTreeSet<_>>();
+    Fate::Forward { endpoints, masquerade, hairpin: None }
 }
 
 // ---- the same through the compiler and the tracer
@@ -187,6 +193,10 @@ fn slice(case: &Case) -> EndpointSlice {
 }
 
 fn view(case: &Case) -> View {
+    view_of(service(case), slice(case))
+}
+
+fn view_of(service: Service, slice: EndpointSlice) -> View {
     let mut compiler = Compiler::new();
     for (name, zone) in [("n1", "a"), ("n2", "b")] {
         compiler.apply(Input::Node(Node {
@@ -197,8 +207,8 @@ fn view(case: &Case) -> View {
             eligible: true,
         }));
     }
-    compiler.apply(Input::Service(service(case)));
-    compiler.apply(Input::Slice(slice(case)));
+    compiler.apply(Input::Service(service));
+    compiler.apply(Input::Slice(slice));
     compiler.apply(Input::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()]));
     let mut view = View::default();
     let settings = Settings { local_detection: LocalDetection::NodeCidr.into(), ..Default::default() };
@@ -252,8 +262,91 @@ fn every_combination_agrees_with_the_rules() {
 fn ports_and_addresses_that_nobody_serves() {
     let case = Case { places: vec![], internal_local: false, external_local: false, external: true };
     let view = view(&case);
-    assert_eq!(trace(&view, &packet(CLUSTER_IP, 81, "pod")).fate, Fate::Reject);
-    assert_eq!(trace(&view, &packet([10, 96, 9, 9], 80, "pod")).fate, Fate::Drop);
+    assert_eq!(trace(&view, &packet(CLUSTER_IP, 81, "pod")).fate, Fate::Reject(Cause::UndefinedPort));
+    assert_eq!(trace(&view, &packet([10, 96, 9, 9], 80, "pod")).fate, Fate::Drop(Cause::UnallocatedAddress));
     assert_eq!(trace(&view, &packet(BALANCER, 81, "client")).fate, Fate::Pass);
     assert_eq!(trace(&view, &packet([127, 0, 0, 1], 30_080, "host")).fate, Fate::Pass);
+}
+
+fn cidr(text: &str) -> Cidr {
+    wire::cidr(text.parse().unwrap())
+}
+
+/// A Service with two balancer addresses and source ranges, and its endpoint on n1.
+fn restricted(ranges: &[&str]) -> View {
+    let near = Place { octet: 1, node: "n1", condition: Condition::Ready, hint: Hint::None };
+    let case = Case { places: vec![near], internal_local: false, external_local: false, external: true };
+    let mut compiled = service(&case);
+    compiled.source_ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+    compiled.load_balancer_ips.push([198, 51, 100, 2].into());
+    view_of(compiled, slice(&case))
+}
+
+#[test]
+fn source_ranges_let_in_who_they_name_and_the_balancer_itself() {
+    let forwarded = |view: &View, to: [u8; 4], port, source: [u8; 4]| {
+        let source = Source::of(view, source.into());
+        let packet = Packet { source, destination: to.into(), protocol: Protocol::Tcp, port };
+        match trace(view, &packet).fate {
+            Fate::Forward { .. } => true,
+            Fate::Drop(Cause::SourceRange) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    let view = restricted(&["203.0.113.0/24"]);
+    assert!(forwarded(&view, BALANCER, 80, [203, 0, 113, 7]));
+    for source in [[203, 0, 114, 7], NODE, BALANCER, [10, 244, 0, 99]] {
+        assert!(!forwarded(&view, BALANCER, 80, source), "{source:?}");
+    }
+    // A node port and the ClusterIP are not restricted.
+    assert!(forwarded(&view, NODE, 30_080, [203, 0, 114, 7]));
+    assert!(forwarded(&view, CLUSTER_IP, 80, [203, 0, 114, 7]));
+    // With the node's address allowed, any address of the Service's balancer is a good source.
+    let view = restricted(&["192.0.2.0/24"]);
+    for source in [NODE, BALANCER, [198, 51, 100, 2]] {
+        assert!(forwarded(&view, BALANCER, 80, source), "{source:?}");
+    }
+    assert!(!forwarded(&view, BALANCER, 80, [198, 51, 100, 3]));
+    // Ranges of the other family do not restrict this one.
+    assert!(forwarded(&restricted(&["2001:db8::/32"]), BALANCER, 80, [203, 0, 113, 7]));
+}
+
+#[test]
+fn an_endpoint_that_reaches_itself_is_masqueraded() {
+    let place = |octet, node| Place { octet, node, condition: Condition::Ready, hint: Hint::None };
+    let places = vec![place(1, "n1"), place(2, "n2")];
+    let case = Case { places, internal_local: false, external_local: false, external: false };
+    let view = view(&case);
+    let hairpin = |octet| {
+        let source = Source::of(&view, IpAddr::from([10, 244, 0, octet]));
+        match trace(&view, &Packet { source, ..packet(CLUSTER_IP, 80, "pod") }).fate {
+            Fate::Forward { masquerade: false, hairpin, .. } => hairpin.map(|own| own.address[3]),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((hairpin(1), hairpin(9)), (Some(1), None));
+    // The other node's endpoint is not local here, so it is not in the kernel's set.
+    assert_eq!(hairpin(2), None);
+}
+
+#[test]
+fn node_ports_are_served_where_the_settings_say() {
+    let near = Place { octet: 1, node: "n1", condition: Condition::Ready, hint: Hint::None };
+    let case = Case { places: vec![near], internal_local: false, external_local: false, external: true };
+    let mut view = view(&case);
+    let second = [192, 0, 2, 200];
+    view.set_host_addresses([NODE.into(), second.into(), IpAddr::from([127, 0, 0, 1])]);
+    let served = |view: &View, address| trace(view, &packet(address, 30_080, "client")).fate != Fate::Pass;
+    assert!(served(&view, NODE) && !served(&view, second));
+    let settings = |ranges: &[&str]| Settings {
+        local_detection: LocalDetection::NodeCidr.into(),
+        node_port_addresses: ranges.iter().map(|range| cidr(range)).collect(),
+        ..Default::default()
+    };
+    for (ranges, wanted) in [(&["0.0.0.0/0"][..], [true, true]), (&["192.0.2.200/32"], [false, true])] {
+        let change = Change { change: Some(Kind::Settings(settings(ranges))) };
+        view.apply(LayerKind::Settings, &change);
+        assert_eq!([served(&view, NODE), served(&view, second)], wanted, "{ranges:?}");
+        assert!(!served(&view, [127, 0, 0, 1]));
+    }
 }

@@ -246,8 +246,10 @@ impl Items {
         true
     }
 
-    /// The items as buckets, in their order. Each is at most a few hundred KiB; a larger one comes in several.
-    pub(super) fn buckets(&self) -> Vec<Bucket> {
+    /// The items as the changes that make them, by bucket. `only`: of one bucket and of bucket 0, where the items
+    /// without a Service are; of the others only the bucket's number is looked at.
+    pub(super) fn changes(&self, only: Option<u16>) -> BTreeMap<u16, Vec<Change>> {
+        let wanted = |bucket: u16| only.is_none_or(|only| bucket == only || bucket == 0);
         let mut changes: BTreeMap<u16, Vec<Change>> = BTreeMap::new();
         let mut put =
             |bucket: u16, op: Op| changes.entry(bucket).or_default().push(Change { change: Some(op) });
@@ -266,17 +268,23 @@ impl Items {
         for (key, check) in &self.health_checks {
             put(bucket16(&key.namespace, &key.name), Op::HealthCheck(check.clone()));
         }
-        for (bucket, value) in self.frontends.values() {
+        for (bucket, value) in self.frontends.values().filter(|(bucket, _)| wanted(*bucket)) {
             if let Ok(frontend) = Frontend::decode(&**value) {
                 put(*bucket, Op::Frontend(frontend));
             }
         }
         let mut patches = Vec::new();
-        for (name, pool) in &self.pools {
+        for (name, pool) in self.pools.iter().filter(|(_, pool)| wanted(pool.bucket)) {
             let Ok(key) = PoolKey::decode(&**name) else { continue };
             split_patch(&key, pool.endpoints(), Vec::new(), &mut patches);
             changes.entry(pool.bucket).or_default().append(&mut patches);
         }
+        changes
+    }
+
+    /// The items as buckets, in their order. Each is at most a few hundred KiB; a larger one comes in several.
+    pub(super) fn buckets(&self) -> Vec<Bucket> {
+        let changes = self.changes(None);
         let mut out = Vec::new();
         for (index, changes) in changes {
             let digest = self.buckets.get(&index).copied().unwrap_or_default().to_bytes().to_vec();
@@ -387,7 +395,8 @@ fn bucket_of(service: &ServicePort) -> u16 {
     bucket16(&service.namespace, &service.name)
 }
 
-fn bucket16(namespace: &str, name: &str) -> u16 {
+/// The bucket of a Service's items.
+pub(super) fn bucket16(namespace: &str, name: &str) -> u16 {
     const _: () = assert!(BUCKETS <= 1 << 16);
     bucket(namespace, name) as u16
 }

@@ -1,0 +1,151 @@
+//! Explanations of small views.
+
+use switchtower_proto::v1::change::Change as Kind;
+use switchtower_proto::v1::{Change, LayerKind, LocalDetection, Settings};
+
+use super::*;
+use crate::compile::Compiler;
+use crate::model::{
+    EndpointSlice, Input, LayerId, Node, ObjectKey, Service, ServicePortSpec, SliceEndpoint, SlicePort,
+    TrafficPolicy,
+};
+
+const SHOP: Subject<'_> = Subject { namespace: "shop", name: "cart", port: None };
+
+fn service() -> Service {
+    Service {
+        key: ObjectKey { namespace: "shop".into(), name: "cart".into() },
+        uid: "u".into(),
+        created: 1,
+        cluster_ips: vec![IpAddr::from([10, 96, 0, 10])],
+        ports: vec![ServicePortSpec {
+            name: "http".into(),
+            protocol: switchtower_proto::v1::Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        source_ranges: vec![],
+        external_policy: TrafficPolicy::Cluster,
+        internal_policy: TrafficPolicy::Cluster,
+        affinity_seconds: None,
+        health_check_port: None,
+    }
+}
+
+/// The view of node n1; endpoints are (last octet, node).
+fn view(service: Service, endpoints: &[(u8, &str)]) -> View {
+    let mut compiler = Compiler::new();
+    for (index, name) in [(1, "n1"), (2, "n2")] {
+        compiler.apply(Input::Node(Node {
+            name: name.into(),
+            addresses: vec![IpAddr::from([192, 0, 2, index])],
+            pod_cidrs: vec![format!("10.244.{index}.0/24").parse().unwrap()],
+            zone: None,
+            eligible: true,
+        }));
+    }
+    let endpoint = |(octet, node): &(u8, &str)| SliceEndpoint {
+        address: IpAddr::from([10, 244, u8::from(*node != "n1") + 1, *octet]),
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: Some((*node).into()),
+        zones: Box::default(),
+        nodes: Box::default(),
+    };
+    compiler.apply(Input::Slice(EndpointSlice {
+        key: ObjectKey { namespace: "shop".into(), name: "cart-1".into() },
+        service: "cart".into(),
+        ipv6: false,
+        ports: vec![SlicePort {
+            name: "http".into(),
+            protocol: switchtower_proto::v1::Protocol::Tcp,
+            port: 8080,
+        }],
+        endpoints: endpoints.iter().map(endpoint).collect(),
+    }));
+    compiler.apply(Input::Service(service));
+    let mut view = View::default();
+    let settings = Settings { local_detection: LocalDetection::NodeCidr.into(), ..Settings::default() };
+    view.apply(LayerKind::Settings, &Change { change: Some(Kind::Settings(settings)) });
+    for (layer, changes) in compiler.compile().changes {
+        let kind = match &layer {
+            LayerId::Cluster => LayerKind::Cluster,
+            LayerId::Node(node) if &**node == "n1" => LayerKind::Node,
+            _ => continue,
+        };
+        changes.iter().for_each(|change| view.apply(kind, change));
+    }
+    view
+}
+
+fn summary(findings: &[Finding]) -> Vec<String> {
+    let line = |finding: &Finding| {
+        let code = finding.code.clone().unwrap_or_default();
+        format!("{} from {}: {:?} {code}", finding.kind, finding.from, finding.outcome)
+    };
+    findings.iter().map(line).collect()
+}
+
+#[test]
+fn an_ordinary_service() {
+    let findings = explain(&view(service(), &[(5, "n1"), (6, "n2")]), SHOP, None);
+    let wanted =
+        ["ClusterIP from a pod on the node: Forwarded ", "ClusterIP from the node itself: Forwarded "];
+    assert_eq!(summary(&findings), wanted);
+    assert_eq!(findings[0].frontend, "10.96.0.10:80/TCP");
+    assert_eq!(findings[0].endpoints, ["10.244.1.5:8080", "10.244.2.6:8080"]);
+    assert_eq!(findings[0].why, "to 2 endpoints; the endpoint sees the client's address");
+    assert_eq!(findings[0].path.len(), 2);
+    let none = Subject { port: Some("https"), ..SHOP };
+    assert_eq!(explain(&view(service(), &[]), none, None), []);
+}
+
+#[test]
+fn a_local_policy_without_local_endpoints() {
+    let local = Service { internal_policy: TrafficPolicy::Local, ..service() };
+    let findings = explain(&view(local, &[(6, "n2")]), SHOP, Some(IpAddr::from([10, 244, 1, 7])));
+    assert_eq!(summary(&findings), ["ClusterIP from 10.244.1.7 (a local pod): Dropped ST0202"]);
+    assert_eq!(findings[0].why, "internalTrafficPolicy is Local, and no endpoint is on this node");
+}
+
+#[test]
+fn no_endpoints_and_source_ranges() {
+    let refused = explain(&view(service(), &[]), Subject { port: Some("80"), ..SHOP }, None);
+    assert!(refused.iter().all(|finding| finding.code.as_deref() == Some("ST0201")), "{refused:?}");
+    let balanced = Service {
+        load_balancer_ips: vec![IpAddr::from([198, 51, 100, 1])],
+        source_ranges: vec!["203.0.113.0/24".parse().unwrap()],
+        ..service()
+    };
+    let view = view(balanced, &[(5, "n1")]);
+    let findings = explain(&view, SHOP, None);
+    let outside: Vec<_> = findings.iter().filter(|finding| finding.kind == "LoadBalancer").collect();
+    assert_eq!(outside.last().unwrap().from, "a client in the source ranges");
+    assert_eq!(outside.last().unwrap().outcome, Outcome::Forwarded);
+    let stranger = explain(&view, SHOP, Some(IpAddr::from([203, 0, 114, 9])));
+    let last = stranger.last().unwrap();
+    assert_eq!((last.outcome, last.code.as_deref()), (Outcome::Dropped, Some("ST0204")));
+    assert_eq!(last.why, "203.0.114.9 is in none of loadBalancerSourceRanges (203.0.113.0/24)");
+}
+
+#[test]
+fn a_kernel_is_compared_with_the_view() {
+    let view = view(service(), &[(5, "n1"), (6, "n2")]);
+    let expected = expected(&view, frontends(&view, SHOP).into_iter());
+    assert_eq!(expected.len(), 1);
+    assert_eq!(differences(&expected, &expected), Vec::<String>::new());
+    let key = expected.keys().next().unwrap().clone();
+    let only = Endpoint { address: vec![10, 244, 1, 5], port: 8080 };
+    let half = (Side::Forward(vec![only.clone()]), Side::Forward(vec![only]));
+    let with = |sides| BTreeMap::from([(key.clone(), sides)]);
+    let name = "10.96.0.10:80/TCP";
+    assert_eq!(differences(&expected, &with(half.clone())), [format!("{name}: without 10.244.2.6:8080")]);
+    assert_eq!(differences(&with(half), &expected), [format!("{name}: with 10.244.2.6:8080 besides")]);
+    assert_eq!(differences(&expected, &BTreeMap::new()), [format!("{name}: missing in the kernel")]);
+    assert_eq!(differences(&BTreeMap::new(), &expected), [format!("{name}: only in the kernel")]);
+    let broken = differences(&expected, &with((expected[&key].0.clone(), Side::Broken)));
+    assert!(broken[0].starts_with(&format!("{name}: inside: broken")), "{broken:?}");
+}
