@@ -74,7 +74,8 @@ pub struct ServeArgs {
         value_name = "ADDRESS"
     )]
     pub metrics_listen: SocketAddr,
-    /// Reserved for the admin API; not opened yet.
+    /// Where the admin API answers kubectl switchtower (TLS, with a token). Leave it on loopback: kubectl reaches
+    /// it by port-forward.
     #[arg(long, env = "SWITCHTOWER_ADMIN_LISTEN", default_value = "127.0.0.1:9444", value_name = "ADDRESS")]
     pub admin_listen: SocketAddr,
     /// This replica's name in ProxyStatus; by default the host's name.

@@ -6,6 +6,7 @@
 //! writes what they acknowledged, [`propagation`] knows how long it took, and [`agents`] why an agent is
 //! missing.
 
+pub mod admin;
 pub mod agents;
 pub mod bootstrap;
 pub mod cli;

@@ -2,7 +2,7 @@
 //!
 //! What the controller may do in the cluster (its RBAC), by resource:
 //! - get, list, watch: services, endpointslices.discovery.k8s.io, nodes, servicecidrs.networking.k8s.io
-//! - create: tokenreviews.authentication.k8s.io (the agents' tokens)
+//! - create: tokenreviews.authentication.k8s.io (the tokens of agents and of the admin API's callers)
 //! - get, list, watch, create, patch, delete: proxystatuses.switchtower.dev; get, update: proxystatuses/status.
 //!   With the admission plugin OwnerReferencesPermissionEnforcement also update: nodes/finalizers, because rows
 //!   are owned by Nodes (without blocking their deletion, so that most clusters do not ask for it)
@@ -31,6 +31,8 @@ use switchtower_proto::v1::Source;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch as channel};
 
+use crate::admin::Admin;
+use crate::admin::auth::AdminAuthenticator;
 use crate::agents::{self, Agents, Obstacle};
 use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
@@ -141,11 +143,15 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             signal = wait_for_signal() => return signal,
         },
     };
+    let callers = AdminAuthenticator::new(client.clone(), &args.namespace);
+    let admin = Admin::new(fleet.clone(), callers, &replica);
     let authenticator =
         Authenticator::new(client, &args.audience, &args.namespace, &args.agent_service_account);
     let limits = Limits { replica, peers: controllers, ..Limits::default() };
     let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&ca)?));
-    tokio::spawn(renew_certificate(tls.clone(), ca));
+    let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(&ca)?));
+    tokio::spawn(renew_certificates(tls.clone(), admin_tls.clone(), ca));
+    tokio::spawn(serve_admin(admin, args.admin_listen, admin_tls, serve_metrics.clone()));
     let server = Server::new(fleet, Arc::new(authenticator), limits);
     let (stop, stopped) = oneshot::channel::<()>();
     let mut running = tokio::spawn(server.serve(listener, tls, serve_metrics, async move {
@@ -271,13 +277,30 @@ impl Pipeline for FleetPipeline {
     }
 }
 
+/// Without the admin API agents are served all the same: a port that is taken is waited for.
+async fn serve_admin(admin: Admin, address: SocketAddr, tls: Arc<ServerTls>, metrics: ServeMetrics) {
+    loop {
+        let served = match TcpListener::bind(address).await {
+            Ok(listener) => admin.clone().serve(listener, tls.clone(), metrics.clone()).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
+            tracing::warn!(%error, %address, "kubectl switchtower cannot be served; --admin-listen names another address");
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
 /// The server's certificate is valid for a year; connections to come get a new one every month.
-async fn renew_certificate(tls: Arc<ServerTls>, ca: CaPem) {
+async fn renew_certificates(agents: Arc<ServerTls>, admin: Arc<ServerTls>, ca: CaPem) {
     loop {
         tokio::time::sleep(RENEWAL).await;
-        match tls::server_config(&ca) {
-            Ok(config) => tls.store(Arc::new(config)),
-            Err(error) => {
+        match (tls::server_config(&ca), tls::admin_config(&ca)) {
+            (Ok(for_agents), Ok(for_admin)) => {
+                agents.store(Arc::new(for_agents));
+                admin.store(Arc::new(for_admin));
+            }
+            (Err(error), _) | (_, Err(error)) => {
                 tracing::error!(%error, "renewing the server's certificate failed; it is tried again");
             }
         }

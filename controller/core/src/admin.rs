@@ -1,5 +1,7 @@
 //! What the controller's admin API answers, as JSON; kubectl-switchtower prints it.
 //!
+//! `GET /v1/services/{namespace}/{name}/changes?limit=N` answers a list of [`crate::propagation::ChangeReport`].
+//!
 //! Names of fields are part of the API: `-o json` shows them as they are. Times are milliseconds.
 
 use std::net::IpAddr;
@@ -8,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 /// The audience of tokens for the admin API.
 pub const AUDIENCE: &str = "switchtower-admin";
+/// The name in the certificate of the controller, which clients pin.
+pub const SERVER_NAME: &str = "switchtower-controller";
 /// The ServiceAccount whose tokens may read the controller's state.
 pub const VIEWER: &str = "switchtower-viewer";
 /// The ServiceAccount whose tokens may also read whole tables of nodes.
@@ -32,7 +36,7 @@ pub struct ControllerInfo {
 }
 
 /// What becomes of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
     /// It reaches an endpoint.

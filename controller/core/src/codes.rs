@@ -108,6 +108,16 @@ codes! {
     API_SERVER_BY_SERVICE = "ST0405", "the controller reaches the API server through a Service",
         "After a restart of everything, the Service needs the controller and the controller the Service.",
         "Make the ConfigMap switchtower-api-server with the real host and port; manifests/README.md shows how.";
+    API_SERVER_TOO_OLD = "ST0406", "the API server is too old",
+        "The controller needs ServiceCIDR v1 and integer resourceVersions.",
+        "Upgrade the control plane to 1.33 or newer.";
+    NODE_WITHOUT_ADDRESS = "ST0407", "a Node has no InternalIP",
+        "NodePorts are not served there, and nothing can be told from the node's own traffic.",
+        "The kubelet or the cloud controller sets it: kubectl get node NAME -o yaml, status.addresses.";
+    NODE_WITHOUT_POD_CIDR = "ST0408", "a Node has no podCIDR",
+        "The built-in settings cannot tell local pods there: ClusterIP traffic is not masqueraded, and \
+         externalTrafficPolicy Local knows no short cut for pods.",
+        "Make a ProxyProfile with another localDetection, such as the pods' interface or the cluster's CIDR.";
 }
 
 /// The code of this name, however it is written.

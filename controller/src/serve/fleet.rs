@@ -18,6 +18,10 @@ use switchtower_proto::v1::{
 };
 use tokio::sync::Notify;
 
+mod look;
+
+pub use look::Reach;
+
 use super::metrics::ServeMetrics;
 use super::questions::Desk;
 use super::session::Limits;
@@ -231,7 +235,8 @@ impl Fleet {
         &self.metrics
     }
 
-    pub(super) fn upstream_age(&self) -> Option<Duration> {
+    /// How old what the API server said last is.
+    pub(crate) fn upstream_age(&self) -> Option<Duration> {
         (self.upstream)()
     }
 

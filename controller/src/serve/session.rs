@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
+use switchtower_core::wire;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -283,6 +284,8 @@ impl Session {
             known.failure = None;
             known.agent_version = shortened(&hello.agent_version);
             known.kernel_version = shortened(&hello.kernel_version);
+            known.addresses =
+                hello.addresses.iter().take(64).filter_map(|octets| wire::address(octets)).collect();
             known.settings = settings;
             known.deviations = deviations.map(bounded::deviations);
             known.trial = trial.map(bounded::trial);

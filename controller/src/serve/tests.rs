@@ -15,7 +15,8 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp, Update, View,
+    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp,
+    Update, View,
 };
 use tokio::net::TcpStream;
 

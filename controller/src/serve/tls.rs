@@ -82,6 +82,16 @@ pub fn server_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
     Ok(config)
 }
 
+/// The same for the admin API, which speaks HTTP/1.1.
+///
+/// # Errors
+/// As [`server_config`].
+pub fn admin_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
+    let mut config = server_config(ca)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
 fn named(name: &str) -> DistinguishedName {
     let mut distinguished = DistinguishedName::new();
     distinguished.push(DnType::CommonName, name);
@@ -96,7 +106,7 @@ fn valid_for(parameters: &mut CertificateParams, span: Span) {
 }
 
 /// Connections after their handshake. What is no TLS is closed and counted.
-pub(super) fn incoming(
+pub(crate) fn incoming(
     listener: TcpListener,
     tls: Arc<ServerTls>,
     metrics: ServeMetrics,

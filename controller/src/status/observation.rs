@@ -32,6 +32,8 @@ pub struct Observation {
     pub agent_version: String,
     /// The node's kernel release.
     pub kernel_version: String,
+    /// The addresses of the node's interfaces, as the agent told them; for explanations, never compiled.
+    pub addresses: Vec<std::net::IpAddr>,
     /// Services and endpoints in the node's view, as the agent counted them.
     pub counts: Option<(u32, u32)>,
     /// Foreign changes repaired since the agent started.

@@ -1,0 +1,262 @@
+//! The admin API: what the controller knows and what nodes' kernels hold, for `kubectl switchtower`.
+//!
+//! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_core::admin`]. There is no path
+//! without a token: who may create tokens of the ServiceAccounts `switchtower-viewer` and `switchtower-operator` may
+//! read, and the API server decides that. Nothing here changes anything.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use serde::Deserialize;
+use switchtower_core::admin::{ControllerInfo, Explanation, Failure, NodeDiff, NodeRules, Progress};
+use switchtower_core::propagation::ChangeReport;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::server::TlsStream;
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use crate::serve::fleet::Fleet;
+use crate::serve::metrics::ServeMetrics;
+use crate::serve::questions::QuestionError;
+use crate::serve::tls::{self, ServerTls};
+
+pub mod auth;
+mod explanation;
+mod nodes;
+mod progress;
+
+use auth::{AdminAuthenticator, Caller};
+
+/// Requests at a time.
+const REQUESTS: usize = 16;
+
+/// Most changes in an answer.
+const CHANGES: usize = 100;
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct Admin {
+    fleet: Arc<Fleet>,
+    authenticator: Arc<AdminAuthenticator>,
+    replica: Arc<str>,
+}
+
+/// Why a request fails.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The token is not good for this.
+    #[error(transparent)]
+    Refused(#[from] auth::Refusal),
+    /// A name that is none.
+    #[error("{0:?} is no address: write an IPv4 or IPv6 address")]
+    NotAnAddress(String),
+    /// The Service is not served.
+    #[error(
+        "no frontend of Service {0}; is it headless, of type ExternalName, or labelled for another proxy?"
+    )]
+    UnknownService(String),
+    /// The node is not served.
+    #[error("there is no Node {0}, or it is left out by the controller's --node-selector")]
+    UnknownNode(String),
+    /// Its kernel cannot be asked.
+    #[error(transparent)]
+    Question(#[from] QuestionError),
+    /// The agent's answer makes no sense.
+    #[error("the answer of {0} is not understood; is its agent of another version?")]
+    Answer(String),
+    /// There is no such path.
+    #[error("there is no such path; is kubectl-switchtower newer than the controller?")]
+    NoSuchPath,
+    /// A defect.
+    #[error("the request could not be finished: {0}")]
+    Internal(String),
+}
+
+impl AdminError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Refused(refusal) => refusal.status(),
+            Self::NotAnAddress(_) => StatusCode::BAD_REQUEST,
+            Self::UnknownService(_)
+            | Self::UnknownNode(_)
+            | Self::NoSuchPath
+            | Self::Question(QuestionError::UnknownNode(_)) => StatusCode::NOT_FOUND,
+            Self::Question(QuestionError::TooOften(_)) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Question(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Answer(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn code(&self) -> Option<&'static str> {
+        use switchtower_core::codes;
+        match self {
+            Self::Refused(_) => Some(codes::NO_RIGHT.code),
+            Self::UnknownService(_) => Some(codes::NOT_SERVED.code),
+            Self::Question(_) => Some(codes::KERNEL_UNKNOWN.code),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for AdminError {
+    fn into_response(self) -> Response {
+        let failure = Failure { message: self.to_string(), code: self.code().map(str::to_owned) };
+        (self.status(), Json(failure)).into_response()
+    }
+}
+
+impl Admin {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(fleet: Arc<Fleet>, authenticator: AdminAuthenticator, replica: &str) -> Self {
+        Self { fleet, authenticator: Arc::new(authenticator), replica: replica.into() }
+    }
+
+    /// The paths. Authentication lies around all of them, the one for unknown paths included.
+    pub fn router(self) -> Router {
+        Router::new()
+            .route("/v1/controller", get(controller))
+            .route("/v1/progress", get(how_far))
+            .route("/v1/services/{namespace}/{name}/explanation", get(explain))
+            .route("/v1/services/{namespace}/{name}/changes", get(changes))
+            .route("/v1/nodes/{node}/diff", get(diff))
+            .route("/v1/nodes/{node}/rules", get(rules))
+            .fallback(|| async { AdminError::NoSuchPath })
+            .layer(axum::middleware::from_fn_with_state(self.authenticator.clone(), auth::authenticate))
+            .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+            .with_state(self)
+    }
+
+    /// Serves until it is dropped.
+    ///
+    /// # Errors
+    /// The server cannot run.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        tls: Arc<ServerTls>,
+        metrics: ServeMetrics,
+    ) -> std::io::Result<()> {
+        let address = listener.local_addr()?;
+        let connections = tls::incoming(listener, tls, metrics).boxed();
+        axum::serve(TlsListener { connections, address }, self.router()).await
+    }
+}
+
+/// Connections after their handshake, for axum.
+struct TlsListener {
+    connections: BoxStream<'static, std::io::Result<TlsStream<TcpStream>>>,
+    address: SocketAddr,
+}
+
+impl axum::serve::Listener for TlsListener {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            match self.connections.next().await {
+                Some(Ok(stream)) => return (stream, self.address),
+                Some(Err(_)) => {}
+                // The accept loop has ended with the process.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        Ok(self.address)
+    }
+}
+
+type Answer<T> = Result<Json<T>, AdminError>;
+
+async fn controller(State(admin): State<Admin>) -> Json<ControllerInfo> {
+    let (nodes, connected) = admin.fleet.sizes();
+    let age = admin.fleet.upstream_age();
+    Json(ControllerInfo {
+        replica: admin.replica.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        upstream_age_milliseconds: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        revision: admin.fleet.revision(),
+        nodes,
+        connected,
+    })
+}
+
+async fn how_far(
+    State(admin): State<Admin>,
+    Query(parameters): Query<progress::Parameters>,
+) -> Json<Progress> {
+    Json(progress::progress(&admin.fleet, &parameters))
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct ExplainParameters {
+    port: Option<String>,
+    node: Option<String>,
+    from: Option<String>,
+}
+
+async fn explain(
+    State(admin): State<Admin>,
+    Path((namespace, name)): Path<(String, String)>,
+    Query(parameters): Query<ExplainParameters>,
+) -> Answer<Explanation> {
+    let from = match &parameters.from {
+        None => None,
+        Some(text) => Some(text.parse::<IpAddr>().map_err(|_| AdminError::NotAnAddress(text.clone()))?),
+    };
+    let question = explanation::Question { namespace, name, port: parameters.port, from };
+    match parameters.node {
+        Some(node) => explanation::on_node(&admin.fleet, &question, &node).await,
+        None => explanation::on_all(&admin.fleet, question).await,
+    }
+    .map(Json)
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct ChangesParameters {
+    limit: Option<usize>,
+}
+
+async fn changes(
+    State(admin): State<Admin>,
+    Path((namespace, name)): Path<(String, String)>,
+    Query(parameters): Query<ChangesParameters>,
+) -> Json<Vec<ChangeReport>> {
+    let limit = parameters.limit.unwrap_or(1).clamp(1, CHANGES);
+    Json(admin.fleet.changes(limit, &namespace, &name))
+}
+
+async fn diff(State(admin): State<Admin>, caller: Caller, Path(node): Path<String>) -> Answer<NodeDiff> {
+    caller.must_be_operator()?;
+    nodes::diff(&admin.fleet, &node).await.map(Json)
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct RulesParameters {
+    #[serde(default)]
+    filter: String,
+    #[serde(default)]
+    limit: u32,
+}
+
+async fn rules(
+    State(admin): State<Admin>,
+    caller: Caller,
+    Path(node): Path<String>,
+    Query(parameters): Query<RulesParameters>,
+) -> Answer<NodeRules> {
+    caller.must_be_operator()?;
+    nodes::rules(&admin.fleet, &node, parameters.filter, parameters.limit).await.map(Json)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,185 @@
+//! Who may ask: holders of a token of one of two ServiceAccounts, for the audience `switchtower-admin`.
+//!
+//! The right to create such a token is RBAC's (`serviceaccounts/token` of that name), so that an administrator
+//! grants and takes it like any other, and it works with every kind of kubeconfig.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use k8s_openapi::api::authentication::v1::TokenReviewStatus;
+use sha2::{Digest as _, Sha256};
+use switchtower_core::admin::{AUDIENCE, OPERATOR, VIEWER};
+use tokio::sync::Semaphore;
+
+use super::AdminError;
+use crate::serve::auth::Reviewer;
+
+/// How long an accepted token is not reviewed again.
+const REMEMBERED: Duration = Duration::from_secs(10);
+/// Most remembered tokens.
+const REMEMBERED_TOKENS: usize = 1_024;
+/// Reviews at a time.
+const REVIEWS: usize = 8;
+/// Longest time that a review may take, waiting for its turn included.
+const REVIEW: Duration = Duration::from_secs(8);
+/// Longest token.
+const TOKEN: usize = 16 << 10;
+
+/// What a caller may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// Reads what the controller knows, and single Services from kernels.
+    Viewer,
+    /// Also reads whole tables, which costs the node some time.
+    Operator,
+}
+
+impl Caller {
+    /// For whole tables.
+    pub(super) fn must_be_operator(self) -> Result<(), Refusal> {
+        if self == Self::Operator { Ok(()) } else { Err(Refusal::OperatorOnly) }
+    }
+}
+
+/// Why a caller is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No token.
+    #[error("the request has no bearer token; kubectl switchtower asks the API server for one")]
+    NoToken,
+    /// Not for us, expired, or made up.
+    #[error("the API server does not accept the token for the audience {AUDIENCE}: {0}")]
+    NotAuthenticated(String),
+    /// Of another user.
+    #[error("the token is of {0}, not of the ServiceAccount {VIEWER} or {OPERATOR}")]
+    ForeignUser(String),
+    /// The API server cannot be asked.
+    #[error("the token cannot be reviewed now: {0}; try again")]
+    ReviewUnavailable(String),
+    /// A viewer asks for what operators may read.
+    #[error("a token of {OPERATOR} is needed to read a node's whole tables")]
+    OperatorOnly,
+}
+
+impl Refusal {
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::NoToken | Self::NotAuthenticated(_) => StatusCode::UNAUTHORIZED,
+            Self::ForeignUser(_) | Self::OperatorOnly => StatusCode::FORBIDDEN,
+            Self::ReviewUnavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+/// Reviews tokens of callers.
+pub struct AdminAuthenticator {
+    reviewer: Box<dyn Reviewer>,
+    namespace: String,
+    turns: Semaphore,
+    accepted: Mutex<HashMap<[u8; 32], (Instant, Caller)>>,
+}
+
+impl AdminAuthenticator {
+    /// The ServiceAccounts are those of this namespace.
+    #[must_use]
+    pub fn new(reviewer: impl Reviewer, namespace: &str) -> Self {
+        Self {
+            reviewer: Box::new(reviewer),
+            namespace: namespace.to_owned(),
+            turns: Semaphore::new(REVIEWS),
+            accepted: Mutex::default(),
+        }
+    }
+
+    async fn identify(&self, headers: &HeaderMap) -> Result<Caller, Refusal> {
+        let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = value.and_then(|value| value.strip_prefix("Bearer ")).ok_or(Refusal::NoToken)?.trim();
+        if token.is_empty() || token.len() > TOKEN {
+            return Err(Refusal::NoToken);
+        }
+        let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+        if let Some(caller) = self.remembered(&hash) {
+            return Ok(caller);
+        }
+        let review = async {
+            let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
+            self.reviewer.review(token, AUDIENCE).await
+        };
+        let answer = tokio::time::timeout(REVIEW, review).await;
+        let status = answer
+            .map_err(|_| Refusal::ReviewUnavailable("no answer in time".to_owned()))?
+            .map_err(Refusal::ReviewUnavailable)?;
+        let caller = self.judge(status)?;
+        self.remember(hash, caller);
+        Ok(caller)
+    }
+
+    fn judge(&self, status: TokenReviewStatus) -> Result<Caller, Refusal> {
+        // An API server that does not know audiences answers with none.
+        let ours =
+            status.audiences.is_some_and(|audiences| audiences.iter().any(|audience| audience == AUDIENCE));
+        if status.authenticated != Some(true) || !ours {
+            let error = status.error.unwrap_or_else(|| "it is for another audience".to_owned());
+            return Err(Refusal::NotAuthenticated(error));
+        }
+        let name = status.user.and_then(|user| user.username).unwrap_or_default();
+        let of = |account: &str| format!("system:serviceaccount:{}:{account}", self.namespace);
+        if name == of(OPERATOR) {
+            Ok(Caller::Operator)
+        } else if name == of(VIEWER) {
+            Ok(Caller::Viewer)
+        } else {
+            Err(Refusal::ForeignUser(name))
+        }
+    }
+
+    fn remembered(&self, hash: &[u8; 32]) -> Option<Caller> {
+        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (until, caller) = accepted.get(hash)?;
+        (*until > Instant::now()).then_some(*caller)
+    }
+
+    fn remember(&self, hash: [u8; 32], caller: Caller) {
+        let now = Instant::now();
+        let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        if accepted.len() >= REMEMBERED_TOKENS {
+            accepted.retain(|_, (until, _)| *until > now);
+        }
+        if accepted.len() < REMEMBERED_TOKENS {
+            accepted.insert(hash, (now + REMEMBERED, caller));
+        }
+    }
+}
+
+/// Lets a request through with its caller, or answers it.
+pub(super) async fn authenticate(
+    State(authenticator): State<Arc<AdminAuthenticator>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match authenticator.identify(request.headers()).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(refusal) => {
+            tracing::warn!(%refusal, "a request to the admin API was refused");
+            AdminError::from(refusal).into_response()
+        }
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Caller {
+    type Rejection = AdminError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        // Without the layer around the router there is no caller, and no answer.
+        parts.extensions.get().copied().ok_or_else(|| Refusal::NoToken.into())
+    }
+}

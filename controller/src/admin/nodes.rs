@@ -1,0 +1,117 @@
+//! What a node's kernel holds, beside what it should.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message as _;
+use switchtower_core::admin::{ChainInfo, NodeDiff, NodeRules, Stage};
+use switchtower_core::explain::{self, Sides};
+use switchtower_proto::v1::{FrontendKey, KernelTable, Stamp};
+
+use super::AdminError;
+use crate::serve::fleet::Fleet;
+use crate::serve::questions::Question;
+
+/// Most differences in an answer.
+const DIFFERENCES: usize = 200;
+/// Most frontends that are read.
+const FRONTENDS: u32 = 100_000;
+/// How often a kernel is read anew while changes are on their way to it.
+const ATTEMPTS: usize = 5;
+/// Between two of them.
+const PAUSE: Duration = Duration::from_millis(200);
+
+async fn ask(fleet: &Arc<Fleet>, node: &str, question: Question) -> Result<KernelTable, AdminError> {
+    let payload = fleet.ask(node, question).await?;
+    KernelTable::decode(payload.as_slice()).map_err(|_| AdminError::Answer(node.to_owned()))
+}
+
+/// Reads single frontends, and once more while changes are under way.
+pub(super) async fn lookup(
+    fleet: &Arc<Fleet>,
+    node: &str,
+    filter: String,
+) -> Result<KernelTable, AdminError> {
+    settled(fleet, node, Question { what: "lookup", filter, limit: 0 }).await
+}
+
+/// Asks until the kernel's stamp is what the node should hold, or it is clear that it will not be soon.
+async fn settled(fleet: &Arc<Fleet>, node: &str, question: Question) -> Result<KernelTable, AdminError> {
+    let mut table = ask(fleet, node, question.clone()).await?;
+    for _ in 1..ATTEMPTS {
+        let desired = fleet.desired_digest(node).map(|digest| digest.to_bytes().to_vec());
+        if table.stamp.as_ref().map(|stamp| &stamp.digest) == desired.as_ref() {
+            break;
+        }
+        tokio::time::sleep(PAUSE).await;
+        table = ask(fleet, node, question.clone()).await?;
+    }
+    Ok(table)
+}
+
+/// Where a kernel's frontends lead.
+pub(super) fn found(table: &KernelTable) -> BTreeMap<FrontendKey, Sides> {
+    let frontends = table.frontends.iter();
+    frontends.filter_map(|frontend| Some((frontend.key.clone()?, explain::found(frontend)))).collect()
+}
+
+fn stage(stamp: &Stamp) -> Stage {
+    Stage { generation: stamp.generation, digest: hex(&stamp.digest) }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, AdminError> {
+    let unknown = || AdminError::UnknownNode(node.to_owned());
+    let standing = fleet.standing(node).ok_or_else(unknown)?;
+    let question = Question { what: "frontends", filter: String::new(), limit: FRONTENDS };
+    let table = settled(fleet, node, question).await?;
+    let (view, digest) = fleet.view(node, None).ok_or_else(unknown)?;
+    let expected = explain::expected(&view, view.frontends());
+    let mut differences = explain::differences(&expected, &found(&table));
+    let differences_total = differences.len();
+    differences.truncate(DIFFERENCES);
+    let known = fleet.observation(node).unwrap_or_default();
+    let samples = known.deviations.iter().flat_map(|deviations| &deviations.samples);
+    Ok(NodeDiff {
+        node: node.to_owned(),
+        desired: Stage { generation: standing.desired, digest: hex(&digest.to_bytes()) },
+        acknowledged: Stage {
+            generation: known.applied,
+            digest: known.digest.map(|digest| hex(&digest)).unwrap_or_default(),
+        },
+        kernel: table.stamp.as_ref().map(stage),
+        frontends: expected.len(),
+        differences,
+        differences_total,
+        deviations: samples.map(|sample| format!("{}: {}", sample.item, sample.reason)).collect(),
+    })
+}
+
+pub(super) async fn rules(
+    fleet: &Arc<Fleet>,
+    node: &str,
+    filter: String,
+    limit: u32,
+) -> Result<NodeRules, AdminError> {
+    let question = |what, filter| Question { what, filter, limit };
+    let chains = ask(fleet, node, question("rules", String::new())).await?;
+    let elements = ask(fleet, node, question("elements", filter)).await?;
+    let chain = |chain: switchtower_proto::v1::KernelChain| ChainInfo {
+        family: chain.family,
+        name: chain.name,
+        hook: chain.hook,
+        rules: chain.rules,
+        foreign: chain.foreign,
+    };
+    Ok(NodeRules {
+        node: node.to_owned(),
+        kernel: elements.stamp.as_ref().map(stage),
+        chains: chains.chains.into_iter().map(chain).collect(),
+        elements: elements.elements,
+        elements_total: elements.total,
+    })
+}
