@@ -1,0 +1,216 @@
+//! What is read from the API server, with the user's own rights.
+
+use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use serde_json::Value;
+use switchtower_core::{admin, codes};
+use switchtower_crds::{ProxyRollout, ProxyStatus};
+
+use crate::args::Global;
+use crate::error::{CliError, chain};
+
+/// The shortest life that the API server gives a token, in seconds.
+const TOKEN_SECONDS: i64 = 600;
+/// What the controller publishes for agents, and for us: its CA.
+const BOOTSTRAP: &str = "switchtower-bootstrap";
+
+/// The API server.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    client: Client,
+    namespace: String,
+    system_namespace: String,
+}
+
+impl Cluster {
+    /// Reads the kubeconfig. Nothing is sent yet.
+    pub(crate) async fn new(global: &Global) -> Result<Self, CliError> {
+        let options = KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
+        let kubeconfig = match &global.kubeconfig {
+            Some(path) => Kubeconfig::read_from(path),
+            None => Kubeconfig::read(),
+        };
+        let unusable = |error: &dyn std::error::Error| {
+            CliError::new(format!("the kubeconfig cannot be used: {}; does kubectl work?", chain(error)))
+        };
+        let kubeconfig = kubeconfig.map_err(|error| unusable(&error))?;
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
+        let config = config.map_err(|error| unusable(&error))?;
+        let namespace = global.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let client = Client::try_from(config).map_err(|error| unusable(&error))?;
+        Ok(Self { client, namespace, system_namespace: global.system_namespace.clone() })
+    }
+
+    /// The namespace in force.
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Where Switchtower is installed.
+    pub(crate) fn system_namespace(&self) -> &str {
+        &self.system_namespace
+    }
+
+    /// All rows.
+    pub(crate) async fn rows(&self) -> Result<Vec<ProxyStatus>, CliError> {
+        let api: Api<ProxyStatus> = Api::all(self.client.clone());
+        let rows = api.list(&ListParams::default()).await;
+        Ok(rows.map_err(|error| explained("list ProxyStatus", &error))?.items)
+    }
+
+    pub(crate) async fn rollouts(&self) -> Result<Vec<ProxyRollout>, CliError> {
+        let api: Api<ProxyRollout> = Api::all(self.client.clone());
+        let rollouts = api.list(&ListParams::default()).await;
+        Ok(rollouts.map_err(|error| explained("list ProxyRollouts", &error))?.items)
+    }
+
+    pub(crate) async fn rollout(&self, name: &str) -> Result<Option<ProxyRollout>, CliError> {
+        let api: Api<ProxyRollout> = Api::all(self.client.clone());
+        api.get_opt(name).await.map_err(|error| explained(&format!("read ProxyRollout {name}"), &error))
+    }
+
+    /// Merges into a rollout's spec.
+    pub(crate) async fn patch_rollout(&self, name: &str, spec: &Value) -> Result<ProxyRollout, CliError> {
+        let api: Api<ProxyRollout> = Api::all(self.client.clone());
+        let patch = Patch::Merge(serde_json::json!({ "spec": spec }));
+        let patched = api.patch(name, &PatchParams::default(), &patch).await;
+        patched.map_err(|error| explained(&format!("change ProxyRollout {name}"), &error))
+    }
+
+    pub(crate) async fn service(&self, namespace: &str, name: &str) -> Result<Option<Service>, CliError> {
+        let api: Api<Service> = Api::namespaced(self.client.clone(), namespace);
+        let what = format!("read Service {namespace}/{name}");
+        api.get_opt(name).await.map_err(|error| explained(&what, &error))
+    }
+
+    pub(crate) async fn slices(&self, namespace: &str, name: &str) -> Result<Vec<EndpointSlice>, CliError> {
+        let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), namespace);
+        let of = ListParams::default().labels(&format!("kubernetes.io/service-name={name}"));
+        let slices = api.list(&of).await;
+        let what = format!("list EndpointSlices of {namespace}/{name}");
+        Ok(slices.map_err(|error| explained(&what, &error))?.items)
+    }
+
+    /// resourceVersions of the newest Service and EndpointSlice anywhere.
+    pub(crate) async fn newest(&self) -> Result<(u64, u64), CliError> {
+        let one = ListParams::default().limit(1);
+        let services = Api::<Service>::all(self.client.clone()).list(&one).await;
+        let services = services.map_err(|error| explained("list Services", &error))?;
+        let slices = Api::<EndpointSlice>::all(self.client.clone()).list(&one).await;
+        let slices = slices.map_err(|error| explained("list EndpointSlices", &error))?;
+        Ok((version(services.metadata.resource_version), version(slices.metadata.resource_version)))
+    }
+
+    pub(crate) async fn pod(&self, namespace: &str, name: &str) -> Result<Option<Pod>, CliError> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let what = format!("read Pod {namespace}/{name}");
+        api.get_opt(name).await.map_err(|error| explained(&what, &error))
+    }
+
+    pub(crate) async fn nodes(&self) -> Result<Vec<Node>, CliError> {
+        let api: Api<Node> = Api::all(self.client.clone());
+        let nodes = api.list(&ListParams::default()).await;
+        Ok(nodes.map_err(|error| explained("list Nodes", &error))?.items)
+    }
+
+    /// Whether a namespaced object exists.
+    pub(crate) async fn exists<K>(&self, namespace: &str, name: &str) -> Result<bool, CliError>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + serde::de::DeserializeOwned,
+        K::DynamicType: Default,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let kind = K::kind(&K::DynamicType::default()).to_string();
+        let found = api.get_metadata_opt(name).await;
+        let what = format!("read {kind} {namespace}/{name}");
+        Ok(found.map_err(|error| explained(&what, &error))?.is_some())
+    }
+
+    /// The API server's version, as `1.36`.
+    pub(crate) async fn version(&self) -> Result<(u32, u32), CliError> {
+        let version = self.client.apiserver_version().await;
+        let version = version.map_err(|error| explained("read the API server's version", &error))?;
+        let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
+        Ok((number(&version.major), number(&version.minor)))
+    }
+
+    /// A running pod of the controller.
+    pub(crate) async fn controller_pod(&self) -> Result<String, CliError> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
+        let of = ListParams::default().labels("app.kubernetes.io/name=switchtower-controller");
+        let pods = api.list(&of).await.map_err(|error| explained("list the controller's pods", &error))?;
+        let ready = |pod: &&Pod| {
+            let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+            conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        };
+        let pod = pods.items.iter().find(ready).or(pods.items.first());
+        pod.and_then(|pod| pod.metadata.name.clone()).ok_or_else(|| {
+            let message = format!(
+                "there is no pod of the controller in namespace {}; is Switchtower installed in another \
+                 (--system-namespace)?",
+                self.system_namespace
+            );
+            CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
+        })
+    }
+
+    /// The CA of the controller's certificate.
+    pub(crate) async fn controller_ca(&self) -> Result<String, CliError> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.system_namespace);
+        let map = api.get_opt(BOOTSTRAP).await;
+        let map = map.map_err(|error| explained(&format!("read ConfigMap {BOOTSTRAP}"), &error))?;
+        map.and_then(|map| map.data?.remove("ca.crt")).ok_or_else(|| {
+            let message = format!(
+                "there is no ConfigMap {BOOTSTRAP} in namespace {}, which the controller writes when it starts",
+                self.system_namespace
+            );
+            CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
+        })
+    }
+
+    /// A token for the controller's admin API.
+    pub(crate) async fn token(&self, account: &str) -> Result<String, CliError> {
+        let api: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &self.system_namespace);
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                audiences: vec![admin::AUDIENCE.to_owned()],
+                expiration_seconds: Some(TOKEN_SECONDS),
+                bound_object_ref: None,
+            },
+            ..TokenRequest::default()
+        };
+        let answer = api.create_token_request(account, &PostParams::default(), &request).await;
+        let what = format!("create a token of ServiceAccount {}/{account}", self.system_namespace);
+        let answer = answer.map_err(|error| explained(&what, &error))?;
+        let token = answer.status.map(|status| status.token);
+        token.ok_or_else(|| CliError::new("the API server's answer to a TokenRequest has no token"))
+    }
+}
+
+/// A resourceVersion as a number (KEP-5504); 0 if it is none.
+pub(crate) fn version(text: Option<String>) -> u64 {
+    text.and_then(|text| text.parse().ok()).unwrap_or_default()
+}
+
+fn explained(what: &str, error: &kube::Error) -> CliError {
+    match error {
+        kube::Error::Api(status) if status.code == 403 => {
+            CliError::coded(codes::NO_RIGHT, format!("cannot {what}: {}", status.message))
+        }
+        kube::Error::Api(status) if status.code == 404 && what.contains("Proxy") => {
+            let message = format!("cannot {what}: the API server does not know this kind of object");
+            CliError::coded(codes::NOT_INSTALLED, message)
+        }
+        kube::Error::Api(status) => CliError::new(format!("cannot {what}: {}", status.message)),
+        other => {
+            CliError::new(format!("cannot {what}: {}; does the API server answer kubectl?", chain(other)))
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The commands. Each reads, decides in a pure function, and renders a text beside the value.
+
+pub(crate) mod check;
+pub(crate) mod codes;
+pub(crate) mod completion;
+pub(crate) mod diff;
+pub(crate) mod explain;
+pub(crate) mod rollout;
+pub(crate) mod rules;
+pub(crate) mod status;
+pub(crate) mod trace;
+pub(crate) mod wait;

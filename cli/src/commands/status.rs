@@ -1,0 +1,333 @@
+//! `status`: the fleet on one screen, the worst first.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::jiff::Timestamp;
+use serde::Serialize;
+use switchtower_core::admin::{ControllerInfo, VIEWER};
+use switchtower_core::codes::{self, Code};
+use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+
+use crate::args::{Global, StatusArgs};
+use crate::cluster::Cluster;
+use crate::controller::Controller;
+use crate::error::CliError;
+use crate::output::{Exit, Report, Style, age, count, names, table, wrapped};
+
+/// Most nodes that are listed one by one.
+const LISTED: usize = 20;
+/// Older than this, the API server has been silent for too long: every watch hears something every ten seconds.
+const UPSTREAM_MILLISECONDS: u64 = 30_000;
+
+/// What was found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Found {
+    controller: Option<ControllerInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    controller_error: Option<String>,
+    states: BTreeMap<String, usize>,
+    nodes: Vec<NodeLine>,
+    problems: Vec<Problem>,
+}
+
+/// One node.
+#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+struct NodeLine {
+    node: String,
+    ready: bool,
+    state: String,
+    desired: i64,
+    applied: i64,
+    since_seconds: Option<i64>,
+    reason: String,
+    message: String,
+    agent: String,
+    kernel: String,
+    drift_repaired: i64,
+}
+
+/// One code and where it holds.
+#[derive(Debug, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+struct Problem {
+    code: &'static str,
+    title: &'static str,
+    action: &'static str,
+    nodes: Vec<String>,
+}
+
+pub(crate) async fn run(global: &Global, args: &StatusArgs, style: Style) -> Result<Report, CliError> {
+    let cluster = Cluster::new(global).await?;
+    let rows = cluster.rows().await?;
+    let asked = async {
+        Controller::connect(global, &cluster, VIEWER).await?.get::<ControllerInfo>("/v1/controller").await
+    };
+    let found = found(&rows, asked.await, Timestamp::now());
+    let exit = if found.problems.is_empty() { Exit::Ok } else { Exit::Wrong };
+    Report::new(text(&found, args.all, style), &found, exit)
+}
+
+fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now: Timestamp) -> Found {
+    let mut nodes: Vec<NodeLine> = rows.iter().map(|row| line(row, now)).collect();
+    // The worst first, and among equals those that have been so for longest.
+    nodes.sort_by_key(|node| {
+        (severity(&node.state), std::cmp::Reverse(node.since_seconds), node.node.clone())
+    });
+    let mut states = BTreeMap::new();
+    for node in &nodes {
+        *states.entry(node.state.clone()).or_default() += 1;
+    }
+    let problems = problems(&nodes, controller.as_ref());
+    let (controller, controller_error) = match controller {
+        Ok(info) => (Some(info), None),
+        Err(error) => (None, Some(error.message)),
+    };
+    Found { controller, controller_error, states, nodes, problems }
+}
+
+fn line(row: &ProxyStatus, now: Timestamp) -> NodeLine {
+    let empty = ProxyStatusStatus::default();
+    let status = row.status.as_ref().unwrap_or(&empty);
+    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+    let agent = status.agent.as_ref();
+    NodeLine {
+        node: row.metadata.name.clone().unwrap_or_default(),
+        ready: ready.is_some_and(|ready| ready.status == "True"),
+        state: if status.state.is_empty() { "Unknown".to_owned() } else { status.state.clone() },
+        desired: status.generation.desired,
+        applied: status.generation.applied,
+        since_seconds: ready.map(|ready| now.duration_since(ready.last_transition_time.0).as_secs()),
+        reason: ready.map(|ready| ready.reason.clone()).unwrap_or_default(),
+        message: ready.map(|ready| ready.message.clone()).unwrap_or_default(),
+        agent: agent.map(|agent| agent.version.clone()).unwrap_or_default(),
+        kernel: status.kernel.clone().unwrap_or_default(),
+        drift_repaired: status.drift_repaired.unwrap_or_default(),
+    }
+}
+
+/// 0 is the worst.
+fn severity(state: &str) -> u8 {
+    match state {
+        "Absent" => 0,
+        "Stale" => 1,
+        "ApplyFailed" => 2,
+        "Unknown" => 3,
+        "Deviating" => 4,
+        "NotExclusive" => 5,
+        "Drifted" => 6,
+        "Progressing" => 7,
+        "Synced" => 9,
+        _ => 8,
+    }
+}
+
+fn code_of(state: &str) -> Option<Code> {
+    Some(match state {
+        "Absent" | "Unknown" => codes::AGENT_ABSENT,
+        "Stale" => codes::AGENT_DISCONNECTED,
+        "ApplyFailed" => codes::APPLY_FAILED,
+        "Deviating" => codes::DEVIATING,
+        "Drifted" => codes::FOREIGN_CHANGE,
+        "NotExclusive" => codes::NOT_EXCLUSIVE,
+        "Synced" => return None,
+        _ => codes::NODE_BEHIND,
+    })
+}
+
+fn problems(nodes: &[NodeLine], controller: Result<&ControllerInfo, &CliError>) -> Vec<Problem> {
+    let problem = |code: Code, nodes: Vec<String>| Problem {
+        code: code.code,
+        title: code.title,
+        action: code.action,
+        nodes,
+    };
+    let mut problems = Vec::new();
+    match controller {
+        Err(error) => problems.push(problem(error.code.unwrap_or(codes::CONTROLLER_UNREACHABLE), Vec::new())),
+        Ok(info) if info.upstream_age_milliseconds.is_none_or(|age| age > UPSTREAM_MILLISECONDS) => {
+            problems.push(problem(codes::UPSTREAM_STALE, Vec::new()));
+        }
+        Ok(_) => {}
+    }
+    // Nodes are sorted: so are their problems.
+    for node in nodes {
+        let Some(code) = code_of(&node.state) else { continue };
+        match problems.iter_mut().find(|known| known.code == code.code) {
+            Some(known) => known.nodes.push(node.node.clone()),
+            None => problems.push(problem(code, vec![node.node.clone()])),
+        }
+    }
+    if nodes.is_empty() {
+        problems.push(problem(codes::NO_NODE_CONNECTED, Vec::new()));
+    }
+    problems
+}
+
+fn text(found: &Found, all: bool, style: Style) -> String {
+    let mut text = controller_line(found, style);
+    let states = found.states.iter().map(|(state, number)| format!("{number} {state}"));
+    let states: Vec<String> = states.collect();
+    text += &format!("nodes       {}: {}\n", found.nodes.len(), states.join(", "));
+    text += &versions(&found.nodes);
+    let shown: Vec<&NodeLine> =
+        found.nodes.iter().filter(|node| all || code_of(&node.state).is_some()).collect();
+    if !shown.is_empty() {
+        let most = if all { usize::MAX } else { LISTED };
+        let rows: Vec<Vec<String>> = shown.iter().take(most).map(|node| row(node)).collect();
+        text += &format!("\n{}", table(&["NODE", "STATE", "BEHIND", "SINCE", "WHY"], &rows));
+        if shown.len() > most {
+            text += &format!("... and {} more; --all lists them\n", shown.len() - most);
+        }
+    }
+    for problem in &found.problems {
+        let of = match problem.nodes.len() {
+            0 => String::new(),
+            number => format!(": {} ({})", count(number, "node"), names(&problem.nodes, number, 5)),
+        };
+        let sign = style.bad("!");
+        text += &format!("\n{sign} {}  {}{of}\n", problem.code, problem.title);
+        text += &format!("  {}\n", wrapped(problem.action, 2));
+    }
+    if found.problems.is_empty() {
+        text += &format!("\n{} every node's kernel holds what it should\n", style.good("ok"));
+    }
+    text
+}
+
+fn controller_line(found: &Found, style: Style) -> String {
+    match (&found.controller, &found.controller_error) {
+        (Some(info), _) => {
+            let heard = info
+                .upstream_age_milliseconds
+                .map_or("never".to_owned(), |age| format!("{}.{} s ago", age / 1_000, age % 1_000 / 100));
+            format!(
+                "controller  {} {}, {} of {} connected, API server heard {heard}\n",
+                info.replica,
+                info.version,
+                info.connected,
+                count(info.nodes, "node")
+            )
+        }
+        (None, error) => {
+            let reason = error.clone().unwrap_or_default();
+            let unreachable = style.bad("unreachable");
+            format!(
+                "controller  {unreachable}; what follows is what it wrote last\n            {}\n",
+                wrapped(&reason, 12)
+            )
+        }
+    }
+}
+
+fn versions(nodes: &[NodeLine]) -> String {
+    let list = |of: fn(&NodeLine) -> &String| {
+        let mut counts: BTreeMap<&String, usize> = BTreeMap::new();
+        for node in nodes.iter().filter(|node| !of(node).is_empty()) {
+            *counts.entry(of(node)).or_default() += 1;
+        }
+        let shown = counts.iter().map(|(version, number)| match counts.len() {
+            1 => (*version).clone(),
+            _ => format!("{version} ({number})"),
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    };
+    let (agents, kernels) = (list(|node| &node.agent), list(|node| &node.kernel));
+    if agents.is_empty() {
+        return String::new();
+    }
+    format!("versions    agents {agents}; kernels {}\n", wrapped(&kernels, 30))
+}
+
+fn row(node: &NodeLine) -> Vec<String> {
+    let behind = match node.desired - node.applied {
+        0 => "-".to_owned(),
+        behind => behind.to_string(),
+    };
+    vec![
+        node.node.clone(),
+        node.state.clone(),
+        behind,
+        node.since_seconds.map_or("-".to_owned(), age),
+        format!("{}: {}", node.reason, node.message),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn row(name: &str, state: &str, ready: bool, generations: (i64, i64)) -> ProxyStatus {
+        serde_json::from_value(json!({
+            "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyStatus", "metadata": {"name": name},
+            "spec": {},
+            "status": {
+                "state": state,
+                "generation": {"desired": generations.0, "sent": generations.0, "applied": generations.1},
+                "agent": {"version": "0.1.0"}, "kernel": "6.18.5",
+                "conditions": [{
+                    "type": "Ready", "status": if ready { "True" } else { "False" }, "reason": "Because",
+                    "message": "This is so.", "lastTransitionTime": "2026-01-01T00:00:00Z",
+                }],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn now() -> Timestamp {
+        "2026-01-01T00:06:12Z".parse().unwrap()
+    }
+
+    fn info() -> ControllerInfo {
+        ControllerInfo {
+            replica: "controller-0".into(),
+            version: "0.1.0".into(),
+            upstream_age_milliseconds: Some(340),
+            revision: 12,
+            nodes: 3,
+            connected: 2,
+        }
+    }
+
+    #[test]
+    fn the_worst_comes_first_with_what_to_do() {
+        let rows = [
+            row("alpha", "Synced", true, (7, 7)),
+            row("beta", "Drifted", false, (7, 7)),
+            row("gamma", "Stale", false, (9, 7)),
+        ];
+        let found = found(&rows, Ok(info()), now());
+        let wanted = [
+            "controller  controller-0 0.1.0, 2 of 3 nodes connected, API server heard 0.3 s ago",
+            "nodes       3: 1 Drifted, 1 Stale, 1 Synced",
+            "versions    agents 0.1.0; kernels 6.18.5",
+            "",
+            "NODE   STATE    BEHIND  SINCE  WHY",
+            "gamma  Stale    2       6m12s  Because: This is so.",
+            "beta   Drifted  -       6m12s  Because: This is so.",
+            "",
+            "! ST0102  the agent is not connected: 1 node (gamma)",
+        ];
+        let text = text(&found, false, Style::PLAIN);
+        let lines: Vec<&str> = text.lines().take(wanted.len()).collect();
+        assert_eq!(lines, wanted, "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= crate::output::WIDTH), "{text}");
+        let codes: Vec<&str> = found.problems.iter().map(|problem| problem.code).collect();
+        assert_eq!(codes, ["ST0102", "ST0106"]);
+    }
+
+    #[test]
+    fn all_is_well_only_where_there_are_nodes_and_a_controller() {
+        let rows = [row("alpha", "Synced", true, (7, 7))];
+        assert_eq!(found(&rows, Ok(info()), now()).problems, []);
+        let codes = |found: Found| found.problems.iter().map(|problem| problem.code).collect::<Vec<_>>();
+        assert_eq!(codes(found(&[], Ok(info()), now())), ["ST0304"]);
+        let away = CliError::coded(codes::CONTROLLER_UNREACHABLE, "refused");
+        assert_eq!(codes(found(&rows, Err(away), now())), ["ST0301"]);
+        let deaf = ControllerInfo { upstream_age_milliseconds: Some(31_000), ..info() };
+        assert_eq!(codes(found(&rows, Ok(deaf), now())), ["ST0302"]);
+    }
+}

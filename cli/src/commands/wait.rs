@@ -1,0 +1,146 @@
+//! `wait`: returns when a change is in the kernels of all connected nodes.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use switchtower_core::admin::{Progress, VIEWER};
+use switchtower_core::codes;
+
+use crate::args::{Global, ServiceName, WaitArgs, WaitFor};
+use crate::cluster::{Cluster, version};
+use crate::controller::Controller;
+use crate::error::CliError;
+use crate::output::{Exit, Report, count, names, wrapped};
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// What was found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Found {
+    subject: String,
+    reached: bool,
+    seconds: f64,
+    #[serde(flatten)]
+    progress: Progress,
+}
+
+pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliError> {
+    let WaitFor::Change = args.wait_for;
+    let started = Instant::now();
+    let cluster = Cluster::new(global).await?;
+    let (subject, services, slices) = target(&cluster, args.service.as_deref()).await?;
+    let mut controller = Controller::connect(global, &cluster, VIEWER).await?;
+    let first = format!("/v1/progress?services={services}&endpointSlices={slices}");
+    let mut path = first.clone();
+    let found = loop {
+        let progress: Progress = controller.get(&path).await?;
+        path = match progress.revision {
+            Some(revision) => format!("{first}&revision={revision}&instance={}", progress.instance),
+            None => first.clone(),
+        };
+        let reached = is_reached(&progress, args.percent);
+        if reached || started.elapsed() >= args.timeout {
+            break Found { subject, reached, seconds: started.elapsed().as_secs_f64(), progress };
+        }
+        tokio::time::sleep(INTERVAL).await;
+    };
+    let exit = if found.reached { Exit::Ok } else { Exit::Wrong };
+    Report::new(text(&found), &found, exit)
+}
+
+/// What is waited for, and the resourceVersions that it has got to.
+async fn target(cluster: &Cluster, service: Option<&str>) -> Result<(String, u64, u64), CliError> {
+    let Some(text) = service else {
+        let (services, slices) = cluster.newest().await?;
+        return Ok(("everything so far".to_owned(), services, slices));
+    };
+    let subject = ServiceName::parse(text).map_err(CliError::new)?;
+    let namespace = subject.namespace.as_deref().unwrap_or(cluster.namespace());
+    let full = format!("{namespace}/{}", subject.name);
+    let service = cluster.service(namespace, &subject.name).await?;
+    let service = service.ok_or_else(|| {
+        let hint = "without a name, wait takes everything so far, deletions too";
+        CliError::new(format!("there is no Service {full}; {hint}"))
+    })?;
+    let slices = cluster.slices(namespace, &subject.name).await?;
+    let newest = slices.into_iter().map(|slice| version(slice.metadata.resource_version)).max();
+    Ok((full, version(service.metadata.resource_version), newest.unwrap_or_default()))
+}
+
+/// No connected node is not all of them.
+fn is_reached(progress: &Progress, percent: u8) -> bool {
+    progress.revision.is_some()
+        && progress.connected > 0
+        && progress.reached * 100 >= progress.connected * usize::from(percent)
+}
+
+fn text(found: &Found) -> String {
+    let Found { subject, progress, seconds, .. } = found;
+    let Progress { connected, reached, .. } = progress;
+    let mut text = if progress.revision.is_none() {
+        format!("{subject}: after {seconds:.1} s the controller has not seen the change yet\n")
+    } else {
+        let nodes = count(*connected, "connected node");
+        format!("{subject}: {reached} of {nodes} hold it after {seconds:.1} s\n")
+    };
+    if !found.reached {
+        let code = if *connected == 0 { codes::NO_NODE_CONNECTED } else { codes::NOT_REACHED };
+        let waiting = if *connected == 0 {
+            String::new()
+        } else {
+            format!(": {}", names(&progress.waiting, connected - reached, 10))
+        };
+        text += &format!("! {}  {}{}\n", code.code, code.title, wrapped(&waiting, 40));
+        text += &format!("  {}\n", wrapped(code.action, 2));
+    }
+    if progress.excluded_total > 0 {
+        let excluded = names(&progress.excluded, progress.excluded_total, 10);
+        let nodes = count(progress.excluded_total, "node");
+        text += &format!("not counted: {nodes} whose agent is not connected ({})\n", wrapped(&excluded, 13));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(connected: usize, reached: usize, excluded: usize) -> Progress {
+        let nodes = |prefix: &str, number: usize| (0..number).map(|i| format!("{prefix}{i}")).collect();
+        Progress {
+            instance: "i".into(),
+            revision: Some(3),
+            connected,
+            reached,
+            waiting: nodes("w", connected - reached),
+            excluded: nodes("x", excluded),
+            excluded_total: excluded,
+        }
+    }
+
+    #[test]
+    fn nobody_is_not_everybody() {
+        assert!(is_reached(&progress(3, 3, 1), 100));
+        assert!(!is_reached(&progress(3, 2, 0), 100));
+        assert!(is_reached(&progress(3, 2, 0), 66));
+        assert!(!is_reached(&progress(0, 0, 3), 1));
+        assert!(!is_reached(&Progress { revision: None, ..progress(3, 3, 0) }, 100));
+    }
+
+    #[test]
+    fn who_is_missing_and_who_is_not_counted_is_named() {
+        let found =
+            |progress, reached| Found { subject: "shop/cart".into(), reached, seconds: 0.25, progress };
+        let text = |progress, reached| super::text(&found(progress, reached));
+        assert_eq!(text(progress(3, 3, 0), true), "shop/cart: 3 of 3 connected nodes hold it after 0.2 s\n");
+        let late = text(progress(3, 1, 1), false);
+        assert!(late.contains("! ST0305") && late.contains("w0, w1"), "{late}");
+        assert!(late.ends_with("not counted: 1 node whose agent is not connected (x0)\n"), "{late}");
+        let nobody = text(progress(0, 0, 2), false);
+        assert!(nobody.contains("! ST0304  no node is connected"), "{nobody}");
+        let unseen = text(Progress { revision: None, ..progress(2, 0, 0) }, false);
+        assert!(unseen.contains("has not seen the change yet"), "{unseen}");
+    }
+}

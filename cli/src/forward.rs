@@ -1,0 +1,84 @@
+//! A port-forward to the controller's pod, by the `kubectl` that started this plugin: it knows every way in which a
+//! kubeconfig can name and reach a cluster. It ends when this is dropped.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use switchtower_core::codes;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+
+use crate::args::Global;
+use crate::error::CliError;
+
+/// The admin API's port in the controller's pod.
+const PORT: u16 = 9444;
+/// How long kubectl may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A running `kubectl port-forward`.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    pub(crate) address: String,
+    _kubectl: Child,
+}
+
+impl Forward {
+    /// Starts it and waits until it listens.
+    pub(crate) async fn open(global: &Global, namespace: &str, pod: &str) -> Result<Self, CliError> {
+        let mut command = Command::new("kubectl");
+        if let Some(kubeconfig) = &global.kubeconfig {
+            command.arg("--kubeconfig").arg(kubeconfig);
+        }
+        if let Some(context) = &global.context {
+            command.args(["--context", context]);
+        }
+        command.args(["--namespace", namespace, "port-forward", &format!("pod/{pod}"), &format!(":{PORT}")]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().map_err(|error| {
+            let what = "starting kubectl for a port-forward to the controller";
+            CliError::new(format!(
+                "{what}: {error}; is kubectl in PATH? Or name the controller with --controller"
+            ))
+        })?;
+        let (Some(out), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err(CliError::new("kubectl has no output"));
+        };
+        let listening = async {
+            let mut lines = BufReader::new(out).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                if let Some(address) = local_address(&line) {
+                    return Some(address);
+                }
+            }
+            None
+        };
+        if let Ok(Some(address)) = tokio::time::timeout(PATIENCE, listening).await {
+            return Ok(Self { address, _kubectl: child });
+        }
+        let _ = child.start_kill();
+        let mut text = String::new();
+        let _ = tokio::time::timeout(Duration::from_secs(1), errors.read_to_string(&mut text)).await;
+        let message = format!("no port-forward to pod {namespace}/{pod}: {}", text.trim());
+        Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message))
+    }
+}
+
+/// `Forwarding from 127.0.0.1:41233 -> 9444`
+fn local_address(line: &str) -> Option<String> {
+    let (address, _) = line.strip_prefix("Forwarding from ")?.split_once(" -> ")?;
+    Some(address.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_that_kubectl_prints() {
+        let line = "Forwarding from 127.0.0.1:41233 -> 9444";
+        assert_eq!(local_address(line).as_deref(), Some("127.0.0.1:41233"));
+        assert_eq!(local_address("Forwarding from [::1]:41233 -> 9444").as_deref(), Some("[::1]:41233"));
+        assert_eq!(local_address("Handling connection for 41233"), None);
+    }
+}
