@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit bench setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
+.PHONY: help demo test audit bench kernels setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -16,6 +16,9 @@ audit: ## licences, bans and sources of all dependencies
 
 bench: ## first figures beside the real kube-proxy (minutes)
 	@hack/bench.sh
+
+kernels: ## the agent's rules and packets on Debian's kernels 6.1 and 6.12, emulated (half an hour)
+	@hack/kernels.sh
 
 setup: ## what the targets above do first: Debian packages and the control plane
 	@hack/setup.sh

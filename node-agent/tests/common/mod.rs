@@ -102,10 +102,16 @@ impl Namespace {
     }
 }
 
+/// How long nothing must come to be taken for silence; longer in an emulated machine.
+fn patience() -> Duration {
+    let milliseconds = std::env::var("SWITCHTOWER_PATIENCE").ok().and_then(|text| text.parse().ok());
+    Duration::from_millis(milliseconds.unwrap_or(1500))
+}
+
 /// One TCP question in the namespace of the calling thread. The error is "refused" or "timeout".
 pub fn ask(from: Option<IpAddr>, to: SocketAddr) -> Result<String, String> {
     let stream = match from {
-        None => TcpStream::connect_timeout(&to, Duration::from_millis(1500)),
+        None => TcpStream::connect_timeout(&to, patience()),
         Some(from) => connect_from(from, to),
     };
     let mut stream = stream.map_err(|error| match error.kind() {
@@ -125,7 +131,7 @@ fn connect_from(from: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
         let socket =
             if from.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
         socket.bind(SocketAddr::new(from, 0))?;
-        let connected = tokio::time::timeout(Duration::from_millis(1500), socket.connect(to)).await;
+        let connected = tokio::time::timeout(patience(), socket.connect(to)).await;
         let stream = connected.map_err(|_| std::io::ErrorKind::TimedOut)??.into_std()?;
         stream.set_nonblocking(false)?;
         Ok(stream)
