@@ -12,8 +12,8 @@ cd "$ROOT"
 SERIES=${SERIES:-6.1 6.12}
 # What the tests take for silence is longer there: an emulated machine is slow.
 # agent.rs starts the agent's program; scale.rs measures times, which mean nothing in an emulator.
-TESTS=(kernel packets churn)
-MODULES=(veth bridge nf_tables nf_conntrack nf_nat nft_ct nft_nat nft_masq nft_reject_ipv4 nft_reject_ipv6
+read -ra TESTS <<<"${TESTS:-churn packets kernel}"
+MODULES=(veth bridge br_netfilter nf_tables nf_conntrack nf_nat nft_ct nft_nat nft_masq nft_reject_ipv4 nft_reject_ipv6
     nft_numgen nft_chain_nat nft_fib_ipv4 nft_fib_ipv6 nf_conntrack_netlink af_packet)
 
 say "installing the emulator"
@@ -97,7 +97,7 @@ for series in $SERIES; do
     mkdir -p "$work/root/lib/modules/$release/kernel/drivers"
     cp -r "$folder/lib/modules/$release/kernel/drivers/net" "$work/root/lib/modules/$release/kernel/drivers/"
     (cd "$work/root" && find . | cpio -o -H newc --quiet | gzip -1) >"$work/initrd"
-    log="$work/$series.log"
+    log="$CACHE/kernels/$series.log"
     timeout 1800 qemu-system-x86_64 -accel "${ACCELERATION:-tcg}" -cpu max -smp 2 -m 3072 -nic none -nographic -no-reboot \
         -kernel "$folder"/boot/vmlinuz-* -initrd "$work/initrd" -append "console=ttyS0 loglevel=1 panic=-1" \
         </dev/null | stdbuf -oL tr -d '\r' | tee "$log" | grep -E --line-buffered '^(KERNEL|TEST|test |no module)|panicked' >&2 || true
