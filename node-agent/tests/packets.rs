@@ -287,5 +287,4 @@ fn udp_and_settings_of_local_detection() {
     assert!(lab.client.ask_from(Some("192.0.2.2"), "10.96.0.10:80").unwrap().ends_with("192.0.2.2"));
     set(proto::Settings { masquerade_mark: 0x8000, ..detection(proto::LocalDetection::ClusterCidr, "") });
     assert!(from_pod(&lab), "no CIDR: no detection");
-    lab.node.nft(&["-c", "-f", "-"], &lab.node.table("ip"));
 }
