@@ -168,6 +168,9 @@ pub struct ProxyRolloutStatus {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutProgress {
+    /// How many steps are done.
+    #[serde(default)]
+    pub steps_done: i32,
     /// The current step, counted from 1; 0 before the first.
     #[serde(default)]
     pub current_step: i32,

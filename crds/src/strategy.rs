@@ -139,7 +139,7 @@ pub struct ServiceProbe {
     pub timeout_milliseconds: Option<i32>,
 }
 
-/// A TCP port of a Service.
+/// TCP ports of a Service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceReference {
@@ -149,7 +149,7 @@ pub struct ServiceReference {
     /// The Service's name.
     #[schemars(length(min = 1, max = 63))]
     pub name: String,
-    /// The port's name. Absent: the Service's only port has none.
+    /// The port's name, or the Service's number of it (also for a NodePort). Absent: all its TCP ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 63))]
     pub port: Option<String>,
