@@ -51,8 +51,8 @@ pub trait Pipeline: Send + 'static {
 pub struct Outputs {
     /// `None` until the first compile is published.
     pub head: watch::Sender<Option<Head>>,
-    /// Nodes, for their rows.
-    pub nodes: mpsc::UnboundedSender<NodeEvent>,
+    /// Nodes, for their rows and for rollouts.
+    pub nodes: Vec<mpsc::UnboundedSender<NodeEvent>>,
     /// Problems of objects.
     pub events: EventSink,
 }
@@ -142,8 +142,10 @@ impl Engine {
         let Work { inputs, changes, total, problems, nodes, source } = work;
         self.outputs.events.report(problems);
         for event in nodes {
-            // The rows' task may be gone while the process ends.
-            let _ = self.outputs.nodes.send(event);
+            for sink in &self.outputs.nodes {
+                // The task behind it may be gone while the process ends.
+                let _ = sink.send(event.clone());
+            }
         }
         let first = self.head.revision == 0;
         if !inputs.is_empty() || first {

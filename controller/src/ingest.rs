@@ -4,6 +4,7 @@
 //! could not be understood. Nothing of the API type is kept. Reference: kube-proxy's
 //! servicechangetracker.go, serviceport.go and endpointslicecache.go.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -25,7 +26,7 @@ pub use origin::Origin;
 pub use service::service;
 pub use slice::slice;
 
-/// What the controller must know of a Node beyond what is compiled, for its `ProxyStatus` row.
+/// What the controller must know of a Node beyond what is compiled, for its `ProxyStatus` row and for rollouts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeIdentity {
     /// Name of the Node and of its row.
@@ -34,6 +35,8 @@ pub struct NodeIdentity {
     pub uid: Arc<str>,
     /// The kubelet has stopped reporting, in the words of the Node's Ready condition.
     pub kubelet_lost: Option<Arc<str>>,
+    /// Its labels, by which profiles and steps of rollouts select it.
+    pub labels: Arc<BTreeMap<String, String>>,
 }
 
 /// One object, or its absence, in the form in which the engine takes it.

@@ -13,6 +13,7 @@ use switchtower_crds::ProxyStatusStatus;
 
 use crate::ingest::NodeIdentity;
 
+mod assignments;
 pub mod observation;
 mod requests;
 pub mod row;
@@ -24,6 +25,7 @@ mod row_tests;
 #[cfg(test)]
 mod writer_tests;
 
+pub use assignments::{Assignments, StoredAssignment};
 pub use observation::Observation;
 pub use writer::{Writer, WriterSettings};
 

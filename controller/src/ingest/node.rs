@@ -51,6 +51,7 @@ pub fn node(object: &ApiNode) -> Ingested {
         name: node.name.clone(),
         uid: object.metadata.uid.as_deref().unwrap_or_default().into(),
         kubelet_lost: kubelet_lost(object),
+        labels: object.metadata.labels.clone().unwrap_or_default().into(),
     };
     let origin = Origin::of(&object.metadata);
     Ingested { fact: Fact::Node(node, identity), origin, problems: findings.finish() }

@@ -1,7 +1,13 @@
 //! What is known of a node's agent: the input of a row.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+
 use k8s_openapi::jiff::Timestamp;
 use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
+
+/// Most lost streams that are remembered of a node.
+pub const LOSSES: usize = 32;
 
 /// One node's agent, as the registry of streams saw it last.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -44,10 +50,22 @@ pub struct Observation {
     pub drift_at: Option<Timestamp>,
     /// Rules of kube-proxy exist on the node.
     pub foreign_proxy: bool,
-    /// Profile and revision of the settings.
-    pub settings: (String, u64),
+    /// Profile and revision of the settings in the view that was acknowledged last; `None` before the first.
+    pub settings: Option<(Arc<str>, u64)>,
+    /// When streams were lost lately without this controller's doing, at most [`LOSSES`].
+    pub losses: VecDeque<Timestamp>,
     /// Where the agent's last trial of settings stands, as it told in Hello or Report.
     pub trial: Option<TrialStatus>,
+}
+
+impl Observation {
+    /// Remembers that the stream was lost.
+    pub fn note_loss(&mut self, at: Timestamp) {
+        if self.losses.len() == LOSSES {
+            self.losses.pop_front();
+        }
+        self.losses.push_back(at);
+    }
 }
 
 /// A generation that the agent refused.

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use serde_json::json;
-use switchtower_crds::{ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
+use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
 
 use crate::ingest::NodeIdentity;
 
@@ -21,6 +21,7 @@ pub(super) struct Stored {
     pub(super) version: String,
     pub(super) generation: Option<i64>,
     pub(super) owner: Option<String>,
+    pub(super) assignment: Option<ProfileAssignment>,
     pub(super) status: Option<ProxyStatusStatus>,
 }
 
@@ -33,6 +34,7 @@ impl From<ProxyStatus> for Stored {
             version: metadata.resource_version.unwrap_or_default(),
             generation: metadata.generation,
             owner: owners.into_iter().find(|owner| owner.kind == "Node").map(|owner| owner.uid),
+            assignment: object.spec.profile,
             status: object.status,
         }
     }
@@ -41,10 +43,14 @@ impl From<ProxyStatus> for Stored {
 /// What a request is to achieve.
 #[derive(Debug, Clone)]
 pub(super) enum Request {
-    /// Create the row, owned by the Node.
-    Create(NodeIdentity),
+    /// Create the row, owned by the Node, with an assignment if there is one already.
+    Create(NodeIdentity, Option<ProfileAssignment>),
     /// Give the row to the Node that now has its name.
     Adopt(NodeIdentity, Stored),
+    /// Name another revision of settings, over the version that it was decided on.
+    Assign(Arc<str>, Box<Stored>, ProfileAssignment),
+    /// Somebody else changed the row's spec: read it.
+    Read(Arc<str>),
     /// Write the status over the version that it was decided on.
     Write(Arc<str>, Box<Stored>, Box<ProxyStatusStatus>),
     /// Remove the row: its Node is gone.
@@ -79,8 +85,8 @@ impl Outcome {
 impl Request {
     pub(super) fn node(&self) -> &Arc<str> {
         match self {
-            Self::Create(node) | Self::Adopt(node, _) => &node.name,
-            Self::Write(name, ..) | Self::Delete(name, _) => name,
+            Self::Create(node, _) | Self::Adopt(node, _) => &node.name,
+            Self::Assign(name, ..) | Self::Read(name) | Self::Write(name, ..) | Self::Delete(name, _) => name,
         }
     }
 
@@ -98,7 +104,14 @@ impl Request {
     async fn send(self, api: &Api<ProxyStatus>) -> Outcome {
         let name = self.node().clone();
         let sent = match self {
-            Self::Create(node) => api.create(&PostParams::default(), &new_row(&node)).await,
+            Self::Create(node, profile) => api.create(&PostParams::default(), &new_row(&node, profile)).await,
+            Self::Assign(_, stored, assignment) => {
+                let patch = json!({
+                    "metadata": {"resourceVersion": stored.version}, "spec": {"profile": assignment}
+                });
+                api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await
+            }
+            Self::Read(_) => api.get(&name).await,
             Self::Adopt(node, stored) => {
                 let patch = json!({"metadata": {"resourceVersion": stored.version, "ownerReferences": [owner(&node)]}});
                 api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await
@@ -169,14 +182,14 @@ pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored
     }
 }
 
-fn new_row(node: &NodeIdentity) -> ProxyStatus {
+fn new_row(node: &NodeIdentity, profile: Option<ProfileAssignment>) -> ProxyStatus {
     ProxyStatus {
         metadata: ObjectMeta {
             name: Some(node.name.to_string()),
             owner_references: Some(vec![owner(node)]),
             ..ObjectMeta::default()
         },
-        spec: ProxyStatusSpec::default(),
+        spec: ProxyStatusSpec { profile, ..ProxyStatusSpec::default() },
         status: None,
     }
 }

@@ -195,7 +195,8 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         },
         digest: observation.digest.map(|digest| hex(&digest)),
         behind_since: observation.behind_since.filter(|since| shows(*since, BEHIND_GRACE, now)).map(api_time),
-        profile: Some(profile(observation)),
+        profile: profile(observation)
+            .or_else(|| inputs.previous.and_then(|previous| previous.profile.clone())),
         connection: Some(Connection {
             replica: inputs.replica.to_owned(),
             session: to_api(observation.session),
@@ -335,13 +336,16 @@ fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
     Verdict::new(status, decisive.reason.clone(), decisive.message.clone())
 }
 
-fn profile(observation: &Observation) -> ProfileInForce {
-    let (name, revision) = (&observation.settings.0, observation.settings.1);
-    ProfileInForce {
-        name: name.clone(),
-        revision: to_api(revision),
-        revision_name: format!("{name}@{revision}"),
-    }
+/// What the agent says is in force, or else what it acknowledged.
+fn profile(observation: &Observation) -> Option<ProfileInForce> {
+    let instead = observation.deviations.as_ref().and_then(|deviations| deviations.settings.as_ref());
+    let (name, revision) = match (instead, &observation.settings) {
+        (Some(settings), _) => (settings.profile.clone(), settings.revision),
+        (None, Some((name, revision))) => (name.to_string(), *revision),
+        (None, None) => return None,
+    };
+    let revision_name = format!("{name}@{revision}");
+    Some(ProfileInForce { name, revision: to_api(revision), revision_name })
 }
 
 fn deviations(observation: &Observation) -> Option<DeviationCounts> {

@@ -28,7 +28,7 @@ fn healthy() -> Observation {
         agent_version: "0.1.0".into(),
         kernel_version: "6.1.0".into(),
         counts: Some((2, 6)),
-        settings: ("builtin".into(), 0),
+        settings: Some(("builtin".into(), 0)),
         ..Observation::default()
     }
 }

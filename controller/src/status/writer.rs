@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use super::requests::{self, Outcome, Request, Stored};
 use super::row::{Inputs, Row, State, row};
 use super::schedule::{Budget, Schedule, minimum_interval};
-use super::{Floors, NodeEvent, Registry, StatusMetrics};
+use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::agents::Agents;
 use crate::ingest::NodeIdentity;
 
@@ -53,6 +53,8 @@ struct Entry {
     /// When the row is written again although nothing changed.
     refresh_at: Option<Instant>,
     in_flight: bool,
+    /// `metadata.generation` as the watch saw it: above the stored one, somebody else changed the spec.
+    seen_generation: Option<i64>,
     /// Another replica took the node over from this session of ours.
     yielded: Option<u64>,
 }
@@ -63,11 +65,13 @@ pub struct Writer<R> {
     registry: Arc<R>,
     settings: WriterSettings,
     floors: Floors,
+    assignments: Assignments,
     metrics: StatusMetrics,
     entries: HashMap<Arc<str>, Entry>,
     schedule: Schedule,
     budget: Budget,
-    running: JoinSet<(Arc<str>, Outcome)>,
+    /// Requests under way; true: one that changes the assignment.
+    running: JoinSet<(Arc<str>, bool, Outcome)>,
     started: Instant,
     nodes_synced: bool,
     complained: Option<Instant>,
@@ -83,6 +87,7 @@ impl<R: Registry> Writer<R> {
         registry: Arc<R>,
         settings: WriterSettings,
         floors: Floors,
+        assignments: Assignments,
         metrics: StatusMetrics,
     ) -> Self {
         let now = Instant::now();
@@ -91,6 +96,7 @@ impl<R: Registry> Writer<R> {
             registry,
             settings,
             floors,
+            assignments,
             metrics,
             entries: HashMap::new(),
             schedule: Schedule::default(),
@@ -109,7 +115,7 @@ impl<R: Registry> Writer<R> {
     /// The API server refused, or the CRD is not installed; [`Writer::run`] goes on trying.
     pub async fn load(&mut self) -> Result<(), kube::Error> {
         for (name, stored) in requests::list(&self.api).await? {
-            self.floors.set(&name, stored.status.as_ref());
+            self.read(&name, &stored);
             self.entries.entry(name).or_default().stored = Some(stored);
         }
         Ok(())
@@ -123,7 +129,7 @@ impl<R: Registry> Writer<R> {
         let names: Vec<_> = self.entries.keys().cloned().collect();
         names.iter().for_each(|name| self.consider(name));
         let mut rows = self.watch_metadata();
-        let registry = self.registry.clone();
+        let (registry, assignments) = (self.registry.clone(), self.assignments.clone());
         let agents = self.settings.agents.clone();
         loop {
             let wake = self.start_requests();
@@ -134,8 +140,11 @@ impl<R: Registry> Writer<R> {
                 },
                 changed = registry.changed() => changed.iter().for_each(|name| self.consider(name)),
                 changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
+                wished = assignments.wished() => wished.iter().for_each(|name| self.consider(name)),
                 Some(event) = rows.next() => self.metadata(event),
-                Some(Ok((name, outcome))) = self.running.join_next() => self.finished(&name, outcome),
+                Some(Ok((name, assigned, outcome))) = self.running.join_next() => {
+                    self.finished(&name, assigned, outcome);
+                }
                 () = sleep_until(wake) => {
                     let now = Instant::now();
                     while let Some(name) = self.schedule.pop_due(now) {
@@ -215,7 +224,7 @@ impl<R: Registry> Writer<R> {
         if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
             entry.stored = None;
         } else if !gone && object.metadata.generation > stored.generation {
-            stored.generation = object.metadata.generation;
+            entry.seen_generation = object.metadata.generation;
         } else {
             return;
         }
@@ -238,7 +247,11 @@ impl<R: Registry> Writer<R> {
             }
             return;
         };
-        if stored.owner.as_deref() != Some(&*node.uid) {
+        let wish = self.assignments.wish(name, stored.assignment.as_ref());
+        if stored.owner.as_deref() != Some(&*node.uid)
+            || wish.is_some()
+            || entry.seen_generation > stored.generation
+        {
             self.schedule.push(name, true);
             return;
         }
@@ -327,9 +340,10 @@ impl<R: Registry> Writer<R> {
                 entry.refresh_at = Some(now + REFRESH.mul_f64(0.9 + 0.2 * rand::random::<f64>()));
             }
             let api = self.api.clone();
+            let assigned = matches!(request, Request::Assign(..));
             self.running.spawn(async move {
                 let outcome = request.run(api).await;
-                (name, outcome)
+                (name, assigned, outcome)
             });
         }
         wake
@@ -337,37 +351,55 @@ impl<R: Registry> Writer<R> {
 
     fn next_request(&mut self, name: &Arc<str>) -> Option<Request> {
         let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
+        let assignment = entry.stored.as_ref().and_then(|stored| stored.assignment.as_ref());
+        let wish = self.assignments.wish(name, assignment);
         match (&entry.node, &entry.stored) {
             (None, None) => None,
             (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
-            (Some(node), None) => Some(Request::Create(node.clone())),
+            (Some(node), None) => Some(Request::Create(node.clone(), wish)),
             (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
                 Some(Request::Adopt(node.clone(), stored.clone()))
             }
+            (Some(_), Some(stored)) if entry.seen_generation > stored.generation => {
+                Some(Request::Read(name.clone()))
+            }
             (Some(_), Some(stored)) => {
                 let stored = stored.clone();
+                if let Some(wish) = wish {
+                    return Some(Request::Assign(name.clone(), Box::new(stored), wish));
+                }
                 let row = self.make(name)?;
                 Some(Request::Write(name.clone(), Box::new(stored), Box::new(row.status)))
             }
         }
     }
 
-    fn finished(&mut self, name: &Arc<str>, outcome: Outcome) {
+    /// What others are to know of a row as it was read.
+    fn read(&self, name: &Arc<str>, stored: &Stored) {
+        self.floors.set(name, stored.status.as_ref());
+        let had_agent = stored.status.as_ref().is_some_and(|status| status.connection.is_some());
+        let row = StoredAssignment { profile: stored.assignment.clone(), had_agent };
+        self.assignments.set(name, &row);
+    }
+
+    fn finished(&mut self, name: &Arc<str>, assigned: bool, outcome: Outcome) {
         self.metrics.written(outcome.label());
+        if let Outcome::Stored(stored) | Outcome::Conflict(stored) = &outcome {
+            self.read(name, stored);
+        }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
         match outcome {
-            Outcome::Stored(stored) => {
-                self.floors.set(name, stored.status.as_ref());
-                entry.stored = Some(*stored);
-            }
+            Outcome::Stored(stored) => entry.stored = Some(*stored),
             Outcome::Conflict(stored) => {
+                if assigned {
+                    self.assignments.forget_wish(name);
+                }
                 let session = self.registry.observe(name).map_or(0, |observed| observed.session);
                 if taken_over(entry.stored.as_ref(), &stored, &self.settings.replica, session) {
                     tracing::info!(node = %name, "another replica serves this node now; its row is left to it");
                     entry.yielded = Some(session);
                 }
-                self.floors.set(name, stored.status.as_ref());
                 entry.stored = Some(*stored);
             }
             Outcome::Missing => entry.stored = None,
@@ -387,6 +419,7 @@ impl<R: Registry> Writer<R> {
         }
         self.settings.agents.set_missing(name, false);
         self.floors.remove(name);
+        self.assignments.remove(name);
     }
 
     /// At most once a minute: rows are many, and the cause is one.

@@ -11,7 +11,9 @@ use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
-use super::{Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings};
+use switchtower_crds::ProfileAssignment;
+
+use super::{Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings};
 use crate::agents::{Agents, Obstacle};
 use crate::ingest::NodeIdentity;
 
@@ -73,6 +75,9 @@ impl Server {
         self.version += 1;
         if let Some(status) = body.get("status") {
             row["status"] = status.clone();
+        } else if let Some(spec) = body.get("spec") {
+            row["spec"] = spec.clone();
+            row["metadata"]["generation"] = json!(row["metadata"]["generation"].as_i64().unwrap() + 1);
         } else {
             row["metadata"]["ownerReferences"] = body["metadata"]["ownerReferences"].clone();
         }
@@ -127,6 +132,7 @@ struct Lab {
     nodes: mpsc::UnboundedSender<NodeEvent>,
     floors: Floors,
     agents: Agents,
+    assignments: Assignments,
 }
 
 async fn lab(server: Server) -> Lab {
@@ -144,20 +150,23 @@ async fn lab(server: Server) -> Lab {
         }
     });
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
+    let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
     let agents = Agents::default();
     let settings = WriterSettings { replica: "tower-0".into(), agents: agents.clone() };
     let client = Client::new(service, "default");
-    let mut writer = Writer::new(client, fleet.clone(), settings, floors.clone(), metrics);
+    let mut writer =
+        Writer::new(client, fleet.clone(), settings, floors.clone(), assignments.clone(), metrics);
     let loaded = writer.load().await.is_ok();
     let (nodes, events) = mpsc::unbounded_channel();
     tokio::spawn(writer.run(loaded, events));
-    Lab { server, fleet, nodes, floors, agents }
+    Lab { server, fleet, nodes, floors, assignments, agents }
 }
 
 impl Lab {
     fn node(&self, name: &str, uid: &str) {
-        let identity = NodeIdentity { name: name.into(), uid: uid.into(), kubelet_lost: None };
+        let identity =
+            NodeIdentity { name: name.into(), uid: uid.into(), kubelet_lost: None, labels: Arc::default() };
         self.nodes.send(NodeEvent::Applied(identity)).unwrap();
     }
 
@@ -316,4 +325,45 @@ async fn a_row_says_why_its_agent_is_missing() {
     lab.fleet.set("n1", observed(1, 1));
     lab.wait(2_000).await;
     assert_eq!(reason(), "UpToDate");
+}
+
+#[tokio::test(start_paused = true)]
+async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
+    let lab = lab(Server::default()).await;
+    let name: Arc<str> = "n1".into();
+    let want = |revision| {
+        let assignment = ProfileAssignment { name: "default".into(), revision, assigned_at: None };
+        lab.assignments.want(BTreeMap::from([(name.clone(), assignment)]));
+    };
+    let named = || lab.row("n1")["spec"]["profile"]["revision"].clone();
+    // Before there is a row: it is born with the assignment.
+    want(1);
+    lab.node("n1", "u1");
+    lab.wait(100).await;
+    assert_eq!(named(), json!(1));
+    assert_eq!(lab.assignments.of("n1").1.profile.map(|profile| profile.revision), Some(1));
+    lab.writes();
+    want(2);
+    lab.wait(100).await;
+    assert_eq!((named(), lab.writes()[0].as_str()), (json!(2), "PATCH n1"));
+    // Somebody else was faster: what they wrote stays until the next decision.
+    {
+        let mut server = lab.server.lock().unwrap();
+        server.version += 1;
+        let version = json!(server.version.to_string());
+        let row = server.rows.get_mut("n1").unwrap();
+        row["metadata"]["resourceVersion"] = version;
+        row["spec"]["profile"] = json!({"name": "other", "revision": 9});
+    }
+    want(3);
+    lab.wait(2_000).await;
+    assert_eq!(named(), json!(9));
+    let (wanted, stored) = lab.assignments.of("n1");
+    assert_eq!(
+        (wanted.map(|profile| profile.name), stored.profile.map(|profile| profile.revision)),
+        (Some("other".into()), Some(9))
+    );
+    want(3);
+    lab.wait(100).await;
+    assert_eq!(named(), json!(3));
 }

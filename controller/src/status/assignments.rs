@@ -1,0 +1,158 @@
+//! Which revision of settings each row names, and which one it is to name: what the rows' writer and the rollouts
+//! share.
+//!
+//! What holds: a wish stands until the row says so, or until somebody else wrote the row meanwhile; then it is
+//! forgotten, and whoever wished decides again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use switchtower_crds::ProfileAssignment;
+use tokio::sync::Notify;
+
+/// What the row in the API server says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StoredAssignment {
+    /// `spec.profile`.
+    pub profile: Option<ProfileAssignment>,
+    /// Some agent has been connected since the row was made.
+    pub had_agent: bool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    stored: HashMap<Arc<str>, StoredAssignment>,
+    wanted: HashMap<Arc<str>, ProfileAssignment>,
+    /// Wishes that the writer has not looked at.
+    news: BTreeSet<Arc<str>>,
+}
+
+/// Assignments of all nodes. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Assignments {
+    inner: Arc<Mutex<Inner>>,
+    wishes: Arc<Notify>,
+    rows: Arc<Notify>,
+}
+
+impl Assignments {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Rows are to name these revisions.
+    pub fn want(&self, wanted: BTreeMap<Arc<str>, ProfileAssignment>) {
+        if wanted.is_empty() {
+            return;
+        }
+        let mut inner = self.lock();
+        for (node, assignment) in wanted {
+            let same = |known: &ProfileAssignment| {
+                (known.name.as_str(), known.revision) == (assignment.name.as_str(), assignment.revision)
+            };
+            if inner.wanted.get(&node).is_some_and(same) {
+                continue;
+            }
+            inner.news.insert(node.clone());
+            inner.wanted.insert(node, assignment);
+        }
+        drop(inner);
+        self.wishes.notify_one();
+    }
+
+    /// What a node's row names or is about to name, and what it names now.
+    #[must_use]
+    pub fn of(&self, node: &str) -> (Option<ProfileAssignment>, StoredAssignment) {
+        let inner = self.lock();
+        let stored = inner.stored.get(node).cloned().unwrap_or_default();
+        (inner.wanted.get(node).cloned().or_else(|| stored.profile.clone()), stored)
+    }
+
+    /// All rows that name a revision.
+    #[must_use]
+    pub fn stored(&self) -> Vec<(Arc<str>, ProfileAssignment)> {
+        let inner = self.lock();
+        let named = inner.stored.iter().filter_map(|(node, row)| Some((node.clone(), row.profile.clone()?)));
+        named.collect()
+    }
+
+    /// Waits until a row says something new about its assignment. May be dropped and called again at any time.
+    pub async fn row_changed(&self) {
+        self.rows.notified().await;
+    }
+
+    /// Nodes whose rows are to be written. May be dropped and called again at any time.
+    pub(super) async fn wished(&self) -> Vec<Arc<str>> {
+        loop {
+            let news = std::mem::take(&mut self.lock().news);
+            if !news.is_empty() {
+                return news.into_iter().collect();
+            }
+            self.wishes.notified().await;
+        }
+    }
+
+    /// What the row is to name, if it is something else than `stored`.
+    pub(super) fn wish(&self, node: &str, stored: Option<&ProfileAssignment>) -> Option<ProfileAssignment> {
+        self.lock().wanted.get(node).filter(|wanted| Some(*wanted) != stored).cloned()
+    }
+
+    /// The row in the API server says this.
+    pub(super) fn set(&self, node: &Arc<str>, row: &StoredAssignment) {
+        let mut inner = self.lock();
+        if inner.wanted.get(node) == row.profile.as_ref() {
+            inner.wanted.remove(node);
+        }
+        let before = inner.stored.insert(node.clone(), row.clone());
+        drop(inner);
+        if before.as_ref() != Some(row) {
+            self.rows.notify_one();
+        }
+    }
+
+    /// Somebody else wrote the row after the wish was made.
+    pub(super) fn forget_wish(&self, node: &str) {
+        self.lock().wanted.remove(node);
+        self.rows.notify_one();
+    }
+
+    /// There is no such row any more.
+    pub(super) fn remove(&self, node: &str) {
+        let mut inner = self.lock();
+        let known = inner.stored.remove(node).is_some() | inner.wanted.remove(node).is_some();
+        drop(inner);
+        if known {
+            self.rows.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assignment(revision: i64) -> ProfileAssignment {
+        ProfileAssignment { name: "default".into(), revision, assigned_at: None }
+    }
+
+    #[tokio::test]
+    async fn a_wish_stands_until_the_row_says_so() {
+        let assignments = Assignments::default();
+        let node: Arc<str> = "n".into();
+        assert_eq!(assignments.of("n").0, None);
+        assignments.want(BTreeMap::from([(node.clone(), assignment(2))]));
+        assert_eq!(assignments.wished().await, std::slice::from_ref(&node));
+        assert_eq!(assignments.of("n").0, Some(assignment(2)));
+        let row = |revision| StoredAssignment { profile: Some(assignment(revision)), had_agent: true };
+        assignments.set(&node, &row(1));
+        assert_eq!(assignments.wish("n", Some(&assignment(1))), Some(assignment(2)));
+        assignments.set(&node, &row(2));
+        assert_eq!(assignments.wish("n", Some(&assignment(2))), None);
+        assert_eq!(assignments.of("n"), (Some(assignment(2)), row(2)));
+        assignments.want(BTreeMap::from([(node.clone(), assignment(3))]));
+        assignments.forget_wish("n");
+        assert_eq!(assignments.of("n").0, Some(assignment(2)));
+        assignments.remove("n");
+        assert_eq!(assignments.of("n").0, None);
+    }
+}
