@@ -13,14 +13,14 @@ use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subsc
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Delivery, Publication, Slot};
 use switchtower_proto::v1::change::Change as Op;
-use switchtower_proto::v1::{
-    Change, ConntrackSettings, GoAwayReason, LocalDetection, Resume, Settings, Source,
-};
+use switchtower_proto::v1::{Change, GoAwayReason, Resume, Settings, Source};
 use tokio::sync::Notify;
 
 mod look;
+mod settings;
 
 pub use look::Reach;
+pub use settings::{SettingsName, builtin_settings};
 
 use super::metrics::ServeMetrics;
 use super::questions::Desk;
@@ -75,13 +75,17 @@ struct Woken {
 struct Nodes {
     nodes: HashMap<Arc<str>, Node>,
     zones: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Revisions of settings that have a layer, beside the built-in one.
+    settings: BTreeMap<SettingsName, Settings>,
+    /// Which of them each node has; without an entry the built-in one.
+    assigned: HashMap<Arc<str>, SettingsName>,
 }
 
 /// All nodes and layers.
 pub struct Fleet {
     nodes: Mutex<Nodes>,
     layers: RwLock<Layers>,
-    settings: (Arc<str>, u64),
+    builtin: SettingsName,
     floors: Floors,
     instance: [u8; 16],
     ready: AtomicBool,
@@ -116,25 +120,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The settings that hold before any ProxyProfile applies: kube-proxy's defaults.
-#[must_use]
-pub fn builtin_settings() -> Settings {
-    Settings {
-        profile: "builtin".to_owned(),
-        revision: 0,
-        local_detection: LocalDetection::NodeCidr as i32,
-        masquerade_mark: 0x4000,
-        conntrack: Some(ConntrackSettings {
-            max_per_core: 32_768,
-            min: 131_072,
-            tcp_established_timeout_seconds: 86_400,
-            tcp_close_wait_timeout_seconds: 3_600,
-            ..ConntrackSettings::default()
-        }),
-        ..Settings::default()
-    }
-}
-
 impl Fleet {
     /// No nodes yet. Serves after the first [`Fleet::publish`].
     #[must_use]
@@ -145,15 +130,15 @@ impl Fleet {
         upstream: UpstreamAge,
         propagation: Arc<Propagation>,
     ) -> Arc<Self> {
-        let name: (Arc<str>, u64) = (settings.profile.as_str().into(), settings.revision);
+        let builtin: SettingsName = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
-        let item = Change { change: Some(Op::Settings(settings)) };
-        let changes = BTreeMap::from([(LayerId::Settings(name.0.clone(), name.1), vec![item])]);
+        let layer = LayerId::Settings(builtin.0.clone(), builtin.1);
+        let changes = BTreeMap::from([(layer, vec![settings::change(settings)])]);
         layers.apply(changes, &[], Vec::new(), Source::default());
         Arc::new(Self {
             nodes: Mutex::default(),
             layers: RwLock::new(layers),
-            settings: name,
+            builtin,
             floors,
             instance: rand::random(),
             ready: AtomicBool::new(false),
@@ -179,7 +164,7 @@ impl Fleet {
             tracing::error!(dropped = applied.dropped, "malformed changes from the compiler were dropped");
         }
         for (node, zone) in zones {
-            nodes.assign(&node, zone, &self.settings);
+            nodes.assign(&node, zone, &self.builtin);
             self.mark([node]);
         }
         for id in removed {
@@ -321,6 +306,7 @@ impl Fleet {
         floor.session = known.session;
         let signal = Arc::new(Signal::default());
         if let Some(old) = entry.signal.replace(signal.clone()) {
+            known.note_loss(Timestamp::now());
             old.end(GoAwayReason::Superseded);
         }
         self.unfollow(entry);
@@ -379,12 +365,20 @@ impl Fleet {
         }
     }
 
-    /// The stream is over.
-    pub(super) fn close(&self, node: &Arc<str>, session: u64) {
+    /// The place that a node acknowledged last, while this process runs.
+    pub(super) fn last_place(&self, node: &str) -> Option<Cursor> {
+        lock(&self.nodes).nodes.get(node)?.cursor.clone()
+    }
+
+    /// The stream is over. `lost`: not because this controller ended it.
+    pub(super) fn close(&self, node: &Arc<str>, session: u64, lost: bool) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
         let Some(known) = entry.observation.as_mut().filter(|known| known.session == session) else { return };
         known.lost_since = Some(Timestamp::now());
+        if lost {
+            known.note_loss(Timestamp::now());
+        }
         entry.signal = None;
         self.unfollow(entry);
         if entry.subscription.is_none() {
@@ -433,17 +427,19 @@ impl crate::status::Registry for Fleet {
 }
 
 impl Nodes {
-    fn assign(&mut self, name: &Arc<str>, zone: Option<Arc<str>>, settings: &(Arc<str>, u64)) {
+    fn assign(&mut self, name: &Arc<str>, zone: Option<Arc<str>>, builtin: &SettingsName) {
         self.leave_zone(name);
+        let settings = self.assigned.get(name).unwrap_or(builtin).clone();
         if let Some(zone) = &zone {
             self.zones.entry(zone.clone()).or_default().insert(name.clone());
         }
         let node = self.nodes.entry(name.clone()).or_default();
-        node.subscription = Some(Subscription { node: name.clone(), zone, settings: settings.clone() });
+        node.subscription = Some(Subscription { node: name.clone(), zone, settings });
     }
 
     fn unassign(&mut self, name: &Arc<str>) {
         self.leave_zone(name);
+        self.assigned.remove(name);
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.subscription = None;
         node.cursor = None;
@@ -466,6 +462,12 @@ impl Nodes {
         }
     }
 
+    fn has_settings(&self, name: &SettingsName) -> bool {
+        self.nodes
+            .values()
+            .any(|node| node.subscription.as_ref().is_some_and(|subscription| subscription.settings == *name))
+    }
+
     /// Wakes the sessions of the touched layers.
     fn wake(&self, applied: &Applied) -> Woken {
         let mut woken = Woken::default();
@@ -477,8 +479,7 @@ impl Nodes {
             Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),
             _ => {}
         };
-        let all = |id: &LayerId| matches!(id, LayerId::Cluster | LayerId::Settings(..));
-        if applied.touched.iter().any(all) {
+        if applied.touched.contains(&LayerId::Cluster) {
             self.nodes.keys().for_each(wake);
             return woken;
         }
@@ -486,7 +487,14 @@ impl Nodes {
             match id {
                 LayerId::Node(node) => wake(node),
                 LayerId::Zone(zone) => self.zones.get(zone).into_iter().flatten().for_each(&mut wake),
-                LayerId::Cluster | LayerId::Settings(..) => {}
+                LayerId::Settings(profile, revision) => {
+                    let has = |node: &Node| {
+                        let settings = node.subscription.as_ref().map(|subscription| &subscription.settings);
+                        settings.is_some_and(|(name, number)| name == profile && number == revision)
+                    };
+                    self.nodes.iter().filter(|(_, node)| has(node)).for_each(|(name, _)| wake(name));
+                }
+                LayerId::Cluster => {}
             }
         }
         woken

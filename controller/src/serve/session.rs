@@ -190,7 +190,7 @@ impl Session {
         let end = match self.open(&mut inbound).await {
             Ok(signal) => {
                 let end = self.exchange(&mut inbound, &signal).await;
-                self.fleet.close(&self.node, self.number);
+                self.fleet.close(&self.node, self.number, matches!(end, End::Gone(_)));
                 end
             }
             Err(end) => end,
@@ -265,14 +265,19 @@ impl Session {
         self.cursor = view.and_then(|view| {
             let digest = Digest::from_bytes(&view.digest)?;
             let revision = self.fleet.resumable(view.resume.as_ref());
-            self.fleet.read(|layers| layers.resume(&self.subscription, revision, digest))
+            // Whose assignment changed while it was away has the view of the one before.
+            let last = self.fleet.last_place(&self.node);
+            self.fleet.read(|layers| {
+                let resume = |subscription| layers.resume(subscription, revision, digest);
+                resume(&self.subscription).or_else(|| resume(last.as_ref()?.subscription()))
+            })
         });
         if let Some(cursor) = &self.cursor {
             self.fleet.reached(&self.node, self.number, cursor, None);
         }
         let (generation, highest) = (self.generation, self.highest);
         let applied = self.cursor.as_ref().map_or(kernel, |_| generation);
-        let settings = (self.subscription.settings.0.to_string(), self.subscription.settings.1);
+        let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.since = Timestamp::now();
@@ -387,6 +392,7 @@ impl Session {
     fn settled(&mut self, after: Cursor) {
         let generation = self.generation;
         let digest = after.digest().to_bytes();
+        let settings = after.subscription().settings.clone();
         self.fleet.reached(&self.node, self.number, &after, None);
         self.cursor = Some(after);
         self.fleet.observe_with(&self.node, self.number, |known| {
@@ -395,6 +401,7 @@ impl Session {
             known.sent = generation;
             known.desired = generation;
             known.digest = Some(digest);
+            known.settings = Some(settings);
         });
     }
 

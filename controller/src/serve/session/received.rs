@@ -74,12 +74,14 @@ impl Session {
     fn note_ack(&self, ack: Ack) {
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
+        let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.acknowledged = true;
             known.applied = generation;
             known.digest = digest.as_slice().try_into().ok();
             known.deviations = deviations;
             known.failure = None;
+            known.settings = settings;
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
         });
     }

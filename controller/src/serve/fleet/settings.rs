@@ -1,0 +1,100 @@
+//! Revisions of settings: one layer each, and which node has which.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use switchtower_core::layer::Layers;
+use switchtower_core::model::LayerId;
+use switchtower_proto::v1::change::Change as Op;
+use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings};
+
+use super::{Fleet, lock};
+use crate::status::Observation;
+
+/// Profile and revision of settings.
+pub type SettingsName = (Arc<str>, u64);
+
+/// The settings that hold before any ProxyProfile applies: kube-proxy's defaults.
+#[must_use]
+pub fn builtin_settings() -> Settings {
+    Settings {
+        profile: "builtin".to_owned(),
+        revision: 0,
+        local_detection: LocalDetection::NodeCidr as i32,
+        masquerade_mark: 0x4000,
+        conntrack: Some(ConntrackSettings {
+            max_per_core: 32_768,
+            min: 131_072,
+            tcp_established_timeout_seconds: 86_400,
+            tcp_close_wait_timeout_seconds: 3_600,
+            ..ConntrackSettings::default()
+        }),
+        ..Settings::default()
+    }
+}
+
+/// The change that makes a revision's layer what it should be.
+pub(super) fn change(settings: Settings) -> Change {
+    Change { change: Some(Op::Settings(settings)) }
+}
+
+impl Fleet {
+    /// Makes these the revisions that nodes can have, beside the built-in one. A revision that some node still has
+    /// stays.
+    pub fn set_settings(&self, wanted: &BTreeMap<SettingsName, Settings>) {
+        let mut nodes = lock(&self.nodes);
+        let mut changes = BTreeMap::new();
+        for ((profile, revision), settings) in wanted {
+            let name = (profile.clone(), *revision);
+            if nodes.settings.get(&name) != Some(settings) {
+                changes.insert(LayerId::Settings(name.0.clone(), name.1), vec![change(settings.clone())]);
+                nodes.settings.insert(name, settings.clone());
+            }
+        }
+        let unused = |name: &&SettingsName| !wanted.contains_key(*name) && !nodes.has_settings(name);
+        let removed: Vec<SettingsName> = nodes.settings.keys().filter(unused).cloned().collect();
+        removed.iter().for_each(|name| drop(nodes.settings.remove(name)));
+        let removed: Vec<_> =
+            removed.into_iter().map(|(profile, revision)| LayerId::Settings(profile, revision)).collect();
+        if changes.is_empty() && removed.is_empty() {
+            return;
+        }
+        let source = self.read(Layers::source);
+        let applied = self.write(|layers| layers.apply(changes, &removed, Vec::new(), source));
+        let woken = nodes.wake(&applied);
+        drop(nodes);
+        self.mark(woken.idle);
+    }
+
+    /// Gives nodes a revision; it takes the place of the one before with their next update. Nodes may be named before
+    /// they exist. A revision that was not set before counts as empty: set it first.
+    pub fn assign_settings(&self, assignments: impl IntoIterator<Item = (Arc<str>, SettingsName)>) {
+        let mut nodes = lock(&self.nodes);
+        let mut idle = Vec::new();
+        for (name, settings) in assignments {
+            if nodes.assigned.get(&name) == Some(&settings) {
+                continue;
+            }
+            nodes.assigned.insert(name.clone(), settings.clone());
+            let Some(node) = nodes.nodes.get_mut(&name) else { continue };
+            if let Some(subscription) = &mut node.subscription {
+                subscription.settings = settings;
+            }
+            match &node.signal {
+                Some(signal) => signal.notify.notify_one(),
+                None => idle.push(name),
+            }
+        }
+        drop(nodes);
+        self.mark(idle);
+    }
+
+    /// Looks at what is known of every node's agent. The closure must be quick: it holds up the streams.
+    pub fn each_observation(&self, mut look: impl FnMut(&Arc<str>, &Observation)) {
+        for (name, node) in &lock(&self.nodes).nodes {
+            if let Some(observation) = &node.observation {
+                look(name, observation);
+            }
+        }
+    }
+}
