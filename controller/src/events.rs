@@ -157,7 +157,7 @@ fn reason(reason: ProblemReason) -> &'static str {
 }
 
 /// At most `limit` bytes, cut at a character.
-fn shorten(text: &str, limit: usize) -> String {
+pub(crate) fn shorten(text: &str, limit: usize) -> String {
     let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= limit).last();
     text[..end.unwrap_or(0)].to_owned()
 }

@@ -17,6 +17,7 @@ pub mod ingest;
 pub mod metrics;
 pub mod propagation;
 pub mod render;
+pub mod rollout;
 pub mod run;
 pub mod serve;
 pub mod status;

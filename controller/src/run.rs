@@ -6,6 +6,8 @@
 //! - get, list, watch, create, patch, delete: proxystatuses.switchtower.dev; get, update: proxystatuses/status.
 //!   With the admission plugin OwnerReferencesPermissionEnforcement also update: nodes/finalizers, because rows
 //!   are owned by Nodes (without blocking their deletion, so that most clusters do not ask for it)
+//! - get, list, watch, patch: proxyprofiles.switchtower.dev; get, list, watch, create, patch, delete:
+//!   proxyrollouts.switchtower.dev; get, update: the status of both
 //! - create, patch: events.events.k8s.io
 //! - in its own namespace, get, create: secrets (`switchtower-ca`); get, list, watch, patch, create: configmaps
 //!   (`switchtower-bootstrap`); get, list, watch: pods (why an agent does not run)
@@ -40,13 +42,14 @@ use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::Chain;
 use crate::metrics::{self, Readiness};
 use crate::propagation::{self, Propagation, PropagationMetrics};
+use crate::rollout::Rollouts;
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::fleet::{Fleet, builtin_settings};
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
-use crate::status::{Floors, StatusMetrics, Writer, WriterSettings};
+use crate::status::{Assignments, Floors, StatusMetrics, Writer, WriterSettings};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
 use crate::{events, render};
 
@@ -236,21 +239,32 @@ async fn start_parts(
 
     // Rows first: sessions continue from the generations in them.
     let settings = WriterSettings { replica: replica.to_owned(), agents: agents.clone() };
+    let assignments = Assignments::default();
+    let metrics = StatusMetrics::new(registry)?;
     let mut writer =
-        Writer::new(client.clone(), fleet.clone(), settings, floors, StatusMetrics::new(registry)?);
+        Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
     let loaded = matches!(tokio::time::timeout(ROWS_PATIENCE, writer.load()).await, Ok(Ok(())));
+    // Then the settings that they name, so that no node gets others for a moment.
+    let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments);
+    if !matches!(tokio::time::timeout(ROWS_PATIENCE, rollouts.load()).await, Ok(Ok(()))) {
+        tracing::warn!(
+            "profiles and rollouts could not be read yet; nodes get the built-in settings until then"
+        );
+    }
     let (nodes, node_events) = mpsc::unbounded_channel();
     tokio::spawn(writer.run(loaded, node_events));
     let account = args.agent_service_account.clone();
     tokio::spawn(agents::follow::run(client.clone(), args.namespace.clone(), account, agents.clone()));
     tokio::spawn(agents::ask::run(agents.clone()));
+    let (more_nodes, node_events) = mpsc::unbounded_channel();
+    tokio::spawn(rollouts.run(node_events));
 
     let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
     tokio::spawn(publisher);
     let batches = start_watches(client, args, &upstream, registry)?;
     let (head, head_seen) = channel::channel(None);
     let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
-    let outputs = Outputs { head, nodes, events };
+    let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
     let metrics = EngineMetrics::new(registry)?;
     tokio::spawn(engine::run(pipeline, outputs, metrics, propagation::new_trace, batches));
     Ok(Parts { fleet, serve_metrics, head: head_seen })

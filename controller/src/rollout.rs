@@ -1,0 +1,227 @@
+//! Takes settings through the fleet: watches ProxyProfiles and ProxyRollouts, decides, and carries it out.
+//!
+//! [`switchtower_core::rollout`] decides; here is what it needs and what follows from it. A round looks at everything
+//! as it is stored, and does what is to be done; there is no other state, so that a controller that dies anywhere is
+//! followed by one that goes on.
+//!
+//! What holds: a decision is stored in the ProxyRollout before any row changes; a row changes before its node gets
+//! other settings; every write carries the version that it was decided on. Updates of Services and endpoints go on
+//! whatever happens here. A round costs the number of nodes, and there is none while nothing is under way and nothing
+//! changes.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client};
+use switchtower_crds::{ProxyProfile, ProxyRollout};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::errors::Chain;
+use crate::ingest::NodeIdentity;
+use crate::serve::fleet::Fleet;
+use crate::status::{Assignments, NodeEvent};
+
+mod announce;
+mod clean;
+mod convert;
+mod facts;
+mod objects;
+mod profiles;
+mod requests;
+mod round;
+mod settings;
+
+use announce::Announcer;
+use objects::Objects;
+
+/// Between two rounds while a rollout is under way.
+const TICK: Duration = Duration::from_millis(500);
+/// Between two rounds at the least: what happens meanwhile is looked at together.
+const GATHER: Duration = Duration::from_millis(50);
+/// After a failed request.
+const RETRY: Duration = Duration::from_secs(5);
+/// Agents get this long after the start before a missing one is news.
+const SETTLE: Duration = Duration::from_secs(20);
+
+/// Keeps an object until nothing needs it.
+pub const FINALIZER: &str = "switchtower.dev/in-use";
+
+type Events<K> = std::pin::Pin<Box<dyn Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send>>;
+
+/// The task that decides about settings.
+pub struct Rollouts {
+    profile_api: Api<ProxyProfile>,
+    rollout_api: Api<ProxyRollout>,
+    fleet: Arc<Fleet>,
+    assignments: Assignments,
+    announcer: Announcer,
+    profiles: Objects<ProxyProfile>,
+    rollouts: Objects<ProxyRollout>,
+    nodes: HashMap<Arc<str>, NodeIdentity>,
+    nodes_synced: bool,
+    /// Revisions that rows name and no rollout tells of, as they were complained about.
+    unknown: BTreeSet<String>,
+    started: Instant,
+    /// No request before this time.
+    paused_until: Option<Instant>,
+    complained: Option<Instant>,
+}
+
+impl Rollouts {
+    /// A task that knows nothing yet.
+    #[must_use]
+    pub fn new(client: Client, replica: &str, fleet: Arc<Fleet>, assignments: Assignments) -> Self {
+        Self {
+            profile_api: Api::all(client.clone()),
+            rollout_api: Api::all(client.clone()),
+            fleet,
+            assignments,
+            announcer: Announcer::new(client, replica),
+            profiles: Objects::default(),
+            rollouts: Objects::default(),
+            nodes: HashMap::new(),
+            nodes_synced: false,
+            unknown: BTreeSet::new(),
+            started: Instant::now(),
+            paused_until: None,
+            complained: None,
+        }
+    }
+
+    /// Reads what there is, and gives nodes the settings that their rows name, so that agents get the right ones from
+    /// the first moment.
+    ///
+    /// # Errors
+    /// The API server refused, or the CRDs are not installed; [`Rollouts::run`] goes on trying.
+    pub async fn load(&mut self) -> Result<(), kube::Error> {
+        self.rollouts.replace(requests::list(&self.rollout_api).await?);
+        self.profiles.replace(requests::list(&self.profile_api).await?);
+        self.serve();
+        Ok(())
+    }
+
+    /// Runs until the sender of node events is gone.
+    pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeEvent>) {
+        let mut profiles: Events<ProxyProfile> =
+            Box::pin(watcher(self.profile_api.clone(), watcher::Config::default()).default_backoff());
+        let mut rollouts: Events<ProxyRollout> =
+            Box::pin(watcher(self.rollout_api.clone(), watcher::Config::default()).default_backoff());
+        let assignments = self.assignments.clone();
+        let mut news = true;
+        loop {
+            if news && self.ready() {
+                self.round().await;
+                news = false;
+            }
+            let wake = self.wake_up(news);
+            tokio::select! {
+                event = nodes.recv() => match event {
+                    Some(event) => news |= self.node(event),
+                    None => return,
+                },
+                Some(event) = profiles.next() => match event {
+                    Ok(event) => news |= self.profiles.take(event),
+                    Err(error) => self.watch_failed(&error),
+                },
+                Some(event) = rollouts.next() => match event {
+                    Ok(event) => news |= self.rollouts.take(event),
+                    Err(error) => self.watch_failed(&error),
+                },
+                () = assignments.row_changed() => news = true,
+                () = sleep_until(wake) => news = true,
+            }
+            // What comes together is looked at together.
+            if news {
+                tokio::time::sleep(GATHER).await;
+                while let Ok(event) = nodes.try_recv() {
+                    self.node(event);
+                }
+            }
+        }
+    }
+
+    /// Deciding from a part of the nodes or objects would be deciding wrongly.
+    fn ready(&self) -> bool {
+        let paused = self.paused_until.is_some_and(|until| until > Instant::now());
+        self.nodes_synced && self.profiles.synced() && self.rollouts.synced() && !paused
+    }
+
+    fn wake_up(&mut self, news: bool) -> Option<Instant> {
+        let now = Instant::now();
+        self.paused_until = self.paused_until.filter(|until| *until > now);
+        let under_way =
+            || self.rollouts.iter().any(convert::is_under_way) || self.profiles.iter().any(is_deleting);
+        match self.paused_until {
+            Some(until) => Some(until),
+            None if !news && self.ready() && under_way() => Some(now + TICK),
+            None => None,
+        }
+    }
+
+    /// True: it matters.
+    fn node(&mut self, event: NodeEvent) -> bool {
+        match event {
+            NodeEvent::Applied(identity) => {
+                let name = identity.name.clone();
+                self.nodes.get(&name) != Some(&identity) && {
+                    self.nodes.insert(name, identity);
+                    true
+                }
+            }
+            NodeEvent::Gone(name) => self.nodes.remove(&name).is_some(),
+            NodeEvent::Synced => !std::mem::replace(&mut self.nodes_synced, true),
+        }
+    }
+
+    /// Without the CRDs there are no objects of them.
+    fn watch_failed(&mut self, error: &watcher::Error) {
+        let missing = match error {
+            watcher::Error::InitialListFailed(error) => requests::is_missing_kind(error),
+            _ => false,
+        };
+        self.complain(missing, error);
+    }
+
+    /// A request failed. True: go on with others; false: it would fail alike.
+    fn request_failed(&mut self, error: &kube::Error) {
+        self.paused_until = Some(Instant::now() + RETRY);
+        self.complain(requests::is_missing_kind(error), error);
+    }
+
+    /// At most once a minute.
+    fn complain(&mut self, missing: bool, error: &(dyn std::error::Error + 'static)) {
+        let now = Instant::now();
+        if self.complained.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
+            return;
+        }
+        self.complained = Some(now);
+        if missing {
+            tracing::error!(
+                "the kinds ProxyProfile and ProxyRollout (switchtower.dev/v1alpha1) are not installed; install them \
+                 with `kubectl apply -k crds/yaml`; nodes keep their settings meanwhile, and it is tried again"
+            );
+        } else {
+            tracing::warn!(error = %Chain(error), "rollouts wait for the API server; nodes keep their settings meanwhile, and it is tried again");
+        }
+    }
+}
+
+fn is_deleting(profile: &ProxyProfile) -> bool {
+    profile.metadata.deletion_timestamp.is_some()
+}
+
+fn now() -> switchtower_core::rollout::Time {
+    convert::time(Timestamp::now())
+}
+
+async fn sleep_until(date: Option<Instant>) {
+    match date {
+        Some(date) => tokio::time::sleep_until(date).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,55 @@
+//! Events about rollouts. Their own bounded queue: an Event that does not fit is in the log, and nothing waits for one.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource as _};
+use switchtower_core::rollout::Transition;
+use switchtower_crds::ProxyRollout;
+use tokio::sync::mpsc;
+
+/// Events waiting to be published.
+const QUEUE: usize = 256;
+/// The API's limit of an Event's note, bytes.
+const NOTE_BYTES: usize = 1_024;
+
+/// The way in: never blocks, never fails.
+#[derive(Debug, Clone)]
+pub(super) struct Announcer(mpsc::Sender<(ObjectReference, Event)>);
+
+impl Announcer {
+    /// Starts the task that publishes.
+    pub(super) fn new(client: Client, replica: &str) -> Self {
+        let reporter =
+            Reporter { controller: "switchtower-controller".into(), instance: Some(replica.into()) };
+        let recorder = Recorder::new(client, reporter);
+        let (queue, mut events) = mpsc::channel::<(ObjectReference, Event)>(QUEUE);
+        tokio::spawn(async move {
+            while let Some((object, event)) = events.recv().await {
+                if let Err(error) = recorder.publish(&event, &object).await {
+                    tracing::debug!(%error, reason = event.reason, "publishing an Event failed; the log has its text");
+                }
+            }
+        });
+        Self(queue)
+    }
+
+    /// Tells people, in the log and as an Event.
+    pub(super) fn announce(&self, rollout: &ProxyRollout, transition: &Transition) {
+        let Transition { reason, warning, message } = transition;
+        let name = rollout.metadata.name.as_deref().unwrap_or_default();
+        if *warning {
+            tracing::warn!(rollout = name, reason, message, "rollout");
+        } else {
+            tracing::info!(rollout = name, reason, message, "rollout");
+        }
+        let event = Event {
+            type_: if *warning { EventType::Warning } else { EventType::Normal },
+            reason: (*reason).to_owned(),
+            note: Some(crate::events::shorten(message, NOTE_BYTES)),
+            action: "RollOut".to_owned(),
+            secondary: None,
+        };
+        // A full queue: the log has it.
+        let _ = self.0.try_send((rollout.object_ref(&()), event));
+    }
+}

@@ -1,0 +1,83 @@
+//! Lets go of what nothing needs any more.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kube::ResourceExt as _;
+use switchtower_core::rollout::profile::Past;
+use switchtower_crds::{ProxyProfile, ProxyRollout};
+
+use super::facts::Facts;
+use super::{FINALIZER, Rollouts, convert, is_deleting, requests};
+
+/// Finished rollouts of a profile that are kept beside those that are needed.
+const HISTORY: usize = 10;
+
+impl Rollouts {
+    pub(super) async fn clean(&mut self, facts: &Facts) {
+        let mut spare: BTreeMap<Arc<str>, Vec<(u64, ProxyRollout)>> = BTreeMap::new();
+        for object in self.rollouts.iter() {
+            // What somebody made by hand is theirs.
+            let Some(past) = convert::past(object) else { continue };
+            if !is_needed(&past, facts) {
+                spare
+                    .entry(past.target.profile.clone())
+                    .or_default()
+                    .push((past.target.number, object.clone()));
+            }
+        }
+        for rollouts in spare.values_mut() {
+            rollouts.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
+            for (at, (_, object)) in rollouts.iter().enumerate() {
+                self.let_go(object, at >= HISTORY).await;
+            }
+        }
+        let leaving: Vec<ProxyProfile> =
+            self.profiles.iter().filter(|object| is_deleting(object)).cloned().collect();
+        for object in leaving {
+            let name = object.name_any();
+            if facts.holders(&name) == 0
+                && !facts.active(&name)
+                && object.finalizers().iter().any(|known| known == FINALIZER)
+            {
+                let released = requests::set_finalizer(&self.profile_api, &object, false).await;
+                self.note(released.map(drop));
+            }
+        }
+    }
+
+    /// Removes what is deleted already, or too old.
+    async fn let_go(&mut self, object: &ProxyRollout, too_old: bool) {
+        let deleting = object.metadata.deletion_timestamp.is_some();
+        let kept = object.finalizers().iter().any(|known| known == FINALIZER);
+        if too_old && !deleting {
+            let deleted = requests::delete(&self.rollout_api, object).await;
+            self.note(deleted);
+        } else if deleting && kept {
+            let released = requests::set_finalizer(&self.rollout_api, object, false).await;
+            self.note(released.map(drop));
+        }
+    }
+
+    fn note(&mut self, outcome: Result<(), kube::Error>) {
+        match outcome {
+            Err(error) if !requests::is_race(&error) => self.request_failed(&error),
+            _ => {}
+        }
+    }
+}
+
+/// Its settings or its outcome still matter: it is under way, a row names it, its profile returns to it, or it tells
+/// that the profile's present revision was tried.
+fn is_needed(past: &Past, facts: &Facts) -> bool {
+    let profile = facts.profile(&past.target.profile).filter(|profile| profile.uid == past.owner);
+    let latest = profile.is_some()
+        && !facts
+            .past
+            .iter()
+            .any(|other| other.owner == past.owner && other.target.number > past.target.number);
+    let stable =
+        facts.profile(&past.target.profile).is_some() && facts.stable(&past.target.profile) == past.target;
+    let leaving = profile.is_some_and(|profile| profile.deleting) && facts.holders(&past.target.profile) == 0;
+    !past.state.is_final() || facts.named(&past.target) || ((latest || stable) && !leaving)
+}

@@ -1,0 +1,153 @@
+//! What a round looks at: profiles, rollouts and the fleet, as they are at one moment.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use switchtower_core::rollout::profile::{Past, Profile, stable, winner};
+use switchtower_core::rollout::{
+    Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
+};
+use switchtower_proto::v1::{TrialPhase, TrialStatus};
+
+use super::{Rollouts, SETTLE, convert};
+use crate::status::Observation;
+use crate::status::row::DISCONNECT_GRACE;
+
+/// Everything at one moment.
+pub(super) struct Facts {
+    pub(super) now: Time,
+    pub(super) profiles: Vec<Profile>,
+    pub(super) past: Vec<Past>,
+    pub(super) fleet: Vec<FleetNode>,
+    /// How many nodes each profile is for.
+    pub(super) nodes: BTreeMap<Arc<str>, usize>,
+    /// Of each profile, how many nodes it selects and another one has, and which.
+    pub(super) lost: BTreeMap<Arc<str>, (usize, Arc<str>)>,
+}
+
+impl Facts {
+    pub(super) fn stable(&self, profile: &str) -> Revision {
+        stable(profile, &self.past)
+    }
+
+    pub(super) fn profile(&self, name: &str) -> Option<&Profile> {
+        self.profiles.iter().find(|profile| &*profile.name == name)
+    }
+
+    /// A rollout of the profile is under way.
+    pub(super) fn active(&self, profile: &str) -> bool {
+        self.past.iter().any(|past| &*past.target.profile == profile && !past.state.is_final())
+    }
+
+    /// Some row names the revision, or is about to.
+    pub(super) fn named(&self, revision: &Revision) -> bool {
+        self.fleet.iter().any(|node| node.assigned.as_ref().is_some_and(|known| known.revision == *revision))
+    }
+
+    /// How many rows name some revision of a profile.
+    pub(super) fn holders(&self, profile: &str) -> usize {
+        let holds = |node: &&FleetNode| {
+            node.assigned.as_ref().is_some_and(|known| &*known.revision.profile == profile)
+        };
+        self.fleet.iter().filter(holds).count()
+    }
+
+    /// The highest revision of a profile that a row names.
+    pub(super) fn highest(&self, profile: &str) -> u64 {
+        let named = self.fleet.iter().filter_map(|node| node.assigned.as_ref());
+        let named = named.filter(|known| &*known.revision.profile == profile);
+        named.map(|known| known.revision.number).max().unwrap_or(0)
+    }
+
+    /// Notes a decision that was stored.
+    pub(super) fn set_state(&mut self, revision: &Revision, state: State) {
+        for past in self.past.iter_mut().filter(|past| past.target == *revision) {
+            past.state = state;
+        }
+    }
+}
+
+impl Rollouts {
+    pub(super) fn facts(&self) -> Facts {
+        let now = super::now();
+        let profiles: Vec<Profile> = self.profiles.iter().map(convert::profile).collect();
+        let past: Vec<Past> = self.rollouts.iter().filter_map(convert::past).collect();
+        let mut agents = HashMap::with_capacity(self.nodes.len());
+        self.fleet.each_observation(|name, observation| {
+            agents.insert(name.clone(), agent(observation, now));
+        });
+        let settled = self.started.elapsed() >= SETTLE;
+        let mut facts =
+            Facts { now, profiles, past, fleet: Vec::new(), nodes: BTreeMap::new(), lost: BTreeMap::new() };
+        facts.fleet.reserve(self.nodes.len());
+        for (name, identity) in &self.nodes {
+            let (won, lost) = winner(&facts.profiles, &identity.labels);
+            let won = won.map(|profile| profile.name.clone());
+            if let Some(won) = &won {
+                *facts.nodes.entry(won.clone()).or_default() += 1;
+                for profile in lost {
+                    facts.lost.entry(profile.name.clone()).or_insert_with(|| (0, won.clone())).0 += 1;
+                }
+            }
+            let (assigned, stored) = self.assignments.of(name);
+            let missing = match (settled, stored.had_agent) {
+                (false, _) => Agent::Unknown,
+                (true, true) => Agent::Disconnected,
+                (true, false) => Agent::Absent,
+            };
+            facts.fleet.push(FleetNode {
+                name: name.clone(),
+                uid: identity.uid.clone(),
+                labels: identity.labels.clone(),
+                profile: won,
+                assigned: assigned.as_ref().map(convert::assigned),
+                agent: agents.remove(name).unwrap_or(missing),
+            });
+        }
+        facts
+    }
+}
+
+fn agent(observation: &Observation, now: Time) -> Agent {
+    if let Some(lost) = observation.lost_since {
+        let moment = now.since(convert::time(lost)) < DISCONNECT_GRACE;
+        return if moment { Agent::Unknown } else { Agent::Disconnected };
+    }
+    let revision = |profile: &str, number| Revision { profile: profile.into(), number };
+    let deviations = observation.deviations.as_ref();
+    let settings = deviations.and_then(|deviations| deviations.settings.as_ref());
+    Agent::connected(Observed {
+        since: convert::time(observation.since),
+        acknowledged: observation.settings.as_ref().map(|(profile, number)| revision(profile, *number)),
+        in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
+        refusal: observation.failure.as_ref().map(|failure| Refusal {
+            reason: failure.reason.to_owned(),
+            detail: failure.detail.clone(),
+            errno: failure.errno,
+            // The stream answers these with a snapshot.
+            transient: matches!(failure.reason, "FromMismatch" | "DigestMismatch"),
+        }),
+        refused_items: deviations.map_or(0, |deviations| deviations.refused),
+        held_removals: deviations.map_or(0, |deviations| deviations.held),
+        trial: observation.trial.as_ref().and_then(trial),
+        drift: observation.drift_at.map(|at| (convert::time(at), observation.drift_cause.clone())),
+        losses: observation.losses.iter().map(|at| convert::time(*at)).collect(),
+    })
+}
+
+fn trial(status: &TrialStatus) -> Option<Trial> {
+    let phase = match status.phase() {
+        TrialPhase::Unspecified => return None,
+        TrialPhase::Before => Phase::Before,
+        TrialPhase::Watching => Phase::Watching,
+        TrialPhase::Passed => Phase::Passed,
+        TrialPhase::RolledBack => Phase::RolledBack,
+    };
+    let failed = status.results.iter().find(|result| result.failed);
+    let evidence = failed.map(|result| {
+        let to = if result.address.is_empty() { String::new() } else { format!(" to {}", result.address) };
+        (format!("probe {}{to}: {}", result.probe, result.detail), result.errno)
+    });
+    let revision = Revision { profile: status.profile.as_str().into(), number: status.revision };
+    Some(Trial { revision, phase, evidence })
+}

@@ -1,0 +1,92 @@
+//! The status of profiles.
+
+use kube::ResourceExt as _;
+use switchtower_core::rollout::profile::{Past, Profile};
+use switchtower_core::rollout::{Condition, Revision, State};
+use switchtower_crds::{ProxyProfile, ProxyProfileStatus};
+
+use super::facts::Facts;
+use super::round::rollout_name;
+use super::{Rollouts, convert, requests};
+
+impl Rollouts {
+    /// Writes the status of every profile that changed.
+    pub(super) async fn write_profiles(&mut self, facts: &Facts) {
+        let objects: Vec<ProxyProfile> = self.profiles.iter().cloned().collect();
+        for mut object in objects {
+            let Some(profile) = facts.profile(&object.name_any()) else { continue };
+            let status = status(&object, profile, facts);
+            if object.status.as_ref() == Some(&status) {
+                continue;
+            }
+            object.status = Some(status);
+            match requests::write_status(&self.profile_api, &object).await {
+                Ok(object) => drop(self.profiles.put(object)),
+                Err(error) if requests::is_race(&error) => {}
+                Err(error) => self.request_failed(&error),
+            }
+        }
+    }
+}
+
+fn status(object: &ProxyProfile, profile: &Profile, facts: &Facts) -> ProxyProfileStatus {
+    let stable = facts.stable(&profile.name);
+    let mine =
+        facts.past.iter().filter(|past| past.target.profile == profile.name && past.owner == profile.uid);
+    let latest = mine.max_by_key(|past| past.target.number);
+    let nodes = facts.nodes.get(&profile.name).copied().unwrap_or(0);
+    let conditions = conditions(profile, latest, nodes, facts);
+    let previous = object.status.as_ref().map_or(&[][..], |status| &status.conditions);
+    let number = |revision: &Revision| Some(convert::api_number(revision.number));
+    ProxyProfileStatus {
+        observed_generation: object.metadata.generation,
+        stable_revision: number(&stable).filter(|_| !stable.is_builtin()),
+        stable_name: stable.to_string(),
+        target_revision: latest.and_then(|past| number(&past.target)),
+        target_name: latest.map(|past| past.target.to_string()).unwrap_or_default(),
+        rollout: latest.map(|past| rollout_name(&past.target)),
+        nodes: convert::count(nodes),
+        conditions: convert::conditions(&conditions, previous, object.metadata.generation, facts.now),
+    }
+}
+
+fn conditions(profile: &Profile, latest: Option<&Past>, nodes: usize, facts: &Facts) -> Vec<Condition> {
+    let name = latest.map(|past| rollout_name(&past.target)).unwrap_or_default();
+    let (reason, message) = match latest.map(|past| past.state) {
+        _ if profile.deleting => {
+            let holders = facts.holders(&profile.name);
+            let message = format!(
+                "waiting until no node has its settings: {holders} still have. A rollout of another profile that \
+                 selects them takes them over; change its changeCause to start one"
+            );
+            ("Deleting", message)
+        }
+        None => ("Pending", "its first rollout has not begun".to_owned()),
+        Some(State::Complete) => ("UpToDate", format!("{} is rolled out to its {nodes} nodes", profile.name)),
+        Some(State::Failed) => ("RolloutFailed", format!("{name} failed; see its conditions")),
+        Some(State::Aborted) => ("RolloutAborted", format!("{name} was aborted")),
+        Some(_) => ("RollingOut", format!("{name} is under way")),
+    };
+    let condition = |kind, holds, reason, message: &str| Condition {
+        kind,
+        status: if holds { "True" } else { "False" },
+        reason,
+        message: message.to_owned(),
+    };
+    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted");
+    let overlapping = match facts.lost.get(&profile.name) {
+        Some((count, winner)) => {
+            let message = format!(
+                "{count} nodes that it selects belong to {winner} or others: priority decides, then age, then name"
+            );
+            condition("Overlapping", true, "OtherProfileWins", &message)
+        }
+        None => condition("Overlapping", false, "NoOverlap", "no other profile takes a node that it selects"),
+    };
+    vec![
+        condition("Ready", reason == "UpToDate", reason, &message),
+        condition("Reconciling", !stalled && reason != "UpToDate", reason, &message),
+        condition("Stalled", stalled, reason, &message),
+        overlapping,
+    ]
+}

@@ -1,0 +1,281 @@
+//! One round: what follows from what there is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::ObjectMeta;
+use kube::{Resource as _, ResourceExt as _};
+use switchtower_core::rollout::profile::{next_revision, settled, superseded};
+use switchtower_core::rollout::{Decision, Revision, Rollout, Time, decide};
+use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, RolloutFallback};
+use switchtower_proto::v1::Settings;
+
+use super::facts::Facts;
+use super::{FINALIZER, Rollouts, convert, requests, settings};
+use crate::serve::fleet::SettingsName;
+
+/// Nodes to be given another revision.
+type Moves = BTreeMap<Arc<str>, Revision>;
+
+impl Rollouts {
+    /// Looks at everything and does what is to be done.
+    pub(super) async fn round(&mut self) {
+        let mut facts = self.facts();
+        if self.create_revisions(&facts).await {
+            facts = self.facts();
+        }
+        let mut moves = self.decide(&mut facts).await;
+        // Settings before the rows that name them.
+        self.serve();
+        settle(&facts, &mut moves);
+        let wanted = moves.into_iter();
+        let wanted = wanted.map(|(node, revision)| (node, convert::assignment(&revision, facts.now)));
+        self.assignments.want(wanted.collect());
+        self.write_profiles(&facts).await;
+        self.clean(&facts).await;
+    }
+
+    /// Makes a ProxyRollout of what profiles say anew. True: there is one more.
+    async fn create_revisions(&mut self, facts: &Facts) -> bool {
+        let mut created = false;
+        for profile in &facts.profiles {
+            let Some(number) = next_revision(profile, &facts.past, facts.highest(&profile.name)) else {
+                continue;
+            };
+            let Some(object) = self.profiles.get(&profile.name).cloned() else { continue };
+            let Some(object) = self.keep_profile(object).await else { continue };
+            let stable = facts.stable(&profile.name);
+            let fallback = RolloutFallback {
+                profile: stable.profile.to_string(),
+                revision: convert::api_number(stable.number),
+                settings: self.find(&stable).map(|known| known.spec.settings.clone()).unwrap_or_default(),
+            };
+            let rollout = new_rollout(&object, &profile.hash, number, fallback);
+            match requests::create(&self.rollout_api, &rollout).await {
+                Ok(rollout) => {
+                    tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
+                    created |= self.rollouts.put(rollout);
+                }
+                Err(error) if requests::is_race(&error) => {
+                    tracing::debug!(%error, "the rollout is there already; the watch will tell");
+                }
+                Err(error) => self.request_failed(&error),
+            }
+        }
+        created
+    }
+
+    /// A profile with a rollout stays until no node has its settings.
+    async fn keep_profile(&mut self, object: ProxyProfile) -> Option<ProxyProfile> {
+        if object.finalizers().iter().any(|known| known == FINALIZER) {
+            return Some(object);
+        }
+        match requests::set_finalizer(&self.profile_api, &object, true).await {
+            Ok(object) => {
+                self.profiles.put(object.clone());
+                Some(object)
+            }
+            Err(error) => {
+                if !requests::is_race(&error) {
+                    self.request_failed(&error);
+                }
+                None
+            }
+        }
+    }
+
+    /// Decides about every rollout that is under way or has nodes, stores the decisions, and returns what follows.
+    async fn decide(&mut self, facts: &mut Facts) -> Moves {
+        let mut moves = Moves::new();
+        let names: Vec<String> = self.rollouts.iter().map(ProxyRollout::name_any).collect();
+        for name in names {
+            let Some(object) = self.rollouts.get(&name).cloned() else { continue };
+            let Some(past) = convert::past(&object) else {
+                self.ignore(object, facts.now).await;
+                continue;
+            };
+            // The counts of one that is over are right, and no row is to be returned.
+            let counted = object.status.as_ref().map_or(0, |status| status.progress.touched_nodes);
+            if past.state.is_final() && counted == 0 && !facts.named(&past.target) {
+                continue;
+            }
+            let superseded = superseded(&past, &facts.past, facts.profile(&past.target.profile));
+            let stable = facts.stable(&past.target.profile);
+            let rollout = convert::rollout(&object, stable, superseded, facts.now);
+            let decision = decide(&rollout, &facts.fleet, facts.now);
+            if self.store(object, &rollout, &decision, facts.now).await {
+                facts.set_state(&rollout.target, decision.progress.state);
+                moves.extend(decision.moves);
+            }
+        }
+        moves
+    }
+
+    /// Stores a decision and tells people. False: nothing may follow from it.
+    async fn store(
+        &mut self,
+        object: ProxyRollout,
+        rollout: &Rollout,
+        decision: &Decision,
+        now: Time,
+    ) -> bool {
+        let status = convert::status(&object, rollout, decision, now);
+        if object.status.as_ref() == Some(&status) {
+            return true;
+        }
+        if !self.write_status(object, status).await {
+            return false;
+        }
+        if let Some(object) = self.rollouts.get(&rollout_name(&rollout.target)) {
+            for transition in &decision.transitions {
+                self.announcer.announce(object, transition);
+            }
+        }
+        true
+    }
+
+    async fn write_status(&mut self, mut object: ProxyRollout, status: ProxyRolloutStatus) -> bool {
+        object.status = Some(status);
+        match requests::write_status(&self.rollout_api, &object).await {
+            Ok(object) => {
+                self.rollouts.put(object);
+                true
+            }
+            Err(error) => {
+                // The next round decides on what somebody else wrote.
+                if !requests::is_race(&error) {
+                    self.request_failed(&error);
+                }
+                false
+            }
+        }
+    }
+
+    /// A rollout that somebody made by hand moves nothing.
+    async fn ignore(&mut self, object: ProxyRollout, now: Time) {
+        let message = "not created by the controller: it moves no node. Change a ProxyProfile instead";
+        let condition = |kind, status| switchtower_core::rollout::Condition {
+            kind,
+            status,
+            reason: "NotOwned",
+            message: message.to_owned(),
+        };
+        let previous = object.status.clone().unwrap_or_default();
+        let conditions =
+            [condition("Ready", "False"), condition("Reconciling", "False"), condition("Stalled", "True")];
+        let generation = object.metadata.generation;
+        let status = ProxyRolloutStatus {
+            observed_generation: generation,
+            state: "Ignored".to_owned(),
+            conditions: convert::conditions(&conditions, &previous.conditions, generation, now),
+            ..ProxyRolloutStatus::default()
+        };
+        if previous != status {
+            self.write_status(object, status).await;
+        }
+    }
+
+    /// The rollout of a revision.
+    pub(super) fn find(&self, revision: &Revision) -> Option<&ProxyRollout> {
+        self.rollouts
+            .iter()
+            .find(|object| convert::owner(object).is_some() && convert::target(&object.spec) == *revision)
+    }
+
+    /// Gives the fleet every revision that a row names or a rollout moves, and every node what its row names.
+    pub(super) fn serve(&mut self) {
+        let mut named: BTreeMap<SettingsName, Settings> = BTreeMap::new();
+        for object in self.rollouts.iter() {
+            let Some(past) = convert::past(object) else { continue };
+            let content = match past.state {
+                // What is proved is in force at once.
+                switchtower_core::rollout::State::Complete => {
+                    settings::settings(&past.target, &object.spec.settings)
+                }
+                _ => settings::on_trial(&past.target, &object.spec),
+            };
+            named.insert((past.target.profile.clone(), past.target.number), content);
+        }
+        let mut assignments = Vec::new();
+        let mut rows: BTreeMap<Arc<str>, SettingsName> = BTreeMap::new();
+        for (node, profile) in self.assignments.stored() {
+            let Revision { profile, number } = convert::assigned(&profile).revision;
+            rows.insert(node, (profile, number));
+        }
+        let builtin = Revision::builtin();
+        let builtin = (builtin.profile, builtin.number);
+        for node in rows.keys().chain(self.nodes.keys().filter(|node| !rows.contains_key(*node))) {
+            let wanted = rows.get(node).unwrap_or(&builtin);
+            let known = *wanted == builtin || named.contains_key(wanted);
+            if !known && self.unknown.insert(format!("{node} {}@{}", wanted.0, wanted.1)) {
+                tracing::error!(%node, profile = %wanted.0, revision = wanted.1,
+                    "the node's row names a revision that no ProxyRollout tells of; the node gets the built-in settings");
+            }
+            assignments.push((node.clone(), if known { wanted.clone() } else { builtin.clone() }));
+        }
+        self.fleet.set_settings(&named);
+        self.fleet.assign_settings(assignments);
+    }
+}
+
+/// What rows should name where no rollout decides.
+fn settle(facts: &Facts, moves: &mut Moves) {
+    let profiles = !facts.profiles.is_empty();
+    let stable: BTreeMap<Arc<str>, (Revision, bool)> = facts
+        .profiles
+        .iter()
+        .map(|profile| (profile.name.clone(), (facts.stable(&profile.name), facts.active(&profile.name))))
+        .collect();
+    for node in &facts.fleet {
+        let winner = node
+            .profile
+            .as_ref()
+            .and_then(|profile| stable.get(profile).map(|(stable, active)| (&**profile, stable, *active)));
+        if let Some(revision) = settled(node.assigned.as_ref(), winner, profiles) {
+            moves.entry(node.name.clone()).or_insert(revision);
+        }
+    }
+}
+
+/// Name of the ProxyRollout of a revision.
+pub(super) fn rollout_name(target: &Revision) -> String {
+    format!("{}-{}", target.profile, target.number)
+}
+
+/// Labels and annotations of the profile are not copied: deployment tools take an object that carries their marks for
+/// one of theirs.
+fn new_rollout(profile: &ProxyProfile, hash: &str, revision: u64, fallback: RolloutFallback) -> ProxyRollout {
+    let name = profile.name_any();
+    let owner = OwnerReference {
+        api_version: ProxyProfile::api_version(&()).into_owned(),
+        kind: ProxyProfile::kind(&()).into_owned(),
+        name: name.clone(),
+        uid: profile.uid().unwrap_or_default(),
+        controller: Some(true),
+        block_owner_deletion: None,
+    };
+    let mut strategy = profile.spec.strategy.clone().unwrap_or_default();
+    if strategy.steps.is_empty() {
+        strategy.steps = convert::default_steps();
+    }
+    ProxyRollout {
+        metadata: ObjectMeta {
+            name: Some(format!("{name}-{revision}")),
+            owner_references: Some(vec![owner]),
+            finalizers: Some(vec![FINALIZER.to_owned()]),
+            ..ObjectMeta::default()
+        },
+        spec: ProxyRolloutSpec {
+            profile: name,
+            revision: convert::api_number(revision),
+            hash: hash.to_owned(),
+            change_cause: profile.spec.change_cause.clone().unwrap_or_default(),
+            settings: profile.spec.settings.clone(),
+            fallback,
+            strategy,
+            ..ProxyRolloutSpec::default()
+        },
+        status: None,
+    }
+}

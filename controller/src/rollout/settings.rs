@@ -1,0 +1,211 @@
+//! Settings and probes of the API in the form in which agents get them.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use switchtower_core::rollout::Revision;
+use switchtower_core::wire;
+use switchtower_crds as api;
+use switchtower_proto::v1::{Cidr, LocalDetection, Probe, ProbeKind, Settings, Trial};
+
+use crate::serve::fleet::builtin_settings;
+
+/// How long a node repeats its probes after the switch.
+const WINDOW_SECONDS: i32 = 10;
+/// Longest interval between two commits.
+const INTERVAL_MILLISECONDS: u32 = 1_000;
+
+/// A revision's settings: the built-in ones, and over them what the profile says.
+#[must_use]
+pub(super) fn settings(revision: &Revision, from: &api::ProxySettings) -> Settings {
+    let mut settings = builtin_settings();
+    settings.profile = revision.profile.to_string();
+    settings.revision = revision.number;
+    let api::ProxySettings {
+        local_detection,
+        masquerade_all,
+        masquerade_bit,
+        node_port_addresses,
+        conntrack,
+        minimum_interval_milliseconds,
+        log_level,
+    } = from;
+    if let Some(detection) = local_detection {
+        settings.local_detection = mode(detection.mode) as i32;
+        settings.cluster_cidrs = cidrs(&detection.cluster_cidrs);
+        settings.interface = detection.interface.clone().unwrap_or_default();
+    }
+    settings.masquerade_all = masquerade_all.unwrap_or(settings.masquerade_all);
+    if let Some(bit) = masquerade_bit.and_then(|bit| u32::try_from(bit).ok()).filter(|bit| *bit < 32) {
+        settings.masquerade_mark = 1 << bit;
+    }
+    settings.node_port_addresses = cidrs(node_port_addresses);
+    if let (Some(from), Some(to)) = (conntrack, &mut settings.conntrack) {
+        let api::Conntrack {
+            max_per_core,
+            min,
+            tcp_established_timeout_seconds,
+            tcp_close_wait_timeout_seconds,
+            tcp_be_liberal,
+            udp_timeout_seconds,
+            udp_stream_timeout_seconds,
+        } = from;
+        let seconds =
+            |value: &Option<i64>, or| value.and_then(|value| u64::try_from(value).ok()).unwrap_or(or);
+        to.max_per_core = max_per_core.and_then(|value| u32::try_from(value).ok()).unwrap_or(to.max_per_core);
+        to.min = min.and_then(|value| u32::try_from(value).ok()).unwrap_or(to.min);
+        to.tcp_established_timeout_seconds =
+            seconds(tcp_established_timeout_seconds, to.tcp_established_timeout_seconds);
+        to.tcp_close_wait_timeout_seconds =
+            seconds(tcp_close_wait_timeout_seconds, to.tcp_close_wait_timeout_seconds);
+        to.tcp_be_liberal = tcp_be_liberal.unwrap_or(to.tcp_be_liberal);
+        to.udp_timeout_seconds = seconds(udp_timeout_seconds, to.udp_timeout_seconds);
+        to.udp_stream_timeout_seconds = seconds(udp_stream_timeout_seconds, to.udp_stream_timeout_seconds);
+    }
+    let interval = minimum_interval_milliseconds.and_then(|value| u32::try_from(value).ok()).unwrap_or(0);
+    settings.minimum_interval_milliseconds = interval.min(INTERVAL_MILLISECONDS);
+    settings.log_level = log_level.map_or("", api::LogLevel::word).to_owned();
+    settings
+}
+
+/// A rollout's settings as its nodes try them. Without probes there is nothing to try.
+#[must_use]
+pub(super) fn on_trial(revision: &Revision, spec: &api::ProxyRolloutSpec) -> Settings {
+    let mut tried = settings(revision, &spec.settings);
+    let gates = spec.strategy.gates.clone().unwrap_or_default();
+    let probes = gates.probes.unwrap_or_else(|| vec![default_probe()]);
+    if !probes.is_empty() {
+        let fallback = Revision {
+            profile: spec.fallback.profile.as_str().into(),
+            number: u64::try_from(spec.fallback.revision).unwrap_or(0),
+        };
+        let window = gates.window_seconds.unwrap_or(WINDOW_SECONDS);
+        tried.trial = Some(Box::new(Trial {
+            probes: probes.iter().map(probe).collect(),
+            window_milliseconds: u32::try_from(window).unwrap_or(0).saturating_mul(1_000),
+            fallback: Some(Box::new(settings(&fallback, &spec.fallback.settings))),
+        }));
+    }
+    tried
+}
+
+/// The API server's own Service, which every cluster has.
+fn default_probe() -> api::ServiceProbe {
+    let service = api::ServiceReference {
+        namespace: "default".to_owned(),
+        name: "kubernetes".to_owned(),
+        port: Some("https".to_owned()),
+    };
+    api::ServiceProbe {
+        name: "kubernetes".to_owned(),
+        service,
+        kind: None,
+        compare_source: None,
+        http_path: None,
+        timeout_milliseconds: None,
+    }
+}
+
+fn probe(from: &api::ServiceProbe) -> Probe {
+    let kind = match from.kind.unwrap_or_default() {
+        api::ProbeType::ClusterIp => ProbeKind::ClusterIp,
+        api::ProbeType::NodePort => ProbeKind::NodePort,
+    };
+    Probe {
+        name: from.name.clone(),
+        namespace: from.service.namespace.clone(),
+        service: from.service.name.clone(),
+        port: from.service.port.clone().unwrap_or_default(),
+        kind: kind as i32,
+        timeout_milliseconds: from
+            .timeout_milliseconds
+            .and_then(|value| u32::try_from(value).ok())
+            .unwrap_or(0),
+        compare_source: from.compare_source.unwrap_or(false),
+        http_path: from.http_path.clone().unwrap_or_default(),
+    }
+}
+
+fn mode(mode: api::LocalDetectionMode) -> LocalDetection {
+    match mode {
+        api::LocalDetectionMode::NodeCidr => LocalDetection::NodeCidr,
+        api::LocalDetectionMode::ClusterCidr => LocalDetection::ClusterCidr,
+        api::LocalDetectionMode::BridgeInterface => LocalDetection::BridgeInterface,
+        api::LocalDetectionMode::InterfaceNamePrefix => LocalDetection::InterfaceNamePrefix,
+        api::LocalDetectionMode::None => LocalDetection::None,
+    }
+}
+
+/// The API server checked them; host bits are cut off, and what is no CIDR all the same is left out. A single address
+/// counts as a network of one.
+fn cidrs(from: &[api::Cidr]) -> Vec<Cidr> {
+    let parsed = from.iter().filter_map(|api::Cidr(text)| {
+        let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+        text.parse::<IpNet>().ok().or_else(address)
+    });
+    let mut networks: Vec<IpNet> = parsed.map(|network| network.trunc()).collect();
+    networks.sort_unstable();
+    networks.dedup();
+    networks.into_iter().map(wire::cidr).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn revision(number: u64) -> Revision {
+        Revision { profile: "default".into(), number }
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_builtin_value() {
+        let mut expected = builtin_settings();
+        (expected.profile, expected.revision) = ("default".to_owned(), 3);
+        assert_eq!(settings(&revision(3), &api::ProxySettings::default()), expected);
+    }
+
+    #[test]
+    fn every_setting_reaches_the_agent() {
+        let from: api::ProxySettings = serde_json::from_value(serde_json::json!({
+            "localDetection": {"mode": "ClusterCIDR", "clusterCIDRs": ["10.1.2.3/8", "fd00::/8", "10.0.0.0/8"]},
+            "masqueradeAll": true, "masqueradeBit": 31, "nodePortAddresses": ["0.0.0.0/0"],
+            "conntrack": {"maxPerCore": 0, "min": 7, "tcpEstablishedTimeoutSeconds": 1,
+                "tcpCloseWaitTimeoutSeconds": 2, "tcpBeLiberal": true, "udpTimeoutSeconds": 3,
+                "udpStreamTimeoutSeconds": 4},
+            "minimumIntervalMilliseconds": 250, "logLevel": "debug",
+        }))
+        .unwrap();
+        let settings = settings(&revision(1), &from);
+        assert_eq!(settings.local_detection(), LocalDetection::ClusterCidr);
+        let lengths: Vec<_> = settings.cluster_cidrs.iter().map(|cidr| cidr.prefix_length).collect();
+        assert_eq!(lengths, [8, 8], "host bits are cut off, and each network is there once");
+        assert!(settings.masquerade_all);
+        assert_eq!(settings.masquerade_mark, 1 << 31);
+        assert_eq!(settings.node_port_addresses.len(), 1);
+        let conntrack = settings.conntrack.unwrap();
+        assert_eq!((conntrack.max_per_core, conntrack.min, conntrack.tcp_be_liberal), (0, 7, true));
+        assert_eq!(
+            (conntrack.tcp_established_timeout_seconds, conntrack.tcp_close_wait_timeout_seconds),
+            (1, 2)
+        );
+        assert_eq!((conntrack.udp_timeout_seconds, conntrack.udp_stream_timeout_seconds), (3, 4));
+        assert_eq!((settings.minimum_interval_milliseconds, settings.log_level.as_str()), (250, "debug"));
+    }
+
+    #[test]
+    fn a_trial_has_the_default_probe_and_a_fallback_without_a_trial() {
+        let mut spec = api::ProxyRolloutSpec {
+            fallback: api::RolloutFallback {
+                profile: "builtin".into(),
+                revision: 0,
+                settings: api::ProxySettings::default(),
+            },
+            ..api::ProxyRolloutSpec::default()
+        };
+        let trial = on_trial(&revision(1), &spec).trial.unwrap();
+        assert_eq!((trial.probes[0].name.as_str(), trial.window_milliseconds), ("kubernetes", 10_000));
+        assert_eq!(trial.fallback.map(|fallback| *fallback), Some(builtin_settings()));
+        spec.strategy.gates = Some(api::RolloutGates { probes: Some(Vec::new()), ..Default::default() });
+        assert_eq!(on_trial(&revision(1), &spec).trial, None);
+    }
+}
