@@ -1,7 +1,8 @@
 //! What people ask about the kernel, through the controller: read by a thread and a socket of its own, so that
 //! no update waits for an answer.
 //!
-//! One question at a time: whoever asks meanwhile is told so. The kernel is read anew for every question.
+//! Questions are answered one after another, and who comes while one waits is told so. The kernel is read anew for
+//! every question.
 
 use std::io;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -63,7 +64,8 @@ impl Questions {
     /// # Errors
     /// No thread can be started.
     pub fn start(mut reader: KernelReader) -> io::Result<Self> {
-        let (sender, questions) = sync_channel::<(Query, Reply)>(0);
+        // One waits while the thread is still on its way back from the one before.
+        let (sender, questions) = sync_channel::<(Query, Reply)>(1);
         std::thread::Builder::new().name("questions".into()).spawn(move || {
             while let Ok((query, reply)) = questions.recv() {
                 // The session that asked may be gone.
@@ -78,7 +80,7 @@ impl Questions {
         Questions(None)
     }
 
-    /// Hands a question over; it is refused at once if another is being answered.
+    /// Hands a question over; it is refused at once if others are before it.
     pub fn ask(&self, query: &Query, reply: Reply) {
         let refused = match &self.0 {
             None => Some((reply, QuestionError::Unavailable)),
