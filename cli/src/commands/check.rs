@@ -15,8 +15,8 @@ use crate::output::{Exit, Report, Style, count, names, wrapped};
 
 /// The oldest API server whose objects the controller knows.
 const API_VERSION: (u32, u32) = (1, 33);
-/// The oldest kernel that is tested; the README says how.
-const KERNEL: (u32, u32) = (6, 18);
+/// The supported floor; the README says how it was tried.
+const KERNEL: (u32, u32) = (6, 1);
 
 /// How a check ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn kernels_addresses_and_pod_cidrs() {
         assert_eq!(codes_of(&about_nodes(&[node("a", "6.18.5-amd64", true)])), [None, None]);
-        let checks = about_nodes(&[node("a", "6.1.0-25-amd64", true), node("b", "6.18.0", false)]);
+        let checks = about_nodes(&[node("a", "5.15.0-25-amd64", true), node("b", "6.18.0", false)]);
         assert_eq!(codes_of(&checks), [Some("ST0403"), None, Some("ST0408")]);
         assert!(checks[0].what.contains("1 node with an older kernel: a"), "{checks:?}");
         assert_eq!(api_version((1, 36)).verdict, Verdict::Passed);

@@ -83,7 +83,7 @@ fn step_to_approve(name: &str, rollout: &ProxyRollout) -> Result<i32, CliError> 
         let message = format!("ProxyRollout {name} does not wait for an approval now, but for {waiting}");
         return Err(CliError::new(message));
     }
-    Ok(status.progress.current_step.max(1))
+    Ok(status.progress.steps_done + 1)
 }
 
 fn exit(rollouts: &[ProxyRollout]) -> Exit {
@@ -148,6 +148,7 @@ mod tests {
             stable: "default@1".to_owned(),
             waiting_on: waiting.map(str::to_owned),
             progress: switchtower_crds::RolloutProgress {
+                steps_done: 1,
                 current_step: 2,
                 step: "2/4".to_owned(),
                 updated: "12/400".to_owned(),

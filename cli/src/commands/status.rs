@@ -162,6 +162,12 @@ fn problems(nodes: &[NodeLine], controller: Result<&ControllerInfo, &CliError>) 
     if nodes.is_empty() {
         problems.push(problem(codes::NO_NODE_CONNECTED, Vec::new()));
     }
+    // Rows say which node it is some seconds later, so that a short interruption is no transition.
+    let known = [codes::AGENT_ABSENT.code, codes::AGENT_DISCONNECTED.code];
+    let told = problems.iter().any(|problem| known.contains(&problem.code));
+    if controller.is_ok_and(|info| info.connected < info.nodes) && !told {
+        problems.push(problem(codes::AGENT_DISCONNECTED, Vec::new()));
+    }
     problems
 }
 
@@ -288,7 +294,7 @@ mod tests {
             upstream_age_milliseconds: Some(340),
             revision: 12,
             nodes: 3,
-            connected: 2,
+            connected: 3,
         }
     }
 
@@ -301,7 +307,7 @@ mod tests {
         ];
         let found = found(&rows, Ok(info()), now());
         let wanted = [
-            "controller  controller-0 0.1.0, 2 of 3 nodes connected, API server heard 0.3 s ago",
+            "controller  controller-0 0.1.0, 3 of 3 nodes connected, API server heard 0.3 s ago",
             "nodes       3: 1 Drifted, 1 Stale, 1 Synced",
             "versions    agents 0.1.0; kernels 6.18.5",
             "",
@@ -324,6 +330,8 @@ mod tests {
         let rows = [row("alpha", "Synced", true, (7, 7))];
         assert_eq!(found(&rows, Ok(info()), now()).problems, []);
         let codes = |found: Found| found.problems.iter().map(|problem| problem.code).collect::<Vec<_>>();
+        let lost = ControllerInfo { connected: 2, ..info() };
+        assert_eq!(codes(found(&rows, Ok(lost), now())), ["ST0102"], "the row still says Synced");
         assert_eq!(codes(found(&[], Ok(info()), now())), ["ST0304"]);
         let away = CliError::coded(codes::CONTROLLER_UNREACHABLE, "refused");
         assert_eq!(codes(found(&rows, Err(away), now())), ["ST0301"]);
