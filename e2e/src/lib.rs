@@ -22,6 +22,7 @@ pub mod lab;
 pub mod namespace;
 pub mod objects;
 pub mod oracle;
+pub mod plugin;
 pub mod probe;
 pub mod process;
 pub mod programs;

@@ -71,6 +71,7 @@ pub struct Fleet {
     nodes: Vec<FleetNode>,
     controller: Mutex<Option<Process>>,
     metrics: SocketAddr,
+    admin: SocketAddr,
     lab: Lab,
     control_plane: ControlPlane,
 }
@@ -103,8 +104,8 @@ impl Fleet {
             (control_plane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), network)
         });
         let (control_plane, (lab, nodes)) = (control_plane?, network?);
-        let metrics = free_address()?;
-        let fleet = Self { nodes, controller: Mutex::new(None), metrics, lab, control_plane };
+        let (metrics, admin) = (free_address()?, free_address()?);
+        let fleet = Self { nodes, controller: Mutex::new(None), metrics, admin, lab, control_plane };
         for node in &fleet.nodes {
             fleet.register(node)?;
         }
@@ -191,6 +192,11 @@ impl Fleet {
         (self.lab.root_address(false), CONTROLLER_PORT).into()
     }
 
+    /// Where the controller's admin API listens.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
     /// Starts the controller as its ServiceAccount; waits until it listens.
     ///
     /// # Errors
@@ -201,7 +207,7 @@ impl Fleet {
         command.arg("--kubeconfig").arg(kubeconfig);
         command.arg("--listen").arg(self.controller_address().to_string());
         command.arg("--metrics-listen").arg(self.metrics.to_string());
-        command.arg("--admin-listen").arg(free_address()?.to_string());
+        command.arg("--admin-listen").arg(self.admin.to_string());
         command.args(["--namespace", NAMESPACE, "--replica", "controller-0"]);
         let log = self.lab.directory().join("controller.log");
         let process = Process::start("switchtower-controller", command, &log)?;

@@ -1,0 +1,438 @@
+//! `kubectl switchtower` on the real API server, controller, agents and kernels: each command, and for the commonest
+//! failures that it names the cause.
+//!
+//! What it says about a packet is held against a packet. These tests disturb the fleet that they share, so they run
+//! one after another.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+#![allow(clippy::print_stdout, reason = "what the plugin says is shown where a test fails")]
+
+#[cfg(test)]
+mod common;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+use switchtower_e2e::plugin::{self, Answer};
+use switchtower_e2e::probe::{Outcome, Transport};
+use switchtower_e2e::switchtower::NAMESPACE;
+use switchtower_e2e::wait;
+
+use common::{SOON, Scene, answered_by, cluster_ip, eventually, fleet};
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs the plugin; prints what it said if the test fails.
+fn ask(arguments: &[&str]) -> Answer {
+    let answer = plugin::run(fleet(), arguments).unwrap();
+    println!(
+        "$ kubectl switchtower {}\n{}{}(exit code {})",
+        arguments.join(" "),
+        answer.text,
+        answer.errors,
+        answer.code
+    );
+    answer
+}
+
+fn json_of(arguments: &[&str]) -> Value {
+    let mut arguments = arguments.to_vec();
+    arguments.extend(["-o", "json"]);
+    ask(&arguments).json().unwrap()
+}
+
+/// A Service on a1, b1 and c1, in force everywhere, and its ClusterIP.
+fn scene(name: &str, extra: &Value) -> (Scene, SocketAddr) {
+    let scene = Scene::new(name);
+    let service = scene.service("web", extra);
+    scene.endpoints("web", &["a1", "b1", "c1"]);
+    let to = cluster_ip(&service, false);
+    let answer = ask(&["wait", &format!("{name}/web"), "--timeout", "20s"]);
+    assert_eq!(answer.code, 0);
+    (scene, to)
+}
+
+#[test]
+fn a_fleet_in_order() {
+    let _alone = alone();
+    let (scene, _) = scene("in-order", &json!({}));
+    scene.fleet.settled(SOON).unwrap();
+    wait::until("drift of tests before is no longer shown", Duration::from_secs(45), || {
+        let answer = ask(&["status"]);
+        ensure!(answer.code == 0, "{}", answer.text);
+        Ok(())
+    })
+    .unwrap();
+    let status = json_of(&["status"]);
+    assert_eq!((&status["controller"]["connected"], &status["states"]["Synced"]), (&json!(3), &json!(3)));
+    assert_eq!(status["problems"], json!([]));
+    for node in ["alpha", "beta", "gamma"] {
+        let answer = ask(&["diff", node]);
+        assert_eq!(answer.code, 0, "{}", answer.text);
+        assert!(answer.text.contains("ok the kernel holds exactly what it should"), "{}", answer.text);
+    }
+    let check = ask(&["check", "--post"]);
+    assert_eq!(check.code, 0, "{}", check.text);
+    let yaml = ask(&["status", "-o", "yaml"]);
+    assert!(yaml.text.contains("problems: []"), "{}", yaml.text);
+}
+
+#[test]
+fn an_explanation_agrees_with_packets_and_kernels() {
+    let _alone = alone();
+    let (scene, to) = scene("explained", &json!({"type": "NodePort"}));
+    answered_by("as explained", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
+    let explained = json_of(&["explain", "svc/explained/web:tcp", "--node", "alpha", "--all"]);
+    let findings = explained["groups"][0]["findings"].as_array().unwrap();
+    // ClusterIP and NodePort of both families; from pods, the node, and for the NodePort from outside.
+    assert_eq!(findings.len(), 2 * (2 + 3), "{findings:#?}");
+    for finding in findings {
+        assert_eq!(finding["outcome"], "forwarded", "{finding:#}");
+        assert_eq!(finding["kernel"]["state"], "agrees", "{finding:#}");
+        assert_eq!(finding["endpoints"].as_array().unwrap().len(), 3, "{finding:#}");
+    }
+    let answer = ask(&["explain", "explained/web", "--node", "alpha"]);
+    assert_eq!(answer.code, 0);
+    assert!(answer.text.contains("kernel  holds exactly this"), "{}", answer.text);
+    let all = ask(&["explain", "explained/web"]);
+    assert_eq!(all.code, 0);
+    assert!(all.text.contains("on 3 nodes (alpha, beta, gamma)"), "{}", all.text);
+    // An endpoint that reaches itself.
+    let own = scene.pod_address("a1", false).to_string();
+    let answer = ask(&["explain", "explained/web:tcp", "--node", "alpha", "--from-ip", &own]);
+    assert!(answer.text.contains(&format!("itself  {own}:8080 is the source")), "{}", answer.text);
+}
+
+#[test]
+fn without_local_endpoints_the_policy_is_named() {
+    let _alone = alone();
+    let (scene, to) = scene("local", &json!({"internalTrafficPolicy": "Local"}));
+    scene.endpoints("web", &["b1"]);
+    assert_eq!(ask(&["wait", "local/web"]).code, 0);
+    eventually("nobody is local", scene.pod("a2"), Transport::Tcp, to, |outcome| {
+        *outcome == Outcome::Silence
+    });
+    let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
+    assert_eq!(answer.code, 1);
+    for part in ["DROPPED", "ST0202", "internalTrafficPolicy is Local", "holds exactly this"] {
+        assert!(answer.text.contains(part), "{part}: {}", answer.text);
+    }
+    assert_eq!(ask(&["explain", "local/web", "--node", "beta"]).code, 0, "b1 is local there");
+    let groups = json_of(&["explain", "local/web"]);
+    let groups: Vec<_> = groups["groups"].as_array().unwrap().iter().map(|group| &group["names"]).collect();
+    assert_eq!(groups, [&json!(["alpha", "gamma"]), &json!(["beta"])]);
+    // Without any endpoint it is another matter.
+    scene.endpoints("web", &[]);
+    assert_eq!(ask(&["wait", "local/web"]).code, 0);
+    eventually("nobody at all", scene.pod("a2"), Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
+    let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
+    assert!(answer.text.contains("REFUSED") && answer.text.contains("ST0201"), "{}", answer.text);
+}
+
+#[test]
+fn a_source_outside_the_ranges_is_named() {
+    let _alone = alone();
+    let scene = Scene::new("ranges");
+    let vip = "192.0.2.91";
+    let extra = json!({"loadBalancerSourceRanges": ["203.0.113.0/24"]});
+    scene.load_balancer("web", &extra, &[vip]);
+    scene.endpoints("web", &["a1"]);
+    assert_eq!(ask(&["wait", "ranges/web"]).code, 0);
+    let to = SocketAddr::new(vip.parse().unwrap(), 80);
+    let dropped = |outcome: &Outcome| *outcome == Outcome::Silence;
+    eventually("not in the range", scene.pod("c2"), Transport::Tcp, to, dropped);
+    let source = scene.pod_address("c2", false).to_string();
+    let answer = ask(&["explain", "ranges/web:tcp", "--node", "gamma", "--from-ip", &source]);
+    assert_eq!(answer.code, 1);
+    for part in
+        ["DROPPED  LoadBalancer 192.0.2.91:80/TCP", "ST0204", "203.0.113.0/24", "FORWARDED  ClusterIP"]
+    {
+        assert!(answer.text.contains(part), "{part}: {}", answer.text);
+    }
+}
+
+#[test]
+fn a_missing_agent_is_named_and_what_it_misses() {
+    let _alone = alone();
+    let (scene, _) = scene("agent-down", &json!({}));
+    let beta = scene.node("beta");
+    scene.fleet.stop_agent(beta, libc::SIGKILL).unwrap();
+    scene.endpoints("web", &["c1"]);
+    let waited = ask(&["wait", "agent-down/web"]);
+    assert_eq!(waited.code, 0, "connected nodes have it: {}", waited.text);
+    assert!(
+        waited.text.contains("not counted: 1 node whose agent is not connected (beta)"),
+        "{}",
+        waited.text
+    );
+    wait::until("status says it", Duration::from_secs(25), || {
+        let answer = ask(&["status"]);
+        ensure!(answer.code == 1);
+        let first = answer.text.lines().skip_while(|line| !line.starts_with("NODE")).nth(1);
+        let first: Vec<&str> = first.unwrap_or_default().split_whitespace().take(2).collect();
+        ensure!(first == ["beta", "Stale"], "{}", answer.text);
+        ensure!(answer.text.contains("ST0102") && answer.text.contains("1 node (beta)"), "{}", answer.text);
+        Ok(())
+    })
+    .unwrap();
+    let explained = ask(&["explain", "agent-down/web", "--node", "beta"]);
+    assert!(
+        explained.text.contains("kernel  not known: the agent of beta is not connected"),
+        "{}",
+        explained.text
+    );
+    assert!(explained.text.contains("this may not be in force on 1 node: beta"), "{}", explained.text);
+    assert_eq!(ask(&["diff", "beta"]).code, 2);
+    scene.fleet.run_agent(beta).unwrap();
+    scene.fleet.settled(Duration::from_secs(20)).unwrap();
+    assert_eq!(ask(&["explain", "agent-down/web", "--node", "beta"]).code, 0);
+}
+
+#[test]
+fn an_agent_that_stands_still_is_stale_and_wait_says_so() {
+    let _alone = alone();
+    let (scene, _) = scene("agent-stale", &json!({}));
+    let gamma = scene.node("gamma");
+    let process = libc::pid_t::try_from(scene.fleet.agent_id(gamma).unwrap()).unwrap();
+    // SAFETY: a signal to a process of this test.
+    unsafe { libc::kill(process, libc::SIGSTOP) };
+    scene.endpoints("web", &["a1"]);
+    let waited = ask(&["wait", "agent-stale/web", "--timeout", "3s"]);
+    let enough = ask(&["wait", "agent-stale/web", "--timeout", "3s", "--percent", "60"]);
+    let status = wait::until("status says it", Duration::from_secs(25), || {
+        let answer = ask(&["status"]);
+        ensure!(answer.text.contains("ST0103") && answer.text.contains("(gamma)"), "{}", answer.text);
+        Ok(answer)
+    });
+    let explained = ask(&["explain", "agent-stale/web"]);
+    // SAFETY: as above.
+    unsafe { libc::kill(process, libc::SIGCONT) };
+    assert_eq!((waited.code, enough.code), (1, 0));
+    assert!(
+        waited.text.contains("2 of 3 connected nodes") && waited.text.contains("ST0305"),
+        "{}",
+        waited.text
+    );
+    assert!(waited.text.contains(": gamma"), "{}", waited.text);
+    assert_eq!(status.unwrap().code, 1);
+    assert!(explained.text.contains("gamma (behind by"), "{}", explained.text);
+    scene.fleet.settled(Duration::from_secs(40)).unwrap();
+}
+
+#[test]
+fn a_foreign_flush_is_named() {
+    let _alone = alone();
+    let (scene, _) = scene("flushed", &json!({}));
+    let alpha = scene.node("alpha");
+    alpha.net.namespace.output("nft", &["flush", "ruleset"]).unwrap();
+    wait::until("status says it", SOON, || {
+        let answer = ask(&["status"]);
+        ensure!(answer.text.contains("ST0106") && answer.text.contains("(alpha)"), "{}", answer.text);
+        Ok(())
+    })
+    .unwrap();
+    // It was repaired: packets and kernel are in order again.
+    wait::until("repaired", SOON, || {
+        let answer = ask(&["diff", "alpha"]);
+        ensure!(answer.code == 0, "{}", answer.text);
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn the_rules_of_a_node_and_an_agent_that_does_not_answer() {
+    let _alone = alone();
+    let (scene, to) = scene("rules", &json!({}));
+    let gamma = scene.node("gamma");
+    let process = libc::pid_t::try_from(scene.fleet.agent_id(gamma).unwrap()).unwrap();
+    let rules = ask(&["rules", "gamma", "--filter", &to.to_string()]);
+    assert_eq!(rules.code, 0);
+    assert!(rules.text.contains(&format!("ip frontends {to}/TCP : 0x")), "{}", rules.text);
+    assert!(rules.text.contains("ip nat_prerouting"), "{}", rules.text);
+    // SAFETY: a signal to a process of this test.
+    unsafe { libc::kill(process, libc::SIGSTOP) };
+    let unanswered = ask(&["diff", "gamma"]);
+    // SAFETY: as above.
+    unsafe { libc::kill(process, libc::SIGCONT) };
+    assert_eq!(unanswered.code, 2);
+    assert!(unanswered.errors.contains("did not answer within"), "{}", unanswered.errors);
+    scene.fleet.settled(Duration::from_secs(40)).unwrap();
+}
+
+#[test]
+fn the_stages_of_the_last_change() {
+    let _alone = alone();
+    let (scene, _) = scene("traced", &json!({}));
+    scene.endpoints("web", &["a1"]);
+    assert_eq!(ask(&["wait", "traced/web"]).code, 0);
+    let changes = wait::until("the change is followed to its end", SOON, || {
+        let changes = json_of(&["trace", "traced/web", "--last"]);
+        ensure!(changes[0]["all"].is_u64() && changes[0]["outstanding"] == 0, "{changes:#}");
+        Ok(changes)
+    })
+    .unwrap();
+    let change = &changes[0];
+    assert_eq!((&change["eligible"], &change["acknowledged"]), (&json!(3), &json!(3)), "{change:#}");
+    let stages: Vec<u64> = ["compiling", "published", "half", "all"]
+        .iter()
+        .map(|stage| change[*stage].as_u64().unwrap())
+        .collect();
+    assert!(stages.is_sorted(), "{stages:?}");
+    let text = ask(&["trace", "traced/web"]).text;
+    assert!(text.starts_with("EndpointSlice traced/web-") && text.contains("all hold it"), "{text}");
+    let many = json_of(&["trace", "traced/web", "--last", "10"]);
+    assert!(many.as_array().unwrap().len() > 1, "{many:#}");
+}
+
+#[test]
+fn without_a_controller_status_shows_the_rows() {
+    let _alone = alone();
+    let (scene, _) = scene("no-controller", &json!({}));
+    scene.fleet.stop_controller(libc::SIGTERM).unwrap();
+    let status = ask(&["status"]);
+    let explained = ask(&["explain", "no-controller/web"]);
+    let waited = ask(&["wait", "no-controller/web", "--timeout", "1s"]);
+    scene.fleet.start_controller().unwrap();
+    assert_eq!((status.code, explained.code, waited.code), (1, 2, 2));
+    assert!(status.text.contains("ST0301") && status.text.contains("nodes       3"), "{}", status.text);
+    assert!(
+        explained.errors.contains("cannot be reached") && explained.errors.contains("ST0301"),
+        "{}",
+        explained.errors
+    );
+    scene.fleet.settled(Duration::from_secs(30)).unwrap();
+}
+
+#[test]
+fn before_an_installation() {
+    let _alone = alone();
+    let answer = ask(&["check", "--pre"]);
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    assert!(answer.text.contains("there is no DaemonSet kube-system/kube-proxy"), "{}", answer.text);
+    assert!(answer.text.contains("ST0405"), "{}", answer.text);
+    let proxy = json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet",
+        "metadata": {"name": "kube-proxy", "namespace": "kube-system"},
+        "spec": {
+            "selector": {"matchLabels": {"k8s-app": "kube-proxy"}},
+            "template": {
+                "metadata": {"labels": {"k8s-app": "kube-proxy"}},
+                "spec": {"containers": [{"name": "c", "image": "i"}], "nodeSelector": {"none": "none"}},
+            },
+        },
+    });
+    fleet().kube().apply(&proxy).unwrap();
+    let answer = ask(&["check", "--pre"]);
+    fleet().kube().delete::<k8s_openapi::api::apps::v1::DaemonSet>("kube-system", "kube-proxy").unwrap();
+    assert_eq!(answer.code, 1);
+    assert!(answer.text.contains("FAILED   ST0402"), "{}", answer.text);
+}
+
+/// A kubeconfig of a ServiceAccount in the namespace of the product.
+fn kubeconfig_of(account: &str) -> PathBuf {
+    let object = json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": NAMESPACE},
+    });
+    fleet().kube().apply(&object).unwrap();
+    let token = fleet().token(account, None, &[], 3_600).unwrap();
+    let admin = std::fs::read(fleet().control_plane().kubeconfig()).unwrap();
+    let mut config: Value = serde_json::from_slice(&admin).unwrap();
+    config["users"] = json!([{"name": "admin", "user": {"token": token}}]);
+    let path = fleet().lab().directory().join(format!("{account}.kubeconfig"));
+    std::fs::write(&path, config.to_string()).unwrap();
+    path
+}
+
+#[test]
+fn rights_decide_who_may_ask() {
+    let _alone = alone();
+    let (_scene, _) = scene("rights", &json!({}));
+    let stranger = kubeconfig_of("stranger");
+    let as_stranger = |arguments: &[&str]| plugin::run_as(fleet(), &stranger, arguments).unwrap();
+    let refused = as_stranger(&["status"]);
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.errors.contains("ST0404") && refused.errors.contains("cannot list ProxyStatus"),
+        "{refused:?}"
+    );
+
+    let bind = |name: &str, kind: &str, role: &str| {
+        let mut object = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": name},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+            "subjects": [{"kind": "ServiceAccount", "name": "stranger", "namespace": NAMESPACE}],
+        });
+        object["kind"] = format!("{kind}Binding").into();
+        if kind == "Role" {
+            object["metadata"]["namespace"] = NAMESPACE.into();
+        }
+        fleet().kube().apply(&object).unwrap();
+    };
+    bind("stranger-rows", "ClusterRole", "switchtower-viewer");
+    bind("stranger-views", "Role", "switchtower-viewer");
+    bind("stranger-reads", "ClusterRole", "view");
+    wait::until("the rights are in force", SOON, || {
+        let answer = as_stranger(&["explain", "rights/web", "--node", "alpha"]);
+        ensure!(answer.code == 0, "{answer:?}");
+        Ok(())
+    })
+    .unwrap();
+    let refused = as_stranger(&["diff", "alpha"]);
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.errors.contains("switchtower-operator") && refused.errors.contains("ST0404"),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn wrong_use_gets_a_sentence_that_says_what_to_do() {
+    let _alone = alone();
+    let (_scene, _) = scene("wrong", &json!({}));
+    let cases: &[(&[&str], &str)] = &[
+        (&["explain", "no/such/service"], "write [svc/][NAMESPACE/]NAME[:PORT]"),
+        (&["explain", "nothing"], "-n names another namespace"),
+        (&["explain", "wrong/web:https"], "it has tcp (80), udp (80)"),
+        (&["explain", "wrong/web", "--node", "omega"], "there is no Node omega"),
+        (&["explain", "wrong/web", "--from", "pod/a/b/c"], "write pod/[NAMESPACE/]NAME"),
+        (&["explain", "wrong/web", "--from", "nobody"], "there is no Pod default/nobody"),
+        (&["explain", "ST0999"], "codes lists all"),
+        (&["diff", "omega"], "there is no Node omega"),
+        (&["wait", "wrong/other"], "without a name, wait takes everything so far"),
+        (&["wait", "--timeout", "soon"], "write 500ms, 30s, 2m or 1h"),
+        (&["wait", "--for", "luck"], "possible values: change"),
+        (&["trace", "wrong/other"], "remembers no change"),
+        (&["rollout", "pause", "nothing"], "rollout status lists all"),
+        (&["check"], "--pre"),
+        (&["--kubeconfig", "/nowhere", "status"], ""),
+        (&["status", "--context", "nowhere"], "does kubectl work?"),
+    ];
+    for (arguments, wanted) in cases {
+        let answer = ask(arguments);
+        assert_eq!(answer.code, 2, "{arguments:?}");
+        assert!(answer.errors.contains(wanted), "{arguments:?}: {}", answer.errors);
+        assert!(answer.text.is_empty(), "{arguments:?}: {}", answer.text);
+    }
+}
+
+#[test]
+fn codes_and_completion_need_no_cluster() {
+    let _alone = alone();
+    let code = ask(&["explain", "ST0204"]);
+    assert!(code.text.contains("loadBalancerSourceRanges"), "{}", code.text);
+    assert!(json_of(&["codes"]).as_array().unwrap().len() > 20);
+    assert!(ask(&["completion", "bash"]).text.contains("kubectl-switchtower"));
+    let rollouts = ask(&["rollout", "status"]);
+    assert_eq!(
+        (rollouts.code, rollouts.text.as_str()),
+        (0, "no rollouts: no ProxyProfile has been changed\n")
+    );
+}
