@@ -1,0 +1,389 @@
+//! Profiles and rollouts by plain kubectl: what the API server refuses, what makes no sense all the same, who wins a
+//! node, what a deleted profile leaves behind. These tests share the fleet, so they run one after another, each from
+//! a fleet without profiles.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kube::Api;
+use kube::api::ListParams;
+use serde_json::{Value, json};
+use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::probe::Transport;
+use switchtower_e2e::wait;
+
+use common::{Scene, answered_by, cluster_ip, fleet};
+
+/// How long a rollout may take on a machine that builds something else beside.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn kubectl(arguments: &[&str]) -> Result<String> {
+    fleet().control_plane().kubectl(arguments)
+}
+
+/// Applies a profile with kubectl.
+fn apply(name: &str, spec: &Value) -> Result<String> {
+    let profile = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": name}, "spec": spec,
+    });
+    let path = fleet().lab().directory().join(format!("profile-{name}.json"));
+    std::fs::write(&path, profile.to_string())?;
+    kubectl(&["apply", "-f", &path.to_string_lossy()])
+}
+
+/// Settings that can be told apart, without probes, all at once; `extra` goes over it.
+fn spec(interval: u32, extra: &Value) -> Value {
+    let mut spec = json!({
+        "settings": {"minimumIntervalMilliseconds": interval},
+        "strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}},
+    });
+    for (key, value) in extra.as_object().into_iter().flatten() {
+        spec[key] = value.clone();
+    }
+    spec
+}
+
+fn rollout(name: &str) -> Result<ProxyRolloutStatus> {
+    let object: Option<ProxyRollout> = fleet().kube().get_cluster(name)?;
+    object.with_context(|| format!("there is no ProxyRollout {name}"))?.status.context("without status")
+}
+
+#[track_caller]
+fn reaches(name: &str, state: &str, waiting_on: Option<&str>) -> ProxyRolloutStatus {
+    wait::until(&format!("{name} is {state}"), PATIENCE, || {
+        let status = rollout(name)?;
+        ensure!(status.state == state && status.waiting_on.as_deref() == waiting_on, "{status:?}");
+        Ok(status)
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap()
+}
+
+/// What the rows say is in force on each node.
+fn in_force() -> BTreeMap<String, String> {
+    let names = ["alpha", "beta", "gamma"].map(|name| {
+        let row = fleet().row(name).unwrap();
+        (name.to_owned(), row.profile.map(|profile| profile.revision_name).unwrap_or_default())
+    });
+    names.into()
+}
+
+#[track_caller]
+fn nodes_have(expected: [&str; 3]) {
+    wait::until(&format!("the nodes have {expected:?}"), PATIENCE, || {
+        let found = in_force();
+        ensure!(found.values().eq(expected), "{found:?}");
+        Ok(())
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap();
+}
+
+fn condition(name: &str, kind: &str) -> Result<(String, String)> {
+    let object: Option<ProxyProfile> = fleet().kube().get_cluster(name)?;
+    let status = object.context("no such profile")?.status.context("without status")?;
+    let found = status.conditions.into_iter().find(|condition| condition.type_ == kind);
+    found.map(|condition| (condition.status, condition.reason)).context("no such condition")
+}
+
+#[track_caller]
+fn profile_is(name: &str, kind: &str, status: &str, reason: &str) {
+    let what = format!("{name}: {kind}={status} {reason}");
+    wait::until(&what, PATIENCE, || {
+        let found = condition(name, kind)?;
+        ensure!(found == (status.to_owned(), reason.to_owned()), "{found:?}");
+        Ok(())
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap();
+}
+
+/// One node's label; `value` "-" removes it.
+fn label(node: &str, key: &str, value: &str) {
+    let change = if value == "-" { format!("{key}-") } else { format!("{key}={value}") };
+    kubectl(&["label", "--overwrite", "node", node, &change]).unwrap();
+}
+
+/// A fleet whose nodes have a revision of a profile `base` that holds them all at the lowest priority.
+fn start(name: &str) -> (MutexGuard<'static, ()>, Scene) {
+    let alone = alone();
+    let scene = Scene::new(name);
+    scene.fleet.settled(PATIENCE).unwrap();
+    apply("base", &spec(0, &json!({"priority": -1000, "changeCause": name}))).unwrap();
+    wait::until("the base profile is everywhere", PATIENCE, || {
+        let found = condition("base", "Ready")?;
+        ensure!(found.0 == "True", "{found:?}");
+        let base: Option<ProxyProfile> = fleet().kube().get_cluster("base")?;
+        let stable = base.and_then(|base| base.status).unwrap_or_default().stable_name;
+        let names = in_force();
+        ensure!(names.values().all(|name| *name == stable), "{names:?}, stable is {stable}");
+        Ok(())
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap();
+    (alone, scene)
+}
+
+/// Deletes a profile, and lets `base` take its nodes over.
+fn leave(name: &str) {
+    kubectl(&["delete", "pxp", name, "--wait=false"]).unwrap();
+    let cause = format!("after {name} {:08x}", rand::random::<u32>());
+    apply("base", &spec(0, &json!({"priority": -1000, "changeCause": cause}))).unwrap();
+    wait::until(&format!("{name} is gone"), PATIENCE, || {
+        let left: Option<ProxyProfile> = fleet().kube().get_cluster(name)?;
+        ensure!(left.is_none(), "{:?}", left.and_then(|left| left.status));
+        Ok(())
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap();
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_when_it_is_applied() {
+    let _alone = alone();
+    let steps = |steps: Value| json!({"strategy": {"steps": steps}});
+    let cases = [
+        ("a CIDR that is none", json!({"settings": {"nodePortAddresses": ["10.0.0/8"]}}), "must be a CIDR"),
+        ("a share over 100 %", steps(json!([{"nodes": "101%"}, {"nodes": "100%"}])), "should match"),
+        ("no node at all", steps(json!([{"nodes": 0}, {"nodes": "100%"}])), "greater than or equal to 1"),
+        ("steps that end early", steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])), "the last step must be"),
+        (
+            "a last step for some",
+            steps(json!([{"nodes": "100%", "nodeSelector": {"matchLabels": {"a": "b"}}}])),
+            "the last step must be",
+        ),
+        (
+            "a mode without its networks",
+            json!({"settings": {"localDetection": {"mode": "ClusterCIDR"}}}),
+            "clusterCIDRs is required",
+        ),
+        (
+            "an operator that is none",
+            json!({"nodeSelector": {"matchExpressions": [{"key": "a", "operator": "Has"}]}}),
+            "Unsupported value",
+        ),
+    ];
+    for (what, spec, message) in cases {
+        let error = format!("{:#}", apply("wrong", &spec).expect_err(what));
+        assert!(error.contains(message), "{what}: {error}");
+    }
+    let error = format!("{:#}", apply("builtin", &json!({})).expect_err("a reserved name"));
+    assert!(error.contains("builtin is the name"), "{error}");
+    let explained = kubectl(&["explain", "pxr.spec.approvedStep"]).unwrap();
+    assert!(explained.contains("Only grows"), "{explained}");
+}
+
+#[test]
+fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
+    let (_alone, scene) = start("approvals");
+    let canary = json!({
+        "name": "canary", "nodes": 1, "approval": "Manual",
+        "nodeSelector": {"matchLabels": {"test/canary": "true"}},
+    });
+    let strategy = json!({
+        "steps": [canary, {"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []},
+    });
+    apply("canaried", &spec(1, &json!({"strategy": strategy}))).unwrap();
+    // The selector matches no node: it waits, and no node is touched.
+    let status = reaches("canaried-1", "Paused", Some("CanaryNodes"));
+    assert_eq!((status.progress.step.as_str(), status.progress.touched_nodes), ("1/2", 0));
+    label("beta", "test/canary", "true");
+    let status = reaches("canaried-1", "Paused", Some("Approval"));
+    assert_eq!((status.progress.updated.as_str(), status.failed), ("1/3", 0));
+    let base = in_force()["alpha"].clone();
+    nodes_have([&base, "canaried@1", &base]);
+    // Endpoints are never held up.
+    let service = scene.service("web", &json!({}));
+    for pod in ["a1", "c1"] {
+        scene.endpoints("web", &[pod]);
+        answered_by("meanwhile", scene.pod("b1"), Transport::Tcp, cluster_ip(&service, false), &[pod]);
+    }
+    let patch = |spec: &str| kubectl(&["patch", "pxr", "canaried-1", "--type=merge", "-p", spec]);
+    let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":3}}"#).unwrap_err());
+    assert!(error.contains("beyond the last step"), "{error}");
+    let error = format!("{:#}", patch(r#"{"spec":{"settings":{"masqueradeAll":true}}}"#).unwrap_err());
+    assert!(error.contains("settings never change"), "{error}");
+    // A relabelled canary: nobody is left to judge by.
+    label("beta", "test/canary", "-");
+    reaches("canaried-1", "Paused", Some("CanaryNodes"));
+    label("beta", "test/canary", "true");
+    reaches("canaried-1", "Paused", Some("Approval"));
+    patch(r#"{"spec":{"approvedStep":1}}"#).unwrap();
+    reaches("canaried-1", "Complete", None);
+    nodes_have(["canaried@1"; 3]);
+    let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":0}}"#).unwrap_err());
+    assert!(error.contains("only grows"), "{error}");
+    profile_is("canaried", "Ready", "True", "UpToDate");
+    let columns = kubectl(&["get", "pxr", "canaried-1"]).unwrap();
+    for word in ["STATE", "STEP", "TARGET", "UPDATED", "WAITING-ON", "Complete", "2/2", "canaried@1", "3/3"] {
+        assert!(columns.contains(word), "{columns}");
+    }
+    events("canaried-1", &["RolloutInconclusive", "WaitingForApproval", "StepDone", "RolloutComplete"]);
+    label("beta", "test/canary", "-");
+    leave("canaried");
+}
+
+/// Waits until Events with these reasons tell of a rollout.
+fn events(rollout: &str, reasons: &[&str]) {
+    let api: Api<k8s_openapi::api::core::v1::Event> = Api::all(fleet().kube().client());
+    wait::until(&format!("Events about {rollout}"), PATIENCE, || {
+        let events = fleet().kube().block_on(api.list(&ListParams::default()))?;
+        let about =
+            events.items.into_iter().filter(|event| event.involved_object.name.as_deref() == Some(rollout));
+        let found: Vec<_> = about.filter_map(|event| event.reason).collect();
+        ensure!(reasons.iter().all(|&reason| found.iter().any(|known| known == reason)), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
+    let (_alone, _scene) = start("overlap");
+    let east = json!({"matchLabels": {"topology.kubernetes.io/zone": "east"}});
+    apply("east", &spec(1, &json!({"nodeSelector": east, "priority": 5}))).unwrap();
+    reaches("east-1", "Complete", None);
+    let base = in_force()["gamma"].clone();
+    nodes_have(["east@1", "east@1", &base]);
+    profile_is("base", "Overlapping", "True", "OtherProfileWins");
+    profile_is("east", "Overlapping", "False", "NoOverlap");
+    // A relabelled node keeps what it has until a rollout of its new profile comes.
+    label("gamma", "topology.kubernetes.io/zone", "east");
+    std::thread::sleep(Duration::from_secs(2));
+    nodes_have(["east@1", "east@1", &base]);
+    apply("east", &spec(1, &json!({"nodeSelector": east, "priority": 5, "changeCause": "with gamma"})))
+        .unwrap();
+    reaches("east-2", "Complete", None);
+    nodes_have(["east@2"; 3]);
+    label("gamma", "topology.kubernetes.io/zone", "west");
+    leave("east");
+}
+
+#[test]
+fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
+    let (_alone, _scene) = start("supersede");
+    let soak = json!({
+        "steps": [{"nodes": 1, "soakSeconds": 3600}, {"nodes": "100%"}], "gates": {"probes": []},
+    });
+    let base = in_force()["alpha"].clone();
+    apply("edited", &spec(1, &json!({"strategy": soak}))).unwrap();
+    assert_eq!(reaches("edited-1", "Soaking", Some("Soak")).progress.touched_nodes, 1);
+    apply("edited", &spec(2, &json!({"strategy": soak}))).unwrap();
+    reaches("edited-1", "Superseded", None);
+    assert_eq!(reaches("edited-2", "Soaking", Some("Soak")).progress.touched_nodes, 1);
+    wait::until("no node has the superseded revision", PATIENCE, || {
+        let names = in_force();
+        ensure!(!names.values().any(|name| name == "edited@1"), "{names:?}");
+        Ok(())
+    })
+    .unwrap();
+    // Aborted: the node is returned, and the abort is final.
+    let patch = |spec: &str| kubectl(&["patch", "pxr", "edited-2", "--type=merge", "-p", spec]);
+    patch(r#"{"spec":{"abort":true}}"#).unwrap();
+    reaches("edited-2", "Aborted", None);
+    assert!(patch(r#"{"spec":{"abort":false}}"#).is_err());
+    profile_is("edited", "Stalled", "True", "RolloutAborted");
+    // Tried again by a person; then the profile is deleted on the way.
+    apply("edited", &spec(2, &json!({"strategy": soak, "changeCause": "again"}))).unwrap();
+    reaches("edited-3", "Soaking", Some("Soak"));
+    leave("edited");
+    wait::until("nobody is left behind", PATIENCE, || {
+        let names = in_force();
+        ensure!(names.values().all(|name| name.starts_with("base@") && *name != base), "{names:?}");
+        let gone: Option<ProxyRollout> = fleet().kube().get_cluster("edited-3")?;
+        ensure!(gone.is_none(), "the rollout of the deleted profile is still there");
+        Ok(())
+    })
+    .unwrap();
+    // Created again under its name: it begins anew.
+    apply("edited", &spec(3, &json!({}))).unwrap();
+    profile_is("edited", "Ready", "True", "UpToDate");
+    wait::until("the new profile has the nodes", PATIENCE, || {
+        let names = in_force();
+        ensure!(names.values().all(|name| name.starts_with("edited@")), "{names:?}");
+        Ok(())
+    })
+    .unwrap();
+    leave("edited");
+}
+
+#[test]
+fn a_rollout_made_by_hand_moves_nobody() {
+    let (_alone, _scene) = start("by-hand");
+    let rollout = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyRollout", "metadata": {"name": "mine"},
+        "spec": {
+            "profile": "base", "revision": 900, "hash": "x", "settings": {},
+            "fallback": {"profile": "builtin", "revision": 0}, "strategy": {"steps": [{"nodes": "100%"}]},
+        },
+    });
+    fleet().kube().apply(&rollout).unwrap();
+    reaches("mine", "Ignored", None);
+    assert!(in_force().values().all(|name| name != "base@900"));
+    fleet().kube().delete_cluster::<ProxyRollout>("mine").unwrap();
+}
+
+#[test]
+fn a_killed_controller_is_followed_by_one_that_goes_on() {
+    let (_alone, scene) = start("killed");
+    let strategy = json!({
+        "steps": [
+            {"nodes": 1, "approval": "Manual"}, {"nodes": 2, "soakSeconds": 2, "approval": "Manual"}, {"nodes": "100%"},
+        ],
+        "maxUnavailable": 1, "gates": {"probes": []},
+    });
+    apply("steps", &spec(1, &json!({"strategy": strategy}))).unwrap();
+    let restart = || {
+        scene.fleet.stop_controller(9).unwrap();
+        scene.fleet.start_controller().unwrap();
+        scene.fleet.controller_listens(PATIENCE).unwrap();
+    };
+    let approve = |step: u32| {
+        let patch = json!({"spec": {"approvedStep": step}}).to_string();
+        kubectl(&["patch", "pxr", "steps-1", "--type=merge", "-p", &patch]).unwrap();
+    };
+    let assigned = || {
+        let api: Api<ProxyStatus> = Api::all(scene.fleet.kube().client());
+        let rows = scene.fleet.kube().block_on(api.list(&ListParams::default())).unwrap();
+        let names = rows
+            .items
+            .into_iter()
+            .filter(|row| row.spec.profile.as_ref().is_some_and(|profile| profile.name == "steps"));
+        names.filter_map(|row| row.metadata.name).collect::<Vec<_>>()
+    };
+    reaches("steps-1", "Paused", Some("Approval"));
+    let first = assigned();
+    restart();
+    reaches("steps-1", "Paused", Some("Approval"));
+    assert_eq!((assigned(), first.len()), (first.clone(), 1), "a restart touches nobody");
+    approve(1);
+    restart();
+    reaches("steps-1", "Paused", Some("Approval"));
+    wait::until("two nodes have it", PATIENCE, || {
+        ensure!(assigned().len() == 2 && rollout("steps-1")?.progress.steps_done == 1, "{:?}", assigned());
+        Ok(())
+    })
+    .unwrap();
+    assert!(assigned().contains(&first[0]));
+    restart();
+    approve(2);
+    restart();
+    reaches("steps-1", "Complete", None);
+    nodes_have(["steps@1"; 3]);
+    restart();
+    scene.fleet.settled(PATIENCE).unwrap();
+    nodes_have(["steps@1"; 3]);
+    leave("steps");
+}
