@@ -5,6 +5,8 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Barrier;
 
 use common::*;
 use switchtower_node_agent::dataplane::Dataplane;
@@ -79,6 +81,39 @@ fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
             std::thread::sleep(std::time::Duration::from_millis(2200));
             backends(&lab.client, vip, 1) != next
         });
+    }
+}
+
+/// Connections that a client opens at the same moment all find nothing remembered, and each makes a choice: the
+/// first that is remembered counts for all of them.
+#[test]
+fn first_connections_of_a_client_at_the_same_time_meet_one_backend() {
+    const CLIENTS: u8 = 40;
+    const CONNECTIONS: usize = 12;
+    let lab = Lab::new();
+    let view = [
+        pool("web", Role::Cluster, &PODS, &[]),
+        KernelChange::Frontend(proto::Frontend { affinity_seconds: 60, ..cluster_ip("web", "10.96.0.10") }),
+    ];
+    let _nft = program(&lab, &view);
+    let lines: String =
+        (0..CLIENTS).map(|number| format!("addr add 192.0.2.{}/24 dev eth0\n", 100 + number)).collect();
+    run(&["ip", "-n", &lab.client.0, "-batch", "-"], &lines);
+    for number in 0..CLIENTS {
+        let address: IpAddr = [192, 0, 2, 100 + number].into();
+        let answers: Vec<_> = lab.client.run(|| {
+            let start = Barrier::new(CONNECTIONS);
+            std::thread::scope(|scope| {
+                let connect = || {
+                    start.wait();
+                    ask(Some(address), "10.96.0.10:80".parse().unwrap()).unwrap()
+                };
+                let threads: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(connect)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            })
+        });
+        let backends: BTreeSet<_> = answers.iter().map(|answer| answer.split(' ').next().unwrap()).collect();
+        assert_eq!(backends.len(), 1, "client {address} met {backends:?}");
     }
 }
 

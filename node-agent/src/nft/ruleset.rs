@@ -22,7 +22,7 @@ pub(crate) use sets::SetSpec;
 /// The name of our table in both families.
 pub const TABLE: &str = "switchtower";
 /// Changes when the rules or sets change their meaning; part of the stamp.
-pub const LAYOUT_VERSION: u16 = 1;
+pub const LAYOUT_VERSION: u16 = 2;
 
 /// Only listed sources may use the frontend: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
@@ -411,17 +411,21 @@ impl Layout {
             E::Bitwise { register: 0, mask: STICKY_MASK, xor: if local { ROLE_BIT } else { 0 } },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
-        let mut remembered = self.client(0);
-        remembered.extend([
+        let mut recall = self.client(0);
+        recall.extend([
             E::Lookup { set: map.clone(), register: 0, result: Some(Some(0)) },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
+        let recall = Rule(recall);
         let remember = self.dynamic(DynamicOperation::Update, &map, seconds);
         // `update` of a present key renews its timeout and keeps its data: a stale one must be deleted.
         let forget = self.dynamic(DynamicOperation::Delete, &map, 0);
-        let mut rules = vec![Rule(remembered), remember.clone(), backends.clone(), forget.clone()];
-        rules.extend([pool.clone(), choose.clone(), remember.clone(), backends.clone(), forget]);
-        rules.extend([pool, choose.clone(), remember, backends]);
+        let mut rules = vec![recall.clone(), remember.clone(), backends.clone(), forget.clone()];
+        // Another first packet of this client may have been remembered meanwhile: its choice counts, not ours.
+        let fresh = [pool, choose.clone(), remember, recall, backends];
+        rules.extend(fresh.clone());
+        rules.push(forget);
+        rules.extend(fresh);
         rules
     }
 
