@@ -53,9 +53,10 @@ use crate::status::{Assignments, Floors, StatusMetrics, Writer, WriterSettings};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
 use crate::{events, render};
 
-/// Services and EndpointSlices of other proxies and of headless Services are left out by the API server, as
-/// kube-proxy has it.
-const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+/// Services of other proxies are left out by the API server, as kube-proxy has it.
+const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name";
+/// EndpointSlices of headless Services too. A Service that only bears the label has no endpoints then.
+const SLICE_SELECTOR: &str = "!service.kubernetes.io/headless";
 /// Batches between the watches and the engine: bounds memory while a compile runs.
 const BATCHES: usize = 1_024;
 /// How long the start waits for the rows, from which sessions continue their generations.
@@ -389,7 +390,7 @@ fn start_watches(
     let labels = |text: &str| Selectors { labels: Some(text.to_owned()).filter(|text| !text.is_empty()) };
     let start = Start { client, upstream, metrics: &metrics, sink: &sink };
     start.watch::<Service>(labels(SERVICE_SELECTOR));
-    start.watch::<EndpointSlice>(labels(SERVICE_SELECTOR));
+    start.watch::<EndpointSlice>(labels(SLICE_SELECTOR));
     start.watch::<Node>(labels(&args.node_selector));
     start.watch::<ServiceCIDR>(Selectors::default());
     Ok(batches)
