@@ -8,6 +8,7 @@ mod categorize;
 mod claims;
 mod emit;
 mod nodes;
+mod ports;
 mod service;
 
 #[cfg(test)]

@@ -2,13 +2,15 @@
 //!
 //! The reading below looks at the objects only: which endpoints, masqueraded or not, refused or dropped. It
 //! shares no code with the compiler. All combinations of policies, conditions and hints of two endpoints on
-//! two nodes are tried, from every kind of source, to every kind of address.
+//! two nodes are tried, from every kind of source, to every kind of address; and random sets of up to nine
+//! endpoints on three nodes.
 
-#![allow(clippy::unwrap_used, reason = "constants of the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use proptest::prelude::*;
 use switchtower_core::compile::Compiler;
 use switchtower_core::model::*;
 use switchtower_core::tracer::{Cause, Fate, Packet, Source, trace};
@@ -169,7 +171,13 @@ fn service(case: &Case) -> Service {
     }
 }
 
-fn slice(case: &Case) -> EndpointSlice {
+/// The endpoints in two slices: it makes no difference in which.
+fn slices(case: &Case) -> [EndpointSlice; 2] {
+    let (even, odd): (Vec<_>, Vec<_>) = case.places.iter().partition(|place| place.octet % 2 == 0);
+    [slice("web-1", &even), slice("web-2", &odd)]
+}
+
+fn slice(name: &str, places: &[Place]) -> EndpointSlice {
     let endpoint = |place: &Place| SliceEndpoint {
         address: IpAddr::from([10, 244, 0, place.octet]),
         ready: place.condition == Condition::Ready,
@@ -184,31 +192,34 @@ fn slice(case: &Case) -> EndpointSlice {
         nodes: if let Hint::Node(node) = place.hint { [node.into()].into() } else { Box::default() },
     };
     EndpointSlice {
-        key: ObjectKey { namespace: "default".into(), name: "web-1".into() },
+        key: ObjectKey { namespace: "default".into(), name: name.into() },
         service: "web".into(),
         ipv6: false,
         ports: vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
-        endpoints: case.places.iter().map(endpoint).collect(),
+        endpoints: places.iter().map(endpoint).collect(),
     }
 }
 
 fn view(case: &Case) -> View {
-    view_of(service(case), slice(case))
+    view_of(service(case), case, Some("a"))
 }
 
-fn view_of(service: Service, slice: EndpointSlice) -> View {
+/// The view of n1 in a zone.
+fn view_of(service: Service, case: &Case, zone: Option<&str>) -> View {
     let mut compiler = Compiler::new();
-    for (name, zone) in [("n1", "a"), ("n2", "b")] {
+    for (name, zone) in [("n1", zone), ("n2", Some("b")), ("n3", Some("b"))] {
         compiler.apply(Input::Node(Node {
             name: name.into(),
             addresses: vec![NODE.into()],
             pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
-            zone: Some(zone.into()),
+            zone: zone.map(Into::into),
             eligible: true,
         }));
     }
     compiler.apply(Input::Service(service));
-    compiler.apply(Input::Slice(slice));
+    for slice in slices(case) {
+        compiler.apply(Input::Slice(slice));
+    }
     compiler.apply(Input::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()]));
     let mut view = View::default();
     let settings = Settings { local_detection: LocalDetection::NodeCidr.into(), ..Default::default() };
@@ -216,7 +227,7 @@ fn view_of(service: Service, slice: EndpointSlice) -> View {
     for (layer, changes) in compiler.compile().changes {
         let kind = match &layer {
             LayerId::Cluster => LayerKind::Cluster,
-            LayerId::Zone(zone) if &**zone == "a" => LayerKind::Zone,
+            LayerId::Zone(name) if Some(&**name) == zone => LayerKind::Zone,
             LayerId::Node(node) if &**node == "n1" => LayerKind::Node,
             _ => continue,
         };
@@ -234,28 +245,78 @@ fn packet(to: [u8; 4], port: u16, from: &str) -> Packet {
     Packet { source, destination: to.into(), protocol: Protocol::Tcp, port }
 }
 
-#[test]
-fn every_combination_agrees_with_the_rules() {
-    let mut tried = 0;
-    for case in cases() {
-        let view = view(&case);
-        let mut targets = vec![("cluster ip", CLUSTER_IP, 80)];
-        if case.external {
-            targets.extend([("balancer", BALANCER, 80), ("node port", NODE, 30_080)]);
-        }
-        for (name, address, port) in targets {
-            for from in ["pod", "host", "client"] {
-                let traced = trace(&view, &packet(address, port, from));
-                assert_eq!(
-                    traced.fate,
-                    expected(&case, name, from),
-                    "{name} from {from}: {case:?} {traced:?}"
-                );
-                tried += 1;
-            }
+/// Sends every kind of packet through a case's view; returns how many.
+fn check(case: &Case) -> usize {
+    let view = view(case);
+    let mut targets = vec![("cluster ip", CLUSTER_IP, 80)];
+    if case.external {
+        targets.extend([("balancer", BALANCER, 80), ("node port", NODE, 30_080)]);
+    }
+    for (name, address, port) in &targets {
+        for from in ["pod", "host", "client"] {
+            let traced = trace(&view, &packet(*address, *port, from));
+            assert_eq!(traced.fate, expected(case, name, from), "{name} from {from}: {case:?} {traced:?}");
         }
     }
+    3 * targets.len()
+}
+
+#[test]
+fn every_combination_agrees_with_the_rules() {
+    let tried: usize = cases().map(|case| check(&case)).sum();
     assert!(tried > 20_000, "{tried}");
+}
+
+fn any_place() -> impl Strategy<Value = (&'static str, Condition, Hint)> {
+    // Mostly ready and mostly hinted: one that is not undoes the hints of all.
+    let condition = prop_oneof![
+        6 => Just(Condition::Ready),
+        1 => Just(Condition::Unready),
+        2 => Just(Condition::Serving),
+        1 => Just(Condition::Gone),
+    ];
+    let hint = prop_oneof![
+        1 => Just(Hint::None),
+        4 => prop::sample::select(vec![Hint::Zone("a"), Hint::Zone("b"), Hint::Zone("c")]),
+        6 => prop::sample::select(vec![Hint::Node("n1"), Hint::Node("n2"), Hint::Node("n3")]),
+    ];
+    (prop::sample::select(vec!["n1", "n2", "n3"]), condition, hint)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn random_endpoints_agree_with_the_rules(
+        places in prop::collection::vec(any_place(), 0..10), bits in 0..8u8,
+    ) {
+        let place = |(octet, (node, condition, hint))| Place { octet, node, condition, hint };
+        check(&Case {
+            places: (1..).zip(places).map(place).collect(),
+            internal_local: bits & 1 != 0,
+            external_local: bits & 2 != 0,
+            external: bits & 4 != 0,
+        });
+    }
+}
+
+#[test]
+fn a_node_without_a_zone_uses_all_endpoints() {
+    let place =
+        |octet, node, zone| Place { octet, node, condition: Condition::Ready, hint: Hint::Zone(zone) };
+    let case = Case {
+        places: vec![place(1, "n1", "a"), place(2, "n2", "b")],
+        internal_local: false,
+        external_local: false,
+        external: false,
+    };
+    for zone in [None, Some("")] {
+        let view = view_of(service(&case), &case, zone);
+        let Fate::Forward { endpoints, .. } = trace(&view, &packet(CLUSTER_IP, 80, "pod")).fate else {
+            panic!("not forwarded")
+        };
+        assert_eq!(endpoints.len(), 2, "{zone:?}");
+    }
 }
 
 #[test]
@@ -279,7 +340,7 @@ fn restricted(ranges: &[&str]) -> View {
     let mut compiled = service(&case);
     compiled.source_ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
     compiled.load_balancer_ips.push([198, 51, 100, 2].into());
-    view_of(compiled, slice(&case))
+    view_of(compiled, &case, Some("a"))
 }
 
 #[test]

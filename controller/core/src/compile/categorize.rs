@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::model::{EndpointSlice, ServicePortSpec, SliceEndpoint};
+use crate::model::{EndpointSlice, ServicePortSpec, SliceEndpoint, SlicePort};
 
 /// Address and port of an endpoint.
 pub(super) type Address = (IpAddr, u16);
@@ -26,8 +26,8 @@ pub(super) fn gather<'a>(
 ) -> Endpoints<'a> {
     let mut endpoints = Endpoints::new();
     for slice in slices.filter(|slice| slice.ipv6 == ipv6) {
-        let matching = slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
-        for slice_port in matching {
+        let matching = |p: &&SlicePort| p.name == port.name && p.protocol == port.protocol && p.port != 0;
+        for slice_port in slice.ports.iter().filter(matching) {
             for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv6() == ipv6) {
                 let address = (endpoint.address, slice_port.port);
                 if !endpoint.terminating || !endpoints.contains_key(&address) {

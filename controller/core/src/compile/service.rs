@@ -11,6 +11,7 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
+use super::ports::distinct_ports;
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
 use crate::wire;
@@ -64,22 +65,6 @@ fn foreign_addresses(slice: &EndpointSlice) -> Option<Problem> {
     })
 }
 
-/// Ports by name and protocol: the last of two with the same wins, as in kube-proxy's map.
-fn distinct_ports<'a>(
-    service: &'a Service,
-    problems: &mut Vec<Problem>,
-) -> BTreeMap<(&'a str, i32), &'a ServicePortSpec> {
-    let mut ports = BTreeMap::new();
-    for port in &service.ports {
-        if ports.insert((&*port.name, i32::from(port.protocol)), port).is_some() {
-            let name = if port.name.is_empty() { "without a name" } else { &port.name };
-            let message = format!("two {} ports {name}: the last one is used", port.protocol.as_str_name());
-            problems.push(problem(service, ProblemReason::DuplicatePort, message));
-        }
-    }
-    ports
-}
-
 pub(super) fn problem(service: &Service, reason: ProblemReason, message: String) -> Problem {
     Problem { object: ProblemObject::Service(service.key.clone()), reason, message }
 }
@@ -130,7 +115,7 @@ impl Outside {
         // The load balancer's own address comes last and wins over the same address as an externalIP.
         let mut addresses = of_family(FrontendKind::ExternalIp, &service.external_ips);
         addresses.extend(of_family(FrontendKind::LoadBalancer, &service.load_balancer_ips));
-        Outside { addresses, node_port: port.node_port }
+        Outside { addresses, node_port: port.node_port.filter(|number| *number != 0) }
     }
 
     fn is_empty(&self) -> bool {

@@ -88,6 +88,43 @@ fn duplicate_ports_are_told_and_the_last_one_is_used() {
 }
 
 #[test]
+fn ports_of_different_names_with_one_number_are_told_and_the_last_name_is_used() {
+    let mut service = mk_service("web", "10.96.0.1");
+    let named = |name: &str| ServicePortSpec {
+        name: name.into(),
+        node_port: Some(30_080),
+        ..service.ports[0].clone()
+    };
+    service.ports = vec![named("b"), named("a")];
+    let mut compiler = Compiler::new();
+    compiler.apply(Input::Service(service));
+    let compiled = compiler.compile();
+    let reasons: Vec<_> = compiled.problems.iter().map(|problem| problem.reason).collect();
+    assert_eq!(reasons, [ProblemReason::DuplicatePort; 2], "the port and the node port");
+    assert!(compiled.problems[0].message.ends_with("b is used"), "{}", compiled.problems[0].message);
+    let mut world = World::default();
+    world.apply(compiled);
+    let owners: BTreeSet<_> =
+        world.frontends.values().map(|frontend| frontend.service_port.clone().unwrap().port).collect();
+    assert_eq!(owners, BTreeSet::from(["b".to_owned()]));
+}
+
+#[test]
+fn a_port_without_a_number_is_told_and_left_out() {
+    let mut service = mk_service("web", "10.96.0.1");
+    service.ports.push(ServicePortSpec { name: "zero".into(), port: 0, ..service.ports[0].clone() });
+    service.ports[0].node_port = Some(0);
+    let mut compiler = Compiler::new();
+    compiler.apply(Input::Service(service));
+    let compiled = compiler.compile();
+    assert_eq!(compiled.problems[0].reason, ProblemReason::InvalidPort);
+    let mut world = World::default();
+    world.apply(compiled);
+    let ports: Vec<_> = world.frontends.keys().map(|key| (key.address.len(), key.port)).collect();
+    assert_eq!(ports, [(4, 80)], "no port 0 and no node port 0");
+}
+
+#[test]
 fn tcp_and_udp_share_a_port() {
     let mut service = mk_service("dns", "10.96.0.1");
     let udp = ServicePortSpec { protocol: Protocol::Udp, ..service.ports[0].clone() };

@@ -24,8 +24,8 @@ fn address() -> impl Strategy<Value = IpAddr> {
 }
 
 prop_compose! {
-    fn port()(name in name("p", 3), protocol in protocol(), port in 79..82u16,
-              node_port in proptest::option::of(30_000..30_003u16)) -> ServicePortSpec {
+    fn port()(name in name("p", 3), protocol in protocol(), port in prop_oneof![1 => Just(0), 9 => 79..82u16],
+              node_port in proptest::option::of(prop_oneof![1 => Just(0), 9 => 30_000..30_003u16])) -> ServicePortSpec {
         ServicePortSpec { name, protocol, port, node_port }
     }
 }
@@ -57,7 +57,7 @@ prop_compose! {
 
 prop_compose! {
     fn slice()(number in 0..6u8, service in name("s", 4), ipv6 in any::<bool>(),
-               ports in proptest::collection::vec((name("p", 3), protocol(), 1..4u16), 0..3),
+               ports in proptest::collection::vec((name("p", 3), protocol(), 0..4u16), 0..3),
                endpoints in proptest::collection::vec(endpoint(), 0..5)) -> EndpointSlice {
         let ports = ports.into_iter().map(|(name, protocol, port)| SlicePort { name, protocol, port }).collect();
         EndpointSlice { key: object(&format!("e{number}")), service, ipv6, ports, endpoints }
@@ -130,5 +130,30 @@ proptest! {
     fn the_order_of_objects_does_not_matter(inputs in proptest::collection::vec(input(), 0..30)) {
         let objects = final_objects(&inputs);
         prop_assert_eq!(fresh(objects.clone()), fresh(objects.into_iter().rev()));
+    }
+
+    #[test]
+    fn a_service_of_its_own_is_not_affected_by_the_others(
+        inputs in proptest::collection::vec(input(), 0..30), mut own in service(), places in slice(),
+    ) {
+        own.key = object("own");
+        own.cluster_ips = vec!["10.97.0.1".parse().unwrap()];
+        (own.external_ips, own.load_balancer_ips, own.health_check_port) = (Vec::new(), Vec::new(), None);
+        own.ports.iter_mut().for_each(|port| port.node_port = None);
+        let places = EndpointSlice { key: object("own"), service: "own".into(), ..places };
+        // Nodes are part of what a Service is compiled from: they are the same with and without the others.
+        let nodes: Vec<_> =
+            final_objects(&inputs).into_iter().filter(|input| matches!(input, Input::Node(_))).collect();
+        let alone = [nodes, vec![Input::Service(own.clone()), Input::Slice(places.clone())]].concat();
+        let mut among = final_objects(&inputs);
+        among.extend([Input::Service(own), Input::Slice(places)]);
+        let of_own = |world: World| {
+            let mine = |port: &Option<ServicePort>| port.as_ref().is_some_and(|port| port.name == "own");
+            let frontends: Vec<_> =
+                world.frontends.into_values().filter(|frontend| mine(&frontend.service_port)).collect();
+            let pools: Vec<_> = world.pools.into_iter().filter(|((_, key), _)| mine(&key.service_port)).collect();
+            (frontends, pools)
+        };
+        prop_assert_eq!(of_own(fresh(alone)), of_own(fresh(among)));
     }
 }
