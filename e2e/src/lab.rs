@@ -24,7 +24,7 @@ use crate::namespace::{Namespace, ip_batch};
 use crate::process::Process;
 use crate::programs;
 
-/// Ports on which every pod serves TCP and UDP.
+/// Ports on which every pod serves TCP, UDP and SCTP.
 pub const POD_PORTS: &[u16] = &[8080, 8081];
 
 /// The network that joins nodes, clients and the control plane.
@@ -192,11 +192,15 @@ impl Lab {
         Ok(PodNet { name: name.to_owned(), namespace, ipv4, ipv6, server })
     }
 
-    fn start_server(&self, namespace: &Namespace, name: &str) -> Result<Process> {
+    /// Starts a pod's server in a namespace, which may be a node's own: a pod of the host network.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_server(&self, namespace: &Namespace, name: &str) -> Result<Process> {
         let ports: Vec<_> = POD_PORTS.iter().map(u16::to_string).collect();
         let ports = ports.join(",");
         let mut command = Command::new(programs::workspace("lab-pod")?);
-        command.args(["--name", name, "--tcp", &ports, "--udp", &ports]);
+        command.args(["--name", name, "--tcp", &ports, "--udp", &ports, "--sctp", &ports]);
         namespace.wrap(&mut command);
         Process::start(&format!("pod {name}"), command, &self.directory.join(format!("pod-{name}.log")))
     }
@@ -271,6 +275,9 @@ fn pod_routes(to: &NodeNet) -> String {
 fn harden(namespace: &Namespace) -> Result<()> {
     namespace.sysctl(&[
         ("net.ipv4.icmp_ratelimit", "0"),
+        // Of both families together, whatever the line above says.
+        ("net.ipv4.icmp_msgs_per_sec", "1000000"),
+        ("net.ipv4.icmp_msgs_burst", "1000000"),
         ("net.ipv6.icmp.ratelimit", "0"),
         ("net.ipv4.conf.all.accept_redirects", "0"),
         ("net.ipv4.conf.default.accept_redirects", "0"),

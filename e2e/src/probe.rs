@@ -10,6 +10,9 @@ use anyhow::{Result, bail};
 
 use crate::namespace::Namespace;
 
+pub mod sctp;
+pub mod volley;
+
 /// How long a probe waits before it says that nothing came back. More than a second: where the ICMP error comes
 /// back while `connect` still holds the socket, Linux forgets it, and only the second SYN is refused.
 pub const PATIENCE: Duration = Duration::from_millis(1500);
@@ -21,6 +24,8 @@ pub enum Transport {
     Tcp,
     /// A datagram from a new port.
     Udp,
+    /// The INIT of a new association, from a raw socket.
+    Sctp,
 }
 
 /// What a client sees.
@@ -117,6 +122,11 @@ pub fn once(transport: Transport, to: SocketAddr, patience: Duration) -> Result<
     let answer = match transport {
         Transport::Tcp => tcp(to, patience),
         Transport::Udp => udp(to, patience),
+        Transport::Sctp => {
+            let shot = volley::Shot { transport, to, source_port: rand::random_range(33_000..=u16::MAX) };
+            let outcome = volley::volley(&[shot], patience)?.pop();
+            return Ok(outcome.unwrap_or(Outcome::Silence));
+        }
     };
     match answer {
         Ok(text) => parse(&text),

@@ -1,5 +1,5 @@
-//! A pod's server. To each TCP connection and each UDP datagram it answers with one line: its own name and the
-//! client's address as it sees it. What a TCP client sends after that is echoed.
+//! A pod's server. To each TCP connection, each UDP datagram and each SCTP INIT it answers with one line: its own
+//! name and the client's address as it sees it. What a TCP client sends after that is echoed.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser;
+use switchtower_e2e::probe::sctp;
 
 #[derive(Parser)]
 struct Arguments {
@@ -19,6 +20,9 @@ struct Arguments {
     /// UDP ports.
     #[arg(long, value_delimiter = ',')]
     udp: Vec<u16>,
+    /// SCTP ports.
+    #[arg(long, value_delimiter = ',')]
+    sctp: Vec<u16>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -36,6 +40,13 @@ fn main() -> anyhow::Result<()> {
         let socket = socket.with_context(|| format!("listening on UDP port {port}"))?;
         let name = Arc::clone(&name);
         servers.push(std::thread::spawn(move || serve_udp(&socket, &name)));
+    }
+    for ipv6 in [false, true].into_iter().filter(|_| !arguments.sctp.is_empty()) {
+        let socket = sctp::listen(ipv6).context("listening for SCTP")?;
+        let (name, ports) = (Arc::clone(&name), arguments.sctp.clone());
+        servers.push(std::thread::spawn(move || {
+            sctp::serve(&socket, ipv6, &ports, |client| answer(&name, client))
+        }));
     }
     for server in servers {
         drop(server.join());

@@ -138,6 +138,7 @@ pub(crate) fn node_port(service: &Service, transport: Transport) -> u16 {
     let name = match transport {
         Transport::Tcp => "TCP",
         Transport::Udp => "UDP",
+        Transport::Sctp => "SCTP",
     };
     let ports = service.spec.as_ref().unwrap().ports.as_ref().unwrap();
     let port = ports.iter().find(|port| port.protocol.as_deref() == Some(name)).unwrap();
