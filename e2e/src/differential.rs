@@ -7,42 +7,63 @@
 
 pub mod case;
 mod compare;
+mod flows;
 pub mod generate;
 mod manifests;
 mod plan;
+mod report;
 mod world;
 
 use anyhow::Result;
 
-pub use compare::{Disagreement, report};
+pub use compare::{Agreed, Answers, Difference, Disagreement};
+pub use plan::{Kind, ORIGINS, Origin, Probe};
+pub use report::{explain, report};
 pub use world::World;
 
 use case::{Case, Step};
+use flows::Flows;
+use world::Side;
 
 /// Sources that the off-cluster client's range of a Service can name.
 pub(crate) const CLIENT_RANGE_V4: &str = "198.18.0.0/16";
 pub(crate) const CLIENT_RANGE_V6: &str = "fd18::/16";
 
-/// Runs a case; returns the first state in which the proxies disagree.
+/// What a case showed.
+#[derive(Debug, Clone)]
+pub enum Verdict {
+    /// The proxies agree in every state; what was agreed on in each, the first state first.
+    Agreement(Vec<Vec<Agreed>>),
+    /// The first state in which they disagree.
+    Disagreement(Box<Disagreement>),
+}
+
+/// Runs a case until the proxies disagree.
 ///
 /// # Errors
 /// The laboratory fails, which says nothing about the proxies.
-pub fn run(world: &mut World, case: &Case) -> Result<Option<Disagreement>> {
+pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     let mut services = case.services.clone();
-    world.reset()?;
-    for service in &services {
-        world.apply(service)?;
-    }
-    let mut done = Vec::new();
+    let mut agreements = Vec::new();
+    world.reset(&services)?;
     let mut steps = case.steps.iter();
+    let mut flows: Option<Flows> = None;
     loop {
         world.settle()?;
         let probes = plan::probes(world, &services)?;
-        let differences = compare::differences(world, &probes)?;
-        if !differences.is_empty() {
-            return Ok(Some(Disagreement { case: case.clone(), after: done.len(), differences }));
+        let (agreed, mut differences) = compare::differences(world, &probes)?;
+        if let Some(flows) = flows {
+            differences.extend(flows.differences(world, &probes, &services)?);
         }
-        let Some(step) = steps.next() else { return Ok(None) };
+        if !differences.is_empty() {
+            let after = agreements.len();
+            let rulesets = [world.ruleset(Side::KubeProxy)?, world.ruleset(Side::Switchtower)?];
+            let found = Disagreement { case: case.clone(), after, differences, rulesets };
+            return Ok(Verdict::Disagreement(Box::new(found)));
+        }
+        agreements.push(agreed);
+        let Some(step) = steps.next() else { return Ok(Verdict::Agreement(agreements)) };
+        flows = Some(Flows::open(world, agreements.last().map(Vec::as_slice).unwrap_or_default())?);
         match step {
             Step::Apply(service) => {
                 services.retain(|other| other.name != service.name);
@@ -54,7 +75,6 @@ pub fn run(world: &mut World, case: &Case) -> Result<Option<Disagreement>> {
                 world.delete(name)?;
             }
         }
-        done.push(step);
     }
 }
 
@@ -70,8 +90,8 @@ pub fn shrink(world: &mut World, found: Disagreement, mut attempts: usize) -> Re
                 return Ok(smallest);
             }
             attempts -= 1;
-            if let Some(found) = run(world, &case)? {
-                smallest = found;
+            if let Verdict::Disagreement(found) = run(world, &case)? {
+                smallest = *found;
                 continue 'smaller;
             }
         }

@@ -1,10 +1,11 @@
 //! The same cluster states through the real kube-proxy and through Switchtower, with packets.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use switchtower_e2e::differential::{World, case::Case, generate, report, run, shrink};
+use switchtower_e2e::differential::{Verdict, World, case::Case, explain, generate, report, run, shrink};
 
 /// Compares Switchtower with the real kube-proxy on random cluster states.
 #[derive(Parser)]
@@ -38,28 +39,36 @@ fn main() -> Result<()> {
         None => (0..cases).map(|number| generate::case(seed, number)).collect(),
     };
     println!("==> one control plane, two laboratories, both proxies");
+    let start = Instant::now();
     let mut world = World::start()?;
+    println!("started in {:.1} s", start.elapsed().as_secs_f64());
     let mut disagreements = 0;
     for case in &cases {
-        let Some(found) = run(&mut world, case)? else {
-            println!(
-                "agrees     {} ({} Services, {} steps)",
-                case.name,
-                case.services.len(),
-                case.steps.len()
-            );
-            continue;
+        let before = Instant::now();
+        let found = match run(&mut world, case)? {
+            Verdict::Agreement(states) => {
+                let probes: usize = states.iter().map(Vec::len).sum();
+                let Case { name, services, steps } = case;
+                println!(
+                    "agrees     {name} ({} Services, {} steps, {probes} kinds of packets, {:.1} s)",
+                    services.len(),
+                    steps.len(),
+                    before.elapsed().as_secs_f64()
+                );
+                continue;
+            }
+            Verdict::Disagreement(found) => *found,
         };
         disagreements += 1;
         println!("{}", report(&found));
         let smallest = shrink(&mut world, found, attempts)?;
-        println!("smallest form, for --replay:\n{}", serde_json::to_string_pretty(&smallest.case)?);
-        println!("{}", report(&smallest));
+        println!("==> the smallest form found\n{}", explain(&smallest));
         if !keep_going {
             break;
         }
     }
-    println!("{} cases, {disagreements} disagreements", cases.len());
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{} cases in {seconds:.0} s, {disagreements} disagreements", cases.len());
     anyhow::ensure!(disagreements == 0, "the proxies disagree");
     Ok(())
 }

@@ -29,7 +29,7 @@ pub struct Pod {
     pub number: u8,
 }
 
-/// Ports on which every pod serves, over TCP and UDP.
+/// Ports on which every pod serves, over TCP, UDP and SCTP.
 pub const TARGET_PORTS: [u16; 2] = [8080, 8081];
 
 /// A cluster state and the changes that follow it.
@@ -104,6 +104,9 @@ pub struct Service {
     /// Addresses in the status; only with type LoadBalancer.
     #[serde(default)]
     pub load_balancer_ips: Vec<IpAddr>,
+    /// The addresses in the status have ipMode Proxy: they are the load balancer's own affair.
+    #[serde(default)]
+    pub load_balancer_proxy: bool,
     /// loadBalancerSourceRanges; only with type LoadBalancer.
     #[serde(default)]
     pub source_ranges: Vec<String>,
@@ -120,7 +123,7 @@ pub struct Service {
 pub struct Port {
     /// Name.
     pub name: String,
-    /// `TCP` or `UDP`.
+    /// `TCP`, `UDP` or `SCTP`.
     pub protocol: Protocol,
     /// The Service's port.
     pub port: u16,
@@ -132,13 +135,15 @@ pub struct Port {
     pub target: Option<u16>,
 }
 
-/// Transport protocols that sockets of the laboratory speak.
+/// Transport protocols.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP.
     TCP,
     /// UDP.
     UDP,
+    /// SCTP.
+    SCTP,
 }
 
 /// An endpoint.
@@ -214,6 +219,7 @@ impl Service {
         }
         less(&|service| service.external_ips.clear());
         less(&|service| service.load_balancer_ips.clear());
+        less(&|service| service.load_balancer_proxy = false);
         less(&|service| service.source_ranges.clear());
         less(&|service| service.affinity_seconds = None);
         less(&|service| service.internal_local = false);

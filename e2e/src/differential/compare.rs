@@ -1,35 +1,41 @@
 //! Sends probes through both worlds and compares what came back.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
 
 use super::case::Case;
-use super::plan::Probe;
+use super::plan::{ORIGINS, Origin, Probe};
 use super::world::{Side, World};
-use crate::probe::{self, Outcome};
+use crate::probe::Outcome;
+use crate::probe::volley::{Shot, volley};
 
-/// Refusals of TCP over IPv6 reach the client with its second packet, after a second.
-const PATIENCE: Duration = Duration::from_millis(1400);
-/// Probes for the set of backends; where the sets differ, more are sent before it counts.
-const TRIES: usize = 24;
+/// How long the first round waits. A refusal comes at once and an answer within milliseconds; where a busy
+/// machine is slower, the worlds differ and are looked at again with [`PATIENCE`].
+const HASTE: Duration = Duration::from_millis(350);
+/// How long a second look waits.
+pub(super) const PATIENCE: Duration = Duration::from_millis(2500);
+/// Probes for each backend of a set, and one more: with `k` backends the last one is missed with a probability
+/// below 2 %, and then the second look finds it.
+const TRIES_PER_BACKEND: usize = 4;
+/// Probes of a second look.
 const MORE: usize = 120;
-/// Probes under way at once in each world.
-const CONCURRENCY: usize = 64;
+/// Shots of one volley.
+const VOLLEY: usize = 256;
+
+/// What came back to one kind of packet: all answers, in words that are the same in both worlds.
+pub type Answers = BTreeSet<String>;
 
 /// Both worlds' answers to one probe.
 #[derive(Debug, Clone)]
 pub struct Difference {
-    /// What was sent.
-    pub probe: Probe,
+    /// What was sent, for people.
+    pub what: String,
     /// What kube-proxy made of it.
-    pub kube_proxy: BTreeSet<String>,
+    pub kube_proxy: Answers,
     /// What Switchtower made of it.
-    pub switchtower: BTreeSet<String>,
+    pub switchtower: Answers,
 }
 
 /// A case in which the proxies disagree.
@@ -41,99 +47,146 @@ pub struct Disagreement {
     pub after: usize,
     /// In what.
     pub differences: Vec<Difference>,
+    /// Both rulesets of node n1 at that moment: kube-proxy's, Switchtower's.
+    pub rulesets: [String; 2],
 }
 
-/// The disagreement for people: the differences, and the case to replay.
-pub fn report(found: &Disagreement) -> String {
-    let mut text = format!("{} disagrees after {} steps:\n", found.case.name, found.after);
-    for Difference { probe, kube_proxy, switchtower } in &found.differences {
-        let Probe { origin, transport, to, what, .. } = probe;
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "  {what}: {transport:?} from {origin:?} to {to}");
-        let _ = writeln!(text, "    kube-proxy:  {}", join(kube_proxy));
-        let _ = writeln!(text, "    switchtower: {}", join(switchtower));
-    }
-    text
+/// A probe and what Switchtower made of it; kube-proxy agrees.
+#[derive(Debug, Clone)]
+pub struct Agreed {
+    /// What was sent.
+    pub probe: Probe,
+    /// What came back.
+    pub answers: Answers,
 }
 
-fn join(outcomes: &BTreeSet<String>) -> String {
-    outcomes.iter().cloned().collect::<Vec<_>>().join(" | ")
-}
-
-pub(super) fn differences(world: &World, probes: &[Probe]) -> Result<Vec<Difference>> {
+pub(super) fn differences(world: &World, probes: &[Probe]) -> Result<(Vec<Agreed>, Vec<Difference>)> {
     let (ours, theirs) = std::thread::scope(|scope| {
-        let ours = scope.spawn(|| all(world, Side::Switchtower, probes, TRIES));
-        let theirs = scope.spawn(|| all(world, Side::KubeProxy, probes, TRIES));
+        let ours = scope.spawn(|| all(world, Side::Switchtower, probes));
+        let theirs = scope.spawn(|| all(world, Side::KubeProxy, probes));
         (ours.join(), theirs.join())
     });
     let panicked = |_| anyhow::anyhow!("a probing thread panicked");
     let (ours, theirs) = (ours.map_err(panicked)??, theirs.map_err(panicked)??);
-    let mut differences = Vec::new();
+    let (mut agreed, mut differences) = (Vec::new(), Vec::new());
     for ((probe, mut switchtower), mut kube_proxy) in probes.iter().zip(ours).zip(theirs) {
-        if agree(probe, &switchtower, &kube_proxy) {
-            continue;
+        if !agree(probe, &switchtower, &kube_proxy) || doubtful(&switchtower) || doubtful(&kube_proxy) {
+            // Chance, a busy machine, or a real difference?
+            switchtower = again(world, Side::Switchtower, probe)?;
+            kube_proxy = again(world, Side::KubeProxy, probe)?;
         }
-        // Chance, a first packet that crossed a commit, or a real difference?
-        switchtower = send(world, Side::Switchtower, probe, MORE)?;
-        kube_proxy = send(world, Side::KubeProxy, probe, MORE)?;
-        if !agree(probe, &switchtower, &kube_proxy) {
-            differences.push(Difference { probe: probe.clone(), kube_proxy, switchtower });
+        if agree(probe, &switchtower, &kube_proxy) {
+            agreed.push(Agreed { probe: probe.clone(), answers: switchtower });
+        } else {
+            differences.push(Difference { what: probe.to_string(), kube_proxy, switchtower });
         }
     }
-    Ok(differences)
+    Ok((agreed, differences))
 }
 
-/// With affinity only the kind of answer can be compared: which pod it is, is up to chance, and with the pod the
-/// address with which the node masquerades.
-fn agree(probe: &Probe, ours: &BTreeSet<String>, theirs: &BTreeSet<String>) -> bool {
+/// Answered, and not: on a busy machine an answer comes late, in both worlds at the same time.
+fn doubtful(answers: &Answers) -> bool {
+    answers.len() > 1 && answers.contains(&Outcome::Silence.to_string())
+}
+
+/// With affinity only the kind of answer can be compared: which pod it is, is up to chance, and with the pod
+/// whether it is the client itself.
+fn agree(probe: &Probe, ours: &Answers, theirs: &Answers) -> bool {
     if !probe.sticky {
         return ours == theirs;
     }
-    let answered = |outcomes: &BTreeSet<String>| -> BTreeSet<String> {
-        let word = |text: &String| if text.contains(" sees ") { "answered".to_owned() } else { text.clone() };
-        outcomes.iter().map(word).collect()
+    let kinds = |answers: &Answers| -> Answers {
+        let kind = |text: &String| match text.split_once(" sees ") {
+            // The node's own address may be what it masquerades with, and a pod may have reached itself.
+            Some(_) if matches!(probe.origin, Origin::EndpointPod | Origin::Host) => "answered".to_owned(),
+            Some((_, source)) => format!("answered, sees {}", if source == OWN { OWN } else { "another" }),
+            None => text.clone(),
+        };
+        answers.iter().map(kind).collect()
     };
-    ours.len() == theirs.len() && answered(ours) == answered(theirs)
+    ours.len() == theirs.len() && kinds(ours) == kinds(theirs)
 }
 
-fn all(world: &World, side: Side, probes: &[Probe], tries: usize) -> Result<Vec<BTreeSet<String>>> {
-    let next = AtomicUsize::new(0);
-    let answers = Mutex::new(vec![BTreeSet::new(); probes.len()]);
+/// The client's own address, as a backend sees it.
+pub(super) const OWN: &str = "the client's own address";
+
+/// All probes, those of each origin on a thread in its namespace.
+fn all(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Answers>> {
+    let mut answers = vec![Answers::new(); probes.len()];
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..CONCURRENCY)
-            .map(|_| {
-                scope.spawn(|| -> Result<()> {
-                    loop {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(probe) = probes.get(index) else { return Ok(()) };
-                        let outcomes = send(world, side, probe, tries)?;
-                        if let Ok(mut answers) = answers.lock() {
-                            answers[index] = outcomes;
-                        }
-                    }
-                })
+        let workers: Vec<_> = ORIGINS
+            .into_iter()
+            .map(|origin| {
+                scope.spawn(move || world.namespace(side, origin).run(|| from(world, side, origin, probes)))
             })
             .collect();
-        workers
-            .into_iter()
-            .try_for_each(|worker| worker.join().map_err(|_| anyhow::anyhow!("a probing thread panicked"))?)
-    })?;
-    Ok(answers.into_inner().unwrap_or_default())
+        for worker in workers {
+            let found = worker.join().map_err(|_| anyhow::anyhow!("a probing thread panicked"))???;
+            for (index, seen) in found {
+                answers[index] = seen;
+            }
+        }
+        Ok(answers)
+    })
 }
 
-/// Sends a probe once, and often if somebody answers: the set of all that came back.
-fn send(world: &World, side: Side, probe: &Probe, tries: usize) -> Result<BTreeSet<String>> {
-    let from = world.namespace(side, probe.origin);
-    from.run(|| -> Result<BTreeSet<String>> {
-        let mut seen = BTreeSet::new();
-        for attempt in 0..tries {
-            let outcome = probe::once(probe.transport, probe.to, PATIENCE)?;
-            let answered = matches!(outcome, Outcome::Reply { .. });
-            seen.insert(world.describe(side, probe, &outcome));
-            // Without an answer there is nothing to spread; a second look only where it matters.
-            if !answered && (tries == TRIES || attempt >= 1) {
-                break;
+/// The probes of one origin: each once, then those that somebody answered until the set of backends is known.
+fn from(world: &World, side: Side, origin: Origin, probes: &[Probe]) -> Result<Vec<(usize, Answers)>> {
+    let mine: Vec<usize> = (0..probes.len()).filter(|index| probes[*index].origin == origin).collect();
+    let mut seen: Vec<(usize, Answers)> = mine.iter().map(|index| (*index, Answers::new())).collect();
+    let mut tries = vec![0; mine.len()];
+    let mut answered = vec![false; mine.len()];
+    let mut due: Vec<usize> = (0..mine.len()).collect();
+    while !due.is_empty() {
+        for chunk in due.chunks(VOLLEY) {
+            let shots: Vec<_> = chunk.iter().map(|at| world.shot(side, &probes[mine[*at]])).collect();
+            for (at, outcome) in chunk.iter().zip(volley(&shots, HASTE)?) {
+                tries[*at] += 1;
+                answered[*at] |= outcome.backend().is_some();
+                seen[*at].1.insert(world.describe(side, &probes[mine[*at]], &outcome));
             }
+        }
+        let missing = |at: usize| {
+            let wanted = TRIES_PER_BACKEND * (seen[at].1.len() + 1);
+            if answered[at] && !probes[mine[at]].sticky { wanted.saturating_sub(tries[at]) } else { 0 }
+        };
+        due = (0..mine.len()).flat_map(|at| std::iter::repeat_n(at, missing(at))).collect();
+    }
+    // First packets of one client at the same time may meet different backends with kube-proxy, which remembers
+    // all of them. Affinity is for those that follow each other.
+    for at in (0..mine.len()).filter(|at| answered[*at] && probes[mine[*at]].sticky) {
+        seen[at].1 = one_by_one(world, side, &probes[mine[at]], TRIES_PER_BACKEND, HASTE)?;
+    }
+    Ok(seen)
+}
+
+fn one_by_one(world: &World, side: Side, probe: &Probe, tries: usize, patience: Duration) -> Result<Answers> {
+    let mut seen = Answers::new();
+    for _ in 0..tries {
+        let outcomes = volley(&[world.shot(side, probe)], patience)?;
+        seen.extend(outcomes.iter().map(|outcome| world.describe(side, probe, outcome)));
+    }
+    Ok(seen)
+}
+
+/// A second look at one probe, with patience.
+fn again(world: &World, side: Side, probe: &Probe) -> Result<Answers> {
+    world.namespace(side, probe.origin).run(|| {
+        let first = volley(&[world.shot(side, probe)], PATIENCE)?;
+        let mut seen: Answers = first.iter().map(|outcome| world.describe(side, probe, outcome)).collect();
+        if !first.iter().any(|outcome| matches!(outcome, Outcome::Reply { .. })) {
+            // Without an answer there is nothing to spread. The kernel may lose an ICMP error (its one socket for
+            // them is taken); no rule refuses now and drops then.
+            seen.extend(one_by_one(world, side, probe, 2, PATIENCE)?);
+            if seen.contains(&Outcome::Refused.to_string()) {
+                seen.remove(&Outcome::Silence.to_string());
+            }
+        } else if probe.sticky {
+            seen.extend(one_by_one(world, side, probe, MORE, PATIENCE)?);
+        } else {
+            let shots: Vec<Shot> = (0..MORE).map(|_| world.shot(side, probe)).collect();
+            let outcomes = volley(&shots, PATIENCE)?;
+            seen.extend(outcomes.iter().map(|outcome| world.describe(side, probe, outcome)));
         }
         Ok(seen)
     })?

@@ -17,48 +17,103 @@ pub fn case(seed: u64, number: u64) -> Case {
     let mut rng = StdRng::seed_from_u64(seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let services: Vec<_> =
         (0..rng.random_range(1..=SERVICES)).map(|index| service(&mut rng, index)).collect();
-    let steps = (0..rng.random_range(0..=STEPS)).map(|_| step(&mut rng, services.len())).collect();
+    let mut now: Vec<_> = services.iter().cloned().map(Some).collect();
+    let steps = (0..rng.random_range(0..=STEPS)).map(|_| step(&mut rng, &mut now)).collect();
     Case { name: format!("seed {seed} case {number}"), services, steps }
 }
 
-fn step(rng: &mut StdRng, services: usize) -> Step {
-    let index = rng.random_range(0..services);
-    if rng.random_bool(0.15) { Step::Delete(format!("s{index}")) } else { Step::Apply(service(rng, index)) }
+/// One change of what is there now.
+fn step(rng: &mut StdRng, now: &mut [Option<Service>]) -> Step {
+    let index = rng.random_range(0..now.len());
+    match now[index].take() {
+        Some(service) if rng.random_bool(0.12) => Step::Delete(service.name),
+        old => {
+            let new = match old {
+                Some(old) if rng.random_bool(0.85) => changed(rng, old, index),
+                _ => service(rng, index),
+            };
+            now[index] = Some(new.clone());
+            Step::Apply(new)
+        }
+    }
+}
+
+/// A Service after one of the changes that users and controllers make.
+fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
+    match rng.random_range(0..10) {
+        0 | 1 if !service.endpoints.is_empty() => {
+            service.endpoints.remove(rng.random_range(0..service.endpoints.len()));
+        }
+        2 if !service.endpoints.is_empty() => {
+            let at = rng.random_range(0..service.endpoints.len());
+            let (ready, serving) = (rng.random_bool(0.3), rng.random_bool(0.6));
+            let endpoint = &mut service.endpoints[at];
+            (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, ready || serving, !ready);
+        }
+        3 => service.service_type = any_type(rng),
+        4 => service.internal_local = !service.internal_local,
+        5 => service.external_local = !service.external_local,
+        6 => service.ports = ports(rng, index),
+        7 => service.affinity_seconds = service.affinity_seconds.is_none().then_some(60),
+        8 => service.labels = if service.labels.is_empty() { foreign_label(rng) } else { Vec::new() },
+        9 if !service.external_ips.is_empty() => service.external_ips.clear(),
+        _ => service.endpoints = endpoints(rng),
+    }
+    valid(service, index)
+}
+
+/// Takes out what the type does not have, and puts in what it needs.
+fn valid(mut service: Service, index: usize) -> Service {
+    let balancer = service.service_type == ServiceType::LoadBalancer;
+    service.load_balancer_ips = if balancer { addresses(198, index) } else { Vec::new() };
+    if !balancer {
+        service.source_ranges.clear();
+        service.load_balancer_proxy = false;
+    }
+    let external = service.service_type != ServiceType::ClusterIP;
+    service.external_local &= external || !service.external_ips.is_empty();
+    for port in &mut service.ports {
+        // The same number for the same port of TCP and UDP.
+        port.node_port = external.then_some(30_000 + index as u16 * 10 + (port.port - 80));
+    }
+    service
+}
+
+fn any_type(rng: &mut StdRng) -> ServiceType {
+    let types =
+        [ServiceType::ClusterIP, ServiceType::NodePort, ServiceType::LoadBalancer, ServiceType::LoadBalancer];
+    *types.choose(rng).unwrap_or(&ServiceType::ClusterIP)
+}
+
+/// Labels that tell a service proxy to leave the Service alone.
+fn foreign_label(rng: &mut StdRng) -> Vec<(String, String)> {
+    let labels =
+        [("service.kubernetes.io/service-proxy-name", "other"), ("service.kubernetes.io/headless", "")];
+    let chosen = labels.choose(rng).into_iter();
+    chosen.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
 /// Addresses and node ports follow from the Service's index: who wins where two Services claim one address
 /// is up to map order in kube-proxy, and tested elsewhere.
 fn service(rng: &mut StdRng, index: usize) -> Service {
-    let service_type = *[
-        ServiceType::ClusterIP,
-        ServiceType::NodePort,
-        ServiceType::LoadBalancer,
-        ServiceType::LoadBalancer,
-    ]
-    .choose(rng)
-    .unwrap_or(&ServiceType::ClusterIP);
+    let service_type = any_type(rng);
     let families = *[Families::Ipv4, Families::Ipv6, Families::Dual].choose(rng).unwrap_or(&Families::Dual);
-    let external_ips = if rng.random_bool(0.4) { addresses(203, index) } else { Vec::new() };
-    let external = service_type != ServiceType::ClusterIP || !external_ips.is_empty();
-    let balancer = service_type == ServiceType::LoadBalancer;
-    Service {
+    let service = Service {
         name: format!("s{index}"),
         service_type,
         families,
-        ports: ports(rng, index, service_type),
+        ports: ports(rng, index),
         internal_local: rng.random_bool(0.25),
-        external_local: external && rng.random_bool(0.45),
+        external_local: rng.random_bool(0.45),
         affinity_seconds: rng.random_bool(0.15).then_some(60),
-        external_ips,
-        load_balancer_ips: if balancer { addresses(198, index) } else { Vec::new() },
-        source_ranges: if balancer && rng.random_bool(0.3) { ranges(rng) } else { Vec::new() },
-        labels: if rng.random_bool(0.05) {
-            vec![("service.kubernetes.io/service-proxy-name".to_owned(), "other".to_owned())]
-        } else {
-            Vec::new()
-        },
+        external_ips: if rng.random_bool(0.4) { addresses(203, index) } else { Vec::new() },
+        load_balancer_ips: Vec::new(),
+        load_balancer_proxy: rng.random_bool(0.1),
+        source_ranges: if rng.random_bool(0.3) { ranges(rng) } else { Vec::new() },
+        labels: if rng.random_bool(0.05) { foreign_label(rng) } else { Vec::new() },
         endpoints: endpoints(rng),
-    }
+    };
+    valid(service, index)
 }
 
 fn addresses(first: u8, index: usize) -> Vec<IpAddr> {
@@ -75,21 +130,25 @@ fn ranges(rng: &mut StdRng) -> Vec<String> {
     all.iter().filter(|_| rng.random_bool(0.4)).map(|range| (*range).to_owned()).collect()
 }
 
-fn ports(rng: &mut StdRng, index: usize, service_type: ServiceType) -> Vec<Port> {
-    (0..rng.random_range(1..=3u16))
-        .map(|number| {
-            // The first two ports share a number with different protocols in some Services.
-            let protocol = if rng.random_bool(0.4) { Protocol::UDP } else { Protocol::TCP };
-            let node_port = 30_000 + index as u16 * 10 + number;
-            Port {
-                name: format!("port{number}"),
-                protocol,
-                port: 80 + number,
-                node_port: (service_type != ServiceType::ClusterIP).then_some(node_port),
-                target: rng.random_bool(0.95).then(|| *TARGET_PORTS.choose(rng).unwrap_or(&TARGET_PORTS[0])),
-            }
-        })
-        .collect()
+fn ports(rng: &mut StdRng, index: usize) -> Vec<Port> {
+    let mut ports: Vec<Port> = Vec::new();
+    for number in 0..rng.random_range(1..=3u16) {
+        let mut protocol = match rng.random_range(0..20) {
+            0..10 => Protocol::TCP,
+            10..17 => Protocol::UDP,
+            _ => Protocol::SCTP,
+        };
+        let mut port = 80 + number;
+        // Some Services have one number for two protocols.
+        if let Some(before) = ports.last().filter(|_| number == 1 && rng.random_bool(0.4)) {
+            port = before.port;
+            protocol = if before.protocol == Protocol::TCP { Protocol::UDP } else { Protocol::TCP };
+        }
+        let target = rng.random_bool(0.95).then(|| *TARGET_PORTS.choose(rng).unwrap_or(&TARGET_PORTS[0]));
+        let name = format!("s{index}-{number}");
+        ports.push(Port { name, protocol, port, node_port: None, target });
+    }
+    ports
 }
 
 fn endpoints(rng: &mut StdRng) -> Vec<Endpoint> {

@@ -10,7 +10,20 @@ fn protocol(port: &Port) -> &'static str {
     match port.protocol {
         Protocol::TCP => "TCP",
         Protocol::UDP => "UDP",
+        Protocol::SCTP => "SCTP",
     }
+}
+
+/// Everything of a state as one object for `kubectl apply`; the load balancers' addresses stand in the status.
+pub(super) fn list<'a>(services: impl Iterator<Item = &'a Service>) -> Value {
+    let objects = |one: &'a Service| {
+        let mut object = service(one);
+        if one.service_type == ServiceType::LoadBalancer {
+            object["status"] = status(one)["status"].clone();
+        }
+        [object].into_iter().chain(slices(one))
+    };
+    json!({"apiVersion": "v1", "kind": "List", "items": services.flat_map(objects).collect::<Vec<_>>()})
 }
 
 /// The Service, without its status.
@@ -66,7 +79,9 @@ pub(super) fn service(service: &Service) -> Value {
 
 /// What a load balancer's controller would write.
 pub(super) fn status(service: &Service) -> Value {
-    let ingress: Vec<_> = service.load_balancer_ips.iter().map(|ip| json!({"ip": ip})).collect();
+    let mode = if service.load_balancer_proxy { "Proxy" } else { "VIP" };
+    let one = |ip| json!({"ip": ip, "ipMode": mode});
+    let ingress: Vec<_> = service.load_balancer_ips.iter().map(one).collect();
     json!({"status": {"loadBalancer": {"ingress": ingress}}})
 }
 

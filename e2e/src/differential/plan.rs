@@ -1,6 +1,7 @@
 //! Which packets are sent in a state.
 
-use std::net::{IpAddr, SocketAddr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result};
 use k8s_openapi::api::core::v1;
@@ -24,71 +25,150 @@ pub enum Origin {
     Client,
 }
 
-const ORIGINS: [Origin; 5] =
+/// All origins.
+pub const ORIGINS: [Origin; 5] =
     [Origin::LocalPod, Origin::EndpointPod, Origin::RemotePod, Origin::Host, Origin::Client];
+
+/// What kind of address a probe goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The Service's own address.
+    ClusterIP,
+    /// spec.externalIPs.
+    ExternalIP,
+    /// An address of the load balancer.
+    LoadBalancer,
+    /// A node port on the Node's own address.
+    NodePort,
+    /// A node port on another address of the node.
+    SecondaryNodePort,
+    /// A node port on a loopback address of the node.
+    LoopbackNodePort,
+    /// A port of the Service's own address that it does not define.
+    UnusedPort,
+    /// A port of the Service's own address that it defines for another protocol.
+    OtherProtocol,
+    /// An address of the ServiceCIDR that no Service has.
+    UnusedAddress,
+}
 
 /// One kind of packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
     /// Source.
     pub origin: Origin,
-    /// TCP or UDP.
+    /// Transport.
     pub transport: Transport,
     /// Destination.
     pub to: SocketAddr,
-    /// What it is, for people.
-    pub what: String,
+    /// The Service's name.
+    pub service: String,
+    /// What kind of address.
+    pub kind: Kind,
+    /// The port's name.
+    pub port: String,
     /// The Service has affinity: one client sees one backend, and which is up to chance.
     pub sticky: bool,
 }
 
+impl fmt::Display for Probe {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Probe { origin, transport, to, service, kind, port, .. } = self;
+        write!(formatter, "{service} {kind:?} {port}: {transport:?} from {origin:?} to {to}")
+    }
+}
+
+/// An address of the ServiceCIDR that is never given out.
+const UNUSED_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 254);
+
 pub(super) fn probes(world: &World, services: &[Service]) -> Result<Vec<Probe>> {
     let mut probes = Vec::new();
     for service in services {
-        let object: v1::Service =
-            world.kube().get("default", &service.name)?.context("a Service of the case is gone")?;
-        let spec = object.spec.context("a Service without spec")?;
-        let cluster_ips: Vec<IpAddr> =
-            spec.cluster_ips.unwrap_or_default().iter().filter_map(|ip| ip.parse().ok()).collect();
+        let cluster_ips = cluster_ips(world, service)?;
         for port in &service.ports {
             let transport = match port.protocol {
                 Protocol::TCP => Transport::Tcp,
                 Protocol::UDP => Transport::Udp,
+                Protocol::SCTP => Transport::Sctp,
             };
-            let mut add = |kind: &str, ip: IpAddr, number: u16| {
-                for origin in ORIGINS {
-                    probes.push(Probe {
-                        origin,
-                        transport,
-                        to: SocketAddr::new(ip, number),
-                        what: format!("{} {kind} port {}", service.name, port.name),
-                        sticky: service.affinity_seconds.is_some(),
-                    });
-                }
+            let mut add = |origins: &[Origin], kind: Kind, ip: IpAddr, number: u16| {
+                probes.extend(origins.iter().map(|origin| Probe {
+                    origin: *origin,
+                    transport,
+                    to: SocketAddr::new(ip, number),
+                    service: service.name.clone(),
+                    kind,
+                    port: port.name.clone(),
+                    sticky: service.affinity_seconds.is_some(),
+                }));
             };
             for ip in &cluster_ips {
-                add("ClusterIP", *ip, port.port);
+                add(&ORIGINS, Kind::ClusterIP, *ip, port.port);
             }
             for ip in service.external_ips.iter().filter(|ip| served(service, **ip)) {
-                add("externalIP", *ip, port.port);
+                add(&ORIGINS, Kind::ExternalIP, *ip, port.port);
             }
             for ip in service.load_balancer_ips.iter().filter(|ip| served(service, **ip)) {
-                add("LoadBalancer", *ip, port.port);
+                add(&ORIGINS, Kind::LoadBalancer, *ip, port.port);
             }
             if let Some(number) = port.node_port {
                 for ipv6 in [false, true] {
-                    add("NodePort", world.node_address(ipv6), number);
+                    let loopback: IpAddr =
+                        if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
+                    add(&ORIGINS, Kind::NodePort, world.node_address(ipv6), number);
+                    let few = [Origin::LocalPod, Origin::Host, Origin::Client];
+                    add(&few, Kind::SecondaryNodePort, world.secondary_address(ipv6), number);
+                    add(&[Origin::Host], Kind::LoopbackNodePort, loopback, number);
                 }
             }
         }
-        for ip in cluster_ips.iter().take(1) {
-            let origin = Origin::LocalPod;
-            let what = format!("{} a port that is not defined", service.name);
-            let to = SocketAddr::new(*ip, 9);
-            probes.push(Probe { origin, transport: Transport::Tcp, to, what, sticky: false });
-        }
+        probes.extend(unused(service, services, &cluster_ips));
     }
     Ok(probes)
+}
+
+/// Addresses, ports and protocols that nobody defined.
+fn unused(service: &Service, all: &[Service], cluster_ips: &[IpAddr]) -> Vec<Probe> {
+    let probe = |origin, kind, transport, to| Probe {
+        origin,
+        transport,
+        to,
+        service: service.name.clone(),
+        kind,
+        port: String::new(),
+        sticky: false,
+    };
+    let mut probes = Vec::new();
+    for origin in [Origin::LocalPod, Origin::Host] {
+        probes.push(probe(origin, Kind::UnusedAddress, Transport::Tcp, (UNUSED_ADDRESS, 80).into()));
+    }
+    let Some(ip) = cluster_ips.first() else { return probes };
+    let defined =
+        |number, protocol| service.ports.iter().any(|port| port.port == number && protocol == port.protocol);
+    // One that no Service has, and one of another Service.
+    let others = all.iter().flat_map(|other| &other.ports).map(|port| port.port);
+    let foreign = others.filter(|number| !service.ports.iter().any(|port| port.port == *number)).min();
+    for number in [Some(9), foreign].into_iter().flatten() {
+        let to = SocketAddr::new(*ip, number);
+        probes.push(probe(Origin::LocalPod, Kind::UnusedPort, Transport::Tcp, to));
+    }
+    for port in &service.ports {
+        let (other, transport) = match port.protocol {
+            Protocol::TCP => (Protocol::UDP, Transport::Udp),
+            Protocol::UDP | Protocol::SCTP => (Protocol::TCP, Transport::Tcp),
+        };
+        if !defined(port.port, other) {
+            let to = SocketAddr::new(*ip, port.port);
+            probes.push(probe(Origin::LocalPod, Kind::OtherProtocol, transport, to));
+        }
+    }
+    probes
+}
+
+fn cluster_ips(world: &World, service: &Service) -> Result<Vec<IpAddr>> {
+    let object: Option<v1::Service> = world.kube().get("default", &service.name)?;
+    let spec = object.context("a Service of the case is gone")?.spec.context("a Service without spec")?;
+    Ok(spec.cluster_ips.unwrap_or_default().iter().filter_map(|ip| ip.parse().ok()).collect())
 }
 
 /// Addresses of a family that the Service does not have meet nobody, in both worlds: one of them is enough.

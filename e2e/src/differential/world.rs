@@ -1,6 +1,8 @@
 //! Two laboratories around one API server.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -8,14 +10,16 @@ use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::json;
 
-use super::case::{PODS, Service};
+use super::case::{PODS, Service, ServiceType};
+use super::compare::OWN;
 use super::manifests;
-use super::plan::{Origin, Probe};
+use super::plan::{ORIGINS, Origin, Probe};
 use crate::api::Kube;
 use crate::lab::{Lab, NodeNet, PodNet};
 use crate::namespace::Namespace;
 use crate::oracle::KubeProxy;
 use crate::probe::Outcome;
+use crate::probe::volley::Shot;
 use crate::switchtower::{Fleet, NodeSpec};
 use crate::wait;
 
@@ -28,9 +32,22 @@ pub(super) enum Side {
     Switchtower,
 }
 
-/// Networks of virtual addresses, which other nodes send through n1.
-const VIRTUAL: [&str; 6] =
-    ["203.0.113.0/24", "198.51.100.0/24", "10.96.0.0/16", "fd00:cb::/32", "fd00:c6::/32", "fd96::/112"];
+/// Networks of virtual addresses and of n1's secondary address, which other nodes send through n1.
+const VIRTUAL: [&str; 8] = [
+    "203.0.113.0/24",
+    "198.51.100.0/24",
+    "10.96.0.0/16",
+    "10.77.0.0/24",
+    "fd00:cb::/32",
+    "fd00:c6::/32",
+    "fd96::/112",
+    "fd00:77::/64",
+];
+/// The first of the source ports that probes use, above those of node ports; each is used once in 32,000 probes
+/// of an origin, long after the kernel has forgotten the connection before.
+const FIRST_SOURCE_PORT: u16 = 33_000;
+/// A free address of each Service that [`World::settle`] makes, and one for its endpoint.
+const SETTLE: [[&str; 2]; 2] = [["192.0.2.", "10.99.0."], ["fd00:c0::", "fd00:99::"]];
 
 /// Both laboratories.
 #[derive(Debug)]
@@ -41,8 +58,9 @@ pub struct World {
     pods: Vec<PodNet>,
     nodes: Vec<NodeNet>,
     _lab: Lab,
-    services: Vec<String>,
+    services: BTreeMap<String, Service>,
     settled: u16,
+    source_ports: [[AtomicU16; ORIGINS.len()]; 2],
 }
 
 impl World {
@@ -75,6 +93,10 @@ impl World {
                 let via = twin.address(ipv6);
                 node.namespace.ip(&format!("route add {address}/{length} via {via} dev eth0\n"))?;
             }
+            for node in [twin, &first.net] {
+                let address = secondary_address(ipv6);
+                node.namespace.ip(&format!("addr add {address}/{length} dev lo\n"))?;
+            }
         }
         send_through_first(fleet.nodes().iter().map(|node| &node.net))?;
         send_through_first(nodes.iter())?;
@@ -82,43 +104,55 @@ impl World {
         fleet.start_agent(first)?;
         let settings = "nftables:\n  minSyncPeriod: 0s\n  syncPeriod: 30s\n";
         let proxy = KubeProxy::start(fleet.control_plane(), &lab, twin, settings)?;
-        Ok(Self { fleet, proxy, pods, nodes, _lab: lab, services: Vec::new(), settled: 0 })
-    }
-
-    pub(super) fn kube(&self) -> &Kube {
-        self.fleet.kube()
+        let source_ports =
+            std::array::from_fn(|_| std::array::from_fn(|_| AtomicU16::new(FIRST_SOURCE_PORT)));
+        let services = BTreeMap::new();
+        Ok(Self { fleet, proxy, pods, nodes, _lab: lab, services, settled: 0, source_ports })
     }
 
     /// The address of node n1 in both worlds.
-    pub(super) fn node_address(&self, ipv6: bool) -> IpAddr {
+    pub fn node_address(&self, ipv6: bool) -> IpAddr {
         self.fleet.nodes()[0].net.address(ipv6)
     }
 
-    /// Removes what the case before left.
-    pub(super) fn reset(&mut self) -> Result<()> {
-        std::mem::take(&mut self.services).iter().try_for_each(|name| self.remove(name))
+    /// Another address of node n1, which the Node object does not name.
+    pub(super) fn secondary_address(&self, ipv6: bool) -> IpAddr {
+        secondary_address(ipv6)
     }
 
-    /// Creates or replaces a Service with its slices.
+    /// Replaces what the case before left.
+    pub(super) fn reset(&mut self, services: &[Service]) -> Result<()> {
+        let old = std::mem::take(&mut self.services);
+        let this = &*self;
+        in_parallel(old.keys().map(|name| move || this.remove(name)))?;
+        in_parallel(services.iter().map(|service| move || this.write(None, service)))?;
+        self.services = services.iter().map(|service| (service.name.clone(), service.clone())).collect();
+        Ok(())
+    }
+
+    /// Creates or changes a Service with its slices.
     pub(super) fn apply(&mut self, service: &Service) -> Result<()> {
-        // Ports, families and types cannot all be changed in place: a new object is as good a change.
-        self.delete(&service.name)?;
-        self.kube().apply(&manifests::service(service))?;
-        if !service.load_balancer_ips.is_empty() {
-            let mut with_status = manifests::service(service);
-            with_status["status"] = manifests::status(service)["status"].clone();
-            self.kube().apply(&with_status)?;
-        }
-        for slice in manifests::slices(service) {
-            self.kube().apply(&slice)?;
-        }
-        self.services.push(service.name.clone());
+        self.write(self.services.get(&service.name), service)?;
+        self.services.insert(service.name.clone(), service.clone());
         Ok(())
     }
 
     pub(super) fn delete(&mut self, name: &str) -> Result<()> {
-        self.services.retain(|other| other != name);
+        self.services.remove(name);
         self.remove(name)
+    }
+
+    fn write(&self, old: Option<&Service>, service: &Service) -> Result<()> {
+        // The families of a Service cannot be changed in place.
+        if old.is_some_and(|old| old.families != service.families) {
+            self.remove(&service.name)?;
+        }
+        let mut object = manifests::service(service);
+        if service.service_type == ServiceType::LoadBalancer {
+            object["status"] = manifests::status(service)["status"].clone();
+        }
+        self.kube().apply(&object)?;
+        manifests::slices(service).iter().try_for_each(|slice| self.kube().apply(slice).map(drop))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
@@ -129,36 +163,87 @@ impl World {
     }
 
     /// Waits until both kernels hold everything that was written so far: a Service of its own changes last, and
-    /// both its address and its endpoint are looked for in both rulesets.
+    /// its addresses and endpoints of both families are looked for in both rulesets. Services and slices come by
+    /// separate watches, each in order, and kube-proxy writes each family in transactions of its own.
     pub(super) fn settle(&mut self) -> Result<()> {
-        self.settled += 1;
-        let (high, low) = (self.settled / 250, self.settled % 250 + 1);
-        let (address, endpoint) = (format!("192.0.2.{low}"), format!("10.99.{high}.{low}"));
+        self.settled = self.settled % 250 + 1;
+        let marks = SETTLE.map(|prefixes| prefixes.map(|prefix| format!("{prefix}{}", self.settled)));
+        let [[address, endpoint], [address6, endpoint6]] = marks.clone();
         self.kube().apply(&json!({
             "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": "settle", "namespace": "default"},
-            "spec": {"ports": [{"port": 7, "name": "p"}], "externalIPs": [address]},
+            "spec": {"ports": [{"port": 7, "name": "p"}], "externalIPs": [address, address6],
+                     "ipFamilyPolicy": "RequireDualStack"},
         }))?;
-        self.kube().apply(&json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {"name": "settle", "namespace": "default",
-                         "labels": {"kubernetes.io/service-name": "settle"}},
-            "addressType": "IPv4", "ports": [{"name": "p", "port": 7, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [endpoint], "conditions": {"ready": true}}],
-        }))?;
+        for (family, endpoint) in [("IPv4", endpoint), ("IPv6", endpoint6)] {
+            self.kube().apply(&json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {"name": format!("settle-{}", family.to_lowercase()), "namespace": "default",
+                             "labels": {"kubernetes.io/service-name": "settle"}},
+                "addressType": family, "ports": [{"name": "p", "port": 7, "protocol": "TCP"}],
+                "endpoints": [{"addresses": [endpoint], "conditions": {"ready": true}}],
+            }))?;
+        }
         for side in [Side::KubeProxy, Side::Switchtower] {
-            let namespace = self.namespace(side, Origin::Host);
             wait::until(&format!("{side:?} programs what was written"), Duration::from_secs(20), || {
                 self.proxy.process.check_running()?;
-                let rules = namespace.output("nft", &["list", "ruleset"])?;
-                ensure!(rules.contains(&format!("{address} ")), "{address} is not there");
-                ensure!(rules.contains(&format!("{endpoint} ")), "{endpoint} is not there");
+                let rules = self.ruleset(side)?;
+                let missing = marks.iter().flatten().find(|mark| !rules.contains(&format!("{mark} ")));
+                ensure!(missing.is_none(), "{missing:?} is not there");
                 Ok(())
             })?;
         }
-        // Services and slices come by separate watches, and the families in separate transactions.
-        std::thread::sleep(Duration::from_millis(400));
         Ok(())
+    }
+
+    /// Runs lines of `ip -batch` on node n1 of both worlds.
+    ///
+    /// # Errors
+    /// A line was refused.
+    pub fn on_node(&self, lines: &str) -> Result<()> {
+        [Side::KubeProxy, Side::Switchtower]
+            .into_iter()
+            .try_for_each(|side| self.namespace(side, Origin::Host).ip(lines))
+    }
+
+    /// What node n1 answers to `GET path` on one of its addresses: of kube-proxy, of Switchtower. An error is a
+    /// text too.
+    ///
+    /// # Errors
+    /// A namespace could not be entered.
+    pub fn ask_node(&self, to: SocketAddr, path: &str) -> Result<[String; 2]> {
+        let url = format!("http://{to}{path}");
+        let ask = |side| {
+            let arguments = ["-s", "-i", "-m", "3", "-w", "\n%{errormsg}", &url];
+            let mut command = std::process::Command::new("curl");
+            command.args(arguments);
+            self.namespace(side, Origin::Host).wrap(&mut command);
+            let output = command.output().context("starting curl")?;
+            anyhow::Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        Ok([ask(Side::KubeProxy)?, ask(Side::Switchtower)?])
+    }
+
+    /// The API as administrator.
+    pub fn kube(&self) -> &Kube {
+        self.fleet.kube()
+    }
+
+    /// All of nf_tables on node n1, as `nft` prints it.
+    pub(super) fn ruleset(&self, side: Side) -> Result<String> {
+        self.namespace(side, Origin::Host).output("nft", &["list", "ruleset"])
+    }
+
+    /// The next shot of a probe: from a source port that was not used for long.
+    pub(super) fn shot(&self, side: Side, probe: &Probe) -> Shot {
+        let Probe { origin, transport, to, .. } = *probe;
+        Shot { transport, to, source_port: self.source_port(side, origin) }
+    }
+
+    pub(super) fn source_port(&self, side: Side, origin: Origin) -> u16 {
+        let counter = &self.source_ports[side as usize][origin as usize];
+        let next = |port: u16| Some(port.checked_add(1).unwrap_or(FIRST_SOURCE_PORT));
+        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).unwrap_or(FIRST_SOURCE_PORT)
     }
 
     pub(super) fn namespace(&self, side: Side, origin: Origin) -> &Namespace {
@@ -185,8 +270,30 @@ impl World {
     /// An outcome in words that are the same in both worlds.
     pub(super) fn describe(&self, side: Side, probe: &Probe, outcome: &Outcome) -> String {
         let Outcome::Reply { backend, source } = outcome else { return outcome.to_string() };
-        let itself = probe.origin == Origin::EndpointPod && backend == "p1";
-        format!("{backend} sees {}{}", self.common(side, *source), if itself { " (itself)" } else { "" })
+        let seen = if self.own_address(side, probe.origin, source.is_ipv6()) == Some(*source) {
+            OWN.to_owned()
+        } else {
+            self.common(side, *source)
+        };
+        format!("{backend} sees {seen}")
+    }
+
+    /// The address of a client that is not on the node itself.
+    fn own_address(&self, side: Side, origin: Origin, ipv6: bool) -> Option<IpAddr> {
+        let pod = |name: &str| match side {
+            Side::Switchtower => self.fleet.pod(name).ok().map(|(pod, _)| pod.address(ipv6)),
+            Side::KubeProxy => self.pods.iter().find(|pod| pod.name == name).map(|pod| pod.address(ipv6)),
+        };
+        match origin {
+            Origin::Host => None,
+            Origin::LocalPod => pod("c1"),
+            Origin::EndpointPod => pod("p1"),
+            Origin::RemotePod => pod("c2"),
+            Origin::Client => Some(match side {
+                Side::Switchtower => self.fleet.nodes()[0].net.client_address(ipv6),
+                Side::KubeProxy => self.nodes[0].client_address(ipv6),
+            }),
+        }
     }
 
     /// The laboratory's own number is taken out of an address.
@@ -206,6 +313,25 @@ impl World {
             (address, _) => address.to_string(),
         }
     }
+}
+
+fn secondary_address(ipv6: bool) -> IpAddr {
+    if ipv6 {
+        Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 1).into()
+    } else {
+        Ipv4Addr::new(10, 77, 0, 1).into()
+    }
+}
+
+/// Runs all at the same time; the first error of any counts.
+fn in_parallel<W: FnOnce() -> Result<()> + Send>(work: impl Iterator<Item = W>) -> Result<()> {
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = work.map(|work| scope.spawn(work)).collect();
+        let join = |worker: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            worker.join().map_err(|_| anyhow::anyhow!("a writing thread panicked"))?
+        };
+        workers.into_iter().map(join).fold(Ok(()), Result::and)
+    })
 }
 
 fn same_network(address: Ipv6Addr, node: Ipv6Addr) -> bool {

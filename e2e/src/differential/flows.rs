@@ -1,0 +1,195 @@
+//! UDP flows that exist while the cluster changes: who answers the same socket before and after.
+//!
+//! Which backend a flow has is up to chance and differs between the worlds. Compared is what becomes of a flow by
+//! the backend that it had: it stays, it moves to another one, or nobody answers it any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::case::Service;
+use super::compare::{Agreed, Answers, Difference, PATIENCE};
+use super::plan::{Kind, ORIGINS, Origin, Probe};
+use super::world::{Side, World};
+use crate::probe::Transport;
+use crate::probe::volley::Flow;
+
+/// Flows to each destination.
+const FLOWS: usize = 6;
+/// How long both proxies have for their connection tracking after the rules are there.
+const DEADLINE: Duration = Duration::from_secs(5);
+const HASTE: Duration = Duration::from_millis(350);
+/// The backend is the same as before.
+const STAYS: &str = "stays";
+
+/// An open flow and the backend that answered it.
+type Open = (Flow, String);
+
+/// The flows of both worlds by their probes' numbers.
+#[derive(Debug)]
+pub(super) struct Flows {
+    probes: Vec<Probe>,
+    switchtower: Vec<Vec<Open>>,
+    kube_proxy: Vec<Vec<Open>>,
+}
+
+impl Flows {
+    /// Opens flows to every UDP destination that somebody answers.
+    pub(super) fn open(world: &World, agreed: &[Agreed]) -> Result<Self> {
+        let answered = |agreed: &&Agreed| {
+            let Probe { transport, sticky, origin, .. } = agreed.probe;
+            let replied = agreed.answers.iter().any(|answer| answer.contains(" sees "));
+            // A pod of another node is a client like one outside.
+            transport == Transport::Udp && !sticky && replied && origin != Origin::RemotePod
+        };
+        let probes: Vec<_> = agreed.iter().filter(answered).map(|agreed| agreed.probe.clone()).collect();
+        let switchtower = open(world, Side::Switchtower, &probes)?;
+        let kube_proxy = open(world, Side::KubeProxy, &probes)?;
+        Ok(Self { probes, switchtower, kube_proxy })
+    }
+
+    /// Asks every flow again, until both worlds agree or have had their time.
+    /// `probes` and `services` are what is there now.
+    pub(super) fn differences(
+        &self,
+        world: &World,
+        probes: &[Probe],
+        services: &[Service],
+    ) -> Result<Vec<Difference>> {
+        let start = Instant::now();
+        let served: Vec<_> = self.probes.iter().map(|probe| is_served(probe, probes, services)).collect();
+        loop {
+            let patience = if start.elapsed() < DEADLINE / 2 { HASTE } else { PATIENCE };
+            let ours = fates(world, Side::Switchtower, &self.switchtower, &self.probes, patience)?;
+            let theirs = fates(world, Side::KubeProxy, &self.kube_proxy, &self.probes, patience)?;
+            let differences = compare(&self.probes, &served, &ours, &theirs);
+            if differences.is_empty() || start.elapsed() > DEADLINE {
+                return Ok(differences);
+            }
+        }
+    }
+}
+
+fn open(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Vec<Open>>> {
+    let mut opened: Vec<Vec<Open>> = probes.iter().map(|_| Vec::new()).collect();
+    for origin in ORIGINS {
+        let mine: Vec<usize> = (0..probes.len()).filter(|at| probes[*at].origin == origin).collect();
+        let each = mine.iter().flat_map(|at| std::iter::repeat_n(*at, FLOWS));
+        let all: Vec<usize> = each.collect();
+        let (flows, outcomes) = world.namespace(side, origin).run(|| {
+            let open = |at: &usize| Flow::open(probes[*at].to, world.source_port(side, origin));
+            let flows = all.iter().map(open).collect::<Result<Vec<_>>>()?;
+            let outcomes = Flow::ask_all(&flows.iter().collect::<Vec<_>>(), HASTE)?;
+            Ok::<_, anyhow::Error>((flows, outcomes))
+        })??;
+        for ((at, flow), outcome) in all.iter().zip(flows).zip(outcomes) {
+            if let Some(backend) = outcome.backend() {
+                opened[*at].push((flow, backend.to_owned()));
+            }
+        }
+    }
+    Ok(opened)
+}
+
+/// By backend before: what became of its flows.
+type Fates = BTreeMap<String, BTreeSet<String>>;
+
+fn fates(
+    world: &World,
+    side: Side,
+    opened: &[Vec<Open>],
+    probes: &[Probe],
+    patience: Duration,
+) -> Result<Vec<Fates>> {
+    let mut fates = vec![Fates::new(); probes.len()];
+    for origin in ORIGINS {
+        let of_origin = |at: &usize| probes[*at].origin == origin;
+        let mine: Vec<(usize, &Open)> = (0..probes.len())
+            .filter(of_origin)
+            .flat_map(|at| opened[at].iter().map(move |open| (at, open)))
+            .collect();
+        let flows: Vec<&Flow> = mine.iter().map(|(_, (flow, _))| flow).collect();
+        let outcomes = world.namespace(side, origin).run(|| Flow::ask_all(&flows, patience))??;
+        for ((at, (_, before)), outcome) in mine.into_iter().zip(outcomes) {
+            let fate = match outcome.backend() {
+                Some(backend) if backend == before => STAYS.to_owned(),
+                Some(_) => "moves".to_owned(),
+                None => outcome.to_string(),
+            };
+            fates[at].entry(before.clone()).or_default().insert(fate);
+        }
+    }
+    Ok(fates)
+}
+
+/// Whether a destination has an endpoint that serves, now.
+fn is_served(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
+    let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
+    let serves = |probe: &Probe| {
+        let service = services.iter().find(|service| service.name == probe.service);
+        service.is_some_and(|service| {
+            let port = service.ports.iter().find(|port| port.name == probe.port);
+            let endpoints = service.endpoints.iter().any(|endpoint| endpoint.serving);
+            service.labels.is_empty() && endpoints && port.is_some_and(|port| port.target.is_some())
+        })
+    };
+    let of_node = [Kind::NodePort, Kind::SecondaryNodePort, Kind::LoopbackNodePort].contains(&flow.kind);
+    of_node || probes.iter().filter(same).any(serves)
+}
+
+/// Backends that flows of one world only had say nothing.
+fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) -> Vec<Difference> {
+    let mut differences = Vec::new();
+    for (((probe, served), ours), theirs) in probes.iter().zip(served).zip(ours).zip(theirs) {
+        let differ = |backend: &String| match theirs.get(backend) {
+            _ if !served => ours[backend].contains(STAYS),
+            Some(fate) => *fate != ours[backend],
+            None => false,
+        };
+        let words = |fates: &Fates| -> Answers {
+            fates.iter().flat_map(|(from, to)| to.iter().map(move |to| format!("{from} {to}"))).collect()
+        };
+        if ours.keys().any(differ) {
+            let what = format!("flows that existed before: {probe}");
+            differences.push(Difference { what, kube_proxy: words(theirs), switchtower: words(ours) });
+        }
+    }
+    differences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::Outcome;
+
+    fn fates(entries: &[(&str, &str)]) -> Vec<Fates> {
+        let mut fates = Fates::new();
+        for (before, fate) in entries {
+            fates.entry((*before).to_owned()).or_default().insert((*fate).to_owned());
+        }
+        vec![fates]
+    }
+
+    #[test]
+    fn only_backends_that_flows_of_both_worlds_had_are_compared() {
+        let to = ([10, 96, 0, 1], 80).into();
+        let probes = [Probe {
+            origin: Origin::Client,
+            transport: Transport::Udp,
+            to,
+            service: "web".to_owned(),
+            kind: Kind::ClusterIP,
+            port: "udp".to_owned(),
+            sticky: false,
+        }];
+        let ours = fates(&[("p1", "moves"), ("p2", "stays")]);
+        let compare =
+            |served, theirs: &[(&str, &str)]| compare(&probes, &[served], &ours, &fates(theirs)).len();
+        assert_eq!(compare(true, &[("p1", "moves"), ("p3", "moves")]), 0);
+        assert_eq!(compare(true, &[("p1", "stays"), ("p2", "stays")]), 1);
+        assert_eq!(compare(true, &[("p2", &Outcome::Silence.to_string())]), 1);
+        // Nobody serves any more: p2 stayed, which it must not.
+        assert_eq!(compare(false, &[("p1", "stays"), ("p2", "stays")]), 1);
+    }
+}

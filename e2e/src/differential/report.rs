@@ -1,0 +1,36 @@
+//! A disagreement for people.
+
+use std::fmt::Write as _;
+
+use super::compare::{Answers, Difference, Disagreement};
+use super::manifests;
+
+/// In what the proxies disagree.
+pub fn report(found: &Disagreement) -> String {
+    let mut text = format!("{} disagrees after {} steps:\n", found.case.name, found.after);
+    for Difference { what, kube_proxy, switchtower } in &found.differences {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {what}");
+        let _ = writeln!(text, "    kube-proxy:  {}", join(kube_proxy));
+        let _ = writeln!(text, "    switchtower: {}", join(switchtower));
+    }
+    text
+}
+
+/// The same with all that is needed to look into it: the case for `--replay`, the objects of its first state for
+/// `kubectl apply`, and both rulesets.
+pub fn explain(found: &Disagreement) -> String {
+    let mut text = report(found);
+    let case = serde_json::to_string_pretty(&found.case).unwrap_or_default();
+    let objects = serde_json::to_string_pretty(&manifests::list(found.case.services.iter()));
+    let [kube_proxy, switchtower] = &found.rulesets;
+    let _ = writeln!(text, "==> the case, for --replay\n{case}");
+    let _ = writeln!(text, "==> its first state, for kubectl apply\n{}", objects.unwrap_or_default());
+    let _ = writeln!(text, "==> kube-proxy's ruleset\n{kube_proxy}");
+    let _ = writeln!(text, "==> Switchtower's ruleset\n{switchtower}");
+    text
+}
+
+fn join(outcomes: &Answers) -> String {
+    outcomes.iter().cloned().collect::<Vec<_>>().join(" | ")
+}
