@@ -28,14 +28,14 @@ pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> R
             "/healthz",
             get(async move || {
                 let reading = for_healthz.read();
-                answer(reading, reading.healthy && reading.eligible, &healthz_total)
+                answer(reading, reading.healthy && reading.eligible, Some(reading.eligible), &healthz_total)
             }),
         )
         .route(
             "/livez",
             get(async move || {
                 let reading = for_livez.read();
-                answer(reading, reading.healthy, &livez_total)
+                answer(reading, reading.healthy, None, &livez_total)
             }),
         )
         .route("/connection", get(async move || Json(contact.state())))
@@ -45,29 +45,38 @@ pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> R
 pub fn metrics_router(registry: Registry) -> Router {
     Router::new()
         .route("/metrics", get(async move || exposition(&registry)))
-        .route("/proxyMode", get(async || "nftables"))
+        .route("/proxyMode", get(async || ([(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], "nftables")))
         .route("/healthz", get(async || "ok"))
 }
 
-fn answer(reading: Reading, good: bool, total: &prometheus::IntCounterVec) -> impl IntoResponse + use<> {
+/// `eligible` is part of what `/healthz` says and not of what `/livez` says.
+fn answer(
+    reading: Reading,
+    good: bool,
+    eligible: Option<bool>,
+    total: &prometheus::IntCounterVec,
+) -> impl IntoResponse + use<> {
     let code = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     total.with_label_values(&[code.as_str()]).inc();
     let headers = [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    (code, headers, body(reading, SystemTime::now()).to_string())
+    (code, headers, body(reading, eligible, SystemTime::now()).to_string())
 }
 
 /// kube-proxy's body; while healthy, `lastUpdated` is the current time, which older probes expect.
-fn body(reading: Reading, now: SystemTime) -> Value {
+fn body(reading: Reading, eligible: Option<bool>, now: SystemTime) -> Value {
     let updated = if reading.healthy { Some(now) } else { reading.last_updated };
     let updated = rfc3339(updated.unwrap_or(SystemTime::UNIX_EPOCH));
     let family = json!({ "lastUpdated": updated, "healthy": reading.healthy });
-    json!({
+    let mut body = json!({
         "lastUpdated": updated,
         "currentTime": rfc3339(now),
-        "nodeEligible": reading.eligible,
         "healthy": reading.healthy,
         "status": { "IPv4": family, "IPv6": family },
-    })
+    });
+    if let Some(eligible) = eligible {
+        body["nodeEligible"] = json!(eligible);
+    }
+    body
 }
 
 fn exposition(registry: &Registry) -> impl IntoResponse + use<> {
@@ -112,12 +121,13 @@ mod tests {
             eligible: true,
             last_updated: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000)),
         };
-        let body = body(stale, now);
+        let body = body(stale, Some(true), now);
         assert_eq!(body["lastUpdated"], "2020-09-13T12:26:40Z");
         assert_eq!(body["currentTime"], "2023-11-14T22:13:20Z");
         assert_eq!(body["nodeEligible"], true);
         assert_eq!(body["status"]["IPv4"]["healthy"], false);
-        let healthy = super::body(Reading { healthy: true, ..stale }, now);
+        let healthy = super::body(Reading { healthy: true, ..stale }, None, now);
         assert_eq!(healthy["lastUpdated"], "2023-11-14T22:13:20Z", "as of now while healthy");
+        assert!(healthy.get("nodeEligible").is_none(), "/livez says nothing of it");
     }
 }
