@@ -365,3 +365,68 @@ fn a_service_of_another_proxy_is_left_alone() {
     let outcome = probe::send(from, Transport::Tcp, cluster_ip(&foreign, false)).unwrap();
     assert_eq!(outcome.backend(), None);
 }
+
+#[test]
+fn internal_policy_local_with_client_and_backend_on_the_host_network() {
+    let scene = Scene::new("host-network");
+    let service = scene.service("web", &json!({"internalTrafficPolicy": "Local"}));
+    let beta = &scene.node("beta").net;
+    let _server = scene.fleet.lab().start_server(&beta.namespace, "host").unwrap();
+    for ipv6 in [false, true] {
+        let endpoint = json!({
+            "addresses": [beta.address(ipv6).to_string()], "nodeName": "beta", "conditions": {"ready": true},
+        });
+        let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
+        let name = format!("web-{}", if ipv6 { 6 } else { 4 });
+        let slice = objects::slice(&scene.namespace, &name, "web", ipv6, &ports, &[endpoint]);
+        scene.fleet.kube().apply(&slice).unwrap();
+    }
+    for (transport, ipv6) in WAYS {
+        let to = cluster_ip(&service, ipv6);
+        answered_by("on the node", &beta.namespace, transport, to, &["host"]);
+        let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+        eventually("elsewhere", &scene.node("alpha").net.namespace, transport, to, silent);
+    }
+}
+
+/// The EndpointSlice controller makes an endpoint that is not ready a ready one where the Service says so, and
+/// takes away a pod that was evicted.
+#[test]
+fn a_pod_that_is_not_ready_is_published_where_the_service_says_so_until_it_is_evicted() {
+    let scene = Scene::new("not-ready");
+    let spec = json!({
+        "selector": {"app": "web"}, "publishNotReadyAddresses": true,
+        "ports": [{"name": "tcp", "protocol": "TCP", "port": 80, "targetPort": 8080}],
+    });
+    let service = scene.service("web", &spec);
+    let (pod, node) = scene.fleet.pod("a1").unwrap();
+    let mut object = objects::pod(&scene.namespace, "web", "alpha", "default");
+    object["metadata"]["labels"] = json!({"app": "web"});
+    let mut status = objects::running(pod, &node.net);
+    status["conditions"] = json!([{"type": "Ready", "status": "False"}]);
+    object["status"] = status;
+    // The namespace's ServiceAccount comes a moment after the namespace.
+    switchtower_e2e::wait::until("the Pod is made", SOON, || scene.fleet.kube().apply(&object)).unwrap();
+    for ipv6 in [false, true] {
+        answered_by("not ready", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, ipv6), &["a1"]);
+    }
+    object["status"] = json!({"phase": "Failed", "reason": "Evicted"});
+    scene.fleet.kube().apply(&object).unwrap();
+    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    eventually("evicted", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), refused);
+}
+
+#[test]
+fn a_service_that_becomes_an_external_name_loses_its_address_and_gets_one_again() {
+    let scene = Scene::new("external-name");
+    let service = scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1"]);
+    let to = cluster_ip(&service, false);
+    answered_by("at first", scene.pod("c1"), Transport::Tcp, to, &["a1"]);
+    let name = json!({"type": "ExternalName", "externalName": "example.org"});
+    scene.fleet.kube().apply(&objects::service(&scene.namespace, "web", &name)).unwrap();
+    let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+    eventually("an external name", scene.pod("c1"), Transport::Tcp, to, silent);
+    let service = scene.service("web", &json!({}));
+    answered_by("again", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), &["a1"]);
+}

@@ -75,8 +75,10 @@ fn no_module_file_is_an_orphan() {
                 let line = line.trim().strip_suffix(';').unwrap_or_default();
                 line.rsplit_once("mod ").is_some_and(|(_, name)| name == module)
             };
-            let by_path = format!("{}/{stem}.rs\"]", folder.file_name().unwrap().to_str().unwrap());
-            near && text.lines().any(names) || text.lines().any(|line| line.contains(&by_path))
+            let by_path = format!("{folder_name}/{stem}.rs\"]");
+            let beside = format!("\"{stem}.rs\"]");
+            near && text.lines().any(|line| names(line) || line.contains(&beside))
+                || text.lines().any(|line| line.contains(&by_path))
         });
         assert!(declared, "{}: no file says `mod {module};`", path.display());
     }
@@ -116,5 +118,36 @@ fn the_compiler_is_pure() {
 fn one_tls_provider_is_linked() {
     for package in ["switchtower-controller", "switchtower-node-agent"] {
         links_none_of(package, &["aws-lc-rs", "openssl", "native-tls"]);
+    }
+}
+
+/// A scenario whose test was renamed or removed is a scenario that nobody tests.
+#[test]
+fn every_test_that_the_parity_page_names_exists() {
+    let page = fs::read_to_string(root().join("docs/parity.md")).unwrap();
+    let names: BTreeSet<&str> = page
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|word| {
+            word.contains('_')
+                && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        })
+        .collect();
+    assert!(names.len() > 72, "only {} names of tests in docs/parity.md", names.len());
+    let texts: Vec<_> = sources().iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    for name in names {
+        let definition = format!("fn {name}(");
+        // An attribute or a comment may stand between, so the whole item before the function is looked at.
+        let is_test = |text: &String| {
+            text.match_indices(&definition).any(|(at, _)| {
+                let before = text[..at].rsplit("\n\n").next().unwrap_or_default();
+                before.contains("#[test]") || before.contains("#[tokio::test") || text.contains("proptest!")
+            })
+        };
+        assert!(texts.iter().any(is_test), "docs/parity.md names the test {name}, which does not exist");
+    }
+    for number in 1..=72 {
+        assert!(page.contains(&format!("\n| {number} | ")), "scenario {number} is missing in docs/parity.md");
     }
 }

@@ -1,0 +1,51 @@
+//! The scenarios of kube-proxy's conformance, one test each, and random clusters: both proxies must do the same to
+//! the same packets. docs/parity.md lists the scenarios.
+//!
+//! All tests share one control plane and two laboratories, one after another. Each state is probed from five
+//! origins, at every address of every Service, and any difference from the real kube-proxy fails; beside that, a
+//! test says what its scenario is about.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+#[path = "parity/affinity_and_flows.rs"]
+mod affinity_and_flows;
+#[cfg(test)]
+#[path = "parity/endpoints.rs"]
+mod endpoints;
+#[cfg(test)]
+#[path = "parity/health.rs"]
+mod health;
+#[cfg(test)]
+#[path = "parity/outside.rs"]
+mod outside;
+#[cfg(test)]
+#[path = "parity/reachability.rs"]
+mod reachability;
+#[cfg(test)]
+#[path = "parity/support.rs"]
+mod support;
+
+use std::time::{Duration, Instant};
+
+use switchtower_e2e::differential::{Verdict, explain, generate, run, shrink};
+
+/// Random cases at least, and as many more as there is time for.
+const CASES: u64 = 30;
+const SEED: u64 = 20_260;
+const TIME: Duration = Duration::from_secs(100);
+
+#[test]
+fn random_clusters_and_changes_agree_with_kube_proxy() {
+    let mut world = support::world();
+    let start = Instant::now();
+    let mut number = 0;
+    while number < CASES || start.elapsed() < TIME {
+        let case = generate::case(SEED, number);
+        if let Verdict::Disagreement(found) = run(&mut world, &case).unwrap() {
+            let smallest = shrink(&mut world, *found, 20).unwrap();
+            panic!("{}", explain(&smallest));
+        }
+        number += 1;
+    }
+}

@@ -1,0 +1,133 @@
+//! Session affinity, and UDP flows that exist while the cluster changes.
+//!
+//! What becomes of flows is compared with kube-proxy at every change of a case: by the backend that a flow had, it
+//! stays, moves or ends.
+
+use switchtower_e2e::differential::case::{Protocol, Service, Step};
+use switchtower_e2e::differential::{Kind, Origin};
+
+use crate::support::{
+    P1, P2, P3, P5, REFUSED, SILENCE, agree, balancer, cluster_ip, port, ready, terminating, then, unready,
+};
+
+fn sticky(endpoints: Vec<switchtower_e2e::differential::case::Endpoint>) -> Service {
+    Service { affinity_seconds: Some(60), ..balancer(endpoints) }
+}
+
+#[test]
+fn a_client_sticks_to_a_pod_on_every_kind_of_address_with_both_policies() {
+    let service = sticky(vec![ready(P1), ready(P2), ready(P3), ready(P5)]);
+    let local = then(&service, |service| {
+        service.external_local = true;
+        service.internal_local = true;
+    });
+    // That one client sees one pod is what the comparison of a sticky Service asserts.
+    let states = agree(vec![service], vec![local]);
+    let pods = states[1].pods(Origin::Client, Kind::NodePort);
+    assert!(pods.iter().all(|pod| ["p1", "p2"].contains(&pod.as_str())), "{pods:?}");
+}
+
+#[test]
+fn affinity_is_switched_on_and_off() {
+    let service = balancer(vec![ready(P1), ready(P3), ready(P5)]);
+    let on = then(&service, |service| service.affinity_seconds = Some(60));
+    let states = agree(vec![service.clone()], vec![on, Step::Apply(service)]);
+    for state in [&states[0], &states[2]] {
+        assert_eq!(state.pods(Origin::LocalPod, Kind::ClusterIP), ["p1", "p3", "p5"]);
+    }
+}
+
+#[test]
+fn a_client_whose_pod_is_gone_moves_and_sticks_again() {
+    let service = sticky(vec![ready(P1)]);
+    let moved = then(&service, |service| service.endpoints = vec![ready(P3), ready(P5)]);
+    let back = then(&service, |service| service.endpoints = vec![ready(P1)]);
+    let states = agree(vec![service], vec![moved, back]);
+    assert_eq!(states[0].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
+    assert!(!states[1].pods(Origin::LocalPod, Kind::ClusterIP).contains(&"p1".to_owned()));
+    assert_eq!(states[2].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
+}
+
+fn udp(endpoints: Vec<switchtower_e2e::differential::case::Endpoint>) -> Service {
+    let mut service = balancer(endpoints);
+    service.ports = vec![port(Protocol::UDP, 80, 8080)];
+    service.ports[0].node_port = Some(30_080);
+    service
+}
+
+#[test]
+fn a_udp_flow_leaves_an_endpoint_that_is_gone_and_stays_with_one_that_serves() {
+    let service = udp(vec![ready(P1), ready(P3), ready(P5)]);
+    let one_less = then(&service, |service| drop(service.endpoints.remove(1)));
+    let states = agree(vec![service], vec![one_less]);
+    assert_eq!(states[1].pods(Origin::LocalPod, Kind::ClusterIP), ["p1", "p5"]);
+}
+
+#[test]
+fn a_udp_flow_stays_with_an_endpoint_that_serves_while_it_terminates() {
+    let service = udp(vec![ready(P1), ready(P3)]);
+    let ending = then(&service, |service| service.endpoints[0] = terminating(P1, true));
+    let ended = then(&service, |service| service.endpoints[0] = terminating(P1, false));
+    let states = agree(vec![service], vec![ending, ended]);
+    assert_eq!(states[1].pods(Origin::LocalPod, Kind::ClusterIP), ["p3"]);
+}
+
+#[test]
+fn a_udp_flow_follows_a_changed_target_port() {
+    let service = udp(vec![ready(P1)]);
+    let moved = then(&service, |service| service.ports[0].target = Some(8081));
+    let states = agree(vec![service], vec![moved]);
+    assert_eq!(states[1].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
+}
+
+#[test]
+fn udp_flows_of_a_service_without_serving_endpoints() {
+    let service = udp(vec![ready(P1), ready(P3)]);
+    let none = then(&service, |service| service.endpoints = vec![unready(P1), unready(P3)]);
+    let states = agree(vec![service], vec![none]);
+    states[1].all(Origin::LocalPod, Kind::ClusterIP, REFUSED);
+}
+
+#[test]
+fn udp_flows_of_a_service_whose_policies_change() {
+    let service = udp(vec![ready(P1), ready(P3)]);
+    let local = then(&service, |service| {
+        service.external_local = true;
+        service.internal_local = true;
+    });
+    let states = agree(vec![service], vec![local]);
+    assert_eq!(states[1].pods(Origin::Client, Kind::NodePort), ["p1"]);
+}
+
+#[test]
+fn udp_flows_when_a_new_service_takes_over_an_external_address() {
+    let mut service = udp(vec![ready(P1)]);
+    service.external_local = false;
+    let mut successor = cluster_ip(vec![ready(P3)]);
+    successor.name = "successor".to_owned();
+    successor.ports = vec![port(Protocol::UDP, 80, 8080)];
+    successor.external_ips = service.external_ips.clone();
+    let gone = then(&service, |service| service.external_ips.clear());
+    let states = agree(vec![service], vec![gone, Step::Apply(successor)]);
+    assert_eq!(states[2].pods(Origin::LocalPod, Kind::ExternalIP), ["p3"]);
+}
+
+#[test]
+fn a_udp_client_that_came_before_the_first_ready_endpoint_is_served() {
+    let service = udp(vec![unready(P1)]);
+    let now = then(&service, |service| service.endpoints = vec![ready(P1)]);
+    let states = agree(vec![service], vec![now]);
+    states[0].all(Origin::LocalPod, Kind::ClusterIP, REFUSED);
+    assert_eq!(states[1].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
+}
+
+#[test]
+fn a_service_that_goes_takes_its_addresses_with_it() {
+    let service = balancer(vec![ready(P1)]);
+    let name = service.name.clone();
+    let mut other = cluster_ip(vec![ready(P3)]);
+    other.name = "other".to_owned();
+    let states = agree(vec![service, other], vec![Step::Delete(name)]);
+    assert_eq!(states[1].pods(Origin::LocalPod, Kind::ClusterIP), ["p3"]);
+    states[1].all(Origin::LocalPod, Kind::UnusedAddress, SILENCE);
+}

@@ -1,0 +1,124 @@
+//! What both proxies tell load balancers and people over HTTP.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::ensure;
+use k8s_openapi::api::core::v1;
+use serde_json::{Value, json};
+use switchtower_e2e::differential::World;
+use switchtower_e2e::differential::case::{Endpoint, Step};
+use switchtower_e2e::wait;
+
+use crate::support::{P1, P2, P3, agree_in, balancer, ready, terminating, world};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Status line, the headers that load balancers read, and the body without times.
+fn essence(answer: &str) -> Vec<String> {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
+    let mut lines = head.lines();
+    let mut essence = vec![lines.next().unwrap_or_default().trim().to_owned()];
+    let told = ["content-type", "x-content-type-options", "x-load-balancing-endpoint-weight"];
+    let mut headers: Vec<_> = lines
+        .map(|line| line.trim().to_lowercase())
+        .filter(|line| told.iter().any(|name| line.starts_with(name)))
+        .collect();
+    headers.sort();
+    essence.extend(headers);
+    match serde_json::from_str::<Value>(body.trim()) {
+        Ok(mut value) => {
+            forget_times(&mut value);
+            essence.push(value.to_string());
+        }
+        Err(_) => essence.push(body.trim().to_owned()),
+    }
+    essence
+}
+
+fn forget_times(value: &mut Value) {
+    if let Value::Object(fields) = value {
+        fields.retain(|name, _| !["lastUpdated", "currentTime"].contains(&name.as_str()));
+        fields.values_mut().for_each(forget_times);
+    }
+}
+
+/// Waits until both answer the same, with this beginning.
+#[track_caller]
+fn both_answer(world: &World, to: SocketAddr, path: &str, beginning: &str) -> Vec<String> {
+    wait::until(&format!("GET {path} of {to}: {beginning}"), SOON, || {
+        let [kube_proxy, switchtower] = world.ask_node(to, path)?;
+        let (theirs, ours) = (essence(&kube_proxy), essence(&switchtower));
+        ensure!(theirs == ours, "kube-proxy: {theirs:?}, Switchtower: {ours:?}");
+        ensure!(ours.iter().any(|line| line.starts_with(beginning)), "{ours:?}");
+        Ok(ours)
+    })
+    .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+#[test]
+fn health_check_node_ports_count_ready_local_endpoints() {
+    let mut world = world();
+    let service = |endpoints: Vec<Endpoint>| {
+        let mut service = balancer(endpoints);
+        service.external_local = true;
+        service
+    };
+    let cases = [
+        (vec![ready(P1), ready(P2), ready(P3)], "HTTP/1.1 200", "x-load-balancing-endpoint-weight: 2"),
+        (vec![ready(P1), terminating(P2, true)], "HTTP/1.1 200", "x-load-balancing-endpoint-weight: 1"),
+        (vec![terminating(P2, true)], "HTTP/1.1 503", "x-load-balancing-endpoint-weight: 0"),
+        (vec![ready(P3)], "HTTP/1.1 503", "x-load-balancing-endpoint-weight: 0"),
+    ];
+    for (endpoints, status, weight) in cases {
+        agree_in(&mut world, vec![service(endpoints)], Vec::new());
+        let object: v1::Service = world.kube().get("default", "web").unwrap().unwrap();
+        let port = u16::try_from(object.spec.unwrap().health_check_node_port.unwrap()).unwrap();
+        let to = SocketAddr::new(world.node_address(false), port);
+        let answer = both_answer(&world, to, "/", status);
+        assert!(answer.contains(&weight.to_owned()), "{answer:?}");
+    }
+}
+
+#[test]
+fn health_check_node_ports_come_and_go_with_type_and_policy() {
+    let mut world = world();
+    let mut local = balancer(vec![ready(P1)]);
+    local.external_local = true;
+    agree_in(&mut world, vec![local.clone()], Vec::new());
+    let object: v1::Service = world.kube().get("default", "web").unwrap().unwrap();
+    let port = u16::try_from(object.spec.unwrap().health_check_node_port.unwrap()).unwrap();
+    let to = SocketAddr::new(world.node_address(false), port);
+    both_answer(&world, to, "/any/path", "HTTP/1.1 200");
+    agree_in(&mut world, vec![local], vec![Step::Apply(balancer(vec![ready(P1)]))]);
+    wait::until("nobody listens any more", SOON, || {
+        let answers = world.ask_node(to, "/")?;
+        ensure!(!answers.iter().any(|answer| answer.starts_with("HTTP")), "{answers:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_node_that_the_autoscaler_takes_away_is_alive_and_not_healthy() {
+    let world = world();
+    let to = SocketAddr::new(world.node_address(false), 10_256);
+    both_answer(&world, to, "/healthz", "HTTP/1.1 200");
+    let taint = |taints: Value| {
+        let patch = json!({"spec": {"taints": taints}});
+        let api: kube::Api<v1::Node> = kube::Api::all(world.kube().client());
+        let (parameters, patch) = (kube::api::PatchParams::default(), kube::api::Patch::Merge(&patch));
+        world.kube().block_on(api.patch("n1", &parameters, &patch)).unwrap();
+    };
+    taint(json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]));
+    both_answer(&world, to, "/healthz", "HTTP/1.1 503");
+    both_answer(&world, to, "/livez", "HTTP/1.1 200");
+    taint(Value::Null);
+    both_answer(&world, to, "/healthz", "HTTP/1.1 200");
+}
+
+#[test]
+fn the_proxy_mode_is_told() {
+    let world = world();
+    both_answer(&world, ([127, 0, 0, 1], 10_249).into(), "/proxyMode", "HTTP/1.1 200");
+}
