@@ -85,3 +85,65 @@ fn check_probe(probe: &Probe) -> Result<(), Malformed> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use switchtower_proto::v1::Cidr;
+
+    use super::*;
+    use crate::testing::{settings, settings_on_trial};
+
+    fn tried(change: impl FnOnce(&mut Trial)) -> Settings {
+        let mut settings = settings_on_trial(1_000);
+        settings.trial.as_deref_mut().map(change).unwrap();
+        settings
+    }
+
+    fn probed(change: impl FnOnce(&mut Probe)) -> Settings {
+        tried(|trial| change(&mut trial.probes[0]))
+    }
+
+    #[test]
+    fn what_the_protocol_allows_is_taken() {
+        let with_path = probed(|probe| {
+            probe.compare_source = true;
+            probe.http_path = "/clientip".into();
+        });
+        let levels = LEVELS.map(|level| Settings { log_level: level.into(), ..settings() });
+        for good in levels.iter().chain([&settings_on_trial(WINDOW), &with_path]) {
+            check_settings(good).unwrap();
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused_with_a_reason() {
+        let block = Cidr { address: vec![10, 0, 0, 1], prefix_length: 8 };
+        let cases = [
+            (Settings { log_level: "loud".into(), ..settings() }, "log level"),
+            (Settings { interface: "a-name-of-16-byt".into(), ..settings() }, "interface"),
+            (Settings { cluster_cidrs: vec![block.clone()], ..settings() }, "host bits"),
+            (Settings { node_port_addresses: vec![Cidr::default(); BLOCKS + 1], ..settings() }, "more than"),
+            (settings_on_trial(WINDOW + 1), "watches for"),
+            (tried(|trial| trial.fallback = None), "no fallback"),
+            (tried(|trial| trial.fallback = Some(Box::new(settings_on_trial(1)))), "of its own"),
+            (tried(|trial| trial.fallback.as_mut().unwrap().cluster_cidrs = vec![block]), "host bits"),
+            (tried(|trial| trial.probes.push(trial.probes[0].clone())), "two of one name"),
+            (probed(|probe| probe.name.clear()), "lacks a name"),
+            (probed(|probe| probe.service.clear()), "lacks a name or a Service"),
+            (probed(|probe| probe.kind = 7), "no kind"),
+            (probed(|probe| probe.timeout_milliseconds = TIMEOUT + 1), "waits"),
+            (probed(|probe| probe.http_path = "/x".into()), "the path"),
+            (
+                probed(|probe| {
+                    probe.compare_source = true;
+                    probe.http_path = "/x HTTP/1.1\r\nHost: other".into();
+                }),
+                "the path",
+            ),
+        ];
+        for (bad, reason) in cases {
+            let Malformed(detail) = check_settings(&bad).unwrap_err();
+            assert!(detail.contains(reason), "{detail:?} does not say {reason:?}");
+        }
+    }
+}

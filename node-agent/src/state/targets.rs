@@ -151,3 +151,7 @@ fn nothing_found(probe: &Probe) -> String {
     let of = if port.is_empty() { String::new() } else { format!(" for port {port}") };
     format!("the Service {namespace}/{service} has no TCP port with {what}{of}")
 }
+
+#[cfg(test)]
+#[path = "targets_tests.rs"]
+mod tests;

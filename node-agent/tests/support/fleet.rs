@@ -190,6 +190,20 @@ impl Fleet {
         self.delta(LayerKind::Settings, Kind::Settings(after))
     }
 
+    /// Another record of the node, as a delta.
+    pub fn replace_node(&mut self, after: NodeRecord) -> (Update, Vec<Part>) {
+        let (before, kept) = self.node.drain(..).partition(|kind| matches!(kind, Kind::Node(_)));
+        self.node = kept;
+        for before in Vec::<Kind>::into_iter(before) {
+            if let Kind::Node(before) = before {
+                self.digest.remove(LayerKind::Node, ItemRef::Node(&before));
+            }
+        }
+        self.digest.add(LayerKind::Node, ItemRef::Node(&after));
+        self.node.push(Kind::Node(after.clone()));
+        self.delta(LayerKind::Node, Kind::Node(after))
+    }
+
     /// One more frontend, as a delta.
     pub fn add_frontend(&mut self, frontend: Frontend) -> (Update, Vec<Part>) {
         self.digest.add(LayerKind::Cluster, ItemRef::Frontend(&frontend));
