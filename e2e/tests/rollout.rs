@@ -1,0 +1,436 @@
+//! Settings go through a fleet of twelve nodes: canary, waves, gates, rollback, by plain kubectl, with a controller
+//! that dies. These tests share the fleet, so they run one after another.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
+use switchtower_e2e::wait;
+
+use common::{Scene, cluster_ip, node_port};
+
+/// A whole rollout, on a machine that builds something else beside. Agents whose controllers die one after another
+/// come back later and later.
+const ROLLOUT: Duration = Duration::from_secs(120);
+const NODES: usize = 12;
+const CANARY: &str = "n05";
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Twelve nodes in three zones; two have a pod, one is labelled as a canary.
+fn fleet() -> &'static Fleet {
+    static FLEET: OnceLock<Fleet> = OnceLock::new();
+    FLEET.get_or_init(|| {
+        let specs: Vec<_> = (1..=NODES)
+            .map(|number| {
+                let pods: &[&str] = match number {
+                    1 => &["a1"],
+                    5 => &["e1"],
+                    _ => &[],
+                };
+                NodeSpec::new(&format!("n{number:02}"), ["east", "west", "north"][number % 3], pods)
+            })
+            .collect();
+        let fleet = Fleet::start(&specs).unwrap();
+        kubectl(&fleet, &["label", "node", CANARY, "switchtower-test/canary=true"]);
+        fleet
+    })
+}
+
+fn kubectl(fleet: &Fleet, arguments: &[&str]) -> String {
+    fleet.control_plane().kubectl(arguments).unwrap()
+}
+
+/// The fleet for one test: every node holds the built-in settings, as the profile's stable revision.
+struct Trip {
+    scene: Scene,
+    vip: SocketAddr,
+    node_port: u16,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Trip {
+    fn new(name: &str) -> Self {
+        let alone = alone();
+        // A test that failed may have left the fleet without one.
+        if fleet().check_controller().is_err() {
+            fleet().start_controller().unwrap();
+        }
+        let scene = Scene::of(fleet(), name);
+        let service = scene.service("web", &json!({"type": "NodePort"}));
+        scene.endpoints("web", &["a1", "e1"]);
+        let (vip, node_port) = (cluster_ip(&service, false), node_port(&service, Transport::Tcp));
+        let trip = Self { scene, vip, node_port, _alone: alone };
+        let at_once = json!({
+            "steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": [], "windowSeconds": 0},
+        });
+        let target = trip.apply(&format!("before {name}"), &json!({}), &at_once);
+        trip.follow(&target, |status| status.state == "Complete", |_, _| ());
+        trip.scene.fleet.settled(ROLLOUT).unwrap();
+        trip
+    }
+
+    /// The labelled canary, then half, then all; `canary` goes over the first step.
+    fn strategy(&self, canary: &Value) -> Value {
+        let web = json!({"namespace": self.scene.namespace, "name": "web", "port": "tcp"});
+        let mut first = json!({
+            "name": "canary", "nodes": 1, "soakSeconds": 1,
+            "nodeSelector": {"matchLabels": {"switchtower-test/canary": "true"}},
+        });
+        for (key, value) in canary.as_object().into_iter().flatten() {
+            first[key] = value.clone();
+        }
+        json!({
+            "steps": [first, {"name": "half", "nodes": "50%"}, {"name": "all", "nodes": "100%"}],
+            "maxUnavailable": "50%",
+            "gates": {
+                "windowSeconds": 1,
+                "probes": [
+                    {"name": "vip", "service": web, "compareSource": true, "timeoutMilliseconds": 3000},
+                    {"name": "node-port", "service": web, "type": "NodePort", "timeoutMilliseconds": 3000},
+                ],
+            },
+        })
+    }
+
+    /// Writes the profile with `kubectl apply`; returns the name of the revision that comes of it.
+    fn apply(&self, cause: &str, settings: &Value, strategy: &Value) -> String {
+        let profile = json!({
+            "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "default"},
+            "spec": {"changeCause": cause, "settings": settings, "strategy": strategy},
+        });
+        let path = self.scene.fleet.lab().directory().join("profile.json");
+        std::fs::write(&path, profile.to_string()).unwrap();
+        kubectl(self.scene.fleet, &["apply", "-f", &path.to_string_lossy()]);
+        let current = wait::until("the controller takes the profile in", ROLLOUT, || {
+            let profile = self.profile()?;
+            let status = profile.status.unwrap_or_default();
+            ensure!(status.observed_generation == profile.metadata.generation, "{status:?}");
+            Ok(status.target_name)
+        });
+        current.unwrap()
+    }
+
+    fn profile(&self) -> Result<ProxyProfile> {
+        let profile: Option<ProxyProfile> = self.scene.fleet.kube().get_cluster("default")?;
+        profile.context("there is no ProxyProfile default")
+    }
+
+    /// The latest rollout's name.
+    fn rollout(&self) -> String {
+        self.profile().unwrap().status.unwrap().rollout.unwrap()
+    }
+
+    /// Changes the latest rollout with `kubectl patch`.
+    fn patch(&self, change: &Value) {
+        let patch = json!({"spec": change}).to_string();
+        kubectl(self.scene.fleet, &["patch", "pxr", &self.rollout(), "--type=merge", "-p", &patch]);
+    }
+
+    /// Watches the rollout of `target` until `wanted`, and looks at `each` standing on the way.
+    fn follow(
+        &self,
+        target: &str,
+        wanted: impl Fn(&ProxyRolloutStatus) -> bool,
+        mut each: impl FnMut(&ProxyRolloutStatus, &BTreeSet<String>),
+    ) -> ProxyRolloutStatus {
+        let deadline = Instant::now() + ROLLOUT;
+        loop {
+            // Nodes first: what the status says of them is not older.
+            let touched = self.touched(target);
+            let rollout: Option<ProxyRollout> = self
+                .profile()
+                .ok()
+                .and_then(|profile| profile.status?.rollout)
+                .and_then(|name| self.scene.fleet.kube().get_cluster(&name).unwrap());
+            let status = rollout.and_then(|rollout| rollout.status).unwrap_or_default();
+            if status.target == target {
+                each(&status, &touched);
+                if wanted(&status) {
+                    return status;
+                }
+            }
+            let evidence = || serde_json::to_string_pretty(&status).unwrap_or_default();
+            assert!(Instant::now() < deadline, "{target} not in time; touched {touched:?}: {}", evidence());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The nodes that the revision is assigned to.
+    fn touched(&self, target: &str) -> BTreeSet<String> {
+        let rows: kube::Api<ProxyStatus> = kube::Api::all(self.scene.fleet.kube().client());
+        let rows = self.scene.fleet.kube().block_on(rows.list(&kube::api::ListParams::default())).unwrap();
+        let of = |row: &ProxyStatus| {
+            let profile = row.spec.profile.as_ref()?;
+            Some(format!("{}@{}", profile.name, profile.revision))
+        };
+        let touched = rows.into_iter().filter(|row| of(row).as_deref() == Some(target));
+        touched.filter_map(|row| row.metadata.name).collect()
+    }
+
+    fn nodes(&self) -> &'static [FleetNode] {
+        self.scene.fleet.nodes()
+    }
+
+    fn node(&self, name: &str) -> &'static FleetNode {
+        common::node(self.scene.fleet, name)
+    }
+
+    /// The nodes whose kernel masquerades every connection to a ClusterIP.
+    fn masquerading(&self) -> BTreeSet<String> {
+        let masquerades = |node: &&FleetNode| {
+            let chain = ["list", "chain", "ip", "switchtower", "mark_cluster_ip"];
+            !node.net.namespace.output("nft", &chain).unwrap().contains("@local_pods")
+        };
+        self.nodes().iter().filter(masquerades).map(|node| node.net.name.clone()).collect()
+    }
+}
+
+fn all() -> BTreeSet<String> {
+    (1..=NODES).map(|number| format!("n{number:02}")).collect()
+}
+
+fn canary() -> BTreeSet<String> {
+    BTreeSet::from([CANARY.to_owned()])
+}
+
+#[test]
+fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
+    let trip = Trip::new("good");
+    let mut connection = LongConnection::open(trip.scene.pod("e1"), trip.vip).unwrap();
+    let target = trip.apply("good", &json!({"masqueradeAll": true}), &trip.strategy(&json!({})));
+    let mut walk: Vec<(i32, BTreeSet<String>)> = Vec::new();
+    let mut endpoints_changed = false;
+    let status = trip.follow(
+        &target,
+        |status| status.state == "Complete",
+        |status, touched| {
+            let step = status.progress.current_step;
+            if walk.last().is_none_or(|(_, last)| last != touched) {
+                walk.push((step, touched.clone()));
+            }
+            // While the canary soaks the Service loses an endpoint: every node follows at once.
+            if !endpoints_changed && touched == &canary() {
+                endpoints_changed = true;
+                trip.scene.endpoints("web", &["a1"]);
+                common::answered_by(
+                    "during the rollout",
+                    trip.scene.pod("a1"),
+                    Transport::Tcp,
+                    trip.vip,
+                    &["a1"],
+                );
+            }
+        },
+    );
+    assert!(endpoints_changed, "{walk:?}");
+    let mut before = BTreeSet::new();
+    for (step, touched) in &walk {
+        assert!(touched.is_superset(&before), "no node is taken back: {walk:?}");
+        let most = [0, 1, NODES / 2, NODES].get(*step as usize).copied().unwrap_or(NODES);
+        assert!(touched.len() <= most, "step {step} touches {most} nodes at most: {walk:?}");
+        assert!(touched.is_empty() || touched.contains(CANARY), "the canary is first: {walk:?}");
+        before.clone_from(touched);
+    }
+    assert!(walk.iter().any(|(_, touched)| touched == &canary()), "{walk:?}");
+    assert!(walk.iter().any(|(_, touched)| touched.len() == NODES / 2), "{walk:?}");
+    assert_eq!((before, trip.masquerading()), (all(), all()));
+    assert_eq!((status.progress.updated.as_str(), status.failed), ("12/12", 0));
+    kubectl(trip.scene.fleet, &["wait", "--for=condition=Ready", "pxs", "--all", "--timeout=20s"]);
+    let columns = kubectl(trip.scene.fleet, &["get", "pxr", &trip.rollout()]);
+    assert!(columns.contains("Complete") && columns.contains("12/12"), "{columns}");
+    connection.exchange().unwrap();
+}
+
+#[test]
+fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
+    let trip = Trip::new("bad");
+    let node = trip.node(CANARY);
+    let to = SocketAddr::new(node.net.address(false), trip.node_port);
+    let watcher = Watcher::start(node, to);
+    let mut connection = LongConnection::open(&node.net.client, to).unwrap();
+    let bad = json!({"nodePortAddresses": ["203.0.113.0/24"]});
+    let target = trip.apply("bad", &bad, &trip.strategy(&json!({})));
+    let mut touched_ever = BTreeSet::new();
+    let status = trip.follow(
+        &target,
+        |status| status.state == "Failed",
+        |_, touched| touched_ever.extend(touched.iter().cloned()),
+    );
+    assert_eq!(touched_ever, canary(), "exactly the canary");
+    assert_eq!(trip.touched(&target), BTreeSet::new(), "which has its settings back");
+    let gap = watcher.stop();
+    println!("from the last good answer of the canary's NodePort to the next one: {gap:?}");
+    assert!(!gap.is_zero(), "the change did break the NodePort");
+    assert!(gap < Duration::from_secs(5), "it did not answer for {gap:?}");
+    connection.exchange().unwrap();
+    assert_eq!(status.failed, 1);
+    let failure = &status.failures[0];
+    assert_eq!((failure.node.as_str(), failure.errno), (CANARY, libc::ECONNREFUSED), "{failure:?}");
+    assert!(failure.message.contains("node-port"), "{failure:?}");
+    let events = kubectl(trip.scene.fleet, &["get", "events", "-A", "-o", "json"]);
+    assert!(events.contains(CANARY), "an Event names the node");
+    // The same revision is never tried again by itself, not even by another controller.
+    trip.scene.fleet.stop_controller(libc::SIGKILL).unwrap();
+    trip.scene.fleet.start_controller().unwrap();
+    trip.scene.fleet.settled(ROLLOUT).unwrap();
+    assert_eq!(trip.touched(&target), BTreeSet::new());
+    let again = probe::send(&node.net.client, Transport::Tcp, to).unwrap();
+    assert!(matches!(again, Outcome::Reply { .. }), "{again}");
+}
+
+#[test]
+fn a_canary_returns_by_itself_while_the_controller_is_gone() {
+    let trip = Trip::new("alone");
+    let fleet = trip.scene.fleet;
+    let node = trip.node(CANARY);
+    let to = SocketAddr::new(node.net.address(false), trip.node_port);
+    let watcher = Watcher::start(node, to);
+    let bad = json!({"nodePortAddresses": ["203.0.113.0/24"]});
+    let target = trip.apply("alone", &bad, &trip.strategy(&json!({})));
+    // Killed once the canary has switched, and before its third attempt has failed.
+    watcher.answering(false);
+    fleet.stop_controller(libc::SIGKILL).unwrap();
+    watcher.answering(true);
+    let gap = watcher.stop();
+    assert!(gap < Duration::from_secs(5), "it did not answer for {gap:?}");
+    // The next controller learns from the agent what happened.
+    fleet.start_controller().unwrap();
+    let status = trip.follow(
+        &target,
+        |status| status.state == "Failed",
+        |_, touched| {
+            assert!(touched.is_subset(&canary()), "{touched:?}");
+        },
+    );
+    let failure = &status.failures[0];
+    assert_eq!((failure.node.as_str(), failure.errno), (CANARY, libc::ECONNREFUSED), "{failure:?}");
+    fleet.settled(ROLLOUT).unwrap();
+}
+
+#[test]
+fn pause_approve_and_abort_by_kubectl() {
+    let trip = Trip::new("by-hand");
+    let strategy = trip.strategy(&json!({"approval": "Manual"}));
+    let target = trip.apply("by hand", &json!({"masqueradeAll": true}), &strategy);
+    trip.follow(
+        &target,
+        |status| status.waiting_on.as_deref() == Some("Approval"),
+        |_, touched| {
+            assert!(touched.is_subset(&canary()), "{touched:?}");
+        },
+    );
+    trip.patch(&json!({"paused": true}));
+    trip.follow(&target, |status| status.state == "Paused", |_, _| ());
+    trip.patch(&json!({"approvedStep": 1}));
+    // Approved and paused: a controller that is asked for something else meanwhile touches nothing.
+    trip.scene.endpoints("web", &["a1"]);
+    trip.scene.fleet.settled(ROLLOUT).unwrap();
+    assert_eq!((trip.touched(&target), trip.masquerading()), (canary(), canary()));
+    trip.patch(&json!({"paused": false}));
+    trip.follow(&target, |_| trip.touched(&target).len() > 1, |_, _| ());
+    trip.patch(&json!({"abort": true}));
+    let status = trip.follow(&target, |status| status.state == "Aborted", |_, _| ());
+    assert_eq!((trip.touched(&target), status.failed), (BTreeSet::new(), 0));
+    trip.scene.fleet.settled(ROLLOUT).unwrap();
+    assert_eq!(trip.masquerading(), BTreeSet::new());
+}
+
+#[test]
+fn a_controller_that_is_killed_at_every_step_loses_nothing() {
+    let trip = Trip::new("killed");
+    let fleet = trip.scene.fleet;
+    let target = trip.apply("killed", &json!({"masqueradeAll": true}), &trip.strategy(&json!({})));
+    let mut seen: BTreeSet<(i32, String)> = BTreeSet::new();
+    let mut before = BTreeSet::new();
+    trip.follow(
+        &target,
+        |status| status.state == "Complete",
+        |status, touched| {
+            assert!(touched.is_superset(&before), "no node is taken back: {before:?}, then {touched:?}");
+            before.clone_from(touched);
+            let standing = (status.progress.current_step, status.state.clone());
+            if status.state != "Complete" && seen.insert(standing) {
+                fleet.stop_controller(libc::SIGKILL).unwrap();
+                let after = trip.touched(&target);
+                assert!(after.is_superset(&before), "no node is taken back: {before:?}, then {after:?}");
+                fleet.start_controller().unwrap();
+            }
+        },
+    );
+    let steps: BTreeSet<i32> = seen.iter().map(|(step, _)| *step).filter(|step| *step > 0).collect();
+    assert_eq!(steps, BTreeSet::from([1, 2, 3]), "it was killed in every step: {seen:?}");
+    fleet.settled(ROLLOUT).unwrap();
+    assert_eq!((trip.touched(&target), trip.masquerading()), (all(), all()));
+}
+
+/// Connects to an address again and again from a node's client, and notes for how long at most nobody answered.
+struct Watcher {
+    stop: Arc<AtomicBool>,
+    answering: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Duration>,
+}
+
+impl Watcher {
+    fn start(node: &'static FleetNode, to: SocketAddr) -> Self {
+        let (stop, answering) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(true)));
+        let (stopped, state) = (stop.clone(), answering.clone());
+        let answers = move || {
+            let outcome =
+                probe::send_patiently(&node.net.client, Transport::Tcp, to, Duration::from_millis(300));
+            matches!(outcome, Ok(Outcome::Reply { .. }))
+        };
+        wait::until("the NodePort answers at first", ROLLOUT, || {
+            ensure!(answers(), "no answer from {to}");
+            Ok(())
+        })
+        .unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut last, mut longest, mut missed) = (Instant::now(), Duration::ZERO, false);
+            while !stopped.load(Ordering::Relaxed) {
+                if answers() {
+                    if std::mem::take(&mut missed) {
+                        longest = longest.max(last.elapsed());
+                    }
+                    last = Instant::now();
+                } else {
+                    missed = true;
+                }
+                state.store(!missed, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if missed { longest.max(last.elapsed()) } else { longest }
+        });
+        Self { stop, answering, thread }
+    }
+
+    /// Waits until it answers, or until it does not.
+    fn answering(&self, wanted: bool) {
+        wait::until("the NodePort changes", ROLLOUT, || {
+            ensure!(self.answering.load(Ordering::Relaxed) == wanted, "answering is not yet {wanted}");
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    /// From the last good answer to the next one, at most; zero if all answered.
+    fn stop(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
