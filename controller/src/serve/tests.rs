@@ -367,6 +367,15 @@ async fn refused_updates_are_followed_by_what_helps() {
     agent.ack(&fifth).await;
     lab.until("n1", |known| known.applied == fifth.to && known.failure.is_none()).await;
     assert!(first.to < fifth.to);
+    // The switch to settings on trial is a commit without a generation: it may be refused, and taken later.
+    agent.nack(&fifth, NackReason::Kernel).await;
+    lab.until("n1", |known| known.applied == fifth.to && known.failure.is_some()).await;
+    lab.change(4);
+    let (sixth, _) = agent.update().await;
+    agent.ack(&fifth).await;
+    lab.until("n1", |known| known.failure.is_none()).await;
+    agent.ack(&sixth).await;
+    lab.until("n1", |known| known.applied == sixth.to).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

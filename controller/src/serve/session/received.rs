@@ -87,25 +87,26 @@ impl Session {
     }
 
     fn refused(&mut self, nack: &Nack) {
-        if self.in_flight.as_ref().is_none_or(|in_flight| in_flight.to != nack.generation) {
+        let reason = nack.reason();
+        let in_flight = self.in_flight.as_ref().is_some_and(|in_flight| in_flight.to == nack.generation);
+        // A commit without a new generation, as the switch to settings on trial: the agent tries again, and
+        // acknowledges the generation anew when its kernel takes it.
+        let held =
+            self.cursor.is_some() && nack.generation == self.generation && reason == NackReason::Kernel;
+        if !in_flight && !held {
             return;
         }
-        let reason = nack.reason();
         self.fleet.metrics().nacked(nack_word(reason));
         tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
             errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
-        if let Some(in_flight) = &self.in_flight {
-            let revision = in_flight.after.revision();
-            self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
-        }
-        match reason {
+        if let Some(sent) = self.in_flight.as_mut().filter(|_| in_flight) {
+            let revision = sent.after.revision();
             // The agent has the update and acknowledges it when its kernel takes it.
-            NackReason::Kernel => {
-                if let Some(in_flight) = &mut self.in_flight {
-                    in_flight.retried = true;
-                }
+            sent.retried = reason == NackReason::Kernel;
+            self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
+            if reason != NackReason::Kernel {
+                self.try_otherwise(reason, nack.kept);
             }
-            _ => self.try_otherwise(reason, nack.kept),
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.failure = Some(Failure {

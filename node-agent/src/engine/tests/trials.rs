@@ -188,3 +188,25 @@ fn a_trial_waits_for_the_kernel() {
     node.round(true);
     assert_eq!(node.in_force(), 2);
 }
+
+#[test]
+fn a_switch_that_the_kernel_refuses_is_told_and_tried_again() {
+    let mut node = Node::new();
+    node.begin();
+    assert_eq!(node.report().phase(), TrialPhase::Before);
+    assert!(node.deviation(2).is_some());
+    node.kernel.lock().fail = Some(libc::ENOMEM);
+    node.round(true);
+    assert_eq!((node.in_force(), node.report().phase()), (0, TrialPhase::Watching));
+    match node.events.try_recv() {
+        Ok(Event::Nack(nack)) => assert_eq!((nack.generation, nack.errno), (2, libc::ENOMEM)),
+        other => panic!("a Nack is due, this came: {other:?}"),
+    }
+    assert!(node.prober.take().is_none(), "nothing is watched that is not in force");
+    node.kernel.lock().fail = None;
+    node.engine.retry = None;
+    node.engine.wake();
+    assert_eq!((node.deviation(2), node.in_force()), (None, 2));
+    node.round(true);
+    assert_eq!(node.report().phase(), TrialPhase::Passed);
+}
