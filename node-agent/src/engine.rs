@@ -4,6 +4,7 @@
 //! servers answer meanwhile. A commit starts at once when something changed. When it fails nothing is lost:
 //! the same desired state is tried again with back-off, and acknowledged once the kernel holds it.
 
+mod backlog;
 mod flows;
 mod messages;
 mod report;
@@ -74,6 +75,7 @@ pub struct Engine {
     /// What the kernel holds, as far as known.
     kernel: Option<Stamp>,
     pending: Vec<KernelChange>,
+    backlog: backlog::Backlog,
     /// The incremental state cannot be trusted: the next commit compares everything.
     doubt: bool,
     /// The view is older than the kernel: nothing is written before a controller says what is new.
@@ -121,6 +123,7 @@ impl Engine {
             state,
             kernel: None,
             pending: Vec::new(),
+            backlog: backlog::Backlog::default(),
             doubt: true,
             hold: false,
             hold_until: None,
@@ -244,6 +247,7 @@ impl Engine {
             Command::Begin(update) => {
                 self.hold_until = None;
                 self.skipping = false;
+                self.backlog.begin(&update);
                 let result = self.state.begin(&update);
                 self.refuse(update.to, result);
             }
@@ -319,6 +323,7 @@ impl Engine {
     }
 
     fn take(&mut self, applied: crate::state::Applied) {
+        self.backlog.take(&applied.changes, &self.parts.metrics.programming);
         if self.doubt || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
             self.doubt = true;
             self.pending.clear();
@@ -416,6 +421,7 @@ impl Engine {
             release_memory();
         }
         self.pending.clear();
+        self.backlog.committed(&self.parts.metrics.programming);
         (self.doubt, self.queued, self.retry, self.nacked) = (false, false, None, None);
         self.dirty |= self.kernel.map(|kernel| (kernel.generation, kernel.digest))
             != Some((stamp.generation, stamp.digest))

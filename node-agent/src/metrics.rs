@@ -10,11 +10,16 @@ use prometheus::{
     Registry, exponential_buckets,
 };
 
+mod programming;
+
+pub(crate) use programming::Programming;
+
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 /// All metrics of the agent.
 #[derive(Clone)]
 pub struct Metrics {
+    pub(crate) programming: Programming,
     sync_duration: HistogramVec,
     last_timestamp: GaugeVec,
     last_queued: GaugeVec,
@@ -57,6 +62,7 @@ impl Metrics {
         )
         .buckets(exponential_buckets(0.001, 2.0, 15)?);
         let metrics = Metrics {
+            programming: Programming::register(registry)?,
             sync_duration: HistogramVec::new(sync, family)?,
             last_timestamp: gauges(
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
@@ -117,6 +123,8 @@ impl Metrics {
 
     fn register_all(&self, registry: &Registry) -> Result<(), prometheus::Error> {
         let Metrics {
+            // Registered by itself.
+            programming: _,
             sync_duration,
             last_timestamp,
             last_queued,
@@ -170,6 +178,7 @@ impl Metrics {
     pub(crate) fn applied(&self, mode: &str, generation: u64, took: Duration) {
         self.generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
         self.apply.with_label_values(&[mode]).observe(took.as_secs_f64());
+        self.programming.synced(mode == "full", took);
         for family in FAMILIES {
             self.sync_duration.with_label_values(&[family]).observe(took.as_secs_f64());
             self.last_timestamp.with_label_values(&[family]).set(unix_now());

@@ -1,0 +1,129 @@
+//! kube-proxy's measures of changes on their way into the kernel, with its names and buckets.
+
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
+    linear_buckets,
+};
+
+use super::FAMILIES;
+
+/// The measures. Both families are in one transaction and get the same values.
+#[derive(Clone)]
+pub(crate) struct Programming {
+    latency: HistogramVec,
+    full: HistogramVec,
+    partial: HistogramVec,
+    endpoints_pending: IntGaugeVec,
+    endpoints_total: IntCounterVec,
+    services_pending: IntGaugeVec,
+    services_total: IntCounterVec,
+}
+
+impl Programming {
+    pub(super) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let histogram = |name: &str, help: &str, buckets: Vec<f64>| {
+            let histogram =
+                HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets), &["ip_family"])?;
+            add(registry, histogram)
+        };
+        let gauge =
+            |name: &str, help: &str| add(registry, IntGaugeVec::new(Opts::new(name, help), &["ip_family"])?);
+        let counter = |name: &str, help: &str| {
+            add(registry, IntCounterVec::new(Opts::new(name, help), &["ip_family"])?)
+        };
+        // Dashboards and alerts of kube-proxy's nftables mode ask for it. Elements and rules leave the kernel in
+        // the transaction that makes them needless, so there is no separate cleanup that could fail.
+        let cleanup = IntCounter::new(
+            "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
+            "Cleanups after a sync that failed; always 0, because a sync cleans up itself.",
+        )?;
+        add(registry, cleanup)?;
+        let programming = Self {
+            latency: histogram(
+                "kubeproxy_network_programming_duration_seconds",
+                "From the trigger time of an EndpointSlice to the kernel.",
+                network_programming_buckets()?,
+            )?,
+            full: histogram(
+                "kubeproxy_sync_full_proxy_rules_duration_seconds",
+                "Time of a sync that compared everything.",
+                exponential_buckets(0.001, 2.0, 15)?,
+            )?,
+            partial: histogram(
+                "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+                "Time of a sync that wrote what changed.",
+                exponential_buckets(0.001, 2.0, 15)?,
+            )?,
+            endpoints_pending: gauge(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+                "Changes of endpoints that wait for the kernel.",
+            )?,
+            endpoints_total: counter(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+                "Changes of endpoints that arrived.",
+            )?,
+            services_pending: gauge(
+                "kubeproxy_sync_proxy_rules_service_changes_pending",
+                "Changes of Services that wait for the kernel.",
+            )?,
+            services_total: counter(
+                "kubeproxy_sync_proxy_rules_service_changes_total",
+                "Changes of Services that arrived.",
+            )?,
+        };
+        programming.pending(0, 0);
+        programming.arrived(0, 0);
+        Ok(programming)
+    }
+
+    /// Changes arrived.
+    pub(crate) fn arrived(&self, endpoints: u64, services: u64) {
+        for family in FAMILIES {
+            self.endpoints_total.with_label_values(&[family]).inc_by(endpoints);
+            self.services_total.with_label_values(&[family]).inc_by(services);
+        }
+    }
+
+    /// This many changes wait.
+    pub(crate) fn pending(&self, endpoints: u64, services: u64) {
+        let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        for family in FAMILIES {
+            self.endpoints_pending.with_label_values(&[family]).set(number(endpoints));
+            self.services_pending.with_label_values(&[family]).set(number(services));
+        }
+    }
+
+    /// The kernel holds a change this long after its trigger.
+    pub(crate) fn programmed(&self, after: Duration) {
+        for family in FAMILIES {
+            self.latency.with_label_values(&[family]).observe(after.as_secs_f64());
+        }
+    }
+
+    /// A sync succeeded.
+    pub(super) fn synced(&self, full: bool, took: Duration) {
+        let duration = if full { &self.full } else { &self.partial };
+        for family in FAMILIES {
+            duration.with_label_values(&[family]).observe(took.as_secs_f64());
+        }
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+/// Quarters of a second, then seconds to a minute, then coarser to five minutes.
+fn network_programming_buckets() -> Result<Vec<f64>, prometheus::Error> {
+    let parts = [
+        linear_buckets(0.25, 0.25, 2)?,
+        linear_buckets(1.0, 1.0, 59)?,
+        linear_buckets(60.0, 5.0, 12)?,
+        linear_buckets(120.0, 30.0, 7)?,
+    ];
+    Ok(parts.concat())
+}
