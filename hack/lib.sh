@@ -25,8 +25,15 @@ control_plane_dir() {
 # The same for what a real cluster needs beside the control plane.
 cluster_tools_dir() {
     local key
-    key=$(cat "$ROOT"/e2e/tools/*/go.mod "$ROOT"/e2e/tools/*/go.sum "$ROOT/hack/cluster-setup.sh" "$ROOT/e2e/tools/pause/pause.c" | sha256sum | cut -c1-16)
+    key=$(cat "$ROOT"/e2e/tools/{coredns,kubernetes}/go.mod "$ROOT"/e2e/tools/{coredns,kubernetes}/go.sum "$ROOT/hack/cluster-setup.sh" "$ROOT/e2e/tools/pause/pause.c" | sha256sum | cut -c1-16)
     printf '%s/cluster/%s' "$CACHE" "$key"
+}
+
+# A program that is built from a folder of e2e/tools. Argument: the folder's name, which is the program's too.
+tool_dir() {
+    local key
+    key=$(cat "$ROOT/e2e/tools/$1/go.mod" "$ROOT/e2e/tools/$1/go.sum" "$ROOT/e2e/tools/$1/main.go" | sha256sum | cut -c1-16)
+    printf '%s/tools/%s-%s' "$CACHE" "$1" "$key"
 }
 
 require_root() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what demo, test and bench need, each only if it is missing: Debian packages, and the control
 # plane (etcd, kube-apiserver, kube-controller-manager, kubectl, kube-proxy) built by Go from e2e/go.mod
-# into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
+# and the OpenTelemetry Collector from e2e/tools/otelcol, into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
 #
 #   hack/setup.sh [TARGET]      TARGET only appears in messages
 set -euo pipefail
@@ -98,6 +98,27 @@ build_control_plane() {
     flock -u 9
 }
 
+# A program of e2e/tools, if it is not built yet. Arguments: its folder, and how long it takes.
+build_tool() {
+    local name=$1 takes=$2 dir work
+    dir=$(tool_dir "$name")
+    [ ! -x "$dir/$name" ] || return 0
+    require_go
+    mkdir -p "$CACHE/tools"
+    exec 9>"$CACHE/tools/.lock"
+    flock -n 9 || { say "waiting for another run that builds tools"; flock 9; }
+    [ ! -x "$dir/$name" ] || return 0
+    say "building $name ($takes on two cores, once)"
+    work=$(mktemp -d "$CACHE/tools/.build.XXXXXX")
+    (cd "$ROOT/e2e/tools/$name" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly \
+        go build -trimpath -ldflags "-s -w" -o "$work/$name" .) ||
+        fail "$name could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
+    chmod 755 "$work"
+    rm -rf "$dir"
+    mv "$work" "$dir"
+    flock -u 9
+}
+
 require_root "$TARGET"
 require_cargo
 install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils flock=util-linux
@@ -106,3 +127,4 @@ install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils
 [ -e /etc/ssl/certs/ca-certificates.crt ] || install_packages "no-such-command=ca-certificates"
 probe_kernel
 build_control_plane
+build_tool otelcol "about a minute"

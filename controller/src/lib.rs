@@ -21,4 +21,5 @@ pub mod rollout;
 pub mod run;
 pub mod serve;
 pub mod status;
+pub mod traces;
 pub mod watch;

@@ -28,7 +28,7 @@ use prometheus::Registry;
 use switchtower_core::compile::Compiler;
 use switchtower_core::compiled::Compiled;
 use switchtower_core::model::Input;
-use switchtower_core::propagation::Publication;
+use switchtower_core::propagation::{Limits as FollowLimits, Publication, TraceContext};
 use switchtower_proto::v1::Source;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch as channel};
@@ -50,6 +50,7 @@ use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
 use crate::status::{Assignments, Floors, StatusMetrics, Writer, WriterSettings};
+use crate::traces::Traces;
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
 use crate::{events, render};
 
@@ -133,7 +134,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let parts = start_parts(&client, &args, &replica, &agents, &registry).await?;
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
     tokio::spawn(keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
-    let Parts { fleet, serve_metrics, mut head } = parts;
+    let Parts { fleet, serve_metrics, traces, mut head } = parts;
     tokio::select! {
         served = engine::first_head(&mut head) => {
             anyhow::ensure!(served, "the engine ended before the first compile; its log says why");
@@ -172,6 +173,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let _ = stop.send(());
     if tokio::time::timeout(DRAIN, running).await.is_err() {
         tracing::warn!("some agents did not leave in time; they reconnect by themselves");
+    }
+    if let Some(traces) = traces {
+        // It waits for the exporter's thread, which needs this runtime.
+        tokio::task::spawn_blocking(move || traces.shut_down()).await?;
     }
     Ok(())
 }
@@ -213,6 +218,7 @@ async fn listen_in_the_end(address: SocketAddr, agents: &Agents) -> anyhow::Resu
 struct Parts {
     fleet: Arc<Fleet>,
     serve_metrics: ServeMetrics,
+    traces: Option<Arc<Traces>>,
     head: channel::Receiver<Option<Head>>,
 }
 
@@ -229,14 +235,9 @@ async fn start_parts(
     let floors = Floors::default();
     let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
-    let propagation = Arc::new(Propagation::new(
-        switchtower_core::propagation::Limits::default(),
-        PropagationMetrics::new(registry)?,
-    ));
-    tokio::spawn(propagation.clone().watch());
+    let Followed { propagation, traces, new_trace } = follow_changes(replica, registry)?;
     let age = Arc::new(move || age.age());
-    let fleet =
-        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation.clone());
+    let fleet = Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation);
 
     // Rows first: sessions continue from the generations in them.
     let settings = WriterSettings { replica: replica.to_owned(), agents: agents.clone() };
@@ -267,8 +268,34 @@ async fn start_parts(
     let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
     let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
     let metrics = EngineMetrics::new(registry)?;
-    tokio::spawn(engine::run(pipeline, outputs, metrics, propagation::new_trace, batches));
-    Ok(Parts { fleet, serve_metrics, head: head_seen })
+    tokio::spawn(engine::run(pipeline, outputs, metrics, new_trace, batches));
+    Ok(Parts { fleet, serve_metrics, head: head_seen, traces })
+}
+
+/// What knows how changes fare.
+struct Followed {
+    propagation: Arc<Propagation>,
+    traces: Option<Arc<Traces>>,
+    new_trace: Box<dyn FnMut() -> TraceContext + Send>,
+}
+
+/// Starts to follow changes, and to export traces of them if the environment asks for it.
+fn follow_changes(replica: &str, registry: &Registry) -> anyhow::Result<Followed> {
+    let propagation = Propagation::new(FollowLimits::default(), PropagationMetrics::new(registry)?);
+    let (propagation, traces, new_trace) = match Traces::from_environment(replica)? {
+        None => (propagation, None, Box::new(propagation::new_trace) as Box<_>),
+        Some((traces, head)) => {
+            let (propagation, records) = propagation.with_reader();
+            let traces = Arc::new(traces);
+            let exporter = traces.clone();
+            tokio::spawn(async move { exporter.run(records).await });
+            tracing::info!("traces of changes are exported over OTLP");
+            (propagation, Some(traces), Box::new(move || head.trace()) as Box<_>)
+        }
+    };
+    let propagation = Arc::new(propagation);
+    tokio::spawn(propagation.clone().watch());
+    Ok(Followed { propagation, traces, new_trace })
 }
 
 /// The compiler in front of the fleet's layers.

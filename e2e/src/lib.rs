@@ -14,6 +14,7 @@ pub mod api;
 pub mod bench;
 pub mod cleanup;
 pub mod cluster;
+pub mod collector;
 pub mod commits;
 pub mod control_plane;
 pub mod differential;

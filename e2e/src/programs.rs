@@ -22,14 +22,32 @@ pub fn control_plane(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A program that `make setup` builds from a folder of `e2e/tools`.
+///
+/// # Errors
+/// It is not there; the message says what to run.
+pub fn tool(name: &str) -> Result<PathBuf> {
+    let folder = cache()?.join("tools");
+    let prefix = format!("{name}-");
+    let builds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let finished = builds.filter(|build| build.file_name().to_string_lossy().starts_with(&prefix));
+    let newest = finished.max_by_key(|build| build.metadata().and_then(|metadata| metadata.modified()).ok());
+    newest.map(|build| build.path().join(name)).with_context(|| {
+        format!("the tool {name} is not in {}: run 'make setup', which builds it", folder.display())
+    })
+}
+
+fn cache() -> Result<PathBuf> {
+    match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
+        (Some(cache), _) => Ok(PathBuf::from(cache).join("switchtower")),
+        (None, Some(home)) => Ok(PathBuf::from(home).join(".cache/switchtower")),
+        (None, None) => bail!("neither HOME nor XDG_CACHE_HOME is set"),
+    }
+}
+
 /// Without the variable (`cargo test` by hand) the newest build in the cache serves.
 fn newest_build() -> Result<PathBuf> {
-    let cache = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
-        (Some(cache), _) => PathBuf::from(cache),
-        (None, Some(home)) => PathBuf::from(home).join(".cache"),
-        (None, None) => bail!("neither HOME nor {CONTROL_PLANE_VARIABLE} is set"),
-    };
-    let folder = cache.join("switchtower/control-plane");
+    let folder = cache()?.join("control-plane");
     let builds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
     let finished = builds.filter(|build| !build.file_name().as_encoded_bytes().starts_with(b"."));
     let newest = finished.max_by_key(|build| build.metadata().and_then(|metadata| metadata.modified()).ok());

@@ -72,6 +72,7 @@ pub struct Fleet {
     controller: Mutex<Option<Process>>,
     metrics: SocketAddr,
     admin: SocketAddr,
+    environment: Mutex<Vec<(String, String)>>,
     lab: Lab,
     control_plane: ControlPlane,
 }
@@ -105,7 +106,15 @@ impl Fleet {
         });
         let (control_plane, (lab, nodes)) = (control_plane?, network?);
         let (metrics, admin) = (free_address()?, free_address()?);
-        let fleet = Self { nodes, controller: Mutex::new(None), metrics, admin, lab, control_plane };
+        let fleet = Self {
+            nodes,
+            controller: Mutex::new(None),
+            metrics,
+            admin,
+            environment: Mutex::default(),
+            lab,
+            control_plane,
+        };
         for node in &fleet.nodes {
             fleet.register(node)?;
         }
@@ -210,9 +219,16 @@ impl Fleet {
         command.arg("--admin-listen").arg(self.admin.to_string());
         command.args(["--namespace", NAMESPACE, "--replica", "controller-0"]);
         let log = self.lab.directory().join("controller.log");
+        command.envs(lock(&self.environment).iter().cloned());
         let process = Process::start("switchtower-controller", command, &log)?;
         *lock(&self.controller) = Some(process);
         Ok(())
+    }
+
+    /// Environment variables of the controllers that are started from now on.
+    pub fn set_controller_environment(&self, variables: &[(&str, &str)]) {
+        let owned = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        *lock(&self.environment) = owned.collect();
     }
 
     /// Waits until the controller publishes where it listens and accepts connections.
@@ -262,6 +278,19 @@ impl Fleet {
     /// The controller does not answer.
     pub fn controller_metric(&self, name: &str, labels: &str) -> Result<f64> {
         Ok(sum_metric(&http_get(self.metrics, "/metrics")?, name, labels))
+    }
+
+    /// All metrics of the controller and of all agents, as they print them.
+    ///
+    /// # Errors
+    /// One of them does not answer.
+    pub fn metrics(&self) -> Result<String> {
+        let mut text = http_get(self.metrics, "/metrics")?;
+        for node in &self.nodes {
+            let agent = || http_get(([127, 0, 0, 1], 10249).into(), "/metrics");
+            text.push_str(&node.net.namespace.run(agent)??);
+        }
+        Ok(text)
     }
 
     /// The sum of a metric of a node's agent.

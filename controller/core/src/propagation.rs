@@ -88,6 +88,4 @@ pub struct Delivery {
     pub conntrack: u64,
     /// Operations in the kernel's transaction.
     pub operations: u32,
-    /// The agent exports the spans of its part itself.
-    pub traced_by_agent: bool,
 }

@@ -111,8 +111,6 @@ pub(super) struct Session {
     generation: u64,
     /// Highest number that was ever used for this node.
     highest: u64,
-    /// The agent exports the spans of its part itself.
-    traced_by_agent: bool,
     /// What the kernel held when the agent connected, until the first update. Its view may be older.
     standing: Option<(u64, Digest)>,
     in_flight: Option<InFlight>,
@@ -173,7 +171,6 @@ impl Session {
             cursor: None,
             generation: 0,
             highest: 0,
-            traced_by_agent: false,
             standing: None,
             in_flight: None,
             pause: None,
@@ -257,7 +254,6 @@ impl Session {
         let view = hello.view.as_ref();
         self.generation = view.map_or(0, |view| view.generation);
         self.highest = floor.max(kernel).max(self.generation);
-        self.traced_by_agent = hello.features.iter().any(|feature| feature == hello::TRACES);
         self.standing = hello
             .kernel
             .as_ref()

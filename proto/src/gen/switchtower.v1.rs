@@ -365,7 +365,6 @@ pub struct Hello {
     /// schema versions that the agent speaks
     #[prost(uint32, repeated, tag = "1")]
     pub versions: ::prost::alloc::vec::Vec<u32>,
-    /// "traces": the agent exports the spans of its part of a change itself.
     #[prost(string, repeated, tag = "2")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, tag = "3")]

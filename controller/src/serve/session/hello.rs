@@ -4,8 +4,6 @@ use switchtower_proto::v1::{GoAwayReason, Hello};
 
 /// The schema version that is spoken here.
 pub(super) const VERSION: u32 = 1;
-/// The feature of agents that export traces.
-pub(super) const TRACES: &str = "traces";
 /// Highest generation that an agent may claim: far above what is ever reached, far below an overflow.
 const GENERATION: u64 = 1 << 62;
 /// Longest list and longest string.

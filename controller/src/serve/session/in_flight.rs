@@ -45,7 +45,7 @@ impl InFlight {
     }
 
     /// The whole way, now that the agent acknowledged it.
-    pub(super) fn delivered(&self, timings: Option<&ApplyTimings>, traced_by_agent: bool) -> Delivery {
+    pub(super) fn delivered(&self, timings: Option<&ApplyTimings>) -> Delivery {
         let timings = timings.copied().unwrap_or_default();
         Delivery {
             acknowledged: unix_nanoseconds(SystemTime::now()),
@@ -53,7 +53,6 @@ impl InFlight {
             commit: timings.commit_microseconds,
             conntrack: timings.conntrack_microseconds,
             operations: timings.operations,
-            traced_by_agent,
             ..self.delivery
         }
     }

@@ -64,7 +64,7 @@ impl Session {
         }
         self.generation = in_flight.to;
         self.refusals = 0;
-        let delivery = in_flight.delivered(ack.timings.as_ref(), self.traced_by_agent);
+        let delivery = in_flight.delivered(ack.timings.as_ref());
         self.fleet.reached(&self.node, self.number, &in_flight.after, Some(delivery));
         self.cursor = Some(in_flight.after);
         self.note_ack(ack);

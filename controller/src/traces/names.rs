@@ -1,0 +1,67 @@
+//! Names of spans, events and attributes. `k8s.node.name` and `k8s.service.name` are OpenTelemetry's semantic
+//! conventions; there `k8s.namespace.name` is a pod's, so a Service's namespace has a key of ours.
+
+/// From receipt to the last acknowledgement; the root.
+pub(super) const CHANGE: &str = "switchtower.change";
+/// From the watch to the compiler.
+pub(super) const INGEST: &str = "switchtower.ingest";
+/// What came together becomes a revision of the layers.
+pub(super) const COMPILE: &str = "switchtower.compile";
+/// All nodes.
+pub(super) const DISTRIBUTE: &str = "switchtower.distribute";
+/// One node: from the first byte to the acknowledgement.
+pub(super) const SEND: &str = "switchtower.send";
+/// The agent's part; like those below it told by the agent's timings.
+pub(super) const APPLY: &str = "switchtower.apply";
+/// What the kernel has to be told.
+pub(super) const PLAN: &str = "switchtower.plan";
+/// The kernel's transaction.
+pub(super) const COMMIT: &str = "switchtower.nft.commit";
+/// The pass over the conntrack table.
+pub(super) const CONNTRACK: &str = "switchtower.conntrack.clean";
+
+/// Event: when the cluster says that the change began.
+pub(super) const TRIGGERED: &str = "switchtower.triggered";
+/// Event: the connection has the whole update.
+pub(super) const SENT: &str = "switchtower.sent";
+/// Event: a node refused an update.
+pub(super) const REFUSED: &str = "switchtower.refused";
+
+/// "EndpointSlice default/web-x7".
+pub(super) const OBJECT: &str = "switchtower.object";
+/// The Service's name.
+pub(super) const SERVICE: &str = "k8s.service.name";
+/// The Service's namespace.
+pub(super) const SERVICE_NAMESPACE: &str = "switchtower.service.namespace";
+/// Number of the change in its controller process.
+pub(super) const CHANGE_ID: &str = "switchtower.change.id";
+/// Revision of the layers.
+pub(super) const REVISION: &str = "switchtower.revision";
+/// Changes that were compiled together.
+pub(super) const TOGETHER: &str = "switchtower.changes.together";
+/// When the cluster says that the change began, RFC 3339.
+pub(super) const TRIGGER_TIME: &str = "switchtower.trigger_time";
+/// Nodes that a change concerns.
+pub(super) const ELIGIBLE: &str = "switchtower.nodes.eligible";
+/// Those that hold it.
+pub(super) const ACKNOWLEDGED: &str = "switchtower.nodes.acknowledged";
+/// Those that left before.
+pub(super) const EXCLUDED: &str = "switchtower.nodes.excluded";
+/// Those that have yet to acknowledge it.
+pub(super) const OUTSTANDING: &str = "switchtower.nodes.outstanding";
+/// On a link: the trace in which the update that carried this change is told.
+pub(super) const CARRIED_BY: &str = "switchtower.carried_by";
+/// The node.
+pub(super) const NODE: &str = "k8s.node.name";
+/// The node's generation.
+pub(super) const GENERATION: &str = "switchtower.generation";
+/// Payload bytes.
+pub(super) const BYTES: &str = "switchtower.message.bytes";
+/// From publication to the first byte, in milliseconds.
+pub(super) const QUEUE: &str = "switchtower.queue.ms";
+/// delta or snapshot.
+pub(super) const MODE: &str = "switchtower.apply.mode";
+/// Operations in the kernel's transaction.
+pub(super) const OPERATIONS: &str = "switchtower.nft.ops";
+/// Why a node refused.
+pub(super) const REASON: &str = "error.type";

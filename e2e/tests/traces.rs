@@ -1,0 +1,204 @@
+//! One change is one trace, as a real OpenTelemetry Collector receives it; and no collector slows a change down.
+//! These tests restart the controller that they share, so they run one after another.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
+use switchtower_e2e::collector::{Collector, Span};
+use switchtower_e2e::switchtower::Fleet;
+use switchtower_e2e::{objects, wait};
+
+use common::{SOON, Scene, fleet};
+
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn now() -> u64 {
+    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos()).unwrap()
+}
+
+/// The fleet with another controller process, in this environment. Every agent is connected and settled.
+fn restarted(environment: &[(&str, &str)]) -> &'static Fleet {
+    let fleet = fleet();
+    fleet.stop_controller(libc::SIGTERM).unwrap();
+    fleet.set_controller_environment(environment);
+    fleet.start_controller().unwrap();
+    wait::until("all agents are served again", Duration::from_secs(30), || {
+        fleet.check_controller()?;
+        let streams = fleet.controller_metric("switchtower_streams", "")?;
+        ensure!(streams == 3.0, "{streams} streams");
+        Ok(())
+    })
+    .unwrap();
+    fleet.settled(Duration::from_secs(20)).unwrap();
+    fleet
+}
+
+/// Makes a change with kubectl, as the endpoints controller would: an EndpointSlice with the time of its trigger.
+fn change_with_kubectl(fleet: &Fleet, namespace: &str, pod: &str, triggered: u64) {
+    let (found, node) = fleet.pod(pod).unwrap();
+    let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
+    let endpoint = objects::endpoint(found, &node.net, false);
+    let mut slice = objects::slice(namespace, "web-4", "web", false, &ports, &[endpoint]);
+    let at = Timestamp::from_nanosecond(i128::from(triggered)).unwrap();
+    slice["metadata"]["annotations"] = json!({
+        "endpoints.kubernetes.io/last-change-trigger-time": at.to_string(),
+        "tracing.k8s.io/traceparent": PARENT,
+    });
+    let path = fleet.lab().directory().join("change.json");
+    std::fs::write(&path, slice.to_string()).unwrap();
+    fleet.control_plane().kubectl(&["apply", "--server-side", "-f", &path.to_string_lossy()]).unwrap();
+}
+
+/// The spans of the trace whose root tells of `object`, once every node's acknowledgement is in it.
+fn trace_of(collector: &Collector, object: &str, after: u64) -> Result<Vec<Span>> {
+    let spans = collector.spans()?;
+    let is_root = |span: &&Span| {
+        span.parent.is_empty() && span.start >= after && span.attribute("switchtower.object") == object
+    };
+    let root = spans.iter().find(is_root).with_context(|| format!("no trace among {} spans", spans.len()))?;
+    let trace: Vec<_> = spans.iter().filter(|span| span.trace == root.trace).cloned().collect();
+    let sends = trace.iter().filter(|span| span.name == "switchtower.send").count();
+    ensure!(sends == 3, "{sends} nodes in the trace");
+    Ok(trace)
+}
+
+#[test]
+fn a_change_made_with_kubectl_is_one_trace() {
+    let _alone = alone();
+    let collector = Collector::start(fleet().lab().directory()).unwrap();
+    let endpoint = collector.endpoint();
+    restarted(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint), ("OTEL_BSP_SCHEDULE_DELAY", "100")]);
+    let scene = Scene::new("traced");
+    scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1"]);
+    scene.fleet.settled(SOON).unwrap();
+
+    let before = now();
+    change_with_kubectl(scene.fleet, "traced", "b1", before);
+    let object = "EndpointSlice traced/web-4";
+    let trace = wait::until("the change's trace arrives", Duration::from_secs(20), || {
+        trace_of(&collector, object, before)
+    });
+    let trace = trace.unwrap_or_else(|error| panic!("{error:#}; {}", scene.fleet.controller_log()));
+    let after = now();
+    println!("{}", outline(&trace));
+
+    let by_id: BTreeMap<_, _> = trace.iter().map(|span| (span.id.as_str(), span)).collect();
+    let named = |name: &str| trace.iter().filter(|span| span.name == name).collect::<Vec<_>>();
+    let one = |name: &str| named(name)[0];
+    for name in ["switchtower.change", "switchtower.ingest", "switchtower.compile", "switchtower.distribute"]
+    {
+        assert_eq!(named(name).len(), 1, "{name}");
+    }
+    // Every span lies inside its parent, and nothing of it lies outside of the time that the test saw.
+    for span in &trace {
+        assert!(before <= span.start && span.start <= span.end && span.end <= after, "{span:?}");
+        if let Some(parent) = by_id.get(span.parent.as_str()) {
+            assert!(parent.start <= span.start && span.end <= parent.end, "{span:?} in {parent:?}");
+        } else {
+            assert_eq!(span.name, "switchtower.change", "a span without its parent");
+        }
+    }
+    let root = one("switchtower.change");
+    assert_eq!(root.attribute("service.name"), "switchtower-controller");
+    assert_eq!((root.attribute("k8s.service.name").as_str(), root.links.len()), ("web", 1));
+    assert_eq!(root.events[0].0, "switchtower.triggered");
+    assert!(root.events[0].1.abs_diff(before) < 1_000, "{:?} and {before}", root.events);
+    // watch, compile, then per node send, apply, commit, acknowledgement.
+    let (ingest, compile) = (one("switchtower.ingest"), one("switchtower.compile"));
+    assert!(ingest.end <= compile.start && compile.end <= one("switchtower.distribute").start);
+    let nodes: BTreeSet<_> =
+        named("switchtower.send").iter().map(|send| send.attribute("k8s.node.name")).collect();
+    assert_eq!(nodes, ["alpha", "beta", "gamma"].map(str::to_owned).into());
+    for apply in named("switchtower.apply") {
+        let send = by_id[apply.parent.as_str()];
+        assert_eq!(send.attribute("k8s.node.name"), apply.attribute("k8s.node.name"));
+        let commit =
+            trace.iter().find(|span| span.parent == apply.id && span.name == "switchtower.nft.commit");
+        let commit = commit.expect("the kernel's transaction");
+        assert!(compile.end <= send.start && send.start <= commit.start && commit.end <= send.end);
+        assert!(commit.end > commit.start, "a transaction takes time");
+        assert_ne!(commit.attribute("switchtower.nft.ops"), "0");
+    }
+    let whole = Duration::from_nanos(root.end - root.start);
+    assert!(whole < Duration::from_secs(5), "{whole:?}");
+    assert_eq!(one("switchtower.distribute").events.len(), 3, "50 %, 99 %, all");
+}
+
+/// The tree as people read it.
+fn outline(trace: &[Span]) -> String {
+    fn below(trace: &[Span], parent: &str, depth: usize, start: u64, text: &mut String) {
+        let mut children: Vec<_> = trace.iter().filter(|span| span.parent == parent).collect();
+        children.sort_by_key(|span| span.start);
+        for span in children {
+            let (at, took) = (span.start - start, span.end - span.start);
+            let node = span.attribute("k8s.node.name");
+            let indent = "  ".repeat(depth);
+            text.push_str(&format!("{indent}{} {node} +{} us, {} us\n", span.name, at / 1_000, took / 1_000));
+            below(trace, &span.id, depth + 1, start, text);
+        }
+    }
+    let start = trace.iter().map(|span| span.start).min().unwrap_or_default();
+    let mut text = String::new();
+    below(trace, "", 0, start, &mut text);
+    text
+}
+
+/// Mean time of a change from its receipt to a node's acknowledgement, over a run of changes.
+fn mean_of_changes(scene: &Scene, changes: usize) -> Duration {
+    let metric =
+        |name: &str| scene.fleet.controller_metric(&format!("switchtower_change_ack_seconds_{name}"), "");
+    let (sum, count) = (metric("sum").unwrap(), metric("count").unwrap());
+    for round in 0..changes {
+        scene.endpoints("web", if round % 2 == 0 { &["a1", "c1"] } else { &["a1"] });
+    }
+    scene.fleet.settled(SOON).unwrap();
+    let (sum, count) = (metric("sum").unwrap() - sum, metric("count").unwrap() - count);
+    assert!(count >= changes as f64, "{count} acknowledgements of {changes} changes");
+    Duration::from_secs_f64(sum / count)
+}
+
+#[test]
+fn neither_a_dead_collector_nor_a_silent_one_slows_a_change() {
+    let _alone = alone();
+    let scene = Scene::new("silent");
+    scene.service("web", &json!({}));
+    // Accepts connections and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let held = silent.try_clone().unwrap();
+    std::thread::spawn(move || held.incoming().flatten().collect::<Vec<_>>());
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let endpoints = [format!("http://{dead}"), format!("http://{}", silent.local_addr().unwrap())];
+    restarted(&[]);
+    scene.endpoints("web", &["a1"]);
+    let without = mean_of_changes(&scene, 60);
+    for endpoint in &endpoints {
+        restarted(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
+            // More than fits, soon.
+            ("OTEL_BSP_SCHEDULE_DELAY", "50"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "64"),
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "16"),
+        ]);
+        let with = mean_of_changes(&scene, 60);
+        println!("a change takes {without:?} without a collector, {with:?} with {endpoint}");
+        // Neither a connection attempt nor an export's timeout (10 s) fits into this.
+        let bound = without * 3 + Duration::from_millis(50);
+        assert!(with < bound, "{with:?} with {endpoint}, {without:?} without");
+    }
+}
