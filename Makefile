@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit bench kernels setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
+.PHONY: help demo test alerts audit bench kernels setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -10,6 +10,9 @@ demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1
 
 test: ## format, lints and all tests; the last line is the total
 	@hack/test.sh
+
+alerts: ## tests the alert rules with promtool (builds it first: minutes, once)
+	@hack/alerts.sh
 
 audit: ## licences, bans and sources of all dependencies
 	@hack/audit.sh

@@ -45,6 +45,7 @@ use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::Rollouts;
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
+use crate::serve::behind::BehindCollector;
 use crate::serve::fleet::{Fleet, builtin_settings};
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
@@ -238,6 +239,7 @@ async fn start_parts(
     let Followed { propagation, traces, new_trace } = follow_changes(replica, registry)?;
     let age = Arc::new(move || age.age());
     let fleet = Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation);
+    registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     // Rows first: sessions continue from the generations in them.
     let settings = WriterSettings { replica: replica.to_owned(), agents: agents.clone() };

@@ -20,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub mod auth;
+pub mod behind;
 pub mod fleet;
 pub mod metrics;
 pub mod questions;

@@ -61,7 +61,10 @@ fn change_with_kubectl(fleet: &Fleet, namespace: &str, pod: &str, triggered: u64
     });
     let path = fleet.lab().directory().join("change.json");
     std::fs::write(&path, slice.to_string()).unwrap();
-    fleet.control_plane().kubectl(&["apply", "--server-side", "-f", &path.to_string_lossy()]).unwrap();
+    fleet
+        .control_plane()
+        .kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &path.to_string_lossy()])
+        .unwrap();
 }
 
 /// The spans of the trace whose root tells of `object`, once every node's acknowledgement is in it.

@@ -33,8 +33,7 @@ fn emitted(records: &[Record]) -> Vec<SpanData> {
         .build();
     let emitter = Emitter::new(provider.tracer("test"), ids);
     records.iter().for_each(|record| emitter.emit(record));
-    let spans = std::mem::take(&mut *kept.0.lock().unwrap());
-    spans
+    std::mem::take(&mut *kept.0.lock().unwrap())
 }
 
 fn change(id: u64, received: u64, sampled: bool) -> Change {

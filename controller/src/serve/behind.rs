@@ -1,0 +1,55 @@
+//! How long nodes have been behind, told at each scrape: a gauge that is set from time to time would hide a
+//! process that hangs.
+
+use std::sync::Arc;
+
+use k8s_openapi::jiff::Timestamp;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{GaugeVec, Opts};
+
+use super::fleet::Fleet;
+use crate::status::Registry as _;
+
+/// Most nodes that are named: those that have been behind for longest.
+const NODES: usize = 100;
+
+/// Names the nodes that are behind.
+pub struct BehindCollector {
+    fleet: Arc<Fleet>,
+    gauge: GaugeVec,
+}
+
+impl BehindCollector {
+    /// To be registered.
+    ///
+    /// # Errors
+    /// The gauge cannot be made.
+    pub fn new(fleet: Arc<Fleet>) -> Result<Self, prometheus::Error> {
+        let options = Opts::new(
+            "switchtower_node_behind_seconds",
+            "Since when a node's kernel holds less than it should; only nodes that are behind, at most 100.",
+        );
+        Ok(Self { fleet, gauge: GaugeVec::new(options, &["node"])? })
+    }
+}
+
+impl Collector for BehindCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let now = Timestamp::now();
+        let since = |name: &Arc<str>| self.fleet.observe(name).and_then(|known| known.behind_since);
+        let names = self.fleet.names();
+        let mut behind: Vec<_> = names.iter().filter_map(|name| Some((since(name)?, name))).collect();
+        behind.sort_unstable();
+        self.gauge.reset();
+        for (since, name) in behind.into_iter().take(NODES) {
+            let seconds = now.duration_since(since).as_secs_f64().max(0.0);
+            self.gauge.with_label_values(&[name]).set(seconds);
+        }
+        self.gauge.collect()
+    }
+}

@@ -1,0 +1,155 @@
+//! Alert rules and dashboards ask only for metrics that the controller and the agents print, and every alert has a
+//! runbook.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::ensure;
+use k8s_openapi::jiff::Timestamp;
+use serde_json::{Value, json};
+use switchtower_e2e::{objects, wait};
+
+use common::{SOON, Scene, fleet, node};
+
+fn root() -> PathBuf {
+    // Cargo runs a test in its package's folder.
+    std::env::current_dir().unwrap().parent().unwrap().to_owned()
+}
+
+fn rules() -> String {
+    fs::read_to_string(root().join("manifests/components/alerts/rules.yaml")).unwrap()
+}
+
+/// Names of metrics in an expression, without what a histogram appends.
+fn metrics_in(text: &str) -> BTreeSet<String> {
+    let words = text.split(|character: char| !character.is_ascii_alphanumeric() && character != '_');
+    let ours =
+        |word: &&str| ["switchtower_", "kubeproxy_", "process_"].iter().any(|known| word.starts_with(known));
+    let base = |word: &str| {
+        let suffix = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| word.strip_suffix(suffix));
+        suffix.unwrap_or(word).to_owned()
+    };
+    words.filter(ours).map(base).collect()
+}
+
+/// The expressions of all dashboards.
+fn dashboards() -> Vec<(String, Vec<String>)> {
+    let folder = root().join("manifests/components/dashboards");
+    let files = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let json = files.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+    json.map(|path| {
+        let dashboard: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
+        let expressions = targets.map(|target| target["expr"].as_str().unwrap().to_owned());
+        (path.file_name().unwrap().to_string_lossy().into_owned(), expressions.collect())
+    })
+    .collect()
+}
+
+#[test]
+fn alerts_and_dashboards_ask_for_metrics_that_exist() {
+    let scene = Scene::new("measured");
+    scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1"]);
+    scene.fleet.settled(SOON).unwrap();
+    // A node that is behind, so that its series exists: its agent is gone while something changes.
+    let alpha = node(scene.fleet, "alpha");
+    scene.fleet.stop_agent(alpha, libc::SIGKILL).unwrap();
+    scene.endpoints("web", &["a1", "b1"]);
+    let behind = wait::until("the controller says that alpha is behind", SOON, || {
+        let seconds = scene.fleet.controller_metric("switchtower_node_behind_seconds", "node=\"alpha\"")?;
+        ensure!(seconds > 0.0, "{seconds} seconds");
+        scene.fleet.controller_metric("switchtower_nodes", "")
+    });
+    assert_eq!(behind.unwrap(), 3.0, "all states together are all nodes");
+    scene.fleet.run_agent(alpha).unwrap();
+    scene.fleet.settled(Duration::from_secs(20)).unwrap();
+    assert_eq!(scene.fleet.controller_metric("switchtower_node_behind_seconds", "").unwrap(), 0.0);
+
+    let printed = scene.fleet.metrics().unwrap();
+    let exist: BTreeSet<_> = printed
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split_whitespace().next().map(str::to_owned))
+        .collect();
+    // Series that only exist once it happened to somebody, and the one that was there a moment ago.
+    let rare = [
+        "switchtower_nacks_total",
+        "switchtower_refusals_total",
+        "switchtower_drift_total",
+        "switchtower_watch_errors_total",
+        "switchtower_node_behind_seconds",
+    ];
+    let mut asked = vec![("rules.yaml".to_owned(), vec![rules()])];
+    asked.extend(dashboards());
+    assert!(asked.len() >= 3, "{asked:?}");
+    for (file, expressions) in asked {
+        let names: BTreeSet<_> = expressions.iter().flat_map(|text| metrics_in(text)).collect();
+        assert!(names.len() > 5, "{file}: {names:?}");
+        for name in names {
+            assert!(exist.contains(&name) || rare.contains(&name.as_str()), "{file} asks for {name}");
+        }
+    }
+}
+
+#[test]
+fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
+    let named = |line: &str| line.trim().strip_prefix("- alert: ").map(str::to_owned);
+    let alerts: BTreeSet<_> = rules().lines().filter_map(named).collect();
+    let runbooks: BTreeSet<_> = fs::read_dir(root().join("docs/runbooks"))
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path().file_stem().unwrap().to_string_lossy().into_owned())
+        .collect();
+    assert!(alerts.len() > 5);
+    assert_eq!(alerts, runbooks);
+    for alert in &alerts {
+        assert!(
+            rules().contains(&format!("runbook: docs/runbooks/{alert}.md")),
+            "{alert} does not name its runbook"
+        );
+        let tests = fs::read_to_string(root().join("manifests/components/alerts/rules_test.yaml")).unwrap();
+        assert!(tests.contains(&format!("alertname: {alert}")), "{alert} has no test");
+    }
+}
+
+#[test]
+fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
+    let scene = Scene::new("triggered");
+    scene.service("web", &json!({}));
+    scene.endpoints("web", &["c1"]);
+    scene.fleet.settled(SOON).unwrap();
+    let beta = node(fleet(), "beta");
+    let metric = |name: &str| scene.fleet.agent_metric(beta, name, "ip_family=\"IPv4\"").unwrap();
+    let measured = "kubeproxy_network_programming_duration_seconds";
+    let (count, sum) = (metric(&format!("{measured}_count")), metric(&format!("{measured}_sum")));
+    let arrived = metric("kubeproxy_sync_proxy_rules_endpoint_changes_total");
+
+    // A change that began twenty seconds ago.
+    let began = SystemTime::now() - Duration::from_secs(20);
+    let (pod, at) = scene.fleet.pod("c2").unwrap();
+    let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
+    let endpoint = objects::endpoint(pod, &at.net, false);
+    let mut slice = objects::slice("triggered", "web-4", "web", false, &ports, &[endpoint]);
+    slice["metadata"]["annotations"] = json!({
+        "endpoints.kubernetes.io/last-change-trigger-time": Timestamp::try_from(began).unwrap().to_string(),
+    });
+    scene.fleet.kube().apply(&slice).unwrap();
+    wait::until("the agent has measured it", SOON, || {
+        ensure!(metric(&format!("{measured}_count")) > count);
+        Ok(())
+    })
+    .unwrap();
+    let took = metric(&format!("{measured}_sum")) - sum;
+    assert!((20.0..40.0).contains(&took), "{took} seconds");
+    assert!(metric("kubeproxy_sync_proxy_rules_endpoint_changes_total") > arrived);
+    scene.fleet.settled(SOON).unwrap();
+    assert_eq!(metric("kubeproxy_sync_proxy_rules_endpoint_changes_pending"), 0.0);
+}
