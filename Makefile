@@ -40,11 +40,11 @@ cluster-demo: ## a cluster, Switchtower on it, Deployments scaled and an agent k
 	@hack/cluster.sh install
 	@hack/cluster.sh demo
 
-conformance: ## upstream's e2e tests of Services on a fresh cluster (PROXY=kube-proxy for the baseline, QUICK=1 for a part, LOAD_BALANCERS=1 for those)
+conformance: ## upstream's e2e tests of Services on a fresh cluster (PROXY=kube-proxy for the baseline; PART=quick, load-balancers or serial)
 	@hack/cluster.sh down
 	@hack/cluster.sh up --proxy "$(if $(filter kube-proxy,$(PROXY)),kube-proxy,none)"
 	@$(if $(filter kube-proxy,$(PROXY)),true,hack/cluster.sh install)
-	@hack/cluster.sh conformance --label "$(or $(PROXY),switchtower)" $(if $(QUICK),--quick) $(if $(LOAD_BALANCERS),--load-balancers)
+	@hack/cluster.sh conformance --label "$(or $(PROXY),switchtower)" --part "$(or $(PART),all)"
 
 cluster-down: ## removes it, wherever it was interrupted
 	@hack/cluster.sh down

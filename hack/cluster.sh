@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
 #
-#   hack/cluster.sh up|down|install|demo|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh up|down|install|demo|faults|conformance [ARGUMENTS of the program `cluster`]
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ACTION=${1:?use: hack/cluster.sh up|down|install|demo|conformance}
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|faults|conformance}
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then
@@ -15,9 +15,8 @@ else
     "$ROOT/hack/cluster-setup.sh" cluster
 fi
 cd "$ROOT"
-cargo build --locked -p switchtower-e2e --bin cluster ||
-    fail "cargo could not build the program, the compiler's words are above."
-case $ACTION in install | demo | conformance) build_workspace_binaries "" ;; esac
+# The whole workspace: one package alone would have its dependencies compiled again with other features.
+[ "$ACTION" = down ] && [ -x "$(target_dir)/debug/cluster" ] || build_workspace_binaries ""
 SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 SWITCHTOWER_CLUSTER_TOOLS=$(cluster_tools_dir)
 SWITCHTOWER_CLUSTER_IMAGES=$CACHE/cluster/images

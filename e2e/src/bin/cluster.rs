@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use switchtower_e2e::cluster::{Layout, Tools, conformance, demo, down, install, machine, shell, up};
+use switchtower_e2e::cluster::{Layout, Tools, conformance, demo, down, faults, install, machine, shell, up};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -42,6 +42,13 @@ enum Action {
         #[command(flatten)]
         programs: Programs,
     },
+    /// Agents that cannot do their work: each fault shows on its node's row, and on no other
+    Faults {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
     /// Runs upstream's e2e tests of Services and prints the report
     Conformance {
         #[command(flatten)]
@@ -51,12 +58,9 @@ enum Action {
         /// The service proxy under test; it names the report
         #[arg(long, default_value = "switchtower")]
         label: String,
-        /// Only a part that ends within minutes
-        #[arg(long)]
-        quick: bool,
-        /// Only the tests of load balancers, which the others leave out
-        #[arg(long, conflicts_with = "quick")]
-        load_balancers: bool,
+        /// Which of them
+        #[arg(long, value_enum, default_value = "all")]
+        part: conformance::Part,
         /// Regular expression of the tests' names
         #[arg(long)]
         focus: Option<String>,
@@ -167,8 +171,9 @@ fn main() -> Result<()> {
         }
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
         Action::Demo { place, programs } => demo::demo(&place.existing()?, &programs.tools()?),
-        Action::Conformance { place, programs, label, quick, load_balancers, focus, processes, out } => {
-            let run = conformance::Run { label, quick, load_balancers, focus, processes, out };
+        Action::Faults { place, programs } => faults::check(&place.existing()?, &programs.tools()?),
+        Action::Conformance { place, programs, label, part, focus, processes, out } => {
+            let run = conformance::Run { label, part, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)
         }
         Action::Down { place } => down::down(&place.layout(0)),

@@ -16,6 +16,12 @@ use super::shell::{print, say};
 
 /// Everything of sig-network, less [`SKIP`].
 const FOCUS: &str = r"\[sig-network\]";
+/// For `make test`: the fast tests that hold for every kind of Service.
+const SMALL: &str = concat!(
+    r"\[sig-network\] (Services should (serve a basic endpoint|serve multiport endpoints|serve endpoints on same port|",
+    r"be able to (change the type|create a functioning NodePort|switch session affinity for service)|",
+    r"have session affinity work for|be rejected when no|respect internalTrafficPolicy)|EndpointSlice should)",
+);
 /// A part of it that ends within minutes and touches each kind of Service.
 const QUICK: &str = concat!(
     r"\[sig-network\] (Services should (serve a basic|serve multiport|serve endpoints on same port|be able to ",
@@ -25,27 +31,67 @@ const QUICK: &str = concat!(
     r"cycles for a NodePort)",
 );
 /// What has nothing to do with a service proxy (network policies, ingress, performance of DNS), what this
-/// laboratory lacks (a cloud that cleans up load balancers, SCTP sockets, the Internet, a resolver outside
-/// the cluster, the images of two tests: one with CoreDNS, one with conntrack), what must not run beside
-/// others, and what is off by default.
+/// laboratory lacks (a cloud that cleans up load balancers, the Internet, a resolver outside the cluster), and
+/// what is off by default.
 const SKIP: &str = concat!(
-    r"\[(Serial|Disruptive|Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|SCTP|sctp|",
-    r"load balancer cleanup finalizer|\[Feature:(PerformanceDNS|Networking-|KubeProxy)|DNS configMap nameserver|",
-    r"configurable pod resolv.conf|KubeProxy should set TCP CLOSE_WAIT",
+    r"\[(Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|load balancer cleanup finalizer|",
+    r"\[Feature:(PerformanceDNS|Networking-|KubeProxy|SCTP)|DNS configMap nameserver",
 );
 
 /// Tests of a Service's VIP: slow, so they are a run of their own.
 const LOAD_BALANCERS: &str = "LoadBalancer";
+/// Tests that bear no others beside them are a run of their own too.
+const SERIAL: &str = r"\[sig-network\].*\[(Serial|Disruptive)\]";
+/// SCTP sockets, which kernels without the module lack.
+const SCTP: &str = "SCTP|sctp";
+
+/// Which of upstream's tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// All that can run beside each other.
+    All,
+    /// Some that touch each kind of Service, within minutes.
+    Quick,
+    /// The fast ones.
+    Small,
+    /// Those of load balancers.
+    LoadBalancers,
+    /// Those that run alone.
+    Serial,
+}
+
+impl Part {
+    /// Regular expressions of names: what to run, and what of that to leave out.
+    fn filters(self) -> (&'static str, String) {
+        let alone = r"\[(Serial|Disruptive)\]";
+        match self {
+            Self::All => (FOCUS, format!("{SKIP}|{alone}|{LOAD_BALANCERS}|{SCTP}")),
+            Self::Quick => (QUICK, format!("{SKIP}|{alone}|{LOAD_BALANCERS}|{SCTP}")),
+            Self::Small => (SMALL, format!("{SKIP}|{alone}|{LOAD_BALANCERS}|{SCTP}")),
+            Self::LoadBalancers => (LOAD_BALANCERS, format!("{SKIP}|{alone}|{SCTP}")),
+            Self::Serial => (SERIAL, SKIP.to_owned()),
+        }
+    }
+
+    /// The name of the report for a proxy.
+    fn report(self, label: &str) -> String {
+        match self {
+            Self::All => label.to_owned(),
+            Self::Quick => format!("{label}-quick"),
+            Self::Small => format!("{label}-small"),
+            Self::LoadBalancers => format!("{label}-load-balancers"),
+            Self::Serial => format!("{label}-serial"),
+        }
+    }
+}
 
 /// How to run it.
 #[derive(Debug, Clone)]
 pub struct Run {
     /// The service proxy under test, which names the report.
     pub label: String,
-    /// Only the quick part.
-    pub quick: bool,
-    /// Only the tests of load balancers, which the others leave out.
-    pub load_balancers: bool,
+    /// Which tests.
+    pub part: Part,
     /// Another regular expression for the names of tests.
     pub focus: Option<String>,
     /// How many tests at once.
@@ -72,23 +118,20 @@ pub type Outcomes = BTreeMap<String, Outcome>;
 pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     fs::create_dir_all(&run.out).with_context(|| format!("making {}", run.out.display()))?;
     let out = fs::canonicalize(&run.out).context("resolving the report's folder")?;
-    let json = format!("{}.json", run.label);
+    let name = run.part.report(&run.label);
+    let json = format!("{name}.json");
     let _ = fs::remove_file(out.join(&json));
-    let log = out.join(format!("{}.log", run.label));
+    let log = out.join(format!("{name}.log"));
     say(&format!("upstream's tests run; what they say goes to {}", log.display()));
-    let focus = match &run.focus {
-        Some(focus) => focus,
-        None if run.load_balancers => LOAD_BALANCERS,
-        None if run.quick => QUICK,
-        None => FOCUS,
-    };
-    let skip = if run.load_balancers { SKIP.to_owned() } else { format!("{SKIP}|{LOAD_BALANCERS}") };
+    let (focus, skip) = run.part.filters();
+    let focus = run.focus.as_deref().unwrap_or(focus);
     let status = run_suite(layout, tools, run, (focus, &skip), &out, &json, &log)?;
     let outcomes = read(&out.join(&json))
         .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
-    let baseline = read(&out.join("kube-proxy.json")).unwrap_or_default();
+    let baseline = format!("{}.json", run.part.report("kube-proxy"));
+    let baseline = read(&out.join(baseline)).unwrap_or_default();
     let report = render(&run.label, &outcomes, &baseline);
-    fs::write(out.join(format!("{}.md", run.label)), &report).context("writing the report")?;
+    fs::write(out.join(format!("{name}.md")), &report).context("writing the report")?;
     print(&report)?;
     let worse = worse_than(&outcomes, &baseline);
     if !worse.is_empty() {
@@ -113,7 +156,11 @@ fn run_suite(
     command
         .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
         .arg(tools.cluster("ginkgo"))
-        .args([format!("--procs={}", run.processes), format!("--focus={focus}"), format!("--skip={skip}")])
+        .args([
+            format!("--procs={}", if run.part == Part::Serial { 1 } else { run.processes }),
+            format!("--focus={focus}"),
+            format!("--skip={skip}"),
+        ])
         .args(["--no-color", "--timeout=60m", &format!("--json-report={json}")])
         .arg(format!("--output-dir={}", out.display()))
         .arg(tools.cluster("e2e.test"))

@@ -16,6 +16,7 @@ pub mod conformance;
 pub mod control_plane;
 pub mod demo;
 pub mod down;
+pub mod faults;
 pub mod images;
 pub mod install;
 pub mod layout;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::control_plane::{self, Kubectl};
 use super::down::down;
@@ -41,6 +41,12 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
         say(&format!("cluster {} runs already; `make cluster-down` removes it", layout.name));
         return Ok(());
     }
+    if let Some(other) = other_cluster(layout)? {
+        bail!(
+            "cluster {other} runs and has the same addresses; remove it first: SWITCHTOWER_CLUSTER_NAME={other} make \
+             cluster-down"
+        );
+    }
     down(layout).context("removing what was left of an earlier cluster")?;
     let start = Instant::now();
     fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
@@ -69,6 +75,18 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
         say(&format!("kube-proxy and CoreDNS work ({:.1} s)", start.elapsed().as_secs_f32()));
     }
     Ok(())
+}
+
+/// The name of another cluster whose hub exists.
+fn other_cluster(layout: &Layout) -> Result<Option<String>> {
+    let Ok(entries) = fs::read_dir("/run/netns") else { return Ok(None) };
+    for entry in entries {
+        let file = entry.context("reading /run/netns")?.file_name().to_string_lossy().into_owned();
+        if let Some(name) = file.strip_suffix("-hub").filter(|name| *name != layout.name) {
+            return Ok(Some(name.to_owned()));
+        }
+    }
+    Ok(None)
 }
 
 /// All nodes at once: importing images is most of the time.
