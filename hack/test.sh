@@ -73,30 +73,8 @@ if ((status != 0 && failed == 0)); then
 fi
 
 # The last rung: kubelets, containers, the manifests, and upstream's own tests. Its numbers are part of the total.
-say "upstream's tests on a real cluster"
-export SWITCHTOWER_CLUSTER_NAME=sttest
-reports=$(mktemp -d)
-trap 'rm -rf "$log" "$reports"; hack/cluster.sh down || true' EXIT
-upstream_failed=1
-upstream_passed=0
-faults_failed=1
-faults_passed=0
-if hack/cluster.sh up && hack/cluster.sh install; then
-    # Its exit status says no more than its report.
-    hack/cluster.sh conformance --part small --label test --out "$reports" || true
-    read -r upstream_passed upstream_failed < <(awk -F'|' '
-        $2 == " test " && $3 ~ /^ [0-9]+ $/ { found = 1; print $3 + 0, $4 + 0 }
-        END { if (!found) print 0, 1 }' "$reports/test-small.md" 2>/dev/null || echo "0 1")
-    # "faults: 4 passed, 0 failed"
-    read -r faults_passed faults_failed < <({ hack/cluster.sh faults || true; } | tee /dev/stderr |
-        awk '$1 == "faults:" { found = 1; print $2 + 0, $4 + 0 } END { if (!found) print 0, 1 }')
-fi
-# A filter that fits nothing any more must not look like success.
-if ((upstream_passed < 15 && upstream_failed == 0)); then
-    say "only $upstream_passed of upstream's tests ran"
-    upstream_failed=1
-fi
-passed=$((passed + upstream_passed + faults_passed))
-failed=$((failed + upstream_failed + faults_failed))
+read -r cluster_passed cluster_failed < <(hack/cluster-test.sh || true) || true
+passed=$((passed + ${cluster_passed:-0}))
+failed=$((failed + ${cluster_failed:-1}))
 total
 ((failed == 0))

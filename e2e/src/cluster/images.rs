@@ -25,12 +25,14 @@ pub const CONTROLLER: &str = "switchtower.dev/switchtower-controller:dev";
 /// The node agent, as the manifests name it.
 pub const NODE_AGENT: &str = "switchtower.dev/switchtower-node-agent:dev";
 /// The test image, first by the name that the demo uses, then by those of upstream's suite in v1.36.
-const TEST_IMAGE_TAGS: [&str; 5] = [
+const TEST_IMAGE_TAGS: [&str; 6] = [
     "switchtower.dev/cluster/agnhost:1",
     "registry.k8s.io/e2e-test-images/agnhost:2.63.0",
     "registry.k8s.io/e2e-test-images/agnhost:2.55",
     "registry.k8s.io/e2e-test-images/busybox:1.37.0-1",
     "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0",
+    // Of this one the suite wants the program `conntrack`.
+    "registry.k8s.io/build-image/distroless-iptables:v0.9.6",
 ];
 
 /// What an image is made of.

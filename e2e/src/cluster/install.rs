@@ -1,5 +1,9 @@
-//! Installs Switchtower as a user does: images, one ConfigMap, `kubectl apply -k`.
+//! Installs Switchtower as a user does: images, one ConfigMap, `kubectl apply -k` of an overlay.
+//!
+//! The overlay has the component for connection tracking, because kube-proxy sets those limits too.
 
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -23,12 +27,12 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
         layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<Vec<_>>>()?;
     say("images of controller and agent");
     images::deliver(layout, tools, &images::switchtower_images(&tools.switchtower), &nodes)?;
-    say(&format!("kubectl apply -k manifests ({:.1} s)", start.elapsed().as_secs_f32()));
+    let overlay = write_overlay(layout, tools)?;
+    say(&format!("kubectl apply -k {overlay} ({:.1} s)", start.elapsed().as_secs_f32()));
     let installed =
         kubectl.run(&format!("get --namespace {NAMESPACE} daemonset/switchtower-node-agent")).is_ok();
     kubectl.apply(&prerequisites(layout))?;
-    let manifests = tools.manifests.to_str().context("the manifests' path is not UTF-8")?;
-    kubectl.run(&format!("apply -k {manifests}"))?;
+    kubectl.run(&format!("apply -k {overlay}"))?;
     if installed {
         // The tag is the same, so nothing but this makes the new images run.
         kubectl.run(&format!(
@@ -55,6 +59,41 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     Ok(())
 }
 
+/// Writes the overlay and returns its folder: the manifests, and the component with the one setting left out that
+/// only the first network namespace of a machine may change.
+fn write_overlay(layout: &Layout, tools: &Tools) -> Result<String> {
+    let folder = layout.dir.join("overlay");
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    let folder = fs::canonicalize(&folder).context("resolving the overlay's folder")?;
+    let manifests = fs::canonicalize(&tools.manifests)
+        .with_context(|| format!("the manifests {}", tools.manifests.display()))?;
+    let base = relative(&folder, &manifests).context("the manifests' path is not UTF-8")?;
+    let arguments = json!([{
+        "op": "replace",
+        "path": "/spec/template/spec/initContainers/0/args",
+        "value": ["sysctl", "--max-per-core=0"],
+    }]);
+    let overlay = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [base],
+        "components": [format!("{base}/components/conntrack-sysctls")],
+        "patches": [{
+            "target": {"kind": "DaemonSet", "name": "switchtower-node-agent"},
+            "patch": arguments.to_string(),
+        }],
+    });
+    let file = folder.join("kustomization.yaml");
+    fs::write(&file, format!("{overlay:#}\n")).with_context(|| format!("writing {}", file.display()))?;
+    Ok(folder.to_str().context("the overlay's path is not UTF-8")?.to_owned())
+}
+
+/// The way from one absolute folder to another, because kustomize takes no absolute paths.
+fn relative(from: &Path, to: &Path) -> Option<String> {
+    let up = "../".repeat(from.components().count().saturating_sub(1));
+    Some(format!("{up}{}", to.strip_prefix("/").ok()?.to_str()?))
+}
+
 fn wait_for_rollout(kubectl: &Kubectl) -> Result<()> {
     for object in ["deployment/switchtower-controller", "daemonset/switchtower-node-agent"] {
         wait_until(object, Duration::from_secs(90), || {
@@ -74,4 +113,15 @@ fn prerequisites(layout: &Layout) -> String {
         "data": {"host": layout.hub_ip().to_string(), "port": API_SERVER_PORT.to_string()},
     });
     format!("{namespace}\n---\n{address}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_from_folder_to_folder() {
+        let way = relative(Path::new("/var/lib/x"), Path::new("/home/me/manifests"));
+        assert_eq!(way.as_deref(), Some("../../../home/me/manifests"));
+    }
 }
