@@ -14,7 +14,7 @@ const HEALTH_PORT: u16 = 10_256;
 /// Most bytes of a message that comes from a Pod.
 const MESSAGE_LIMIT: usize = 1_024;
 /// The last words of a container are the end of its log: this many lines of it.
-const LAST_LINES: usize = 3;
+const LAST_LINES: usize = 5;
 
 /// One Pod of the agents' ServiceAccount.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -109,7 +109,7 @@ fn an_init_container_that_fails_is_named_and_one_that_is_done_is_not() {
 
 #[test]
 fn words_of_a_container_cannot_break_the_row() {
-    let garbage = format!("first\nsecond\n\u{1b}[31mthird\nfourth\n{}", "x".repeat(5_000));
+    let garbage = format!("first\nsecond\n\u{1b}[31mthird\nfourth\nfifth\nsixth\n{}", "x".repeat(5_000));
     let status = container(&json!({"waiting": {"reason": "no such-word!"}}), &crashed(&garbage), 1);
     let Stage::Obstructed(Obstacle { reason, message }) = parsed("agent-x", &status).stage else { panic!() };
     assert_eq!(reason, "AgentNotRunning", "the API server would refuse the kubelet's word");
