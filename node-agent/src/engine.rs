@@ -74,6 +74,8 @@ pub struct Engine {
     state: State,
     /// What the kernel holds, as far as known.
     kernel: Option<Stamp>,
+    /// The kernel could not be read, and nothing was committed since.
+    unread: bool,
     pending: Vec<KernelChange>,
     backlog: backlog::Backlog,
     /// The incremental state cannot be trusted: the next commit compares everything.
@@ -122,6 +124,7 @@ impl Engine {
             parts,
             state,
             kernel: None,
+            unread: false,
             pending: Vec::new(),
             backlog: backlog::Backlog::default(),
             doubt: true,
@@ -145,7 +148,10 @@ impl Engine {
         };
         match stamp {
             Ok(stamp) => engine.kernel = stamp,
-            Err(error) => tracing::warn!(%error, "the kernel's stamp cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, "the kernel's stamp cannot be read");
+                engine.unread = true;
+            }
         }
         engine.remember_trial();
         engine.start_from_file();
@@ -282,7 +288,8 @@ impl Engine {
     }
 
     fn standing(&mut self) -> Standing {
-        let view = self.state.is_loaded().then(|| View {
+        // Whoever cannot read the kernel must not be resumed: nothing says that it holds the view.
+        let view = (self.state.is_loaded() && !self.unread).then(|| View {
             digest: self.state.digest().to_bytes().to_vec(),
             generation: self.state.generation(),
             resume: self.state.resume().cloned(),
@@ -428,6 +435,7 @@ impl Engine {
             || self.refused != committed.refused
             || self.last_snapshot.is_none();
         self.kernel = Some(stamp);
+        self.unread = false;
         self.refused.clone_from(&committed.refused);
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.parts.health.applied();
