@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::ensure;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::json;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::http_get;
@@ -389,6 +390,19 @@ fn internal_policy_local_with_client_and_backend_on_the_host_network() {
     }
 }
 
+/// Waits until the EndpointSlice controller has published so many endpoints. Where its cache is older than what it
+/// wrote it tries again after 1, 2, 4, … seconds, which is none of the proxy's time.
+fn published(scene: &Scene, count: usize) {
+    let api: kube::Api<EndpointSlice> = kube::Api::namespaced(scene.fleet.kube().client(), &scene.namespace);
+    wait::until("the EndpointSlice controller is done", Duration::from_secs(60), || {
+        let slices = scene.fleet.kube().block_on(api.list(&kube::api::ListParams::default()))?;
+        let found: usize = slices.items.iter().map(|slice| slice.endpoints.len()).sum();
+        ensure!(found == count, "{found} endpoints");
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// The EndpointSlice controller makes an endpoint that is not ready a ready one where the Service says so, and
 /// takes away a pod that was evicted.
 #[test]
@@ -407,11 +421,13 @@ fn a_pod_that_is_not_ready_is_published_where_the_service_says_so_until_it_is_ev
     object["status"] = status;
     // The namespace's ServiceAccount comes a moment after the namespace.
     switchtower_e2e::wait::until("the Pod is made", SOON, || scene.fleet.kube().apply(&object)).unwrap();
+    published(&scene, 2);
     for ipv6 in [false, true] {
         answered_by("not ready", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, ipv6), &["a1"]);
     }
     object["status"] = json!({"phase": "Failed", "reason": "Evicted"});
     scene.fleet.kube().apply(&object).unwrap();
+    published(&scene, 0);
     let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
     eventually("evicted", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), refused);
 }
