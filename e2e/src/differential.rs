@@ -63,7 +63,8 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
         }
         agreements.push(agreed);
         let Some(step) = steps.next() else { return Ok(Verdict::Agreement(agreements)) };
-        flows = Some(Flows::open(world, agreements.last().map(Vec::as_slice).unwrap_or_default())?);
+        let last = agreements.last().map(Vec::as_slice).unwrap_or_default();
+        flows = Some(Flows::open(world, last, &services)?);
         match step {
             Step::Apply(service) => {
                 services.retain(|other| other.name != service.name);

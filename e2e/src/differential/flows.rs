@@ -1,7 +1,8 @@
 //! UDP flows that exist while the cluster changes: who answers the same socket before and after.
 //!
 //! Which backend a flow has is up to chance and differs between the worlds. Compared is what becomes of a flow by
-//! the backend that it had: it stays, it moves to another one, or nobody answers it any more.
+//! the backend that it had: it stays, it moves to another one, or nobody answers it any more. Pods answer with
+//! their names, so where a port of the same pod took over, staying and moving cannot be told apart.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -30,13 +31,15 @@ type Open = (Flow, String);
 #[derive(Debug)]
 pub(super) struct Flows {
     probes: Vec<Probe>,
+    /// Target ports behind each probe's destination when its flows were opened.
+    targets: Vec<BTreeSet<Option<u16>>>,
     switchtower: Vec<Vec<Open>>,
     kube_proxy: Vec<Vec<Open>>,
 }
 
 impl Flows {
-    /// Opens flows to every UDP destination that somebody answers.
-    pub(super) fn open(world: &World, agreed: &[Agreed]) -> Result<Self> {
+    /// Opens flows to every UDP destination that somebody answers; `services` are what is there.
+    pub(super) fn open(world: &World, agreed: &[Agreed], services: &[Service]) -> Result<Self> {
         let answered = |agreed: &&Agreed| {
             let Probe { transport, sticky, origin, .. } = agreed.probe;
             let replied = agreed.answers.iter().any(|answer| answer.contains(" sees "));
@@ -44,9 +47,11 @@ impl Flows {
             transport == Transport::Udp && !sticky && replied && origin != Origin::RemotePod
         };
         let probes: Vec<_> = agreed.iter().filter(answered).map(|agreed| agreed.probe.clone()).collect();
+        let all: Vec<_> = agreed.iter().map(|agreed| agreed.probe.clone()).collect();
+        let targets = probes.iter().map(|probe| targets(probe, &all, services)).collect();
         let switchtower = open(world, Side::Switchtower, &probes)?;
         let kube_proxy = open(world, Side::KubeProxy, &probes)?;
-        Ok(Self { probes, switchtower, kube_proxy })
+        Ok(Self { probes, targets, switchtower, kube_proxy })
     }
 
     /// Asks every flow again, until both worlds agree or have had their time.
@@ -59,10 +64,17 @@ impl Flows {
     ) -> Result<Vec<Difference>> {
         let start = Instant::now();
         let served: Vec<_> = self.probes.iter().map(|probe| is_served(probe, probes, services)).collect();
+        // Where nobody serves now no other port can have taken over.
+        let same_port = |at: usize| {
+            let before = &self.targets[at];
+            !served[at] || before.len() == 1 && targets(&self.probes[at], probes, services) == *before
+        };
+        let same_port: Vec<_> = (0..self.probes.len()).map(same_port).collect();
         loop {
             let patience = if start.elapsed() < DEADLINE / 2 { HASTE } else { PATIENCE };
-            let ours = fates(world, Side::Switchtower, &self.switchtower, &self.probes, patience)?;
-            let theirs = fates(world, Side::KubeProxy, &self.kube_proxy, &self.probes, patience)?;
+            let ask = |side, opened| fates(world, side, opened, &self.probes, &same_port, patience);
+            let ours = ask(Side::Switchtower, &self.switchtower)?;
+            let theirs = ask(Side::KubeProxy, &self.kube_proxy)?;
             let differences = compare(&self.probes, &served, &ours, &theirs);
             if differences.is_empty() || start.elapsed() > DEADLINE {
                 return Ok(differences);
@@ -100,6 +112,7 @@ fn fates(
     side: Side,
     opened: &[Vec<Open>],
     probes: &[Probe],
+    same_port: &[bool],
     patience: Duration,
 ) -> Result<Vec<Fates>> {
     let mut fates = vec![Fates::new(); probes.len()];
@@ -113,6 +126,7 @@ fn fates(
         let outcomes = world.namespace(side, origin).run(|| Flow::ask_all(&flows, patience))??;
         for ((at, (_, before)), outcome) in mine.into_iter().zip(outcomes) {
             let fate = match outcome.backend() {
+                Some(_) if !same_port[at] => "is answered".to_owned(),
                 Some(backend) if backend == before => STAYS.to_owned(),
                 Some(_) => "moves".to_owned(),
                 None => outcome.to_string(),
@@ -121,6 +135,16 @@ fn fates(
         }
     }
     Ok(fates)
+}
+
+/// The target ports of all that claim a probe's destination.
+fn targets(flow: &Probe, probes: &[Probe], services: &[Service]) -> BTreeSet<Option<u16>> {
+    let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
+    let target = |probe: &Probe| {
+        let service = services.iter().find(|service| service.name == probe.service)?;
+        service.ports.iter().find(|port| port.name == probe.port)?.target
+    };
+    probes.iter().filter(same).map(target).collect()
 }
 
 /// Whether a destination has an endpoint that serves, now.
