@@ -125,8 +125,12 @@ fn start(name: &str) -> (MutexGuard<'static, ()>, Scene) {
     wait::until("the base profile is everywhere", PATIENCE, || {
         let found = condition("base", "Ready")?;
         ensure!(found.0 == "True", "{found:?}");
-        let base: Option<ProxyProfile> = fleet().kube().get_cluster("base")?;
-        let stable = base.and_then(|base| base.status).unwrap_or_default().stable_name;
+        let base: ProxyProfile = fleet().kube().get_cluster("base")?.context("no profile base")?;
+        let generation = base.metadata.generation;
+        let status = base.status.unwrap_or_default();
+        // The conditions may still be of the revision before.
+        ensure!(status.observed_generation == generation, "generation {:?}", status.observed_generation);
+        let stable = status.stable_name;
         let names = in_force();
         ensure!(names.values().all(|name| *name == stable), "{names:?}, stable is {stable}");
         Ok(())
