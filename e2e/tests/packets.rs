@@ -10,7 +10,6 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::ensure;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::json;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::http_get;
@@ -390,44 +389,20 @@ fn internal_policy_local_with_client_and_backend_on_the_host_network() {
     }
 }
 
-/// Waits until the EndpointSlice controller has published so many endpoints. Where its cache is older than what it
-/// wrote it tries again after 1, 2, 4, … seconds, which is none of the proxy's time.
-fn published(scene: &Scene, count: usize) {
-    let api: kube::Api<EndpointSlice> = kube::Api::namespaced(scene.fleet.kube().client(), &scene.namespace);
-    wait::until("the EndpointSlice controller is done", Duration::from_secs(60), || {
-        let slices = scene.fleet.kube().block_on(api.list(&kube::api::ListParams::default()))?;
-        let found: usize = slices.items.iter().map(|slice| slice.endpoints.len()).sum();
-        ensure!(found == count, "{found} endpoints");
-        Ok(())
-    })
-    .unwrap();
-}
-
-/// The EndpointSlice controller makes an endpoint that is not ready a ready one where the Service says so, and
-/// takes away a pod that was evicted.
+/// As the EndpointSlice controller writes it: an endpoint that is not ready is a ready one where the Service says so,
+/// and none once its pod was evicted.
 #[test]
 fn a_pod_that_is_not_ready_is_published_where_the_service_says_so_until_it_is_evicted() {
     let scene = Scene::new("not-ready");
-    let spec = json!({
-        "selector": {"app": "web"}, "publishNotReadyAddresses": true,
-        "ports": [{"name": "tcp", "protocol": "TCP", "port": 80, "targetPort": 8080}],
+    let service = scene.service("web", &json!({"publishNotReadyAddresses": true}));
+    scene.endpoints_with("web", &["a1"], |_, mut endpoint| {
+        endpoint["conditions"] = json!({"ready": true, "serving": false, "terminating": false});
+        endpoint
     });
-    let service = scene.service("web", &spec);
-    let (pod, node) = scene.fleet.pod("a1").unwrap();
-    let mut object = objects::pod(&scene.namespace, "web", "alpha", "default");
-    object["metadata"]["labels"] = json!({"app": "web"});
-    let mut status = objects::running(pod, &node.net);
-    status["conditions"] = json!([{"type": "Ready", "status": "False"}]);
-    object["status"] = status;
-    // The namespace's ServiceAccount comes a moment after the namespace.
-    switchtower_e2e::wait::until("the Pod is made", SOON, || scene.fleet.kube().apply(&object)).unwrap();
-    published(&scene, 2);
     for ipv6 in [false, true] {
         answered_by("not ready", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, ipv6), &["a1"]);
     }
-    object["status"] = json!({"phase": "Failed", "reason": "Evicted"});
-    scene.fleet.kube().apply(&object).unwrap();
-    published(&scene, 0);
+    scene.endpoints("web", &[]);
     let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
     eventually("evicted", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), refused);
 }
