@@ -16,9 +16,12 @@ read -ra TESTS <<<"${TESTS:-churn packets kernel}"
 MODULES=(veth bridge br_netfilter nf_tables nf_conntrack nf_nat nft_ct nft_nat nft_masq nft_reject_ipv4 nft_reject_ipv6
     nft_numgen nft_chain_nat nft_fib_ipv4 nft_fib_ipv6 nf_conntrack_netlink af_packet)
 
-say "installing the emulator"
-apt-get install -y --no-install-recommends qemu-system-x86 busybox-static cpio kmod nftables iproute2 netbase >/dev/null 2>&1 ||
-    fail "apt-get could not install qemu-system-x86, busybox-static, cpio and kmod: run 'apt-get update' and try again."
+install_packages qemu-system-x86_64=qemu-system-x86 cpio=cpio depmod=kmod nft=nftables ip=iproute2
+# A busybox with libraries would not start alone in the machine.
+if [ ! -e /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
+    install_packages no-such-command=busybox-static
+fi
+[ -e /etc/protocols ] || install_packages no-such-command=netbase
 
 say "building the tests"
 binaries=$(cargo test --locked -p switchtower-node-agent --no-run --message-format json "${TESTS[@]/#/--test=}" |

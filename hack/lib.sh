@@ -32,7 +32,8 @@ cluster_tools_dir() {
 # A program that is built from a folder of e2e/tools. Argument: the folder's name, which is the program's too.
 tool_dir() {
     local key
-    key=$(cat "$ROOT/e2e/tools/$1/go.mod" "$ROOT/e2e/tools/$1/go.sum" "$ROOT/e2e/tools/$1/main.go" | sha256sum | cut -c1-16)
+    # A tool may be another module's program, without a file of its own.
+    key=$(cd "$ROOT/e2e/tools/$1" && find . -maxdepth 1 \( -name 'go.*' -o -name '*.go' \) | sort | xargs cat | sha256sum | cut -c1-16)
     printf '%s/tools/%s-%s' "$CACHE" "$1" "$key"
 }
 
@@ -103,4 +104,25 @@ require_go() {
     have=${have#go}
     [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -1)" = "$want" ] ||
         fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
+}
+
+# A program of e2e/tools, if it is not built yet. Arguments: its folder, how long it takes, and its Go package.
+build_tool() {
+    local name=$1 takes=$2 package=${3:-.} dir work
+    dir=$(tool_dir "$name")
+    [ ! -x "$dir/$name" ] || return 0
+    require_go
+    mkdir -p "$CACHE/tools"
+    exec 9>"$CACHE/tools/.lock"
+    flock -n 9 || { say "waiting for another run that builds tools"; flock 9; }
+    [ ! -x "$dir/$name" ] || { flock -u 9; return 0; }
+    say "building $name ($takes on two cores, once)"
+    work=$(mktemp -d "$CACHE/tools/.build.XXXXXX")
+    (cd "$ROOT/e2e/tools/$name" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly \
+        go build -trimpath -ldflags "-s -w" -o "$work/$name" "$package") ||
+        fail "$name could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
+    chmod 755 "$work"
+    rm -rf "$dir"
+    mv "$work" "$dir"
+    flock -u 9
 }

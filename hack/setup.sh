@@ -98,27 +98,6 @@ build_control_plane() {
     flock -u 9
 }
 
-# A program of e2e/tools, if it is not built yet. Arguments: its folder, and how long it takes.
-build_tool() {
-    local name=$1 takes=$2 dir work
-    dir=$(tool_dir "$name")
-    [ ! -x "$dir/$name" ] || return 0
-    require_go
-    mkdir -p "$CACHE/tools"
-    exec 9>"$CACHE/tools/.lock"
-    flock -n 9 || { say "waiting for another run that builds tools"; flock 9; }
-    [ ! -x "$dir/$name" ] || return 0
-    say "building $name ($takes on two cores, once)"
-    work=$(mktemp -d "$CACHE/tools/.build.XXXXXX")
-    (cd "$ROOT/e2e/tools/$name" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly \
-        go build -trimpath -ldflags "-s -w" -o "$work/$name" .) ||
-        fail "$name could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
-    chmod 755 "$work"
-    rm -rf "$dir"
-    mv "$work" "$dir"
-    flock -u 9
-}
-
 require_root "$TARGET"
 require_cargo
 install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils flock=util-linux
