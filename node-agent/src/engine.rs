@@ -102,7 +102,6 @@ pub struct Engine {
     drift_repaired: u64,
     /// Rules of kube-proxy exist beside ours.
     foreign_proxy: bool,
-    drift_cause: &'static str,
 }
 
 impl Engine {
@@ -144,7 +143,6 @@ impl Engine {
             last_snapshot: None,
             drift_repaired: 0,
             foreign_proxy: false,
-            drift_cause: "",
         };
         match stamp {
             Ok(stamp) => engine.kernel = stamp,
@@ -246,7 +244,7 @@ impl Engine {
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
                 if self.foreign_proxy {
-                    self.tell(None);
+                    self.tell("", None);
                 }
             }
             Command::Resumed => self.hold_until = self.hold.then(|| Instant::now() + HOLD_AFTER_RESUME),
@@ -279,7 +277,7 @@ impl Engine {
             Command::ForeignProxy(present) => {
                 tracing::warn!(present, "kube-proxy's rules beside ours");
                 self.foreign_proxy = present;
-                self.tell(None);
+                self.tell("", None);
             }
             Command::Probed { number, measured } => self.probed(number, measured),
             Command::Ask { query, answer } => self.ask(&query, answer),
@@ -527,8 +525,7 @@ impl Engine {
                 self.drift_repaired += 1;
                 self.parts.metrics.drift.with_label_values(&[cause]).inc();
                 tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
-                self.drift_cause = cause;
-                self.tell(None);
+                self.tell(cause, None);
             }
             Err(error) => {
                 self.doubt = true;

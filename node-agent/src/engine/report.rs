@@ -31,12 +31,13 @@ impl Engine {
         }
     }
 
-    /// Tells the controller what is not of one generation, and where a trial stands if that is new.
-    pub(super) fn tell(&mut self, trial: Option<TrialStatus>) {
+    /// Tells the controller what is not of one generation: the cause of a drift repaired just now (or ""), and where a
+    /// trial stands if that is new.
+    pub(super) fn tell(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
         let report = Report {
             session: 0,
             drift_repaired: self.drift_repaired,
-            drift_cause: self.drift_cause.into(),
+            drift_cause: drift_cause.into(),
             foreign_proxy: self.foreign_proxy,
             trial,
         };

@@ -263,10 +263,17 @@ fn addresses_and_drift_are_commits_without_a_generation() {
     assert!(events.try_recv().is_err(), "no Ack without a new generation");
     engine.handle(Command::Drift { cause: "foreign" });
     match events.try_recv() {
-        Ok(Event::Report(report)) => assert_eq!(report.drift_repaired, 1),
+        Ok(Event::Report(report)) => {
+            assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "foreign"));
+        }
         other => panic!("a Report is due, this came: {other:?}"),
     }
     assert_eq!(kernel.lock().repairs, 1);
+    engine.handle(Command::ForeignProxy(true));
+    match events.try_recv() {
+        Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "that drift was told"),
+        other => panic!("a Report is due, this came: {other:?}"),
+    }
 }
 
 fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {

@@ -34,7 +34,7 @@ impl Engine {
             phase = record.phase.as_str_name().trim_start_matches("TRIAL_PHASE_").to_lowercase(),
             "trial of settings"
         );
-        self.tell(self.state.trial_status());
+        self.tell("", self.state.trial_status());
     }
 
     /// Starts the probes that are due, if the kernel holds what they are to look at.
