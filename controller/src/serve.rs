@@ -24,6 +24,7 @@ pub mod behind;
 pub mod fleet;
 pub mod metrics;
 pub mod questions;
+pub mod review;
 pub mod session;
 pub mod tls;
 

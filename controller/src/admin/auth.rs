@@ -3,9 +3,7 @@
 //! The right to create such a token is RBAC's (`serviceaccounts/token` of that name), so that an administrator
 //! grants and takes it like any other, and it works with every kind of kubeconfig.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
@@ -13,23 +11,15 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
-use sha2::{Digest as _, Sha256};
 use switchtower_core::admin::{AUDIENCE, OPERATOR, VIEWER};
-use tokio::sync::Semaphore;
 
 use super::AdminError;
-use crate::serve::auth::Reviewer;
+use crate::serve::review::{Reviewer, Reviews, TOKEN, Unavailable};
 
-/// How long an accepted token is not reviewed again.
-const REMEMBERED: Duration = Duration::from_secs(10);
 /// Most remembered tokens.
 const REMEMBERED_TOKENS: usize = 1_024;
 /// Reviews at a time.
 const REVIEWS: usize = 8;
-/// Longest time that a review may take, waiting for its turn included.
-const REVIEW: Duration = Duration::from_secs(8);
-/// Longest token.
-const TOKEN: usize = 16 << 10;
 
 /// What a caller may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,12 +67,16 @@ impl Refusal {
     }
 }
 
+impl From<Unavailable> for Refusal {
+    fn from(Unavailable(why): Unavailable) -> Self {
+        Self::ReviewUnavailable(why)
+    }
+}
+
 /// Reviews tokens of callers.
 pub struct AdminAuthenticator {
-    reviewer: Box<dyn Reviewer>,
+    reviews: Reviews<Caller>,
     namespace: String,
-    turns: Semaphore,
-    accepted: Mutex<HashMap<[u8; 32], (Instant, Caller)>>,
 }
 
 impl AdminAuthenticator {
@@ -90,10 +84,8 @@ impl AdminAuthenticator {
     #[must_use]
     pub fn new(reviewer: impl Reviewer, namespace: &str) -> Self {
         Self {
-            reviewer: Box::new(reviewer),
+            reviews: Reviews::new(reviewer, AUDIENCE, REVIEWS, REMEMBERED_TOKENS),
             namespace: namespace.to_owned(),
-            turns: Semaphore::new(REVIEWS),
-            accepted: Mutex::default(),
         }
     }
 
@@ -103,21 +95,7 @@ impl AdminAuthenticator {
         if token.is_empty() || token.len() > TOKEN {
             return Err(Refusal::NoToken);
         }
-        let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if let Some(caller) = self.remembered(&hash) {
-            return Ok(caller);
-        }
-        let review = async {
-            let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
-            self.reviewer.review(token, AUDIENCE).await
-        };
-        let answer = tokio::time::timeout(REVIEW, review).await;
-        let status = answer
-            .map_err(|_| Refusal::ReviewUnavailable("no answer in time".to_owned()))?
-            .map_err(Refusal::ReviewUnavailable)?;
-        let caller = self.judge(status)?;
-        self.remember(hash, caller);
-        Ok(caller)
+        self.reviews.holder(token, |status| self.judge(status)).await
     }
 
     fn judge(&self, status: TokenReviewStatus) -> Result<Caller, Refusal> {
@@ -136,23 +114,6 @@ impl AdminAuthenticator {
             Ok(Caller::Viewer)
         } else {
             Err(Refusal::ForeignUser(name))
-        }
-    }
-
-    fn remembered(&self, hash: &[u8; 32]) -> Option<Caller> {
-        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        let (until, caller) = accepted.get(hash)?;
-        (*until > Instant::now()).then_some(*caller)
-    }
-
-    fn remember(&self, hash: [u8; 32], caller: Caller) {
-        let now = Instant::now();
-        let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        if accepted.len() >= REMEMBERED_TOKENS {
-            accepted.retain(|_, (until, _)| *until > now);
-        }
-        if accepted.len() < REMEMBERED_TOKENS {
-            accepted.insert(hash, (now + REMEMBERED, caller));
         }
     }
 }

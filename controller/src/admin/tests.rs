@@ -14,8 +14,8 @@ use tower::ServiceExt as _;
 
 use super::*;
 use crate::propagation::{Propagation, PropagationMetrics};
-use crate::serve::auth::{Review, Reviewer};
 use crate::serve::fleet::builtin_settings;
+use crate::serve::review::{Review, Reviewer};
 use crate::status::Floors;
 
 /// Accepts tokens that are the user's name, for the audience before the @.

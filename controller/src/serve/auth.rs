@@ -4,36 +4,24 @@
 //! audience alone says nothing: the user must be exactly the agents'. The node is the one that the API server
 //! itself put into the token.
 
-use std::collections::HashMap;
-use std::future::Future;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 
-use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
-use kube::api::PostParams;
-use kube::{Api, Client};
-use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
+use k8s_openapi::api::authentication::v1::TokenReviewStatus;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
 use super::fleet::Fleet;
+use super::review::{Reviewer, Reviews, TOKEN, Unavailable};
 
 mod claims;
 
 use claims::Claims;
 
-/// How long an accepted token is not reviewed again. Short: a deleted pod's token ends with its pod.
-const REMEMBERED: Duration = Duration::from_secs(10);
 /// Most remembered tokens.
 const REMEMBERED_TOKENS: usize = 16_384;
 /// Reviews at a time.
 const REVIEWS: usize = 32;
-/// Longest time that a review may take, waiting for its turn included.
-const REVIEW: Duration = Duration::from_secs(8);
-/// Longest token.
-const TOKEN: usize = 16 << 10;
 
 /// Who an agent is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,36 +107,16 @@ impl Refusal {
     }
 }
 
-/// The answer of a review, or why there is none.
-pub type Review<'a> = Pin<Box<dyn Future<Output = Result<TokenReviewStatus, String>> + Send + 'a>>;
-
-/// Asks whether a token is genuine.
-pub trait Reviewer: Send + Sync + 'static {
-    /// Reviews a token for an audience.
-    fn review<'a>(&'a self, token: &'a str, audience: &'a str) -> Review<'a>;
-}
-
-impl Reviewer for Client {
-    fn review<'a>(&'a self, token: &'a str, audience: &'a str) -> Review<'a> {
-        Box::pin(async move {
-            let spec =
-                TokenReviewSpec { audiences: Some(vec![audience.to_owned()]), token: Some(token.to_owned()) };
-            let review = TokenReview { spec, ..TokenReview::default() };
-            let api: Api<TokenReview> = Api::all(self.clone());
-            let answer =
-                api.create(&PostParams::default(), &review).await.map_err(|error| error.to_string())?;
-            answer.status.ok_or_else(|| "the review has no status".to_owned())
-        })
+impl From<Unavailable> for Refusal {
+    fn from(Unavailable(why): Unavailable) -> Self {
+        Self::ReviewUnavailable(why)
     }
 }
 
 /// Accepts or refuses agents.
 pub struct Authenticator {
-    reviewer: Box<dyn Reviewer>,
-    audience: String,
+    reviews: Reviews<Identity>,
     user: String,
-    turns: Semaphore,
-    accepted: Mutex<HashMap<[u8; 32], (Instant, Identity)>>,
 }
 
 impl Authenticator {
@@ -156,11 +124,8 @@ impl Authenticator {
     #[must_use]
     pub fn new(reviewer: impl Reviewer, audience: &str, namespace: &str, service_account: &str) -> Self {
         Self {
-            reviewer: Box::new(reviewer),
-            audience: audience.to_owned(),
+            reviews: Reviews::new(reviewer, audience, REVIEWS, REMEMBERED_TOKENS),
             user: format!("system:serviceaccount:{namespace}:{service_account}"),
-            turns: Semaphore::new(REVIEWS),
-            accepted: Mutex::default(),
         }
     }
 
@@ -178,42 +143,25 @@ impl Authenticator {
         // Not verified: the review does that. It spares reviews of what cannot be a token, and tells why one
         // was refused.
         let claims = Claims::of(token).ok_or(Refusal::MalformedToken)?;
-        let identity = self.identify(token, &claims).await?;
+        if claims.expires <= SystemTime::now() {
+            return Err(Refusal::Expired);
+        }
+        let identity = self.reviews.holder(token, |status| self.judge(status, &claims)).await?;
         if !fleet.knows(&identity.node) {
             return Err(Refusal::UnknownNode(identity.node.to_string()));
         }
         Ok(identity)
     }
 
-    async fn identify(&self, token: &str, claims: &Claims) -> Result<Identity, Refusal> {
-        let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if claims.expires <= SystemTime::now() {
-            return Err(Refusal::Expired);
-        }
-        if let Some(identity) = self.remembered(&hash) {
-            return Ok(identity);
-        }
-        let review = async {
-            let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
-            self.reviewer.review(token, &self.audience).await
-        };
-        let answer = tokio::time::timeout(REVIEW, review).await;
-        let status = answer
-            .map_err(|_| Refusal::ReviewUnavailable("no answer in time".to_owned()))?
-            .map_err(Refusal::ReviewUnavailable)?;
-        let identity = self.judge(status, claims)?;
-        self.remember(hash, &identity);
-        Ok(identity)
-    }
-
     fn judge(&self, status: TokenReviewStatus, claims: &Claims) -> Result<Identity, Refusal> {
-        let ours = |audiences: &[String]| audiences.contains(&self.audience);
+        let ours =
+            |audiences: &[String]| audiences.iter().any(|audience| audience == self.reviews.audience());
         if status.authenticated != Some(true) {
             return Err(self.explain(status.error.unwrap_or_default(), claims));
         }
         // An API server that does not know audiences answers with none.
         if !status.audiences.as_deref().is_some_and(ours) {
-            return Err(Refusal::WrongAudience(self.audience.clone()));
+            return Err(Refusal::WrongAudience(self.reviews.audience().to_owned()));
         }
         let user = status.user.unwrap_or_default();
         let name = user.username.unwrap_or_default();
@@ -232,8 +180,8 @@ impl Authenticator {
     /// Why the API server refused. Its text is for people; what the token says about itself is more precise,
     /// and lying there gains nothing but another word in the log.
     fn explain(&self, error: String, claims: &Claims) -> Refusal {
-        if !claims.audiences.contains(&self.audience) {
-            return Refusal::WrongAudience(self.audience.clone());
+        if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
+            return Refusal::WrongAudience(self.reviews.audience().to_owned());
         }
         if error.contains("expired") {
             return Refusal::Expired;
@@ -244,22 +192,5 @@ impl Authenticator {
             return Refusal::PodGone;
         }
         Refusal::NotAuthenticated(error)
-    }
-
-    fn remembered(&self, hash: &[u8; 32]) -> Option<Identity> {
-        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        let (until, identity) = accepted.get(hash)?;
-        (*until > Instant::now()).then(|| identity.clone())
-    }
-
-    fn remember(&self, hash: [u8; 32], identity: &Identity) {
-        let now = Instant::now();
-        let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        if accepted.len() >= REMEMBERED_TOKENS {
-            accepted.retain(|_, (until, _)| *until > now);
-        }
-        if accepted.len() < REMEMBERED_TOKENS {
-            accepted.insert(hash, (now + REMEMBERED, identity.clone()));
-        }
     }
 }

@@ -20,7 +20,7 @@ use switchtower_proto::v1::{
 };
 use tokio::net::TcpStream;
 
-use super::auth::{Review, Reviewer};
+use super::review::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
 use crate::propagation::{Propagation, PropagationMetrics};
