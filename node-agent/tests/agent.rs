@@ -9,14 +9,18 @@ mod controller;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
 #[path = "support/fleet.rs"]
 mod fleet;
+#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
+#[path = "support/process.rs"]
+mod process;
 
 use std::net::UdpSocket;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use controller::{DEADLINE, FakeController, FakeStream};
 use fleet::Fleet;
+use process::{Agent, BINARY};
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;
@@ -43,57 +47,6 @@ fn shell(line: &str) -> String {
     let output = Command::new("sh").args(["-c", line]).output().unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
-}
-
-const BINARY: &str = env!("CARGO_BIN_EXE_switchtower-node-agent");
-
-struct Agent {
-    child: Child,
-}
-
-impl Agent {
-    fn start(directory: &Path) -> Self {
-        Self::start_with(&mut Command::new(BINARY), directory)
-    }
-
-    fn start_with(command: &mut Command, directory: &Path) -> Self {
-        let child = command
-            .args(["--node-name", "node-1", "--log-level", "warn"])
-            .arg("--bootstrap-dir")
-            .arg(directory)
-            .arg("--token-file")
-            .arg(directory.join("token"))
-            .arg("--state-dir")
-            .arg(directory.join("state"))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Agent { child }
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    fn terminate(&mut self) {
-        // SAFETY: the process is this test's child and not yet waited for.
-        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
-        assert!(self.child.wait().unwrap().success());
-    }
-
-    fn resident_kilobytes(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
@@ -132,7 +85,7 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(50, 3);
-        let (mut controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
+        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
         eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
         let missed = fleet.add_endpoint(7, 5);
         stream.update(missed.clone()).await;

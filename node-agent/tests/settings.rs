@@ -12,6 +12,9 @@ mod fleet;
 #[allow(unreachable_pub, reason = "a module of its own, as those above")]
 #[path = "support/node.rs"]
 mod node;
+#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
+#[path = "support/process.rs"]
+mod process;
 
 mod common;
 
@@ -22,7 +25,8 @@ use std::time::{Duration, Instant};
 use common::Lab;
 use controller::{DEADLINE, FakeController, FakeStream};
 use fleet::Fleet;
-use node::{Agent, Connection, Watcher, ask, serve_lines};
+use node::{Connection, Watcher, ask, serve_lines};
+use process::Agent;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::*;
 
@@ -291,7 +295,7 @@ fn settings_that_break_a_node_port_are_left_again_without_a_controller() {
         connection.exchange("after the rollback");
 
         // A restarted agent keeps the fallback, and the next controller learns what happened.
-        scene.agent.kill_now();
+        scene.agent.kill();
         scene.agent = Agent::start(scene.directory.path());
         scene.stream = scene.controller.accept().await;
         let hello = scene.stream.hello.clone();
@@ -338,7 +342,7 @@ fn killed_in_the_middle_of_a_trial_the_next_agent_goes_on() {
         scene.send_on_trial(good, vec![probe(ProbeKind::ClusterIp, "80")], 2_000).await;
         let (status, _) = scene.until(TrialPhase::Watching).await;
         assert!(status.results[0].ok_before);
-        scene.agent.kill_now();
+        scene.agent.kill();
         scene.agent = Agent::start(scene.directory.path());
         scene.stream = scene.controller.accept().await;
         let hello = scene.stream.hello.clone();

@@ -1,10 +1,7 @@
-//! The agent's process in a laboratory's node, backends that keep connections, and clients that watch them.
+//! In a laboratory's node: backends that keep connections, and clients that watch them.
 
-use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -13,51 +10,6 @@ use std::time::{Duration, Instant};
 use super::common::Namespace;
 
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// The agent's process, in the network namespace of the thread that starts it.
-pub struct Agent {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Agent {
-    /// Starts it with the files of `directory`; it logs warnings to a file there.
-    pub fn start(directory: &Path) -> Self {
-        let log = directory.join("agent.log");
-        let file = File::options().create(true).append(true).open(&log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_switchtower-node-agent"))
-            .args(["--node-name", "node-1", "--log-level", "warn"])
-            .arg("--bootstrap-dir")
-            .arg(directory)
-            .arg("--token-file")
-            .arg(directory.join("token"))
-            .arg("--state-dir")
-            .arg(directory.join("state"))
-            .stdin(Stdio::null())
-            .stderr(file)
-            .spawn()
-            .unwrap();
-        Agent { child, log }
-    }
-
-    /// All that it has logged.
-    pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// SIGKILL.
-    pub fn kill_now(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// A backend that says "name, address of the peer" in a line and then echoes lines.
 pub fn serve_lines(namespace: &Namespace, name: &'static str, port: u16) {

@@ -1,0 +1,72 @@
+//! The agent's process.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// The agent's program.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_switchtower-node-agent");
+
+/// The agent's process, in the network namespace of the thread that starts it; it ends with the value.
+pub struct Agent {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Agent {
+    /// Starts it with the files of `directory`; it logs warnings to a file there.
+    pub fn start(directory: &Path) -> Self {
+        Self::start_with(&mut Command::new(BINARY), directory)
+    }
+
+    /// The same by another command.
+    pub fn start_with(command: &mut Command, directory: &Path) -> Self {
+        let log = directory.join("agent.log");
+        let file = File::options().create(true).append(true).open(&log).unwrap();
+        let child = command
+            .args(["--node-name", "node-1", "--log-level", "warn"])
+            .arg("--bootstrap-dir")
+            .arg(directory)
+            .arg("--token-file")
+            .arg(directory.join("token"))
+            .arg("--state-dir")
+            .arg(directory.join("state"))
+            .stdin(Stdio::null())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        Agent { child, log }
+    }
+
+    /// All that it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; it must end well.
+    pub fn terminate(&mut self) {
+        // SAFETY: the process is this test's child and not yet waited for.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        assert!(self.child.wait().unwrap().success(), "{}", self.log());
+    }
+
+    /// Resident memory, in KiB.
+    pub fn resident_kilobytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
