@@ -7,7 +7,6 @@
 mod common;
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -19,12 +18,7 @@ use serde_json::json;
 use switchtower_e2e::probe::{Outcome, Transport};
 use switchtower_e2e::{objects, wait};
 
-use common::{SOON, Scene, answered_by, cluster_ip, eventually, fleet};
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// Another Service answers, and follows a change: the controller and the agents go on.
 fn others_work(scene: &Scene) {

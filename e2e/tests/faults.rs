@@ -9,7 +9,6 @@ mod common;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -19,12 +18,7 @@ use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::FleetNode;
 use switchtower_e2e::{kernel_reader, objects, wait};
 
-use common::{SOON, Scene, answered_by, cluster_ip, eventually, fleet};
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// A Service on a1, b1 and c1, and its ClusterIP.
 fn scene(name: &str) -> (Scene, SocketAddr) {

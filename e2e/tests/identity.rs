@@ -8,7 +8,6 @@ mod common;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::ensure;
@@ -19,15 +18,9 @@ use switchtower_e2e::control_plane::ISSUER;
 use switchtower_e2e::switchtower::{AGENT_ACCOUNT, AUDIENCE, Fleet, NAMESPACE};
 use switchtower_e2e::{objects, wait};
 
-use common::{SOON, fleet, node};
+use common::{SOON, alone, fleet, node};
 
 const REFUSALS: &str = "switchtower_refusals_total";
-
-/// Counters are the fleet's: one test at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn count(fleet: &Fleet, metric: &str, reason: &str) -> f64 {
     fleet.controller_metric(metric, &format!("reason=\"{reason}\"")).unwrap()

@@ -8,7 +8,6 @@ mod common;
 
 use std::fs;
 use std::net::TcpListener;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -19,16 +18,11 @@ use serde_json::{Value, json};
 use switchtower_e2e::switchtower::{AGENT_ACCOUNT, Fleet, FleetNode, NAMESPACE};
 use switchtower_e2e::{objects, wait};
 
-use common::{fleet, node};
+use common::{alone, fleet, node};
 
 /// A lost stream shows after ten seconds, and an agent is asked every five.
 const SHOWN: Duration = Duration::from_secs(45);
 const BOOTSTRAP: &str = "switchtower-bootstrap";
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Writes the status of a node's agent's Pod, as its kubelet would.
 fn pod_status(node: &FleetNode, state: &Value, last_state: &Value, restarts: u32) {

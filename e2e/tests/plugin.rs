@@ -12,7 +12,6 @@ mod common;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -22,12 +21,7 @@ use switchtower_e2e::probe::{Outcome, Transport};
 use switchtower_e2e::switchtower::NAMESPACE;
 use switchtower_e2e::wait;
 
-use common::{SOON, Scene, answered_by, cluster_ip, eventually, fleet};
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// Runs the plugin; prints what it said if the test fails.
 fn ask(arguments: &[&str]) -> Answer {

@@ -8,7 +8,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,15 +18,10 @@ use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStat
 use switchtower_e2e::probe::Transport;
 use switchtower_e2e::wait;
 
-use common::{Scene, answered_by, cluster_ip, fleet};
+use common::{Scene, alone, answered_by, cluster_ip, fleet};
 
 /// How long a rollout may take on a machine that builds something else beside.
 const PATIENCE: Duration = Duration::from_secs(40);
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn kubectl(arguments: &[&str]) -> Result<String> {
     fleet().control_plane().kubectl(arguments)

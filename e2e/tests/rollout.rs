@@ -9,7 +9,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,18 +19,13 @@ use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
 use switchtower_e2e::wait;
 
-use common::{Scene, cluster_ip, node_port};
+use common::{Scene, alone, cluster_ip, node_port};
 
 /// A whole rollout, on a machine that builds something else beside. Agents whose controllers die one after another
 /// come back later and later.
 const ROLLOUT: Duration = Duration::from_secs(120);
 const NODES: usize = 12;
 const CANARY: &str = "n05";
-
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Twelve nodes in three zones; two have a pod, one is labelled as a canary.
 fn fleet() -> &'static Fleet {

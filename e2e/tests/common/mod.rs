@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -36,6 +36,12 @@ pub(crate) fn nodes() -> [NodeSpec; 3] {
 pub(crate) fn fleet() -> &'static Fleet {
     static FLEET: OnceLock<Fleet> = OnceLock::new();
     FLEET.get_or_init(|| Fleet::start(&nodes()).unwrap_or_else(|error| panic!("{error:#}")))
+}
+
+/// The turn of a test that disturbs the fleet, or counts what happens in it. One that failed is none of the next one's.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A node of a fleet.
