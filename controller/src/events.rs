@@ -123,7 +123,7 @@ async fn publish_one(client: &Client, recorder: &Recorder, problem: &Problem) ->
         type_: EventType::Warning,
         reason: reason(problem.reason).to_owned(),
         note: Some(shorten(&problem.message, NOTE_BYTES)),
-        action: "Compile".to_owned(),
+        action: action(problem.reason).to_owned(),
         secondary: None,
     };
     recorder.publish(&event, &reference).await?;
@@ -153,6 +153,15 @@ fn reason(reason: ProblemReason) -> &'static str {
         ProblemReason::InvalidPort => "InvalidPort",
         ProblemReason::IncompleteNode => "IncompleteNode",
         ProblemReason::LimitExceeded => "LimitExceeded",
+        ProblemReason::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
+    }
+}
+
+/// What was being done.
+fn action(reason: ProblemReason) -> &'static str {
+    match reason {
+        ProblemReason::FailedToStartServiceHealthcheck => "Listen",
+        _ => "Compile",
     }
 }
 

@@ -238,7 +238,12 @@ async fn start_parts(
     let age = upstream.clone();
     let Followed { propagation, traces, new_trace } = follow_changes(replica, registry)?;
     let age = Arc::new(move || age.age());
-    let fleet = Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation);
+    let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
+    tokio::spawn(publisher);
+    let sink = events.clone();
+    let problems = Arc::new(move |problem| sink.report([problem]));
+    let fleet =
+        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation, problems);
     registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     // Rows first: sessions continue from the generations in them.
@@ -263,8 +268,6 @@ async fn start_parts(
     let (more_nodes, node_events) = mpsc::unbounded_channel();
     tokio::spawn(rollouts.run(node_events));
 
-    let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
-    tokio::spawn(publisher);
     let batches = start_watches(client, args, &upstream, registry)?;
     let (head, head_seen) = channel::channel(None);
     let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };

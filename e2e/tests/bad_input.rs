@@ -6,7 +6,7 @@
 #[cfg(test)]
 mod common;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -16,6 +16,7 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
 use switchtower_e2e::probe::{Outcome, Transport};
+use switchtower_e2e::switchtower::http_get;
 use switchtower_e2e::{objects, wait};
 
 use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
@@ -177,4 +178,29 @@ fn a_thousand_endpoints_do_not_stop_the_rest() {
     scene.fleet.kube().apply(&objects::slice("many", "web-tcp", "web", false, &ports, &endpoints)).unwrap();
     answered_by("its other port", scene.pod("b1"), Transport::Tcp, cluster_ip(&service, false), &["c1"]);
     others_work(&scene);
+}
+
+#[test]
+fn a_health_check_node_port_that_is_taken_is_told_and_answers_when_it_is_free() {
+    let _alone = alone();
+    let scene = Scene::new("taken");
+    let net = &scene.node("beta").net;
+    let port = 32_345;
+    let to = SocketAddr::new(net.address(false), port);
+    let squatter = net.namespace.run(|| TcpListener::bind(to)).unwrap().unwrap();
+    let extra = json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": port});
+    scene.load_balancer("web", &extra, &["203.0.113.31"]);
+    scene.endpoints("web", &["b1"]);
+    let message = event("taken", "web", "FailedToStartServiceHealthcheck");
+    assert!(message.contains("node beta") && message.contains(&to.to_string()), "{message}");
+    let virtual_address = SocketAddr::new("203.0.113.31".parse().unwrap(), 80);
+    answered_by("the Service", &net.client, Transport::Tcp, virtual_address, &["b1"]);
+    others_work(&scene);
+    drop(squatter);
+    wait::until("the health check answers", SOON, || {
+        let answer = net.client.run(|| http_get(to, "/"))??;
+        ensure!(answer.contains(" 200 "), "{answer}");
+        Ok(())
+    })
+    .unwrap();
 }

@@ -13,7 +13,7 @@ mod trial;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use switchtower_proto::v1::{Nack, NackReason, Stamp as WireStamp, View};
+use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason, Stamp as WireStamp, View};
 use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
@@ -102,6 +102,8 @@ pub struct Engine {
     drift_repaired: u64,
     /// Rules of kube-proxy exist beside ours.
     foreign_proxy: bool,
+    /// What health checks cannot be listened on.
+    health_check_failures: Vec<HealthCheckFailure>,
 }
 
 impl Engine {
@@ -143,6 +145,7 @@ impl Engine {
             last_snapshot: None,
             drift_repaired: 0,
             foreign_proxy: false,
+            health_check_failures: Vec::new(),
         };
         match stamp {
             Ok(stamp) => engine.kernel = stamp,
@@ -243,7 +246,7 @@ impl Engine {
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
-                if self.foreign_proxy {
+                if self.foreign_proxy || !self.health_check_failures.is_empty() {
                     self.tell("", None);
                 }
             }
@@ -277,6 +280,10 @@ impl Engine {
             Command::ForeignProxy(present) => {
                 tracing::warn!(present, "kube-proxy's rules beside ours");
                 self.foreign_proxy = present;
+                self.tell("", None);
+            }
+            Command::HealthCheckFailures(failures) => {
+                self.health_check_failures = failures;
                 self.tell("", None);
             }
             Command::Probed { number, measured } => self.probed(number, measured),

@@ -146,7 +146,7 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
         for address in servers.1 {
             tokio::spawn(serve(address, "metrics", router.clone()));
         }
-        tokio::spawn(serve_node_ports(health, metrics.clone()));
+        tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
         until_stopped(controllers, identity, commands, metrics, contact).await
     });
     wait_for(&runtime, &engine);

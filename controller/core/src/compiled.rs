@@ -43,6 +43,8 @@ pub enum ProblemReason {
     IncompleteNode,
     /// More endpoints or ports than the limits allow; the rest was left out.
     LimitExceeded,
+    /// A node cannot listen on the Service's health check node port (kube-proxy's word).
+    FailedToStartServiceHealthcheck,
 }
 
 /// Something wrong with one object. It never stops the others.

@@ -41,7 +41,14 @@ fn router() -> Router {
     let age = || Some(Duration::from_millis(70));
     let followed = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
     let propagation = Arc::new(Propagation::new(Limits::default(), followed));
-    let fleet = Fleet::new(builtin_settings(), Floors::default(), metrics, Arc::new(age), propagation);
+    let fleet = Fleet::new(
+        builtin_settings(),
+        Floors::default(),
+        metrics,
+        Arc::new(age),
+        propagation,
+        Arc::new(drop),
+    );
     let mut compiler = Compiler::new();
     compiler.apply(Input::Node(Node {
         name: "n1".into(),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
-use switchtower_core::compiled::Compiled;
+use switchtower_core::compiled::{Compiled, Problem};
 use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Delivery, Publication, Slot};
@@ -30,6 +30,8 @@ use crate::status::{Floor, Floors, Observation};
 
 /// How old what the API server said last is; `None` if that is not known.
 pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
+/// Takes what nodes find wrong with objects; never blocks.
+pub type ProblemSink = Arc<dyn Fn(Problem) + Send + Sync>;
 
 /// What a stream is told from outside of its task.
 #[derive(Debug, Default)]
@@ -92,6 +94,7 @@ pub struct Fleet {
     metrics: ServeMetrics,
     upstream: UpstreamAge,
     propagation: Arc<Propagation>,
+    problems: ProblemSink,
     dirty: Mutex<BTreeSet<Arc<str>>>,
     changed: Notify,
     /// One snapshot is compressed at a time; who comes later finds it done.
@@ -129,6 +132,7 @@ impl Fleet {
         metrics: ServeMetrics,
         upstream: UpstreamAge,
         propagation: Arc<Propagation>,
+        problems: ProblemSink,
     ) -> Arc<Self> {
         let builtin: SettingsName = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
@@ -145,6 +149,7 @@ impl Fleet {
             metrics,
             upstream,
             propagation,
+            problems,
             dirty: Mutex::default(),
             changed: Notify::new(),
             compressing: tokio::sync::Mutex::default(),
@@ -311,6 +316,11 @@ impl Fleet {
         }
         self.unfollow(entry);
         Some((floor.session, signal))
+    }
+
+    /// Something wrong with an object, as a node finds it.
+    pub(super) fn problem(&self, problem: Problem) {
+        (self.problems)(problem);
     }
 
     /// Changes what is known of a node, if `session` still is its stream.

@@ -81,6 +81,7 @@ impl Lab {
             metrics.clone(),
             Arc::new(|| Some(Duration::ZERO)),
             propagation.clone(),
+            Arc::new(drop),
         );
         let authenticator =
             Authenticator::new(Fake, "switchtower", "switchtower-system", "switchtower-node-agent");

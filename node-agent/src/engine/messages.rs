@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use switchtower_proto::v1::{
-    Ack, Deviations, Nack, Part, Query, Report, Stamp as WireStamp, TrialStatus, Update, UpdateEnd, View,
+    Ack, Deviations, HealthCheckFailure, Nack, Part, Query, Report, Stamp as WireStamp, TrialStatus, Update,
+    UpdateEnd, View,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -36,6 +37,8 @@ pub enum Command {
     },
     /// Whether kube-proxy's rules exist beside ours; told when it changes.
     ForeignProxy(bool),
+    /// The healthCheckNodePorts that cannot be listened on; told when they change.
+    HealthCheckFailures(Vec<HealthCheckFailure>),
     /// What a round of probes found.
     Probed {
         /// The round's number.
@@ -61,7 +64,7 @@ pub enum Event {
     Ack(Ack),
     /// An update was refused, or the kernel refuses it for now.
     Nack(Nack),
-    /// Drift was repaired, or kube-proxy's rules came or went.
+    /// Drift was repaired, or what stands beside the generations changed.
     Report(Report),
 }
 

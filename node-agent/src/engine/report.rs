@@ -40,6 +40,7 @@ impl Engine {
             drift_cause: drift_cause.into(),
             foreign_proxy: self.foreign_proxy,
             trial,
+            health_check_failures: self.health_check_failures.clone(),
         };
         self.send(Event::Report(report));
     }

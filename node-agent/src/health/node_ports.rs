@@ -1,6 +1,6 @@
 //! healthCheckNodePort servers: how a cloud load balancer learns whether this node has local endpoints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -8,14 +8,19 @@ use axum::Router;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::IntoResponse;
 use serde_json::json;
+use switchtower_proto::v1::{HealthCheckFailure, HealthCheckKey};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::Health;
+use super::{Health, HealthTargets};
+use crate::engine::Command;
 use crate::metrics::Metrics;
 
 /// Pause before a port that could not be bound is tried again.
 const BIND_RETRY: Duration = Duration::from_secs(5);
+/// Most failures that are told.
+const FAILURES: usize = 16;
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
 type Service = (String, String);
@@ -29,45 +34,41 @@ impl Drop for Server {
 }
 
 /// Keeps one listener per health check and address; follows what is published after commits. Counts are read
-/// when a question comes, so only a new or vanished port touches a listener.
-pub async fn serve_node_ports(health: Health, metrics: Metrics) {
+/// when a question comes, so only a new or vanished port touches a listener. What cannot be listened on is tried
+/// again, and told to the engine when it changes.
+pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::Sender<Command>) {
     let mut targets = health.subscribe();
     let mut servers: BTreeMap<(Service, SocketAddr), Server> = BTreeMap::new();
+    let mut told = Vec::new();
     loop {
-        let wanted: Vec<(Service, SocketAddr)> = {
-            let targets = targets.borrow_and_update();
-            let checks = targets.checks.iter();
-            checks
-                .flat_map(|(service, check)| {
-                    targets
-                        .bind
-                        .iter()
-                        .map(|address| (service.clone(), SocketAddr::new(*address, check.port)))
-                })
-                .collect()
-        };
+        let wanted = listeners(&targets.borrow_and_update());
         servers.retain(|key, _| wanted.contains(key));
-        let mut failed = false;
+        let mut failures = Vec::new();
         for key in wanted {
             if servers.contains_key(&key) {
                 continue;
             }
             match listen(key.1) {
                 Ok(listener) => {
-                    let serving =
-                        axum::serve(listener, router(health.clone(), key.0.clone(), key.1.is_ipv6()));
-                    let server = tokio::spawn(async move {
-                        // axum's accept loop ends only with its task.
-                        let _ = serving.await;
-                    });
+                    let server = tokio::spawn(serve(listener, health.clone(), key.clone()));
                     servers.insert(key, Server(server));
                 }
                 Err(error) => {
-                    failed = true;
                     metrics.health_check_bind_failures.inc();
-                    let (namespace, name) = &key.0;
-                    tracing::warn!(namespace, name, address = %key.1, %error, "cannot listen on the healthCheckNodePort; trying again");
+                    let ((namespace, name), address) = key;
+                    tracing::warn!(namespace, name, %address, %error, "cannot listen on the healthCheckNodePort; trying again");
+                    let key = Some(HealthCheckKey { namespace, name });
+                    let (address, error) = (address.to_string(), error.to_string());
+                    failures.push(HealthCheckFailure { key, address, error });
                 }
+            }
+        }
+        let failed = !failures.is_empty();
+        failures.truncate(FAILURES);
+        if failures != told {
+            told.clone_from(&failures);
+            if commands.send(Command::HealthCheckFailures(failures)).await.is_err() {
+                return;
             }
         }
         let changed = if failed {
@@ -79,6 +80,21 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics) {
             return;
         }
     }
+}
+
+/// Every health check with every address that it is to be listened on.
+fn listeners(targets: &HealthTargets) -> BTreeSet<(Service, SocketAddr)> {
+    let checks = targets.checks.iter();
+    checks
+        .flat_map(|(service, check)| {
+            targets.bind.iter().map(|address| (service.clone(), SocketAddr::new(*address, check.port)))
+        })
+        .collect()
+}
+
+/// axum's accept loop ends only with its task.
+async fn serve(listener: TcpListener, health: Health, (service, address): (Service, SocketAddr)) {
+    let _ = axum::serve(listener, router(health, service, address.is_ipv6())).await;
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {

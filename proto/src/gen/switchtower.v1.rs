@@ -574,6 +574,20 @@ pub struct Report {
     /// absent: nothing new since the last Report or Hello
     #[prost(message, optional, tag = "5")]
     pub trial: ::core::option::Option<TrialStatus>,
+    /// healthCheckNodePorts that the node cannot listen on now, as long as that lasts; at most 16.
+    #[prost(message, repeated, tag = "6")]
+    pub health_check_failures: ::prost::alloc::vec::Vec<HealthCheckFailure>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HealthCheckFailure {
+    #[prost(message, optional, tag = "1")]
+    pub key: ::core::option::Option<HealthCheckKey>,
+    /// "192.0.2.1:32000"
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    /// what the kernel says
+    #[prost(string, tag = "3")]
+    pub error: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ControllerMessage {
