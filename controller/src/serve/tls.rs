@@ -24,8 +24,8 @@ use crate::bootstrap::CaPem;
 pub const SERVER_NAME: &str = "switchtower-controller";
 /// Handshakes at a time.
 const HANDSHAKES: usize = 256;
-/// Longest handshake.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Longest handshake: as a whole fleet that comes back at once needs on a busy machine, whose work would be lost else.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 
