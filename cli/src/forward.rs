@@ -44,8 +44,8 @@ impl Forward {
         let (Some(out), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(CliError::new("kubectl has no output"));
         };
+        let mut lines = BufReader::new(out).lines();
         let listening = async {
-            let mut lines = BufReader::new(out).lines();
             while let Ok(Some(line)) = lines.next_line().await {
                 if let Some(address) = local_address(&line) {
                     return Some(address);
@@ -54,6 +54,9 @@ impl Forward {
             None
         };
         if let Ok(Some(address)) = tokio::time::timeout(PATIENCE, listening).await {
+            // Read until its end: a line for each connection follows, and kubectl dies of a pipe that nobody reads.
+            tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+            tokio::spawn(async move { tokio::io::copy(&mut errors, &mut tokio::io::sink()).await });
             return Ok(Self { address, _kubectl: child });
         }
         let _ = child.start_kill();
