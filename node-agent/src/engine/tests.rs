@@ -207,6 +207,38 @@ fn a_current_file_is_adopted_without_a_write() {
 }
 
 #[test]
+fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(5, 2);
+    let (mut first, _) = engine(&kernel, directory.path());
+    play(&mut first, fleet.snapshot());
+    first.write_snapshot();
+    drop(first);
+    kernel.lock().fail = Some(libc::EPERM);
+    let (mut second, _) = engine(&kernel, directory.path());
+    let (standing, mut events) = attach(&mut second);
+    assert!(
+        standing.view.is_none(),
+        "resumed, it would count as up to date while its kernel refuses everything"
+    );
+    fleet.generation += 1;
+    play(&mut second, fleet.snapshot());
+    match events.try_recv() {
+        Ok(Event::Nack(nack)) => {
+            assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM));
+        }
+        other => panic!("a Nack is due, this came: {other:?}"),
+    }
+    // A kernel that answers again is proof of what it holds.
+    kernel.lock().fail = None;
+    fleet.generation += 1;
+    play(&mut second, fleet.snapshot());
+    assert_eq!(ack(&mut events).generation, 3);
+    assert!(attach(&mut second).0.view.is_some());
+}
+
+#[test]
 fn a_rebooted_node_is_programmed_from_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let fleet = Fleet::new(50, 3);
