@@ -6,4 +6,7 @@ set -euo pipefail
 require_root clean-lab
 require_cargo
 cd "$ROOT"
-exec cargo run -q -p switchtower-e2e --bin demo -- --sweep
+# The program of an earlier build will do. If there is none: the whole workspace, because one package alone has its
+# dependencies compiled again with other features.
+[ -x "$(target_dir)/debug/demo" ] || build_workspace_binaries ""
+exec "$(target_dir)/debug/demo" --sweep

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The prefix of everything that a laboratory names.
+/// The prefix of everything that a laboratory names, the agent's kernel tests included.
 pub const PREFIX: &str = "stlab-";
 const NAMESPACE_DIRECTORY: &str = "/run/netns";
 

@@ -35,6 +35,16 @@ pub fn run(command: &[&str], input: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Prefix, process id and start time, as in all names of the laboratory: `make clean-lab` removes what belongs to no
+/// running process.
+fn run_name() -> String {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    // The second field is the program's name in parentheses and may contain spaces.
+    let (_, after_name) = stat.rsplit_once(')').unwrap();
+    let start: u64 = after_name.split_whitespace().nth(19).unwrap().parse().unwrap();
+    format!("stlab-{}x{start:x}", std::process::id())
+}
+
 /// A network namespace, removed when dropped.
 #[derive(Debug)]
 pub struct Namespace(pub String);
@@ -42,7 +52,7 @@ pub struct Namespace(pub String);
 impl Namespace {
     pub fn new(purpose: &str) -> Self {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("kernel-{}-{number}-{purpose}", std::process::id());
+        let name = format!("{}-{number}-{purpose}", run_name());
         run(&["ip", "netns", "add", &name], "");
         run(&["ip", "-n", &name, "link", "set", "lo", "up"], "");
         Namespace(name)
