@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -114,6 +116,15 @@ pub enum Outcome {
 /// Results by test name.
 pub type Outcomes = BTreeMap<String, Outcome>;
 
+/// A run of the suite.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// How each test ended.
+    pub outcomes: Outcomes,
+    /// How long all of it took.
+    pub duration: Duration,
+}
+
 /// Runs the tests and prints the report. An error if a test failed that does not fail with kube-proxy too.
 pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     fs::create_dir_all(&run.out).with_context(|| format!("making {}", run.out.display()))?;
@@ -126,14 +137,14 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     let (focus, skip) = run.part.filters();
     let focus = run.focus.as_deref().unwrap_or(focus);
     let status = run_suite(layout, tools, run, (focus, &skip), &out, &json, &log)?;
-    let outcomes = read(&out.join(&json))
+    let report = read(&out.join(&json))
         .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
     let baseline = format!("{}.json", run.part.report("kube-proxy"));
     let baseline = read(&out.join(baseline)).unwrap_or_default();
-    let report = render(&run.label, &outcomes, &baseline);
-    fs::write(out.join(format!("{name}.md")), &report).context("writing the report")?;
-    print(&report)?;
-    let worse = worse_than(&outcomes, &baseline);
+    let text = render(&run.label, &report, &baseline);
+    fs::write(out.join(format!("{name}.md")), &text).context("writing the report")?;
+    print(&text)?;
+    let worse = worse_than(&report.outcomes, &baseline.outcomes);
     if !worse.is_empty() {
         bail!("{} tests failed that do not fail with kube-proxy, or have no result there", worse.len());
     }
@@ -141,7 +152,8 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
 }
 
 /// Ginkgo, in the hub's network, which reaches pods, nodes and VIPs, but with the host's files. Services of
-/// type LoadBalancer get addresses meanwhile.
+/// type LoadBalancer get addresses meanwhile. In a namespace of processes of its own: the suite's processes end
+/// with this one, however it ends.
 fn run_suite(
     layout: &Layout,
     tools: &Tools,
@@ -155,6 +167,7 @@ fn run_suite(
     let mut command = Command::new("nsenter");
     command
         .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
+        .args(["unshare", "--pid", "--fork", "--kill-child"])
         .arg(tools.cluster("ginkgo"))
         .args([
             format!("--procs={}", if run.part == Part::Serial { 1 } else { run.processes }),
@@ -173,8 +186,16 @@ fn run_suite(
         .stderr(output.try_clone().context("duplicating the log's descriptor")?)
         .stdout(output);
     let stop = AtomicBool::new(false);
+    // SAFETY: prctl is async-signal-safe and touches only the new process.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let balancer = LoadBalancer::new(layout)?;
     std::thread::scope(|scope| {
-        scope.spawn(|| LoadBalancer::new(layout, tools).run(&stop));
+        scope.spawn(|| balancer.run(&stop));
         let status = command.status().context("ginkgo could not be started");
         stop.store(true, Ordering::Relaxed);
         status
@@ -188,17 +209,22 @@ fn worse_than<'a>(outcomes: &'a Outcomes, baseline: &Outcomes) -> Vec<&'a String
 }
 
 /// Reads ginkgo's JSON report; tests that the filters left out are not in the result.
-pub fn read(path: &Path) -> Result<Outcomes> {
+pub fn read(path: &Path) -> Result<Report> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     let suites: Vec<Suite> = serde_json::from_str(&text)
         .with_context(|| format!("{} is no report of ginkgo's", path.display()))?;
+    let duration = Duration::from_nanos(suites.iter().map(|suite| suite.run_time).sum());
     let specs = suites.into_iter().flat_map(|suite| suite.spec_reports.unwrap_or_default());
-    Ok(specs.filter(|spec| spec.leaf_node_type == "It").filter_map(Spec::outcome).collect())
+    let outcomes = specs.filter(|spec| spec.leaf_node_type == "It").filter_map(Spec::outcome).collect();
+    Ok(Report { outcomes, duration })
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Suite {
+    /// Nanoseconds.
+    #[serde(default)]
+    run_time: u64,
     spec_reports: Option<Vec<Spec>>,
 }
 
@@ -242,20 +268,20 @@ impl Spec {
 }
 
 /// A table of counts, then every test that did not pass, in Markdown.
-pub fn render(label: &str, outcomes: &Outcomes, baseline: &Outcomes) -> String {
-    let mut text =
-        format!("| proxy | passed | failed | skipped |\n|---|---|---|---|\n{}", row(label, outcomes));
-    if label != "kube-proxy" && !baseline.is_empty() {
+pub fn render(label: &str, report: &Report, baseline: &Report) -> String {
+    let head = "| proxy | passed | failed | skipped | duration |\n|---|---|---|---|---|\n";
+    let mut text = format!("{head}{}", row(label, report));
+    if label != "kube-proxy" && !baseline.outcomes.is_empty() {
         text.push_str(&row("kube-proxy", baseline));
     }
     text.push_str("\n| test | outcome |\n|---|---|\n");
-    for (name, outcome) in outcomes {
+    for (name, outcome) in &report.outcomes {
         let line = match outcome {
             Outcome::Passed => continue,
             Outcome::Failed(reason) => format!("failed: {reason}"),
             Outcome::Skipped(reason) => format!("skipped: {reason}"),
         };
-        let with_kube_proxy = match baseline.get(name) {
+        let with_kube_proxy = match baseline.outcomes.get(name) {
             Some(Outcome::Failed(_)) if label != "kube-proxy" => " (fails with kube-proxy too)",
             _ => "",
         };
@@ -264,23 +290,24 @@ pub fn render(label: &str, outcomes: &Outcomes, baseline: &Outcomes) -> String {
     text
 }
 
-fn row(label: &str, outcomes: &Outcomes) -> String {
+fn row(label: &str, report: &Report) -> String {
     let (mut passed, mut failed, mut skipped) = (0_u32, 0_u32, 0_u32);
-    for outcome in outcomes.values() {
+    for outcome in report.outcomes.values() {
         match outcome {
             Outcome::Passed => passed += 1,
             Outcome::Failed(_) => failed += 1,
             Outcome::Skipped(_) => skipped += 1,
         }
     }
-    format!("| {label} | {passed} | {failed} | {skipped} |\n")
+    let seconds = report.duration.as_secs();
+    format!("| {label} | {passed} | {failed} | {skipped} | {seconds} s |\n")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const REPORT: &str = r#"[{"SpecReports": [
+    const REPORT: &str = r#"[{"RunTime": 2500000000, "SpecReports": [
         {"ContainerHierarchyTexts": null, "LeafNodeType": "SynchronizedBeforeSuite", "State": "passed"},
         {"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeType": "It", "LeafNodeText": "a", "State": "passed"},
         {"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeType": "It", "LeafNodeText": "b", "State": "failed",
@@ -290,7 +317,7 @@ mod tests {
         {"ContainerHierarchyTexts": ["[sig-storage] X"], "LeafNodeType": "It", "LeafNodeText": "d", "State": "skipped"}
     ]}]"#;
 
-    fn outcomes() -> Outcomes {
+    fn report() -> Report {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), REPORT).unwrap();
         read(file.path()).unwrap()
@@ -299,8 +326,9 @@ mod tests {
     #[test]
     fn filtered_tests_are_not_in_the_report() {
         assert_eq!(
-            render("switchtower", &outcomes(), &Outcomes::new()),
-            "| proxy | passed | failed | skipped |\n|---|---|---|---|\n| switchtower | 1 | 1 | 1 |\n\n\
+            render("switchtower", &report(), &Report::default()),
+            "| proxy | passed | failed | skipped | duration |\n|---|---|---|---|---|\n\
+             | switchtower | 1 | 1 | 1 | 2 s |\n\n\
              | test | outcome |\n|---|---|\n| [sig-network] Services b | failed: no answer |\n\
              | [sig-network] Services c | skipped: needs 3 nodes |\n"
         );
@@ -308,9 +336,9 @@ mod tests {
 
     #[test]
     fn only_what_kube_proxy_passes_counts_against_us() {
-        let mut baseline = outcomes();
-        assert!(worse_than(&outcomes(), &baseline).is_empty());
+        let mut baseline = report().outcomes;
+        assert!(worse_than(&report().outcomes, &baseline).is_empty());
         baseline.insert("[sig-network] Services b".into(), Outcome::Passed);
-        assert_eq!(worse_than(&outcomes(), &baseline), ["[sig-network] Services b"]);
+        assert_eq!(worse_than(&report().outcomes, &baseline), ["[sig-network] Services b"]);
     }
 }

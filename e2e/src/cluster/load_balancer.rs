@@ -1,58 +1,83 @@
 //! The cloud's part of a Service of type LoadBalancer, as small as it can be: an address in the Service's
 //! status, and a route for it in the hub to the nodes that may take its traffic.
 //!
-//! Nodes are chosen as a cloud does: all of them, or with externalTrafficPolicy Local those whose health
-//! check port answers 200. Address family: IPv4.
+//! Packets pass as they are: neither address is translated. Nodes are chosen as a cloud does: all of them, or
+//! with externalTrafficPolicy Local those whose health check port answers 200. Connections are spread over them
+//! by addresses and ports; with session affinity all connections of a client go to one node, here the same for
+//! every client, because the hub is the only one. Its address is outside the nodes' network, as a client's in
+//! the Internet. Address family: IPv4.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
-use serde_json::Value;
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Config, ResourceExt};
+use serde_json::{Value, json};
 
-use super::control_plane::Kubectl;
-use super::layout::{Layout, Tools};
+use super::layout::Layout;
 use super::shell::{run_line, say};
+use crate::api::Kube;
 
 const INTERVAL: Duration = Duration::from_millis(500);
 /// How long a node's health check may take; longer counts as unhealthy.
 const HEALTH_LIMIT: Duration = Duration::from_millis(500);
+/// The hub's address as a client of VIPs: of a block for documentation, no part of any network here.
+const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 
 /// Gives addresses to Services, until it is stopped.
 #[derive(Debug)]
 pub struct LoadBalancer {
     layout: Layout,
-    kubectl: Kubectl,
+    kube: Kube,
     /// Address of each Service, by namespace and name.
     addresses: BTreeMap<(String, String), Ipv4Addr>,
     /// The nodes that each address is routed to.
     routes: BTreeMap<Ipv4Addr, Vec<Ipv4Addr>>,
 }
 
-#[derive(Deserialize)]
-struct List {
-    items: Vec<Value>,
+/// What the balancer does for one address.
+struct Frontend {
+    address: Ipv4Addr,
+    /// Asks every node at this port whether it takes traffic; without it all do.
+    check_port: Option<u16>,
+    /// Keeps a client's connections on one node.
+    affinity: bool,
 }
 
 impl LoadBalancer {
     /// For this cluster; nothing is changed yet.
-    pub fn new(layout: &Layout, tools: &Tools) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The kubeconfig is unusable.
+    pub fn new(layout: &Layout) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .context("making the load balancer's runtime")?;
+        let kubeconfig =
+            Kubeconfig::read_from(layout.kubeconfig()).context("reading the cluster's kubeconfig")?;
+        let config =
+            runtime.block_on(Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()))?;
+        Ok(Self {
             layout: layout.clone(),
-            kubectl: Kubectl::new(layout, tools),
+            kube: Kube::new(config, Arc::new(runtime))?,
             addresses: BTreeMap::new(),
             routes: BTreeMap::new(),
-        }
+        })
     }
 
     /// Works until told to stop. What fails is said once and tried again.
     pub fn run(mut self, stop: &AtomicBool) {
         let mut said = String::new();
-        if let Err(error) = self.route_to_nowhere() {
+        if let Err(error) = self.prepare() {
             say(&format!("load balancer: {error:#}"));
         }
         while !stop.load(Ordering::Relaxed) {
@@ -67,40 +92,39 @@ impl LoadBalancer {
         }
     }
 
-    /// What is sent to an address that no Service has vanishes, as with a cloud's; an error would be another
-    /// answer than the tests expect. The gateway is an address that no one has.
-    fn route_to_nowhere(&self) -> Result<()> {
+    /// The client's address. And what is sent to an address that no Service has vanishes, as with a cloud's: an
+    /// error would be another answer than the tests expect. That gateway is an address that no one has.
+    fn prepare(&self) -> Result<()> {
         let hub = self.layout.hub();
+        run_line(&format!("ip -n {hub} address replace {CLIENT}/32 dev lo"))?;
         run_line(&format!(
             "ip -n {hub} neighbour replace 10.203.0.250 lladdr 02:00:00:00:00:fa dev br0 nud permanent"
         ))?;
-        run_line(&format!("ip -n {hub} route replace 10.203.1.0/24 via 10.203.0.250"))?;
+        run_line(&format!("ip -n {hub} route replace 10.203.1.0/24 via 10.203.0.250 src {CLIENT}"))?;
         Ok(())
     }
 
     fn step(&mut self) -> Result<()> {
-        let list: List =
-            serde_json::from_str(&self.kubectl.run("get services --all-namespaces --output json")?)
-                .context("reading the list of Services")?;
+        let api: Api<Service> = Api::all(self.kube.client());
+        let list = self.kube.block_on(api.list(&ListParams::default())).context("listing Services")?;
         let mut wanted = BTreeMap::new();
         for service in &list.items {
-            let text = |pointer: &str| service.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-            let key = (text("/metadata/namespace").to_owned(), text("/metadata/name").to_owned());
-            if text("/spec/type") != "LoadBalancer" || !text("/spec/loadBalancerClass").is_empty() {
-                if service.pointer("/status/loadBalancer/ingress").is_some() {
+            let key = (service.namespace().unwrap_or_default(), service.name_any());
+            let spec = service.spec.clone().unwrap_or_default();
+            let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+            let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref());
+            if spec.type_.as_deref() != Some("LoadBalancer") || spec.load_balancer_class.is_some() {
+                if ingress.is_some() {
                     self.write_status(&key, &Value::Null)?;
                 }
                 continue;
             }
             let address = self.address_of(&key)?;
-            if text("/status/loadBalancer/ingress/0/ip") != address.to_string() {
-                self.write_status(&key, &serde_json::json!([{"ip": address.to_string()}]))?;
+            let told = ingress.and_then(|all| all.first()).and_then(|first| first.ip.as_deref());
+            if told != Some(address.to_string().as_str()) {
+                self.write_status(&key, &json!([{"ip": address.to_string()}]))?;
             }
-            let check_port = match text("/spec/externalTrafficPolicy") {
-                "Local" => service.pointer("/spec/healthCheckNodePort").and_then(Value::as_u64),
-                _ => None,
-            };
-            wanted.insert(key, (address, check_port.and_then(|port| u16::try_from(port).ok())));
+            wanted.insert(key, Frontend::new(address, &spec));
         }
         self.addresses.retain(|key, _| wanted.contains_key(key));
         self.route(wanted.into_values().collect())
@@ -118,27 +142,34 @@ impl LoadBalancer {
         Ok(free)
     }
 
-    fn write_status(&self, key: &(String, String), ingress: &Value) -> Result<()> {
-        let patch = serde_json::json!({"status": {"loadBalancer": {"ingress": ingress}}}).to_string();
-        let words =
-            ["patch", "service", "--namespace", &key.0, &key.1, "--subresource=status", "--type=merge"];
-        let words: Vec<&str> = words.into_iter().chain(["--patch", &patch]).collect();
-        self.kubectl.run_words(&words).map(|_| ())
+    fn write_status(&self, (namespace, name): &(String, String), ingress: &Value) -> Result<()> {
+        let api: Api<Service> = Api::namespaced(self.kube.client(), namespace);
+        let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&status));
+        let written = api.patch_status(name, &parameters, &patch);
+        self.kube.block_on(written).with_context(|| format!("writing the status of {namespace}/{name}"))?;
+        Ok(())
     }
 
-    fn route(&mut self, services: Vec<(Ipv4Addr, Option<u16>)>) -> Result<()> {
+    fn route(&mut self, frontends: Vec<Frontend>) -> Result<()> {
         let hub = self.layout.hub();
         let mut routes = BTreeMap::new();
-        for (address, check_port) in services {
-            let nodes: Vec<Ipv4Addr> = (1..=self.layout.nodes)
+        for frontend in frontends {
+            let address = frontend.address;
+            let healthy = (1..=self.layout.nodes)
                 .map(|number| self.layout.node_ips(number).0)
-                .filter(|node| check_port.is_none_or(|port| is_healthy(*node, port)))
+                .filter(|node| frontend.check_port.is_none_or(|port| is_healthy(*node, port)))
                 .collect();
             let before = self.routes.get(&address).map_or(&[][..], Vec::as_slice);
+            let nodes = targets(healthy, frontend.affinity, before);
             if before != nodes {
                 let target: String = nodes.iter().map(|node| format!(" nexthop via {node}")).collect();
-                let verb = if nodes.is_empty() { "delete" } else { "replace" };
-                run_line(&format!("ip -n {hub} route {verb} {address}/32{target}"))?;
+                let line = if nodes.is_empty() {
+                    format!("ip -n {hub} route delete {address}/32")
+                } else {
+                    format!("ip -n {hub} route replace {address}/32 src {CLIENT}{target}")
+                };
+                run_line(&line)?;
             }
             routes.insert(address, nodes);
         }
@@ -152,6 +183,29 @@ impl LoadBalancer {
     }
 }
 
+impl Frontend {
+    fn new(address: Ipv4Addr, spec: &ServiceSpec) -> Self {
+        let check_port = match spec.external_traffic_policy.as_deref() {
+            Some("Local") => spec.health_check_node_port,
+            _ => None,
+        };
+        Self {
+            address,
+            check_port: check_port.and_then(|port| u16::try_from(port).ok()),
+            affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        }
+    }
+}
+
+/// The nodes that take the traffic. With affinity it is one, the same as before while it is healthy.
+fn targets(healthy: Vec<Ipv4Addr>, affinity: bool, before: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
+    if !affinity {
+        return healthy;
+    }
+    let kept = before.iter().find(|node| healthy.contains(node)).copied();
+    kept.or_else(|| healthy.first().copied()).into_iter().collect()
+}
+
 fn is_healthy(node: Ipv4Addr, port: u16) -> bool {
     let ask = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::from((node, port)), HEALTH_LIMIT)?;
@@ -162,4 +216,18 @@ fn is_healthy(node: Ipv4Addr, port: u16) -> bool {
         Ok(start.ends_with(b" 200"))
     };
     ask().unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clients_connections_stay_on_one_healthy_node() {
+        let [a, b, c] = [1, 2, 3].map(|host| Ipv4Addr::new(192, 0, 2, host));
+        assert_eq!(targets(vec![a, b, c], false, &[b]), [a, b, c]);
+        assert_eq!(targets(vec![a, b, c], true, &[b]), [b]);
+        assert_eq!(targets(vec![a, c], true, &[b]), [a], "its node is not healthy any more");
+        assert!(targets(vec![], true, &[b]).is_empty());
+    }
 }
