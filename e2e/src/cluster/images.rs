@@ -1,8 +1,10 @@
 //! Container images assembled without an engine: a tar of one layer, a config and a manifest, in the
 //! format that `docker save` writes and `ctr image import` reads.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -34,6 +36,14 @@ const TEST_IMAGE_TAGS: [&str; 6] = [
     // Of this one the suite wants the program `conntrack`.
     "registry.k8s.io/build-image/distroless-iptables:v0.9.6",
 ];
+
+/// Start of the names of folders in which images are assembled.
+const UNFINISHED: &str = ".unfinished-";
+
+/// Counts up when archives are made in another way.
+const FORMAT: u8 = 1;
+/// Another run may still import an archive of this age.
+const YOUNG: Duration = Duration::from_secs(600);
 
 /// What an image is made of.
 #[derive(Debug, Clone)]
@@ -108,10 +118,16 @@ fn program(name: &'static str, tag: &str, path: &Path, user: &'static str) -> Im
 
 /// Writes the archive into the folder and returns its path.
 ///
-/// An archive that was made from the same files before is kept: its name carries their digest.
+/// An archive that was made from the same files before is kept: its name says which.
 pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
-    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    let work = tempfile::tempdir_in(folder).context("making a folder to work in")?;
+    let archive = folder.join(format!("{}-{}.tar", image.name, fingerprint(image)?));
+    if archive.exists() {
+        return Ok(archive);
+    }
+    let work = tempfile::Builder::new()
+        .prefix(UNFINISHED)
+        .tempdir_in(folder)
+        .context("making a folder to work in")?;
     let layer = match &image.layer {
         Layer::Tar(path) => path.clone(),
         Layer::Program(path) => program_layer(image.name, path, work.path())?,
@@ -131,11 +147,6 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
         "history": [{"created_by": "switchtower"}],
     });
     let manifest = json!([{"Config": "config.json", "RepoTags": image.tags, "Layers": ["layer.tar"]}]);
-    let key = format!("{config}{manifest}");
-    let archive = folder.join(format!("{}-{:x}.tar", image.name, Sha256::digest(key.as_bytes())));
-    if archive.exists() {
-        return Ok(archive);
-    }
     let contents = work.path().join("archive");
     fs::create_dir(&contents).context("making the archive's folder")?;
     fs::write(contents.join("config.json"), config.to_string()).context("writing the image's config")?;
@@ -147,7 +158,45 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
     let unfinished = work.path().join("image.tar");
     tar(&contents, &unfinished, &["manifest.json", "config.json", "layer.tar"])?;
     fs::rename(&unfinished, &archive).with_context(|| format!("placing {}", archive.display()))?;
+    remove_older(image.name, &archive, folder)?;
     Ok(archive)
+}
+
+/// What an archive depends on. Size and time of change stand for a file's content: reading 300 MB at every start
+/// takes seconds.
+fn fingerprint(image: &Image) -> Result<String> {
+    let inputs = match &image.layer {
+        Layer::Tar(path) => vec![path.clone()],
+        Layer::Program(path) => [vec![path.clone()], shared_libraries(path)?].concat(),
+    };
+    let mut text = format!("{FORMAT} {} {image:?}", architecture());
+    for input in inputs {
+        let known = fs::metadata(&input).with_context(|| format!("reading {}", input.display()))?;
+        text.push_str(&format!(
+            "\n{} {} {}.{}",
+            input.display(),
+            known.len(),
+            known.mtime(),
+            known.mtime_nsec()
+        ));
+    }
+    Ok(format!("{:x}", Sha256::digest(text.as_bytes())))
+}
+
+/// Archives of other builds of the same image: each build makes one, and nobody comes back to them. One that is
+/// being imported now is young.
+fn remove_older(name: &str, kept: &Path, folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
+        let entry = entry.with_context(|| format!("reading {}", folder.display()))?;
+        let (path, file) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let digest = file.strip_prefix(&format!("{name}-")).and_then(|rest| rest.strip_suffix(".tar"));
+        let same_image = digest.is_some_and(|digest| !digest.contains('-'));
+        let age = entry.metadata().and_then(|known| known.modified()).ok().and_then(|at| at.elapsed().ok());
+        if same_image && path != kept && age.is_some_and(|age| age > YOUNG) {
+            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Assembles images and imports them on all of these nodes, all nodes at once.
@@ -156,12 +205,28 @@ pub fn deliver(layout: &Layout, tools: &Tools, images: &[Image], nodes: &[Machin
     on_each(nodes, |node| archives.iter().try_for_each(|archive| import(layout, node, archive)))
 }
 
-/// Assembles images in turn.
+/// Assembles images in turn. A second run at the same time waits.
 pub fn assemble_all(tools: &Tools, images: &[Image]) -> Result<Vec<PathBuf>> {
+    let folder = &tools.images;
+    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let lock = File::create(folder.join(".lock")).context("making the lock of the images' folder")?;
+    lock.lock().context("waiting for another run that assembles images")?;
+    remove_unfinished(folder)?;
     let assembled = images
         .iter()
         .map(|image| assemble(image, &tools.images).with_context(|| format!("the image {}", image.name)));
     assembled.collect()
+}
+
+/// What interrupted runs left; nobody else holds the lock.
+fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
+        let path = entry.with_context(|| format!("reading {}", folder.display()))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED)) {
+            fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Imports an archive into a node's container runtime.
@@ -228,5 +293,35 @@ fn architecture() -> &'static str {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOCKERFILE: &str = include_str!("../../../manifests/Dockerfile");
+
+    /// The lines of a stage, from its FROM to the next one.
+    fn stage(name: &str) -> Vec<&'static str> {
+        let lines = DOCKERFILE.lines().skip_while(|line| !line.ends_with(&format!(" AS {name}")));
+        let (first, rest) = (lines.clone().take(1), lines.skip(1));
+        first.chain(rest.take_while(|line| !line.starts_with("FROM "))).collect()
+    }
+
+    #[test]
+    fn an_engine_builds_the_same_images() {
+        for image in switchtower_images(Path::new("/programs")) {
+            let name = image.name;
+            let built = format!("-p {name} --bin {name}");
+            assert!(stage("build").iter().any(|line| line.contains(&built)), "{built}");
+            let lines = stage(name.strip_prefix("switchtower-").unwrap());
+            assert!(
+                lines.contains(&format!("ENTRYPOINT [\"{}\"]", image.entrypoint[0]).as_str()),
+                "{lines:?}"
+            );
+            let user = lines.iter().find_map(|line| line.strip_prefix("USER ")).unwrap_or_default();
+            assert_eq!(user, image.user, "the user of {name}");
+        }
     }
 }

@@ -22,7 +22,8 @@ const KUBELET_KUBECONFIG: &str = "/var/lib/kubelet/kubeconfig";
 const KUBELET_CA: &str = "/var/lib/kubelet/ca.crt";
 const RESOLV_CONF: &str = "/var/lib/kubelet/resolv.conf";
 
-/// Starts containerd, imports the images, then starts the kubelet.
+/// Starts containerd and the kubelet, and imports the images. The first of them, which the kubelet wants, before
+/// it starts, the others while it registers the node.
 pub fn start(layout: &Layout, tools: &Tools, node: &Machine, number: u8, archives: &[PathBuf]) -> Result<()> {
     let group = prepare_cgroups(layout, &node.name)?;
     write_files(layout, node, &group)?;
@@ -32,10 +33,10 @@ pub fn start(layout: &Layout, tools: &Tools, node: &Machine, number: u8, archive
     wait_until(&format!("containerd of {}", node.name), Duration::from_secs(30), || {
         finish(node.command(Path::new("ctr")).arg("version"))
     })?;
-    for archive in archives {
-        images::import(layout, node, archive)?;
-    }
-    start_kubelet(layout, tools, node, number)
+    let (first, others) = archives.split_first().context("no images to import")?;
+    images::import(layout, node, first)?;
+    start_kubelet(layout, tools, node, number)?;
+    others.iter().try_for_each(|archive| images::import(layout, node, archive))
 }
 
 /// Writes the pods' network configuration once the node knows its pod ranges, and returns them.
@@ -134,7 +135,8 @@ fn kubelet_config(group: &Path) -> serde_json::Value {
     })
 }
 
-fn start_kubelet(layout: &Layout, tools: &Tools, node: &Machine, number: u8) -> Result<()> {
+/// Starts the kubelet; again, if it was killed.
+pub fn start_kubelet(layout: &Layout, tools: &Tools, node: &Machine, number: u8) -> Result<()> {
     let (ip, ip6) = layout.node_ips(number);
     let zone = layout.zone(number);
     let mut kubelet = node.command(&tools.cluster("kubelet"));
