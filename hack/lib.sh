@@ -70,11 +70,23 @@ target_dir() {
     printf '%s' "$dir"
 }
 
+# Runs a command that ends when this script is told to, even if only the script is told.
+run_to_the_end() {
+    local pid
+    "$@" &
+    pid=$!
+    # The number is written into the trap: when it runs, the function's variables are gone.
+    # shellcheck disable=SC2064
+    trap "kill $pid 2>/dev/null || true; exit 130" INT TERM HUP
+    wait "$pid" || { trap - INT TERM HUP; return 1; }
+    trap - INT TERM HUP
+}
+
 # The programs that the laboratory starts. cargo says what it compiles; nothing if all is fresh.
 # Argument: the profile's flag (--release), or empty.
 build_workspace_binaries() {
     say "building switchtower (cargo says what it compiles; minutes the first time, seconds later)"
-    cargo build --locked --workspace --bins ${1:+"$1"} ||
+    run_to_the_end cargo build --locked --workspace --bins ${1:+"$1"} ||
         fail "cargo could not build the workspace, the compiler's words are above."
 }
 

@@ -73,7 +73,8 @@ if ((status != 0 && failed == 0)); then
 fi
 
 # The last rung: kubelets, containers, the manifests, and upstream's own tests. Its numbers are part of the total.
-read -r cluster_passed cluster_failed < <(hack/cluster-test.sh || true) || true
+# It is told to end when this script does, so that it removes its cluster.
+read -r cluster_passed cluster_failed < <(exec setpriv --pdeathsig TERM hack/cluster-test.sh) || true
 passed=$((passed + ${cluster_passed:-0}))
 failed=$((failed + ${cluster_failed:-1}))
 total

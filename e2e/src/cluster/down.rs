@@ -9,9 +9,27 @@ use anyhow::{Context, Result, bail};
 use super::layout::Layout;
 use super::shell::{run, run_line, say, wait_until};
 
+/// How often it is looked again for what an interrupted start was making at that moment.
+const ROUNDS: u8 = 3;
+
 /// Removes processes, mounts, control groups, namespaces, links and the folder. Removing what is not
 /// there is no error, so it can be repeated.
 pub fn down(layout: &Layout) -> Result<()> {
+    let mut found = false;
+    for _ in 0..ROUNDS {
+        if !remove_all(layout)? {
+            break;
+        }
+        found = true;
+    }
+    if found {
+        say(&format!("cluster {} is gone", layout.name));
+    }
+    Ok(())
+}
+
+/// Returns whether there was a machine or the folder.
+fn remove_all(layout: &Layout) -> Result<bool> {
     let machines = existing_machines(layout)?;
     // Nodes first: a hub that is gone makes them retry.
     for machine in machines.iter().rev() {
@@ -25,13 +43,11 @@ pub fn down(layout: &Layout) -> Result<()> {
     }
     unmount_below(&layout.dir)?;
     remove_cgroups(layout)?;
-    if layout.dir.exists() {
+    let folder = layout.dir.exists();
+    if folder {
         fs::remove_dir_all(&layout.dir).with_context(|| format!("removing {}", layout.dir.display()))?;
     }
-    if !machines.is_empty() {
-        say(&format!("cluster {} is gone", layout.name));
-    }
-    Ok(())
+    Ok(folder || !machines.is_empty())
 }
 
 /// Network namespaces that carry the cluster's names, whatever number of nodes it had.

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use super::control_plane::{self, Kubectl};
 use super::down::down;
+use super::interrupt::{self, Then};
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{on_each, say, wait_until};
@@ -34,7 +35,8 @@ pub enum Proxy {
     KubeProxy,
 }
 
-/// Brings the cluster up; what an interrupted or ended one left behind is removed first.
+/// Brings the cluster up; what an interrupted or ended one left behind is removed first. An interrupt removes
+/// what was started.
 pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     if layout.dir.exists() && kubectl.run("get --raw /readyz --request-timeout=2s").is_ok() {
@@ -47,6 +49,7 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
              cluster-down"
         );
     }
+    interrupt::watch(Then::Remove(layout.clone()))?;
     down(layout).context("removing what was left of an earlier cluster")?;
     let start = Instant::now();
     fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
