@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The part of `make test` that needs a real cluster: starts one, installs the manifests on it, runs a part of
-# upstream's tests and the faults of agents, and removes it. Standard output is two numbers: passed and failed.
+# upstream's tests, looks at what is installed, runs the kubectl plugin and the faults of agents, and removes it.
+# Standard output is two numbers: passed and failed.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -13,7 +14,7 @@ reports=$(mktemp -d)
 trap 'hack/cluster.sh down >&2 || true; rm -rf "$reports"' EXIT
 
 say "upstream's tests on a real cluster"
-if ! { hack/cluster.sh up && hack/cluster.sh install; } >&2; then
+if ! { hack/cluster.sh down && hack/cluster.sh up && hack/cluster.sh install; } >&2; then
     say "the cluster did not start: none of its tests ran"
     echo "0 1"
     exit 1
@@ -32,13 +33,15 @@ if ((some_passed < LEAST && some_failed == 0)); then
 fi
 passed=$((passed + some_passed))
 failed=$((failed + some_failed))
-hack/cluster.sh faults >"$reports/faults" || true
-cat "$reports/faults" >&2
-# "faults: 4 passed, 0 failed"
-read -r some_passed some_failed < <(awk '
-    $1 == "faults:" { found = 1; print $2 + 0, $4 + 0 }
-    END { if (!found) print 0, 1 }' "$reports/faults")
-passed=$((passed + some_passed))
-failed=$((failed + some_failed))
+for part in installed plugin faults; do
+    hack/cluster.sh "$part" >"$reports/$part" || true
+    cat "$reports/$part" >&2
+    # "faults: 4 passed, 0 failed"
+    read -r some_passed some_failed < <(awk -v label="$part:" '
+        $1 == label { found = 1; print $2 + 0, $4 + 0 }
+        END { if (!found) print 0, 1 }' "$reports/$part")
+    passed=$((passed + some_passed))
+    failed=$((failed + some_failed))
+done
 echo "$passed $failed"
 ((failed == 0))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
 #
-#   hack/cluster.sh up|down|install|demo|faults|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh up|down|install|demo|installed|plugin|faults|conformance [ARGUMENTS of the program `cluster`]
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ACTION=${1:?use: hack/cluster.sh up|down|install|demo|faults|conformance}
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|installed|plugin|faults|conformance}
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then

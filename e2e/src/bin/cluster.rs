@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use switchtower_e2e::cluster::{Layout, Tools, conformance, demo, down, faults, install, machine, shell, up};
+use switchtower_e2e::cluster::interrupt::{self, Then};
+use switchtower_e2e::cluster::{
+    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, shell, up,
+};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -49,6 +52,20 @@ enum Action {
         #[command(flatten)]
         programs: Programs,
     },
+    /// What is installed is what the manifests promise
+    Installed {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// Every command of `kubectl switchtower` that reads, with a kubeconfig and nothing else
+    Plugin {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
     /// Runs upstream's e2e tests of Services and prints the report
     Conformance {
         #[command(flatten)]
@@ -75,6 +92,9 @@ enum Action {
     Down {
         #[command(flatten)]
         place: Place,
+        /// A start was interrupted: ends with the exit code that says so
+        #[arg(long, hide = true)]
+        interrupted: bool,
     },
     /// First process of a machine (started by `up`)
     #[command(hide = true)]
@@ -129,12 +149,12 @@ fn short_name(text: &str) -> Result<String, String> {
 }
 
 impl Place {
-    fn layout(self, nodes: u8) -> Layout {
-        Layout { dir: self.dir.join(&self.name), name: self.name, nodes }
+    fn layout(&self, nodes: u8) -> Layout {
+        Layout { dir: self.dir.join(&self.name), name: self.name.clone(), nodes }
     }
 
     /// Of a cluster that an earlier run started.
-    fn existing(self) -> Result<Layout> {
+    fn existing(&self) -> Result<Layout> {
         let mut layout = self.layout(0);
         layout.nodes = up::recorded_nodes(&layout)?;
         Ok(layout)
@@ -156,7 +176,14 @@ impl Programs {
 }
 
 fn main() -> Result<()> {
-    match Arguments::parse().command {
+    let action = Arguments::parse().command;
+    match &action {
+        // `up` knows from when on there is something to remove; a removal is not interrupted half way; and the
+        // first process of a machine outlives its parent.
+        Action::Up { .. } | Action::Down { .. } | Action::MachineInit { .. } => {}
+        _ => interrupt::watch(Then::Leave)?,
+    }
+    match action {
         Action::Up { place, nodes, programs, proxy } => {
             let layout = place.layout(nodes);
             let proxy = match proxy {
@@ -172,11 +199,19 @@ fn main() -> Result<()> {
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
         Action::Demo { place, programs } => demo::demo(&place.existing()?, &programs.tools()?),
         Action::Faults { place, programs } => faults::check(&place.existing()?, &programs.tools()?),
+        Action::Installed { place, programs } => installed::check(&place.existing()?, &programs.tools()?),
+        Action::Plugin { place, programs } => plugin::check(&place.existing()?, &programs.tools()?),
         Action::Conformance { place, programs, label, part, focus, processes, out } => {
             let run = conformance::Run { label, part, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)
         }
-        Action::Down { place } => down::down(&place.layout(0)),
+        Action::Down { place, interrupted } => {
+            down::down(&place.layout(0))?;
+            if interrupted {
+                std::process::exit(interrupt::EXIT_CODE);
+            }
+            Ok(())
+        }
         Action::MachineInit { host_name, var } => machine::machine_init(&host_name, &var),
     }
 }

@@ -1,9 +1,10 @@
 //! Nodes on which the agent cannot do its work, on a real cluster: the reason is on that node's row, and the
 //! other nodes go on.
 //!
-//! The DaemonSet is changed so that only a Pod that is deleted gets the fault; afterwards it is what it was.
+//! The DaemonSet is changed so that only a Pod that is deleted gets the fault; afterwards it is what it was. Another
+//! node has no kubelet meanwhile: its agent must go on, and the cluster takes a minute until it calls the node lost.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -11,11 +12,16 @@ use serde_json::{Value, json};
 use super::control_plane::Kubectl;
 use super::install::NAMESPACE;
 use super::layout::{Layout, Tools};
-use super::shell::{print, say, wait_until};
+use super::machine::Machine;
+use super::shell::{Results, say, wait_until};
+use super::{node, pki};
 
 const DAEMON_SET: &str = "daemonset/switchtower-node-agent";
 /// A lost stream shows after ten seconds; a crashed container must have been started again twice.
 const SHOWN: Duration = Duration::from_secs(90);
+/// ConfigMaps in place of the one that the controller writes.
+const FOREIGN: &str = "test-foreign-authority";
+const GARBAGE: &str = "test-garbage";
 
 /// One thing that is wrong with an agent's Pod.
 struct Fault {
@@ -57,46 +63,95 @@ fn faults() -> Vec<Fault> {
         },
         Fault {
             name: "no bootstrap ConfigMap",
-            template: json!({"spec": {"volumes": [
-                {"name": "bootstrap", "configMap": {"name": "no-such-map", "optional": true}},
-            ]}}),
+            template: bootstrap("no-such-map"),
             reasons: &["BootstrapMissing"],
             words: "ca.crt",
         },
+        Fault {
+            name: "garbage in the bootstrap ConfigMap",
+            template: bootstrap(GARBAGE),
+            reasons: &["BootstrapInvalid"],
+            words: "ca.crt",
+        },
+        Fault {
+            name: "another authority in the bootstrap ConfigMap",
+            template: bootstrap(FOREIGN),
+            reasons: &["ControllerUntrusted"],
+            words: ":9443",
+        },
     ]
+}
+
+fn bootstrap(map: &str) -> Value {
+    json!({"spec": {"volumes": [{"name": "bootstrap", "configMap": {"name": map, "optional": true}}]}})
 }
 
 /// Tries each fault on the last node, and prints a line for each and the total. An error if one did not show.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     let Some(node) = layout.node_names().pop() else { bail!("the cluster has no nodes") };
-    let bench = Bench { kubectl, layout: layout.clone(), node };
-    let (mut passed, mut failed) = (0, 0);
+    let bench = Bench { kubectl, layout: layout.clone(), tools: tools.clone(), node };
+    let mut results = Results::default();
+    bench.write_config_maps()?;
+    let silent = bench.kill_a_kubelet()?;
     for fault in faults() {
-        let start = Instant::now();
-        match bench.try_one(&fault) {
-            Ok(()) => {
-                passed += 1;
-                print(&format!("test {} ... ok ({:.0} s)", fault.name, start.elapsed().as_secs_f32()))?;
-            }
-            Err(error) => {
-                failed += 1;
-                print(&format!("test {} ... FAILED: {error:#}", fault.name))?;
-            }
-        }
+        results.add(fault.name, || bench.try_one(&fault))?;
     }
-    print(&format!("faults: {passed} passed, {failed} failed"))?;
-    ensure!(failed == 0, "{failed} faults did not show as they should");
-    Ok(())
+    results.add("a kubelet that is gone, and the agent after it", || bench.lost(silent))?;
+    bench.kubectl.run(&format!("delete configmap --namespace {NAMESPACE} {FOREIGN} {GARBAGE}"))?;
+    results.end("faults")
 }
 
 struct Bench {
     kubectl: Kubectl,
     layout: Layout,
+    tools: Tools,
     node: String,
 }
 
 impl Bench {
+    fn write_config_maps(&self) -> Result<()> {
+        let real =
+            self.object(&format!("get configmap --namespace {NAMESPACE} switchtower-bootstrap"))?["data"]
+                .take();
+        let map = |name: &str, data: Value| {
+            let metadata = json!({"name": name, "namespace": NAMESPACE});
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}).to_string()
+        };
+        let foreign = json!({"ca.crt": pki::foreign_authority()?, "controllers": real["controllers"]});
+        self.kubectl.apply(&map(FOREIGN, foreign))?;
+        self.kubectl.apply(&map(GARBAGE, json!({"ca.crt": "garbage", "controllers": "garbage"}))).map(drop)
+    }
+
+    /// Kills the kubelet of a node on which neither the faults nor the controller are; returns the node's number.
+    fn kill_a_kubelet(&self) -> Result<u8> {
+        let controllers = self.object(&format!(
+            "get pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-controller"
+        ))?;
+        let taken = |node: &str| {
+            let mut pods = controllers["items"].as_array().into_iter().flatten();
+            node == self.node || pods.any(|pod| pod["spec"]["nodeName"] == node)
+        };
+        let numbered = (1..).zip(self.layout.node_names());
+        let (number, name) =
+            numbered.into_iter().find(|(_, name)| !taken(name)).context("no node is free")?;
+        say(&format!("the kubelet of {name} is killed; its agent goes on"));
+        Machine::find(&self.layout, &name)?.kill("kubelet")?;
+        Ok(number)
+    }
+
+    /// The node whose kubelet is gone loses its agent too; then the kubelet returns and starts both again.
+    fn lost(&self, number: u8) -> Result<()> {
+        let name = self.layout.node_names().swap_remove(usize::from(number) - 1);
+        let machine = Machine::find(&self.layout, &name)?;
+        machine.kill("switchtower-node-agent")?;
+        let shown = self.shows(&name, &["NodeStatusUnknown"], "Kubelet stopped posting node status");
+        node::start_kubelet(&self.layout, &self.tools, &machine, number)?;
+        let restored = self.all_ready();
+        shown?;
+        restored.context("after the kubelet was back")
+    }
+
     fn try_one(&self, fault: &Fault) -> Result<()> {
         say(&format!("{} on {}", fault.name, self.node));
         let spec = self.object(&format!("get --namespace {NAMESPACE} {DAEMON_SET}"))?["spec"].take();
@@ -104,7 +159,9 @@ impl Bench {
             "updateStrategy": {"type": "OnDelete", "rollingUpdate": null},
             "template": fault.template,
         }});
-        let shown = self.change("strategic", &broken).and_then(|()| self.shows(fault));
+        let shown = self
+            .change("strategic", &broken)
+            .and_then(|()| self.shows(&self.node, fault.reasons, fault.words));
         let whole = json!({"spec": {"template": spec["template"], "updateStrategy": spec["updateStrategy"]}});
         let restored = self.change("merge", &whole).and_then(|()| self.all_ready());
         shown?;
@@ -125,17 +182,15 @@ impl Bench {
             .map(drop)
     }
 
-    fn shows(&self, fault: &Fault) -> Result<()> {
+    /// Waits for one of these reasons with these words on the node's row, and looks that the others are in order.
+    fn shows(&self, node: &str, reasons: &[&str], words: &str) -> Result<()> {
         wait_until("the reason on the row", SHOWN, || {
-            let (ready, reason, message) = self.ready(&self.node)?;
-            ensure!(
-                ready == "False" && fault.reasons.contains(&reason.as_str()),
-                "{ready} {reason} {message}"
-            );
-            ensure!(message.contains(fault.words), "{message:?} lacks {:?}", fault.words);
+            let (ready, reason, message) = self.ready(node)?;
+            ensure!(ready == "False" && reasons.contains(&reason.as_str()), "{ready} {reason} {message}");
+            ensure!(message.contains(words), "{message:?} lacks {words:?}");
             Ok(())
         })?;
-        for other in self.layout.node_names().iter().filter(|other| **other != self.node) {
+        for other in self.layout.node_names().iter().filter(|other| *other != node) {
             let (ready, reason, message) = self.ready(other)?;
             ensure!(ready == "True", "{other} is affected: {reason} {message}");
         }

@@ -27,7 +27,7 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
         layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<Vec<_>>>()?;
     say("images of controller and agent");
     images::deliver(layout, tools, &images::switchtower_images(&tools.switchtower), &nodes)?;
-    let overlay = write_overlay(layout, tools)?;
+    let overlay = write_overlay(layout, tools, "overlay", &[])?;
     say(&format!("kubectl apply -k {overlay} ({:.1} s)", start.elapsed().as_secs_f32()));
     let installed =
         kubectl.run(&format!("get --namespace {NAMESPACE} daemonset/switchtower-node-agent")).is_ok();
@@ -59,10 +59,15 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     Ok(())
 }
 
-/// Writes the overlay and returns its folder: the manifests, and the component with the one setting left out that
-/// only the first network namespace of a machine may change.
-fn write_overlay(layout: &Layout, tools: &Tools) -> Result<String> {
-    let folder = layout.dir.join("overlay");
+/// Writes an overlay and returns its folder: the manifests, the component for connection tracking with the one setting
+/// left out that only the first network namespace of a machine may change, and these components too.
+pub(super) fn write_overlay(
+    layout: &Layout,
+    tools: &Tools,
+    name: &str,
+    components: &[&str],
+) -> Result<String> {
+    let folder = layout.dir.join(name);
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let folder = fs::canonicalize(&folder).context("resolving the overlay's folder")?;
     let manifests = fs::canonicalize(&tools.manifests)
@@ -73,11 +78,13 @@ fn write_overlay(layout: &Layout, tools: &Tools) -> Result<String> {
         "path": "/spec/template/spec/initContainers/0/args",
         "value": ["sysctl", "--max-per-core=0"],
     }]);
+    let all = ["conntrack-sysctls"].iter().chain(components);
+    let components: Vec<String> = all.map(|component| format!("{base}/components/{component}")).collect();
     let overlay = json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [base],
-        "components": [format!("{base}/components/conntrack-sysctls")],
+        "components": components,
         "patches": [{
             "target": {"kind": "DaemonSet", "name": "switchtower-node-agent"},
             "patch": arguments.to_string(),

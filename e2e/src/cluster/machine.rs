@@ -90,6 +90,21 @@ impl Machine {
         Ok(())
     }
 
+    /// Kills with SIGKILL what runs this program in the machine's network namespace, containers of the node's
+    /// network included. An error if nothing does.
+    pub fn kill(&self, program: &str) -> Result<()> {
+        let pids = run_line(&format!("ip netns pids {}", self.name))?;
+        let runs = |pid: &&str| {
+            let path = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            path.file_name().is_some_and(|name| name == program)
+        };
+        let found: Vec<&str> = pids.split_whitespace().filter(runs).collect();
+        if found.is_empty() {
+            bail!("no {program} runs on {}", self.name);
+        }
+        run("kill", ["-KILL"].iter().chain(&found)).map(drop)
+    }
+
     /// Runs a line of words inside the machine's network namespace.
     pub fn net(&self, line: &str) -> Result<String> {
         let words = ["netns", "exec", &self.name].into_iter().chain(line.split_whitespace());

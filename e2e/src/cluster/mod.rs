@@ -6,8 +6,8 @@
 //! paths and leave nothing outside the cluster's folder.
 //!
 //! Holds throughout: whatever exists of a cluster can be found from its [`Layout`] alone, and
-//! [`down::down`] removes it, wherever a start was interrupted. Killing the first process of a machine
-//! ends all of its processes, the containers included.
+//! [`down::down`] removes it, wherever a start was interrupted; a start that is told to end removes it by
+//! itself. Killing the first process of a machine ends all of its processes, the containers included.
 //!
 //! No service proxy runs until one is installed.
 
@@ -19,12 +19,15 @@ pub mod down;
 pub mod faults;
 pub mod images;
 pub mod install;
+pub mod installed;
+pub mod interrupt;
 pub mod layout;
 pub mod load_balancer;
 pub mod machine;
 pub mod network;
 pub mod node;
 pub mod pki;
+pub mod plugin;
 pub mod shell;
 pub mod up;
 

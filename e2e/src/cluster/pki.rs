@@ -60,6 +60,11 @@ pub fn write(layout: &Layout) -> Result<()> {
     put(&dir.join("tokens.csv"), &tokens)
 }
 
+/// The certificate of an authority that nobody in the cluster knows, PEM.
+pub(super) fn foreign_authority() -> Result<String> {
+    Ok(authority()?.pem())
+}
+
 fn authority() -> Result<CertifiedIssuer<'static, KeyPair>> {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "switchtower-cluster");

@@ -92,6 +92,39 @@ pub fn on_each<T: Sync>(all: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Re
     })
 }
 
+/// Results of tests, printed as they come.
+#[derive(Debug, Default)]
+pub struct Results {
+    passed: u32,
+    failed: u32,
+}
+
+impl Results {
+    /// Runs a test and prints how it ended.
+    pub fn add(&mut self, name: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        match test() {
+            Ok(()) => {
+                self.passed += 1;
+                print(&format!("test {name} ... ok ({:.0} s)", start.elapsed().as_secs_f32()))
+            }
+            Err(error) => {
+                self.failed += 1;
+                print(&format!("test {name} ... FAILED: {error:#}"))
+            }
+        }
+    }
+
+    /// Prints the total under this label. An error if a test failed.
+    pub fn end(self, label: &str) -> Result<()> {
+        print(&format!("{label}: {} passed, {} failed", self.passed, self.failed))?;
+        if self.failed > 0 {
+            bail!("{} of the tests of {label} failed", self.failed);
+        }
+        Ok(())
+    }
+}
+
 /// Polls until the check succeeds; at the deadline its last error is the reason given.
 pub fn wait_until<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + limit;

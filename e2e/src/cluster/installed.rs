@@ -1,0 +1,92 @@
+//! What is installed on a cluster is what the manifests promise: applied again they change nothing, the components
+//! apply, and a monitoring system finds every pod behind the metrics Services.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::control_plane::Kubectl;
+use super::install::{NAMESPACE, write_overlay};
+use super::layout::{Layout, Tools};
+use super::shell::{Results, say};
+use crate::switchtower::http_get;
+
+/// Prints a line for each test and the total.
+pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
+    say("what is installed");
+    let installed = Installed { kubectl: Kubectl::new(layout, tools), layout, tools };
+    let mut results = Results::default();
+    results.add("manifests applied again change nothing", || installed.apply_again())?;
+    results.add("components for alerts and dashboards", || installed.components())?;
+    results.add("metrics Services lead to every pod", || installed.metrics())?;
+    results.end("installed")
+}
+
+struct Installed<'a> {
+    kubectl: Kubectl,
+    layout: &'a Layout,
+    tools: &'a Tools,
+}
+
+impl Installed<'_> {
+    /// Neither their own objects nor what the controller has written.
+    fn apply_again(&self) -> Result<()> {
+        let version = |kubectl: &Kubectl| {
+            kubectl.run(&format!(
+                "get --namespace {NAMESPACE} configmap/switchtower-bootstrap secret/switchtower-ca \
+                 --output jsonpath={{.items[*].metadata.resourceVersion}}"
+            ))
+        };
+        let before = version(&self.kubectl)?;
+        let overlay = write_overlay(self.layout, self.tools, "overlay", &[])?;
+        let applied = self.kubectl.run(&format!("apply -k {overlay}"))?;
+        let changed: Vec<&str> = applied.lines().filter(|line| !line.ends_with(" unchanged")).collect();
+        ensure!(changed.is_empty(), "{changed:?}");
+        ensure!(!before.is_empty() && version(&self.kubectl)? == before, "the controller's objects changed");
+        Ok(())
+    }
+
+    /// The API server takes them; nothing is left of it.
+    fn components(&self) -> Result<()> {
+        let overlay = write_overlay(self.layout, self.tools, "components", &["alerts", "dashboards"])?;
+        let applied = self.kubectl.run(&format!("apply -k {overlay} --dry-run=server"))?;
+        for map in ["configmap/switchtower-alert-rules", "configmap/switchtower-dashboards"] {
+            ensure!(applied.contains(&format!("{map} created")), "{applied:?} lacks {map}");
+        }
+        Ok(())
+    }
+
+    fn metrics(&self) -> Result<()> {
+        let nodes = usize::from(self.layout.nodes);
+        for (service, pods) in [("switchtower-controller", 1), ("switchtower-node-agent", nodes)] {
+            let text = self.kubectl.run(&format!(
+                "get endpointslices --namespace {NAMESPACE} --selector kubernetes.io/service-name={service}-metrics \
+                 --output json"
+            ))?;
+            let slices: Value = serde_json::from_str(&text).context("the EndpointSlices are no JSON")?;
+            let addresses = addresses(&slices);
+            ensure!(addresses.len() == pods, "{service}: {addresses:?}, expected {pods}");
+            for address in addresses {
+                let metrics = http_get(address, "/metrics")?;
+                ensure!(metrics.contains("switchtower_"), "{address} has no metrics of ours");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the ready endpoints are.
+fn addresses(slices: &Value) -> Vec<SocketAddr> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let mut found = Vec::new();
+    for slice in list(&slices["items"]) {
+        let port = slice["ports"][0]["port"].as_u64().and_then(|port| u16::try_from(port).ok());
+        let endpoints = list(&slice["endpoints"]);
+        for endpoint in endpoints.iter().filter(|endpoint| endpoint["conditions"]["ready"] == true) {
+            let address = endpoint["addresses"][0].as_str().and_then(|text| text.parse::<IpAddr>().ok());
+            found.extend(address.zip(port).map(SocketAddr::from));
+        }
+    }
+    found
+}

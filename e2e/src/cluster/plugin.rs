@@ -1,0 +1,62 @@
+//! `kubectl switchtower` as a user has it on a real cluster: found by kubectl in PATH, a kubeconfig and nothing
+//! else, and a port-forward through API server, kubelet and container runtime to the controller's pod.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::control_plane::Kubectl;
+use super::layout::{DNS_IP, Layout, Tools};
+use super::shell::{Results, say};
+
+/// A Service of its own: the controller remembers only the latest changes.
+const SERVICE: &str = "default/plugin-test";
+const MANIFEST: &str = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "plugin-test", "namespace": "default"},
+    "spec": {"ports": [{"port": 80}]}}"#;
+
+/// Runs each command once, and prints a line for each and the total. Each must end with code 0 and say the words.
+pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
+    say("kubectl switchtower");
+    let node = layout.node_names().pop().context("the cluster has no nodes")?;
+    let connected = format!("{0} of {0} nodes connected", layout.nodes);
+    let commands: [(&[&str], &str); 8] = [
+        (&["wait", SERVICE], ""),
+        (&["status"], &connected),
+        (&["explain", "kube-system/kube-dns:dns"], "FORWARDED"),
+        (&["explain", "kube-system/kube-dns:dns", "--node", &node], "holds exactly this"),
+        (&["diff", &node], ""),
+        (&["rules", &node, "--filter", DNS_IP], DNS_IP),
+        (&["trace", SERVICE], SERVICE),
+        (&["check", "--post"], "0 failed"),
+    ];
+    let kubectl = Kubectl::new(layout, tools);
+    kubectl.apply(MANIFEST)?;
+    let mut results = Results::default();
+    for (words, expected) in commands {
+        let name = format!("kubectl switchtower {}", words.join(" "));
+        results.add(&name, || run(layout, tools, words, expected))?;
+    }
+    kubectl.run("delete --namespace default service/plugin-test")?;
+    results.end("plugin")
+}
+
+fn run(layout: &Layout, tools: &Tools, words: &[&str], expected: &str) -> Result<()> {
+    let mut path = vec![tools.control_plane.clone(), tools.switchtower.clone()];
+    let known = env::var_os("PATH").unwrap_or_default();
+    path.extend(env::split_paths(&known).collect::<Vec<PathBuf>>());
+    let output = Command::new(tools.control_plane("kubectl"))
+        .arg("switchtower")
+        .args(words)
+        .env("PATH", env::join_paths(path).context("a folder's name in PATH")?)
+        .env("KUBECONFIG", layout.kubeconfig())
+        .stdin(Stdio::null())
+        .output()
+        .context("kubectl could not be started")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {text} {errors}", output.status);
+    ensure!(text.contains(expected), "{text:?} lacks {expected:?}");
+    Ok(())
+}
