@@ -30,7 +30,7 @@ clean-lab: ## removes the namespaces and files that a killed run left behind
 	@hack/clean-lab.sh
 
 cluster: ## a real cluster on this machine: kubelets, containers, no service proxy yet (PROXY=kube-proxy starts with one)
-	@hack/cluster.sh up --proxy "$(or $(PROXY),none)"
+	@exec hack/cluster.sh up --proxy "$(or $(PROXY),none)"
 
 cluster-install: ## installs this build of Switchtower on the cluster, with kubectl apply -k manifests
 	@hack/cluster.sh install

@@ -75,6 +75,14 @@ pub fn run_id() -> String {
     format!("{process}x{:x}", start_time(process).unwrap_or(0))
 }
 
+/// The process that calls itself so ([`run_id`]), if it still runs.
+pub fn running(run_id: &str) -> Option<u32> {
+    let (process, start) = run_id.split_once('x')?;
+    let process = process.parse::<u32>().ok()?;
+    let start = u64::from_str_radix(start, 16).ok()?;
+    (start_time(process) == Some(start)).then_some(process)
+}
+
 /// Removes namespaces and directories of laboratories whose process is gone. Returns how many.
 pub fn sweep() -> usize {
     let mut removed = 0;
@@ -96,10 +104,8 @@ pub fn sweep() -> usize {
 fn is_leftover(name: &str) -> bool {
     let Some(id) = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()) else { return false };
     let Some((process, start)) = id.split_once('x') else { return false };
-    let (Ok(process), Ok(start)) = (process.parse::<u32>(), u64::from_str_radix(start, 16)) else {
-        return false;
-    };
-    start_time(process) != Some(start)
+    let is_id = process.parse::<u32>().is_ok() && u64::from_str_radix(start, 16).is_ok();
+    is_id && running(id).is_none()
 }
 
 fn entries(directory: &Path) -> Vec<String> {

@@ -8,6 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use super::layout::Layout;
 use super::shell::{run, run_line, say, wait_until};
+use super::up::STARTER;
+use crate::cleanup;
 
 /// How often it is looked again for what an interrupted start was making at that moment.
 const ROUNDS: u8 = 3;
@@ -30,6 +32,7 @@ pub fn down(layout: &Layout) -> Result<()> {
 
 /// Returns whether there was a machine or the folder.
 fn remove_all(layout: &Layout) -> Result<bool> {
+    end_starter(layout)?;
     let machines = existing_machines(layout)?;
     // Nodes first: a hub that is gone makes them retry.
     for machine in machines.iter().rev() {
@@ -48,6 +51,20 @@ fn remove_all(layout: &Layout) -> Result<bool> {
         fs::remove_dir_all(&layout.dir).with_context(|| format!("removing {}", layout.dir.display()))?;
     }
     Ok(folder || !machines.is_empty())
+}
+
+/// Kills a start that still goes on, for example because only the `make` before it was killed. It may be this process,
+/// which an interrupt turned from a start into a removal.
+fn end_starter(layout: &Layout) -> Result<()> {
+    let Ok(id) = fs::read_to_string(layout.dir.join(STARTER)) else { return Ok(()) };
+    if id == cleanup::run_id() || cleanup::running(&id).is_none() {
+        return Ok(());
+    }
+    wait_until("the end of the start that goes on", Duration::from_secs(10), || {
+        let Some(process) = cleanup::running(&id) else { return Ok(()) };
+        let _ = run("kill", ["-KILL", &process.to_string()]);
+        bail!("process {process} is left")
+    })
 }
 
 /// Network namespaces that carry the cluster's names, whatever number of nodes it had.

@@ -13,9 +13,13 @@ use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{on_each, say, wait_until};
 use super::{addons, images, network, node, pki};
+use crate::cleanup;
 
 /// File in the cluster's folder with its number of nodes.
 const NODES: &str = "nodes";
+
+/// File in the cluster's folder with the id of the process that starts it.
+pub(super) const STARTER: &str = "starter";
 
 /// How many nodes a started cluster has.
 pub fn recorded_nodes(layout: &Layout) -> Result<u8> {
@@ -53,6 +57,7 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
     down(layout).context("removing what was left of an earlier cluster")?;
     let start = Instant::now();
     fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
+    fs::write(layout.dir.join(STARTER), cleanup::run_id()).context("recording who starts the cluster")?;
     fs::write(layout.dir.join(NODES), layout.nodes.to_string()).context("recording the number of nodes")?;
     say("images");
     let archives = images::assemble_all(tools, &images::base_images(tools))?;
