@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The part of `make test` that needs a real cluster: starts one, installs the manifests on it, runs a part of
-# upstream's tests, looks at what is installed, runs the kubectl plugin and the faults of agents, and removes it.
-# Standard output is two numbers: passed and failed.
+# The part of `make test` that needs a real cluster: interrupts starts of one, starts one, installs the manifests on it,
+# runs a part of upstream's tests, looks at what is installed, runs the kubectl plugin and the faults of agents, and
+# removes it. Standard output is two numbers: passed and failed.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -13,14 +13,37 @@ export SWITCHTOWER_CLUSTER_NAME=sttest
 reports=$(mktemp -d)
 trap 'hack/cluster.sh down >&2 || true; rm -rf "$reports"' EXIT
 
-say "upstream's tests on a real cluster"
-if ! { hack/cluster.sh down && hack/cluster.sh up && hack/cluster.sh install; } >&2; then
-    say "the cluster did not start: none of its tests ran"
-    echo "0 1"
-    exit 1
-fi
+# What exists of the cluster, one line each: namespaces, links, control groups, the folder, processes.
+leftovers() {
+    ip netns list | grep "^$SWITCHTOWER_CLUSTER_NAME-" || true
+    ip -oneline link show | grep " $SWITCHTOWER_CLUSTER_NAME-" || true
+    find /sys/fs/cgroup -maxdepth 3 -type d -path "*/switchtower-cluster/$SWITCHTOWER_CLUSTER_NAME" 2>/dev/null || true
+    ls -d "${SWITCHTOWER_CLUSTER_DIR:-/var/lib/switchtower-cluster}/$SWITCHTOWER_CLUSTER_NAME" 2>/dev/null || true
+    pgrep --list-full --full "machine-init --host-name $SWITCHTOWER_CLUSTER_NAME-" || true
+}
+
 passed=0
 failed=0
+hack/cluster.sh down >&2 || true
+say "starts of a real cluster that are interrupted"
+for signal in INT TERM; do
+    # `timeout` gives 124 if it had to send the signal: the start was interrupted, not over.
+    status=0
+    timeout --signal="$signal" 5 hack/cluster.sh up >&2 || status=$?
+    left=$(leftovers)
+    if ((status == 124)) && [ -z "$left" ]; then
+        passed=$((passed + 1))
+    else
+        say "a start that got SIG$signal after 5 s ended with $status and left: ${left:-nothing}"
+        failed=$((failed + 1))
+    fi
+done
+say "upstream's tests on a real cluster"
+if ! { hack/cluster.sh up && hack/cluster.sh install; } >&2; then
+    say "the cluster did not start: none of its tests ran"
+    echo "$passed $((failed + 1))"
+    exit 1
+fi
 # Their exit status says no more than their counts.
 hack/cluster.sh conformance --part small --label test --out "$reports" >&2 || true
 # "| test | 20 | 0 | 0 |"
