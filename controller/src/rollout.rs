@@ -9,7 +9,7 @@
 //! whatever happens here. A round costs the number of nodes, and there is none while nothing is under way and nothing
 //! changes.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +36,9 @@ mod requests;
 mod round;
 mod settings;
 
+#[cfg(test)]
+mod tests;
+
 use announce::Announcer;
 use objects::Objects;
 
@@ -53,6 +56,14 @@ pub const FINALIZER: &str = "switchtower.dev/in-use";
 
 type Events<K> = std::pin::Pin<Box<dyn Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send>>;
 
+/// A revision that the API server will not take.
+struct Refused {
+    /// What it says.
+    message: String,
+    /// Something else, such as a quota, may have changed by then.
+    again_at: Instant,
+}
+
 /// The task that decides about settings.
 pub struct Rollouts {
     profile_api: Api<ProxyProfile>,
@@ -67,6 +78,8 @@ pub struct Rollouts {
     /// Revisions that rows name and no rollout tells of, as they were complained about.
     unknown: BTreeSet<String>,
     started: Instant,
+    /// Profiles whose new revision the API server refuses.
+    refused: BTreeMap<String, Refused>,
     /// No request before this time.
     paused_until: Option<Instant>,
     complained: Option<Instant>,
@@ -87,6 +100,7 @@ impl Rollouts {
             nodes: HashMap::new(),
             nodes_synced: false,
             unknown: BTreeSet::new(),
+            refused: BTreeMap::new(),
             started: Instant::now(),
             paused_until: None,
             complained: None,
@@ -159,7 +173,7 @@ impl Rollouts {
         match self.paused_until {
             Some(until) => Some(until),
             None if !news && self.ready() && under_way() => Some(now + TICK),
-            None => None,
+            None => self.refused.values().map(|refused| refused.again_at).min(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use switchtower_core::rollout::profile::{Past, Profile, stable, winner};
+use switchtower_core::rollout::profile::{Past, Profile, next_revision, stable, winner};
 use switchtower_core::rollout::{
     Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
 };
@@ -37,6 +37,11 @@ impl Facts {
     /// A rollout of the profile is under way.
     pub(super) fn active(&self, profile: &str) -> bool {
         self.past.iter().any(|past| &*past.target.profile == profile && !past.state.is_final())
+    }
+
+    /// The profile says something that no rollout stands for yet.
+    pub(super) fn lacks_rollout(&self, profile: &Profile) -> bool {
+        next_revision(profile, &self.past, 0).is_some()
     }
 
     /// Some row names the revision, or is about to.

@@ -15,7 +15,12 @@ impl Rollouts {
         let objects: Vec<ProxyProfile> = self.profiles.iter().cloned().collect();
         for mut object in objects {
             let Some(profile) = facts.profile(&object.name_any()) else { continue };
-            let status = status(&object, profile, facts);
+            let refused = self.refused.get(&object.name_any()).map(|refused| refused.message.as_str());
+            // Without a rollout of what the profile says now there is nothing to say about this generation.
+            if facts.lacks_rollout(profile) && refused.is_none() {
+                continue;
+            }
+            let status = status(&object, profile, refused, facts);
             if object.status.as_ref() == Some(&status) {
                 continue;
             }
@@ -29,13 +34,18 @@ impl Rollouts {
     }
 }
 
-fn status(object: &ProxyProfile, profile: &Profile, facts: &Facts) -> ProxyProfileStatus {
+fn status(
+    object: &ProxyProfile,
+    profile: &Profile,
+    refused: Option<&str>,
+    facts: &Facts,
+) -> ProxyProfileStatus {
     let stable = facts.stable(&profile.name);
     let mine =
         facts.past.iter().filter(|past| past.target.profile == profile.name && past.owner == profile.uid);
     let latest = mine.max_by_key(|past| past.target.number);
     let nodes = facts.nodes.get(&profile.name).copied().unwrap_or(0);
-    let conditions = conditions(profile, latest, nodes, facts);
+    let conditions = conditions(profile, latest, refused, nodes, facts);
     let previous = object.status.as_ref().map_or(&[][..], |status| &status.conditions);
     let number = |revision: &Revision| Some(convert::api_number(revision.number));
     ProxyProfileStatus {
@@ -50,9 +60,15 @@ fn status(object: &ProxyProfile, profile: &Profile, facts: &Facts) -> ProxyProfi
     }
 }
 
-fn conditions(profile: &Profile, latest: Option<&Past>, nodes: usize, facts: &Facts) -> Vec<Condition> {
+fn conditions(
+    profile: &Profile,
+    latest: Option<&Past>,
+    refused: Option<&str>,
+    nodes: usize,
+    facts: &Facts,
+) -> Vec<Condition> {
     let name = latest.map(|past| rollout_name(&past.target)).unwrap_or_default();
-    let (reason, message) = match latest.map(|past| past.state) {
+    let (reason, message) = match (refused, latest.map(|past| past.state)) {
         _ if profile.deleting => {
             let holders = facts.holders(&profile.name);
             let message = format!(
@@ -61,11 +77,20 @@ fn conditions(profile: &Profile, latest: Option<&Past>, nodes: usize, facts: &Fa
             );
             ("Deleting", message)
         }
-        None => ("Pending", "its first rollout has not begun".to_owned()),
-        Some(State::Complete) => ("UpToDate", format!("{} is rolled out to its {nodes} nodes", profile.name)),
-        Some(State::Failed) => ("RolloutFailed", format!("{name} failed; see its conditions")),
-        Some(State::Aborted) => ("RolloutAborted", format!("{name} was aborted")),
-        Some(_) => ("RollingOut", format!("{name} is under way")),
+        (Some(refused), _) => {
+            let message = format!(
+                "the API server refuses the ProxyRollout of the present settings, and nodes keep what they have: \
+                 {refused}"
+            );
+            ("RolloutRefused", message)
+        }
+        (None, None) => ("Pending", "its first rollout has not begun".to_owned()),
+        (None, Some(State::Complete)) => {
+            ("UpToDate", format!("{} is rolled out to its {nodes} nodes", profile.name))
+        }
+        (None, Some(State::Failed)) => ("RolloutFailed", format!("{name} failed; see its conditions")),
+        (None, Some(State::Aborted)) => ("RolloutAborted", format!("{name} was aborted")),
+        (None, Some(_)) => ("RollingOut", format!("{name} is under way")),
     };
     let condition = |kind, holds, reason, message: &str| Condition {
         kind,
@@ -73,7 +98,7 @@ fn conditions(profile: &Profile, latest: Option<&Past>, nodes: usize, facts: &Fa
         reason,
         message: message.to_owned(),
     };
-    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted");
+    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted" | "RolloutRefused");
     let overlapping = match facts.lost.get(&profile.name) {
         Some((count, winner)) => {
             let message = format!(

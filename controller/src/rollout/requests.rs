@@ -36,6 +36,16 @@ pub(super) fn is_missing_kind(error: &kube::Error) -> bool {
     status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())
 }
 
+/// What the API server says about an object that it will not take however often it is tried.
+pub(super) fn refusal(error: &kube::Error) -> Option<String> {
+    match error {
+        kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
+            Some(status.message.clone())
+        }
+        _ => None,
+    }
+}
+
 /// All objects of a kind.
 pub(super) async fn list<K>(api: &Api<K>) -> Result<Vec<K>, kube::Error>
 where

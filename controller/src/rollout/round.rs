@@ -6,13 +6,14 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
-use switchtower_core::rollout::profile::{next_revision, settled, superseded};
+use switchtower_core::rollout::profile::{Profile, next_revision, settled, superseded};
 use switchtower_core::rollout::{Decision, Revision, Rollout, Time, decide};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, RolloutFallback};
 use switchtower_proto::v1::Settings;
+use tokio::time::Instant;
 
 use super::facts::Facts;
-use super::{FINALIZER, Rollouts, convert, requests, settings};
+use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
 use crate::serve::fleet::SettingsName;
 
 /// Nodes to be given another revision.
@@ -39,50 +40,76 @@ impl Rollouts {
     /// Makes a ProxyRollout of what profiles say anew. True: there is one more.
     async fn create_revisions(&mut self, facts: &Facts) -> bool {
         let mut created = false;
+        self.refused.retain(|name, _| facts.profile(name).is_some());
         for profile in &facts.profiles {
-            let Some(number) = next_revision(profile, &facts.past, facts.highest(&profile.name)) else {
+            let name = profile.name.to_string();
+            let number = next_revision(profile, &facts.past, facts.highest(&profile.name));
+            let Some(number) = number else {
+                self.refused.remove(&name);
                 continue;
             };
-            let Some(object) = self.profiles.get(&profile.name).cloned() else { continue };
-            let Some(object) = self.keep_profile(object).await else { continue };
-            let stable = facts.stable(&profile.name);
-            let fallback = RolloutFallback {
-                profile: stable.profile.to_string(),
-                revision: convert::api_number(stable.number),
-                settings: self.find(&stable).map(|known| known.spec.settings.clone()).unwrap_or_default(),
+            if self.refused.get(&name).is_some_and(|refused| refused.again_at > Instant::now()) {
+                continue;
+            }
+            let Err(error) = self.create_revision(profile, number, facts).await else {
+                self.refused.remove(&name);
+                created = true;
+                continue;
             };
-            let rollout = new_rollout(&object, &profile.hash, number, fallback);
-            match requests::create(&self.rollout_api, &rollout).await {
-                Ok(rollout) => {
-                    tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
-                    created |= self.rollouts.put(rollout);
+            if requests::is_race(&error) {
+                tracing::debug!(%error, profile = name, "not created yet; the watch will tell");
+            } else if let Some(message) = requests::refusal(&error) {
+                let known = self.refused.get(&name).is_some_and(|known| known.message == message);
+                if !known {
+                    tracing::error!(
+                        profile = name,
+                        message,
+                        "the API server refuses the profile's ProxyRollout"
+                    );
                 }
-                Err(error) if requests::is_race(&error) => {
-                    tracing::debug!(%error, "the rollout is there already; the watch will tell");
-                }
-                Err(error) => self.request_failed(&error),
+                self.refused.insert(name, Refused { message, again_at: Instant::now() + RETRY });
+            } else {
+                self.request_failed(&error);
             }
         }
         created
     }
 
+    /// Makes the ProxyRollout of a new revision, with `number` or the next one whose name is free.
+    async fn create_revision(
+        &mut self,
+        profile: &Profile,
+        mut number: u64,
+        facts: &Facts,
+    ) -> Result<(), kube::Error> {
+        let Some(object) = self.profiles.get(&profile.name).cloned() else { return Ok(()) };
+        let object = self.keep_profile(object).await?;
+        let revision = |number| Revision { profile: profile.name.clone(), number };
+        // Somebody may have made one of that name by hand.
+        while self.rollouts.get(&rollout_name(&revision(number))).is_some() {
+            number += 1;
+        }
+        let stable = facts.stable(&profile.name);
+        let fallback = RolloutFallback {
+            profile: stable.profile.to_string(),
+            revision: convert::api_number(stable.number),
+            settings: self.find(&stable).map(|known| known.spec.settings.clone()).unwrap_or_default(),
+        };
+        let rollout = new_rollout(&object, &profile.hash, number, fallback);
+        let rollout = requests::create(&self.rollout_api, &rollout).await?;
+        tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
+        self.rollouts.put(rollout);
+        Ok(())
+    }
+
     /// A profile with a rollout stays until no node has its settings.
-    async fn keep_profile(&mut self, object: ProxyProfile) -> Option<ProxyProfile> {
+    async fn keep_profile(&mut self, object: ProxyProfile) -> Result<ProxyProfile, kube::Error> {
         if object.finalizers().iter().any(|known| known == FINALIZER) {
-            return Some(object);
+            return Ok(object);
         }
-        match requests::set_finalizer(&self.profile_api, &object, true).await {
-            Ok(object) => {
-                self.profiles.put(object.clone());
-                Some(object)
-            }
-            Err(error) => {
-                if !requests::is_race(&error) {
-                    self.request_failed(&error);
-                }
-                None
-            }
-        }
+        let object = requests::set_finalizer(&self.profile_api, &object, true).await?;
+        self.profiles.put(object.clone());
+        Ok(object)
     }
 
     /// Decides about every rollout that is under way or has nodes, stores the decisions, and returns what follows.

@@ -1,0 +1,203 @@
+//! Rounds against an API server in memory that refuses requests.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http::{Method, Request, Response};
+use kube::Client;
+use kube::client::Body;
+use serde_json::{Value, json};
+use switchtower_core::propagation::Limits;
+
+use super::*;
+use crate::propagation::{Propagation, PropagationMetrics};
+use crate::serve::fleet::builtin_settings;
+use crate::serve::metrics::ServeMetrics;
+use crate::status::Floors;
+
+/// Objects by their path, and how the next creations are answered.
+#[derive(Default)]
+struct Server {
+    objects: BTreeMap<String, Value>,
+    version: u64,
+    refusals: Vec<u16>,
+}
+
+const PROFILES: &str = "/apis/switchtower.dev/v1alpha1/proxyprofiles";
+const ROLLOUTS: &str = "/apis/switchtower.dev/v1alpha1/proxyrollouts";
+
+impl Server {
+    fn put(&mut self, kind: &str, mut object: Value) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let path = format!("{kind}/{}", object["metadata"]["name"].as_str().unwrap());
+        self.objects.insert(path, object.clone());
+        object
+    }
+
+    fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> (u16, Value) {
+        let mut body: Value = serde_json::from_slice(body).unwrap_or_default();
+        if path.contains("/events") {
+            return (201, body);
+        }
+        let kind = if path.starts_with(PROFILES) { PROFILES } else { ROLLOUTS };
+        match *method {
+            Method::GET => {
+                let of_kind = self.objects.iter().filter(|(path, _)| path.starts_with(kind));
+                let items: Vec<_> = of_kind.map(|(_, object)| object.clone()).collect();
+                (200, json!({"metadata": {"resourceVersion": "1"}, "items": items}))
+            }
+            Method::POST => match self.refusals.pop() {
+                Some(code) => (code, failure(code)),
+                None => {
+                    body["metadata"]["uid"] = json!(format!("uid-{}", self.version));
+                    body["metadata"]["generation"] = json!(1);
+                    (201, self.put(kind, body))
+                }
+            },
+            _ => {
+                let known = self.objects.get(path.trim_end_matches("/status")).cloned();
+                let Some(mut object) = known else { return (404, failure(404)) };
+                if body["metadata"]["resourceVersion"] != object["metadata"]["resourceVersion"] {
+                    return (409, failure(409));
+                }
+                object["status"] = body["status"].take();
+                (200, self.put(kind, object))
+            }
+        }
+    }
+}
+
+fn failure(code: u16) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code,
+        "reason": "Scripted", "message": "scripted", "details": {"name": "default"}})
+}
+
+struct Lab {
+    server: Arc<Mutex<Server>>,
+    rollouts: Rollouts,
+}
+
+/// A profile whose first revision is rolled out and whose spec changed since.
+async fn lab() -> Lab {
+    let server = Arc::new(Mutex::new(Server::default()));
+    let mut lab = Lab { rollouts: rollouts(server.clone()), server };
+    let metadata = json!({"name": "default", "uid": "profile", "generation": 1, "finalizers": [FINALIZER]});
+    lab.put(PROFILES, &json!({"metadata": metadata, "spec": {"settings": {}}}));
+    lab.rollouts.nodes_synced = true;
+    lab.load().await;
+    lab.rollouts.round().await;
+    lab.finish("default-1").await;
+    assert_eq!(lab.profile_standing(), (Some(1), "default@1".to_owned(), "UpToDate".to_owned()));
+    let mut profile = lab.object(PROFILES, "default");
+    profile["metadata"]["generation"] = json!(2);
+    profile["spec"]["settings"]["masqueradeAll"] = json!(true);
+    lab.put(PROFILES, &profile);
+    lab.load().await;
+    lab
+}
+
+fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let server = server.clone();
+        async move {
+            let (head, body) = request.into_parts();
+            let body = body.collect_bytes().await.unwrap_or_default();
+            let (code, answer) = server.lock().unwrap().answer(&head.method, head.uri.path(), &body);
+            let body = Body::from(serde_json::to_vec(&answer).unwrap());
+            Ok::<_, Infallible>(Response::builder().status(code).body(body).unwrap())
+        }
+    });
+    let registry = prometheus::Registry::new();
+    let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
+    let fleet = Fleet::new(
+        builtin_settings(),
+        Floors::default(),
+        ServeMetrics::new(&registry).unwrap(),
+        Arc::new(|| Some(Duration::ZERO)),
+        Arc::new(propagation),
+        Arc::new(drop),
+    );
+    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, Assignments::default())
+}
+
+impl Lab {
+    fn put(&self, kind: &str, object: &Value) {
+        self.server.lock().unwrap().put(kind, object.clone());
+    }
+
+    fn object(&self, kind: &str, name: &str) -> Value {
+        self.server.lock().unwrap().objects.get(&format!("{kind}/{name}")).cloned().unwrap_or_default()
+    }
+
+    /// The controller sees what there is.
+    async fn load(&mut self) {
+        self.rollouts.load().await.unwrap();
+    }
+
+    /// As if all its nodes had it.
+    async fn finish(&mut self, rollout: &str) {
+        let mut object = self.object(ROLLOUTS, rollout);
+        object["status"]["state"] = json!("Complete");
+        self.put(ROLLOUTS, &object);
+        self.load().await;
+        self.rollouts.round().await;
+    }
+
+    /// Observed generation, target and reason.
+    fn profile_standing(&self) -> (Option<i64>, String, String) {
+        let object: ProxyProfile = serde_json::from_value(self.object(PROFILES, "default")).unwrap();
+        let status = object.status.unwrap_or_default();
+        let reason = status.conditions.first().map(|ready| ready.reason.clone()).unwrap_or_default();
+        (status.observed_generation, status.target_name, reason)
+    }
+}
+
+#[tokio::test]
+async fn a_generation_without_its_rollout_is_not_spoken_of() {
+    // Somebody was faster, the API server is busy, or fails.
+    for code in [409, 429, 500] {
+        let mut lab = lab().await;
+        lab.server.lock().unwrap().refusals.push(code);
+        lab.rollouts.round().await;
+        assert_eq!(
+            lab.profile_standing(),
+            (Some(1), "default@1".to_owned(), "UpToDate".to_owned()),
+            "after {code} the status is that of the generation before"
+        );
+        lab.rollouts.round().await;
+        let standing = lab.profile_standing();
+        assert_eq!(standing, (Some(2), "default@2".to_owned(), "RollingOut".to_owned()), "after {code}");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_rollout_is_told_and_tried_again() {
+    let mut lab = lab().await;
+    lab.server.lock().unwrap().refusals = vec![422];
+    lab.rollouts.round().await;
+    let refused = (Some(2), "default@1".to_owned(), "RolloutRefused".to_owned());
+    assert_eq!(lab.profile_standing(), refused);
+    lab.rollouts.round().await;
+    assert_eq!(lab.profile_standing(), refused, "not tried at each round");
+    assert!(lab.rollouts.wake_up(false).is_some(), "it is tried again although nothing happens");
+    tokio::time::pause();
+    tokio::time::advance(RETRY * 2).await;
+    lab.rollouts.round().await;
+    assert_eq!(lab.profile_standing(), (Some(2), "default@2".to_owned(), "RollingOut".to_owned()));
+}
+
+#[tokio::test]
+async fn a_name_that_somebody_took_by_hand_is_left_out() {
+    let mut lab = lab().await;
+    let mut object = lab.object(ROLLOUTS, "default-1");
+    object["metadata"] = json!({"name": "default-2", "uid": "by-hand", "generation": 1});
+    object["status"] = Value::Null;
+    lab.put(ROLLOUTS, &object);
+    lab.load().await;
+    lab.rollouts.round().await;
+    assert_eq!(lab.profile_standing(), (Some(2), "default@3".to_owned(), "RollingOut".to_owned()));
+    assert_eq!(lab.object(ROLLOUTS, "default-2")["status"]["state"], "Ignored");
+}
