@@ -30,6 +30,7 @@ mod announce;
 mod clean;
 mod convert;
 mod facts;
+mod metrics;
 mod objects;
 mod profiles;
 mod requests;
@@ -40,6 +41,7 @@ mod settings;
 mod tests;
 
 use announce::Announcer;
+pub use metrics::RolloutMetrics;
 use objects::Objects;
 
 /// Between two rounds while a rollout is under way.
@@ -71,6 +73,7 @@ pub struct Rollouts {
     fleet: Arc<Fleet>,
     assignments: Assignments,
     announcer: Announcer,
+    metrics: RolloutMetrics,
     profiles: Objects<ProxyProfile>,
     rollouts: Objects<ProxyRollout>,
     nodes: HashMap<Arc<str>, NodeIdentity>,
@@ -88,13 +91,20 @@ pub struct Rollouts {
 impl Rollouts {
     /// A task that knows nothing yet.
     #[must_use]
-    pub fn new(client: Client, replica: &str, fleet: Arc<Fleet>, assignments: Assignments) -> Self {
+    pub fn new(
+        client: Client,
+        replica: &str,
+        fleet: Arc<Fleet>,
+        assignments: Assignments,
+        metrics: RolloutMetrics,
+    ) -> Self {
         Self {
             profile_api: Api::all(client.clone()),
             rollout_api: Api::all(client.clone()),
             fleet,
             assignments,
             announcer: Announcer::new(client, replica),
+            metrics,
             profiles: Objects::default(),
             rollouts: Objects::default(),
             nodes: HashMap::new(),

@@ -42,7 +42,7 @@ use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::Chain;
 use crate::metrics::{self, Readiness};
 use crate::propagation::{self, Propagation, PropagationMetrics};
-use crate::rollout::Rollouts;
+use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::behind::BehindCollector;
@@ -254,7 +254,8 @@ async fn start_parts(
         Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
     let loaded = matches!(tokio::time::timeout(ROWS_PATIENCE, writer.load()).await, Ok(Ok(())));
     // Then the settings that they name, so that no node gets others for a moment.
-    let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments);
+    let metrics = RolloutMetrics::new(registry)?;
+    let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments, metrics);
     if !matches!(tokio::time::timeout(ROWS_PATIENCE, rollouts.load()).await, Ok(Ok(()))) {
         tracing::warn!(
             "profiles and rollouts could not be read yet; nodes get the built-in settings until then"

@@ -158,6 +158,10 @@ pub struct ProxyRolloutStatus {
     /// Nodes of the profile that are left out for now.
     #[serde(default)]
     pub excluded: ExcludedNodes,
+    /// How long nodes took to acknowledge the revision. Reported only: a slow node does not stop a rollout before its
+    /// deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acknowledgements: Option<RolloutAcknowledgements>,
     /// Ready: the rollout is complete. Reconciling: it is under way. Stalled: it failed, was aborted, or does not get on.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
@@ -216,6 +220,20 @@ pub struct NodeFailure {
     /// Trace of the change, 32 hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none", rename = "traceID")]
     pub trace_id: Option<String>,
+}
+
+/// How long nodes took from being sent the revision to acknowledging it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutAcknowledgements {
+    /// Of how many nodes that is known.
+    pub nodes: i64,
+    /// Half of them took no longer, in milliseconds.
+    pub median_milliseconds: i64,
+    /// None took longer, in milliseconds.
+    pub slowest_milliseconds: i64,
+    /// The node that took longest.
+    pub slowest_node: String,
 }
 
 /// Nodes that are left out.

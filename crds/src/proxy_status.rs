@@ -81,6 +81,10 @@ pub struct ProfileAssignment {
     /// When it was assigned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assigned_at: Option<Time>,
+    /// Trace of the assignment, 32 hexadecimal digits. Nodes that got the revision together have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none", rename = "traceID")]
+    #[schemars(length(max = 32))]
+    pub trace_id: Option<String>,
 }
 
 /// What the controller knows of the node.

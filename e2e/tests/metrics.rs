@@ -71,6 +71,21 @@ fn alerts_and_dashboards_ask_for_metrics_that_exist() {
     });
     assert_eq!(behind.unwrap(), 3.0, "all states together are all nodes");
     scene.fleet.run_agent(alpha).unwrap();
+    // A profile, so that there is a rollout to tell of.
+    let profile = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "measured"},
+        "spec": {"strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}}},
+    });
+    scene.fleet.kube().apply(&profile).unwrap();
+    wait::until("the rollout is complete, and told", Duration::from_secs(40), || {
+        let labels = "reason=\"Complete\",rollout=\"measured-1\",state=\"Complete\"";
+        let told = scene.fleet.controller_metric("switchtower_rollout_info", labels)?;
+        ensure!(told == 1.0, "{told}");
+        Ok(())
+    })
+    .unwrap();
+    let updated = "result=\"updated\",rollout=\"measured-1\"";
+    assert_eq!(scene.fleet.controller_metric("switchtower_rollout_nodes", updated).unwrap(), 3.0);
     scene.fleet.settled(Duration::from_secs(20)).unwrap();
     assert_eq!(scene.fleet.controller_metric("switchtower_node_behind_seconds", "").unwrap(), 0.0);
 

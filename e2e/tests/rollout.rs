@@ -246,6 +246,10 @@ fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
     assert!(walk.iter().any(|(_, touched)| touched.len() == NODES / 2), "{walk:?}");
     assert_eq!((before, trip.masquerading()), (all(), all()));
     assert_eq!((status.progress.updated.as_str(), status.failed), ("12/12", 0));
+    let took = status.acknowledgements.unwrap();
+    println!("acknowledgements: {took:?}");
+    assert_eq!(took.nodes, 12);
+    assert!(took.median_milliseconds <= took.slowest_milliseconds && took.slowest_milliseconds < 60_000);
     kubectl(trip.scene.fleet, &["wait", "--for=condition=Ready", "pxs", "--all", "--timeout=20s"]);
     let columns = kubectl(trip.scene.fleet, &["get", "pxr", &trip.rollout()]);
     assert!(columns.contains("Complete") && columns.contains("12/12"), "{columns}");
@@ -278,8 +282,34 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
     let failure = &status.failures[0];
     assert_eq!((failure.node.as_str(), failure.errno), (CANARY, libc::ECONNREFUSED), "{failure:?}");
     assert!(failure.message.contains("node-port"), "{failure:?}");
-    let events = kubectl(trip.scene.fleet, &["get", "events", "-A", "-o", "json"]);
-    assert!(events.contains(CANARY), "an Event names the node");
+    let trace = failure.trace_id.clone().unwrap_or_default();
+    assert!(trace.len() == 32 && u128::from_str_radix(&trace, 16).is_ok_and(|id| id != 0), "{failure:?}");
+    // Node, reason, errno and trace, wherever a person may look.
+    let evidence = [CANARY, "ProbeFailed", "errno 111", &trace];
+    let message = &status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap().message;
+    assert!(evidence.iter().all(|word| message.contains(word)), "{message}");
+    let is_told = |event: &Value| {
+        let about = event["involvedObject"]["name"] == trip.rollout().as_str();
+        let text = event["message"].as_str().unwrap_or_default();
+        about && event["reason"] == "RolloutFailed" && evidence.iter().all(|word| text.contains(word))
+    };
+    wait::until("an Event has the evidence", ROLLOUT, || {
+        let events = kubectl(trip.scene.fleet, &["get", "events", "-A", "-o", "json"]);
+        let events: Value = serde_json::from_str(&events)?;
+        ensure!(events["items"].as_array().into_iter().flatten().any(is_told), "{events}");
+        Ok(())
+    })
+    .unwrap();
+    let metric = |name: &str, labels: &str| trip.scene.fleet.controller_metric(name, labels).unwrap();
+    assert_eq!(metric("switchtower_rollout_failures_total", "reason=\"ProbeFailed\""), 1.0);
+    assert_eq!(metric("switchtower_rollout_rollbacks_total", "cause=\"failure\""), 1.0);
+    let labels = format!("rollout=\"{}\",state=\"Failed\"", trip.rollout());
+    wait::until("the metrics tell the state", ROLLOUT, || {
+        let info = metric("switchtower_rollout_info", &format!("reason=\"NodeFailed\",{labels}"));
+        ensure!(info == 1.0, "{info}");
+        Ok(())
+    })
+    .unwrap();
     // The same revision is never tried again by itself, not even by another controller.
     trip.scene.fleet.stop_controller(libc::SIGKILL).unwrap();
     trip.scene.fleet.start_controller().unwrap();

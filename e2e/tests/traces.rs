@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
+use switchtower_crds::ProxyStatus;
 use switchtower_e2e::collector::{Collector, Span};
 use switchtower_e2e::switchtower::Fleet;
 use switchtower_e2e::{objects, wait};
@@ -135,6 +136,52 @@ fn a_change_made_with_kubectl_is_one_trace() {
     let whole = Duration::from_nanos(root.end - root.start);
     assert!(whole < Duration::from_secs(5), "{whole:?}");
     assert_eq!(one("switchtower.distribute").events.len(), 3, "50 %, 99 %, all");
+}
+
+#[test]
+fn an_assignment_of_settings_is_one_trace_and_rows_name_it() {
+    let _alone = alone();
+    let collector = Collector::start(fleet().lab().directory()).unwrap();
+    let endpoint = collector.endpoint();
+    // Nobody samples: assignments are kept all the same.
+    restarted(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+        ("OTEL_BSP_SCHEDULE_DELAY", "100"),
+        ("OTEL_TRACES_SAMPLER", "always_off"),
+    ]);
+    let scene = Scene::new("settings");
+    let profile = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "traced"},
+        "spec": {"strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}}},
+    });
+    scene.fleet.kube().apply(&profile).unwrap();
+    let assigned = wait::until("every row names the revision", Duration::from_secs(40), || {
+        let rows = ["alpha", "beta", "gamma"].map(|node| {
+            let row: Option<ProxyStatus> = scene.fleet.kube().get_cluster(node)?;
+            let assigned = row.and_then(|row| row.spec.profile).context("no assignment")?;
+            ensure!((assigned.name.as_str(), assigned.revision) == ("traced", 1), "{assigned:?}");
+            assigned.trace_id.context("no trace")
+        });
+        rows.into_iter().collect::<Result<BTreeSet<String>>>()
+    });
+    let traces = assigned.unwrap();
+    assert_eq!(traces.len(), 1, "what is assigned together is one trace: {traces:?}");
+    wait::until("the collector has the trace with all nodes", Duration::from_secs(20), || {
+        let spans: Vec<_> =
+            collector.spans()?.into_iter().filter(|span| traces.contains(&span.trace)).collect();
+        let roots: BTreeSet<_> = spans
+            .iter()
+            .filter(|span| span.parent.is_empty())
+            .map(|span| span.attribute("switchtower.object"))
+            .collect();
+        ensure!(roots == BTreeSet::from(["ProxyRollout traced-1".to_owned()]), "{roots:?}");
+        let sends = spans.iter().filter(|span| span.name == "switchtower.send");
+        let nodes: BTreeSet<_> = sends.map(|send| send.attribute("k8s.node.name")).collect();
+        ensure!(nodes == ["alpha", "beta", "gamma"].map(str::to_owned).into(), "{nodes:?}");
+        println!("{}", outline(&spans));
+        Ok(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}; {}", scene.fleet.controller_log()));
 }
 
 /// The tree as people read it.

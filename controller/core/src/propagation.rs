@@ -35,9 +35,9 @@ pub type UnixNanoseconds = u64;
 /// One change of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// Its number in this process, from 1.
+    /// Its number in this process, from 1; 0 for an assignment of settings.
     pub id: u64,
-    /// "EndpointSlice default/web-x7".
+    /// "EndpointSlice default/web-x7", "ProxyRollout default-7".
     pub object: Arc<str>,
     /// The Service that it concerns, where the object tells.
     pub service: Option<ObjectKey>,

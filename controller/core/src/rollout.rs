@@ -31,8 +31,8 @@ pub use decide::{Decision, Transition, decide};
 pub use describe::{Condition, Status};
 pub use judge::{Health, health};
 pub use model::{
-    Agent, Assignment, Excluded, Failure, FleetNode, Observed, Progress, Quantity, Refusal, Revision,
-    Rollout, State, Step, Strategy, Trial, TrialPhase, WaitingOn,
+    Acknowledgements, Agent, Assignment, Excluded, Failure, FailureReason, FleetNode, Observed, Progress,
+    Quantity, Refusal, Revision, Rollout, State, Step, Strategy, Trial, TrialPhase, WaitingOn,
 };
 pub use selector::{Requirement, Selector};
 

@@ -60,15 +60,16 @@ pub(super) fn target(spec: &api::ProxyRolloutSpec) -> Revision {
 pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     let revision = Revision { profile: profile.name.as_str().into(), number: number(profile.revision) };
     let at = profile.assigned_at.as_ref().map_or(Time(0), |at| time(at.0));
-    core::Assignment { revision, at }
+    core::Assignment { revision, at, trace: profile.trace_id.clone().unwrap_or_default() }
 }
 
-/// What a row is to name.
-pub(super) fn assignment(revision: &Revision, now: Time) -> api::ProfileAssignment {
+/// What a row is to name, and the trace of it.
+pub(super) fn assignment(revision: &Revision, trace: u128, now: Time) -> api::ProfileAssignment {
     api::ProfileAssignment {
         name: revision.profile.to_string(),
         revision: api_number(revision.number),
         assigned_at: Some(api_time(now)),
+        trace_id: Some(format!("{trace:032x}")),
     }
 }
 
@@ -280,12 +281,34 @@ pub(super) fn status(
             count: count(status.excluded.len()),
             nodes: excluded.map(|excluded| format!("{} ({})", excluded.node, excluded.reason)).collect(),
         },
+        acknowledgements: acknowledgements(
+            status.acknowledgements.as_ref(),
+            previous.and_then(|previous| previous.acknowledgements.as_ref()),
+        ),
         conditions: conditions(
             &status.conditions,
             previous.map_or(&[], |previous| &previous.conditions),
             object.metadata.generation,
             now,
         ),
+    }
+}
+
+/// What is known now, or was known of more nodes: another controller process saw them acknowledge.
+fn acknowledgements(
+    now: Option<&core::Acknowledgements>,
+    before: Option<&api::RolloutAcknowledgements>,
+) -> Option<api::RolloutAcknowledgements> {
+    let milliseconds = |took: Duration| i64::try_from(took.as_millis()).unwrap_or(i64::MAX);
+    let now = now.map(|now| api::RolloutAcknowledgements {
+        nodes: count(now.nodes),
+        median_milliseconds: milliseconds(now.median),
+        slowest_milliseconds: milliseconds(now.slowest),
+        slowest_node: now.slowest_node.to_string(),
+    });
+    match (now, before) {
+        (Some(now), Some(before)) if now.nodes < before.nodes => Some(before.clone()),
+        (now, before) => now.or_else(|| before.cloned()),
     }
 }
 

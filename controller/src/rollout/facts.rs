@@ -124,6 +124,7 @@ fn agent(observation: &Observation, now: Time) -> Agent {
     Agent::connected(Observed {
         since: convert::time(observation.since),
         acknowledged: observation.settings.as_ref().map(|(profile, number)| revision(profile, *number)),
+        took: observation.settings_took,
         in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
         refusal: observation.failure.as_ref().map(|failure| Refusal {
             reason: failure.reason.to_owned(),

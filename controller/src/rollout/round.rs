@@ -7,14 +7,15 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
 use switchtower_core::rollout::profile::{Profile, next_revision, settled, superseded};
-use switchtower_core::rollout::{Decision, Revision, Rollout, Time, decide};
+use switchtower_core::rollout::{Assignment, Decision, Revision, Rollout, Time, decide};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, RolloutFallback};
 use switchtower_proto::v1::Settings;
 use tokio::time::Instant;
 
 use super::facts::Facts;
 use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
-use crate::serve::fleet::SettingsName;
+use crate::propagation::new_trace;
+use crate::serve::fleet::{SettingsAssignment, SettingsName};
 
 /// Nodes to be given another revision.
 type Moves = BTreeMap<Arc<str>, Revision>;
@@ -30,11 +31,16 @@ impl Rollouts {
         // Settings before the rows that name them.
         self.serve();
         settle(&facts, &mut moves);
-        let wanted = moves.into_iter();
-        let wanted = wanted.map(|(node, revision)| (node, convert::assignment(&revision, facts.now)));
+        // What nodes get together is one trace.
+        let mut traces: BTreeMap<Revision, u128> = BTreeMap::new();
+        let wanted = moves.into_iter().map(|(node, revision)| {
+            let trace = *traces.entry(revision.clone()).or_insert_with(|| new_trace().trace);
+            (node, convert::assignment(&revision, trace, facts.now))
+        });
         self.assignments.want(wanted.collect());
         self.write_profiles(&facts).await;
         self.clean(&facts).await;
+        self.metrics.show(self.rollouts.iter());
     }
 
     /// Makes a ProxyRollout of what profiles say anew. True: there is one more.
@@ -154,6 +160,7 @@ impl Rollouts {
         if !self.write_status(object, status).await {
             return false;
         }
+        self.metrics.decided(&rollout.progress, &decision.progress, decision.status.touched);
         if let Some(object) = self.rollouts.get(&rollout_name(&rollout.target)) {
             for transition in &decision.transitions {
                 self.announcer.announce(object, transition);
@@ -225,21 +232,23 @@ impl Rollouts {
             named.insert((past.target.profile.clone(), past.target.number), content);
         }
         let mut assignments = Vec::new();
-        let mut rows: BTreeMap<Arc<str>, SettingsName> = BTreeMap::new();
+        let mut rows: BTreeMap<Arc<str>, (SettingsName, Option<u128>)> = BTreeMap::new();
         for (node, profile) in self.assignments.stored() {
-            let Revision { profile, number } = convert::assigned(&profile).revision;
-            rows.insert(node, (profile, number));
+            let Assignment { revision: Revision { profile, number }, trace, .. } =
+                convert::assigned(&profile);
+            rows.insert(node, ((profile, number), u128::from_str_radix(&trace, 16).ok()));
         }
         let builtin = Revision::builtin();
-        let builtin = (builtin.profile, builtin.number);
+        let builtin = ((builtin.profile, builtin.number), None);
         for node in rows.keys().chain(self.nodes.keys().filter(|node| !rows.contains_key(*node))) {
-            let wanted = rows.get(node).unwrap_or(&builtin);
-            let known = *wanted == builtin || named.contains_key(wanted);
+            let (wanted, trace) = rows.get(node).unwrap_or(&builtin);
+            let known = *wanted == builtin.0 || named.contains_key(wanted);
             if !known && self.unknown.insert(format!("{node} {}@{}", wanted.0, wanted.1)) {
                 tracing::error!(%node, profile = %wanted.0, revision = wanted.1,
                     "the node's row names a revision that no ProxyRollout tells of; the node gets the built-in settings");
             }
-            assignments.push((node.clone(), if known { wanted.clone() } else { builtin.clone() }));
+            let settings = if known { wanted } else { &builtin.0 }.clone();
+            assignments.push(SettingsAssignment { node: node.clone(), settings, trace: *trace });
         }
         self.fleet.set_settings(&named);
         self.fleet.assign_settings(assignments);

@@ -120,7 +120,8 @@ fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
         Arc::new(propagation),
         Arc::new(drop),
     );
-    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, Assignments::default())
+    let metrics = RolloutMetrics::new(&registry).unwrap();
+    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, Assignments::default(), metrics)
 }
 
 impl Lab {

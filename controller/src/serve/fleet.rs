@@ -20,7 +20,7 @@ mod look;
 mod settings;
 
 pub use look::Reach;
-pub use settings::{SettingsName, builtin_settings};
+pub use settings::{SettingsAssignment, SettingsName, builtin_settings};
 
 use super::metrics::ServeMetrics;
 use super::questions::Desk;
@@ -59,6 +59,8 @@ struct Node {
     signal: Option<Arc<Signal>>,
     /// The place that the agent acknowledged last.
     cursor: Option<Cursor>,
+    /// Revision of the layers from which on the node is to have its settings.
+    assigned_at: u64,
     /// Where changes are followed; from the stream's first acknowledgement to its end.
     slot: Option<Slot>,
     observation: Option<Observation>,
@@ -351,10 +353,18 @@ impl Fleet {
             return;
         }
         entry.cursor = Some(cursor.clone());
+        let settings = entry.subscription.as_ref().map(|subscription| &subscription.settings);
+        // An update that was planned just before the node got other settings is not what brings them.
+        let revision = match settings {
+            Some(settings) if *settings != cursor.subscription().settings => {
+                cursor.revision().min(entry.assigned_at.saturating_sub(1))
+            }
+            _ => cursor.revision(),
+        };
         match entry.slot {
-            Some(slot) => self.propagation.reached(slot, cursor.revision(), delivery),
+            Some(slot) => self.propagation.reached(slot, revision, delivery),
             // The first view of a stream is no latency: from here on it is.
-            None => entry.slot = Some(self.propagation.join(node.clone(), cursor.revision())),
+            None => entry.slot = Some(self.propagation.join(node.clone(), revision)),
         }
     }
 

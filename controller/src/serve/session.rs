@@ -287,6 +287,9 @@ impl Session {
             known.kernel_version = shortened(&hello.kernel_version);
             known.addresses =
                 hello.addresses.iter().take(64).filter_map(|octets| wire::address(octets)).collect();
+            if known.settings != settings {
+                known.settings_took = None;
+            }
             known.settings = settings;
             known.deviations = deviations.map(bounded::deviations);
             known.trial = trial.map(bounded::trial);

@@ -15,11 +15,12 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Source, Stamp,
-    Update, View,
+    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Settings, Source,
+    Stamp, Update, View,
 };
 use tokio::net::TcpStream;
 
+use super::fleet::{SettingsAssignment, SettingsName};
 use super::review::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
@@ -284,6 +285,27 @@ async fn a_snapshot_then_deltas_and_what_changes_meanwhile_comes_together() {
     );
     agent.ack(&third).await;
     lab.until("n1", |known| known.applied == third.to && known.behind_since.is_none()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assignment_of_settings_is_followed_like_any_change() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    let (_other, _) = Agent::settled(&lab, "n2").await;
+    let name: SettingsName = ("default".into(), 7);
+    let settings = Settings { profile: "default".into(), revision: 7, ..fleet::builtin_settings() };
+    lab.fleet.set_settings(&BTreeMap::from([(name.clone(), settings)]));
+    let assignment = SettingsAssignment { node: "n1".into(), settings: name.clone(), trace: Some(0xaf7) };
+    lab.fleet.assign_settings([assignment.clone(), assignment]);
+    let report = lab.followed(|report| report.object == "ProxyRollout default-7").await;
+    assert_eq!((report.trace_id.as_str(), report.eligible), ("00000000000000000000000000000af7", 1));
+    let (update, _) = agent.update().await;
+    assert_eq!((update.from, report.all), (Some(first.to), None));
+    agent.ack(&update).await;
+    lab.until("n1", |known| known.settings.as_ref() == Some(&name) && known.settings_took.is_some()).await;
+    let report = lab.followed(|report| report.all.is_some()).await;
+    assert_eq!((report.object.as_str(), report.slowest[0].node.as_str()), ("ProxyRollout default-7", "n1"));
+    assert_eq!(report.slowest[0].commit, Some(5));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     fn assignment(revision: i64) -> ProfileAssignment {
-        ProfileAssignment { name: "default".into(), revision, assigned_at: None }
+        ProfileAssignment { name: "default".into(), revision, assigned_at: None, trace_id: None }
     }
 
     #[tokio::test]

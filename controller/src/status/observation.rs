@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
@@ -52,6 +53,8 @@ pub struct Observation {
     pub foreign_proxy: bool,
     /// Profile and revision of the settings in the view that was acknowledged last; `None` before the first.
     pub settings: Option<(Arc<str>, u64)>,
+    /// From the sending of these settings to their acknowledgement; `None` if the stream began with them.
+    pub settings_took: Option<Duration>,
     /// When streams were lost lately without this controller's doing, at most [`LOSSES`].
     pub losses: VecDeque<Timestamp>,
     /// Where the agent's last trial of settings stands, as it told in Hello or Report.

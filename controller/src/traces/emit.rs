@@ -98,7 +98,7 @@ impl Emitter {
         self.span(&root, compile);
         let shown = shown(record);
         let distribute = self.begin(&root, distribute(record, change, &shown, end));
-        for ack in shown.iter().filter(|ack| ack.carrier.0 == change.id) {
+        for ack in shown.iter().filter(|ack| ack.carrier == change.trace) {
             if let Some(delivery) = &ack.delivery {
                 self.node(&distribute, ack, delivery, publication.published);
             }
@@ -257,9 +257,9 @@ fn distribute(record: &Record, change: &Change, shown: &[&NodeAck], end: UnixNan
         distribute.events.push(Event::new(names::REFUSED, time(refusal.at), attributes, 0));
     }
     let mut carriers: Vec<TraceContext> = Vec::new();
-    for ack in shown.iter().filter(|ack| ack.carrier.0 != change.id && ack.delivery.is_some()) {
-        if !carriers.contains(&ack.carrier.1) {
-            carriers.push(ack.carrier.1);
+    for ack in shown.iter().filter(|ack| ack.carrier != change.trace && ack.delivery.is_some()) {
+        if !carriers.contains(&ack.carrier) {
+            carriers.push(ack.carrier);
         }
     }
     let link = |carrier: TraceContext| {

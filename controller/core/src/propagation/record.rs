@@ -47,8 +47,8 @@ pub struct NodeAck {
     pub at: UnixNanoseconds,
     /// The update that brought it; `None` if the node had everything without one.
     pub delivery: Option<Delivery>,
-    /// The change in whose trace the update is told: its number and trace. One update carries many changes.
-    pub carrier: (u64, TraceContext),
+    /// The change in whose trace the update is told: its root span. One update carries many changes.
+    pub carrier: TraceContext,
 }
 
 /// An update with this revision that a node refused.

@@ -62,7 +62,7 @@ fn one_acknowledgement_covers_all_revisions_before_and_is_told_under_the_oldest_
     assert_eq!(outcome.acknowledged, expected);
     assert_eq!(outcome.concluded.len(), 3);
     for record in &outcome.concluded {
-        assert_eq!(record.kept[0].carrier, (2, trace(2, true)));
+        assert_eq!(record.kept[0].carrier, trace(2, true));
     }
     assert_eq!(tracker.reached(slots[0], 3, 1_001, None), Outcome::default(), "the same again says nothing");
 }

@@ -132,7 +132,7 @@ impl Tracker {
             record.waiting.remove(slot.0);
             record.troubled |= slow;
             let refused = record.refusals.iter().any(|refusal| refusal.node == name);
-            let keep = slow || refused || is_sampled(&name, carrier.1, self.limits.share);
+            let keep = slow || refused || is_sampled(&name, carrier, self.limits.share);
             let ack = NodeAck { node: name.clone(), at: now, delivery, carrier };
             let milestones = record.acknowledge(ack, keep);
             let changes = &record.publication.changes;
@@ -218,7 +218,7 @@ impl Tracker {
     }
 
     /// The change under which an update is told: the oldest that is sampled, else the oldest.
-    fn carrier(&self, covered: &[u64]) -> Option<(u64, TraceContext)> {
+    fn carrier(&self, covered: &[u64]) -> Option<TraceContext> {
         let records = covered.iter().filter_map(|revision| self.open.get(revision));
         let mut changes = records.flat_map(|record| &record.publication.changes);
         let first = changes.next()?;
@@ -227,7 +227,7 @@ impl Tracker {
         } else {
             changes.find(|change| change.trace.sampled).unwrap_or(first)
         };
-        Some((chosen.id, chosen.trace))
+        Some(chosen.trace)
     }
 
     fn settle(&mut self, revision: u64, outcome: &mut Outcome) {

@@ -7,8 +7,8 @@ use super::describe::{self, Status};
 use super::judge::{Outcome, outcome};
 use super::order::order;
 use super::{
-    Excluded, Failure, FleetNode, Health, Progress, Quantity, Revision, Rollout, State, Step, Time,
-    WaitingOn, health,
+    Acknowledgements, Excluded, Failure, FleetNode, Health, Progress, Quantity, Revision, Rollout, State,
+    Step, Time, WaitingOn, health,
 };
 
 /// Failures that are kept.
@@ -121,6 +121,25 @@ impl<'a> Survey<'a> {
             .collect();
         excluded.sort_by(|one, other| one.node.cmp(&other.node));
         excluded
+    }
+
+    /// How long the nodes took that acknowledged the target, as far as that is known.
+    pub(super) fn acknowledgements(&self, target: &Revision) -> Option<Acknowledgements> {
+        let took = self.members.iter().filter_map(|member| match &member.node.agent {
+            super::Agent::Connected(observed) if observed.acknowledged.as_ref() == Some(target) => {
+                Some((observed.took?, &member.node.name))
+            }
+            _ => None,
+        });
+        let mut took: Vec<_> = took.collect();
+        took.sort_unstable();
+        let (slowest, node) = took.last()?;
+        Some(Acknowledgements {
+            nodes: took.len(),
+            median: took[(took.len() - 1) / 2].0,
+            slowest: *slowest,
+            slowest_node: (*node).clone(),
+        })
     }
 
     fn failures(&self) -> Vec<Failure> {

@@ -1,7 +1,7 @@
 //! A decision in words: counts, conditions, Events.
 
 use super::decide::{Survey, Transition};
-use super::{Excluded, Progress, Rollout, State, Time, WaitingOn};
+use super::{Acknowledgements, Excluded, Progress, Rollout, State, Time, WaitingOn};
 
 /// A decision for people. Counts are those of the fleet at the decision.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,6 +18,8 @@ pub struct Status {
     pub eligible: usize,
     /// Nodes of the profile that are left out, by name.
     pub excluded: Vec<Excluded>,
+    /// How long nodes took to acknowledge the target; `None`: no node whose time is known.
+    pub acknowledgements: Option<Acknowledgements>,
     /// Ready (not with every state), Reconciling, Stalled.
     pub conditions: Vec<Condition>,
     /// What is going on, in a sentence.
@@ -56,6 +58,7 @@ pub(super) fn status(
         updated: survey.updated(),
         eligible: survey.eligible(),
         excluded: survey.excluded(),
+        acknowledgements: survey.acknowledgements(&rollout.target),
         conditions: Vec::new(),
         message: String::new(),
     };

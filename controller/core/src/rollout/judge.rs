@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Agent, Assignment, Failure, FleetNode, Observed, Revision, Strategy, Time, TrialPhase};
+use super::{
+    Agent, Assignment, Failure, FailureReason, FleetNode, Observed, Revision, Strategy, Time, TrialPhase,
+};
 
 /// A foreign change counts against a node's health for this long.
 const DRIFT_COUNTS: Duration = Duration::from_secs(30);
@@ -67,7 +69,7 @@ pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Stra
         .or_else(|| refused(observed))
         .or_else(|| disturbed(observed, assignment.at, strategy));
     if let Some((reason, message, errno)) = finding {
-        return Outcome::Failed(failure(node, reason, message, errno));
+        return Outcome::Failed(failure(node, assignment, reason, message, errno));
     }
     if is_updated(observed, target) {
         return Outcome::Updated;
@@ -84,12 +86,12 @@ pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Stra
             "the node has not taken {target} within {} s of being connected with it",
             strategy.apply_deadline.as_secs()
         );
-        return Outcome::Failed(failure(node, "ApplyDeadlineExceeded", message, 0));
+        return Outcome::Failed(failure(node, assignment, FailureReason::ApplyDeadlineExceeded, message, 0));
     }
     Outcome::Waiting
 }
 
-type Finding = (&'static str, String, i32);
+type Finding = (FailureReason, String, i32);
 
 fn trial_failed(observed: &Observed, target: &Revision) -> Option<Finding> {
     let trial = observed.trial.as_ref()?;
@@ -97,28 +99,40 @@ fn trial_failed(observed: &Observed, target: &Revision) -> Option<Finding> {
         return None;
     }
     let (message, errno) = trial.evidence.clone().unwrap_or_default();
-    Some(("ProbeFailed", message, errno))
+    Some((FailureReason::ProbeFailed, message, errno))
 }
 
 fn refused(observed: &Observed) -> Option<Finding> {
     if let Some(refusal) = observed.refusal.as_ref().filter(|refusal| !refusal.transient) {
-        return Some(("ApplyFailed", format!("{}: {}", refusal.reason, refusal.detail), refusal.errno));
+        return Some((
+            FailureReason::ApplyFailed,
+            format!("{}: {}", refusal.reason, refusal.detail),
+            refusal.errno,
+        ));
     }
     (observed.refused_items > 0).then(|| {
         let message = format!("the kernel refused {} items", observed.refused_items);
-        ("ItemsRefused", message, 0)
+        (FailureReason::ItemsRefused, message, 0)
     })
 }
 
 /// What others did to the node, or the node to its stream, since it was touched.
 fn disturbed(observed: &Observed, touched: Time, strategy: &Strategy) -> Option<Finding> {
     if let Some((_, cause)) = observed.drift.as_ref().filter(|(at, _)| *at > touched) {
-        return Some(("Drifted", format!("the node's tables were changed by others: {cause}"), 0));
+        return Some((
+            FailureReason::Drifted,
+            format!("the node's tables were changed by others: {cause}"),
+            0,
+        ));
     }
     let losses = observed.losses.iter().filter(|at| **at > touched).count();
     (losses > strategy.maximum_reconnects).then(|| {
         let allowed = strategy.maximum_reconnects;
-        ("Reconnecting", format!("the agent lost its connection {losses} times; {allowed} are allowed"), 0)
+        (
+            FailureReason::Reconnecting,
+            format!("the agent lost its connection {losses} times; {allowed} are allowed"),
+            0,
+        )
     })
 }
 
@@ -134,7 +148,13 @@ fn is_updated(observed: &Observed, target: &Revision) -> bool {
         && passed
 }
 
-fn failure(node: &FleetNode, reason: &str, message: String, errno: i32) -> Failure {
-    let (node, reason) = (node.name.to_string(), reason.to_owned());
-    Failure { node, reason, message, errno, trace: String::new() }
+fn failure(
+    node: &FleetNode,
+    assignment: &Assignment,
+    reason: FailureReason,
+    message: String,
+    errno: i32,
+) -> Failure {
+    let (node, reason) = (node.name.to_string(), reason.word().to_owned());
+    Failure { node, reason, message, errno, trace: assignment.trace.clone() }
 }

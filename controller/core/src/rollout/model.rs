@@ -266,12 +266,60 @@ pub struct Progress {
     pub failures: Vec<Failure>,
 }
 
+/// Why a node failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FailureReason {
+    /// A probe that was good before the switch.
+    ProbeFailed,
+    /// The agent or its kernel refused the update.
+    ApplyFailed,
+    /// The kernel refused single items.
+    ItemsRefused,
+    /// Somebody changed the node's tables after it was touched.
+    Drifted,
+    /// The agent lost its connection too often after that.
+    Reconnecting,
+    /// The node was connected and did not take the target in time.
+    ApplyDeadlineExceeded,
+}
+
+impl FailureReason {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::ProbeFailed,
+        Self::ApplyFailed,
+        Self::ItemsRefused,
+        Self::Drifted,
+        Self::Reconnecting,
+        Self::ApplyDeadlineExceeded,
+    ];
+
+    /// The word in messages and statuses.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::ProbeFailed => "ProbeFailed",
+            Self::ApplyFailed => "ApplyFailed",
+            Self::ItemsRefused => "ItemsRefused",
+            Self::Drifted => "Drifted",
+            Self::Reconnecting => "Reconnecting",
+            Self::ApplyDeadlineExceeded => "ApplyDeadlineExceeded",
+        }
+    }
+
+    /// The reason of a word; `None` if there is no such word.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.word() == word)
+    }
+}
+
 /// A node that failed, with the evidence.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Failure {
     /// The node.
     pub node: String,
-    /// One CamelCase word.
+    /// The word of a [`FailureReason`].
     pub reason: String,
     /// What happened.
     pub message: String,
@@ -290,6 +338,20 @@ pub struct Excluded {
     pub reason: &'static str,
 }
 
+/// How long nodes took from being sent a revision to acknowledging it. Reported, never judged by: a node whose kernel
+/// is busy is no worse for that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acknowledgements {
+    /// Of how many nodes that is known.
+    pub nodes: usize,
+    /// Half of them took no longer.
+    pub median: Duration,
+    /// None took longer.
+    pub slowest: Duration,
+    /// The node that took longest.
+    pub slowest_node: Arc<str>,
+}
+
 /// The revision that a node's row names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
@@ -297,6 +359,8 @@ pub struct Assignment {
     pub revision: Revision,
     /// Since when.
     pub at: Time,
+    /// Trace of the assignment, 32 hexadecimal digits; empty if it is not known.
+    pub trace: String,
 }
 
 /// A node with everything that decisions look at.
@@ -344,6 +408,8 @@ pub struct Observed {
     pub since: Time,
     /// Settings of the last view that it acknowledged; `None` before the first.
     pub acknowledged: Option<Revision>,
+    /// From the sending of these to their acknowledgement; `None` if it had them before the stream began.
+    pub took: Option<Duration>,
     /// Other settings are in force than the acknowledged ones.
     pub in_force: Option<Revision>,
     /// An update was refused and nothing acknowledged since.

@@ -212,8 +212,9 @@ mod tests {
     #[test]
     fn where_no_rollout_decides() {
         let revision = |profile: &str, number| Revision { profile: profile.into(), number };
-        let at =
-            |profile: &str, number| Some(Assignment { revision: revision(profile, number), at: Time(0) });
+        let at = |profile: &str, number| {
+            Some(Assignment { revision: revision(profile, number), at: Time(0), trace: String::new() })
+        };
         let (builtin, two) = (Revision::builtin(), revision("default", 2));
         let cases = [
             ("no profile anywhere", None, None, false, None),

@@ -202,7 +202,7 @@ impl World {
                     continue; // Before this node's row is written.
                 }
                 if let Some(node) = self.fleet.iter_mut().find(|node| node.name == name) {
-                    node.assigned = Some(Assignment { revision, at: self.now });
+                    node.assigned = Some(Assignment { revision, at: self.now, trace: String::new() });
                 }
             }
         }
@@ -211,7 +211,7 @@ impl World {
         for node in &mut self.fleet {
             let winner = node.profile.as_ref().map(|profile| (&**profile, &stable, active));
             if let Some(revision) = settled(node.assigned.as_ref(), winner, true) {
-                node.assigned = Some(Assignment { revision, at: self.now });
+                node.assigned = Some(Assignment { revision, at: self.now, trace: String::new() });
             }
         }
     }

@@ -66,7 +66,7 @@ fn node(name: &str, labels: &[&str]) -> FleetNode {
         uid: format!("uid-{name}").into(),
         labels: Arc::new(labels.collect()),
         profile: Some("default".into()),
-        assigned: Some(Assignment { revision: stable(), at: Time(0) }),
+        assigned: Some(Assignment { revision: stable(), at: Time(0), trace: String::new() }),
         agent: Agent::connected(Observed { acknowledged: Some(stable()), ..Observed::default() }),
     }
 }
@@ -99,7 +99,8 @@ impl Stage {
         self.rollout.progress = decision.progress.clone();
         for node in &mut self.fleet {
             if let Some(revision) = decision.moves.get(&node.name) {
-                node.assigned = Some(Assignment { revision: revision.clone(), at: self.now });
+                node.assigned =
+                    Some(Assignment { revision: revision.clone(), at: self.now, trace: "0af7".into() });
             }
         }
         decision
@@ -213,7 +214,10 @@ fn a_failing_canary_halts_with_exactly_the_canary_touched() {
     assert_eq!(decision.moves, BTreeMap::from([(Arc::from(name.as_str()), stable())]));
     let failure = &stage.rollout.progress.failures[0];
     assert_eq!((failure.reason.as_str(), failure.errno), ("ProbeFailed", 111));
-    assert!(decision.status.message.contains(&name), "{}", decision.status.message);
+    for evidence in [name.as_str(), "ProbeFailed", "connection refused", "errno 111", "trace 0af7"] {
+        assert!(decision.status.message.contains(evidence), "{}", decision.status.message);
+        assert!(decision.transitions[0].message.contains(evidence), "{:?}", decision.transitions);
+    }
     assert_eq!(condition(&decision, "Stalled"), Some(("True", "NodeFailed")));
     stage.agents_follow();
     let decision = stage.decide();
@@ -493,7 +497,7 @@ fn a_superseded_rollout_returns_its_nodes_and_the_next_one_waits_for_them() {
     stage.agents_follow();
     assert_eq!(decide(&next, &stage.fleet, NOW).moves.len(), 4);
     // A row restored from a backup.
-    stage.fleet[0].assigned = Some(Assignment { revision: target(), at: NOW });
+    stage.fleet[0].assigned = Some(Assignment { revision: target(), at: NOW, trace: String::new() });
     assert_eq!(stage.decide().moves.len(), 1);
 }
 

@@ -2,17 +2,31 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use switchtower_core::layer::Layers;
 use switchtower_core::model::LayerId;
+use switchtower_core::propagation::{Change as FollowedChange, Publication, TraceContext};
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings};
 
-use super::{Fleet, lock};
+use super::{Fleet, Nodes, lock};
+use crate::propagation::{new_trace, unix_nanoseconds};
 use crate::status::Observation;
 
 /// Profile and revision of settings.
 pub type SettingsName = (Arc<str>, u64);
+
+/// Settings that a node is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SettingsAssignment {
+    /// The node.
+    pub node: Arc<str>,
+    /// Its settings.
+    pub settings: SettingsName,
+    /// The trace of the assignment; `None`: a new one.
+    pub trace: Option<u128>,
+}
 
 /// The settings that hold before any ProxyProfile applies: kube-proxy's defaults.
 #[must_use]
@@ -36,6 +50,27 @@ pub fn builtin_settings() -> Settings {
 /// The change that makes a revision's layer what it should be.
 pub(super) fn change(settings: Settings) -> Change {
     Change { change: Some(Op::Settings(settings)) }
+}
+
+/// An assignment as a change. Such changes are rare and what depends on them is much: their traces are always kept.
+fn change_of((profile, revision): &SettingsName, trace: Option<u128>, received: u64) -> FollowedChange {
+    let object = if *revision == 0 {
+        "built-in settings".to_owned()
+    } else {
+        format!("ProxyRollout {profile}-{revision}")
+    };
+    let new = new_trace();
+    let trace =
+        TraceContext { trace: trace.filter(|trace| *trace != 0).unwrap_or(new.trace), sampled: true, ..new };
+    FollowedChange {
+        id: 0,
+        object: object.into(),
+        service: None,
+        received,
+        triggered: None,
+        trace,
+        origin: None,
+    }
 }
 
 impl Fleet {
@@ -68,25 +103,55 @@ impl Fleet {
 
     /// Gives nodes a revision; it takes the place of the one before with their next update. Nodes may be named before
     /// they exist. A revision that was not set before counts as empty: set it first.
-    pub fn assign_settings(&self, assignments: impl IntoIterator<Item = (Arc<str>, SettingsName)>) {
+    ///
+    /// What nodes with a stream get together is followed as one change.
+    pub fn assign_settings(&self, assignments: impl IntoIterator<Item = SettingsAssignment>) {
+        let received = unix_nanoseconds(SystemTime::now());
         let mut nodes = lock(&self.nodes);
         let mut idle = Vec::new();
-        for (name, settings) in assignments {
+        let mut together: BTreeMap<(SettingsName, Option<u128>), Vec<Arc<str>>> = BTreeMap::new();
+        for SettingsAssignment { node: name, settings, trace } in assignments {
             if nodes.assigned.get(&name) == Some(&settings) {
                 continue;
             }
             nodes.assigned.insert(name.clone(), settings.clone());
             let Some(node) = nodes.nodes.get_mut(&name) else { continue };
             if let Some(subscription) = &mut node.subscription {
-                subscription.settings = settings;
+                subscription.settings = settings.clone();
             }
             match &node.signal {
-                Some(signal) => signal.notify.notify_one(),
+                Some(_) => together.entry((settings, trace)).or_default().push(name),
                 None => idle.push(name),
             }
         }
+        for ((settings, trace), names) in together {
+            self.publish_assignment(&mut nodes, &change_of(&settings, trace, received), &names);
+        }
         drop(nodes);
         self.mark(idle);
+    }
+
+    /// Gives the assignment a revision of the layers, although no layer changes, so that it is followed like any
+    /// other change, and wakes the nodes.
+    fn publish_assignment(&self, nodes: &mut Nodes, change: &FollowedChange, names: &[Arc<str>]) {
+        let source = self.read(Layers::source);
+        let applied = self.write(|layers| layers.apply(BTreeMap::new(), &[], Vec::new(), source));
+        let mut followed = Vec::new();
+        for name in names {
+            let Some(node) = nodes.nodes.get_mut(name) else { continue };
+            node.assigned_at = applied.revision;
+            followed.extend(node.slot);
+            if let Some(signal) = &node.signal {
+                signal.notify.notify_one();
+            }
+        }
+        let publication = Publication {
+            changes: vec![change.clone()],
+            total: 1,
+            compiling: change.received,
+            published: unix_nanoseconds(SystemTime::now()),
+        };
+        self.propagation.publish(applied.revision, publication, &followed);
     }
 
     /// Looks at what is known of every node's agent. The closure must be quick: it holds up the streams.

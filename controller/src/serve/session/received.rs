@@ -1,5 +1,7 @@
 //! What the agent says on its stream, and what follows from it: acknowledgements, refusals, reports.
 
+use std::time::Duration;
+
 use k8s_openapi::jiff::Timestamp;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -48,7 +50,7 @@ impl Session {
             if ack.generation == self.generation {
                 // Until the agent has a place in the log, what it holds is about to be replaced.
                 if self.cursor.is_some() {
-                    self.note_ack(ack);
+                    self.note_ack(ack, None);
                 }
                 return Ok(());
             }
@@ -66,12 +68,16 @@ impl Session {
         self.refusals = 0;
         let delivery = in_flight.delivered(ack.timings.as_ref());
         self.fleet.reached(&self.node, self.number, &in_flight.after, Some(delivery));
+        let settings = &in_flight.after.subscription().settings;
+        let switched = self.cursor.as_ref().is_some_and(|cursor| cursor.subscription().settings != *settings);
+        let took = Duration::from_nanos(delivery.acknowledged.saturating_sub(delivery.started));
         self.cursor = Some(in_flight.after);
-        self.note_ack(ack);
+        self.note_ack(ack, switched.then_some(took));
         Ok(())
     }
 
-    fn note_ack(&self, ack: Ack) {
+    /// `took`: how long other settings than before took to be acknowledged.
+    fn note_ack(&self, ack: Ack, took: Option<Duration>) {
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
@@ -82,6 +88,7 @@ impl Session {
             known.deviations = deviations;
             known.failure = None;
             known.settings = settings;
+            known.settings_took = took.or(known.settings_took);
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
         });
     }
