@@ -37,7 +37,7 @@ use crate::{ProxySettings, RolloutStrategy};
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
     printcolumn(name = "Step", type_ = "string", json_path = ".status.progress.step"),
     printcolumn(name = "Target", type_ = "string", json_path = ".status.target"),
-    printcolumn(name = "Updated", type_ = "string", json_path = ".status.progress.updated"),
+    printcolumn(name = "Updated/Eligible", type_ = "string", json_path = ".status.progress.updated"),
     printcolumn(name = "Failed", type_ = "integer", json_path = ".status.failed"),
     printcolumn(name = "Waiting-On", type_ = "string", json_path = ".status.waitingOn"),
     printcolumn(name = "Stable", type_ = "string", json_path = ".status.stable", priority = 1),
@@ -87,7 +87,8 @@ pub struct ProxyRolloutSpec {
         {"rule": "self == oldSelf", "message": "settings never change; change the ProxyProfile"}
     ]))]
     pub settings: ProxySettings,
-    /// What was stable when the rollout was created. A node whose probes fail returns to it by itself.
+    /// What was stable when the rollout was created; before any revision of the profile was complete, what most of its
+    /// nodes had. A node whose probes fail returns to it by itself.
     #[schemars(extend("x-kubernetes-validations" = [
         {"rule": "self == oldSelf", "message": "fallback never changes"}
     ]))]

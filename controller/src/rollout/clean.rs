@@ -79,5 +79,8 @@ fn is_needed(past: &Past, facts: &Facts) -> bool {
     let stable =
         facts.profile(&past.target.profile).is_some() && facts.stable(&past.target.profile) == past.target;
     let leaving = profile.is_some_and(|profile| profile.deleting) && facts.holders(&past.target.profile) == 0;
-    !past.state.is_final() || facts.named(&past.target) || ((latest || stable) && !leaving)
+    // Nodes may have returned to what has no rollout of its own any more.
+    let told_here =
+        facts.named(&past.fallback) && !facts.past.iter().any(|other| other.target == past.fallback);
+    !past.state.is_final() || facts.named(&past.target) || told_here || ((latest || stable) && !leaving)
 }

@@ -56,6 +56,11 @@ pub(super) fn target(spec: &api::ProxyRolloutSpec) -> Revision {
     Revision { profile: spec.profile.as_str().into(), number: number(spec.revision) }
 }
 
+/// What its nodes return to while no revision of its profile was complete.
+pub(super) fn fallback(spec: &api::ProxyRolloutSpec) -> Revision {
+    Revision { profile: spec.fallback.profile.as_str().into(), number: number(spec.fallback.revision) }
+}
+
 /// What a row names.
 pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     let revision = Revision { profile: profile.name.as_str().into(), number: number(profile.revision) };
@@ -190,6 +195,7 @@ pub(super) fn past(object: &api::ProxyRollout) -> Option<Past> {
         owner: owner(object)?,
         target: target(&object.spec),
         hash: object.spec.hash.clone(),
+        fallback: fallback(&object.spec),
         state: status.map(|status| State::from_word(&status.state)).unwrap_or_default(),
     })
 }

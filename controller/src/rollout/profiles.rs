@@ -50,7 +50,7 @@ fn status(
     let number = |revision: &Revision| Some(convert::api_number(revision.number));
     ProxyProfileStatus {
         observed_generation: object.metadata.generation,
-        stable_revision: number(&stable).filter(|_| !stable.is_builtin()),
+        stable_revision: number(&stable).filter(|_| stable.profile == profile.name),
         stable_name: stable.to_string(),
         target_revision: latest.and_then(|past| number(&past.target)),
         target_name: latest.map(|past| past.target.to_string()).unwrap_or_default(),

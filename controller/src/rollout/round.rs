@@ -6,9 +6,11 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
-use switchtower_core::rollout::profile::{Profile, next_revision, settled, superseded};
+use switchtower_core::rollout::profile::{Profile, fallback, next_revision, settled, superseded};
 use switchtower_core::rollout::{Assignment, Decision, Revision, Rollout, Time, decide};
-use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, RolloutFallback};
+use switchtower_crds::{
+    ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings, RolloutFallback,
+};
 use switchtower_proto::v1::Settings;
 use tokio::time::Instant;
 
@@ -95,11 +97,11 @@ impl Rollouts {
         while self.rollouts.get(&rollout_name(&revision(number))).is_some() {
             number += 1;
         }
-        let stable = facts.stable(&profile.name);
+        let known = fallback(profile, &facts.past, &facts.fleet);
         let fallback = RolloutFallback {
-            profile: stable.profile.to_string(),
-            revision: convert::api_number(stable.number),
-            settings: self.find(&stable).map(|known| known.spec.settings.clone()).unwrap_or_default(),
+            profile: known.profile.to_string(),
+            revision: convert::api_number(known.number),
+            settings: self.settings_of(&known).cloned().unwrap_or_default(),
         };
         let rollout = new_rollout(&object, &profile.hash, number, fallback);
         let rollout = requests::create(&self.rollout_api, &rollout).await?;
@@ -210,11 +212,14 @@ impl Rollouts {
         }
     }
 
-    /// The rollout of a revision.
-    pub(super) fn find(&self, revision: &Revision) -> Option<&ProxyRollout> {
-        self.rollouts
-            .iter()
-            .find(|object| convert::owner(object).is_some() && convert::target(&object.spec) == *revision)
+    /// The settings of a revision: of its rollout, or as another one's fallback.
+    fn settings_of(&self, revision: &Revision) -> Option<&ProxySettings> {
+        let owned = || self.rollouts.iter().filter(|object| convert::owner(object).is_some());
+        let rollout = owned().find(|object| convert::target(&object.spec) == *revision);
+        rollout.map(|object| &object.spec.settings).or_else(|| {
+            let other = owned().find(|object| convert::fallback(&object.spec) == *revision);
+            other.map(|object| &object.spec.fallback.settings)
+        })
     }
 
     /// Gives the fleet every revision that a row names or a rollout moves, and every node what its row names.
@@ -230,6 +235,14 @@ impl Rollouts {
                 _ => settings::on_trial(&past.target, &object.spec),
             };
             named.insert((past.target.profile.clone(), past.target.number), content);
+        }
+        // Nodes can return to what has no rollout any more.
+        for object in self.rollouts.iter().filter(|object| convert::owner(object).is_some()) {
+            let fallback = convert::fallback(&object.spec);
+            if !fallback.is_builtin() {
+                let content = || settings::settings(&fallback, &object.spec.fallback.settings);
+                named.entry((fallback.profile.clone(), fallback.number)).or_insert_with(content);
+            }
         }
         let mut assignments = Vec::new();
         let mut rows: BTreeMap<Arc<str>, (SettingsName, Option<u128>)> = BTreeMap::new();

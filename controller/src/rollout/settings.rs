@@ -75,10 +75,7 @@ pub(super) fn on_trial(revision: &Revision, spec: &api::ProxyRolloutSpec) -> Set
     let gates = spec.strategy.gates.clone().unwrap_or_default();
     let probes = gates.probes.unwrap_or_else(|| vec![default_probe()]);
     if !probes.is_empty() {
-        let fallback = Revision {
-            profile: spec.fallback.profile.as_str().into(),
-            number: u64::try_from(spec.fallback.revision).unwrap_or(0),
-        };
+        let fallback = super::convert::fallback(spec);
         let window = gates.window_seconds.unwrap_or(WINDOW_SECONDS);
         tried.trial = Some(Box::new(Trial {
             probes: probes.iter().map(probe).collect(),

@@ -171,10 +171,12 @@ impl<'a> Survey<'a> {
 
     /// Some row still names what an earlier rollout of the profile did not bring to its end.
     fn others_under_way(&self, rollout: &Rollout) -> bool {
+        let own = rollout.stable.profile == rollout.target.profile;
+        let proved = if own { rollout.stable.number } else { 0 };
         self.members.iter().any(|member| {
             member.node.assigned.as_ref().is_some_and(|assigned| {
                 assigned.revision.profile == rollout.target.profile
-                    && assigned.revision.number > rollout.stable.number
+                    && assigned.revision.number > proved
                     && assigned.revision != rollout.target
             })
         })

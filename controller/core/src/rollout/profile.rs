@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Assignment, Revision, Selector, State, Time};
+use super::{Assignment, FleetNode, Revision, Selector, State, Time};
 
 /// A profile as far as it decides about nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct Past {
     pub target: Revision,
     /// The hash of that.
     pub hash: String,
+    /// What its nodes return to while no revision of the profile was complete.
+    pub fallback: Revision,
     /// Where it stands.
     pub state: State,
 }
@@ -59,15 +61,39 @@ pub fn winner<'a>(
     (selecting.next(), selecting.collect())
 }
 
-/// The last revision of a profile that was rolled out completely; the built-in settings before the first.
+/// The last revision of a profile that was rolled out completely; before the first what its nodes had without the
+/// profile, as its latest rollout says; the built-in settings if there is none.
 #[must_use]
 pub fn stable(profile: &str, rollouts: &[Past]) -> Revision {
-    let complete =
-        rollouts.iter().filter(|past| &*past.target.profile == profile && past.state == State::Complete);
-    complete
-        .map(|past| past.target.clone())
-        .max_by_key(|target| target.number)
-        .unwrap_or_else(Revision::builtin)
+    let mine = || rollouts.iter().filter(|past| &*past.target.profile == profile);
+    let complete = mine().filter(|past| past.state == State::Complete).map(|past| &past.target);
+    let fallback = || mine().max_by_key(|past| past.target.number).map(|past| &past.fallback);
+    let latest = complete.max_by_key(|target| target.number);
+    latest.or_else(fallback).cloned().unwrap_or_else(Revision::builtin)
+}
+
+/// What a new rollout's nodes return to: the stable revision of its profile; before there is one, what most of its
+/// nodes have, or would return to if that is not proved itself.
+#[must_use]
+pub fn fallback(profile: &Profile, rollouts: &[Past], fleet: &[FleetNode]) -> Revision {
+    let stable = stable(&profile.name, rollouts);
+    if stable.profile == profile.name {
+        return stable;
+    }
+    let proved = |revision: &Revision| {
+        let complete = |past: &Past| past.target == *revision && past.state == State::Complete;
+        revision.is_builtin() || rollouts.iter().any(complete)
+    };
+    let mut held: BTreeMap<Revision, usize> = BTreeMap::new();
+    for node in fleet.iter().filter(|node| node.profile.as_ref() == Some(&profile.name)) {
+        let assigned = node.assigned.as_ref().map(|assigned| &assigned.revision);
+        if let Some(revision) = assigned.filter(|revision| revision.profile != profile.name) {
+            let revision =
+                if proved(revision) { revision.clone() } else { self::stable(&revision.profile, rollouts) };
+            *held.entry(revision).or_default() += 1;
+        }
+    }
+    held.into_iter().max_by_key(|(_, nodes)| *nodes).map_or(stable, |(revision, _)| revision)
 }
 
 /// The number of the rollout that is to be created, if the profile says something new. `highest`: the highest number
@@ -140,7 +166,7 @@ mod tests {
 
     fn past(profile: &Profile, number: u64, hash: &str, state: State) -> Past {
         let target = Revision { profile: profile.name.clone(), number };
-        Past { owner: profile.uid.clone(), target, hash: hash.into(), state }
+        Past { owner: profile.uid.clone(), target, hash: hash.into(), fallback: Revision::builtin(), state }
     }
 
     #[test]
@@ -196,6 +222,43 @@ mod tests {
         ];
         assert_eq!(stable("default", &rollouts).to_string(), "default@3");
         assert_eq!(stable("none", &rollouts), Revision::builtin());
+    }
+
+    #[test]
+    fn before_a_revision_is_complete_nodes_return_to_what_most_of_them_had() {
+        let edge = profile("edge", 1, 0);
+        let base = |number| Revision { profile: "base".into(), number };
+        let node = |name: &str, profile: &str, revision: Revision| FleetNode {
+            name: name.into(),
+            uid: name.into(),
+            labels: Arc::default(),
+            profile: Some(profile.into()),
+            assigned: Some(Assignment { revision, at: Time(0), trace: String::new() }),
+            agent: crate::rollout::Agent::Unknown,
+        };
+        let tried = Revision { profile: "edge".into(), number: 1 };
+        let mut fleet = vec![
+            node("a", "edge", base(3)),
+            node("b", "edge", base(4)),
+            node("c", "edge", base(4)),
+            node("d", "edge", tried.clone()),
+            node("e", "edge", tried),
+            node("f", "edge", Revision { profile: "edge".into(), number: 1 }),
+        ];
+        fleet.extend((0..9).map(|index| node(&format!("x{index}"), "base", base(7))));
+        let other = profile("base", 0, 0);
+        let complete = |number| past(&other, number, "h", State::Complete);
+        let proved = [complete(3), complete(4)];
+        assert_eq!(fallback(&edge, &proved, &fleet), base(4));
+        let on_its_way = [complete(3), past(&other, 4, "h", State::Progressing)];
+        assert_eq!(fallback(&edge, &on_its_way, &fleet), base(3), "nobody knows yet whether it is good");
+        assert_eq!(fallback(&edge, &proved, &[]), Revision::builtin());
+        let mut failed = past(&edge, 1, "h", State::Failed);
+        failed.fallback = base(4);
+        assert_eq!(stable("edge", std::slice::from_ref(&failed)), base(4));
+        let rollouts = [failed, past(&edge, 2, "h", State::Complete)];
+        assert_eq!(stable("edge", &rollouts).to_string(), "edge@2");
+        assert_eq!(fallback(&edge, &rollouts, &fleet).to_string(), "edge@2");
     }
 
     #[test]
