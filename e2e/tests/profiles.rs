@@ -226,7 +226,7 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     assert!(error.contains("only grows"), "{error}");
     profile_is("canaried", "Ready", "True", "UpToDate");
     let columns = kubectl(&["get", "pxr", "canaried-1"]).unwrap();
-    for word in ["STATE", "STEP", "TARGET", "UPDATED", "WAITING-ON", "Complete", "2/2", "canaried@1", "3/3"] {
+    for word in ["STATE", "STEP", "TARGET", "UPDATED/ELIGIBLE", "FAILED", "WAITING-ON", "AGE", "Complete", "2/2", "canaried@1", "3/3"] {
         assert!(columns.contains(word), "{columns}");
     }
     events("canaried-1", &["RolloutInconclusive", "WaitingForApproval", "StepDone", "RolloutComplete"]);
@@ -267,6 +267,10 @@ fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
     reaches("east-2", "Complete", None);
     nodes_have(["east@2"; 3]);
     label("gamma", "topology.kubernetes.io/zone", "west");
+    // In use: deleting it waits, and takes nothing from its nodes, until another profile takes them over.
+    kubectl(&["delete", "pxp", "east", "--wait=false"]).unwrap();
+    profile_is("east", "Ready", "False", "Deleting");
+    nodes_have(["east@2"; 3]);
     leave("east");
 }
 
@@ -284,7 +288,7 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
     assert_eq!(reaches("edited-2", "Soaking", Some("Soak")).progress.touched_nodes, 1);
     wait::until("no node has the superseded revision", PATIENCE, || {
         let names = in_force();
-        ensure!(!names.values().any(|name| name == "edited@1"), "{names:?}");
+        ensure!(names.values().all(|name| *name == base || name == "edited@2"), "{names:?}");
         Ok(())
     })
     .unwrap();
@@ -292,6 +296,8 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
     let patch = |spec: &str| kubectl(&["patch", "pxr", "edited-2", "--type=merge", "-p", spec]);
     patch(r#"{"spec":{"abort":true}}"#).unwrap();
     reaches("edited-2", "Aborted", None);
+    // To what it had without the profile, not to the built-in settings.
+    nodes_have([&base; 3]);
     assert!(patch(r#"{"spec":{"abort":false}}"#).is_err());
     profile_is("edited", "Stalled", "True", "RolloutAborted");
     // Tried again by a person; then the profile is deleted on the way.
@@ -316,6 +322,22 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
     })
     .unwrap();
     leave("edited");
+}
+
+#[test]
+fn a_profile_for_no_node_waits_and_says_so() {
+    let (_alone, _scene) = start("nobody");
+    let base = in_force()["alpha"].clone();
+    let nobody = json!({"matchLabels": {"test/nobody": "true"}});
+    apply("nobody", &spec(1, &json!({"nodeSelector": nobody, "priority": 5}))).unwrap();
+    let status = reaches("nobody-1", "Paused", Some("EligibleNodes"));
+    assert_eq!((status.progress.updated.as_str(), status.progress.touched_nodes), ("0/0", 0));
+    profile_is("nobody", "Ready", "False", "RollingOut");
+    label("gamma", "test/nobody", "true");
+    reaches("nobody-1", "Complete", None);
+    nodes_have([&base, &base, "nobody@1"]);
+    label("gamma", "test/nobody", "-");
+    leave("nobody");
 }
 
 #[test]
