@@ -226,7 +226,19 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     assert!(error.contains("only grows"), "{error}");
     profile_is("canaried", "Ready", "True", "UpToDate");
     let columns = kubectl(&["get", "pxr", "canaried-1"]).unwrap();
-    for word in ["STATE", "STEP", "TARGET", "UPDATED/ELIGIBLE", "FAILED", "WAITING-ON", "AGE", "Complete", "2/2", "canaried@1", "3/3"] {
+    for word in [
+        "STATE",
+        "STEP",
+        "TARGET",
+        "UPDATED/ELIGIBLE",
+        "FAILED",
+        "WAITING-ON",
+        "AGE",
+        "Complete",
+        "2/2",
+        "canaried@1",
+        "3/3",
+    ] {
         assert!(columns.contains(word), "{columns}");
     }
     events("canaried-1", &["RolloutInconclusive", "WaitingForApproval", "StepDone", "RolloutComplete"]);

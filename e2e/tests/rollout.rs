@@ -259,6 +259,12 @@ fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
 #[test]
 fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
     let trip = Trip::new("bad");
+    let metric = |name: &str, labels: &str| trip.scene.fleet.controller_metric(name, labels).unwrap();
+    let counts = || {
+        let failures = metric("switchtower_rollout_failures_total", "reason=\"ProbeFailed\"");
+        (failures, metric("switchtower_rollout_rollbacks_total", "cause=\"failure\""))
+    };
+    let before = counts();
     let node = trip.node(CANARY);
     let to = SocketAddr::new(node.net.address(false), trip.node_port);
     let watcher = Watcher::start(node, to);
@@ -300,9 +306,7 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
         Ok(())
     })
     .unwrap();
-    let metric = |name: &str, labels: &str| trip.scene.fleet.controller_metric(name, labels).unwrap();
-    assert_eq!(metric("switchtower_rollout_failures_total", "reason=\"ProbeFailed\""), 1.0);
-    assert_eq!(metric("switchtower_rollout_rollbacks_total", "cause=\"failure\""), 1.0);
+    assert_eq!(counts(), (before.0 + 1.0, before.1 + 1.0));
     let labels = format!("rollout=\"{}\",state=\"Failed\"", trip.rollout());
     wait::until("the metrics tell the state", ROLLOUT, || {
         let info = metric("switchtower_rollout_info", &format!("reason=\"NodeFailed\",{labels}"));
