@@ -44,6 +44,11 @@ impl Facts {
         next_revision(profile, &self.past, 0).is_some()
     }
 
+    /// The rollout of the revision is under way.
+    pub(super) fn is_under_way(&self, revision: &Revision) -> bool {
+        self.past.iter().any(|past| past.target == *revision && !past.state.is_final())
+    }
+
     /// Some row names the revision, or is about to.
     pub(super) fn named(&self, revision: &Revision) -> bool {
         self.fleet.iter().any(|node| node.assigned.as_ref().is_some_and(|known| known.revision == *revision))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
-use switchtower_core::rollout::profile::{Profile, fallback, next_revision, settled, superseded};
+use switchtower_core::rollout::profile::{Profile, fallback, lies_ahead, next_revision, settled, superseded};
 use switchtower_core::rollout::{Assignment, Decision, Revision, Rollout, Time, decide};
 use switchtower_crds::{
     ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings, RolloutFallback,
@@ -268,7 +268,7 @@ impl Rollouts {
     }
 }
 
-/// What rows should name where no rollout decides.
+/// What rows should name where no rollout decides; and the same once more where only the time is wrong.
 fn settle(facts: &Facts, moves: &mut Moves) {
     let profiles = !facts.profiles.is_empty();
     let stable: BTreeMap<Arc<str>, (Revision, bool)> = facts
@@ -281,7 +281,12 @@ fn settle(facts: &Facts, moves: &mut Moves) {
             .profile
             .as_ref()
             .and_then(|profile| stable.get(profile).map(|(stable, active)| (&**profile, stable, *active)));
-        if let Some(revision) = settled(node.assigned.as_ref(), winner, profiles) {
+        let again = node
+            .assigned
+            .as_ref()
+            .filter(|assigned| lies_ahead(assigned, facts.now) && facts.is_under_way(&assigned.revision));
+        let again = again.map(|assigned| assigned.revision.clone());
+        if let Some(revision) = settled(node.assigned.as_ref(), winner, profiles).or(again) {
             moves.entry(node.name.clone()).or_insert(revision);
         }
     }

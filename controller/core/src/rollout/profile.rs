@@ -148,6 +148,13 @@ pub fn settled(
     }
 }
 
+/// The row's time of assignment lies ahead although rows have whole seconds, rounded up: the clock was set back. What
+/// happens to the node from now on would seem to come before it, and no gate would see it.
+#[must_use]
+pub fn lies_ahead(assigned: &Assignment, now: Time) -> bool {
+    assigned.at.0.saturating_sub(now.0) > 2_000
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,6 +277,13 @@ mod tests {
         assert!(superseded(&rollouts[1], &rollouts, None));
         default.uid = "another".into();
         assert!(superseded(&rollouts[1], &rollouts, Some(&default)));
+    }
+
+    #[test]
+    fn a_time_ahead_is_one_of_another_clock() {
+        let at = |at| Assignment { revision: Revision::builtin(), at: Time(at), trace: String::new() };
+        assert!(!lies_ahead(&at(5_000), Time(90_000)) && !lies_ahead(&at(91_000), Time(90_001)));
+        assert!(lies_ahead(&at(3_690_000), Time(90_000)));
     }
 
     #[test]
