@@ -381,6 +381,35 @@ fn pause_approve_and_abort_by_kubectl() {
 }
 
 #[test]
+fn too_many_agents_that_are_gone_freeze_it_until_they_are_back() {
+    let trip = Trip::new("frozen");
+    let fleet = trip.scene.fleet;
+    let target =
+        trip.apply("frozen", &json!({"masqueradeAll": true}), &trip.strategy(&json!({"approval": "Manual"})));
+    trip.follow(&target, |status| status.waiting_on.as_deref() == Some("Approval"), |_, _| ());
+    // Four of the eleven that it has not touched: more than a fifth.
+    let gone = ["n02", "n03", "n07", "n09"].map(|name| trip.node(name));
+    for node in gone {
+        fleet.stop_agent(node, libc::SIGKILL).unwrap();
+    }
+    let status = trip.follow(&target, |status| status.state == "Frozen", |_, _| ());
+    let stalled = status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap();
+    assert_eq!((stalled.status.as_str(), stalled.reason.as_str()), ("True", "Frozen"));
+    assert!(stalled.message.contains("of 11 nodes that it has not touched"), "{}", stalled.message);
+    // Not even an approval moves it.
+    trip.patch(&json!({"approvedStep": 1}));
+    trip.scene.endpoints("web", &["a1"]);
+    common::answered_by("while it is frozen", trip.scene.pod("a1"), Transport::Tcp, trip.vip, &["a1"]);
+    assert_eq!(trip.touched(&target), canary());
+    for node in gone {
+        fleet.run_agent(node).unwrap();
+    }
+    trip.follow(&target, |status| status.state == "Complete", |_, _| ());
+    fleet.settled(ROLLOUT).unwrap();
+    assert_eq!(trip.masquerading(), all());
+}
+
+#[test]
 fn a_controller_that_is_killed_at_every_step_loses_nothing() {
     let trip = Trip::new("killed");
     let fleet = trip.scene.fleet;
