@@ -123,6 +123,16 @@ fn one(name: &str, rollout: &ProxyRollout, style: Style) -> String {
     };
     line("step", &status.progress.step);
     line("nodes", &format!("{} updated, {} failed", status.progress.updated, status.failed));
+    if let Some(took) = &status.acknowledgements {
+        let switchtower_crds::RolloutAcknowledgements {
+            nodes,
+            median_milliseconds,
+            slowest_milliseconds,
+            ..
+        } = took;
+        let median = format!("{median_milliseconds} ms in the median of {nodes} nodes");
+        line("acks", &format!("{median}, {slowest_milliseconds} ms at most ({})", took.slowest_node));
+    }
     if let Some(waiting) = &status.waiting_on {
         line("waiting", waiting);
         if waiting == "Approval" {
@@ -154,6 +164,12 @@ mod tests {
                 updated: "12/400".to_owned(),
                 ..Default::default()
             },
+            acknowledgements: Some(switchtower_crds::RolloutAcknowledgements {
+                nodes: 12,
+                median_milliseconds: 21,
+                slowest_milliseconds: 79,
+                slowest_node: "n05".to_owned(),
+            }),
             ..ProxyRolloutStatus::default()
         });
         rollout
@@ -174,6 +190,7 @@ mod tests {
 raise-limits-2  Paused  default@1 -> default@2
   step      2/4
   nodes     12/400 updated, 0 failed
+  acks      21 ms in the median of 12 nodes, 79 ms at most (n05)
   waiting   Approval
   next      kubectl switchtower rollout approve raise-limits-2
 ";
