@@ -1,12 +1,17 @@
 //! Reconciles UDP conntrack entries: after an endpoint went away, its flows must find another one.
 //!
 //! Only UDP is ever touched, as in kube-proxy: TCP flows to a removed endpoint end by themselves. One dump per
-//! family, filtered to UDP by the kernel where it can, and one request per entry that goes.
+//! family, filtered to UDP by the kernel where it can, and one request per entry that goes. All by a thread of its
+//! own: a dump takes as long as the machine's whole table takes, whatever this network namespace has in it.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Instant;
 
-use crate::engine::{FlowTable, StaleFlows};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::engine::{Command, Families, FlowReport, FlowTable, UdpFlow};
 use crate::rawnetlink::{ACK, DUMP, NESTED, NetlinkSocket, attribute, put};
 
 const SUBSYSTEM: u16 = 1 << 8;
@@ -28,11 +33,19 @@ const DESTINATION_PORT: u16 = 3;
 const UDP: u8 = 17;
 /// A dump that changes disturb is begun anew this often; what it gave until then is used.
 const ATTEMPTS: usize = 3;
+/// Entries in one question to the engine: it answers within the time of a small commit.
+const FLOWS: usize = 512;
 
 /// The kernel's conntrack table.
 pub struct Conntrack {
     socket: NetlinkSocket,
 }
+
+/// The thread that looks through it. It ends when this is dropped.
+pub struct Reconciler(SyncSender<Families>);
+
+/// Says which entries are stale; `None`: nobody is there to say it.
+type Judge<'a> = &'a mut dyn FnMut(Vec<UdpFlow>) -> Option<Vec<bool>>;
 
 /// What of an entry the kernel needs to delete exactly it.
 struct Entry {
@@ -50,12 +63,12 @@ impl Conntrack {
         Ok(Conntrack { socket: NetlinkSocket::open(libc::NETLINK_NETFILTER, 0)? })
     }
 
-    fn family(&mut self, ipv4: bool, stale: &StaleFlows<'_>) -> io::Result<usize> {
+    fn family(&mut self, ipv4: bool, judge: Judge<'_>) -> io::Result<usize> {
         let family = if ipv4 { libc::AF_INET } else { libc::AF_INET6 } as u8;
-        let (mut found, mut whole, mut filtered) = (Vec::new(), false, true);
+        let (mut stale, mut whole, mut filtered) = (Vec::new(), false, true);
         for _ in 0..ATTEMPTS {
-            found.clear();
-            match self.dump(family, filtered, stale, &mut found) {
+            stale.clear();
+            match self.dump(family, filtered, judge, &mut stale) {
                 Ok(()) => {
                     whole = true;
                     break;
@@ -71,7 +84,7 @@ impl Conntrack {
             }
         }
         let mut deleted = 0;
-        for entry in &found {
+        for entry in &stale {
             deleted += usize::from(self.delete(family, entry)?);
         }
         if whole {
@@ -81,30 +94,36 @@ impl Conntrack {
         }
     }
 
+    /// Adds the stale ones of all entries of a family to `stale`.
     fn dump(
         &mut self,
         family: u8,
         filtered: bool,
-        stale: &StaleFlows<'_>,
-        found: &mut Vec<Entry>,
+        judge: Judge<'_>,
+        stale: &mut Vec<Entry>,
     ) -> io::Result<()> {
         let mut body = vec![family, 0, 0, 0];
         if filtered {
             put_filter(&mut body);
         }
+        let (mut flows, mut entries) = (Vec::new(), Vec::new());
         self.socket.request(GET, DUMP, &body, &mut |message| {
             let Some(attributes) = message.payload.get(4..) else { return };
-            if let Some((destination, backend)) = udp_flow(attributes)
-                && stale.is_stale(destination, backend)
-                && let Some(original) = attribute(attributes, TUPLE_ORIGINAL)
-            {
-                found.push(Entry {
+            let flow = udp_flow(attributes);
+            if let Some((flow, original)) = flow.zip(attribute(attributes, TUPLE_ORIGINAL)) {
+                flows.push(flow);
+                entries.push(Entry {
                     original: original.to_vec(),
                     id: attribute(attributes, ID).map(<[u8]>::to_vec),
                     zone: attribute(attributes, ZONE).map(<[u8]>::to_vec),
                 });
             }
-        })
+            if flows.len() == FLOWS {
+                keep_stale(&mut flows, &mut entries, judge, stale);
+            }
+        })?;
+        keep_stale(&mut flows, &mut entries, judge, stale);
+        Ok(())
     }
 
     /// Deletes an entry; false if it is gone already.
@@ -125,16 +144,61 @@ impl Conntrack {
     }
 }
 
-impl FlowTable for Conntrack {
-    fn reconcile(&mut self, stale: &StaleFlows<'_>) -> io::Result<usize> {
-        let mut deleted = 0;
-        for ipv4 in [true, false] {
-            if stale.concerns(ipv4) {
-                deleted += self.family(ipv4, stale)?;
+/// Without an answer nothing is stale: the agent is stopping.
+fn keep_stale(
+    flows: &mut Vec<UdpFlow>,
+    entries: &mut Vec<Entry>,
+    judge: Judge<'_>,
+    stale: &mut Vec<Entry>,
+) {
+    let verdicts = if flows.is_empty() { None } else { judge(std::mem::take(flows)) };
+    let judged = entries.drain(..).zip(verdicts.unwrap_or_default());
+    stale.extend(judged.filter_map(|(entry, is_stale)| is_stale.then_some(entry)));
+}
+
+impl Reconciler {
+    /// Starts the thread; what it finds goes to the engine by `commands`.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn start(mut table: Conntrack, commands: mpsc::Sender<Command>) -> io::Result<Self> {
+        let (sender, passes) = sync_channel::<Families>(1);
+        std::thread::Builder::new().name("conntrack".into()).spawn(move || {
+            while let Ok(families) = passes.recv() {
+                let started = Instant::now();
+                let deleted = pass(&mut table, families, &commands);
+                let done = FlowReport::Done { deleted, took: started.elapsed() };
+                if commands.blocking_send(Command::Flows(done)).is_err() {
+                    return;
+                }
             }
-        }
-        Ok(deleted)
+        })?;
+        Ok(Reconciler(sender))
     }
+}
+
+impl FlowTable for Reconciler {
+    fn begin(&mut self, families: Families) {
+        // There is room: no pass is begun before the one before is done.
+        if self.0.try_send(families).is_err() {
+            tracing::error!("the thread for conntrack entries has ended; stale UDP flows stay until a restart");
+        }
+    }
+}
+
+fn pass(table: &mut Conntrack, families: Families, commands: &mpsc::Sender<Command>) -> io::Result<usize> {
+    let mut judge = |flows| {
+        let (stale, answer) = oneshot::channel();
+        commands.blocking_send(Command::Flows(FlowReport::Found { flows, stale })).ok()?;
+        answer.blocking_recv().ok()
+    };
+    let mut deleted = 0;
+    for (ipv4, wanted) in [(true, families.ipv4), (false, families.ipv6)] {
+        if wanted {
+            deleted += table.family(ipv4, &mut judge)?;
+        }
+    }
+    Ok(deleted)
 }
 
 fn put_filter(body: &mut Vec<u8>) {
@@ -149,7 +213,7 @@ fn put_filter(body: &mut Vec<u8>) {
 }
 
 /// The original destination and the source of replies of a UDP entry.
-fn udp_flow(attributes: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+fn udp_flow(attributes: &[u8]) -> Option<UdpFlow> {
     let original = attribute(attributes, TUPLE_ORIGINAL)?;
     let reply = attribute(attributes, TUPLE_REPLY)?;
     let protocol = attribute(attribute(original, TUPLE_PROTOCOL)?, PROTOCOL_NUMBER)?;
@@ -158,7 +222,7 @@ fn udp_flow(attributes: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
     }
     let destination = SocketAddr::new(address(original, false)?, port(original, DESTINATION_PORT)?);
     let backend = SocketAddr::new(address(reply, true)?, port(reply, SOURCE_PORT)?);
-    Some((destination, backend))
+    Some(UdpFlow { destination, backend })
 }
 
 fn address(tuple: &[u8], source: bool) -> Option<IpAddr> {

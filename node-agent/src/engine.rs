@@ -23,10 +23,10 @@ use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
 use crate::snapshot::SnapshotFile;
-use crate::state::{Refusal, State, UdpChanges};
+use crate::state::{Refusal, State};
 use crate::trial_file::TrialFile;
 
-pub use flows::{FlowTable, StaleFlows};
+pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
 pub use messages::{Command, Event, Standing};
 
 /// The snapshot file is written after this time without a command.
@@ -39,8 +39,6 @@ const HOLD_AFTER_RESUME: Duration = Duration::from_secs(3);
 const PENDING_LIMIT: usize = 100_000;
 /// Longest pause between two attempts of a failing commit.
 const RETRY_LIMIT: Duration = Duration::from_secs(30);
-/// Pause after a failed pass over the conntrack table.
-const FLOW_RETRY: Duration = Duration::from_secs(2);
 
 /// What an engine works with.
 pub struct Parts {
@@ -88,10 +86,8 @@ pub struct Engine {
     unacknowledged: bool,
     nacked: Option<(u64, i32)>,
     refused: Vec<Refused>,
-    udp: UdpChanges,
+    passes: flows::Passes,
     retry: Option<(Instant, u32)>,
-    /// When the conntrack table is looked at again after a pass that failed.
-    flow_retry: Option<Instant>,
     queued: bool,
     last_commit: Option<Instant>,
     /// An update was refused: what still comes of it is dropped.
@@ -134,9 +130,8 @@ impl Engine {
             unacknowledged: false,
             nacked: None,
             refused,
-            udp: UdpChanges::default(),
+            passes: flows::Passes::everything(),
             retry: None,
-            flow_retry: None,
             queued: false,
             last_commit: None,
             skipping: false,
@@ -210,7 +205,8 @@ impl Engine {
         });
         let commit = (self.queued && self.retry.is_none()).then(|| self.earliest_commit().unwrap_or(now));
         let round = self.state.round_due().filter(|_| !self.queued && !self.hold);
-        [snapshot, commit, self.retry.map(|(at, _)| at), self.flow_retry, self.hold_until, round]
+        let pass = self.passes.next(now).filter(|_| self.kernel_holds_view());
+        [snapshot, commit, self.retry.map(|(at, _)| at), pass, self.hold_until, round]
             .into_iter()
             .flatten()
             .min()
@@ -226,9 +222,7 @@ impl Engine {
             (self.hold, self.unacknowledged) = (false, true);
             self.queue_and_sync();
         }
-        if self.flow_retry.is_some_and(|at| at <= now) {
-            self.reconcile_flows();
-        }
+        self.look_at_flows();
         self.probe();
         let due = self.last_snapshot.is_none_or(|last| last + SNAPSHOT_INTERVAL <= now);
         if self.dirty && due {
@@ -286,6 +280,7 @@ impl Engine {
                 self.health_check_failures = failures;
                 self.tell("", None);
             }
+            Command::Flows(report) => self.flows(report),
             Command::Probed { number, measured } => self.probed(number, measured),
             Command::Ask { query, answer } => self.ask(&query, answer),
             Command::Stop => {}
@@ -342,7 +337,7 @@ impl Engine {
         } else {
             self.pending.extend(applied.changes);
         }
-        self.udp.merge(applied.udp);
+        self.passes.add(applied.udp);
         self.hold = false;
         self.unacknowledged = true;
         let counts = self.state.counts();
@@ -445,8 +440,6 @@ impl Engine {
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.parts.health.applied();
         self.publish_health();
-        let started = Instant::now();
-        self.reconcile_flows();
         if let Some(settings) = self.state.settings() {
             self.parts.sysctls.apply(&settings.conntrack.unwrap_or_default(), &self.parts.metrics);
             self.parts.log.apply(&settings.log_level);
@@ -460,9 +453,10 @@ impl Engine {
             "the kernel holds the generation"
         );
         if std::mem::take(&mut self.unacknowledged) {
-            let ack = self.ack(stamp, committed, started.elapsed());
+            let ack = self.ack(stamp, committed);
             self.send(Event::Ack(ack));
         }
+        self.look_at_flows();
         self.probe();
     }
 
@@ -484,25 +478,8 @@ impl Engine {
         }
     }
 
-    fn reconcile_flows(&mut self) {
-        if !self.udp.ipv4 && !self.udp.ipv6 {
-            return;
-        }
-        let started = Instant::now();
-        let stale = StaleFlows { state: &self.state, udp: &self.udp };
-        match self.parts.flows.reconcile(&stale) {
-            Ok(deleted) => {
-                self.parts.metrics.conntrack_deleted.inc_by(deleted as u64);
-                self.udp = UdpChanges::default();
-                self.flow_retry = None;
-            }
-            // What is to be looked at stays noted.
-            Err(error) => {
-                tracing::warn!(%error, "conntrack entries could not be reconciled; trying again");
-                self.flow_retry = Some(Instant::now() + FLOW_RETRY);
-            }
-        }
-        self.parts.metrics.conntrack_duration.observe(started.elapsed().as_secs_f64());
+    fn kernel_holds_view(&self) -> bool {
+        self.kernel.is_some() && self.state.is_loaded() && !self.queued && !self.hold
     }
 
     fn publish_health(&self) {

@@ -9,7 +9,7 @@ use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
 use crate::cli::{Action, AgentArgs, Cli};
-use crate::conntrack::Conntrack;
+use crate::conntrack::{Conntrack, Reconciler};
 use crate::contact::Contact;
 use crate::controllers::Controllers;
 use crate::engine::{Command, Engine, Parts};
@@ -107,7 +107,7 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     let (commands, received) = mpsc::channel(COMMANDS);
     let parts = Parts {
         dataplane: Box::new(kernel),
-        flows: Box::new(flows),
+        flows: Box::new(Reconciler::start(flows, commands.clone()).context("start the thread for conntrack")?),
         snapshot: Some(SnapshotFile::new(&args.state_dir)),
         health: health.clone(),
         metrics: metrics.clone(),

@@ -163,7 +163,6 @@ mod tests {
                 round_trip: Some(1_200_000),
                 plan: Some(60),
                 commit: Some(1_190_000),
-                conntrack: Some(0),
                 generation: Some(41),
             }],
             refusals: vec![],

@@ -80,12 +80,10 @@ pub struct Delivery {
     pub bytes: u64,
     /// It replaced whole layers.
     pub snapshot: bool,
-    /// The agent's planning, in microseconds; like the next two as the agent measured it.
+    /// The agent's planning, in microseconds; like the next as the agent measured it.
     pub plan: u64,
     /// The kernel's transaction, in microseconds.
     pub commit: u64,
-    /// The pass over the conntrack table, in microseconds.
-    pub conntrack: u64,
     /// Operations in the kernel's transaction.
     pub operations: u32,
 }

@@ -127,11 +127,7 @@ impl Emitter {
 
     /// The agent's clock is not this one: its timings are put in the middle of what the network left of the time.
     fn apply(&self, parent: &Context, node: &KeyValue, delivery: &Delivery, earliest: UnixNanoseconds) {
-        let stages = [
-            (names::PLAN, delivery.plan),
-            (names::COMMIT, delivery.commit),
-            (names::CONNTRACK, delivery.conntrack),
-        ];
+        let stages = [(names::PLAN, delivery.plan), (names::COMMIT, delivery.commit)];
         let (begin, end) = (delivery.sent.max(earliest), delivery.acknowledged.max(earliest));
         let room = end.saturating_sub(begin);
         let total: u64 = stages.iter().map(|(_, microseconds)| microseconds.saturating_mul(1_000)).sum();
@@ -144,10 +140,6 @@ impl Emitter {
         let apply = self.begin(parent, apply);
         let mut at = start;
         for (name, microseconds) in stages {
-            // Most changes have nothing to do with UDP.
-            if name == names::CONNTRACK && microseconds == 0 {
-                continue;
-            }
             let until = at.saturating_add(microseconds.saturating_mul(1_000)).min(start + total);
             let mut stage = Part::new(name, at, until);
             if name == names::COMMIT {

@@ -17,8 +17,6 @@ pub(super) const APPLY: &str = "switchtower.apply";
 pub(super) const PLAN: &str = "switchtower.plan";
 /// The kernel's transaction.
 pub(super) const COMMIT: &str = "switchtower.nft.commit";
-/// The pass over the conntrack table.
-pub(super) const CONNTRACK: &str = "switchtower.conntrack.clean";
 
 /// Event: when the cluster says that the change began.
 pub(super) const TRIGGERED: &str = "switchtower.triggered";

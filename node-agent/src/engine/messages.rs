@@ -39,6 +39,8 @@ pub enum Command {
     ForeignProxy(bool),
     /// The healthCheckNodePorts that cannot be listened on; told when they change.
     HealthCheckFailures(Vec<HealthCheckFailure>),
+    /// From the pass over the conntrack table.
+    Flows(super::FlowReport),
     /// What a round of probes found.
     Probed {
         /// The round's number.

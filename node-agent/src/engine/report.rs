@@ -12,7 +12,7 @@ use crate::questions::Reply;
 const SAMPLES: usize = 16;
 
 impl Engine {
-    pub(super) fn ack(&self, stamp: Stamp, committed: &Committed, conntrack: Duration) -> Ack {
+    pub(super) fn ack(&self, stamp: Stamp, committed: &Committed) -> Ack {
         let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let counts = self.state.counts();
         Ack {
@@ -23,7 +23,6 @@ impl Engine {
             timings: Some(ApplyTimings {
                 plan_microseconds: microseconds(committed.plan),
                 commit_microseconds: microseconds(committed.commit),
-                conntrack_microseconds: microseconds(conntrack),
                 operations: committed.operations,
                 services: counts.services as u32,
                 endpoints: counts.endpoints as u32,

@@ -4,7 +4,7 @@ use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::*;
 
 use super::*;
-use crate::engine::{Engine, FlowTable, Parts, StaleFlows};
+use crate::engine::{Engine, Families, FlowTable, Parts};
 use crate::health::Health;
 use crate::snapshot::SnapshotFile;
 use crate::state::limits;
@@ -14,9 +14,7 @@ use crate::testing::{self, Fleet, MemoryKernel, deflate, frontend};
 struct NoFlows;
 
 impl FlowTable for NoFlows {
-    fn reconcile(&mut self, _: &StaleFlows<'_>) -> std::io::Result<usize> {
-        Ok(0)
-    }
+    fn begin(&mut self, _: Families) {}
 }
 
 /// An agent without its process: engine, session, files.

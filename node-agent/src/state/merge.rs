@@ -23,6 +23,16 @@ pub(crate) struct UdpChanges {
 }
 
 impl UdpChanges {
+    /// Everything has to be looked at.
+    pub(crate) fn all() -> Self {
+        UdpChanges { ipv4: true, ipv6: true, gone: BTreeSet::new() }
+    }
+
+    /// Nothing has to be looked at.
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.ipv4 && !self.ipv6
+    }
+
     fn mark(&mut self, family: IpFamily) {
         match family {
             IpFamily::V4 => self.ipv4 = true,
@@ -106,7 +116,7 @@ pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: 
     for id in pools {
         let change = pool_difference(before, staged, &id, ports);
         if id.role == PoolRole::Serving {
-            if change.is_some() {
+            if change.is_some_and(|change| can_make_flows_stale(&change, before, &id)) {
                 applied.udp.mark(id.family);
             }
             continue;
@@ -121,6 +131,18 @@ pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: 
     applied.changes.append(&mut removed);
     node_items(before, staged, &mut applied);
     applied
+}
+
+/// Flows become stale where an endpoint goes, and where the first one comes: flows of NodePorts are kept while there
+/// is none. One more beside others changes nothing for those that exist.
+fn can_make_flows_stale(change: &KernelChange, before: &[Layer; 4], id: &PoolId) -> bool {
+    match change {
+        KernelChange::Pool { removed, .. } if removed.is_empty() => {
+            let members = position(LayerKind::Cluster).and_then(|at| before[at].pools.get(id));
+            members.is_none_or(|members| members.len() == 0)
+        }
+        _ => true,
+    }
 }
 
 fn pool_difference(

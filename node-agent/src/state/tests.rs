@@ -513,8 +513,20 @@ fn udp_flows_are_judged_as_kube_proxy_does() {
     assert_eq!(judge("192.0.2.1:30001", "10.0.0.1:8080"), Flow::Keep);
     assert_eq!(judge("192.0.2.1:30003", "10.0.0.2:8080"), Flow::Keep, "NodePort flows survive no endpoints");
 
-    let parts = [sender.play(&Step::FrontendRemoved(3))];
+    let toggle = |number| Step::Toggle(LayerKind::Cluster, 1, Role::Serving, vec![number]);
+    let parts = [sender.play(&toggle(2))];
     let applied = play(&mut state, &sender.update(Some(1), 2), &parts).unwrap();
+    assert!(applied.udp.is_empty(), "one more endpoint makes no flow stale");
+    let parts = [sender.play(&toggle(2))];
+    let applied = play(&mut state, &sender.update(Some(2), 3), &parts).unwrap();
+    assert!(applied.udp.ipv4, "one endpoint less does");
+    let first = Step::Toggle(LayerKind::Cluster, 3, Role::Serving, vec![1]);
+    let parts = [sender.play(&first)];
+    let applied = play(&mut state, &sender.update(Some(3), 4), &parts).unwrap();
+    assert!(applied.udp.ipv4, "so does the first, for flows of NodePorts");
+
+    let parts = [sender.play(&Step::FrontendRemoved(3))];
+    let applied = play(&mut state, &sender.update(Some(4), 5), &parts).unwrap();
     let flow = |gone: &BTreeSet<_>| {
         state.udp_flow("10.96.0.3:80".parse().unwrap(), "10.0.0.2:8080".parse().unwrap(), gone)
     };

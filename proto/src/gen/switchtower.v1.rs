@@ -518,8 +518,6 @@ pub struct ApplyTimings {
     pub plan_microseconds: u64,
     #[prost(uint64, tag = "2")]
     pub commit_microseconds: u64,
-    #[prost(uint64, tag = "3")]
-    pub conntrack_microseconds: u64,
     #[prost(uint32, tag = "4")]
     pub operations: u32,
     /// What the view holds now, for ProxyStatus.

@@ -72,8 +72,6 @@ pub struct NodeReport {
     pub plan: Option<u64>,
     /// The kernel's transaction, in microseconds.
     pub commit: Option<u64>,
-    /// The pass over the conntrack table, in microseconds.
-    pub conntrack: Option<u64>,
     /// The node's generation.
     pub generation: Option<u64>,
 }
@@ -154,7 +152,6 @@ fn node_report(ack: &NodeAck, received: UnixNanoseconds) -> NodeReport {
         round_trip: delivery.map(|delivery| delivery.acknowledged.saturating_sub(delivery.sent) / 1_000),
         plan: delivery.map(|delivery| delivery.plan),
         commit: delivery.map(|delivery| delivery.commit),
-        conntrack: delivery.map(|delivery| delivery.conntrack),
         generation: delivery.map(|delivery| delivery.generation),
     }
 }

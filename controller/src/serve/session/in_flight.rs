@@ -51,7 +51,6 @@ impl InFlight {
             acknowledged: unix_nanoseconds(SystemTime::now()),
             plan: timings.plan_microseconds,
             commit: timings.commit_microseconds,
-            conntrack: timings.conntrack_microseconds,
             operations: timings.operations,
             ..self.delivery
         }
