@@ -1,7 +1,7 @@
 //! A real OpenTelemetry Collector that writes what it gets to a file.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -53,13 +53,13 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts it with its files in a directory, and waits until it listens.
+    /// Starts it on a port of an address, with its files in a directory, and waits until it listens.
     ///
     /// # Errors
     /// It is not built, or does not listen in time.
-    pub fn start(directory: &Path) -> Result<Self> {
-        let address = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
-        let file = directory.join("spans.json");
+    pub fn start(address: IpAddr, directory: &Path) -> Result<Self> {
+        let address = TcpListener::bind((address, 0))?.local_addr()?;
+        let file = directory.join(format!("spans-{}.json", address.port()));
         let config = serde_json::json!({
             "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": address.to_string()}}}},
             "exporters": {"file": {"path": file, "flush_interval": "100ms"}},

@@ -64,6 +64,12 @@ pub struct FleetNode {
     directory: PathBuf,
 }
 
+type Environment = Mutex<Vec<(String, String)>>;
+
+fn owned(variables: &[(&str, &str)]) -> Vec<(String, String)> {
+    variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
 /// A control plane, a controller, nodes with agents, and pods.
 #[derive(Debug)]
 pub struct Fleet {
@@ -72,7 +78,8 @@ pub struct Fleet {
     controller: Mutex<Option<Process>>,
     metrics: SocketAddr,
     admin: SocketAddr,
-    environment: Mutex<Vec<(String, String)>>,
+    environment: Environment,
+    agent_environment: Environment,
     lab: Lab,
     control_plane: ControlPlane,
 }
@@ -111,7 +118,8 @@ impl Fleet {
             controller: Mutex::new(None),
             metrics,
             admin,
-            environment: Mutex::default(),
+            environment: Environment::default(),
+            agent_environment: Environment::default(),
             lab,
             control_plane,
         };
@@ -227,8 +235,12 @@ impl Fleet {
 
     /// Environment variables of the controllers that are started from now on.
     pub fn set_controller_environment(&self, variables: &[(&str, &str)]) {
-        let owned = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        *lock(&self.environment) = owned.collect();
+        *lock(&self.environment) = owned(variables);
+    }
+
+    /// Environment variables of the agents that are started from now on.
+    pub fn set_agent_environment(&self, variables: &[(&str, &str)]) {
+        *lock(&self.agent_environment) = owned(variables);
     }
 
     /// Waits until the controller publishes where it listens and accepts connections.
@@ -351,6 +363,7 @@ impl Fleet {
         command.arg("--bootstrap-dir").arg(node.directory.join("bootstrap"));
         command.arg("--token-file").arg(token);
         command.arg("--state-dir").arg(node.directory.join("state"));
+        command.envs(lock(&self.agent_environment).iter().cloned());
         node.net.namespace.wrap(&mut command);
         let log = self.lab.directory().join(format!("agent-{}.log", node.net.name));
         Process::start(&format!("switchtower-node-agent of {}", node.net.name), command, &log)

@@ -145,12 +145,7 @@ impl Conntrack {
 }
 
 /// Without an answer nothing is stale: the agent is stopping.
-fn keep_stale(
-    flows: &mut Vec<UdpFlow>,
-    entries: &mut Vec<Entry>,
-    judge: Judge<'_>,
-    stale: &mut Vec<Entry>,
-) {
+fn keep_stale(flows: &mut Vec<UdpFlow>, entries: &mut Vec<Entry>, judge: Judge<'_>, stale: &mut Vec<Entry>) {
     let verdicts = if flows.is_empty() { None } else { judge(std::mem::take(flows)) };
     let judged = entries.drain(..).zip(verdicts.unwrap_or_default());
     stale.extend(judged.filter_map(|(entry, is_stale)| is_stale.then_some(entry)));
@@ -181,7 +176,9 @@ impl FlowTable for Reconciler {
     fn begin(&mut self, families: Families) {
         // There is room: no pass is begun before the one before is done.
         if self.0.try_send(families).is_err() {
-            tracing::error!("the thread for conntrack entries has ended; stale UDP flows stay until a restart");
+            tracing::error!(
+                "the thread for conntrack entries has ended; stale UDP flows stay until a restart"
+            );
         }
     }
 }

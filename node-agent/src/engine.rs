@@ -11,7 +11,7 @@ mod report;
 mod trial;
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason, Stamp as WireStamp, View};
 use tokio::sync::mpsc;
@@ -24,6 +24,7 @@ use crate::metrics::Metrics;
 use crate::probe::Prober;
 use crate::snapshot::SnapshotFile;
 use crate::state::{Refusal, State};
+use crate::traces::{Applying, Traces};
 use crate::trial_file::TrialFile;
 
 pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
@@ -64,6 +65,8 @@ pub struct Parts {
     pub trial: Option<TrialFile>,
     /// Answers what is asked about the kernel, without holding up the engine.
     pub questions: crate::questions::Questions,
+    /// Where spans of updates and repairs go.
+    pub traces: Traces,
 }
 
 /// The view, the kernel, and what is between them.
@@ -85,6 +88,8 @@ pub struct Engine {
     /// A generation that the kernel holds only after the next commit, to be acknowledged then.
     unacknowledged: bool,
     nacked: Option<(u64, i32)>,
+    /// The update that is received or committed, if it is told as spans.
+    applying: Option<Applying>,
     refused: Vec<Refused>,
     passes: flows::Passes,
     retry: Option<(Instant, u32)>,
@@ -129,6 +134,7 @@ impl Engine {
             hold_until: None,
             unacknowledged: false,
             nacked: None,
+            applying: None,
             refused,
             passes: flows::Passes::everything(),
             retry: None,
@@ -196,6 +202,7 @@ impl Engine {
         if self.dirty {
             self.write_snapshot();
         }
+        self.parts.traces.shut_down();
     }
 
     fn next_wakeup(&self) -> Option<Instant> {
@@ -235,7 +242,7 @@ impl Engine {
         match command {
             Command::Attach { events, standing } => {
                 self.state.abandon();
-                self.skipping = false;
+                (self.skipping, self.applying) = (false, None);
                 self.hold_until = None;
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
@@ -249,6 +256,7 @@ impl Engine {
                 self.hold_until = None;
                 self.skipping = false;
                 self.backlog.begin(&update);
+                self.applying = self.parts.traces.begin(&update);
                 let result = self.state.begin(&update);
                 self.refuse(update.to, result);
             }
@@ -314,6 +322,9 @@ impl Engine {
         if let Err(Refusal { reason, detail }) = result {
             tracing::warn!(generation = to, ?reason, %detail, "update refused");
             self.skipping = true;
+            if let Some(applying) = self.applying.take() {
+                applying.refused(reason.as_str_name());
+            }
             self.nack(to, reason, 0, detail);
         }
     }
@@ -330,6 +341,9 @@ impl Engine {
     }
 
     fn take(&mut self, applied: crate::state::Applied) {
+        if let Some(applying) = &self.applying {
+            applying.received();
+        }
         self.backlog.take(&applied.changes, &self.parts.metrics.programming);
         if self.doubt || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
             self.doubt = true;
@@ -401,7 +415,7 @@ impl Engine {
 
     /// One attempt to make the kernel hold the view.
     fn sync(&mut self) {
-        let (stamp, started) = (self.stamp(), Instant::now());
+        let (stamp, started, began) = (self.stamp(), Instant::now(), SystemTime::now());
         let mode = if self.doubt { "full" } else { "delta" };
         let result = if self.doubt {
             let mut view = self.state.view();
@@ -414,6 +428,9 @@ impl Engine {
             self.parts.dataplane.commit(&self.pending, stamp)
         };
         self.last_commit = Some(Instant::now());
+        if let Some(applying) = &self.applying {
+            applying.attempted(self.doubt, began, &result);
+        }
         match result {
             Ok(committed) => {
                 self.parts.metrics.applied(mode, stamp.generation, started.elapsed());
@@ -454,6 +471,9 @@ impl Engine {
         );
         if std::mem::take(&mut self.unacknowledged) {
             let ack = self.ack(stamp, committed);
+            if let Some(applying) = &self.applying {
+                applying.held();
+            }
             self.send(Event::Ack(ack));
         }
         self.look_at_flows();
@@ -503,7 +523,10 @@ impl Engine {
         if !self.state.is_loaded() || self.doubt {
             return;
         }
-        match self.parts.dataplane.repair() {
+        let began = SystemTime::now();
+        let result = self.parts.dataplane.repair();
+        self.parts.traces.repaired(cause, began, &result);
+        match result {
             Ok(0) => {}
             Ok(differences) => {
                 self.drift_repaired += 1;

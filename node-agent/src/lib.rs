@@ -25,6 +25,7 @@ pub mod snapshot;
 pub mod state;
 pub mod sysctl;
 mod time;
+pub mod traces;
 pub mod trial_file;
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use crate::questions::Questions;
 use crate::session::Identity;
 use crate::snapshot::SnapshotFile;
 use crate::sysctl::Sysctls;
+use crate::traces::Traces;
 use crate::trial_file::TrialFile;
 
 /// Commands that wait for the engine; a session that is faster than the kernel waits here.
@@ -104,10 +105,16 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     let health = Health::default();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    let traces = {
+        let _inside = runtime.enter();
+        Traces::from_environment(&node_name).context("set up the export of spans")?
+    };
     let (commands, received) = mpsc::channel(COMMANDS);
     let parts = Parts {
         dataplane: Box::new(kernel),
-        flows: Box::new(Reconciler::start(flows, commands.clone()).context("start the thread for conntrack")?),
+        flows: Box::new(
+            Reconciler::start(flows, commands.clone()).context("start the thread for conntrack")?,
+        ),
         snapshot: Some(SnapshotFile::new(&args.state_dir)),
         health: health.clone(),
         metrics: metrics.clone(),
@@ -117,6 +124,7 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
         prober: Box::new(TcpProber::new(runtime.handle().clone(), commands.clone())),
         trial: Some(TrialFile::new(&args.state_dir)),
         questions: KernelReader::open().and_then(Questions::start).context("open a socket for questions")?,
+        traces,
     };
     let handle = runtime.handle().clone();
     let engine = std::thread::Builder::new()

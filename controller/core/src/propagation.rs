@@ -86,4 +86,6 @@ pub struct Delivery {
     pub commit: u64,
     /// Operations in the kernel's transaction.
     pub operations: u32,
+    /// The agent exports its part as spans of its own.
+    pub traced: bool,
 }

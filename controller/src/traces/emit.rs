@@ -121,7 +121,9 @@ impl Emitter {
         send.events = vec![Event::new(names::SENT, time(delivery.sent.max(start)), Vec::new(), 0)];
         let end = send.end;
         let send = self.begin(parent, send);
-        self.apply(&send, &node, delivery, start);
+        if !delivery.traced {
+            self.apply(&send, &node, delivery, start);
+        }
         finish(&send, end);
     }
 

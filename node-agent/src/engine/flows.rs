@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::Engine;
 use crate::state::{Flow, UdpChanges};
+use crate::traces::Applying;
 
 /// Pause after a pass that failed.
 const RETRY: Duration = Duration::from_secs(2);
@@ -72,6 +73,8 @@ pub trait FlowTable: Send {
 pub(super) struct Passes {
     due: UdpChanges,
     running: Option<UdpChanges>,
+    /// The update that made the running pass necessary, if it is told.
+    told: Option<Applying>,
     not_before: Option<Instant>,
 }
 
@@ -114,6 +117,7 @@ impl Engine {
     pub(super) fn look_at_flows(&mut self) {
         let now = Instant::now();
         if self.kernel_holds_view() && self.passes.next(now).is_some_and(|at| at <= now) {
+            self.passes.told = self.applying.take();
             self.parts.flows.begin(self.passes.begin());
         }
     }
@@ -128,7 +132,12 @@ impl Engine {
                 self.parts.metrics.conntrack_duration.observe(took.as_secs_f64());
                 self.passes.end(deleted.is_err(), took, Instant::now());
                 match deleted {
-                    Ok(deleted) => self.parts.metrics.conntrack_deleted.inc_by(deleted as u64),
+                    Ok(deleted) => {
+                        self.parts.metrics.conntrack_deleted.inc_by(deleted as u64);
+                        if let Some(told) = self.passes.told.take() {
+                            told.flows(took, deleted);
+                        }
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "conntrack entries could not be reconciled; trying again");
                     }

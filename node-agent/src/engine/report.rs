@@ -26,6 +26,7 @@ impl Engine {
                 operations: committed.operations,
                 services: counts.services as u32,
                 endpoints: counts.endpoints as u32,
+                traced: self.applying.is_some(),
             }),
         }
     }

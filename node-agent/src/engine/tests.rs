@@ -38,6 +38,7 @@ fn probing_engine(
         prober: Box::new(prober.clone()),
         trial: Some(TrialFile::new(directory)),
         questions: Questions::none(),
+        traces: crate::traces::Traces::none(),
     };
     (Engine::start(parts), health, prober)
 }

@@ -48,6 +48,7 @@ impl Agent {
             prober: Box::new(testing::NotingProber::default()),
             trial: None,
             questions: crate::questions::Questions::none(),
+            traces: crate::traces::Traces::none(),
         };
         let (commands, received) = mpsc::channel(16);
         let handle = tokio::runtime::Handle::current();

@@ -525,6 +525,10 @@ pub struct ApplyTimings {
     pub services: u32,
     #[prost(uint32, tag = "6")]
     pub endpoints: u32,
+    /// The agent exports its part of the update as spans of its own, under the change's traceparent, so that the controller
+    /// does not tell it from these timings.
+    #[prost(bool, tag = "7")]
+    pub traced: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Ack {

@@ -52,6 +52,7 @@ impl InFlight {
             plan: timings.plan_microseconds,
             commit: timings.commit_microseconds,
             operations: timings.operations,
+            traced: timings.traced,
             ..self.delivery
         }
     }

@@ -1,0 +1,212 @@
+//! The agent's own spans, exported over OTLP where the `OTEL_*` environment asks for it.
+//!
+//! Who tells what of a change's trace:
+//!
+//! | span | told by |
+//! |---|---|
+//! | `switchtower.change`, `.ingest`, `.compile`, `.distribute`, `.send` | the controller |
+//! | `switchtower.apply` with `.receive`, `.plan`, `.nft.commit` of each attempt | the agent, if it exports; else the controller, from the timings in the acknowledgement |
+//! | `switchtower.conntrack.clean`, after the acknowledgement | the agent |
+//! | `switchtower.repair`, a trace of its own | the agent |
+//!
+//! An update is told under the first of its changes whose trace is sampled; its `apply` is a child of that change's
+//! root. A view from scratch carries changes of long ago and is not told.
+//!
+//! What holds: ending a span puts it into a bounded queue or drops it; nothing here waits. Without export an update
+//! costs one comparison.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use opentelemetry::propagation::TextMapPropagator as _;
+use opentelemetry::trace::{
+    SpanBuilder, SpanKind, Status, TraceContextExt as _, Tracer as _, TracerProvider as _,
+};
+use opentelemetry::{Context, KeyValue};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
+use switchtower_proto::v1::Update;
+use switchtower_telemetry::TelemetryError;
+
+use crate::dataplane::{CommitError, Committed};
+
+/// How long the last spans may take when the agent ends.
+const SHUTDOWN: Duration = Duration::from_secs(2);
+
+const APPLY: &str = "switchtower.apply";
+const RECEIVE: &str = "switchtower.receive";
+const PLAN: &str = "switchtower.plan";
+const COMMIT: &str = "switchtower.nft.commit";
+const CONNTRACK: &str = "switchtower.conntrack.clean";
+const REPAIR: &str = "switchtower.repair";
+
+const NODE: &str = "k8s.node.name";
+const GENERATION: &str = "switchtower.generation";
+const MODE: &str = "switchtower.apply.mode";
+const OPERATIONS: &str = "switchtower.nft.ops";
+const DELETED: &str = "switchtower.flows.deleted";
+const CAUSE: &str = "switchtower.drift.cause";
+const DIFFERENCES: &str = "switchtower.drift.differences";
+const ERROR: &str = "error.type";
+
+/// The export, or none.
+pub struct Traces {
+    export: Option<(SdkTracerProvider, SdkTracer)>,
+    node: String,
+}
+
+impl Traces {
+    /// No export.
+    #[must_use]
+    pub fn none() -> Self {
+        Traces { export: None, node: String::new() }
+    }
+
+    /// As the environment says. To be called inside the tokio runtime that is to drive the export.
+    ///
+    /// # Errors
+    /// The environment asks for something that is not possible.
+    pub fn from_environment(node: &str) -> Result<Self, TelemetryError> {
+        let Some(exporter) = switchtower_telemetry::exporter()? else { return Ok(Self::none()) };
+        let own = vec![KeyValue::new("service.instance.id", node.to_owned())];
+        let builder = SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_resource(switchtower_telemetry::resource("switchtower-node-agent", own));
+        tracing::info!("spans of updates and repairs are exported over OTLP");
+        Ok(Self::of(builder.build(), node))
+    }
+
+    fn of(provider: SdkTracerProvider, node: &str) -> Self {
+        let tracer = provider.tracer("switchtower");
+        Traces { export: Some((provider, tracer)), node: node.to_owned() }
+    }
+
+    /// An update begins. `None` if it is not told.
+    pub fn begin(&self, update: &Update) -> Option<Applying> {
+        let (_, tracer) = self.export.as_ref()?;
+        update.from?;
+        let propagator = TraceContextPropagator::new();
+        let parents = update.changes.iter().map(|change| {
+            let carrier = HashMap::from([("traceparent".to_owned(), change.traceparent.clone())]);
+            propagator.extract_with_context(&Context::new(), &carrier)
+        });
+        let parent = parents.into_iter().find(|parent| parent.span().span_context().is_sampled())?;
+        let began = SystemTime::now();
+        let attributes = vec![
+            KeyValue::new(NODE, self.node.clone()),
+            KeyValue::new(GENERATION, i64::try_from(update.to).unwrap_or(i64::MAX)),
+        ];
+        let builder = SpanBuilder::from_name(APPLY)
+            .with_kind(SpanKind::Consumer)
+            .with_start_time(began)
+            .with_attributes(attributes);
+        let context = parent.with_span(tracer.build_with_context(builder, &parent));
+        // The environment's sampler may have left it out; then the controller tells it.
+        context.span().is_recording().then(|| Applying { tracer: tracer.clone(), context, began })
+    }
+
+    /// Drift was repaired, or could not be.
+    pub fn repaired(&self, cause: &'static str, started: SystemTime, result: &Result<u32, CommitError>) {
+        let Some((_, tracer)) = &self.export else { return };
+        let mut attributes = vec![KeyValue::new(NODE, self.node.clone()), KeyValue::new(CAUSE, cause)];
+        let failed = match result {
+            // Nothing differed: no repair.
+            Ok(0) => return,
+            Ok(differences) => {
+                attributes.push(KeyValue::new(DIFFERENCES, i64::from(*differences)));
+                None
+            }
+            Err(error) => Some(error),
+        };
+        child(tracer, &Context::new(), REPAIR, (started, SystemTime::now()), attributes, failed);
+    }
+
+    /// Exports what is left, as far as the collector takes it in time. Not from the runtime's own thread.
+    pub fn shut_down(&self) {
+        let Some((provider, _)) = &self.export else { return };
+        if let Err(error) = provider.shutdown_with_timeout(SHUTDOWN) {
+            tracing::warn!(%error, "the last spans were not exported");
+        }
+    }
+}
+
+/// The span of one update, from its first message until the kernel holds it.
+pub struct Applying {
+    tracer: SdkTracer,
+    context: Context,
+    began: SystemTime,
+}
+
+impl Applying {
+    /// The update is whole, its digest is right, and the view has it.
+    pub fn received(&self) {
+        self.child(RECEIVE, (self.began, SystemTime::now()), Vec::new(), None);
+    }
+
+    /// It was refused; nothing of it was committed.
+    pub fn refused(self, reason: &'static str) {
+        let span = self.context.span();
+        span.set_attribute(KeyValue::new(ERROR, reason));
+        span.set_status(Status::error("the update was refused"));
+        span.end();
+    }
+
+    /// One attempt to commit it. `full`: everything was compared with the kernel.
+    pub fn attempted(&self, full: bool, started: SystemTime, result: &Result<Committed, CommitError>) {
+        let now = SystemTime::now();
+        match result {
+            Ok(committed) => {
+                let mode = if full { "full" } else { "delta" };
+                self.context.span().set_attribute(KeyValue::new(MODE, mode));
+                let planned = (started + committed.plan).min(now);
+                self.child(PLAN, (started, planned), Vec::new(), None);
+                let operations = vec![KeyValue::new(OPERATIONS, i64::from(committed.operations))];
+                self.child(COMMIT, (planned, (planned + committed.commit).min(now)), operations, None);
+            }
+            Err(error) => self.child(COMMIT, (started, now), Vec::new(), Some(error)),
+        }
+    }
+
+    /// The kernel holds it.
+    pub fn held(&self) {
+        self.context.span().end();
+    }
+
+    /// A pass over the conntrack table that it made necessary is over.
+    pub fn flows(&self, took: Duration, deleted: usize) {
+        let now = SystemTime::now();
+        let deleted = vec![KeyValue::new(DELETED, i64::try_from(deleted).unwrap_or(i64::MAX))];
+        self.child(CONNTRACK, (now - took, now), deleted, None);
+    }
+
+    fn child(
+        &self,
+        name: &'static str,
+        times: (SystemTime, SystemTime),
+        attributes: Vec<KeyValue>,
+        failed: Option<&CommitError>,
+    ) {
+        child(&self.tracer, &self.context, name, times, attributes, failed);
+    }
+}
+
+fn child(
+    tracer: &SdkTracer,
+    parent: &Context,
+    name: &'static str,
+    (start, end): (SystemTime, SystemTime),
+    mut attributes: Vec<KeyValue>,
+    failed: Option<&CommitError>,
+) {
+    use opentelemetry::trace::Span as _;
+    attributes.extend(failed.map(|error| KeyValue::new(ERROR, i64::from(error.errno()).to_string())));
+    let builder = SpanBuilder::from_name(name).with_start_time(start).with_attributes(attributes);
+    let mut span = tracer.build_with_context(builder, parent);
+    if let Some(error) = failed {
+        span.set_status(Status::error(error.to_string()));
+    }
+    span.end_with_timestamp(end);
+}
+
+#[cfg(test)]
+mod tests;

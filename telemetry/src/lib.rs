@@ -1,0 +1,98 @@
+//! OTLP export of spans over gRPC, for the controller and the agents: asked for by the standard `OTEL_*` environment,
+//! off without it.
+//!
+//! What holds: spans wait in a bounded queue (`OTEL_BSP_MAX_QUEUE_SIZE`) for a thread of the exporter's own. Whoever
+//! ends a span never waits; where a collector is dead or slow, spans are dropped and counted.
+
+use std::env;
+
+use opentelemetry::KeyValue;
+use opentelemetry_otlp::{ExporterBuildError, SpanExporter};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::resource::{EnvResourceDetector, TelemetryResourceDetector};
+
+/// Why spans cannot be exported although they are asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The endpoint, its certificate or another setting is not valid.
+    #[error("setting up OTLP export; check the OTEL_EXPORTER_OTLP_* variables")]
+    Exporter(#[from] ExporterBuildError),
+    /// Another protocol than the one that is built in.
+    #[error("{variable}={value} is not supported: export is with grpc")]
+    Protocol {
+        /// The environment variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+/// The exporter that the environment asks for. Nothing is connected yet, and a collector that cannot be reached is no
+/// error. To be called inside a tokio runtime, which the exporter uses from then on.
+///
+/// # Errors
+/// The environment asks for something that is not possible.
+pub fn exporter() -> Result<Option<SpanExporter>, TelemetryError> {
+    if !is_asked_for(|name| env::var(name).ok().filter(|value| !value.is_empty()))? {
+        return Ok(None);
+    }
+    Ok(Some(SpanExporter::builder().with_tonic().build()?))
+}
+
+/// Who exports: as the environment names it (`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`), else the binary's name,
+/// this version, and what `own` says.
+#[must_use]
+pub fn resource(service: &'static str, own: Vec<KeyValue>) -> Resource {
+    let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
+    let ours = [KeyValue::new("service.name", service), version].into_iter().chain(own);
+    // What comes later replaces what came before.
+    let builder = Resource::builder_empty()
+        .with_attributes(ours)
+        .with_detector(Box::new(TelemetryResourceDetector))
+        .with_detector(Box::new(EnvResourceDetector::new()));
+    match env::var("OTEL_SERVICE_NAME") {
+        Ok(name) if !name.is_empty() => builder.with_service_name(name).build(),
+        _ => builder.build(),
+    }
+}
+
+/// Whether the standard environment asks for traces over OTLP.
+fn is_asked_for(variable: impl Fn(&str) -> Option<String>) -> Result<bool, TelemetryError> {
+    let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let endpoints = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+    let asked = match variable("OTEL_TRACES_EXPORTER").as_deref() {
+        Some(exporters) => exporters.split(',').any(|exporter| exporter.trim() == "otlp"),
+        None => endpoints.iter().any(|name| variable(name).is_some()),
+    };
+    if disabled || !asked {
+        return Ok(false);
+    }
+    let names = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"];
+    let protocol = names.into_iter().find_map(|name| Some((name, variable(name)?)));
+    match protocol {
+        Some((variable, value)) if value != "grpc" => Err(TelemetryError::Protocol { variable, value }),
+        _ => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(variables: &[(&str, &str)]) -> Option<bool> {
+        let find = |name: &str| variables.iter().find(|(known, _)| *known == name);
+        is_asked_for(|name| find(name).map(|(_, value)| (*value).to_owned())).ok()
+    }
+
+    #[test]
+    fn traces_are_exported_where_the_environment_asks_for_it() {
+        let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317");
+        assert_eq!(asked(&[]), Some(false));
+        assert_eq!(asked(&[endpoint]), Some(true));
+        assert_eq!(asked(&[("OTEL_TRACES_EXPORTER", "otlp")]), Some(true));
+        assert_eq!(asked(&[endpoint, ("OTEL_TRACES_EXPORTER", "none")]), Some(false));
+        assert_eq!(asked(&[endpoint, ("OTEL_SDK_DISABLED", "TRUE")]), Some(false));
+        assert_eq!(asked(&[endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")]), Some(true));
+        assert_eq!(asked(&[endpoint, ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")]), None);
+    }
+}
