@@ -11,7 +11,7 @@ demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1
 test: ## format, lints and all tests; the last line is the total
 	@hack/test.sh
 
-alerts: ## tests the alert rules with promtool (builds it first: minutes, once)
+alerts: ## tests the alert rules with promtool, as a part of test does
 	@hack/alerts.sh
 
 audit: ## licences, bans and sources of all dependencies

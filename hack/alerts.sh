@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# `make alerts`: checks the alert rules and runs their tests, with promtool built by Go from e2e/tools/promtool.
-# Not a part of `make test`: promtool links Prometheus with all its service discoveries, which takes minutes to build.
+# `make alerts`: checks the alert rules and runs their tests, with promtool built by Go from e2e/tools/promtool. `make test`
+# does the same; this is the short way for who writes rules.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-build_tool promtool "minutes" github.com/prometheus/prometheus/cmd/promtool
+build_promtool
 PROMTOOL=$(tool_dir promtool)/promtool
 cd "$ROOT/manifests/components/alerts"
 "$PROMTOOL" check rules rules.yaml

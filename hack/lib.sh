@@ -118,9 +118,14 @@ require_go() {
         fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
 }
 
-# A program of e2e/tools, if it is not built yet. Arguments: its folder, how long it takes, and its Go package.
+# promtool links Prometheus; its service discoveries are left out, they are most of the build.
+build_promtool() {
+    build_tool promtool "two minutes" github.com/prometheus/prometheus/cmd/promtool remove_all_sd
+}
+
+# A program of e2e/tools, if it is not built yet. Arguments: its folder, how long it takes, its Go package, build tags.
 build_tool() {
-    local name=$1 takes=$2 package=${3:-.} dir work
+    local name=$1 takes=$2 package=${3:-.} tags=${4:-} dir work
     dir=$(tool_dir "$name")
     [ ! -x "$dir/$name" ] || return 0
     require_go
@@ -131,7 +136,7 @@ build_tool() {
     say "building $name ($takes on two cores, once)"
     work=$(mktemp -d "$CACHE/tools/.build.XXXXXX")
     (cd "$ROOT/e2e/tools/$name" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly \
-        go build -trimpath -ldflags "-s -w" -o "$work/$name" "$package") ||
+        go build -tags "$tags" -trimpath -ldflags "-s -w" -o "$work/$name" "$package") ||
         fail "$name could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
     chmod 755 "$work"
     rm -rf "$dir"

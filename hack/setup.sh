@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what demo, test and bench need, each only if it is missing: Debian packages, and the control
 # plane (etcd, kube-apiserver, kube-controller-manager, kubectl, kube-proxy) built by Go from e2e/go.mod
-# and the OpenTelemetry Collector from e2e/tools/otelcol, into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
+# and the OpenTelemetry Collector from e2e/tools/otelcol (for tests promtool too), into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
 #
 #   hack/setup.sh [TARGET]      TARGET only appears in messages
 set -euo pipefail
@@ -107,3 +107,7 @@ install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils
 probe_kernel
 build_control_plane
 build_tool otelcol "about a minute"
+case "$TARGET" in
+demo | bench) ;;
+*) build_promtool ;;
+esac

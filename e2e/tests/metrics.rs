@@ -9,12 +9,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use anyhow::ensure;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
-use switchtower_e2e::{objects, wait};
+use switchtower_e2e::{objects, programs, wait};
 
 use common::{SOON, Scene, fleet, node};
 
@@ -112,6 +113,18 @@ fn alerts_and_dashboards_ask_for_metrics_that_exist() {
             assert!(exist.contains(&name) || rare.contains(&name.as_str()), "{file} asks for {name}");
         }
     }
+}
+
+#[test]
+fn the_alerts_fire_when_they_should() {
+    let output = Command::new(programs::tool("promtool").unwrap())
+        .args(["test", "rules", "rules_test.yaml"])
+        .current_dir(root().join("manifests/components/alerts"))
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success(), "{said}");
 }
 
 #[test]
