@@ -134,6 +134,9 @@ pub struct DiffArgs {
 pub struct RulesArgs {
     /// The node.
     pub node: String,
+    /// [svc/][NAMESPACE/]NAME[:PORT]: only what the kernel does with this Service's packets
+    #[arg(conflicts_with_all = ["filter", "limit"])]
+    pub service: Option<String>,
     /// Only elements whose line contains this: an address, a set's name.
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub filter: String,

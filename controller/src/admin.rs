@@ -16,6 +16,7 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use serde::Deserialize;
 use switchtower_core::admin::{ControllerInfo, Explanation, Failure, NodeDiff, NodeRules, Progress};
+use switchtower_core::explain::Subject;
 use switchtower_core::propagation::ChangeReport;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::server::TlsStream;
@@ -98,6 +99,7 @@ impl AdminError {
         match self {
             Self::Refused(_) => Some(codes::NO_RIGHT.code),
             Self::UnknownService(_) => Some(codes::NOT_SERVED.code),
+            Self::Question(QuestionError::UnknownNode(_)) => None,
             Self::Question(_) => Some(codes::KERNEL_UNKNOWN.code),
             _ => None,
         }
@@ -242,6 +244,9 @@ async fn diff(State(admin): State<Admin>, caller: Caller, Path(node): Path<Strin
 
 #[derive(Debug, Default, Deserialize)]
 struct RulesParameters {
+    /// NAMESPACE/NAME.
+    service: Option<String>,
+    port: Option<String>,
     #[serde(default)]
     filter: String,
     #[serde(default)]
@@ -255,7 +260,14 @@ async fn rules(
     Query(parameters): Query<RulesParameters>,
 ) -> Answer<NodeRules> {
     caller.must_be_operator()?;
-    nodes::rules(&admin.fleet, &node, parameters.filter, parameters.limit).await.map(Json)
+    let RulesParameters { service, port, filter, limit } = parameters;
+    let Some(service) = service else {
+        return nodes::rules(&admin.fleet, &node, filter, limit).await.map(Json);
+    };
+    let (namespace, name) =
+        service.split_once('/').ok_or_else(|| AdminError::UnknownService(service.clone()))?;
+    let subject = Subject { namespace, name, port: port.as_deref() };
+    nodes::rules_of(&admin.fleet, &node, subject).await.map(Json)
 }
 
 #[cfg(test)]

@@ -98,6 +98,20 @@ fn an_explanation_agrees_with_packets_and_kernels() {
     let all = ask(&["explain", "explained/web"]);
     assert_eq!(all.code, 0);
     assert!(all.text.contains("on 3 nodes (alpha, beta, gamma)"), "{}", all.text);
+    // Source ranges, affinity and both policies: the kernel is compared in these too.
+    let extra = json!({
+        "loadBalancerSourceRanges": ["203.0.113.0/24", "198.18.0.0/15"], "externalTrafficPolicy": "Local",
+        "sessionAffinity": "ClientIP",
+    });
+    scene.load_balancer("balanced", &extra, &["192.0.2.93"]);
+    scene.endpoints("balanced", &["a1", "c1"]);
+    assert_eq!(ask(&["wait", "explained/balanced"]).code, 0);
+    let explained = json_of(&["explain", "explained/balanced", "--node", "alpha", "--all"]);
+    for finding in explained["groups"][0]["findings"].as_array().unwrap() {
+        assert_eq!(finding["kernel"]["state"], "agrees", "{finding:#}");
+    }
+    let rules = ask(&["rules", "alpha", "explained/balanced:tcp"]);
+    assert!(rules.text.contains("203.0.113.0/24"), "{}", rules.text);
     // An endpoint that reaches itself.
     let own = scene.pod_address("a1", false).to_string();
     let answer = ask(&["explain", "explained/web:tcp", "--node", "alpha", "--from-ip", &own]);
@@ -251,6 +265,10 @@ fn the_rules_of_a_node_and_an_agent_that_does_not_answer() {
     assert_eq!(rules.code, 0);
     assert!(rules.text.contains(&format!("ip frontends {to}/TCP : 0x")), "{}", rules.text);
     assert!(rules.text.contains("ip nat_prerouting"), "{}", rules.text);
+    let of_service = ask(&["rules", "gamma", "rules/web:tcp"]);
+    let line = format!("ip daddr {} tcp dport 80 dnat to {{ ", to.ip());
+    assert!(of_service.code == 0 && of_service.text.contains(&line), "{}", of_service.text);
+    assert_eq!(of_service.text.lines().count(), 2 + 2, "one rule in each family: {}", of_service.text);
     // SAFETY: a signal to a process of this test.
     unsafe { libc::kill(process, libc::SIGSTOP) };
     let unanswered = ask(&["diff", "gamma"]);
@@ -400,6 +418,12 @@ fn wrong_use_gets_a_sentence_that_says_what_to_do() {
         (&["explain", "wrong/web", "--from", "nobody"], "there is no Pod default/nobody"),
         (&["explain", "ST0999"], "codes lists all"),
         (&["diff", "omega"], "there is no Node omega"),
+        (&["diff"], "<NODE>"),
+        (&["rules", "omega"], "there is no Node omega"),
+        (&["rules", "alpha", "no/such/service"], "write [svc/][NAMESPACE/]NAME[:PORT]"),
+        (&["rules", "alpha", "wrong/other"], "no frontend of Service wrong/other"),
+        (&["rules", "alpha", "wrong/web", "--filter", "x"], "cannot be used with"),
+        (&["rules", "alpha", "--limit", "0"], "1..=100000"),
         (&["wait", "wrong/other"], "without a name, wait takes everything so far"),
         (&["wait", "--timeout", "soon"], "write 500ms, 30s, 2m or 1h"),
         (&["wait", "--for", "luck"], "possible values: change"),

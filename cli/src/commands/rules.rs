@@ -1,18 +1,28 @@
-//! `rules`: a node's chains and elements.
+//! `rules`: a node's chains and elements, or what they come to for one Service.
 
 use switchtower_core::admin::{NodeRules, OPERATOR};
 
-use crate::args::{Global, RulesArgs};
+use crate::args::{Global, RulesArgs, ServiceName};
 use crate::cluster::Cluster;
 use crate::controller::{Controller, escaped};
 use crate::error::CliError;
 use crate::output::{Exit, Report, count, table};
 
 pub(crate) async fn run(global: &Global, args: &RulesArgs) -> Result<Report, CliError> {
+    let subject = args.service.as_deref().map(ServiceName::parse).transpose().map_err(CliError::new)?;
     let cluster = Cluster::new(global).await?;
     let mut controller = Controller::connect(global, &cluster, OPERATOR).await?;
-    let (node, filter) = (escaped(&args.node), escaped(&args.filter));
-    let path = format!("/v1/nodes/{node}/rules?filter={filter}&limit={}", args.limit);
+    let node = escaped(&args.node);
+    let query = match &subject {
+        None => format!("filter={}&limit={}", escaped(&args.filter), args.limit),
+        Some(ServiceName { namespace, name, port }) => {
+            let namespace = namespace.as_deref().unwrap_or(cluster.namespace());
+            let service = format!("service={}", escaped(&format!("{namespace}/{name}")));
+            let port = port.as_ref().map(|port| format!("&port={}", escaped(port))).unwrap_or_default();
+            service + &port
+        }
+    };
+    let path = format!("/v1/nodes/{node}/rules?{query}");
     let rules: NodeRules = controller.get(&path).await?;
     Report::new(text(&rules), &rules, Exit::Ok)
 }
@@ -22,6 +32,9 @@ fn text(rules: &NodeRules) -> String {
         Some(stage) => format!("{}: generation {} in the kernel\n\n", rules.node, stage.generation),
         None => format!("{}: no tables of Switchtower, or tables of another layout\n\n", rules.node),
     };
+    if !rules.services.is_empty() {
+        return text + &rules.services.join("\n") + "\n";
+    }
     let rows: Vec<Vec<String>> = rules
         .chains
         .iter()
@@ -63,6 +76,7 @@ mod tests {
         let rules = NodeRules {
             node: "alpha".into(),
             kernel: Some(Stage { generation: 7, digest: String::new() }),
+            services: vec![],
             chains: vec![chain("nat_output", "nat hook output priority -100", 0), chain("services", "", 1)],
             elements: vec!["ip frontends 10.96.0.1:80/TCP : 0x00002007".into()],
             elements_total: 5,
@@ -78,5 +92,9 @@ ip frontends 10.96.0.1:80/TCP : 0x00002007
 ... and 4 more of 5 elements; --limit and --filter choose
 ";
         assert_eq!(text(&rules), wanted);
+        let of_service =
+            NodeRules { services: vec!["ip daddr 10.96.0.1 tcp dport 80 reject".into()], ..rules };
+        let wanted = "alpha: generation 7 in the kernel\n\nip daddr 10.96.0.1 tcp dport 80 reject\n";
+        assert_eq!(text(&of_service), wanted);
     }
 }

@@ -183,6 +183,9 @@ pub struct NodeRules {
     pub node: String,
     /// The kernel's stamp.
     pub kernel: Option<Stage>,
+    /// Asked for one Service: what the kernel does with its packets, as rules in the manner of nft. The rest is empty.
+    #[serde(default)]
+    pub services: Vec<String>,
     /// Chains, by family and name.
     pub chains: Vec<ChainInfo>,
     /// Elements as lines, at most as many as asked for.

@@ -3,14 +3,10 @@
 //! It walks the view that the node was sent with the tracer that the compiler is tested with, so that an
 //! explanation cannot differ from the rules.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use switchtower_proto::v1::{
-    Endpoint, Family, Frontend, FrontendKey, FrontendKind, KernelFrontend, KernelTarget, KernelVerdict, Role,
-    Target, Verdict,
-};
+use switchtower_proto::v1::{Family, Frontend, FrontendKey, FrontendKind, Role};
 
 use crate::admin::{Finding, Outcome};
 use crate::codes::{self, Code};
@@ -18,6 +14,10 @@ use crate::names;
 use crate::tracer::{Cause, Fate, Packet, Source, Trace, trace};
 use crate::view::View;
 use crate::wire;
+
+mod kernel;
+
+pub use kernel::{Forward, Held, Side, differences, expected, found, rules};
 
 /// Stands for a client outside the cluster where none is named (RFC 5737, RFC 3849).
 const OUTSIDE: (IpAddr, IpAddr) = (
@@ -203,130 +203,6 @@ fn why(fate: &Fate, source: &Source, anywhere: usize, frontend: &Frontend) -> St
         }
         Fate::Drop(_) => "no Service has this address".to_owned(),
         Fate::Pass => "the node serves no Service at this address".to_owned(),
-    }
-}
-
-// ------------------------------------------------------------------ what the kernel must hold
-
-/// What one side of a frontend leads to, in the kernel's terms.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Side {
-    /// One of these.
-    Forward(Vec<Endpoint>),
-    /// Refused.
-    Reject,
-    /// Dropped.
-    Drop,
-    /// A lookup misses, and the packet is dropped.
-    Broken,
-}
-
-/// A frontend's two sides, outside first.
-pub type Sides = (Side, Side);
-
-/// What the kernel must lead every address of these frontends to. A NodePort is one entry for each address that the
-/// node serves it on.
-pub fn expected<'a>(
-    view: &View,
-    frontends: impl Iterator<Item = &'a Frontend>,
-) -> BTreeMap<FrontendKey, Sides> {
-    let served = view.node_port_addresses();
-    let mut expected = BTreeMap::new();
-    for frontend in frontends {
-        let Some(key) = &frontend.key else { continue };
-        let sides =
-            (side(view, frontend, frontend.outside.as_ref()), side(view, frontend, frontend.inside.as_ref()));
-        if !key.address.is_empty() {
-            expected.insert(key.clone(), sides);
-            continue;
-        }
-        let ipv6 = key.family() == Family::Ipv6;
-        for address in served.iter().filter(|address| address.is_ipv6() == ipv6) {
-            let key = FrontendKey { address: wire::octets(*address), ..key.clone() };
-            // An explicit frontend of the same address comes before a NodePort.
-            expected.entry(key).or_insert_with(|| sides.clone());
-        }
-    }
-    expected
-}
-
-fn side(view: &View, frontend: &Frontend, target: Option<&Target>) -> Side {
-    let target = target.copied().unwrap_or_default();
-    let service_port = frontend.service_port.clone().unwrap_or_default();
-    let family = frontend.key.as_ref().map_or(Family::Unspecified, FrontendKey::family);
-    match view.pool(&service_port, family, target.role()).filter(|pool| !pool.is_empty()) {
-        Some(pool) => Side::Forward(pool.iter().cloned().collect()),
-        None if target.when_empty() == Verdict::Drop => Side::Drop,
-        None => Side::Reject,
-    }
-}
-
-/// What a frontend's two sides lead to by what was read from a kernel.
-pub fn found(frontend: &KernelFrontend) -> Sides {
-    let side = |target: &Option<KernelTarget>| {
-        let target = target.clone().unwrap_or_default();
-        match target.verdict() {
-            KernelVerdict::Forward => {
-                let mut endpoints = target.endpoints;
-                endpoints.sort();
-                Side::Forward(endpoints)
-            }
-            KernelVerdict::Reject => Side::Reject,
-            KernelVerdict::Drop => Side::Drop,
-            KernelVerdict::Broken | KernelVerdict::Unspecified => Side::Broken,
-        }
-    };
-    (side(&frontend.outside), side(&frontend.inside))
-}
-
-/// How a kernel differs from what it must hold, one line a frontend, sorted.
-pub fn differences(
-    expected: &BTreeMap<FrontendKey, Sides>,
-    found: &BTreeMap<FrontendKey, Sides>,
-) -> Vec<String> {
-    let mut lines = Vec::new();
-    for (key, wanted) in expected {
-        match found.get(key) {
-            None => lines.push(format!("{}: missing in the kernel", names::frontend(key))),
-            Some(held) if held == wanted => {}
-            Some(held) => lines.push(format!("{}: {}", names::frontend(key), difference(wanted, held))),
-        }
-    }
-    let unknown = found.keys().filter(|key| !expected.contains_key(*key));
-    lines.extend(unknown.map(|key| format!("{}: only in the kernel", names::frontend(key))));
-    lines.sort();
-    lines
-}
-
-fn difference(wanted: &Sides, held: &Sides) -> String {
-    let one = |wanted: &Side, held: &Side| match (wanted, held) {
-        (Side::Forward(wanted), Side::Forward(held)) => {
-            let missing = wanted.iter().filter(|endpoint| !held.contains(endpoint));
-            let extra = held.iter().filter(|endpoint| !wanted.contains(endpoint));
-            let missing = missing.map(|endpoint| format!("without {}", names::endpoint(endpoint)));
-            let extra = extra.map(|endpoint| format!("with {} besides", names::endpoint(endpoint)));
-            missing.chain(extra).collect::<Vec<_>>().join(", ")
-        }
-        _ => format!("{} in the kernel, should be {}", word(held), word(wanted)),
-    };
-    match (wanted.0 == held.0, wanted.1 == held.1) {
-        (false, false) if wanted.0 == wanted.1 && held.0 == held.1 => one(&wanted.0, &held.0),
-        (false, true) => format!("outside: {}", one(&wanted.0, &held.0)),
-        (true, _) => format!("inside: {}", one(&wanted.1, &held.1)),
-        (false, false) => {
-            format!("outside: {}; inside: {}", one(&wanted.0, &held.0), one(&wanted.1, &held.1))
-        }
-    }
-}
-
-fn word(side: &Side) -> String {
-    match side {
-        Side::Forward(endpoints) => {
-            format!("forwarded to {}", endpoints.iter().map(names::endpoint).collect::<Vec<_>>().join(" "))
-        }
-        Side::Reject => "refused".to_owned(),
-        Side::Drop => "dropped".to_owned(),
-        Side::Broken => "broken (a map misses an entry; packets are dropped)".to_owned(),
     }
 }
 

@@ -89,7 +89,7 @@ async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>
     for finding in findings {
         let of = |key: &&FrontendKey| names::frontend(key) == finding.frontend;
         let key = expected.keys().find(of).or_else(|| found.keys().find(of));
-        let one = |all: &BTreeMap<FrontendKey, explain::Sides>| {
+        let one = |all: &BTreeMap<FrontendKey, explain::Held>| {
             key.and_then(|key| all.get_key_value(key))
                 .map(|(key, sides)| (key.clone(), sides.clone()))
                 .into_iter()

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use prost::Message as _;
 use switchtower_core::admin::{ChainInfo, NodeDiff, NodeRules, Stage};
-use switchtower_core::explain::{self, Sides};
+use switchtower_core::explain::{self, Held, Subject};
+use switchtower_core::names;
 use switchtower_proto::v1::{FrontendKey, KernelTable, Stamp};
 
 use super::AdminError;
@@ -51,7 +52,7 @@ async fn settled(fleet: &Arc<Fleet>, node: &str, question: Question) -> Result<K
 }
 
 /// Where a kernel's frontends lead.
-pub(super) fn found(table: &KernelTable) -> BTreeMap<FrontendKey, Sides> {
+pub(super) fn found(table: &KernelTable) -> BTreeMap<FrontendKey, Held> {
     let frontends = table.frontends.iter();
     frontends.filter_map(|frontend| Some((frontend.key.clone()?, explain::found(frontend)))).collect()
 }
@@ -91,6 +92,30 @@ pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, Adm
     })
 }
 
+/// What the kernel does with the packets of one Service: its frontends, looked up one by one.
+pub(super) async fn rules_of(
+    fleet: &Arc<Fleet>,
+    node: &str,
+    subject: Subject<'_>,
+) -> Result<NodeRules, AdminError> {
+    let unknown = || AdminError::UnknownNode(node.to_owned());
+    let (view, _) = fleet.view(node, Some((subject.namespace, subject.name))).ok_or_else(unknown)?;
+    let frontends = explain::frontends(&view, subject);
+    if frontends.is_empty() {
+        return Err(AdminError::UnknownService(format!("{}/{}", subject.namespace, subject.name)));
+    }
+    let keys = frontends.iter().filter_map(|frontend| frontend.key.as_ref());
+    let table = lookup(fleet, node, keys.map(names::frontend).collect::<Vec<_>>().join(",")).await?;
+    Ok(NodeRules {
+        node: node.to_owned(),
+        kernel: table.stamp.as_ref().map(stage),
+        services: table.frontends.iter().flat_map(explain::rules).collect(),
+        chains: Vec::new(),
+        elements: Vec::new(),
+        elements_total: 0,
+    })
+}
+
 pub(super) async fn rules(
     fleet: &Arc<Fleet>,
     node: &str,
@@ -110,6 +135,7 @@ pub(super) async fn rules(
     Ok(NodeRules {
         node: node.to_owned(),
         kernel: elements.stamp.as_ref().map(stage),
+        services: Vec::new(),
         chains: chains.chains.into_iter().map(chain).collect(),
         elements: elements.elements,
         elements_total: elements.total,

@@ -1,7 +1,11 @@
 //! Explanations of small views.
 
+use std::collections::BTreeMap;
+
 use switchtower_proto::v1::change::Change as Kind;
-use switchtower_proto::v1::{Change, LayerKind, LocalDetection, Settings};
+use switchtower_proto::v1::{
+    Change, Cidr, Endpoint, KernelFrontend, KernelTarget, KernelVerdict, LayerKind, LocalDetection, Settings,
+};
 
 use super::*;
 use crate::compile::Compiler;
@@ -131,21 +135,127 @@ fn no_endpoints_and_source_ranges() {
     assert_eq!(last.why, "203.0.114.9 is in none of loadBalancerSourceRanges (203.0.113.0/24)");
 }
 
+/// What an agent would answer if its kernel held exactly this.
+fn kernel_of(key: &FrontendKey, held: &Held) -> KernelFrontend {
+    let target = |side: &Side| {
+        let verdict =
+            |verdict: KernelVerdict| KernelTarget { verdict: verdict.into(), ..KernelTarget::default() };
+        Some(match side {
+            Side::Forward(forward) => KernelTarget {
+                endpoints: forward.endpoints.clone(),
+                masquerade: forward.masquerade.clone(),
+                affinity_seconds: forward.affinity_seconds,
+                ..verdict(KernelVerdict::Forward)
+            },
+            Side::Reject => verdict(KernelVerdict::Reject),
+            Side::Drop => verdict(KernelVerdict::Drop),
+            Side::Broken => verdict(KernelVerdict::Broken),
+        })
+    };
+    let cidr =
+        |net: &IpNet| Cidr { address: wire::octets(net.addr()), prefix_length: net.prefix_len().into() };
+    KernelFrontend {
+        key: Some(key.clone()),
+        outside: target(&held.outside),
+        inside: target(&held.inside),
+        restricted: !held.sources.is_empty(),
+        allowed: held.sources.iter().map(cidr).collect(),
+    }
+}
+
+/// The differences after `change` of what the kernel holds of the first address of a kind.
+fn changed(view: &View, kind: FrontendKind, change: impl FnOnce(&mut Held)) -> Vec<String> {
+    let frontends = frontends(view, SHOP);
+    let expected = expected(view, frontends.iter().copied().filter(|frontend| frontend.kind() == kind));
+    let (key, held) = expected.iter().next().unwrap();
+    let mut held = held.clone();
+    change(&mut held);
+    let found = BTreeMap::from([(key.clone(), found(&kernel_of(key, &held)))]);
+    differences(&expected, &found)
+}
+
+fn forward(side: &mut Side) -> &mut Forward {
+    match side {
+        Side::Forward(forward) => forward,
+        other => panic!("{other:?} is not forwarded"),
+    }
+}
+
 #[test]
 fn a_kernel_is_compared_with_the_view() {
     let view = view(service(), &[(5, "n1"), (6, "n2")]);
-    let expected = expected(&view, frontends(&view, SHOP).into_iter());
-    assert_eq!(expected.len(), 1);
-    assert_eq!(differences(&expected, &expected), Vec::<String>::new());
-    let key = expected.keys().next().unwrap().clone();
-    let only = Endpoint { address: vec![10, 244, 1, 5], port: 8080 };
-    let half = (Side::Forward(vec![only.clone()]), Side::Forward(vec![only]));
-    let with = |sides| BTreeMap::from([(key.clone(), sides)]);
+    let only = |change: fn(&mut Forward)| {
+        changed(&view, FrontendKind::ClusterIp, |held| {
+            change(forward(&mut held.outside));
+            change(forward(&mut held.inside));
+        })
+    };
     let name = "10.96.0.10:80/TCP";
-    assert_eq!(differences(&expected, &with(half.clone())), [format!("{name}: without 10.244.2.6:8080")]);
-    assert_eq!(differences(&with(half), &expected), [format!("{name}: with 10.244.2.6:8080 besides")]);
+    assert_eq!(changed(&view, FrontendKind::ClusterIp, |_| ()), Vec::<String>::new());
+    assert_eq!(only(|way| drop(way.endpoints.pop())), [format!("{name}: without 10.244.2.6:8080")]);
+    let more = only(|way| way.endpoints.push(Endpoint { address: vec![10, 244, 1, 9], port: 1 }));
+    assert_eq!(more, [format!("{name}: with 10.244.1.9:1 besides")]);
+    let masquerade = only(|way| way.masquerade = "always".into());
+    assert_eq!(masquerade, [format!("{name}: masquerade of all, should be of all but local pods")]);
+    let affinity = only(|way| way.affinity_seconds = 60);
+    assert_eq!(affinity, [format!("{name}: session affinity of 60 s, should be 0 s")]);
+    let broken = changed(&view, FrontendKind::ClusterIp, |held| held.inside = Side::Broken);
+    assert!(broken[0].starts_with(&format!("{name}: inside: broken")), "{broken:?}");
+
+    let expected = expected(&view, frontends(&view, SHOP).into_iter());
     assert_eq!(differences(&expected, &BTreeMap::new()), [format!("{name}: missing in the kernel")]);
     assert_eq!(differences(&BTreeMap::new(), &expected), [format!("{name}: only in the kernel")]);
-    let broken = differences(&expected, &with((expected[&key].0.clone(), Side::Broken)));
-    assert!(broken[0].starts_with(&format!("{name}: inside: broken")), "{broken:?}");
+}
+
+/// A balancer's address with policy Local, a range around the node's own address, and affinity.
+fn balanced() -> View {
+    let balanced = Service {
+        load_balancer_ips: vec![IpAddr::from([198, 51, 100, 1])],
+        source_ranges: vec!["192.0.2.0/24".parse().unwrap(), "192.0.2.128/25".parse().unwrap()],
+        external_policy: TrafficPolicy::Local,
+        affinity_seconds: Some(600),
+        ..service()
+    };
+    view(balanced, &[(5, "n1"), (6, "n2")])
+}
+
+#[test]
+fn sources_affinity_and_policy_are_compared_too() {
+    let view = balanced();
+    let of = |change: fn(&mut Held)| changed(&view, FrontendKind::LoadBalancer, change);
+    let name = "198.51.100.1:80/TCP";
+    assert_eq!(of(|_| ()), Vec::<String>::new());
+    let open = of(|held| held.sources.clear());
+    assert_eq!(open, [format!("{name}: open to every source, should be to 192.0.2.0/24, 198.51.100.1/32")]);
+    let affinity = of(|held| forward(&mut held.outside).affinity_seconds = 1);
+    assert_eq!(affinity, [format!("{name}: outside: session affinity of 1 s, should be 600 s")]);
+    let masquerade = of(|held| forward(&mut held.inside).masquerade = "always".into());
+    assert_eq!(masquerade, [format!("{name}: inside: masquerade of all, should be of nobody")]);
+}
+
+#[test]
+fn a_frontend_reads_as_rules() {
+    let lines = |view: &View, kind| -> Vec<String> {
+        let frontends = frontends(view, SHOP);
+        let of_kind = frontends.iter().copied().filter(|frontend| frontend.kind() == kind);
+        expected(view, of_kind).iter().flat_map(|(key, held)| rules(&kernel_of(key, held))).collect()
+    };
+    let plain = view(service(), &[(5, "n1"), (6, "n2")]);
+    let wanted = "ip daddr 10.96.0.10 tcp dport 80 dnat to { 10.244.1.5:8080, 10.244.2.6:8080 } masquerade unless from \
+                  a local pod";
+    assert_eq!(lines(&plain, FrontendKind::ClusterIp), [wanted]);
+    assert_eq!(
+        lines(&view(service(), &[]), FrontendKind::ClusterIp),
+        ["ip daddr 10.96.0.10 tcp dport 80 reject"]
+    );
+    let head = "ip daddr 198.51.100.1 tcp dport 80";
+    let wanted = [
+        format!("{head} ip saddr != {{ 192.0.2.0/24, 198.51.100.1/32 }} drop"),
+        format!(
+            "{head} dnat to {{ 10.244.1.5:8080, 10.244.2.6:8080 }} the same for a client for 600 s # from the node and \
+             its pods"
+        ),
+        format!("{head} dnat to {{ 10.244.1.5:8080 }} the same for a client for 600 s # from elsewhere"),
+    ];
+    assert_eq!(lines(&balanced(), FrontendKind::LoadBalancer), wanted);
 }
