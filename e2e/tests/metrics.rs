@@ -181,3 +181,23 @@ fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
     scene.fleet.settled(SOON).unwrap();
     assert_eq!(metric("kubeproxy_sync_proxy_rules_endpoint_changes_pending"), 0.0);
 }
+
+#[test]
+fn ports_without_a_local_endpoint_are_counted_as_kube_proxy_does() {
+    let scene = Scene::new("nobody-local");
+    scene.service("web", &json!({"internalTrafficPolicy": "Local"}));
+    scene.endpoints("web", &["a1"]);
+    let count = |name: &str| {
+        let metric = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
+        let labels = "ip_family=\"IPv6\",traffic_policy=\"internal\"";
+        scene.fleet.agent_metric(node(scene.fleet, name), metric, labels)
+    };
+    // The agent counts when it writes its file, at most every 30 s.
+    wait::until("gamma counts its two ports", Duration::from_secs(45), || {
+        let counted = count("gamma")?;
+        ensure!(counted == 2.0, "{counted} ports");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(count("alpha").unwrap(), 0.0, "a1 is local there");
+}

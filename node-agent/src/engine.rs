@@ -542,7 +542,9 @@ impl Engine {
         }
     }
 
+    /// What walks the whole view is done here, at most every [`SNAPSHOT_INTERVAL`].
     fn write_snapshot(&mut self) {
+        self.parts.metrics.programming.without_local(self.state.without_local_endpoints());
         let Some(file) = &self.parts.snapshot else { return };
         self.last_snapshot = Some(Instant::now());
         match file.write(&self.state, &self.refused) {

@@ -7,6 +7,7 @@
 
 mod evidence;
 mod layer;
+mod locality;
 mod merge;
 mod pack;
 mod settings;
@@ -26,6 +27,7 @@ use switchtower_proto::v1::{
 use crate::kernel_change::KernelChange;
 pub use evidence::{Measured, Outcome, Seen};
 use layer::Layer;
+pub(crate) use locality::WithoutLocal;
 pub(crate) use merge::{Flow, UdpChanges};
 use pack::{Interner, Malformed};
 pub use targets::{Round, Target};

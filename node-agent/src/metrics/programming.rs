@@ -9,6 +9,7 @@ use prometheus::{
 };
 
 use super::FAMILIES;
+use crate::state::WithoutLocal;
 
 /// The measures. Both families are in one transaction and get the same values.
 #[derive(Clone)]
@@ -20,6 +21,7 @@ pub(crate) struct Programming {
     endpoints_total: IntCounterVec,
     services_pending: IntGaugeVec,
     services_total: IntCounterVec,
+    no_local: IntGaugeVec,
 }
 
 impl Programming {
@@ -73,7 +75,24 @@ impl Programming {
                 "kubeproxy_sync_proxy_rules_service_changes_total",
                 "Changes of Services that arrived.",
             )?,
+            no_local: add(
+                registry,
+                IntGaugeVec::new(
+                    Opts::new(
+                        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+                        "Service ports with a Local traffic policy and no endpoint on this node.",
+                    ),
+                    &["ip_family", "traffic_policy"],
+                )?,
+            )?,
         };
+        // Shown from the start: a dashboard has zeros instead of no data.
+        for family in FAMILIES {
+            for histogram in [&programming.latency, &programming.full, &programming.partial] {
+                let _ = histogram.with_label_values(&[family]);
+            }
+        }
+        programming.without_local(WithoutLocal::default());
         programming.pending(0, 0);
         programming.arrived(0, 0);
         Ok(programming)
@@ -100,6 +119,16 @@ impl Programming {
     pub(crate) fn programmed(&self, after: Duration) {
         for family in FAMILIES {
             self.latency.with_label_values(&[family]).observe(after.as_secs_f64());
+        }
+    }
+
+    /// This many service ports have no local endpoint.
+    pub(crate) fn without_local(&self, ports: WithoutLocal) {
+        for (policy, counts) in [("internal", ports.internal), ("external", ports.external)] {
+            for (family, count) in FAMILIES.into_iter().zip([counts.0, counts.1]) {
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                self.no_local.with_label_values(&[family, policy]).set(count);
+            }
         }
     }
 

@@ -335,6 +335,12 @@ impl PackedFrontend {
         FrontendKind::try_from(i32::from(self.kind)).unwrap_or_default()
     }
 
+    /// Whether packets from inside or outside are dropped while no endpoint is on this node, though others have some.
+    pub(crate) fn drops_without_local(&self, inside: bool) -> bool {
+        let (role, when_empty) = if inside { self.inside } else { self.outside };
+        (i32::from(role), i32::from(when_empty)) == (Role::Local as i32, Verdict::Drop as i32)
+    }
+
     /// Which pool serves pods and host processes of the node.
     pub(crate) fn inside_role(&self) -> PoolRole {
         PoolRole::try_from_proto(i32::from(self.inside.0)).unwrap_or(PoolRole::Cluster)

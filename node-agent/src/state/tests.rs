@@ -535,6 +535,33 @@ fn udp_flows_are_judged_as_kube_proxy_does() {
 }
 
 #[test]
+fn ports_without_a_local_endpoint_are_counted() {
+    let (mut sender, mut state) = (Sender::default(), State::new());
+    let local = |number: u8, kind: FrontendKind, when_empty: Verdict| {
+        let cluster = Target { role: Role::Cluster as i32, when_empty: Verdict::Reject as i32 };
+        let local = Some(Target { role: Role::Local as i32, when_empty: when_empty as i32 });
+        let inside = if kind == FrontendKind::ClusterIp { local } else { Some(cluster) };
+        Frontend { kind: kind as i32, outside: local, inside, ..frontend(number, 0) }
+    };
+    let frontends = [
+        local(1, FrontendKind::ClusterIp, Verdict::Drop),
+        local(2, FrontendKind::ClusterIp, Verdict::Drop),
+        local(3, FrontendKind::LoadBalancer, Verdict::Drop),
+        // Without an endpoint anywhere.
+        local(4, FrontendKind::ClusterIp, Verdict::Reject),
+        frontend(5, 0),
+    ];
+    for frontend in frontends {
+        sender.frontends.insert(frontend.key.clone().unwrap(), frontend);
+    }
+    sender.play(&Step::Toggle(LayerKind::Node, 2, Role::Local, vec![1]));
+    let parts = [sender.snapshot(LayerKind::Cluster), sender.snapshot(LayerKind::Node)];
+    play(&mut state, &sender.update(None, 1), &parts).unwrap();
+    let counted = state.without_local_endpoints();
+    assert_eq!((counted.internal, counted.external), ((1, 0), (1, 0)));
+}
+
+#[test]
 fn service_ports_are_forgotten_with_their_last_item() {
     let (mut sender, mut state) = (Sender::default(), State::new());
     let parts = [
