@@ -75,8 +75,5 @@ pub fn route_pods(
 }
 
 fn settings(machine: &Machine) -> Result<()> {
-    for setting in SYSCTLS {
-        machine.net(&format!("sysctl -q -w {setting}"))?;
-    }
-    Ok(())
+    machine.net(&format!("sysctl -q -w {}", SYSCTLS.join(" "))).map(drop)
 }
