@@ -21,7 +21,8 @@ pub struct ProxySettings {
     #[schemars(range(min = 0, max = 31))]
     pub masquerade_bit: Option<i32>,
     /// NodePorts are served on the node's addresses inside these CIDRs. Empty: on the primary addresses of the
-    /// Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback.
+    /// Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback; so does leaving out a family, where the other
+    /// is named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub node_port_addresses: Vec<Cidr>,

@@ -39,7 +39,7 @@ pub(super) fn settings(revision: &Revision, from: &api::ProxySettings) -> Settin
     if let Some(bit) = masquerade_bit.and_then(|bit| u32::try_from(bit).ok()).filter(|bit| *bit < 32) {
         settings.masquerade_mark = 1 << bit;
     }
-    settings.node_port_addresses = cidrs(node_port_addresses);
+    settings.node_port_addresses = node_port_networks(node_port_addresses);
     if let (Some(from), Some(to)) = (conntrack, &mut settings.conntrack) {
         let api::Conntrack {
             max_per_core,
@@ -123,6 +123,21 @@ fn probe(from: &api::ServiceProbe) -> Probe {
     }
 }
 
+/// As in kube-proxy, a family that no network names, while one of the other family does, is served on all its
+/// addresses; without any network both are served on the primary ones.
+fn node_port_networks(from: &[api::Cidr]) -> Vec<Cidr> {
+    let mut networks = cidrs(from);
+    if networks.is_empty() {
+        return networks;
+    }
+    for length in [4, 16] {
+        if !networks.iter().any(|network| network.address.len() == length) {
+            networks.push(Cidr { address: vec![0; length], prefix_length: 0 });
+        }
+    }
+    networks
+}
+
 fn mode(mode: api::LocalDetectionMode) -> LocalDetection {
     match mode {
         api::LocalDetectionMode::NodeCidr => LocalDetection::NodeCidr,
@@ -178,7 +193,9 @@ mod tests {
         assert_eq!(lengths, [8, 8], "host bits are cut off, and each network is there once");
         assert!(settings.masquerade_all);
         assert_eq!(settings.masquerade_mark, 1 << 31);
-        assert_eq!(settings.node_port_addresses.len(), 1);
+        let families: Vec<_> =
+            settings.node_port_addresses.iter().map(|network| network.address.len()).collect();
+        assert_eq!(families, [4, 16], "a family without a network is served on all its addresses");
         let conntrack = settings.conntrack.unwrap();
         assert_eq!((conntrack.max_per_core, conntrack.min, conntrack.tcp_be_liberal), (0, 7, true));
         assert_eq!(

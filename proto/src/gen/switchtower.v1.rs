@@ -179,6 +179,7 @@ pub struct Settings {
     #[prost(uint32, tag = "7")]
     pub masquerade_mark: u32,
     /// Empty: the node's primary addresses. Otherwise local addresses inside these; /0 means all but loopback.
+    /// A controller names both families or none.
     #[prost(message, repeated, tag = "8")]
     pub node_port_addresses: ::prost::alloc::vec::Vec<Cidr>,
     #[prost(message, optional, tag = "9")]
