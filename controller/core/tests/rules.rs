@@ -3,7 +3,7 @@
 //! The reading below looks at the objects only: which endpoints, masqueraded or not, refused or dropped. It
 //! shares no code with the compiler. All combinations of policies, conditions and hints of two endpoints on
 //! two nodes are tried, from every kind of source, to every kind of address; and random sets of up to nine
-//! endpoints on three nodes.
+//! endpoints on three nodes, under random settings and ServiceCIDRs.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
@@ -22,6 +22,9 @@ use switchtower_proto::v1::{Change, Cidr, Endpoint, LayerKind, LocalDetection, P
 const CLUSTER_IP: [u8; 4] = [10, 96, 0, 10];
 const BALANCER: [u8; 4] = [198, 51, 100, 1];
 const NODE: [u8; 4] = [192, 0, 2, 1];
+/// Addresses of the node that the Node object does not name.
+const SECOND: [u8; 4] = [198, 18, 0, 1];
+const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Condition {
@@ -53,7 +56,24 @@ struct Case {
     internal_local: bool,
     external_local: bool,
     external: bool,
+    around: Around,
 }
+
+/// What a packet's fate depends on beside the Service and its endpoints.
+#[derive(Debug, Clone, Copy)]
+struct Around {
+    detection: LocalDetection,
+    masquerade_all: bool,
+    node_ports: &'static [&'static str],
+    service_cidrs: &'static [&'static str],
+}
+
+const AROUND: Around = Around {
+    detection: LocalDetection::NodeCidr,
+    masquerade_all: false,
+    node_ports: &[],
+    service_cidrs: &["10.96.0.0/16"],
+};
 
 const CONDITIONS: [Condition; 4] =
     [Condition::Ready, Condition::Unready, Condition::Serving, Condition::Gone];
@@ -77,6 +97,7 @@ fn cases() -> impl Iterator<Item = Case> {
             internal_local: bits & 1 != 0,
             external_local: bits & 2 != 0,
             external: bits & 4 != 0,
+            around: AROUND,
         })
     })
 }
@@ -124,7 +145,9 @@ fn expected(case: &Case, to: &str, from: &str) -> Fate {
         return Fate::Reject(Cause::NoEndpoints);
     }
     let (list, masquerade) = if to == "cluster ip" {
-        (if case.internal_local { local_list(case) } else { cluster_list(case) }, from != "pod")
+        let Around { detection, masquerade_all, .. } = case.around;
+        let masquerade = masquerade_all || detection != LocalDetection::None && from != "pod";
+        (if case.internal_local { local_list(case) } else { cluster_list(case) }, masquerade)
     } else if !case.external_local {
         (cluster_list(case), true)
     } else {
@@ -220,9 +243,17 @@ fn view_of(service: Service, case: &Case, zone: Option<&str>) -> View {
     for slice in slices(case) {
         compiler.apply(Input::Slice(slice));
     }
-    compiler.apply(Input::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()]));
+    let Around { detection, masquerade_all, node_ports, service_cidrs } = case.around;
+    compiler.apply(Input::ServiceCidrs(service_cidrs.iter().map(|range| range.parse().unwrap()).collect()));
     let mut view = View::default();
-    let settings = Settings { local_detection: LocalDetection::NodeCidr.into(), ..Default::default() };
+    view.set_host_addresses([NODE.into(), SECOND.into(), IpAddr::from(LOOPBACK)]);
+    let settings = Settings {
+        local_detection: detection.into(),
+        cluster_cidrs: vec![cidr("10.244.0.0/16")],
+        masquerade_all,
+        node_port_addresses: node_ports.iter().map(|range| cidr(range)).collect(),
+        ..Default::default()
+    };
     view.apply(LayerKind::Settings, &Change { change: Some(Kind::Settings(settings)) });
     for (layer, changes) in compiler.compile().changes {
         let kind = match &layer {
@@ -261,6 +292,53 @@ fn check(case: &Case) -> usize {
     3 * targets.len()
 }
 
+/// Sends packets from every kind of source to every kind of address, also those that nobody serves.
+fn check_around(case: &Case) {
+    let view = view(case);
+    let Around { detection, node_ports, service_cidrs, .. } = case.around;
+    let local = |nodes_own: bool| match detection {
+        LocalDetection::None => false,
+        LocalDetection::ClusterCidr => true,
+        _ => nodes_own,
+    };
+    let sources = [
+        ([10, 244, 0, 99], if local(true) { "pod" } else { "client" }),
+        ([10, 244, 1, 99], if local(false) { "pod" } else { "client" }),
+        (NODE, "host"),
+        ([203, 0, 113, 7], "client"),
+    ];
+    let inside = |address: [u8; 4], ranges: &[&str]| {
+        let mut ranges = ranges.iter().map(|range| range.parse::<ipnet::IpNet>().unwrap());
+        ranges.any(|range| range.contains(&IpAddr::from(address)))
+    };
+    let serves = |address: [u8; 4]| match node_ports {
+        [] => address == NODE,
+        ranges => address != LOOPBACK && inside(address, ranges),
+    };
+    for (source, from) in sources {
+        let fate = |to: [u8; 4], port| {
+            let source = Source::of(&view, source.into());
+            let packet = Packet { source, destination: to.into(), protocol: Protocol::Tcp, port };
+            trace(&view, &packet).fate
+        };
+        assert_eq!(fate(CLUSTER_IP, 80), expected(case, "cluster ip", from), "{source:?} {case:?}");
+        if case.external {
+            assert_eq!(fate(BALANCER, 80), expected(case, "balancer", from), "{source:?} {case:?}");
+        }
+        for address in [NODE, SECOND, LOOPBACK] {
+            let served = case.external && serves(address);
+            let wanted = if served { expected(case, "node port", from) } else { Fate::Pass };
+            assert_eq!(fate(address, 30_080), wanted, "{source:?} to {address:?} {case:?}");
+        }
+        assert_eq!(fate(CLUSTER_IP, 81), Fate::Reject(Cause::UndefinedPort), "{case:?}");
+        for free in [[10, 96, 9, 9], [10, 97, 9, 9]] {
+            let known = inside(free, service_cidrs);
+            let wanted = if known { Fate::Drop(Cause::UnallocatedAddress) } else { Fate::Pass };
+            assert_eq!(fate(free, 80), wanted, "{free:?} {case:?}");
+        }
+    }
+}
+
 #[test]
 fn every_combination_agrees_with_the_rules() {
     let tried: usize = cases().map(|case| check(&case)).sum();
@@ -283,6 +361,35 @@ fn any_place() -> impl Strategy<Value = (&'static str, Condition, Hint)> {
     (prop::sample::select(vec!["n1", "n2", "n3"]), condition, hint)
 }
 
+fn any_around() -> impl Strategy<Value = Around> {
+    let detections = vec![
+        LocalDetection::NodeCidr,
+        LocalDetection::ClusterCidr,
+        LocalDetection::BridgeInterface,
+        LocalDetection::InterfaceNamePrefix,
+        LocalDetection::None,
+    ];
+    let node_ports: Vec<&[&str]> = vec![
+        &[],
+        &["0.0.0.0/0"],
+        &["198.18.0.0/15"],
+        &["192.0.2.1/32", "127.0.0.0/8"],
+        &["203.0.113.0/24"],
+        &["::/0"],
+    ];
+    let service_cidrs: Vec<&[&str]> =
+        vec![&[], &["10.96.0.0/16"], &["10.97.0.0/16"], &["10.96.0.0/16", "10.97.9.0/24", "fd96::/112"]];
+    let settings = (prop::sample::select(detections), any::<bool>(), prop::sample::select(node_ports));
+    (settings, prop::sample::select(service_cidrs)).prop_map(
+        |((detection, masquerade_all, node_ports), service_cidrs)| Around {
+            detection,
+            masquerade_all,
+            node_ports,
+            service_cidrs,
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
@@ -296,6 +403,21 @@ proptest! {
             internal_local: bits & 1 != 0,
             external_local: bits & 2 != 0,
             external: bits & 4 != 0,
+            around: AROUND,
+        });
+    }
+
+    #[test]
+    fn random_settings_and_service_cidrs_agree_with_the_rules(
+        places in prop::collection::vec(any_place(), 0..6), bits in 0..8u8, around in any_around(),
+    ) {
+        let place = |(octet, (node, condition, hint))| Place { octet, node, condition, hint };
+        check_around(&Case {
+            places: (1..).zip(places).map(place).collect(),
+            internal_local: bits & 1 != 0,
+            external_local: bits & 2 != 0,
+            external: bits & 4 != 0,
+            around,
         });
     }
 }
@@ -309,6 +431,7 @@ fn a_node_without_a_zone_uses_all_endpoints() {
         internal_local: false,
         external_local: false,
         external: false,
+        around: AROUND,
     };
     for zone in [None, Some("")] {
         let view = view_of(service(&case), &case, zone);
@@ -321,7 +444,8 @@ fn a_node_without_a_zone_uses_all_endpoints() {
 
 #[test]
 fn ports_and_addresses_that_nobody_serves() {
-    let case = Case { places: vec![], internal_local: false, external_local: false, external: true };
+    let case =
+        Case { places: vec![], internal_local: false, external_local: false, external: true, around: AROUND };
     let view = view(&case);
     assert_eq!(trace(&view, &packet(CLUSTER_IP, 81, "pod")).fate, Fate::Reject(Cause::UndefinedPort));
     assert_eq!(trace(&view, &packet([10, 96, 9, 9], 80, "pod")).fate, Fate::Drop(Cause::UnallocatedAddress));
@@ -336,7 +460,13 @@ fn cidr(text: &str) -> Cidr {
 /// A Service with two balancer addresses and source ranges, and its endpoint on n1.
 fn restricted(ranges: &[&str]) -> View {
     let near = Place { octet: 1, node: "n1", condition: Condition::Ready, hint: Hint::None };
-    let case = Case { places: vec![near], internal_local: false, external_local: false, external: true };
+    let case = Case {
+        places: vec![near],
+        internal_local: false,
+        external_local: false,
+        external: true,
+        around: AROUND,
+    };
     let mut compiled = service(&case);
     compiled.source_ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
     compiled.load_balancer_ips.push([198, 51, 100, 2].into());
@@ -376,7 +506,7 @@ fn source_ranges_let_in_who_they_name_and_the_balancer_itself() {
 fn an_endpoint_that_reaches_itself_is_masqueraded() {
     let place = |octet, node| Place { octet, node, condition: Condition::Ready, hint: Hint::None };
     let places = vec![place(1, "n1"), place(2, "n2")];
-    let case = Case { places, internal_local: false, external_local: false, external: false };
+    let case = Case { places, internal_local: false, external_local: false, external: false, around: AROUND };
     let view = view(&case);
     let hairpin = |octet| {
         let source = Source::of(&view, IpAddr::from([10, 244, 0, octet]));
@@ -393,7 +523,13 @@ fn an_endpoint_that_reaches_itself_is_masqueraded() {
 #[test]
 fn node_ports_are_served_where_the_settings_say() {
     let near = Place { octet: 1, node: "n1", condition: Condition::Ready, hint: Hint::None };
-    let case = Case { places: vec![near], internal_local: false, external_local: false, external: true };
+    let case = Case {
+        places: vec![near],
+        internal_local: false,
+        external_local: false,
+        external: true,
+        around: AROUND,
+    };
     let mut view = view(&case);
     let second = [192, 0, 2, 200];
     view.set_host_addresses([NODE.into(), second.into(), IpAddr::from([127, 0, 0, 1])]);
