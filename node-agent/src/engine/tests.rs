@@ -1,6 +1,6 @@
 //! The engine with a kernel in memory.
 
-use switchtower_proto::v1::{Ack, Part, Update, UpdateEnd};
+use switchtower_proto::v1::{Ack, HealthCheck, HealthCheckKey, Part, Update, UpdateEnd};
 use tokio::sync::oneshot;
 
 use super::*;
@@ -100,18 +100,48 @@ fn a_failing_kernel_is_tried_again_and_acknowledged() {
         }
         other => panic!("a Nack is due, this came: {other:?}"),
     }
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let retry = |engine: &mut Engine| {
-        while engine.retry.is_some_and(|(at, _)| at > Instant::now()) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        engine.wake();
-    };
     retry(&mut engine);
     assert!(events.try_recv().is_err(), "the same failure is said once");
     kernel.lock().fail = None;
     retry(&mut engine);
     assert_eq!(ack(&mut events).generation, 1);
+}
+
+/// Waits until the engine's next attempt is due, and lets it try.
+fn retry(engine: &mut Engine) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while engine.retry.is_some_and(|(at, _)| at > Instant::now()) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    engine.wake();
+}
+
+#[test]
+fn health_checks_answer_as_before_until_the_kernel_has_taken_the_change() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, health) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    let mut fleet = Fleet::new(5, 2);
+    let key = HealthCheckKey { namespace: "shop".into(), name: "cart".into() };
+    let check =
+        |ready| HealthCheck { key: Some(key.clone()), port: 31_999, ready_ipv4: ready, ready_ipv6: 0 };
+    let answers = || {
+        let targets = health.subscribe().borrow().clone();
+        targets.checks.into_values().map(|check| check.ready_ipv4).collect::<Vec<_>>()
+    };
+    play(&mut engine, fleet.snapshot());
+    play(&mut engine, fleet.health_check(None, check(2)));
+    assert_eq!((ack(&mut events).generation, ack(&mut events).generation), (1, 2));
+    assert_eq!(answers(), [2]);
+    kernel.lock().fail = Some(libc::EPERM);
+    play(&mut engine, fleet.health_check(Some(&check(2)), check(0)));
+    assert!(matches!(events.try_recv(), Ok(Event::Nack(_))));
+    assert_eq!(answers(), [2]);
+    kernel.lock().fail = None;
+    retry(&mut engine);
+    assert_eq!(ack(&mut events).generation, 3);
+    assert_eq!(answers(), [0]);
 }
 
 #[test]
