@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::commits::Commits;
 use crate::oracle::KubeProxy;
@@ -140,16 +141,16 @@ fn oracle(
     tell("kube-proxy programs everything");
     let commits = Commits::listen(&node.net.namespace)?;
     let started = Instant::now();
-    let proxy = KubeProxy::start(fleet.control_plane(), fleet.lab(), &node.net, "")?;
+    let proxy = KubeProxy::start(fleet.control_plane(), fleet.lab(), &node.net, &json!({}))?;
     let first = commits.last(Duration::from_secs(180), Duration::from_secs(10));
-    proxy.process.check_running()?;
+    proxy.process().check_running()?;
     let first_programming = since(started, first.context("kube-proxy commits nothing")?);
     tell(&format!("{count} changes of one endpoint"));
     // It waits a second between two syncs and cleans up in transactions of its own: measure from rest.
     let rest = Duration::from_secs(4);
-    let children = peak_of_children(proxy.process.id());
+    let children = peak_of_children(proxy.process().id());
     let changes = measure(load, &commits, count, rest, Duration::from_secs(60))?;
-    changes.figures(first_programming, resident(proxy.process.id())?, children.stop())
+    changes.figures(first_programming, resident(proxy.process().id())?, children.stop())
 }
 
 struct Changes {
