@@ -5,6 +5,7 @@
 //! from a pod of another node, from a host process and from an off-cluster client, to every address of every
 //! Service. Compared are who answered, the source that they saw, and whether others were refused or met silence.
 
+mod by_hand;
 pub mod case;
 mod compare;
 mod flows;
@@ -12,10 +13,12 @@ pub mod generate;
 mod manifests;
 mod plan;
 mod report;
+pub mod settings;
 mod world;
 
 use anyhow::Result;
 
+pub use by_hand::Both;
 pub use compare::{Agreed, Answers, Difference, Disagreement};
 pub use plan::{Kind, ORIGINS, Origin, Probe};
 pub use report::{explain, report};
@@ -46,6 +49,7 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     let mut services = case.services.clone();
     let mut agreements = Vec::new();
     world.reset(&services)?;
+    world.set(&case.settings)?;
     let mut steps = case.steps.iter();
     let mut flows: Option<Flows> = None;
     loop {

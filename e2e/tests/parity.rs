@@ -11,6 +11,9 @@
 #[path = "parity/affinity_and_flows.rs"]
 mod affinity_and_flows;
 #[cfg(test)]
+#[path = "parity/differences.rs"]
+mod differences;
+#[cfg(test)]
 #[path = "parity/endpoints.rs"]
 mod endpoints;
 #[cfg(test)]
@@ -22,6 +25,9 @@ mod outside;
 #[cfg(test)]
 #[path = "parity/reachability.rs"]
 mod reachability;
+#[cfg(test)]
+#[path = "parity/settings.rs"]
+mod settings;
 #[cfg(test)]
 #[path = "parity/support.rs"]
 mod support;

@@ -25,11 +25,14 @@ struct Arguments {
     /// Goes on after a disagreement.
     #[arg(long)]
     keep_going: bool,
+    /// The folder for cases that disagree, each as a file for --replay.
+    #[arg(long, default_value = "/tmp")]
+    save: PathBuf,
 }
 
 #[allow(clippy::print_stdout, reason = "the program prints what it found")]
 fn main() -> Result<()> {
-    let Arguments { seed, cases, replay, shrink: attempts, keep_going } = Arguments::parse();
+    let Arguments { seed, cases, replay, shrink: attempts, keep_going, save } = Arguments::parse();
     let cases: Vec<Case> = match replay {
         Some(path) => {
             let text =
@@ -48,9 +51,9 @@ fn main() -> Result<()> {
         let found = match run(&mut world, case)? {
             Verdict::Agreement(states) => {
                 let probes: usize = states.iter().map(Vec::len).sum();
-                let Case { name, services, steps } = case;
+                let Case { name, settings, services, steps } = case;
                 println!(
-                    "agrees     {name} ({} Services, {} steps, {probes} kinds of packets, {:.1} s)",
+                    "agrees     {name} ({} Services, {} steps, {probes} kinds of packets, {:.1} s; {settings})",
                     services.len(),
                     steps.len(),
                     before.elapsed().as_secs_f64()
@@ -63,6 +66,10 @@ fn main() -> Result<()> {
         println!("{}", report(&found));
         let smallest = shrink(&mut world, found, attempts)?;
         println!("==> the smallest form found\n{}", explain(&smallest));
+        let file = save.join(format!("switchtower-{}.json", smallest.case.name.replace(' ', "-")));
+        std::fs::write(&file, serde_json::to_string_pretty(&smallest.case)?)
+            .with_context(|| format!("writing {}", file.display()))?;
+        println!("==> again: --replay {}", file.display());
         if !keep_going {
             break;
         }

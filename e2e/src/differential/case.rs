@@ -7,6 +7,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::settings::Settings;
+
 /// The pods of the laboratory that can be endpoints: two on the node under test (zone a), two on another node
 /// of the same zone, two on a node of zone b.
 pub const PODS: [Pod; 6] = [
@@ -37,6 +39,9 @@ pub const TARGET_PORTS: [u16; 2] = [8080, 8081];
 pub struct Case {
     /// Where it came from, for people.
     pub name: String,
+    /// What both proxies are told.
+    #[serde(default)]
+    pub settings: Settings,
     /// Services at the start.
     pub services: Vec<Service>,
     /// Changes, one after the other; probes run after each.
@@ -174,6 +179,9 @@ impl Case {
             let mut case = self.clone();
             case.steps.remove(index);
             smaller.push(case);
+        }
+        for settings in self.settings.shrink() {
+            smaller.push(Case { settings, ..self.clone() });
         }
         for index in 0..self.services.len() {
             let mut case = self.clone();

@@ -31,8 +31,8 @@ type Open = (Flow, String);
 #[derive(Debug)]
 pub(super) struct Flows {
     probes: Vec<Probe>,
-    /// Target ports behind each probe's destination when its flows were opened.
-    targets: Vec<BTreeSet<Option<u16>>>,
+    /// What stood behind each probe's destination when its flows were opened.
+    targets: Vec<BTreeSet<Target>>,
     switchtower: Vec<Vec<Open>>,
     kube_proxy: Vec<Vec<Open>>,
 }
@@ -64,18 +64,24 @@ impl Flows {
     ) -> Result<Vec<Difference>> {
         let start = Instant::now();
         let served: Vec<_> = self.probes.iter().map(|probe| is_served(probe, probes, services)).collect();
-        // Where nobody serves now no other port can have taken over.
+        // Where nobody serves now nothing can have taken over.
         let same_port = |at: usize| {
             let before = &self.targets[at];
             !served[at] || before.len() == 1 && targets(&self.probes[at], probes, services) == *before
         };
         let same_port: Vec<_> = (0..self.probes.len()).map(same_port).collect();
+        let renamed = |at: usize| {
+            served[at] && renamed(&self.targets[at], &targets(&self.probes[at], probes, services))
+        };
+        let renamed: Vec<_> = (0..self.probes.len()).map(renamed).collect();
         loop {
             let patience = if start.elapsed() < DEADLINE / 2 { HASTE } else { PATIENCE };
             let ask = |side, opened| fates(world, side, opened, &self.probes, &same_port, patience);
             let ours = ask(Side::Switchtower, &self.switchtower)?;
             let theirs = ask(Side::KubeProxy, &self.kube_proxy)?;
-            let differences = compare(&self.probes, &served, &ours, &theirs);
+            let mut differences = compare(&self.probes, &served, &ours, &theirs);
+            differences.retain(|(at, _)| !renamed[*at]);
+            let differences: Vec<_> = differences.into_iter().map(|(_, difference)| difference).collect();
             if differences.is_empty() || start.elapsed() > DEADLINE {
                 return Ok(differences);
             }
@@ -137,12 +143,27 @@ fn fates(
     Ok(fates)
 }
 
-/// The target ports of all that claim a probe's destination.
-fn targets(flow: &Probe, probes: &[Probe], services: &[Service]) -> BTreeSet<Option<u16>> {
+/// Name of a Service, name of its port, target port.
+type Target = (String, String, Option<u16>);
+
+/// Whether the port of a Service has another name now. Between the change of the Service and that of its slices such
+/// a port has no endpoint: where flows end with the last endpoint, they end in that moment, and go on as new ones.
+fn renamed(before: &BTreeSet<Target>, now: &BTreeSet<Target>) -> bool {
+    let other_name = |(service, port, _): &Target| {
+        let of_service = |target: &&Target| target.0 == *service;
+        now.iter().any(|target| of_service(&target))
+            && !now.iter().filter(of_service).any(|target| target.1 == *port)
+    };
+    before.iter().any(other_name)
+}
+
+/// The targets of all that claim a probe's destination.
+fn targets(flow: &Probe, probes: &[Probe], services: &[Service]) -> BTreeSet<Target> {
     let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
     let target = |probe: &Probe| {
-        let service = services.iter().find(|service| service.name == probe.service)?;
-        service.ports.iter().find(|port| port.name == probe.port)?.target
+        let service = services.iter().find(|service| service.name == probe.service);
+        let port = service.and_then(|service| service.ports.iter().find(|port| port.name == probe.port));
+        (probe.service.clone(), probe.port.clone(), port.and_then(|port| port.target))
     };
     probes.iter().filter(same).map(target).collect()
 }
@@ -155,17 +176,18 @@ fn is_served(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
         service.is_some_and(|service| {
             let port = service.ports.iter().find(|port| port.name == probe.port);
             let endpoints = service.endpoints.iter().any(|endpoint| endpoint.serving);
-            service.labels.is_empty() && endpoints && port.is_some_and(|port| port.target.is_some())
+            let own = probe.kind != Kind::LoadBalancer || !service.load_balancer_proxy;
+            own && service.labels.is_empty() && endpoints && port.is_some_and(|port| port.target.is_some())
         })
     };
-    let of_node = [Kind::NodePort, Kind::SecondaryNodePort, Kind::LoopbackNodePort].contains(&flow.kind);
-    of_node || probes.iter().filter(same).any(serves)
+    flow.kind.of_node() || probes.iter().filter(same).any(serves)
 }
 
-/// Backends that flows of one world only had say nothing.
-fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) -> Vec<Difference> {
+/// By the number of the probe. Backends that flows of one world only had say nothing.
+fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) -> Vec<(usize, Difference)> {
     let mut differences = Vec::new();
-    for (((probe, served), ours), theirs) in probes.iter().zip(served).zip(ours).zip(theirs) {
+    for (at, (((probe, served), ours), theirs)) in probes.iter().zip(served).zip(ours).zip(theirs).enumerate()
+    {
         let differ = |backend: &String| match theirs.get(backend) {
             _ if !served => ours[backend].contains(STAYS),
             Some(fate) => *fate != ours[backend],
@@ -176,7 +198,7 @@ fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) 
         };
         if ours.keys().any(differ) {
             let what = format!("flows that existed before: {probe}");
-            differences.push(Difference { what, kube_proxy: words(theirs), switchtower: words(ours) });
+            differences.push((at, Difference { what, kube_proxy: words(theirs), switchtower: words(ours) }));
         }
     }
     differences
@@ -193,6 +215,21 @@ mod tests {
             fates.entry((*before).to_owned()).or_default().insert((*fate).to_owned());
         }
         vec![fates]
+    }
+
+    #[test]
+    fn a_port_of_another_name_is_a_renamed_one() {
+        let targets = |names: &[(&str, &str)]| -> BTreeSet<Target> {
+            names
+                .iter()
+                .map(|(service, port)| ((*service).to_owned(), (*port).to_owned(), Some(8080)))
+                .collect()
+        };
+        let before = targets(&[("web", "dns")]);
+        assert!(renamed(&before, &targets(&[("web", "udp")])));
+        assert!(!renamed(&before, &targets(&[("web", "dns")])));
+        assert!(!renamed(&before, &targets(&[("other", "udp")])), "another Service took over");
+        assert!(!renamed(&before, &targets(&[])));
     }
 
     #[test]

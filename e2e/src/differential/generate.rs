@@ -7,10 +7,13 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
 use super::case::{Case, Endpoint, Families, PODS, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
+use super::settings::{Detection, Settings};
 
 /// Services per case at most, and steps at most.
 const SERVICES: usize = 5;
 const STEPS: usize = 3;
+/// Cases in a row that have the same settings: changing them takes as long as a case.
+const GROUP: u64 = 5;
 
 /// The case `number` of `seed`.
 pub fn case(seed: u64, number: u64) -> Case {
@@ -19,7 +22,36 @@ pub fn case(seed: u64, number: u64) -> Case {
         (0..rng.random_range(1..=SERVICES)).map(|index| service(&mut rng, index)).collect();
     let mut now: Vec<_> = services.iter().cloned().map(Some).collect();
     let steps = (0..rng.random_range(0..=STEPS)).map(|_| step(&mut rng, &mut now)).collect();
-    Case { name: format!("seed {seed} case {number}"), services, steps }
+    let settings = settings(seed, number / GROUP);
+    Case { name: format!("seed {seed} case {number}"), settings, services, steps }
+}
+
+/// The settings of the `group`th cases of `seed`. They are drawn apart from the cases.
+fn settings(seed: u64, group: u64) -> Settings {
+    let mut rng = StdRng::seed_from_u64(!seed ^ group.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    // Each pod of node n1 hangs on a device of its own; the client pod's is pod3.
+    let detection = match rng.random_range(0..8) {
+        0..3 => Detection::NodeCidr,
+        3 | 4 => Detection::ClusterCidr,
+        5 => Detection::BridgeInterface("pod3".to_owned()),
+        6 => Detection::InterfaceNamePrefix("pod".to_owned()),
+        _ => Detection::None,
+    };
+    let networks = [
+        &[][..],
+        &["0.0.0.0/0", "::/0"],
+        &["0.0.0.0/0"],
+        &["10.77.0.0/24", "fd00:77::/64"],
+        &["198.18.0.0/15", "10.77.0.1/32"],
+        &["10.244.0.0/16", "127.0.0.0/8", "::/0"],
+    ];
+    let some = networks.choose(&mut rng).copied().unwrap_or_default();
+    let networks = if rng.random_bool(0.4) { &[] } else { some };
+    Settings {
+        detection,
+        node_port_addresses: networks.iter().map(|&network| network.to_owned()).collect(),
+        masquerade_all: rng.random_bool(0.2),
+    }
 }
 
 /// One change of what is there now.

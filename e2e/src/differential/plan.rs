@@ -42,6 +42,8 @@ pub enum Kind {
     NodePort,
     /// A node port on another address of the node.
     SecondaryNodePort,
+    /// A node port on the address of the node that is its pods' gateway.
+    GatewayNodePort,
     /// A node port on a loopback address of the node.
     LoopbackNodePort,
     /// A port of the Service's own address that it does not define.
@@ -50,6 +52,16 @@ pub enum Kind {
     OtherProtocol,
     /// An address of the ServiceCIDR that no Service has.
     UnusedAddress,
+}
+
+impl Kind {
+    /// Whether it is a node port.
+    pub(super) fn of_node(self) -> bool {
+        matches!(
+            self,
+            Self::NodePort | Self::SecondaryNodePort | Self::GatewayNodePort | Self::LoopbackNodePort
+        )
+    }
 }
 
 /// One kind of packet.
@@ -116,8 +128,10 @@ pub(super) fn probes(world: &World, services: &[Service]) -> Result<Vec<Probe>> 
                     let loopback: IpAddr =
                         if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
                     add(&ORIGINS, Kind::NodePort, world.node_address(ipv6), number);
+                    // The others differ from these in nothing that an address could change.
                     let few = [Origin::LocalPod, Origin::Host, Origin::Client];
                     add(&few, Kind::SecondaryNodePort, world.secondary_address(ipv6), number);
+                    add(&few, Kind::GatewayNodePort, world.gateway_address(ipv6), number);
                     add(&[Origin::Host], Kind::LoopbackNodePort, loopback, number);
                 }
             }

@@ -1,7 +1,7 @@
 //! Two laboratories around one API server.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -9,11 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::json;
+use switchtower_crds::ProxyProfile;
 
 use super::case::{PODS, Service, ServiceType};
 use super::compare::OWN;
 use super::manifests;
 use super::plan::{ORIGINS, Origin, Probe};
+use super::settings::Settings;
 use crate::api::Kube;
 use crate::lab::{Lab, NodeNet, PodNet};
 use crate::namespace::Namespace;
@@ -46,6 +48,11 @@ const VIRTUAL: [&str; 8] = [
 /// The first of the source ports that probes use, above those of node ports; each is used once in 32,000 probes
 /// of an origin, long after the kernel has forgotten the connection before.
 const FIRST_SOURCE_PORT: u16 = 33_000;
+/// The client pod of node n2.
+const REMOTE_POD: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(10, 244, 2, 13), Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 13));
+/// The profile of node n1's settings.
+const PROFILE: &str = "differential";
 /// A free address of each Service that [`World::settle`] makes, and one for its endpoint.
 const SETTLE: [[&str; 2]; 2] = [["192.0.2.", "10.99.0."], ["fd00:c0::", "fd00:99::"]];
 
@@ -59,6 +66,7 @@ pub struct World {
     nodes: Vec<NodeNet>,
     _lab: Lab,
     services: BTreeMap<String, Service>,
+    settings: Settings,
     settled: u16,
     source_ports: [[AtomicU16; ORIGINS.len()]; 2],
 }
@@ -100,14 +108,56 @@ impl World {
         }
         send_through_first(fleet.nodes().iter().map(|node| &node.net))?;
         send_through_first(nodes.iter())?;
+        answer_through_first(&fleet.nodes().iter().map(|node| &node.net).collect::<Vec<_>>())?;
+        answer_through_first(&nodes.iter().collect::<Vec<_>>())?;
         fleet.start_controller()?;
         fleet.start_agent(first)?;
-        let settings = "nftables:\n  minSyncPeriod: 0s\n  syncPeriod: 30s\n";
-        let proxy = KubeProxy::start(fleet.control_plane(), &lab, twin, settings)?;
+        let settings = Settings::default();
+        let proxy = KubeProxy::start(fleet.control_plane(), &lab, twin, &settings.kube_proxy())?;
         let source_ports =
             std::array::from_fn(|_| std::array::from_fn(|_| AtomicU16::new(FIRST_SOURCE_PORT)));
         let services = BTreeMap::new();
-        Ok(Self { fleet, proxy, pods, nodes, _lab: lab, services, settled: 0, source_ports })
+        Ok(Self { fleet, proxy, pods, nodes, _lab: lab, services, settings, settled: 0, source_ports })
+    }
+
+    /// Gives both proxies these settings: kube-proxy by its configuration file and a restart, Switchtower by a
+    /// ProxyProfile.
+    pub(super) fn set(&mut self, settings: &Settings) -> Result<()> {
+        if self.settings == *settings {
+            return Ok(());
+        }
+        self.restart_kube_proxy(settings)?;
+        self.fleet.kube().apply(&json!({
+            "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile",
+            "metadata": {"name": PROFILE},
+            "spec": {
+                // The other nodes have no agent.
+                "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "n1"}},
+                "settings": settings.profile(),
+                "strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}},
+            },
+        }))?;
+        wait::until("node n1 has the new settings", Duration::from_secs(40), || {
+            let profile: ProxyProfile = self.kube().get_cluster(PROFILE)?.context("no profile")?;
+            let status = profile.status.unwrap_or_default();
+            ensure!(status.observed_generation == profile.metadata.generation, "not looked at yet");
+            ensure!(status.stable_revision == status.target_revision, "rolling out {}", status.target_name);
+            let revision = self.fleet.row("n1")?.profile.map(|profile| profile.revision_name);
+            ensure!(revision.as_ref() == Some(&status.stable_name), "n1 has {revision:?}");
+            Ok(())
+        })?;
+        self.settings = settings.clone();
+        Ok(())
+    }
+
+    /// Starts kube-proxy again, which writes everything anew.
+    pub(super) fn restart_kube_proxy(&mut self, settings: &Settings) -> Result<()> {
+        self.proxy.restart(self.nodes.first().context("no node")?, &settings.kube_proxy())
+    }
+
+    /// What both proxies were told last.
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The address of node n1 in both worlds.
@@ -120,6 +170,15 @@ impl World {
         secondary_address(ipv6)
     }
 
+    /// The address of node n1 that its pods have as their gateway.
+    pub(super) fn gateway_address(&self, ipv6: bool) -> IpAddr {
+        if ipv6 {
+            Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 1).into()
+        } else {
+            Ipv4Addr::new(10, 244, 1, 1).into()
+        }
+    }
+
     /// Replaces what the case before left.
     pub(super) fn reset(&mut self, services: &[Service]) -> Result<()> {
         let old = std::mem::take(&mut self.services);
@@ -130,8 +189,11 @@ impl World {
         Ok(())
     }
 
-    /// Creates or changes a Service with its slices.
-    pub(super) fn apply(&mut self, service: &Service) -> Result<()> {
+    /// Creates or changes a Service with its slices; nothing is compared.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn apply(&mut self, service: &Service) -> Result<()> {
         self.write(self.services.get(&service.name), service)?;
         self.services.insert(service.name.clone(), service.clone());
         Ok(())
@@ -186,7 +248,7 @@ impl World {
         }
         for side in [Side::KubeProxy, Side::Switchtower] {
             wait::until(&format!("{side:?} programs what was written"), Duration::from_secs(20), || {
-                self.proxy.process.check_running()?;
+                self.proxy.process().check_running()?;
                 let rules = self.ruleset(side)?;
                 let missing = marks.iter().flatten().find(|mark| !rules.contains(&format!("{mark} ")));
                 ensure!(missing.is_none(), "{missing:?} is not there");
@@ -194,34 +256,6 @@ impl World {
             })?;
         }
         Ok(())
-    }
-
-    /// Runs lines of `ip -batch` on node n1 of both worlds.
-    ///
-    /// # Errors
-    /// A line was refused.
-    pub fn on_node(&self, lines: &str) -> Result<()> {
-        [Side::KubeProxy, Side::Switchtower]
-            .into_iter()
-            .try_for_each(|side| self.namespace(side, Origin::Host).ip(lines))
-    }
-
-    /// What node n1 answers to `GET path` on one of its addresses: of kube-proxy, of Switchtower. An error is a
-    /// text too.
-    ///
-    /// # Errors
-    /// A namespace could not be entered.
-    pub fn ask_node(&self, to: SocketAddr, path: &str) -> Result<[String; 2]> {
-        let url = format!("http://{to}{path}");
-        let ask = |side| {
-            let arguments = ["-s", "-i", "-m", "3", "-w", "\n%{errormsg}", &url];
-            let mut command = std::process::Command::new("curl");
-            command.args(arguments);
-            self.namespace(side, Origin::Host).wrap(&mut command);
-            let output = command.output().context("starting curl")?;
-            anyhow::Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        };
-        Ok([ask(Side::KubeProxy)?, ask(Side::Switchtower)?])
     }
 
     /// The API as administrator.
@@ -357,6 +391,28 @@ fn send_through_first<'a>(mut nodes: impl Iterator<Item = &'a NodeNet>) -> Resul
         for network in VIRTUAL {
             let via = first.address(network.contains(':'));
             node.namespace.ip(&format!("route add {network} via {via} dev eth0\n"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Endpoints of other nodes answer clients by the way that they came, also where nothing is masqueraded: through
+/// n1, which alone knows how the packets were translated.
+fn answer_through_first(nodes: &[&NodeNet]) -> Result<()> {
+    let (first, others) = nodes.split_first().context("no node")?;
+    for (ipv6, family) in [(false, "-4"), (true, "-6")] {
+        let (via, client) = (first.address(ipv6), first.client_address(ipv6));
+        let pod: IpAddr = if ipv6 { REMOTE_POD.1.into() } else { REMOTE_POD.0.into() };
+        for node in others {
+            let ip = |line: &str| {
+                let arguments: Vec<_> = [family].into_iter().chain(line.split(' ')).collect();
+                node.namespace.output("ip", &arguments).map(drop)
+            };
+            ip(&format!("route add {client} via {via} dev eth0"))?;
+            ip(&format!("route add {pod} via {via} dev eth0 table 100"))?;
+            for device in ["pod1", "pod2"] {
+                ip(&format!("rule add iif {device} to {pod} lookup 100"))?;
+            }
         }
     }
     Ok(())

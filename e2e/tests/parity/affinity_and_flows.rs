@@ -3,11 +3,15 @@
 //! What becomes of flows is compared with kube-proxy at every change of a case: by the backend that a flow had, it
 //! stays, moves or ends.
 
-use switchtower_e2e::differential::case::{Protocol, Service, Step};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use switchtower_e2e::differential::case::{Families, Protocol, Service, Step};
 use switchtower_e2e::differential::{Kind, Origin};
 
 use crate::support::{
-    P1, P2, P3, P5, REFUSED, SILENCE, agree, balancer, cluster_ip, port, ready, terminating, then, unready,
+    P1, P2, P3, P5, REFUSED, SILENCE, agree, agree_in, balancer, cluster_ip, port, ready, terminating, then,
+    unready, world,
 };
 
 fn sticky(endpoints: Vec<switchtower_e2e::differential::case::Endpoint>) -> Service {
@@ -35,6 +39,34 @@ fn affinity_is_switched_on_and_off() {
     for state in [&states[0], &states[2]] {
         assert_eq!(state.pods(Origin::LocalPod, Kind::ClusterIP), ["p1", "p3", "p5"]);
     }
+}
+
+#[test]
+fn affinity_is_refreshed_by_every_connection_and_expires_without() {
+    const TIMEOUT: Duration = Duration::from_secs(3);
+    let mut world = world();
+    let mut service = cluster_ip(vec![ready(P1), ready(P3), ready(P5)]);
+    service.ports = vec![port(Protocol::TCP, 80, 8080)];
+    service.families = Families::Ipv4;
+    service.affinity_seconds = Some(TIMEOUT.as_secs() as u32);
+    let states = agree_in(&mut world, vec![service], Vec::new());
+    let probe = states[0].probe(Origin::LocalPod, Kind::ClusterIP);
+    // For twice the timeout, each connection well before it ends.
+    let answers = world.ask_with_pauses(&probe, &[TIMEOUT / 5; 10]).unwrap();
+    for answers in [&answers.kube_proxy, &answers.switchtower] {
+        assert!(answers.iter().all(|pod| *pod == answers[0]), "{answers:?}");
+    }
+    // Then one of the three is chosen anew after each timeout: the same one twenty times is once in 10^9.
+    let (mut theirs, mut ours) = (BTreeSet::new(), BTreeSet::new());
+    for _ in 0..20 {
+        let answers = world.ask_with_pauses(&probe, &[TIMEOUT + Duration::from_millis(500)]).unwrap();
+        theirs.extend(answers.kube_proxy);
+        ours.extend(answers.switchtower);
+        if theirs.len() > 1 && ours.len() > 1 {
+            return;
+        }
+    }
+    panic!("kube-proxy: {theirs:?}, Switchtower: {ours:?}");
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use switchtower_e2e::differential::case::{
     Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step,
 };
-use switchtower_e2e::differential::{Agreed, Kind, Origin, Verdict, World, explain, run};
+use switchtower_e2e::differential::settings::Settings;
+use switchtower_e2e::differential::{Agreed, Kind, Origin, Probe, Verdict, World, explain, run};
 
 /// Pods by their place: two on the node under test (zone a), two on a node of the same zone, two in zone b.
 pub(crate) const P1: usize = 0;
@@ -26,6 +27,12 @@ pub(crate) fn world() -> MutexGuard<'static, World> {
 pub(crate) struct State(Vec<Agreed>);
 
 impl State {
+    /// One of the probes from an origin to a kind of address.
+    pub(crate) fn probe(&self, origin: Origin, kind: Kind) -> Probe {
+        let wanted = |agreed: &&Agreed| agreed.probe.origin == origin && agreed.probe.kind == kind;
+        self.0.iter().find(wanted).unwrap().probe.clone()
+    }
+
     /// All answers from an origin to a kind of address, over all ports and families.
     pub(crate) fn answers(&self, origin: Origin, kind: Kind) -> BTreeSet<String> {
         let wanted = |agreed: &&Agreed| agreed.probe.origin == origin && agreed.probe.kind == kind;
@@ -72,8 +79,19 @@ pub(crate) fn agree(services: Vec<Service>, steps: Vec<Step>) -> Vec<State> {
 /// The same in the world of a test that goes on with it.
 #[track_caller]
 pub(crate) fn agree_in(world: &mut World, services: Vec<Service>, steps: Vec<Step>) -> Vec<State> {
+    agree_with(world, Settings::default(), services, steps)
+}
+
+/// The same with settings.
+#[track_caller]
+pub(crate) fn agree_with(
+    world: &mut World,
+    settings: Settings,
+    services: Vec<Service>,
+    steps: Vec<Step>,
+) -> Vec<State> {
     let name = std::thread::current().name().unwrap_or("a scenario").to_owned();
-    let case = Case { name, services, steps };
+    let case = Case { name, settings, services, steps };
     match run(world, &case).unwrap() {
         Verdict::Agreement(states) => states.into_iter().map(State).collect(),
         Verdict::Disagreement(found) => panic!("{}", explain(&found)),
