@@ -11,7 +11,7 @@
 mod common;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -430,7 +430,6 @@ fn wrong_use_gets_a_sentence_that_says_what_to_do() {
         (&["trace", "wrong/other"], "remembers no change"),
         (&["rollout", "pause", "nothing"], "rollout status lists all"),
         (&["check"], "--pre"),
-        (&["--kubeconfig", "/nowhere", "status"], ""),
         (&["status", "--context", "nowhere"], "does kubectl work?"),
     ];
     for (arguments, wanted) in cases {
@@ -439,6 +438,10 @@ fn wrong_use_gets_a_sentence_that_says_what_to_do() {
         assert!(answer.errors.contains(wanted), "{arguments:?}: {}", answer.errors);
         assert!(answer.text.is_empty(), "{arguments:?}: {}", answer.text);
     }
+    let nowhere = plugin::run_as(fleet(), Path::new("/nowhere"), &["status"]).unwrap();
+    assert_eq!(nowhere.code, 2);
+    assert!(nowhere.errors.contains("kubeconfig from '\"/nowhere\"'"), "{}", nowhere.errors);
+    assert!(nowhere.errors.contains("does kubectl work?"), "{}", nowhere.errors);
 }
 
 #[test]
