@@ -18,9 +18,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use controller::{DEADLINE, FakeController, FakeStream};
+use controller::{DEADLINE, FakeController};
 use fleet::Fleet;
-use process::{Agent, BINARY};
+use process::{Agent, BINARY, programmed};
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;
@@ -59,20 +59,6 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 fn table() -> String {
     shell("nft list table ip switchtower")
-}
-
-/// A controller, an agent that holds `fleet`, and its stream.
-async fn programmed(fleet: &Fleet, directory: &Path) -> (FakeController, Agent, FakeStream) {
-    let mut controller = FakeController::start("switchtower-controller").await;
-    controller.write_files(directory);
-    let agent = Agent::start(directory);
-    let mut stream = controller.accept().await;
-    stream.welcome(1, &[]).await;
-    stream.update(fleet.snapshot()).await;
-    let ack = stream.ack().await;
-    assert_eq!((ack.generation, ack.digest.as_slice()), (fleet.generation, &fleet.digest.to_bytes()[..]));
-    assert!(ack.deviations.is_none(), "{:?}", ack.deviations);
-    (controller, agent, stream)
 }
 
 fn snapshot_file_is_at(directory: &Path, at_least: std::time::SystemTime) -> bool {

@@ -24,9 +24,8 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use common::{Lab, Namespace};
-use controller::{FakeController, FakeStream};
 use fleet::Fleet;
-use process::Agent;
+use process::programmed;
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::*;
@@ -37,18 +36,6 @@ fn shell(line: &str) -> String {
 
 fn block_on<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
-}
-
-/// An agent that holds `fleet`.
-async fn programmed(fleet: &Fleet, directory: &std::path::Path) -> (FakeController, Agent, FakeStream) {
-    let mut controller = FakeController::start("switchtower-controller").await;
-    controller.write_files(directory);
-    let agent = Agent::start(directory);
-    let mut stream = controller.accept().await;
-    stream.welcome(1, &[]).await;
-    stream.update(fleet.snapshot()).await;
-    assert!(stream.ack().await.deviations.is_none());
-    (controller, agent, stream)
 }
 
 /// The kernel's limit on connections, of the whole machine, raised until this is dropped.

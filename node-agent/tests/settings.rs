@@ -26,7 +26,7 @@ use common::Lab;
 use controller::{DEADLINE, FakeController, FakeStream};
 use fleet::Fleet;
 use node::{Connection, Watcher, ask, serve_lines};
-use process::Agent;
+use process::{Agent, programmed};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::*;
 
@@ -84,13 +84,7 @@ impl Scene {
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let fleet = service();
-        let mut controller = FakeController::start("switchtower-controller").await;
-        controller.write_files(directory.path());
-        let agent = Agent::start(directory.path());
-        let mut stream = controller.accept().await;
-        stream.welcome(1, &[]).await;
-        stream.update(fleet.snapshot()).await;
-        assert!(stream.ack().await.deviations.is_none());
+        let (controller, agent, stream) = programmed(&fleet, directory.path()).await;
         Scene { directory, fleet, controller, agent, stream, revision: 1 }
     }
 

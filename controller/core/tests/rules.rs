@@ -390,6 +390,18 @@ fn any_around() -> impl Strategy<Value = Around> {
     )
 }
 
+/// A case of these places, with policies and external addresses by bits.
+fn case(places: Vec<(&'static str, Condition, Hint)>, bits: u8, around: Around) -> Case {
+    let place = |(octet, (node, condition, hint))| Place { octet, node, condition, hint };
+    Case {
+        places: (1..).zip(places).map(place).collect(),
+        internal_local: bits & 1 != 0,
+        external_local: bits & 2 != 0,
+        external: bits & 4 != 0,
+        around,
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
@@ -397,28 +409,14 @@ proptest! {
     fn random_endpoints_agree_with_the_rules(
         places in prop::collection::vec(any_place(), 0..10), bits in 0..8u8,
     ) {
-        let place = |(octet, (node, condition, hint))| Place { octet, node, condition, hint };
-        check(&Case {
-            places: (1..).zip(places).map(place).collect(),
-            internal_local: bits & 1 != 0,
-            external_local: bits & 2 != 0,
-            external: bits & 4 != 0,
-            around: AROUND,
-        });
+        check(&case(places, bits, AROUND));
     }
 
     #[test]
     fn random_settings_and_service_cidrs_agree_with_the_rules(
         places in prop::collection::vec(any_place(), 0..6), bits in 0..8u8, around in any_around(),
     ) {
-        let place = |(octet, (node, condition, hint))| Place { octet, node, condition, hint };
-        check_around(&Case {
-            places: (1..).zip(places).map(place).collect(),
-            internal_local: bits & 1 != 0,
-            external_local: bits & 2 != 0,
-            external: bits & 4 != 0,
-            around,
-        });
+        check_around(&case(places, bits, around));
     }
 }
 

@@ -57,6 +57,14 @@ fn play(engine: &mut Engine, (update, parts): (Update, Vec<Part>)) {
     engine.handle(Command::End(UpdateEnd { to }));
 }
 
+/// An engine that holds `fleet` and has written its file.
+fn with_a_file(kernel: &MemoryKernel, directory: &std::path::Path, fleet: &Fleet) -> Engine {
+    let (mut engine, _) = engine(kernel, directory);
+    play(&mut engine, fleet.snapshot());
+    engine.write_snapshot();
+    engine
+}
+
 fn ack(events: &mut mpsc::UnboundedReceiver<Event>) -> Ack {
     match events.try_recv() {
         Ok(Event::Ack(ack)) => ack,
@@ -167,9 +175,7 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(50, 3);
-    let (mut first, _) = engine(&kernel, directory.path());
-    play(&mut first, fleet.snapshot());
-    first.write_snapshot();
+    let mut first = with_a_file(&kernel, directory.path(), &fleet);
     play(&mut first, fleet.add_endpoint(7, 5));
     // Killed: the kernel holds generation 2, the file generation 1.
     drop(first);
@@ -201,9 +207,7 @@ fn a_view_that_is_current_again_is_adopted_once_no_update_comes() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
-    let (mut first, _) = engine(&kernel, directory.path());
-    play(&mut first, fleet.snapshot());
-    first.write_snapshot();
+    let mut first = with_a_file(&kernel, directory.path(), &fleet);
     play(&mut first, fleet.add_endpoint(3, 5));
     drop(first);
     let (mut second, _) = engine(&kernel, directory.path());
@@ -222,10 +226,7 @@ fn a_current_file_is_adopted_without_a_write() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(50, 3);
-    let (mut first, _) = engine(&kernel, directory.path());
-    play(&mut first, fleet.snapshot());
-    first.write_snapshot();
-    drop(first);
+    drop(with_a_file(&kernel, directory.path(), &fleet));
     let (mut second, health) = engine(&kernel, directory.path());
     assert_eq!(kernel.lock().commits.len(), 1, "nothing was written");
     assert!(health.read().eligible, "it serves what the file says");
@@ -240,10 +241,7 @@ fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
-    let (mut first, _) = engine(&kernel, directory.path());
-    play(&mut first, fleet.snapshot());
-    first.write_snapshot();
-    drop(first);
+    drop(with_a_file(&kernel, directory.path(), &fleet));
     kernel.lock().fail = Some(libc::EPERM);
     let (mut second, _) = engine(&kernel, directory.path());
     let (standing, mut events) = attach(&mut second);
@@ -271,9 +269,7 @@ fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
 fn a_rebooted_node_is_programmed_from_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let fleet = Fleet::new(50, 3);
-    let (mut first, _) = engine(&MemoryKernel::default(), directory.path());
-    play(&mut first, fleet.snapshot());
-    first.write_snapshot();
+    let _first = with_a_file(&MemoryKernel::default(), directory.path(), &fleet);
     let rebooted = MemoryKernel::default();
     let _second = engine(&rebooted, directory.path());
     assert_eq!(rebooted.lock().pools.len(), 50);

@@ -4,6 +4,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::controller::{FakeController, FakeStream};
+use super::fleet::Fleet;
+
 /// The agent's program.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_switchtower-node-agent");
 
@@ -69,4 +72,18 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A controller, an agent that holds `fleet`, and its stream.
+pub async fn programmed(fleet: &Fleet, directory: &Path) -> (FakeController, Agent, FakeStream) {
+    let mut controller = FakeController::start("switchtower-controller").await;
+    controller.write_files(directory);
+    let agent = Agent::start(directory);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    stream.update(fleet.snapshot()).await;
+    let ack = stream.ack().await;
+    assert_eq!((ack.generation, ack.digest.as_slice()), (fleet.generation, &fleet.digest.to_bytes()[..]));
+    assert!(ack.deviations.is_none(), "{:?}", ack.deviations);
+    (controller, agent, stream)
 }
