@@ -27,27 +27,20 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 use switchtower_proto::v1::Update;
 use switchtower_telemetry::TelemetryError;
+use switchtower_telemetry::names::{APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON};
 
 use crate::dataplane::{CommitError, Committed};
 
 /// How long the last spans may take when the agent ends.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
-const APPLY: &str = "switchtower.apply";
 const RECEIVE: &str = "switchtower.receive";
-const PLAN: &str = "switchtower.plan";
-const COMMIT: &str = "switchtower.nft.commit";
 const CONNTRACK: &str = "switchtower.conntrack.clean";
 const REPAIR: &str = "switchtower.repair";
 
-const NODE: &str = "k8s.node.name";
-const GENERATION: &str = "switchtower.generation";
-const MODE: &str = "switchtower.apply.mode";
-const OPERATIONS: &str = "switchtower.nft.ops";
 const DELETED: &str = "switchtower.flows.deleted";
 const CAUSE: &str = "switchtower.drift.cause";
 const DIFFERENCES: &str = "switchtower.drift.differences";
-const ERROR: &str = "error.type";
 
 /// The export, or none.
 pub struct Traces {
@@ -146,7 +139,7 @@ impl Applying {
     /// It was refused; nothing of it was committed.
     pub fn refused(self, reason: &'static str) {
         let span = self.context.span();
-        span.set_attribute(KeyValue::new(ERROR, reason));
+        span.set_attribute(KeyValue::new(REASON, reason));
         span.set_status(Status::error("the update was refused"));
         span.end();
     }
@@ -199,7 +192,7 @@ fn child(
     failed: Option<&CommitError>,
 ) {
     use opentelemetry::trace::Span as _;
-    attributes.extend(failed.map(|error| KeyValue::new(ERROR, i64::from(error.errno()).to_string())));
+    attributes.extend(failed.map(|error| KeyValue::new(REASON, i64::from(error.errno()).to_string())));
     let builder = SpanBuilder::from_name(name).with_start_time(start).with_attributes(attributes);
     let mut span = tracer.build_with_context(builder, parent);
     if let Some(error) = failed {

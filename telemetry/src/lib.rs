@@ -11,6 +11,8 @@ use opentelemetry_otlp::{ExporterBuildError, SpanExporter};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::resource::{EnvResourceDetector, TelemetryResourceDetector};
 
+pub mod names;
+
 /// Why spans cannot be exported although they are asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {

@@ -1,5 +1,10 @@
-//! Names of spans, events and attributes. `k8s.node.name` and `k8s.service.name` are OpenTelemetry's semantic
-//! conventions; there `k8s.namespace.name` is a pod's, so a Service's namespace has a key of ours.
+//! Names of spans, events and attributes. `k8s.service.name` is OpenTelemetry's semantic convention; there
+//! `k8s.namespace.name` is a pod's, so a Service's namespace has a key of ours.
+
+/// Those that agents tell too.
+pub(super) use switchtower_telemetry::names::{
+    APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON,
+};
 
 /// From receipt to the last acknowledgement; the root.
 pub(super) const CHANGE: &str = "switchtower.change";
@@ -11,12 +16,6 @@ pub(super) const COMPILE: &str = "switchtower.compile";
 pub(super) const DISTRIBUTE: &str = "switchtower.distribute";
 /// One node: from the first byte to the acknowledgement.
 pub(super) const SEND: &str = "switchtower.send";
-/// The agent's part; like those below it told by the agent's timings.
-pub(super) const APPLY: &str = "switchtower.apply";
-/// What the kernel has to be told.
-pub(super) const PLAN: &str = "switchtower.plan";
-/// The kernel's transaction.
-pub(super) const COMMIT: &str = "switchtower.nft.commit";
 
 /// Event: when the cluster says that the change began.
 pub(super) const TRIGGERED: &str = "switchtower.triggered";
@@ -49,17 +48,7 @@ pub(super) const EXCLUDED: &str = "switchtower.nodes.excluded";
 pub(super) const OUTSTANDING: &str = "switchtower.nodes.outstanding";
 /// On a link: the trace in which the update that carried this change is told.
 pub(super) const CARRIED_BY: &str = "switchtower.carried_by";
-/// The node.
-pub(super) const NODE: &str = "k8s.node.name";
-/// The node's generation.
-pub(super) const GENERATION: &str = "switchtower.generation";
 /// Payload bytes.
 pub(super) const BYTES: &str = "switchtower.message.bytes";
 /// From publication to the first byte, in milliseconds.
 pub(super) const QUEUE: &str = "switchtower.queue.ms";
-/// delta or snapshot.
-pub(super) const MODE: &str = "switchtower.apply.mode";
-/// Operations in the kernel's transaction.
-pub(super) const OPERATIONS: &str = "switchtower.nft.ops";
-/// Why a node refused.
-pub(super) const REASON: &str = "error.type";

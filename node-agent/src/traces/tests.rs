@@ -58,7 +58,7 @@ fn an_update_is_told_under_its_first_sampled_change() {
     let children: Vec<_> = spans
         .iter()
         .filter(|span| span.parent_span_id == apply.span_context.span_id())
-        .map(|span| (span.name.as_ref(), attribute(span, ERROR)))
+        .map(|span| (span.name.as_ref(), attribute(span, REASON)))
         .collect();
     let none = String::new;
     let wanted = [

@@ -1,0 +1,20 @@
+//! Names of spans and attributes that the controller or the agent may tell, whichever exports. `k8s.node.name` and
+//! `error.type` are OpenTelemetry's semantic conventions.
+
+/// A node's part of a change: from its first message until the kernel holds it.
+pub const APPLY: &str = "switchtower.apply";
+/// What the kernel has to be told.
+pub const PLAN: &str = "switchtower.plan";
+/// The kernel's transaction.
+pub const COMMIT: &str = "switchtower.nft.commit";
+
+/// The node.
+pub const NODE: &str = "k8s.node.name";
+/// The node's generation.
+pub const GENERATION: &str = "switchtower.generation";
+/// How it was applied: `delta`, or all of it: `snapshot` where the controller tells it, `full` where the agent does.
+pub const MODE: &str = "switchtower.apply.mode";
+/// Operations in the kernel's transaction.
+pub const OPERATIONS: &str = "switchtower.nft.ops";
+/// Why something failed or was refused.
+pub const REASON: &str = "error.type";
