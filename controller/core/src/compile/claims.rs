@@ -33,13 +33,19 @@ impl Rank {
     }
 }
 
+#[derive(Debug)]
+struct Told {
+    winner: ObjectKey,
+    losers: BTreeSet<ObjectKey>,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Claims {
     claimants: BTreeMap<FrontendKey, BTreeMap<Rank, Frontend>>,
     /// What was published for the keys that changed since the last settlement.
     touched: BTreeMap<FrontendKey, Option<Frontend>>,
-    /// Losers that were told.
-    told: BTreeMap<FrontendKey, BTreeSet<ObjectKey>>,
+    /// Losers that were told, and of which winner.
+    told: BTreeMap<FrontendKey, Told>,
 }
 
 impl Claims {
@@ -110,7 +116,9 @@ impl Claims {
             return;
         };
         let losers: BTreeSet<_> = claimants.map(|rank| rank.service.clone()).collect();
-        let told = self.told.remove(key).unwrap_or_default();
+        // Who was told of another winner is told again: that Event sends its reader to the wrong Service.
+        let told = self.told.remove(key).filter(|told| told.winner == winner.service);
+        let told = told.map(|told| told.losers).unwrap_or_default();
         for loser in losers.difference(&told) {
             let message = format!(
                 "{} is already used by Service {}/{}, which comes first; this Service takes over when that one \
@@ -123,7 +131,7 @@ impl Claims {
             emitter.problem(Problem { object, reason: ProblemReason::AddressConflict, message });
         }
         if !losers.is_empty() {
-            self.told.insert(key.clone(), losers);
+            self.told.insert(key.clone(), Told { winner: winner.service.clone(), losers });
         }
     }
 }

@@ -34,6 +34,25 @@ fn the_oldest_claimant_wins_and_the_next_takes_over() {
 }
 
 #[test]
+fn a_loser_is_told_once_of_each_winner() {
+    let mut compiler = Compiler::new();
+    let mut told = |input: Input| -> Vec<String> {
+        compiler.apply(input);
+        compiler.compile().problems.into_iter().map(|problem| problem.message).collect()
+    };
+    let claim = |name, octet: u8, created| {
+        Input::Service(with_external(name, &format!("10.96.0.{octet}"), "203.0.113.9", created))
+    };
+    assert!(told(claim("last", 1, 300)).is_empty());
+    assert!(matches!(told(claim("middle", 2, 200)).as_slice(), [one] if one.contains("default/middle")));
+    let both = told(claim("first", 3, 100));
+    assert!(both.len() == 2 && both.iter().all(|message| message.contains("default/first")), "{both:?}");
+    assert!(told(claim("later", 4, 400)).len() == 1, "the others know");
+    let of_the_next = told(Input::ServiceDeleted(object("first")));
+    assert!(of_the_next.len() == 2 && of_the_next.iter().all(|message| message.contains("default/middle")));
+}
+
+#[test]
 fn an_external_address_never_captures_a_cluster_address() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
