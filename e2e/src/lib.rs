@@ -27,5 +27,6 @@ pub mod plugin;
 pub mod probe;
 pub mod process;
 pub mod programs;
+mod progress;
 pub mod switchtower;
 pub mod wait;

@@ -20,6 +20,7 @@ use crate::api::Kube;
 use crate::control_plane::ControlPlane;
 use crate::lab::{Lab, NodeNet, PodNet};
 use crate::process::Process;
+use crate::progress::Barrier;
 use crate::{kernel_reader, objects, programs, wait};
 
 /// The namespace of the product.
@@ -446,15 +447,26 @@ impl Fleet {
         node.directory.join("bootstrap")
     }
 
-    /// Waits until every node's row, agent and kernel agree: Ready, desired equals applied, and the stamp that
-    /// `nft` reads from the kernel has the same generation and digest. Returns how long it took.
+    /// Waits until all Services and EndpointSlices of this moment are in force, and every node's row, agent and
+    /// kernel agree: Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
+    /// generation and digest. Returns how long it took.
     ///
     /// # Errors
     /// They do not agree in time; the message names the node and what differs.
     pub fn settled(&self, deadline: Duration) -> Result<Duration> {
         let start = Instant::now();
+        let mut barrier = None;
+        let mut passed = false;
         wait::until("every node's row and kernel agree", deadline, || {
             self.check_controller()?;
+            if !passed {
+                let barrier = match &mut barrier {
+                    Some(barrier) => barrier,
+                    none => none.insert(Barrier::now(self)?),
+                };
+                barrier.passed(self)?;
+                passed = true;
+            }
             self.nodes.iter().try_for_each(|node| self.agrees(node))
         })?;
         Ok(start.elapsed())

@@ -1,5 +1,5 @@
 //! Alert rules and dashboards ask only for metrics that the controller and the agents print, and every alert has a
-//! runbook.
+//! runbook. Tests that count what the shared fleet does run one after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -17,7 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 use switchtower_e2e::{objects, programs, wait};
 
-use common::{SOON, Scene, fleet, node};
+use common::{SOON, Scene, alone, fleet, node};
 
 fn root() -> PathBuf {
     // Cargo runs a test in its package's folder.
@@ -57,6 +57,7 @@ fn dashboards() -> Vec<(String, Vec<String>)> {
 
 #[test]
 fn alerts_and_dashboards_ask_for_metrics_that_exist() {
+    let _alone = alone();
     let scene = Scene::new("measured");
     scene.service("web", &json!({}));
     scene.endpoints("web", &["a1"]);
@@ -150,6 +151,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
 
 #[test]
 fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
+    let _alone = alone();
     let scene = Scene::new("triggered");
     scene.service("web", &json!({}));
     scene.endpoints("web", &["c1"]);
@@ -184,6 +186,7 @@ fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
 
 #[test]
 fn ports_without_a_local_endpoint_are_counted_as_kube_proxy_does() {
+    let _alone = alone();
     let scene = Scene::new("nobody-local");
     scene.service("web", &json!({"internalTrafficPolicy": "Local"}));
     scene.endpoints("web", &["a1"]);

@@ -310,7 +310,7 @@ fn a_udp_flow_leaves_a_removed_pod_and_a_tcp_connection_stays() {
     let mut connection = LongConnection::open(from, to).unwrap();
     let socket = from.run(|| UdpSocket::bind(("0.0.0.0", 0))).unwrap().unwrap();
     socket.connect(to).unwrap();
-    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
     let ask = || -> anyhow::Result<String> {
         socket.send(b"?")?;
         let mut answer = [0; 100];
@@ -321,9 +321,13 @@ fn a_udp_flow_leaves_a_removed_pod_and_a_tcp_connection_stays() {
             .unwrap_or_default()
             .to_owned())
     };
-    assert_eq!(ask().unwrap(), "a1");
+    wait::until("the UDP flow is a1's", SOON, || {
+        anyhow::ensure!(ask()? == "a1");
+        Ok(())
+    })
+    .unwrap();
     scene.endpoints("web", &["b1"]);
-    switchtower_e2e::wait::until("the UDP flow moves to b1", SOON, || {
+    wait::until("the UDP flow moves to b1", SOON, || {
         anyhow::ensure!(ask()? == "b1", "still a1");
         Ok(())
     })

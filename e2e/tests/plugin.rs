@@ -212,8 +212,9 @@ fn an_agent_that_stands_still_is_stale_and_wait_says_so() {
     // SAFETY: a signal to a process of this test.
     unsafe { libc::kill(process, libc::SIGSTOP) };
     scene.endpoints("web", &["a1"]);
+    // First, so that the two others hold it when the shorter time begins.
+    let enough = ask(&["wait", "agent-stale/web", "--timeout", "20s", "--percent", "60"]);
     let waited = ask(&["wait", "agent-stale/web", "--timeout", "3s"]);
-    let enough = ask(&["wait", "agent-stale/web", "--timeout", "3s", "--percent", "60"]);
     let status = wait::until("status says it", Duration::from_secs(25), || {
         let answer = ask(&["status"]);
         ensure!(answer.text.contains("ST0103") && answer.text.contains("(gamma)"), "{}", answer.text);

@@ -1,0 +1,84 @@
+//! The barrier between a write to the API and what is asked of the fleet afterwards: without it a test that asks at
+//! once may be told, truly, of the state before its write.
+
+use anyhow::{Context as _, Result, ensure};
+use http::Uri;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::ListParams;
+use kube::{Api, Client, Config, ResourceExt as _};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
+use switchtower_core::admin::{AUDIENCE, Progress, SERVER_NAME, VIEWER};
+
+use crate::switchtower::{Fleet, NAMESPACE};
+
+/// How long a token for the admin API lasts, in seconds.
+const TOKEN_SECONDS: i64 = 3_600;
+
+/// All that the API server held at a moment, and whom to ask about it.
+pub(crate) struct Barrier {
+    admin: Option<Client>,
+    path: String,
+}
+
+impl Barrier {
+    /// Everything so far.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub(crate) fn now(fleet: &Fleet) -> Result<Self> {
+        let services = newest::<Service>(fleet)?;
+        let slices = newest::<EndpointSlice>(fleet)?;
+        let path = format!("/v1/progress?services={services}&endpointSlices={slices}");
+        Ok(Self { admin: None, path })
+    }
+
+    /// Fails until the controller has processed it and the kernel of every node holds it.
+    ///
+    /// # Errors
+    /// It is not there yet, or the controller does not answer.
+    pub(crate) fn passed(&mut self, fleet: &Fleet) -> Result<()> {
+        // Taken: after an error the controller may be another one, with other certificates.
+        let admin = match self.admin.take() {
+            Some(admin) => admin,
+            None => admin_client(fleet)?,
+        };
+        let request = http::Request::get(&self.path).body(Vec::new())?;
+        let progress: Progress =
+            fleet.kube().block_on(admin.request(request)).context("asking the controller how far it is")?;
+        self.admin = Some(admin);
+        ensure!(progress.revision.is_some(), "the controller has not processed the latest objects");
+        for node in fleet.nodes() {
+            let name = &node.net.name;
+            ensure!(!progress.waiting.contains(name), "{name} does not hold the latest change");
+            ensure!(!progress.excluded.contains(name), "the agent of {name} is not connected");
+        }
+        Ok(())
+    }
+}
+
+/// The resourceVersion of the object that was written last, 0 if there is none.
+fn newest<K>(fleet: &Fleet) -> Result<u64>
+where
+    K: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let api: Api<K> = Api::all(fleet.kube().client());
+    let objects = fleet.kube().block_on(api.list(&ListParams::default())).context("listing objects")?;
+    let versions = objects.iter().filter_map(|object| object.resource_version()?.parse().ok());
+    Ok(versions.max().unwrap_or_default())
+}
+
+fn admin_client(fleet: &Fleet) -> Result<Client> {
+    let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
+    let authority = map.and_then(|map| map.data?.remove("ca.crt")).context("the controller wrote no CA")?;
+    let authority = CertificateDer::from_pem_slice(authority.as_bytes()).context("the controller's CA")?;
+    let uri = Uri::builder().scheme("https").authority(fleet.admin_address().to_string());
+    let mut config = Config::new(uri.path_and_query("/").build()?);
+    config.root_cert = Some(vec![authority.to_vec()]);
+    config.tls_server_name = Some(SERVER_NAME.to_owned());
+    config.auth_info.token = Some(fleet.token(VIEWER, None, &[AUDIENCE], TOKEN_SECONDS)?.into());
+    let _entered = fleet.kube().runtime().enter();
+    Client::try_from(config).context("making a client of the admin API")
+}
