@@ -8,12 +8,23 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Outcome, Transport, parse, sctp};
+
+/// Ports for shots whose own is in use, below those of node ports. Each is used once in ten thousand such shots; a
+/// port of the kernel's choice may have been used a moment ago, for the same destination.
+const SPARE_PORTS: std::ops::Range<u16> = 20_000..30_000;
+/// Spare ports that are tried for one shot.
+const SPARES: usize = 32;
+/// How many times longer than the slowest answer the others are waited for.
+const SLOWEST: u32 = 4;
+/// The longest wait that a slow answer leads to.
+const LONGEST: Duration = Duration::from_secs(3);
 
 /// One probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +47,13 @@ struct Flight {
 }
 
 /// Sends all shots from the calling thread's namespace and waits until each has an outcome; what is open after
-/// `patience` is silence.
+/// `patience` is silence. Where other answers are slow, because the machine is busy, the wait is longer.
 ///
 /// # Errors
 /// A socket fails in a way that says nothing about the network, or an answer is not a pod's.
 pub fn volley(shots: &[Shot], patience: Duration) -> Result<Vec<Outcome>> {
-    let deadline = Instant::now() + patience;
+    let start = Instant::now();
+    let mut deadline = start + patience;
     let mut outcomes = vec![Outcome::Silence; shots.len()];
     let mut flying = Vec::new();
     for (index, shot) in shots.iter().enumerate() {
@@ -58,6 +70,7 @@ pub fn volley(shots: &[Shot], patience: Duration) -> Result<Vec<Outcome>> {
             if let Some(outcome) = flying[at].step().with_context(|| format!("a probe of {to}"))? {
                 outcomes[flying[at].index] = outcome;
                 flying.swap_remove(at);
+                deadline = deadline.max(start + (start.elapsed() * SLOWEST).min(LONGEST));
             }
         }
         if Instant::now() >= deadline {
@@ -181,11 +194,20 @@ fn bound(shot: Shot) -> io::Result<Socket> {
             (Ipv4Addr::UNSPECIFIED, port).into()
         }
     };
-    match socket.bind(&any(shot.source_port).into()) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => socket.bind(&any(0).into())?,
-        other => other?,
+    let own = std::iter::once(shot.source_port);
+    let mut result = Ok(());
+    for port in own.chain(std::iter::repeat_with(spare_port).take(SPARES)) {
+        result = socket.bind(&any(port).into());
+        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            break;
+        }
     }
-    Ok(socket)
+    result.map(|()| socket)
+}
+
+fn spare_port() -> u16 {
+    static USED: AtomicU16 = AtomicU16::new(0);
+    SPARE_PORTS.start + USED.fetch_add(1, Ordering::Relaxed) % (SPARE_PORTS.end - SPARE_PORTS.start)
 }
 
 /// Asks the kernel to keep ICMP errors in a queue. A refusal that comes back while `connect` still holds the
