@@ -35,8 +35,13 @@ pub(crate) const CLIENT_RANGE_V6: &str = "fd18::/16";
 /// What a case showed.
 #[derive(Debug, Clone)]
 pub enum Verdict {
-    /// The proxies agree in every state; what was agreed on in each, the first state first.
-    Agreement(Vec<Vec<Agreed>>),
+    /// The proxies agree in every state.
+    Agreement {
+        /// What was agreed on in each, the first state first.
+        states: Vec<Vec<Agreed>>,
+        /// What kube-proxy did otherwise once, and not when it was looked at again.
+        wavered: Vec<Difference>,
+    },
     /// The first state in which they disagree.
     Disagreement(Box<Disagreement>),
 }
@@ -47,7 +52,7 @@ pub enum Verdict {
 /// The laboratory fails, which says nothing about the proxies.
 pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     let mut services = case.services.clone();
-    let mut agreements = Vec::new();
+    let (mut agreements, mut wavered) = (Vec::new(), Vec::new());
     world.reset(&services)?;
     world.set(&case.settings)?;
     let mut steps = case.steps.iter();
@@ -55,7 +60,8 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     loop {
         world.settle()?;
         let probes = plan::probes(world, &services)?;
-        let (agreed, mut differences) = compare::differences(world, &probes)?;
+        let compare::Compared { agreed, mut differences, wavered: once } = compare::compare(world, &probes)?;
+        wavered.extend(once);
         if let Some(flows) = flows {
             differences.extend(flows.differences(world, &probes, &services)?);
         }
@@ -66,7 +72,9 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
             return Ok(Verdict::Disagreement(Box::new(found)));
         }
         agreements.push(agreed);
-        let Some(step) = steps.next() else { return Ok(Verdict::Agreement(agreements)) };
+        let Some(step) = steps.next() else {
+            return Ok(Verdict::Agreement { states: agreements, wavered });
+        };
         let last = agreements.last().map(Vec::as_slice).unwrap_or_default();
         flows = Some(Flows::open(world, last, &services)?);
         match step {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::control_plane::ControlPlane;
 use crate::lab::{Lab, NodeNet};
 use crate::process::Process;
+use crate::switchtower::http_get;
 use crate::{programs, wait};
 
 /// A running kube-proxy (`--proxy-mode=nftables`) with the API server's door that it uses.
@@ -52,10 +53,41 @@ impl KubeProxy {
         Ok(())
     }
 
+    /// Whether it has written all that it has heard, by its own metrics.
+    ///
+    /// # Errors
+    /// It has not, or does not answer.
+    pub fn is_idle(&self, node: &NodeNet) -> Result<()> {
+        let metrics = node.namespace.run(|| http_get(METRICS.into(), "/metrics"))??;
+        check_idle(&metrics)
+    }
+
     /// Its process.
     pub fn process(&self) -> &Process {
         &self.process
     }
+}
+
+/// Where kube-proxy tells its metrics, in its node's namespace.
+const METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 10_249);
+/// When a change was last handed to kube-proxy's writer, and when the writer last finished; by family.
+const QUEUED: &str = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds";
+const WRITTEN: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
+
+/// Whether both families' writers have finished what they were handed.
+fn check_idle(metrics: &str) -> Result<()> {
+    let of = |name: &str, family: &str| -> Option<f64> {
+        let series = format!("{name}{{ip_family=\"{family}\"}} ");
+        metrics.lines().find_map(|line| line.strip_prefix(&series))?.trim().parse().ok()
+    };
+    for family in ["IPv4", "IPv6"] {
+        let (queued, written) = (of(QUEUED, family), of(WRITTEN, family));
+        ensure!(
+            written.is_some() && written >= queued,
+            "{family}: changes of {queued:?}, written {written:?}"
+        );
+    }
+    Ok(())
 }
 
 /// What kube-proxy logs when it has its handlers for Nodes, and when it has learned its node's zone.
@@ -78,8 +110,9 @@ fn run(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) ->
                 Ok(())
             })
         };
-        says(NODE_HANDLERS, Duration::from_secs(30))?;
-        if says(ZONE_KNOWN, Duration::from_secs(1)).is_ok() {
+        says(NODE_HANDLERS, Duration::from_secs(60))?;
+        // At once, if at all; the rest is for a busy machine.
+        if says(ZONE_KNOWN, Duration::from_secs(3)).is_ok() {
             return Ok(process);
         }
     }
@@ -137,4 +170,24 @@ fn carry(mut from: TcpStream, mut to: TcpStream) {
     // Whichever side ends, the other is told.
     let _ = io::copy(&mut from, &mut to);
     let _ = to.shutdown(std::net::Shutdown::Write);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_idle_when_both_families_are_written() {
+        let metrics = |queued: [&str; 2], written: [&str; 2]| {
+            let line =
+                |name: &str, family: &str, value: &str| format!("{name}{{ip_family=\"{family}\"}} {value}\n");
+            let of = |name, [ipv4, ipv6]: [&str; 2]| line(name, "IPv4", ipv4) + &line(name, "IPv6", ipv6);
+            of(QUEUED, queued) + &of(WRITTEN, written)
+        };
+        let idle = |queued, written| check_idle(&metrics(queued, written)).is_ok();
+        assert!(idle(["1.795e+09", "5"], ["1.7950000001e+09", "6"]));
+        assert!(!idle(["1.7950000001e+09", "5"], ["1.795e+09", "6"]));
+        assert!(!idle(["5", "7"], ["6", "6"]));
+        assert!(check_idle("").is_err());
+    }
 }

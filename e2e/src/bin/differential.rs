@@ -49,7 +49,7 @@ fn main() -> Result<()> {
     for case in &cases {
         let before = Instant::now();
         let found = match run(&mut world, case)? {
-            Verdict::Agreement(states) => {
+            Verdict::Agreement { states, wavered } => {
                 let probes: usize = states.iter().map(Vec::len).sum();
                 let Case { name, settings, services, steps } = case;
                 println!(
@@ -58,6 +58,9 @@ fn main() -> Result<()> {
                     steps.len(),
                     before.elapsed().as_secs_f64()
                 );
+                for once in &wavered {
+                    println!("    kube-proxy did otherwise once\n{once}");
+                }
                 continue;
             }
             Verdict::Disagreement(found) => *found,

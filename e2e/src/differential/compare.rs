@@ -60,7 +60,16 @@ pub struct Agreed {
     pub answers: Answers,
 }
 
-pub(super) fn differences(world: &World, probes: &[Probe]) -> Result<(Vec<Agreed>, Vec<Difference>)> {
+/// What the probes of one state showed.
+#[derive(Debug, Default)]
+pub(super) struct Compared {
+    pub(super) agreed: Vec<Agreed>,
+    pub(super) differences: Vec<Difference>,
+    /// What kube-proxy did otherwise once, and not again; Switchtower did the same each time.
+    pub(super) wavered: Vec<Difference>,
+}
+
+pub(super) fn compare(world: &World, probes: &[Probe]) -> Result<Compared> {
     let (ours, theirs) = std::thread::scope(|scope| {
         let ours = scope.spawn(|| all(world, Side::Switchtower, probes));
         let theirs = scope.spawn(|| all(world, Side::KubeProxy, probes));
@@ -68,20 +77,26 @@ pub(super) fn differences(world: &World, probes: &[Probe]) -> Result<(Vec<Agreed
     });
     let panicked = |_| anyhow::anyhow!("a probing thread panicked");
     let (ours, theirs) = (ours.map_err(panicked)??, theirs.map_err(panicked)??);
-    let (mut agreed, mut differences) = (Vec::new(), Vec::new());
+    let mut compared = Compared::default();
     for ((probe, mut switchtower), mut kube_proxy) in probes.iter().zip(ours).zip(theirs) {
         if !agree(probe, &switchtower, &kube_proxy) || doubtful(&switchtower) || doubtful(&kube_proxy) {
             // Chance, a busy machine, or a real difference?
             switchtower = again(world, Side::Switchtower, probe)?;
             kube_proxy = again(world, Side::KubeProxy, probe)?;
         }
-        if agree(probe, &switchtower, &kube_proxy) {
-            agreed.push(Agreed { probe: probe.clone(), answers: switchtower });
-        } else {
-            differences.push(Difference { what: probe.to_string(), kube_proxy, switchtower });
+        if !agree(probe, &switchtower, &kube_proxy) {
+            let seen = Difference { what: probe.to_string(), kube_proxy, switchtower: switchtower.clone() };
+            let (ours, theirs) =
+                (again(world, Side::Switchtower, probe)?, again(world, Side::KubeProxy, probe)?);
+            if !agree(probe, &ours, &switchtower) || !agree(probe, &ours, &theirs) {
+                compared.differences.push(seen);
+                continue;
+            }
+            compared.wavered.push(seen);
         }
+        compared.agreed.push(Agreed { probe: probe.clone(), answers: switchtower });
     }
-    Ok((agreed, differences))
+    Ok(compared)
 }
 
 /// Answered, and not: on a busy machine an answer comes late, in both worlds at the same time.

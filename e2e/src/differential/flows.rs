@@ -19,7 +19,9 @@ use crate::probe::volley::Flow;
 /// Flows to each destination.
 const FLOWS: usize = 6;
 /// How long both proxies have for their connection tracking after the rules are there.
-const DEADLINE: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(15);
+/// Between two questions.
+const PAUSE: Duration = Duration::from_millis(50);
 const HASTE: Duration = Duration::from_millis(350);
 /// The backend is the same as before.
 const STAYS: &str = "stays";
@@ -85,6 +87,7 @@ impl Flows {
             if differences.is_empty() || start.elapsed() > DEADLINE {
                 return Ok(differences);
             }
+            std::thread::sleep(PAUSE);
         }
     }
 }

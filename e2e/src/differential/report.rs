@@ -1,6 +1,6 @@
 //! A disagreement for people.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use super::compare::{Answers, Difference, Disagreement};
 use super::manifests;
@@ -8,13 +8,20 @@ use super::manifests;
 /// In what the proxies disagree.
 pub fn report(found: &Disagreement) -> String {
     let mut text = format!("{} disagrees after {} steps:\n", found.case.name, found.after);
-    for Difference { what, kube_proxy, switchtower } in &found.differences {
+    for difference in &found.differences {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "  {what}");
-        let _ = writeln!(text, "    kube-proxy:  {}", join(kube_proxy));
-        let _ = writeln!(text, "    switchtower: {}", join(switchtower));
+        let _ = writeln!(text, "{difference}");
     }
     text
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, kube_proxy, switchtower } = self;
+        writeln!(formatter, "  {what}")?;
+        writeln!(formatter, "    kube-proxy:  {}", join(kube_proxy))?;
+        write!(formatter, "    switchtower: {}", join(switchtower))
+    }
 }
 
 /// The same with all that is needed to look into it: the case for `--replay`, the objects of its first state for

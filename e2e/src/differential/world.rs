@@ -53,6 +53,8 @@ const REMOTE_POD: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(10, 244, 2, 13), Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 13));
 /// The profile of node n1's settings.
 const PROFILE: &str = "differential";
+/// How long both have for a change, and for new settings, on a busy machine.
+const SETTLED: Duration = Duration::from_secs(60);
 /// A free address of each Service that [`World::settle`] makes, and one for its endpoint.
 const SETTLE: [[&str; 2]; 2] = [["192.0.2.", "10.99.0."], ["fd00:c0::", "fd00:99::"]];
 
@@ -137,7 +139,7 @@ impl World {
                 "strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}},
             },
         }))?;
-        wait::until("node n1 has the new settings", Duration::from_secs(40), || {
+        wait::until("node n1 has the new settings", SETTLED, || {
             let profile: ProxyProfile = self.kube().get_cluster(PROFILE)?.context("no profile")?;
             let status = profile.status.unwrap_or_default();
             ensure!(status.observed_generation == profile.metadata.generation, "not looked at yet");
@@ -226,7 +228,9 @@ impl World {
 
     /// Waits until both kernels hold everything that was written so far: a Service of its own changes last, and
     /// its addresses and endpoints of both families are looked for in both rulesets. Services and slices come by
-    /// separate watches, each in order, and kube-proxy writes each family in transactions of its own.
+    /// separate watches, each in order, and kube-proxy writes each family in transactions of its own. Then kube-proxy
+    /// must have nothing left to write: what else it learned meanwhile, as its zone, makes it write everything anew,
+    /// and packets that pass then may meet half of it.
     pub(super) fn settle(&mut self) -> Result<()> {
         self.settled = self.settled % 250 + 1;
         let marks = SETTLE.map(|prefixes| prefixes.map(|prefix| format!("{prefix}{}", self.settled)));
@@ -247,7 +251,7 @@ impl World {
             }))?;
         }
         for side in [Side::KubeProxy, Side::Switchtower] {
-            wait::until(&format!("{side:?} programs what was written"), Duration::from_secs(20), || {
+            wait::until(&format!("{side:?} programs what was written"), SETTLED, || {
                 self.proxy.process().check_running()?;
                 let rules = self.ruleset(side)?;
                 let missing = marks.iter().flatten().find(|mark| !rules.contains(&format!("{mark} ")));
@@ -255,7 +259,8 @@ impl World {
                 Ok(())
             })?;
         }
-        Ok(())
+        let twin = self.nodes.first().context("no node")?;
+        wait::until("kube-proxy has nothing left to write", SETTLED, || self.proxy.is_idle(twin))
     }
 
     /// The API as administrator.

@@ -93,7 +93,7 @@ pub(crate) fn agree_with(
     let name = std::thread::current().name().unwrap_or("a scenario").to_owned();
     let case = Case { name, settings, services, steps };
     match run(world, &case).unwrap() {
-        Verdict::Agreement(states) => states.into_iter().map(State).collect(),
+        Verdict::Agreement { states, .. } => states.into_iter().map(State).collect(),
         Verdict::Disagreement(found) => panic!("{}", explain(&found)),
     }
 }
