@@ -34,15 +34,13 @@ mod support;
 
 use switchtower_e2e::differential::{Verdict, explain, generate, run, shrink};
 
-/// Random cases; more, and other seeds, are for the program `differential`.
-const CASES: u64 = 30;
-const SEED: u64 = 20_260;
-
 #[test]
 fn random_clusters_and_changes_agree_with_kube_proxy() {
     let mut world = support::world();
-    for number in 0..CASES {
-        let case = generate::case(SEED, number);
+    // More, and other seeds, are for the program `differential`.
+    let (seed, cases) = generate::TESTED;
+    for number in 0..cases {
+        let case = generate::case(seed, number);
         if let Verdict::Disagreement(found) = run(&mut world, &case).unwrap() {
             let smallest = shrink(&mut world, *found, 20).unwrap();
             panic!("{}", explain(&smallest));

@@ -115,10 +115,13 @@ pub struct Service {
     /// loadBalancerSourceRanges; only with type LoadBalancer.
     #[serde(default)]
     pub source_ranges: Vec<String>,
+    /// allocateLoadBalancerNodePorts false; only with type LoadBalancer.
+    #[serde(default)]
+    pub without_node_ports: bool,
     /// Labels, such as service.kubernetes.io/service-proxy-name.
     #[serde(default)]
     pub labels: Vec<(String, String)>,
-    /// Endpoints; one slice for each family.
+    /// Endpoints; one or two slices for each family.
     pub endpoints: Vec<Endpoint>,
 }
 
@@ -169,6 +172,15 @@ pub struct Endpoint {
     /// Node hints.
     #[serde(default)]
     pub nodes: Vec<String>,
+    /// The slice does not say on which node it is.
+    #[serde(default)]
+    pub nowhere: bool,
+    /// Conditions that are what their absence means are left out.
+    #[serde(default)]
+    pub bare: bool,
+    /// It stands in the second slice.
+    #[serde(default)]
+    pub second: bool,
 }
 
 impl Case {
@@ -235,6 +247,9 @@ impl Service {
         less(&|service| service.labels.clear());
         less(&|service| service.endpoints.iter_mut().for_each(|endpoint| endpoint.zones.clear()));
         less(&|service| service.endpoints.iter_mut().for_each(|endpoint| endpoint.nodes.clear()));
+        less(&|service| service.endpoints.iter_mut().for_each(|endpoint| endpoint.nowhere = false));
+        less(&|service| service.endpoints.iter_mut().for_each(|endpoint| endpoint.bare = false));
+        less(&|service| service.endpoints.iter_mut().for_each(|endpoint| endpoint.second = false));
         if self.families == Families::Dual {
             less(&|service| service.families = Families::Ipv4);
             less(&|service| service.families = Families::Ipv6);

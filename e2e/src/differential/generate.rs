@@ -6,8 +6,16 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::case::{Case, Endpoint, Families, PODS, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
+use self::endpoints::endpoints;
+use super::case::{Case, Families, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
 use super::settings::{Detection, Settings};
+
+mod endpoints;
+#[cfg(test)]
+mod tests;
+
+/// The seed and the number of cases of the random test: of many seeds, one whose few cases meet every rule.
+pub const TESTED: (u64, u64) = (21_231, 30);
 
 /// Services per case at most, and steps at most.
 const SERVICES: usize = 5;
@@ -72,7 +80,7 @@ fn step(rng: &mut StdRng, now: &mut [Option<Service>]) -> Step {
 
 /// A Service after one of the changes that users and controllers make.
 fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
-    match rng.random_range(0..10) {
+    match rng.random_range(0..11) {
         0 | 1 if !service.endpoints.is_empty() => {
             service.endpoints.remove(rng.random_range(0..service.endpoints.len()));
         }
@@ -82,6 +90,10 @@ fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
             let endpoint = &mut service.endpoints[at];
             (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, ready || serving, !ready);
         }
+        10 if !service.endpoints.is_empty() => {
+            let at = rng.random_range(0..service.endpoints.len());
+            (service.endpoints[at].zones, service.endpoints[at].nodes) = (Vec::new(), Vec::new());
+        }
         3 => service.service_type = any_type(rng),
         4 => service.internal_local = !service.internal_local,
         5 => service.external_local = !service.external_local,
@@ -89,7 +101,7 @@ fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
         7 => service.affinity_seconds = service.affinity_seconds.is_none().then_some(60),
         8 => service.labels = if service.labels.is_empty() { foreign_label(rng) } else { Vec::new() },
         9 if !service.external_ips.is_empty() => service.external_ips.clear(),
-        _ => service.endpoints = endpoints(rng),
+        _ => service.endpoints = endpoints(rng, index),
     }
     valid(service, index)
 }
@@ -101,12 +113,18 @@ fn valid(mut service: Service, index: usize) -> Service {
     if !balancer {
         service.source_ranges.clear();
         service.load_balancer_proxy = false;
+        service.without_node_ports = false;
     }
     let external = service.service_type != ServiceType::ClusterIP;
     service.external_local &= external || !service.external_ips.is_empty();
     for port in &mut service.ports {
         // The same number for the same port of TCP and UDP.
-        port.node_port = external.then_some(30_000 + index as u16 * 10 + (port.port - 80));
+        let number = 30_000 + index as u16 * 10 + (port.port - 80);
+        port.node_port = (external && !service.without_node_ports).then_some(number);
+    }
+    // A Service's only port needs no name.
+    if index % 2 == 1 && service.ports.len() == 1 {
+        service.ports[0].name.clear();
     }
     service
 }
@@ -140,10 +158,11 @@ fn service(rng: &mut StdRng, index: usize) -> Service {
         affinity_seconds: rng.random_bool(0.15).then_some(60),
         external_ips: if rng.random_bool(0.4) { addresses(203, index) } else { Vec::new() },
         load_balancer_ips: Vec::new(),
-        load_balancer_proxy: rng.random_bool(0.1),
-        source_ranges: if rng.random_bool(0.3) { ranges(rng) } else { Vec::new() },
+        load_balancer_proxy: rng.random_bool(0.15),
+        source_ranges: if rng.random_bool(0.45) { ranges(rng) } else { Vec::new() },
+        without_node_ports: rng.random_bool(0.15),
         labels: if rng.random_bool(0.05) { foreign_label(rng) } else { Vec::new() },
-        endpoints: endpoints(rng),
+        endpoints: endpoints(rng, index),
     };
     valid(service, index)
 }
@@ -181,59 +200,4 @@ fn ports(rng: &mut StdRng, index: usize) -> Vec<Port> {
         ports.push(Port { name, protocol, port, node_port: None, target });
     }
     ports
-}
-
-fn endpoints(rng: &mut StdRng) -> Vec<Endpoint> {
-    // Hints make a difference only where all endpoints have them: decide once, then forget a few.
-    let (zones, nodes) = (rng.random_bool(0.35), rng.random_bool(0.15));
-    let present = *[0.0, 0.3, 0.6, 1.0].choose(rng).unwrap_or(&0.6);
-    let healthy = *[1.0, 0.7, 0.0].choose(rng).unwrap_or(&1.0);
-    let mut endpoints = Vec::new();
-    for (pod, place) in PODS.iter().enumerate() {
-        if !rng.random_bool(present) {
-            continue;
-        }
-        let ready = rng.random_bool(healthy);
-        let terminating = !ready && rng.random_bool(0.7);
-        let zone = if place.node == "n3" { "b" } else { "a" };
-        let other = *["a", "b", "d"].choose(rng).unwrap_or(&"a");
-        let hinted = rng.random_bool(0.97);
-        endpoints.push(Endpoint {
-            pod,
-            ready,
-            serving: ready || (terminating && rng.random_bool(0.7)),
-            terminating,
-            zones: match (zones && hinted, rng.random_bool(0.8)) {
-                (false, _) => Vec::new(),
-                (true, true) => vec![zone.to_owned()],
-                (true, false) => vec![other.to_owned(), "c".to_owned()],
-            },
-            nodes: if nodes && hinted { vec![place.node.to_owned()] } else { Vec::new() },
-        });
-    }
-    endpoints
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_same_seed_gives_the_same_case() {
-        assert_eq!(case(7, 3), case(7, 3));
-        assert_ne!(case(7, 3), case(7, 4));
-        assert_ne!(case(7, 3), case(8, 3));
-    }
-
-    #[test]
-    fn shrinking_ends() {
-        let mut current = case(1, 1);
-        let mut steps = 0;
-        while let Some(smaller) = current.shrink().into_iter().next() {
-            current = smaller;
-            steps += 1;
-            assert!(steps < 1000, "{current:?}");
-        }
-        assert!(current.services.is_empty() && current.steps.is_empty());
-    }
 }

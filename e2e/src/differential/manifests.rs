@@ -58,6 +58,9 @@ pub(super) fn service(service: &Service) -> Value {
     if service.service_type != ServiceType::ClusterIP || !service.external_ips.is_empty() {
         spec["externalTrafficPolicy"] = json!(local(service.external_local));
     }
+    if service.without_node_ports {
+        spec["allocateLoadBalancerNodePorts"] = json!(false);
+    }
     if !service.external_ips.is_empty() {
         spec["externalIPs"] = json!(service.external_ips);
     }
@@ -85,9 +88,9 @@ pub(super) fn status(service: &Service) -> Value {
     json!({"status": {"loadBalancer": {"ingress": ingress}}})
 }
 
-/// The Service's slices: one for each family.
+/// The Service's slices: one or two for each family.
 pub(super) fn slices(service: &Service) -> Vec<Value> {
-    let of = |ipv6: bool| {
+    let of = |ipv6: bool, second: bool| {
         let ports: Vec<_> = service
             .ports
             .iter()
@@ -96,7 +99,8 @@ pub(super) fn slices(service: &Service) -> Vec<Value> {
                 Some(json!({"name": port.name, "protocol": protocol(port), "port": target}))
             })
             .collect();
-        let endpoints: Vec<_> = service.endpoints.iter().map(|endpoint| one(endpoint, ipv6)).collect();
+        let endpoints = service.endpoints.iter().filter(|endpoint| endpoint.second == second);
+        let endpoints: Vec<_> = endpoints.map(|endpoint| one(endpoint, ipv6)).collect();
         let mut labels = json!({"kubernetes.io/service-name": service.name});
         for (key, value) in &service.labels {
             // The EndpointSlice controller mirrors the Service's labels.
@@ -105,7 +109,7 @@ pub(super) fn slices(service: &Service) -> Vec<Value> {
         json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
             "metadata": {
-                "name": format!("{}-{}", service.name, if ipv6 { "v6" } else { "v4" }),
+                "name": slice_name(&service.name, ipv6, second),
                 "namespace": NAMESPACE, "labels": labels,
             },
             "addressType": if ipv6 { "IPv6" } else { "IPv4" },
@@ -113,11 +117,23 @@ pub(super) fn slices(service: &Service) -> Vec<Value> {
             "endpoints": endpoints,
         })
     };
-    match service.families {
-        Families::Ipv4 => vec![of(false)],
-        Families::Ipv6 => vec![of(true)],
-        Families::Dual => vec![of(false), of(true)],
-    }
+    let families: &[bool] = match service.families {
+        Families::Ipv4 => &[false],
+        Families::Ipv6 => &[true],
+        Families::Dual => &[false, true],
+    };
+    let parts: &[bool] = if has_second(service) { &[false, true] } else { &[false] };
+    families.iter().flat_map(|ipv6| parts.iter().map(|second| of(*ipv6, *second))).collect()
+}
+
+/// Whether the Service has two slices for each family.
+pub(super) fn has_second(service: &Service) -> bool {
+    service.endpoints.iter().any(|endpoint| endpoint.second)
+}
+
+/// The name of one of a Service's slices.
+pub(super) fn slice_name(service: &str, ipv6: bool, second: bool) -> String {
+    format!("{service}-{}{}", if ipv6 { "v6" } else { "v4" }, if second { "-second" } else { "" })
 }
 
 fn one(endpoint: &Endpoint, ipv6: bool) -> Value {
@@ -128,13 +144,19 @@ fn one(endpoint: &Endpoint, ipv6: bool) -> Value {
     } else {
         format!("10.244.{node}.{}", pod.number)
     };
-    let mut value = json!({
-        "addresses": [address],
-        "nodeName": pod.node,
-        "conditions": {
-            "ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating,
-        },
-    });
+    let Endpoint { ready, serving, terminating, .. } = *endpoint;
+    let mut conditions = json!({});
+    for (name, value, absent) in
+        [("ready", ready, true), ("serving", serving, true), ("terminating", terminating, false)]
+    {
+        if !(endpoint.bare && value == absent) {
+            conditions[name] = json!(value);
+        }
+    }
+    let mut value = json!({"addresses": [address], "conditions": conditions});
+    if !endpoint.nowhere {
+        value["nodeName"] = json!(pod.node);
+    }
     let names = |names: &[String]| names.iter().map(|name| json!({"name": name})).collect::<Vec<_>>();
     if !endpoint.zones.is_empty() {
         value["hints"]["forZones"] = json!(names(&endpoint.zones));

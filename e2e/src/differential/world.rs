@@ -216,14 +216,24 @@ impl World {
             object["status"] = manifests::status(service)["status"].clone();
         }
         self.kube().apply(&object)?;
-        manifests::slices(service).iter().try_for_each(|slice| self.kube().apply(slice).map(drop))
+        manifests::slices(service).iter().try_for_each(|slice| self.kube().apply(slice).map(drop))?;
+        if old.is_some_and(manifests::has_second) && !manifests::has_second(service) {
+            self.remove_slices(&service.name, true)?;
+        }
+        Ok(())
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        for family in ["v4", "v6"] {
-            self.kube().delete::<EndpointSlice>("default", &format!("{name}-{family}"))?;
-        }
+        self.remove_slices(name, false)?;
+        self.remove_slices(name, true)?;
         self.kube().delete::<v1::Service>("default", name)
+    }
+
+    fn remove_slices(&self, name: &str, second: bool) -> Result<()> {
+        let delete =
+            |ipv6| self.kube().delete::<EndpointSlice>("default", &manifests::slice_name(name, ipv6, second));
+        delete(false)?;
+        delete(true)
     }
 
     /// Waits until both kernels hold everything that was written so far: a Service of its own changes last, and

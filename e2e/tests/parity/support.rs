@@ -118,6 +118,7 @@ pub(crate) fn cluster_ip(endpoints: Vec<Endpoint>) -> Service {
         load_balancer_ips: Vec::new(),
         load_balancer_proxy: false,
         source_ranges: Vec::new(),
+        without_node_ports: false,
         labels: Vec::new(),
         endpoints,
     }
@@ -144,7 +145,17 @@ pub(crate) fn port(protocol: Protocol, port: u16, target: u16) -> Port {
 
 /// A ready endpoint.
 pub(crate) fn ready(pod: usize) -> Endpoint {
-    Endpoint { pod, ready: true, serving: true, terminating: false, zones: Vec::new(), nodes: Vec::new() }
+    Endpoint {
+        pod,
+        ready: true,
+        serving: true,
+        terminating: false,
+        zones: Vec::new(),
+        nodes: Vec::new(),
+        nowhere: false,
+        bare: false,
+        second: false,
+    }
 }
 
 /// An endpoint that is not ready and does not terminate.

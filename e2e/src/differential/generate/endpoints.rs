@@ -1,0 +1,160 @@
+//! Random endpoints of a Service: mostly in the shapes for which kube-proxy has a rule, which chance alone hardly meets.
+
+use rand::Rng as _;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+
+use super::super::case::{Endpoint, PODS};
+
+/// Which endpoints are ready, terminate, or neither.
+#[derive(Debug, Clone, Copy)]
+enum Health {
+    /// All are ready.
+    Ready,
+    /// Some are.
+    Mixed,
+    /// None is; those that terminate may serve.
+    Ending,
+    /// Those on the node under test terminate and serve, the others are ready.
+    EndingHere,
+    /// Those of the node's zone are not ready.
+    ZoneDown,
+    /// None is, and none terminates.
+    Unready,
+}
+
+/// Which hints the slices have.
+#[derive(Debug, Clone, Copy)]
+enum Hints {
+    None,
+    /// Each its own zone.
+    Zones,
+    /// Several zones each.
+    MoreZones,
+    /// Zones that the node is not in.
+    OtherZones,
+    /// Each its own node, and its zone.
+    Nodes,
+    /// Each its own node only.
+    OnlyNodes,
+    /// Nodes other than the one under test, and each its own zone.
+    OtherNodes,
+}
+
+const HEALTH: [Health; 8] = [
+    Health::Ready,
+    Health::Ready,
+    Health::Mixed,
+    Health::Mixed,
+    Health::Ending,
+    Health::EndingHere,
+    Health::ZoneDown,
+    Health::Unready,
+];
+const HINTS: [Hints; 12] = [
+    Hints::None,
+    Hints::None,
+    Hints::None,
+    Hints::None,
+    Hints::None,
+    Hints::Zones,
+    Hints::Zones,
+    Hints::MoreZones,
+    Hints::OtherZones,
+    Hints::Nodes,
+    Hints::OnlyNodes,
+    Hints::OtherNodes,
+];
+
+/// The endpoints of the `index`th Service.
+pub(super) fn endpoints(rng: &mut StdRng, index: usize) -> Vec<Endpoint> {
+    let hints = *HINTS.choose(rng).unwrap_or(&Hints::None);
+    let health = *HEALTH.choose(rng).unwrap_or(&Health::Ready);
+    let present = *[0.0, 0.3, 0.6, 0.6, 1.0, 1.0].choose(rng).unwrap_or(&0.6);
+    let mut endpoints: Vec<_> = (0..PODS.len())
+        .filter(|_| rng.random_bool(present))
+        .collect::<Vec<_>>()
+        .into_iter()
+        .map(|pod| {
+            let endpoint = conditions(rng, pod, health);
+            hinted(rng, endpoint, hints)
+        })
+        .collect();
+    forget_hint(rng, &mut endpoints);
+    // Some Services have a second slice. A pod is always in the same one: it would be gone for a moment while it
+    // moves, and what becomes of its flows then is up to chance.
+    let second = |pod: usize| index % 3 == 1 && pod >= 3;
+    for endpoint in &mut endpoints {
+        endpoint.second = second(endpoint.pod);
+        endpoint.nowhere = rng.random_bool(0.03);
+        endpoint.bare = rng.random_bool(0.3);
+    }
+    if rng.random_bool(0.3) {
+        endpoints.extend(again(&endpoints));
+    }
+    endpoints
+}
+
+fn conditions(rng: &mut StdRng, pod: usize, health: Health) -> Endpoint {
+    let (here, same_zone) = (PODS[pod].node == "n1", PODS[pod].node != "n3");
+    let (ready, terminating) = match health {
+        Health::Ready => (true, false),
+        Health::Mixed => {
+            let ready = rng.random_bool(0.6);
+            (ready, !ready && rng.random_bool(0.6))
+        }
+        Health::Ending => (false, rng.random_bool(0.8)),
+        Health::EndingHere => (!here, here),
+        Health::ZoneDown => (!same_zone, same_zone && rng.random_bool(0.5)),
+        Health::Unready => (false, false),
+    };
+    let serving = ready || terminating && rng.random_bool(0.75);
+    Endpoint {
+        pod,
+        ready,
+        serving,
+        terminating,
+        zones: Vec::new(),
+        nodes: Vec::new(),
+        nowhere: false,
+        bare: false,
+        second: false,
+    }
+}
+
+fn hinted(rng: &mut StdRng, mut endpoint: Endpoint, hints: Hints) -> Endpoint {
+    let node = PODS[endpoint.pod].node;
+    let own = if node == "n3" { "b" } else { "a" };
+    let mut other = |names: &[&str]| (*names.choose(rng).unwrap_or(&"d")).to_owned();
+    let (own, node) = (own.to_owned(), node.to_owned());
+    (endpoint.zones, endpoint.nodes) = match hints {
+        Hints::None => (Vec::new(), Vec::new()),
+        Hints::Zones => (vec![own], Vec::new()),
+        Hints::MoreZones => (vec![other(&["a", "b", "d"]), "c".to_owned()], Vec::new()),
+        Hints::OtherZones => (vec![other(&["b", "d"])], Vec::new()),
+        Hints::Nodes => (vec![own], vec![node]),
+        Hints::OnlyNodes => (Vec::new(), vec![node]),
+        Hints::OtherNodes => (vec![own], vec![other(&["n2", "n3", "n9"])]),
+    };
+    endpoint
+}
+
+/// One endpoint without a hint undoes those of all others, if it is ready.
+fn forget_hint(rng: &mut StdRng, endpoints: &mut [Endpoint]) {
+    if endpoints.is_empty() || !rng.random_bool(0.35) {
+        return;
+    }
+    let at = rng.random_range(0..endpoints.len());
+    endpoints[at].zones.clear();
+    if rng.random_bool(0.7) {
+        endpoints[at].nodes.clear();
+    }
+}
+
+/// The address of a pod that ends is that of a new one already: the same address twice. Of two that do not terminate,
+/// kube-proxy takes any.
+fn again(endpoints: &[Endpoint]) -> Option<Endpoint> {
+    let old = endpoints.iter().find(|endpoint| endpoint.terminating)?;
+    let conditions = Endpoint { ready: true, serving: true, terminating: false, ..old.clone() };
+    Some(Endpoint { second: !old.second, ..conditions })
+}
