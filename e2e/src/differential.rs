@@ -10,6 +10,7 @@ pub mod case;
 mod compare;
 mod flows;
 pub mod generate;
+mod health;
 mod manifests;
 mod plan;
 mod report;
@@ -20,6 +21,7 @@ use anyhow::Result;
 
 pub use by_hand::Both;
 pub use compare::{Agreed, Answers, Difference, Disagreement};
+pub use health::essence;
 pub use plan::{Kind, ORIGINS, Origin, Probe};
 pub use report::{explain, report};
 pub use world::World;
@@ -62,6 +64,7 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
         let probes = plan::probes(world, &services)?;
         let compare::Compared { agreed, mut differences, wavered: once } = compare::compare(world, &probes)?;
         wavered.extend(once);
+        differences.extend(health::differences(world, &services)?);
         if let Some(flows) = flows {
             differences.extend(flows.differences(world, &probes, &services)?);
         }

@@ -10,6 +10,7 @@ use super::plan::{Origin, Probe};
 use super::world::{Side, World};
 use crate::probe::Outcome;
 use crate::probe::volley::{Flow, volley};
+use crate::wait;
 
 /// The same of both worlds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,6 +96,19 @@ impl World {
             let output = command.output().context("starting curl")?;
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         })
+    }
+
+    /// Writes the Node n1, which was deleted, again. The agent's Pod was bound to the old one: its DaemonSet would make
+    /// a new one.
+    ///
+    /// # Errors
+    /// The API server refuses, or the agent does not start or gets no view.
+    pub fn make_node_again(&self) -> Result<()> {
+        let node = self.fleet.nodes().first().context("no node")?;
+        self.fleet.register(node)?;
+        self.fleet.stop_agent(node, libc::SIGTERM)?;
+        self.fleet.start_agent(node)?;
+        wait::until("node n1 is served again", Duration::from_secs(60), || self.fleet.agrees(node))
     }
 
     /// All of nf_tables on node n1, as `nft` prints it.

@@ -61,7 +61,7 @@ const SETTLE: [[&str; 2]; 2] = [["192.0.2.", "10.99.0."], ["fd00:c0::", "fd00:99
 /// Both laboratories.
 #[derive(Debug)]
 pub struct World {
-    fleet: Fleet,
+    pub(super) fleet: Fleet,
     // In the order of dropping: the proxy, pods, nodes, the laboratory.
     proxy: KubeProxy,
     pods: Vec<PodNet>,

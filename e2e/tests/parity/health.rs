@@ -6,42 +6,13 @@ use std::time::Duration;
 use anyhow::ensure;
 use k8s_openapi::api::core::v1;
 use serde_json::{Value, json};
-use switchtower_e2e::differential::World;
 use switchtower_e2e::differential::case::{Endpoint, Step};
+use switchtower_e2e::differential::{Kind, Origin, World, essence};
 use switchtower_e2e::wait;
 
-use crate::support::{P1, P2, P3, agree_in, balancer, ready, terminating, world};
+use crate::support::{P1, P2, P3, P5, agree_in, balancer, ready, terminating, world, zones};
 
-const SOON: Duration = Duration::from_secs(10);
-
-/// Status line, the headers that load balancers read, and the body without times.
-fn essence(answer: &str) -> Vec<String> {
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
-    let mut lines = head.lines();
-    let mut essence = vec![lines.next().unwrap_or_default().trim().to_owned()];
-    let told = ["content-type", "x-content-type-options", "x-load-balancing-endpoint-weight"];
-    let mut headers: Vec<_> = lines
-        .map(|line| line.trim().to_lowercase())
-        .filter(|line| told.iter().any(|name| line.starts_with(name)))
-        .collect();
-    headers.sort();
-    essence.extend(headers);
-    match serde_json::from_str::<Value>(body.trim()) {
-        Ok(mut value) => {
-            forget_times(&mut value);
-            essence.push(value.to_string());
-        }
-        Err(_) => essence.push(body.trim().to_owned()),
-    }
-    essence
-}
-
-fn forget_times(value: &mut Value) {
-    if let Value::Object(fields) = value {
-        fields.retain(|name, _| !["lastUpdated", "currentTime"].contains(&name.as_str()));
-        fields.values_mut().for_each(forget_times);
-    }
-}
+const SOON: Duration = Duration::from_secs(30);
 
 /// Waits until both answer the same, with this beginning.
 #[track_caller]
@@ -116,6 +87,34 @@ fn a_node_that_the_autoscaler_takes_away_is_alive_and_not_healthy() {
     both_answer(&world, to, "/livez", "HTTP/1.1 200");
     taint(Value::Null);
     both_answer(&world, to, "/healthz", "HTTP/1.1 200");
+}
+
+#[test]
+fn a_node_that_is_being_deleted_is_alive_and_not_healthy() {
+    const FINALIZER: &str = "example.com/kept-for-a-moment";
+    let mut world = world();
+    let to = SocketAddr::new(world.node_address(false), 10_256);
+    both_answer(&world, to, "/healthz", "HTTP/1.1 200");
+    let finalizers = |world: &World, finalizers: Value| {
+        let patch = json!({"metadata": {"finalizers": finalizers}});
+        let api: kube::Api<v1::Node> = kube::Api::all(world.kube().client());
+        let (parameters, patch) = (kube::api::PatchParams::default(), kube::api::Patch::Merge(&patch));
+        world.kube().block_on(api.patch("n1", &parameters, &patch)).unwrap();
+    };
+    finalizers(&world, json!([FINALIZER]));
+    world.kube().delete_cluster::<v1::Node>("n1").unwrap();
+    let answer = both_answer(&world, to, "/healthz", "HTTP/1.1 503");
+    assert!(answer.last().unwrap().contains(r#""nodeEligible":false"#), "{answer:?}");
+    both_answer(&world, to, "/livez", "HTTP/1.1 200");
+    // Packets are served as before, while the Node is on its way and when it is there again.
+    let service =
+        balancer(vec![zones(ready(P1), &["a"]), zones(ready(P3), &["a"]), zones(ready(P5), &["b"])]);
+    agree_in(&mut world, vec![service.clone()], Vec::new());
+    finalizers(&world, json!([]));
+    world.make_node_again().unwrap();
+    both_answer(&world, to, "/healthz", "HTTP/1.1 200");
+    let states = agree_in(&mut world, vec![service], Vec::new());
+    assert_eq!(states[0].pods(Origin::LocalPod, Kind::ClusterIP), ["p1", "p3"]);
 }
 
 #[test]
