@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use anyhow::ensure;
+use k8s_openapi::api::core::v1;
 use kube::api::DeleteParams;
 use serde_json::json;
 use switchtower_e2e::differential::case::{Families, Protocol, Service};
-use switchtower_e2e::differential::{Kind, Origin, Probe, World};
+use switchtower_e2e::differential::{Kind, Origin, Probe, World, essence};
 use switchtower_e2e::wait;
 
-use crate::support::{P1, REFUSED, agree_in, cluster_ip, port, ready, unready, world};
+use crate::support::{P1, REFUSED, agree_in, balancer, cluster_ip, port, ready, unready, world};
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 /// For what kube-proxy leaves to its next full sync, up to an hour later.
 const WHILE: Duration = Duration::from_secs(3);
 
@@ -54,6 +55,43 @@ fn a_udp_flow_to_a_service_without_serving_endpoints_ends_here_and_stays_with_ku
     assert_eq!(last, ["p1", REFUSED]);
 }
 
+#[test]
+fn a_udp_flow_to_a_port_that_is_renamed_is_ended_here_and_stays_with_kube_proxy() {
+    // The Service has the new name, the slices have it not yet.
+    let renamed = |target| {
+        let mut service = single(Protocol::UDP);
+        service.ports[0].name = "renamed".to_owned();
+        service.ports[0].target = target;
+        service
+    };
+    let mut world = world();
+    let last = flow_after(&mut world, |world, _| world.apply(&renamed(None)).unwrap());
+    assert_eq!(last, ["p1", REFUSED]);
+    let states = agree_in(&mut world, vec![renamed(Some(8080))], Vec::new());
+    assert_eq!(states[0].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
+}
+
+#[test]
+fn a_health_check_on_an_address_of_another_family_is_answered_here_and_refused_by_kube_proxy() {
+    let mut world = world();
+    let mut service = balancer(vec![ready(P1)]);
+    service.families = Families::Ipv4;
+    service.external_local = true;
+    agree_in(&mut world, vec![service], Vec::new());
+    let object: v1::Service = world.kube().get("default", "web").unwrap().unwrap();
+    let port = u16::try_from(object.spec.unwrap().health_check_node_port.unwrap()).unwrap();
+    let told = wait::until("Switchtower answers", SOON, || {
+        let answers = world.ask_node((world.node_address(true), port).into(), "/")?;
+        let ours = essence(&answers.switchtower);
+        ensure!(!ours.is_empty(), "{answers:?}");
+        Ok([essence(&answers.kube_proxy), ours])
+    });
+    let [theirs, ours] = told.unwrap();
+    assert_eq!(theirs, [""; 0]);
+    assert_eq!(ours[0], "HTTP/1.1 503 Service Unavailable");
+    assert!(ours.contains(&"x-load-balancing-endpoint-weight: 0".to_owned()), "{ours:?}");
+}
+
 fn answers(world: &World, probe: &Probe) -> [String; 2] {
     let answers = world.ask_with_pauses(probe, &[Duration::ZERO]).unwrap();
     [answers.kube_proxy.concat(), answers.switchtower.concat()]
@@ -66,11 +104,13 @@ fn rules_that_others_delete_come_back_here_at_once() {
     let probe = states[0].probe(Origin::LocalPod, Kind::ClusterIP);
     assert_eq!(answers(&world, &probe), ["p1", "p1"]);
     world.delete_tables().unwrap();
-    std::thread::sleep(WHILE);
-    let after = answers(&world, &probe);
+    let after = wait::until("the rules are there again", SOON, || {
+        let [theirs, ours] = answers(&world, &probe);
+        ensure!(ours == "p1", "Switchtower: {ours}");
+        Ok(theirs)
+    });
     world.repair_kube_proxy().unwrap();
-    assert_ne!(after[0], "p1");
-    assert_eq!(after[1], "p1");
+    assert_ne!(after.unwrap(), "p1");
     agree_in(&mut world, vec![single(Protocol::TCP)], Vec::new());
 }
 
