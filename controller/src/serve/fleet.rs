@@ -163,22 +163,25 @@ impl Fleet {
     /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
     pub fn publish(&self, compiled: Compiled, mut publication: Publication, source: Source) -> u64 {
         let Compiled { changes, removed, .. } = compiled;
-        let zones: Vec<(Arc<str>, Option<Arc<str>>)> = changes.iter().filter_map(node_record).collect();
+        let records: BTreeMap<Arc<str>, Option<Arc<str>>> = changes.iter().filter_map(node_record).collect();
         let infos = self.propagation.describe(&publication);
         let mut nodes = lock(&self.nodes);
         let applied = self.write(|layers| layers.apply(changes, &removed, infos, source));
         if applied.dropped > 0 {
             tracing::error!(dropped = applied.dropped, "malformed changes from the compiler were dropped");
         }
-        for (node, zone) in zones {
-            nodes.assign(&node, zone, &self.builtin);
-            self.mark([node]);
-        }
         for id in removed {
-            if let LayerId::Node(node) = id {
+            // One that was made anew at once is served on: its settings and its stream stay.
+            if let LayerId::Node(node) = id
+                && !records.contains_key(&node)
+            {
                 nodes.unassign(&node);
                 self.mark([node]);
             }
+        }
+        for (node, zone) in records {
+            nodes.assign(&node, zone, &self.builtin);
+            self.mark([node]);
         }
         self.ready.store(true, Ordering::Release);
         publication.published = unix_nanoseconds(SystemTime::now());

@@ -309,6 +309,22 @@ async fn an_assignment_of_settings_is_followed_like_any_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_made_anew_at_once_is_served_on() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    let record = NodeRecord { name: "n1".to_owned(), zone: "z".to_owned(), ..NodeRecord::default() };
+    let layer = LayerId::Node("n1".into());
+    let changes = BTreeMap::from([(layer.clone(), vec![Change { change: Some(Op::Node(record)) }])]);
+    let compiled = Compiled { changes, removed: vec![layer], ..Compiled::default() };
+    lab.fleet.publish(compiled, Publication::default(), Source::default());
+    assert!(lab.fleet.knows("n1"));
+    let (second, parts) = agent.update().await;
+    assert_eq!((second.from, parts.len()), (Some(first.to), 1), "the new record");
+    agent.ack(&second).await;
+    lab.until("n1", |known| known.applied == second.to).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_comes_back_continues() {
     let lab = Lab::start(Limits::default()).await;
     let (agent, first) = Agent::settled(&lab, "n1").await;
