@@ -1,4 +1,4 @@
-//! Errors as one line.
+//! Errors as one line, and what those of the API server mean.
 
 use std::error::Error;
 use std::fmt;
@@ -16,6 +16,12 @@ impl fmt::Display for Chain<'_> {
         }
         Ok(())
     }
+}
+
+/// The API server does not know the kind: its CRD is not installed. The message of a missing object names it.
+pub(crate) fn is_missing_kind(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())
 }
 
 #[cfg(test)]

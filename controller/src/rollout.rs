@@ -21,7 +21,7 @@ use switchtower_crds::{ProxyProfile, ProxyRollout};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::errors::Chain;
+use crate::errors::{Chain, is_missing_kind};
 use crate::ingest::NodeIdentity;
 use crate::serve::fleet::Fleet;
 use crate::status::{Assignments, NodeEvent};
@@ -172,7 +172,8 @@ impl Rollouts {
     /// Deciding from a part of the nodes or objects would be deciding wrongly.
     fn ready(&self) -> bool {
         let paused = self.paused_until.is_some_and(|until| until > Instant::now());
-        self.nodes_synced && self.profiles.synced() && self.rollouts.synced() && !paused
+        let known = self.nodes_synced && self.assignments.loaded();
+        known && self.profiles.synced() && self.rollouts.synced() && !paused
     }
 
     fn wake_up(&mut self, news: bool) -> Option<Instant> {
@@ -205,7 +206,7 @@ impl Rollouts {
     /// Without the CRDs there are no objects of them.
     fn watch_failed(&mut self, error: &watcher::Error) {
         let missing = match error {
-            watcher::Error::InitialListFailed(error) => requests::is_missing_kind(error),
+            watcher::Error::InitialListFailed(error) => is_missing_kind(error),
             _ => false,
         };
         self.complain(missing, error);
@@ -214,7 +215,7 @@ impl Rollouts {
     /// A request failed. True: go on with others; false: it would fail alike.
     fn request_failed(&mut self, error: &kube::Error) {
         self.paused_until = Some(Instant::now() + RETRY);
-        self.complain(requests::is_missing_kind(error), error);
+        self.complain(is_missing_kind(error), error);
     }
 
     /// At most once a minute.

@@ -39,7 +39,7 @@ use crate::agents::{self, Agents, Obstacle};
 use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
-use crate::errors::Chain;
+use crate::errors::{Chain, is_missing_kind};
 use crate::metrics::{self, Readiness};
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
@@ -61,8 +61,6 @@ const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name";
 const SLICE_SELECTOR: &str = "!service.kubernetes.io/headless";
 /// Batches between the watches and the engine: bounds memory while a compile runs.
 const BATCHES: usize = 1_024;
-/// How long the start waits for the rows, from which sessions continue their generations.
-const ROWS_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts to reach the API server while starting.
 const RETRY: Duration = Duration::from_secs(5);
 /// Between two writes of the bootstrap ConfigMap.
@@ -131,8 +129,14 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let listener = listen(args.listen, &agents).await?;
     tokio::spawn(metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?);
 
-    let ca = certificate_authority(&client, &args).await?;
-    let parts = start_parts(&client, &args, &replica, &agents, &registry).await?;
+    let starting = async {
+        let ca = certificate_authority(&client, &args).await?;
+        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry).await?))
+    };
+    let (ca, parts) = tokio::select! {
+        started = starting => started?,
+        signal = wait_for_signal() => return signal,
+    };
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
     tokio::spawn(keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
     let Parts { fleet, serve_metrics, traces, mut head } = parts;
@@ -252,15 +256,11 @@ async fn start_parts(
     let metrics = StatusMetrics::new(registry)?;
     let mut writer =
         Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
-    let loaded = matches!(tokio::time::timeout(ROWS_PATIENCE, writer.load()).await, Ok(Ok(())));
+    let loaded = read_first("ProxyStatus", async || writer.load().await).await;
     // Then the settings that they name, so that no node gets others for a moment.
     let metrics = RolloutMetrics::new(registry)?;
     let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments, metrics);
-    if !matches!(tokio::time::timeout(ROWS_PATIENCE, rollouts.load()).await, Ok(Ok(()))) {
-        tracing::warn!(
-            "profiles and rollouts could not be read yet; nodes get the built-in settings until then"
-        );
-    }
+    read_first("ProxyProfile and ProxyRollout", async || rollouts.load().await).await;
     let (nodes, node_events) = mpsc::unbounded_channel();
     tokio::spawn(writer.run(loaded, node_events));
     let account = args.agent_service_account.clone();
@@ -276,6 +276,26 @@ async fn start_parts(
     let metrics = EngineMetrics::new(registry)?;
     tokio::spawn(engine::run(pipeline, outputs, metrics, new_trace, batches));
     Ok(Parts { fleet, serve_metrics, head: head_seen, traces })
+}
+
+/// Reads what says which settings nodes have, however long it takes: agents that were served before would get the
+/// built-in ones, outside of any rollout. False: the kind is not installed, so there are no objects of it.
+async fn read_first(kind: &'static str, mut read: impl AsyncFnMut() -> Result<(), kube::Error>) -> bool {
+    loop {
+        let error = match read().await {
+            Ok(()) => return true,
+            Err(error) => error,
+        };
+        if is_missing_kind(&error) {
+            tracing::warn!(
+                kind,
+                "not installed (`kubectl apply -k crds/yaml`); nodes get the built-in settings"
+            );
+            return false;
+        }
+        tracing::warn!(kind, error = %Chain(&error), "not read yet; agents wait, and it is tried again");
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 /// What knows how changes fare.
@@ -459,4 +479,24 @@ async fn wait_for_signal() -> anyhow::Result<()> {
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: u16, name: &str) -> kube::Error {
+        let details = serde_json::json!({"name": name});
+        let status = serde_json::json!({"status": "Failure", "code": code, "reason": "Scripted",
+            "message": "scripted", "details": details});
+        kube::Error::Api(Box::new(serde_json::from_value(status).unwrap()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_start_waits_for_rows_that_cannot_be_read_but_not_for_a_kind_that_is_not_there() {
+        let mut answers = vec![Ok(()), Err(refused(500, "")), Err(refused(403, "")), Err(refused(404, "n"))];
+        assert!(read_first("rows", async || answers.pop().unwrap()).await);
+        assert!(answers.is_empty());
+        assert!(!read_first("rows", async || Err(refused(404, ""))).await);
+    }
 }

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::FINALIZER;
+use crate::errors::is_missing_kind;
 
 /// A request that takes longer is given up and tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,12 +29,6 @@ pub(super) fn is_race(error: &kube::Error) -> bool {
 
 fn is_missing_object(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404) && !is_missing_kind(error)
-}
-
-/// The API server does not know the kind: its CRD is not installed. The message of a missing object names it.
-pub(super) fn is_missing_kind(error: &kube::Error) -> bool {
-    let kube::Error::Api(status) = error else { return false };
-    status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())
 }
 
 /// What the API server says about an object that it will not take however often it is tried.

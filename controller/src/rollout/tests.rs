@@ -121,7 +121,9 @@ fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
         Arc::new(drop),
     );
     let metrics = RolloutMetrics::new(&registry).unwrap();
-    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, Assignments::default(), metrics)
+    let assignments = Assignments::default();
+    assignments.set_loaded();
+    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, assignments, metrics)
 }
 
 impl Lab {
@@ -201,4 +203,14 @@ async fn a_name_that_somebody_took_by_hand_is_left_out() {
     lab.rollouts.round().await;
     assert_eq!(lab.profile_standing(), (Some(2), "default@3".to_owned(), "RollingOut".to_owned()));
     assert_eq!(lab.object(ROLLOUTS, "default-2")["status"]["state"], "Ignored");
+}
+
+#[tokio::test]
+async fn nothing_is_decided_before_the_rows_are_read() {
+    let mut lab = lab().await;
+    assert!(lab.rollouts.ready());
+    lab.rollouts.assignments = Assignments::default();
+    assert!(!lab.rollouts.ready(), "a node without an assignment may have one in its row");
+    lab.rollouts.assignments.set_loaded();
+    assert!(lab.rollouts.ready());
 }

@@ -21,6 +21,8 @@ pub struct StoredAssignment {
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// All rows were read: what is not stored is in no row.
+    loaded: bool,
     stored: HashMap<Arc<str>, StoredAssignment>,
     wanted: HashMap<Arc<str>, ProfileAssignment>,
     /// Wishes that the writer has not looked at.
@@ -58,6 +60,18 @@ impl Assignments {
         }
         drop(inner);
         self.wishes.notify_one();
+    }
+
+    /// All rows were read.
+    pub(crate) fn set_loaded(&self) {
+        self.lock().loaded = true;
+        self.rows.notify_one();
+    }
+
+    /// All rows were read; until then a node without an assignment may well have one.
+    #[must_use]
+    pub fn loaded(&self) -> bool {
+        self.lock().loaded
     }
 
     /// What a node's row names or is about to name, and what it names now.

@@ -9,6 +9,7 @@ use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostPa
 use serde_json::json;
 use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
 
+use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 
 /// A request that takes longer is given up and tried again.
@@ -94,10 +95,7 @@ impl Request {
     pub(super) async fn run(self, api: Api<ProxyStatus>) -> Outcome {
         match tokio::time::timeout(PATIENCE, self.send(&api)).await {
             Ok(outcome) => outcome,
-            Err(_) => Outcome::Failed(kube::Error::ReadEvents(std::io::Error::new(
-                std::io::ErrorKind::TimedOut,
-                format!("no answer within {} seconds", PATIENCE.as_secs()),
-            ))),
+            Err(_) => Outcome::Failed(timed_out()),
         }
     }
 
@@ -159,10 +157,9 @@ async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> Outc
     }
 }
 
-/// The API server does not know the kind: its CRD is not installed.
-pub(super) fn is_missing_kind(error: &kube::Error) -> bool {
-    let kube::Error::Api(status) = error else { return false };
-    status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())
+fn timed_out() -> kube::Error {
+    let message = format!("no answer within {} seconds", PATIENCE.as_secs());
+    kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message))
 }
 
 /// All rows, by pages.
@@ -170,7 +167,10 @@ pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored
     let mut params = ListParams::default().limit(500);
     let mut rows = Vec::new();
     loop {
-        let page = api.list(&params).await?;
+        let page = match tokio::time::timeout(PATIENCE, api.list(&params)).await {
+            Ok(page) => page?,
+            Err(_) => return Err(timed_out()),
+        };
         for object in page.items {
             let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
             rows.push((name, object.into()));

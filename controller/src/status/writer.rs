@@ -19,6 +19,7 @@ use super::row::{Inputs, Row, State, row};
 use super::schedule::{Budget, Schedule, minimum_interval};
 use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::agents::Agents;
+use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 
 /// Requests under way at once.
@@ -118,6 +119,7 @@ impl<R: Registry> Writer<R> {
             self.read(&name, &stored);
             self.entries.entry(name).or_default().stored = Some(stored);
         }
+        self.assignments.set_loaded();
         Ok(())
     }
 
@@ -429,7 +431,7 @@ impl<R: Registry> Writer<R> {
             return;
         }
         self.complained = Some(now);
-        if requests::is_missing_kind(error) {
+        if is_missing_kind(error) {
             tracing::error!(
                 "the kind ProxyStatus (switchtower.dev/v1alpha1) is not installed; install it with \
                  `kubectl apply -k crds/yaml`; agents are served meanwhile, and it is tried again"
