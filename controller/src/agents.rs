@@ -146,6 +146,12 @@ impl Agents {
         self.0.changed.notify_one();
     }
 
+    /// The controller does not accept agents.
+    #[must_use]
+    pub fn are_kept_out(&self) -> bool {
+        self.lock().closed.is_some()
+    }
+
     /// Whether a node's agent is not connected. What it answered before it connected is forgotten.
     pub fn set_missing(&self, node: &Arc<str>, missing: bool) {
         let mut known = self.lock();

@@ -50,8 +50,6 @@ const TICK: Duration = Duration::from_millis(500);
 const GATHER: Duration = Duration::from_millis(50);
 /// After a failed request.
 const RETRY: Duration = Duration::from_secs(5);
-/// Agents get this long after the start before a missing one is news.
-const SETTLE: Duration = Duration::from_secs(20);
 
 /// Keeps an object until nothing needs it.
 pub const FINALIZER: &str = "switchtower.dev/in-use";
@@ -80,7 +78,6 @@ pub struct Rollouts {
     nodes_synced: bool,
     /// Revisions that rows name and no rollout tells of, as they were complained about.
     unknown: BTreeSet<String>,
-    started: Instant,
     /// Profiles whose new revision the API server refuses.
     refused: BTreeMap<String, Refused>,
     /// No request before this time.
@@ -111,7 +108,6 @@ impl Rollouts {
             nodes_synced: false,
             unknown: BTreeSet::new(),
             refused: BTreeMap::new(),
-            started: Instant::now(),
             paused_until: None,
             complained: None,
         }

@@ -68,6 +68,7 @@ impl Server {
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), tonic::transport::Error> {
         let fleet = self.fleet.clone();
+        fleet.accept();
         let incoming = tls::incoming(listener, tls, metrics);
         let service = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
         let leave = async move {

@@ -34,6 +34,9 @@ pub trait Registry: Send + Sync + 'static {
     /// What is known of a node's agent; `None` if none came since this process started.
     fn observe(&self, node: &str) -> Option<Observation>;
 
+    /// Agents have had the time to come back: a missing one is news.
+    fn settled(&self) -> bool;
+
     /// Waits until something changed, and names the nodes. May be dropped and called again at any time.
     fn changed(&self) -> impl Future<Output = Vec<Arc<str>>> + Send;
 }

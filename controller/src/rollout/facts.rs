@@ -9,7 +9,7 @@ use switchtower_core::rollout::{
 };
 use switchtower_proto::v1::{TrialPhase, TrialStatus};
 
-use super::{Rollouts, SETTLE, convert};
+use super::{Rollouts, convert};
 use crate::status::Observation;
 use crate::status::row::DISCONNECT_GRACE;
 
@@ -86,7 +86,7 @@ impl Rollouts {
         self.fleet.each_observation(|name, observation| {
             agents.insert(name.clone(), agent(observation, now));
         });
-        let settled = self.started.elapsed() >= SETTLE;
+        let settled = self.fleet.settled();
         let mut facts =
             Facts { now, profiles, past, fleet: Vec::new(), nodes: BTreeMap::new(), lost: BTreeMap::new() };
         facts.fleet.reserve(self.nodes.len());

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
@@ -32,6 +32,10 @@ use crate::status::{Floor, Floors, Observation};
 pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
 /// Takes what nodes find wrong with objects; never blocks.
 pub type ProblemSink = Arc<dyn Fn(Problem) + Send + Sync>;
+
+/// Agents get this long after streams are accepted before a missing one is news: an agent that could not reach the
+/// controller for a while tries again only every 30 seconds, and a fleet that comes back at once needs a moment.
+const SETTLE: Duration = Duration::from_secs(45);
 
 /// What a stream is told from outside of its task.
 #[derive(Debug, Default)]
@@ -93,6 +97,8 @@ pub struct Fleet {
     floors: Floors,
     instance: [u8; 16],
     ready: AtomicBool,
+    /// Since when streams are accepted.
+    accepting: OnceLock<tokio::time::Instant>,
     metrics: ServeMetrics,
     upstream: UpstreamAge,
     propagation: Arc<Propagation>,
@@ -148,6 +154,7 @@ impl Fleet {
             floors,
             instance: rand::random(),
             ready: AtomicBool::new(false),
+            accepting: OnceLock::new(),
             metrics,
             upstream,
             propagation,
@@ -158,6 +165,17 @@ impl Fleet {
             streams: AtomicUsize::new(0),
             bucket: Mutex::new(Bucket { tokens: f64::MAX, at: Instant::now() }),
         })
+    }
+
+    /// Streams are accepted from now on.
+    pub(super) fn accept(&self) {
+        self.accepting.get_or_init(tokio::time::Instant::now);
+    }
+
+    /// Streams have been accepted for long enough that a missing agent is news.
+    #[must_use]
+    pub fn settled(&self) -> bool {
+        self.accepting.get().is_some_and(|since| since.elapsed() >= SETTLE)
     }
 
     /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
@@ -436,6 +454,10 @@ impl crate::status::Registry for Fleet {
             }
         }
         Some(observation)
+    }
+
+    fn settled(&self) -> bool {
+        Fleet::settled(self)
     }
 
     async fn changed(&self) -> Vec<Arc<str>> {

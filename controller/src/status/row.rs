@@ -88,7 +88,7 @@ pub struct Inputs<'a> {
     pub row_generation: Option<i64>,
     /// Name of this replica.
     pub replica: &'a str,
-    /// This process has accepted streams for long enough that a missing agent is news.
+    /// This process has accepted streams, or been kept from it, for long enough that a missing agent is news.
     pub settled: bool,
     /// Now.
     pub now: Timestamp,

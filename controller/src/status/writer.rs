@@ -26,8 +26,8 @@ use crate::ingest::NodeIdentity;
 const CONCURRENCY: usize = 8;
 /// An unchanged row is written again after about this time, so that foreign edits do not last.
 const REFRESH: Duration = Duration::from_secs(300);
-/// Agents get this long after the start before a missing one is news.
-const SETTLE: Duration = Duration::from_secs(20);
+/// A controller that cannot accept agents says so on their rows after this time: the one before it may be leaving.
+const CLOSED: Duration = Duration::from_secs(20);
 /// After a failed request, and between attempts to list.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -296,7 +296,8 @@ impl<R: Registry> Writer<R> {
             (Some(_), _) => return None,
             (None, _) => {}
         }
-        let settled = self.started.elapsed() >= SETTLE;
+        let closed = || self.settings.agents.are_kept_out() && self.started.elapsed() >= CLOSED;
+        let settled = self.registry.settled() || closed();
         let kubelet = entry.node.as_ref().and_then(|node| node.kubelet_lost.as_deref());
         let agents = &self.settings.agents;
         let stored = entry.stored.as_ref();

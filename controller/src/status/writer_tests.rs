@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -99,6 +100,7 @@ fn failure(code: u16, reason: &str, name: &str) -> (u16, Value) {
 struct Fleet {
     known: Mutex<HashMap<String, Observation>>,
     changed: Mutex<Vec<Arc<str>>>,
+    settled: AtomicBool,
     notify: Notify,
 }
 
@@ -113,6 +115,10 @@ impl Fleet {
 impl Registry for Fleet {
     fn observe(&self, node: &str) -> Option<Observation> {
         self.known.lock().unwrap().get(node).cloned()
+    }
+
+    fn settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
     }
 
     async fn changed(&self) -> Vec<Arc<str>> {
@@ -367,4 +373,38 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
     want(3);
     lab.wait(100).await;
     assert_eq!(named(), json!(3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_missing_agent_is_news_once_agents_had_the_time_to_come_back() {
+    let rows = [("n1".to_owned(), stored("tower-0", 4))].into();
+    let lab = lab(Server { rows, version: 1, ..Server::default() }).await;
+    lab.node("n1", "u1");
+    lab.wait(120_000).await;
+    assert_eq!(lab.row("n1")["status"]["state"], "Synced", "streams are not accepted yet");
+    lab.agents.closed(Some(Obstacle::new("ControllerNotListening", "the port is taken")));
+    lab.wait(12_000).await;
+    assert_eq!(lab.row("n1")["status"]["state"], "Stale", "nobody can come");
+    lab.agents.closed(None);
+    lab.fleet.settled.store(true, Ordering::Relaxed);
+    lab.wait(12_000).await;
+    assert_eq!(lab.row("n1")["status"]["state"], "Stale");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
+    let mut row = stored("tower-0", 4);
+    row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
+    let lab = lab(Server { rows: [("n1".to_owned(), row)].into(), version: 1, ..Server::default() }).await;
+    lab.node("n1", "u1");
+    lab.server.lock().unwrap().rows.clear();
+    lab.fleet.set("n1", observed(71, 5));
+    lab.wait(2_000).await;
+    assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7, "the nodes keep their settings");
+    // Another Node of that name is not the one that was moved there.
+    lab.server.lock().unwrap().rows.clear();
+    lab.node("n1", "u2");
+    lab.wait(2_000).await;
+    assert_eq!(lab.row("n1")["metadata"]["ownerReferences"][0]["uid"], "u2");
+    assert_eq!(lab.row("n1")["spec"]["profile"], Value::Null);
 }
