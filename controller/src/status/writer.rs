@@ -9,7 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
-use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusStatus};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -49,6 +49,8 @@ pub struct WriterSettings {
 struct Entry {
     node: Option<NodeIdentity>,
     stored: Option<Stored>,
+    /// UID of the Node and the assignment of a row that is gone.
+    kept: Option<(String, ProfileAssignment)>,
     state: Option<State>,
     last_write: Option<Instant>,
     /// When the row is written again although nothing changed.
@@ -58,6 +60,20 @@ struct Entry {
     seen_generation: Option<i64>,
     /// Another replica took the node over from this session of ours.
     yielded: Option<u64>,
+}
+
+impl Entry {
+    /// The row is gone. If its Node is not, it is made again with what it assigned: a node moves to other settings by
+    /// a rollout alone.
+    fn row_gone(&mut self) {
+        let gone = self.stored.take();
+        self.kept = gone.and_then(|row| Some((row.owner?, row.assignment?))).or(self.kept.take());
+    }
+
+    /// What a new row assigns by itself.
+    fn kept(&self, node: &NodeIdentity) -> Option<ProfileAssignment> {
+        self.kept.as_ref().filter(|(uid, _)| **uid == *node.uid).map(|(_, assignment)| assignment.clone())
+    }
 }
 
 /// The task that owns all rows.
@@ -224,7 +240,7 @@ impl<R: Registry> Writer<R> {
         let Some(entry) = self.entries.get_mut(&name) else { return };
         let Some(stored) = &mut entry.stored else { return };
         if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
-            entry.stored = None;
+            entry.row_gone();
         } else if !gone && object.metadata.generation > stored.generation {
             entry.seen_generation = object.metadata.generation;
         } else {
@@ -359,7 +375,7 @@ impl<R: Registry> Writer<R> {
         match (&entry.node, &entry.stored) {
             (None, None) => None,
             (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
-            (Some(node), None) => Some(Request::Create(node.clone(), wish)),
+            (Some(node), None) => Some(Request::Create(node.clone(), wish.or_else(|| entry.kept(node)))),
             (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
                 Some(Request::Adopt(node.clone(), stored.clone()))
             }
@@ -393,7 +409,10 @@ impl<R: Registry> Writer<R> {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
         match outcome {
-            Outcome::Stored(stored) => entry.stored = Some(*stored),
+            Outcome::Stored(stored) => {
+                entry.stored = Some(*stored);
+                entry.kept = None;
+            }
             Outcome::Conflict(stored) => {
                 if assigned {
                     self.assignments.forget_wish(name);
@@ -405,7 +424,7 @@ impl<R: Registry> Writer<R> {
                 }
                 entry.stored = Some(*stored);
             }
-            Outcome::Missing => entry.stored = None,
+            Outcome::Missing => entry.row_gone(),
             Outcome::Failed(error) => {
                 self.complain(&error);
                 self.paused_until = Some(Instant::now() + RETRY);
