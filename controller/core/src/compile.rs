@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-pub use self::service::{MAX_POOL_MEMBERS, MAX_SOURCE_RANGES};
+pub use self::service::{MAX_FRONTENDS, MAX_POOL_MEMBERS, MAX_SERVICE_MEMBERS, MAX_SOURCE_RANGES};
 
 use self::claims::Claims;
 use self::emit::Emitter;

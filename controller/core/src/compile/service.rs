@@ -11,7 +11,7 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
-use super::ports::distinct_ports;
+use super::ports::{Ports, distinct_ports};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
 use crate::wire;
@@ -20,6 +20,11 @@ use crate::wire;
 pub const MAX_POOL_MEMBERS: usize = 65_000;
 /// Source ranges of one frontend at most; a Service with more is reported, and its surplus left out.
 pub const MAX_SOURCE_RANGES: usize = 1_000;
+
+/// Frontends of one Service at most. Of one with more, each port keeps the same first external addresses.
+pub const MAX_FRONTENDS: usize = 10_000;
+/// Members of all pools of one Service together, in all layers, at most; the rest is left out and reported.
+pub const MAX_SERVICE_MEMBERS: usize = 200_000;
 
 /// Everything that a Service contributes, to be compared with what it contributed before.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -37,21 +42,49 @@ pub(super) struct Output {
     pub(super) problems: Vec<Problem>,
     /// Distinct endpoints, for counts.
     pub(super) endpoints: usize,
+    /// Members of all pools.
+    members: usize,
 }
 
 /// Compiles one Service from its slices, in the order of their keys.
 pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
     let mut output = Output::default();
-    let ports = distinct_ports(service, &mut output.problems);
+    let mut ports = distinct_ports(service, &mut output.problems);
+    let external_addresses = bound_frontends(service, &mut ports, &mut output.problems);
     output.problems.extend(slices.iter().filter_map(|slice| foreign_addresses(slice)));
     for cluster_ip in &service.cluster_ips {
         for port in ports.values() {
             let endpoints = gather(slices.iter().copied(), port, cluster_ip.is_ipv6());
-            compile_port(service, port, *cluster_ip, &endpoints, &mut output);
+            compile_port(service, port, *cluster_ip, external_addresses, &endpoints, &mut output);
         }
     }
     output.health = service.health_check_port.map(|port| (port, ready_addresses(service, slices)));
     output
+}
+
+/// Leaves out ports beyond the limit. Returns how many external addresses of a family each of the others may have:
+/// every port has two frontends of its own, by its ClusterIP and its node port.
+fn bound_frontends(service: &Service, ports: &mut Ports<'_>, problems: &mut Vec<Problem>) -> usize {
+    let families = service.cluster_ips.len().max(1);
+    let (wanted, most) = (ports.len(), MAX_FRONTENDS / (2 * families));
+    while ports.len() > most {
+        ports.pop_last();
+    }
+    if wanted > most {
+        let message = format!("{wanted} ports: the first {most} in the order of their names are used");
+        problems.push(problem(service, ProblemReason::LimitExceeded, message));
+    }
+    let room = MAX_FRONTENDS / (families * ports.len().max(1)) - 2;
+    let addresses = |ipv6: bool| {
+        let all = service.external_ips.iter().chain(&service.load_balancer_ips);
+        all.filter(|address| address.is_ipv6() == ipv6).count()
+    };
+    let wanted = addresses(false).max(addresses(true));
+    if wanted > room {
+        let message = format!("{wanted} external addresses of {} ports: {room} are used", ports.len());
+        problems.push(problem(service, ProblemReason::LimitExceeded, message));
+    }
+    room
 }
 
 /// Addresses that are not of the slice's own family are left out.
@@ -73,6 +106,7 @@ fn compile_port(
     service: &Service,
     port: &ServicePortSpec,
     cluster_ip: IpAddr,
+    external_addresses: usize,
     endpoints: &Endpoints<'_>,
     output: &mut Output,
 ) {
@@ -87,7 +121,7 @@ fn compile_port(
     output.endpoints += endpoints.len();
     output.nodes.extend(endpoints.values().filter_map(|endpoint| endpoint.node.clone()));
     output.nodes.extend(categories.nodes.keys().cloned());
-    let outside = Outside::of(service, port, family);
+    let outside = Outside::of(service, port, family, external_addresses);
     let uses_cluster = service.internal_policy == TrafficPolicy::Cluster || !outside.is_empty();
     let uses_local = service.internal_policy == TrafficPolicy::Local
         || (service.external_policy == TrafficPolicy::Local && !outside.is_empty());
@@ -107,14 +141,17 @@ struct Outside {
 }
 
 impl Outside {
-    fn of(service: &Service, port: &ServicePortSpec, family: Family) -> Self {
-        let of_family = |kind, addresses: &[IpAddr]| -> Vec<_> {
+    /// At most `most` addresses, the load balancer's before others.
+    fn of(service: &Service, port: &ServicePortSpec, family: Family, most: usize) -> Self {
+        let of_family = |kind, addresses: &[IpAddr], most| -> Vec<_> {
             let same = addresses.iter().filter(|address| wire::family(**address) == family);
-            same.map(|address| (kind, *address)).collect()
+            same.take(most).map(|address| (kind, *address)).collect()
         };
         // The load balancer's own address comes last and wins over the same address as an externalIP.
-        let mut addresses = of_family(FrontendKind::ExternalIp, &service.external_ips);
-        addresses.extend(of_family(FrontendKind::LoadBalancer, &service.load_balancer_ips));
+        let of_balancer = of_family(FrontendKind::LoadBalancer, &service.load_balancer_ips, most);
+        let room = most - of_balancer.len();
+        let mut addresses = of_family(FrontendKind::ExternalIp, &service.external_ips, room);
+        addresses.extend(of_balancer);
         Outside { addresses, node_port: port.node_port.filter(|number| *number != 0) }
     }
 
@@ -198,12 +235,22 @@ fn pools(
     let pool =
         |role: Role| PoolKey { service_port: Some(key.clone()), family: family.into(), role: role.into() };
     let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
-        let members = addresses.iter().copied().take(MAX_POOL_MEMBERS).collect();
-        output.pools.entry(layer).or_default().insert(pool(role), members);
-        if addresses.len() > MAX_POOL_MEMBERS {
-            let message =
-                format!("{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used", addresses.len());
-            output.problems.push(problem(service, ProblemReason::LimitExceeded, message));
+        let room = MAX_POOL_MEMBERS.min(MAX_SERVICE_MEMBERS - output.members);
+        let members: BTreeSet<Address> = addresses.iter().copied().take(room).collect();
+        output.members += members.len();
+        if !members.is_empty() {
+            output.pools.entry(layer).or_default().insert(pool(role), members);
+        }
+        if addresses.len() > room {
+            let message = if room == MAX_POOL_MEMBERS {
+                format!("{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used", addresses.len())
+            } else {
+                format!("more than {MAX_SERVICE_MEMBERS} endpoints of all ports: the others are left out")
+            };
+            let problem = problem(service, ProblemReason::LimitExceeded, message);
+            if !output.problems.contains(&problem) {
+                output.problems.push(problem);
+            }
         }
     };
     if uses_cluster && !categories.cluster.is_empty() {
@@ -238,6 +285,9 @@ fn local_endpoints(
     uses_local: bool,
     output: &mut Output,
 ) {
+    if output.members >= MAX_SERVICE_MEMBERS {
+        return; // What no pool has a member for is not used.
+    }
     for (address, endpoint) in endpoints {
         let Some(node) = &endpoint.node else { continue };
         let by_local = || categories.local.get(node).is_some_and(|local| local.contains(address));

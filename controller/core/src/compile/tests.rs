@@ -16,6 +16,7 @@ use crate::model::*;
 
 mod claims;
 mod endpoints;
+mod limits;
 mod random;
 
 /// Addresses and ports.
