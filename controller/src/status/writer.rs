@@ -1,6 +1,6 @@
 //! Keeps the rows in the API server as they should be, within a write budget.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ const CONCURRENCY: usize = 8;
 const REFRESH: Duration = Duration::from_secs(300);
 /// A controller that cannot accept agents says so on their rows after this time: the one before it may be leaving.
 const CLOSED: Duration = Duration::from_secs(20);
+/// Between two transitions of a row that are written before other rows' news: one that flaps holds up nobody.
+const URGENT: Duration = Duration::from_secs(1);
 /// After a failed request, and between attempts to list.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -55,6 +57,8 @@ struct Entry {
     last_write: Option<Instant>,
     /// When the row is written again although nothing changed.
     refresh_at: Option<Instant>,
+    /// When a transition was last due at once.
+    urgent_at: Option<Instant>,
     in_flight: bool,
     /// `metadata.generation` as the watch saw it: above the stored one, somebody else changed the spec.
     seen_generation: Option<i64>,
@@ -87,6 +91,8 @@ pub struct Writer<R> {
     entries: HashMap<Arc<str>, Entry>,
     schedule: Schedule,
     budget: Budget,
+    /// Names of a list of rows that is not complete.
+    listing: Option<HashSet<Arc<str>>>,
     /// Requests under way; true: one that changes the assignment.
     running: JoinSet<(Arc<str>, bool, Outcome)>,
     started: Instant,
@@ -118,6 +124,7 @@ impl<R: Registry> Writer<R> {
             entries: HashMap::new(),
             schedule: Schedule::default(),
             budget: Budget::new(now),
+            listing: None,
             running: JoinSet::new(),
             started: now,
             nodes_synced: false,
@@ -226,11 +233,19 @@ impl<R: Registry> Writer<R> {
 
     /// Somebody deleted a row or changed its spec; our own writes come back here too and change nothing.
     fn metadata(&mut self, event: Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>) {
-        use watcher::Event::{Apply, Delete, InitApply};
+        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         let (object, gone) = match event {
-            Ok(Apply(object) | InitApply(object)) => (object, false),
+            Ok(Init) => {
+                self.listing = Some(HashSet::new());
+                return;
+            }
+            Ok(InitDone) => return self.listed(),
+            Ok(InitApply(object)) => {
+                self.listing.get_or_insert_default().insert(object.name_any().into());
+                (object, false)
+            }
+            Ok(Apply(object)) => (object, false),
             Ok(Delete(object)) => (object, true),
-            Ok(_) => return,
             Err(error) => {
                 tracing::debug!(%error, "watching ProxyStatus failed; it is tried again");
                 return;
@@ -247,6 +262,25 @@ impl<R: Registry> Writer<R> {
             return;
         }
         self.consider(&name);
+    }
+
+    /// Rows that are in no complete list went while the watch was down. One that was made meanwhile is found again when
+    /// it is to be created.
+    fn listed(&mut self) {
+        let Some(listed) = self.listing.take() else { return };
+        let missing = |(name, entry): &(&Arc<str>, &mut Entry)| {
+            entry.stored.is_some() && !entry.in_flight && !listed.contains(*name)
+        };
+        let gone: Vec<Arc<str>> = self
+            .entries
+            .iter_mut()
+            .filter(missing)
+            .map(|(name, entry)| {
+                entry.row_gone();
+                name.clone()
+            })
+            .collect();
+        gone.iter().for_each(|name| self.consider(name));
     }
 
     /// Looks at one row: is it due to be written, or when is it to be looked at again?
@@ -279,14 +313,27 @@ impl<R: Registry> Writer<R> {
         if let Some(delay) = row.check_after {
             self.schedule.at(name, now + delay);
         }
-        if before.as_ref().is_none_or(|before| is_transition(before, &row.status)) {
+        if before.is_none() {
             self.schedule.push(name, true);
+        } else if before.as_ref().is_some_and(|before| is_transition(before, &row.status)) {
+            self.transition(name, now);
         } else if before.as_ref() == Some(&row.status) {
             self.refresh(name, now);
         } else {
             match last_write.map(|at| at + interval).filter(|date| *date > now) {
                 Some(date) => self.schedule.at(name, date),
                 None => self.schedule.push(name, false),
+            }
+        }
+    }
+
+    fn transition(&mut self, name: &Arc<str>, now: Instant) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        match entry.urgent_at.map(|at| at + URGENT).filter(|date| *date > now) {
+            Some(date) => self.schedule.at(name, date),
+            None => {
+                entry.urgent_at = Some(now);
+                self.schedule.push(name, true);
             }
         }
     }

@@ -37,7 +37,8 @@ impl Server {
             return failure(404, "NotFound", "");
         }
         if query.contains("watch=true") {
-            return failure(500, "InternalError", ""); // The metadata watch is not part of these tests.
+            // The metadata watch only lists in these tests.
+            return (200, json!({"type": "ERROR", "object": failure(410, "Expired", "").1}));
         }
         if *method == Method::GET && name.is_empty() {
             let items: Vec<_> = self.rows.values().cloned().collect();
@@ -407,4 +408,32 @@ async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["metadata"]["ownerReferences"][0]["uid"], "u2");
     assert_eq!(lab.row("n1")["spec"]["profile"], Value::Null);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_row_that_went_while_the_watch_was_down_is_made_again() {
+    let lab = lab(Server::default()).await;
+    lab.node("n1", "u1");
+    lab.node("n2", "u2");
+    lab.wait(100).await;
+    lab.server.lock().unwrap().rows.remove("n1");
+    lab.wait(60_000).await;
+    assert_eq!(lab.row("n1")["status"]["state"], "Absent");
+    assert!(!lab.writes().iter().any(|write| write == "DELETE n2"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_row_that_flaps_is_written_at_most_once_a_second() {
+    let lab = lab(Server::default()).await;
+    lab.node("n1", "u1");
+    lab.wait(2_000).await;
+    lab.writes();
+    for round in 0..50 {
+        let foreign_proxy = round % 2 == 0;
+        lab.fleet.set("n1", Observation { foreign_proxy, ..observed(1, 1) });
+        lab.wait(100).await;
+    }
+    lab.wait(2_000).await;
+    let writes = lab.writes().len();
+    assert!((4..=7).contains(&writes), "{writes} writes in 5 s of flapping");
 }
