@@ -5,6 +5,10 @@
 //! that [`Upstream::age`] tells within about that time whether the API server is still heard, and every
 //! batch carries the resourceVersion up to which its resource is processed.
 //!
+//! An API server whose etcd was restored from a backup takes a watch from a version that lies ahead of it, and leaves
+//! out every change up to there. So after a watch that said nothing, and after one that failed, the version that the
+//! API server has reached is asked for; if it went back, everything is listed anew.
+//!
 //! What holds: an object that cannot be decoded never stops the others; objects that went away while the
 //! watch was down become deletions after the next complete list, never before.
 
@@ -14,7 +18,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::{StreamExt as _, pin_mut};
 use kube::Api;
-use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
 use switchtower_core::model::ObjectKey;
 use tokio::sync::mpsc;
 
@@ -41,6 +45,8 @@ const PAGE: u32 = 500;
 const WATCH_SECONDS: u32 = 10;
 /// Silence after which a watch counts as dead although its connection stands.
 const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
+/// Longest time for a page of a list, the client's own repetitions included.
+const PAGE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a watch hands on at once: one event, or a page of a list.
 #[derive(Debug)]
@@ -72,7 +78,7 @@ pub async fn run<K: Watched>(
     metrics: WatchMetrics,
     sink: mpsc::Sender<Batch>,
 ) {
-    let mut watch = Watch { api, selectors, upstream, metrics, sink, known: HashMap::new() };
+    let mut watch = Watch { api, selectors, upstream, metrics, sink, known: HashMap::new(), in_doubt: false };
     let mut backoff = Backoff::default();
     let mut version: Option<String> = None;
     loop {
@@ -85,6 +91,7 @@ pub async fn run<K: Watched>(
             Err(Stop::Closed) => return,
             Err(Stop::Failed { error, resume }) => {
                 version = resume;
+                watch.in_doubt = true;
                 watch.metrics.error(K::RESOURCE);
                 let delay = backoff.next_delay();
                 tracing::warn!(
@@ -121,6 +128,8 @@ struct Watch<K: Watched> {
     sink: mpsc::Sender<Batch>,
     /// Version of every object that exists, to tell deletions and unchanged objects in a list.
     known: HashMap<ObjectKey, u64>,
+    /// The last watch said nothing, or failed: the API server may be in the past.
+    in_doubt: bool,
 }
 
 impl<K: Watched> Watch<K> {
@@ -132,8 +141,7 @@ impl<K: Watched> Watch<K> {
             ListParams { label_selector: self.selectors.labels.clone(), ..ListParams::default() };
         params = params.limit(PAGE);
         loop {
-            let page = self.api.list(&params).await.map_err(|error| Stop::Failed { error, resume: None })?;
-            self.upstream.heard(K::RESOURCE);
+            let page = self.page(&params).await.map_err(|error| Stop::Failed { error, resume: None })?;
             let received = SystemTime::now();
             let mut facts = Vec::with_capacity(page.items.len());
             for object in &page.items {
@@ -155,6 +163,7 @@ impl<K: Watched> Watch<K> {
                     let gone = self.known.keys().filter(|key| !seen.contains_key(*key));
                     facts.extend(gone.map(|key| Ingested::gone(K::forget(key.clone()))));
                     self.known = seen;
+                    self.in_doubt = false;
                     self.send(facts, parse_version(&version), true, received).await?;
                     return Ok(version);
                 }
@@ -162,10 +171,47 @@ impl<K: Watched> Watch<K> {
         }
     }
 
+    async fn page(&self, params: &ListParams) -> Result<ObjectList<Tolerant<K>>, kube::Error> {
+        let page = tokio::time::timeout(PAGE_PATIENCE, self.api.list(params)).await;
+        let page = page.unwrap_or_else(|_| {
+            let message = format!("no answer to a list within {} seconds", PAGE_PATIENCE.as_secs());
+            Err(kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
+        })?;
+        self.upstream.heard(K::RESOURCE);
+        Ok(page)
+    }
+
+    /// The API server has not reached the version again that it gave out: versions mean other objects now.
+    async fn went_back(&mut self, version: &str) -> Result<bool, kube::Error> {
+        // Without a selector, one object costs the same whatever there is.
+        let now = self.page(&ListParams::default().limit(1)).await?.metadata.resource_version;
+        let (now, then) = (parse_version(&now.unwrap_or_default()), parse_version(version));
+        self.in_doubt = false;
+        if now == 0 || now >= then {
+            return Ok(false);
+        }
+        tracing::warn!(
+            resource = K::RESOURCE.name(),
+            now,
+            then,
+            "the API server went back in time, as after a restore of its etcd; everything is listed anew"
+        );
+        self.known.values_mut().for_each(|version| *version = 0);
+        Ok(true)
+    }
+
     /// One watch from a version on, until the API server ends it. `None`: the version is too old, list again.
     async fn follow(&mut self, mut version: String, backoff: &mut Backoff) -> Result<Option<String>, Stop> {
         let mut params = WatchParams::default().timeout(WATCH_SECONDS);
         params.label_selector = self.selectors.labels.clone();
+        if self.in_doubt {
+            match self.went_back(&version).await {
+                Ok(true) => return Ok(None),
+                Ok(false) => {}
+                Err(error) => return Err(Stop::Failed { error, resume: Some(version) }),
+            }
+        }
+        self.in_doubt = true;
         let started = tokio::time::Instant::now();
         let stream = match tokio::time::timeout(SILENCE, self.api.watch(&params, &version)).await {
             Ok(Ok(stream)) => stream,
@@ -192,6 +238,7 @@ impl<K: Watched> Watch<K> {
                 };
             }
             self.upstream.heard(K::RESOURCE);
+            self.in_doubt = false;
             backoff.reset();
             if let Some(next) = self.take(event).await? {
                 version = next;

@@ -59,7 +59,9 @@ impl Intake {
             WatchedResource::Nodes => &mut self.work.source.nodes,
             WatchedResource::ServiceCidrs => &mut self.work.source.service_cidrs,
         };
-        *version = (*version).max(resource_version);
+        // A complete list is what there is, also where the API server went back in time.
+        let list = synced && resource_version != 0;
+        *version = if list { resource_version } else { (*version).max(resource_version) };
         if synced {
             let first = !std::mem::replace(&mut self.synced[resource.index()], true);
             if first && resource == WatchedResource::Nodes {
@@ -242,10 +244,12 @@ mod tests {
     }
 
     #[test]
-    fn versions_never_go_back() {
+    fn versions_go_back_with_a_complete_list_only() {
         let mut intake = synced();
         absorb(&mut intake, batch(WatchedResource::Nodes, vec![], 90, false));
         absorb(&mut intake, batch(WatchedResource::Nodes, vec![], 0, false));
         assert_eq!(intake.take().unwrap().source.nodes, 90);
+        absorb(&mut intake, batch(WatchedResource::Nodes, vec![], 70, true));
+        assert_eq!(intake.take().unwrap().source.nodes, 70, "an etcd that was restored");
     }
 }

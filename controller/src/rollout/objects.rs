@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 
-/// Objects by name. Of two versions of an object the newer one counts, whichever way it came.
+/// Objects by name. Of two versions of an object the newer one counts, whichever way it came, but for complete lists.
 #[derive(Debug)]
 pub(super) struct Objects<K> {
     known: BTreeMap<String, K>,
@@ -47,11 +47,9 @@ impl<K: Resource> Objects<K> {
                 self.listing.get_or_insert_default().insert(object.name_any(), object);
             }
             watcher::Event::InitDone => {
-                let listed = self.listing.take().unwrap_or_default();
-                self.known.retain(|name, _| listed.contains_key(name));
-                for object in listed.into_values() {
-                    self.put(object);
-                }
+                // As a whole: after a restore of etcd older versions are what there is. What was written meanwhile
+                // comes as the next event.
+                self.known = self.listing.take().unwrap_or_default();
                 self.synced = true;
                 return true;
             }
@@ -110,5 +108,9 @@ mod tests {
         assert!(objects.get("a").is_some(), "nothing goes before the list is complete");
         assert!(objects.take(watcher::Event::InitDone));
         assert!(objects.get("a").is_none() && objects.get("b").is_some() && objects.synced());
+        objects.take(watcher::Event::Init);
+        objects.take(watcher::Event::InitApply(object("b", "3", 2)));
+        objects.take(watcher::Event::InitDone);
+        assert_eq!(objects.get("b").and_then(|known| known.resource_version()), Some("2".to_owned()));
     }
 }

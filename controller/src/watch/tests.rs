@@ -35,11 +35,22 @@ fn lab() -> Lab {
 }
 
 impl Lab {
+    async fn next(&mut self) -> (String, SendResponse<Response<Body>>) {
+        let next = timeout(Duration::from_secs(60), self.server.next_request());
+        let (request, send) = next.await.expect("no request within a minute").expect("the client is gone");
+        (request.uri().to_string(), send)
+    }
+
+    /// The question which version the API server has reached, answered.
+    async fn reached(&mut self, version: u64) {
+        let (uri, send) = self.next().await;
+        assert!(uri.contains("limit=1") && !uri.contains("limit=500"), "{uri}");
+        send.send_response(list(version, "more", &[object("a", 3)]));
+    }
+
     /// The next request; its path and query are checked to contain all of `parts`.
     async fn request(&mut self, parts: &[&str]) -> SendResponse<Response<Body>> {
-        let next = timeout(Duration::from_secs(20), self.server.next_request());
-        let (request, send) = next.await.expect("no request within 20 s").expect("the client is gone");
-        let uri = request.uri().to_string();
+        let (uri, send) = self.next().await;
         for part in parts {
             assert!(uri.contains(part), "{uri} lacks {part}");
         }
@@ -176,6 +187,7 @@ async fn a_failed_watch_goes_on_from_where_it_was() {
     lab.request(&[]).await.send_response(list(7, "", &[object("a", 3)]));
     assert_eq!(lab.batch().await, ("+a".into(), 7, true));
     lab.request(&["watch=true"]).await.send_response(refused(403, "Forbidden"));
+    lab.reached(7).await;
     lab.request(&["watch=true", "resourceVersion=7"])
         .await
         .send_response(events(&[("ADDED", object("b", 8))]));
@@ -193,4 +205,41 @@ async fn an_expired_page_starts_the_list_again() {
     lab.request(&["continue=next"]).await.send_response(refused(410, "Expired"));
     lab.request(&["limit=500"]).await.send_response(list(9, "", &[object("b", 8)]));
     assert_eq!(lab.batch().await, ("+b -a".into(), 9, true));
+}
+
+#[tokio::test]
+async fn a_silent_watch_of_an_idle_cluster_goes_on() {
+    let mut lab = lab();
+    lab.request(&[]).await.send_response(list(7, "", &[object("a", 3)]));
+    assert_eq!(lab.batch().await, ("+a".into(), 7, true));
+    lab.request(&["watch=true"]).await.send_response(events(&[]));
+    lab.reached(7).await;
+    lab.request(&["watch=true", "resourceVersion=7"]).await.send_response(events(&[bookmark(9)]));
+    assert_eq!(lab.batch().await, (String::new(), 9, false));
+    lab.request(&["watch=true", "resourceVersion=9"]).await;
+    assert_eq!(lab.count("switchtower_watch_lists_total"), 1);
+}
+
+#[tokio::test]
+async fn an_api_server_that_went_back_in_time_is_listed_anew() {
+    for end in [events(&[]), refused(500, "InternalError")] {
+        let mut lab = lab();
+        lab.request(&[]).await.send_response(list(90, "", &[object("a", 80), object("b", 85)]));
+        assert_eq!(lab.batch().await, ("+a +b".into(), 90, true));
+        lab.request(&["watch=true"]).await.send_response(end);
+        lab.reached(82).await;
+        // The same version may be another content now.
+        lab.request(&["limit=500"]).await.send_response(list(82, "", &[object("a", 80)]));
+        assert_eq!(lab.batch().await, ("+a -b".into(), 82, true));
+        lab.request(&["watch=true", "resourceVersion=82"]).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_without_an_answer_is_given_up() {
+    let mut lab = lab();
+    let _unanswered = lab.request(&["limit=500"]).await;
+    lab.request(&["limit=500"]).await.send_response(list(7, "", &[]));
+    assert_eq!(lab.batch().await, (String::new(), 7, true));
+    assert_eq!(lab.count("switchtower_watch_errors_total"), 1);
 }
