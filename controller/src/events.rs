@@ -21,6 +21,8 @@ const QUEUE: usize = 1_000;
 const INTERVAL: Duration = Duration::from_millis(100);
 /// The same problem is published again only after this time.
 const REPEAT: Duration = Duration::from_secs(3_600);
+/// Longest publication.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Problems remembered to tell repetitions.
 const REMEMBERED: usize = 10_000;
 /// The API's limit of an Event's note, bytes.
@@ -78,11 +80,16 @@ async fn publish(
             continue;
         }
         log(&problem);
-        let outcome = match publish_one(&client, &recorder, &problem).await {
-            Ok(true) => "published",
-            Ok(false) => "gone",
-            Err(error) => {
+        let published = tokio::time::timeout(PATIENCE, publish_one(&client, &recorder, &problem)).await;
+        let outcome = match published {
+            Ok(Ok(true)) => "published",
+            Ok(Ok(false)) => "gone",
+            Ok(Err(error)) => {
                 tracing::debug!(%error, "publishing an Event failed; the log has its text");
+                "failed"
+            }
+            Err(_) => {
+                tracing::debug!("publishing an Event took too long; the log has its text");
                 "failed"
             }
         };

@@ -63,6 +63,8 @@ const SLICE_SELECTOR: &str = "!service.kubernetes.io/headless";
 const BATCHES: usize = 1_024;
 /// Between attempts to reach the API server while starting.
 const RETRY: Duration = Duration::from_secs(5);
+/// Longest request about the CA or the bootstrap ConfigMap.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Between two writes of the bootstrap ConfigMap.
 const BOOTSTRAP_PAUSE: Duration = Duration::from_secs(2);
 /// How long agents have to leave when the controller ends.
@@ -401,28 +403,33 @@ async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Res
         return Ok(bootstrap::ca_from_directory(directory, tls::generate_ca)?);
     }
     loop {
-        match bootstrap::ca_from_secret(client, &args.namespace, tls::generate_ca).await {
-            Ok(ca) => return Ok(ca),
-            Err(error @ BootstrapError::Secret { .. }) => {
+        let read = bootstrap::ca_from_secret(client, &args.namespace, tls::generate_ca);
+        match tokio::time::timeout(PATIENCE, read).await {
+            Ok(Ok(ca)) => return Ok(ca),
+            Ok(Err(error @ BootstrapError::Secret { .. })) => {
                 tracing::error!(error = %Chain(&error), "no CA yet; it is tried again");
-                tokio::time::sleep(RETRY).await;
             }
-            Err(error) => return Err(error.into()),
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => tracing::error!("no CA yet: the API server does not answer; it is tried again"),
         }
+        tokio::time::sleep(RETRY).await;
     }
 }
 
 /// Agents that are already running know the controller; a missing ConfigMap only keeps new ones waiting.
 async fn keep_bootstrap(client: Client, namespace: String, bootstrap: Bootstrap) {
     loop {
-        match bootstrap.publish(&client, &namespace).await {
-            Ok(()) => {
+        match tokio::time::timeout(PATIENCE, bootstrap.publish(&client, &namespace)).await {
+            Ok(Ok(())) => {
                 let controllers = &bootstrap.controllers;
                 tracing::info!(?controllers, %namespace, "ConfigMap switchtower-bootstrap written");
                 bootstrap.is_lost(&client, &namespace).await;
                 tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; it is written again");
             }
-            Err(error) => {
+            Err(_) => {
+                tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap took too long; it is tried again")
+            }
+            Ok(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), %namespace, "writing the ConfigMap switchtower-bootstrap failed; new agents wait for it; it is tried again");
             }
         }
