@@ -42,6 +42,11 @@ build_go_programs() {
     local out=$1 version=k8s.io/component-base/version flags
     flags="-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")"
     export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
+    say "fetching the Go modules of the cluster's programs"
+    fetch_modules "$ROOT/e2e/tools/kubernetes" -test k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kube-scheduler \
+        k8s.io/kubernetes/test/images/agnhost k8s.io/kubernetes/test/images/regression-issue-74839 \
+        github.com/onsi/ginkgo/v2/ginkgo k8s.io/kubernetes/test/e2e
+    fetch_modules "$ROOT/e2e/tools/coredns" github.com/coredns/coredns
     cd "$ROOT/e2e/tools/kubernetes"
     watched "kubelet, kube-scheduler, agnhost and ginkgo (about two minutes on two cores, once)" "$out/build.log" \
         go build -v -trimpath -ldflags "$flags" -o "$out/" k8s.io/kubernetes/cmd/kubelet \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make kernels`: the agent's tests of rules and packets on Debian's kernels 6.1 and 6.12, in an emulated
 # machine each. Emulated in software, so that it works without KVM (ACCELERATION=kvm where there is one);
-# it takes minutes, and is not part of `make test`, where the running kernel is tested.
+# it takes half an hour, and is not part of `make test`, where the running kernel is tested.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -16,7 +16,7 @@ read -ra TESTS <<<"${TESTS:-churn packets kernel}"
 MODULES=(veth bridge br_netfilter nf_tables nf_conntrack nf_nat nft_ct nft_nat nft_masq nft_reject_ipv4 nft_reject_ipv6
     nft_numgen nft_chain_nat nft_fib_ipv4 nft_fib_ipv6 nf_conntrack_netlink af_packet)
 
-install_packages qemu-system-x86_64=qemu-system-x86 cpio=cpio depmod=kmod nft=nftables ip=iproute2
+install_packages cc=gcc qemu-system-x86_64=qemu-system-x86 cpio=cpio depmod=kmod nft=nftables ip=iproute2
 # A busybox with libraries would not start alone in the machine.
 if [ ! -e /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
     install_packages no-such-command=busybox-static
@@ -85,10 +85,13 @@ for series in $SERIES; do
     if [ ! -d "$folder" ]; then
         say "downloading $package"
         mkdir -p "$CACHE/kernels" "$work/download"
-        (cd "$work/download" && apt-get download "$package" >/dev/null 2>&1)
-        dpkg-deb -x "$work/download/${package}"_*.deb "$work/unpacked"
-        depmod -b "$work/unpacked" "$(ls "$work/unpacked/lib/modules")"
-        mv "$work/unpacked" "$folder"
+        (cd "$work/download" && apt-get download -q -o Acquire::Retries=3 "$package" >"$work/download.log" 2>&1) ||
+            fail "$package could not be downloaded ($(tail -n 1 "$work/download.log")): check the network and try again."
+        # Beside its final place: a rename is whole or not at all, a copy from another file system is not.
+        unpacked=$(mktemp -d "$CACHE/kernels/.unpack.XXXXXX")
+        dpkg-deb -x "$work/download/${package}"_*.deb "$unpacked"
+        depmod -b "$unpacked" "$(ls "$unpacked/lib/modules")"
+        mv "$unpacked" "$folder"
     fi
     say "starting $package: kernel, packets and churn under emulation, some minutes"
     rm -rf "$work/root/lib/modules"

@@ -101,9 +101,11 @@ install_packages() {
         fail "missing: ${missing[*]}; apt-get was not found, so install these packages by hand and try again."
     say "installing Debian packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq >/dev/null ||
+    # A mirror may fail once, and a machine that has just started holds apt's lock for its own updates.
+    local options=(-qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
+    apt-get update "${options[@]}" >/dev/null ||
         fail "'apt-get update' failed: check the network and /etc/apt/sources.list, then try again."
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+    apt-get install -y "${options[@]}" --no-install-recommends "${missing[@]}" >/dev/null ||
         fail "apt-get could not install ${missing[*]}: run 'apt-get install ${missing[*]}' to see why."
 }
 
@@ -116,6 +118,21 @@ require_go() {
     have=${have#go}
     [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -1)" = "$want" ] ||
         fail "Go $have is too old: install Go ${want%.*} or later (https://go.dev/dl) and put it first in PATH."
+}
+
+# Fetches the Go modules that packages need, with a second and a third try: one failed request would end a build.
+# Arguments: the module's folder, then what `go list` takes.
+fetch_modules() {
+    local folder=$1 try errors
+    shift
+    for try in 1 2 3; do
+        errors=$(cd "$folder" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly go list -deps "$@" 2>&1 >/dev/null) &&
+            return 0
+        tail -n 3 <<<"$errors" >&2
+        say "fetching Go modules failed (try $try of 3)"
+        sleep $((try * 5))
+    done
+    fail "the Go modules of ${folder#"$ROOT"/} could not be fetched, Go's words are above: check the network (GOPROXY) and try again."
 }
 
 # promtool links Prometheus; its service discoveries are left out, they are most of the build.
@@ -135,8 +152,10 @@ build_tool() {
     [ ! -x "$dir/$name" ] || { flock -u 9; return 0; }
     say "building $name ($takes on two cores, once)"
     work=$(mktemp -d "$CACHE/tools/.build.XXXXXX")
+    fetch_modules "$ROOT/e2e/tools/$name" -tags "$tags" "$package"
+    # Without the stamp of the repository: git refuses to read a checkout of another owner, and go with it.
     (cd "$ROOT/e2e/tools/$name" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly \
-        go build -tags "$tags" -trimpath -ldflags "-s -w" -o "$work/$name" "$package") ||
+        go build -buildvcs=false -tags "$tags" -trimpath -ldflags "-s -w" -o "$work/$name" "$package") ||
         fail "$name could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
     chmod 755 "$work"
     rm -rf "$dir"

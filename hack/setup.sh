@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs what demo, test and bench need, each only if it is missing: Debian packages, and the control
 # plane (etcd, kube-apiserver, kube-controller-manager, kubectl, kube-proxy) built by Go from e2e/go.mod
-# and the OpenTelemetry Collector from e2e/tools/otelcol (for tests promtool too), into a cache folder that later runs share. Then proves that the kernel can do what the laboratory does.
+# and, for tests, the OpenTelemetry Collector and promtool from e2e/tools), into a cache folder that later runs
+# share. Then proves that the kernel can do what the laboratory does.
 #
-#   hack/setup.sh [TARGET]      TARGET only appears in messages
+#   hack/setup.sh [TARGET]      TARGET is what it is done for; the tools are only for `test` and `setup`
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -29,6 +30,10 @@ probe_kernel() {
     error=$(ip netns exec "$name" conntrack -L 2>&1 >/dev/null | grep -v 'flow entries have been shown' || true)
     [ -z "$error" ] ||
         fail "the kernel's connection tracking cannot be read (${error%%$'\n'*}): use a kernel with CONFIG_NF_CT_NETLINK (modprobe nf_conntrack_netlink)."
+    error=$(ip -n "$name" addr add fd00:2001:db8::1/64 dev st0 nodad 2>&1) ||
+        fail "a new network namespace has no IPv6 ($error): boot with ipv6.disable=0, and set net.ipv6.conf.default.disable_ipv6=0 where the namespace takes it from."
+    error=$(ip netns exec "$name" sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward' 2>&1) ||
+        fail "the sysctls of a network namespace cannot be set ($error): run where /proc/sys is writable (docker: --privileged)."
     ip netns del "$name-b"
     ip netns del "$name"
     trap - EXIT
@@ -50,11 +55,12 @@ go_build() {
     )
     local version=k8s.io/component-base/version
     say "downloading the Go modules of Kubernetes $KUBERNETES_VERSION and etcd"
+    (fetch_modules "$ROOT/e2e" "${packages[@]}") || return 1
     cd "$ROOT/e2e"
     export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
     total=$(go list -deps "${packages[@]}" 2>"$log" | wc -l) || { tail -5 "$log" >&2; return 1; }
     say "building the control plane: up to $total packages, about five minutes on two cores, once"
-    go build -v -trimpath -o "$out/" \
+    go build -v -trimpath -buildvcs=false -o "$out/" \
         -ldflags "-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" \
         "${packages[@]}" >"$log" 2>&1 &
     pid=$!
@@ -100,14 +106,15 @@ build_control_plane() {
 
 require_root "$TARGET"
 require_cargo
-install_packages ip=iproute2 nft=nftables conntrack=conntrack cc=gcc ld=binutils flock=util-linux
+install_packages ip=iproute2 nft=nftables conntrack=conntrack curl=curl cc=gcc ld=binutils flock=util-linux
 # `cc` alone does not bring the C library's headers, which crates with C code need.
 [ -e /usr/include/stdlib.h ] || install_packages "no-such-command=libc6-dev"
 [ -e /etc/ssl/certs/ca-certificates.crt ] || install_packages "no-such-command=ca-certificates"
 probe_kernel
 build_control_plane
-build_tool otelcol "about a minute"
 case "$TARGET" in
-demo | bench) ;;
-*) build_promtool ;;
+test | setup)
+    build_tool otelcol "about a minute"
+    build_promtool
+    ;;
 esac
