@@ -47,6 +47,9 @@ cargo test --locked --workspace --no-run || {
 
 SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 export SWITCHTOWER_CONTROL_PLANE
+SWITCHTOWER_TOOL_OTELCOL=$(tool_dir otelcol)/otelcol
+SWITCHTOWER_TOOL_PROMTOOL=$(tool_dir promtool)/promtool
+export SWITCHTOWER_TOOL_OTELCOL SWITCHTOWER_TOOL_PROMTOOL
 say "tests"
 status=0
 cargo test --locked --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log" || status=$?

@@ -22,11 +22,15 @@ pub fn control_plane(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A program that `make setup` builds from a folder of `e2e/tools`.
+/// A program that `make setup` builds from a folder of `e2e/tools`. `SWITCHTOWER_TOOL_` and its name name the file,
+/// which `make` sets; without it (`cargo test` by hand) the newest in the cache serves.
 ///
 /// # Errors
 /// It is not there; the message says what to run.
 pub fn tool(name: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(format!("SWITCHTOWER_TOOL_{}", name.to_uppercase())) {
+        return Ok(path.into());
+    }
     let folder = cache()?.join("tools");
     let prefix = format!("{name}-");
     let builds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
