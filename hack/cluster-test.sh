@@ -10,6 +10,7 @@ cd "$ROOT"
 LEAST=15
 
 export SWITCHTOWER_CLUSTER_NAME=sttest
+CLUSTER=${SWITCHTOWER_CLUSTER_DIR:-/var/lib/switchtower-cluster}/$SWITCHTOWER_CLUSTER_NAME
 reports=$(mktemp -d)
 trap 'hack/cluster.sh down >&2 || true; rm -rf "$reports"' EXIT
 
@@ -18,7 +19,7 @@ leftovers() {
     ip netns list | grep "^$SWITCHTOWER_CLUSTER_NAME-" || true
     ip -oneline link show | grep " $SWITCHTOWER_CLUSTER_NAME-" || true
     find /sys/fs/cgroup -maxdepth 3 -type d -path "*/switchtower-cluster/$SWITCHTOWER_CLUSTER_NAME" 2>/dev/null || true
-    ls -d "${SWITCHTOWER_CLUSTER_DIR:-/var/lib/switchtower-cluster}/$SWITCHTOWER_CLUSTER_NAME" 2>/dev/null || true
+    ls -d "$CLUSTER" 2>/dev/null || true
     pgrep --list-full --full "machine-init --host-name $SWITCHTOWER_CLUSTER_NAME-" || true
 }
 
@@ -26,15 +27,24 @@ passed=0
 failed=0
 hack/cluster.sh down >&2 || true
 say "starts of a real cluster that are interrupted"
+hack/cluster.sh prepare >&2
 for signal in INT TERM; do
-    # `timeout` gives 124 if it had to send the signal: the start was interrupted, not over.
-    status=0
-    timeout --signal="$signal" 5 hack/cluster.sh up >&2 || status=$?
+    began=""
+    for seconds in 5 10 20 40; do
+        (until [ -e "$CLUSTER/starter" ]; do sleep 0.1; done; touch "$reports/began-$signal") &
+        watcher=$!
+        # `timeout` gives 124 if it had to send the signal: the start was interrupted, not over.
+        status=0
+        timeout --signal="$signal" "$seconds" hack/cluster.sh up >&2 || status=$?
+        kill "$watcher" 2>/dev/null || true
+        # A start that had made nothing yet proves nothing: once more, with more time.
+        [ ! -e "$reports/began-$signal" ] || { began=yes; break; }
+    done
     left=$(leftovers)
-    if ((status == 124)) && [ -z "$left" ]; then
+    if [ -n "$began" ] && ((status == 124)) && [ -z "$left" ]; then
         passed=$((passed + 1))
     else
-        say "a start that got SIG$signal after 5 s ended with $status and left: ${left:-nothing}"
+        say "a start that got SIG$signal after $seconds s (begun: ${began:-no}) ended with $status and left: ${left:-nothing}"
         failed=$((failed + 1))
     fi
 done

@@ -2,6 +2,7 @@
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
 #
 #   hack/cluster.sh up|down|install|demo|installed|plugin|faults|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh prepare     only installs and builds what the others need
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -21,5 +22,6 @@ SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 SWITCHTOWER_CLUSTER_TOOLS=$(cluster_tools_dir)
 SWITCHTOWER_CLUSTER_IMAGES=$CACHE/cluster/images
 SWITCHTOWER_MANIFESTS=$ROOT/manifests
+[ "$ACTION" != prepare ] || exit 0
 export SWITCHTOWER_CONTROL_PLANE SWITCHTOWER_CLUSTER_TOOLS SWITCHTOWER_CLUSTER_IMAGES SWITCHTOWER_MANIFESTS
 exec "$(target_dir)/debug/cluster" "$ACTION" "$@"
