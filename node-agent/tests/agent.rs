@@ -34,9 +34,11 @@ fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'stati
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
         assert_eq!(result, 0, "this test needs root: it makes a network namespace");
         shell("ip link set lo up");
-        shell("ip link add eth0 type veth peer name eth1 && ip link set eth0 up && ip link set eth1 up");
+        shell("ip link add eth0 type veth peer name eth1");
+        // Without link-local addresses: they come after a second or so, and the agent would follow that change.
+        shell("for end in eth0 eth1; do ip link set $end addrgenmode none && ip link set $end up; done");
         shell("ip addr add 192.0.2.1/24 dev eth0");
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+        controller::block_on(test());
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);

@@ -24,6 +24,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use common::{Lab, Namespace};
+use controller::block_on;
 use fleet::Fleet;
 use process::programmed;
 use switchtower_proto::digest::ItemRef;
@@ -32,10 +33,6 @@ use switchtower_proto::v1::*;
 
 fn shell(line: &str) -> String {
     common::run(&["sh", "-c", line], "")
-}
-
-fn block_on<F: Future>(future: F) -> F::Output {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
 /// The kernel's limit on connections, of the whole machine, raised until this is dropped.
@@ -90,9 +87,9 @@ const PASSES: &str = "kubeproxy_conntrack_reconciler_sync_duration_seconds";
 
 /// Waits until the agent has made this many passes. The session goes on meanwhile.
 async fn passed(count: f64) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(180);
     while metric(&format!("{PASSES}_count")) < count {
-        assert!(Instant::now() < deadline, "no pass number {count} within a minute");
+        assert!(Instant::now() < deadline, "no pass number {count} within three minutes");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
@@ -127,12 +124,13 @@ async fn a_million_flows() {
         lines.trim().parse::<usize>().unwrap()
     };
     assert_eq!(udp("-d 10.96.0.3"), 2 * EACH);
-    let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
+    let (_controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
     // One pass is made after every start.
     passed(1.0).await;
     assert_eq!(metric(DELETED), 0.0, "nothing is stale yet");
     let (passes_before, seconds_before) =
         (metric(&format!("{PASSES}_count")), metric(&format!("{PASSES}_sum")));
+    let processor_before = agent.processor_seconds();
 
     fleet.digest.remove(LayerKind::Cluster, ItemRef::member(&serving, &backend(1)));
     let patch = PoolPatch { key: Some(serving), added: Vec::new(), removed: vec![backend(1)] };
@@ -145,9 +143,10 @@ async fn a_million_flows() {
     assert_eq!(udp(""), OTHERS + EACH, "only the stale ones are gone");
     let pass = metric(&format!("{PASSES}_sum")) - seconds_before;
     assert_eq!(metric(&format!("{PASSES}_count")) - passes_before, 1.0, "one pass");
-    println!("{} flows: the pass took {pass:.2} s", OTHERS + 2 * EACH);
-    // Eight seconds were seen on two cores that built and tested other things; a request for each entry is far above.
-    assert!(pass < 20.0, "the pass took {pass} s");
+    let processor = agent.processor_seconds() - processor_before;
+    println!("{} flows: the pass took {pass:.2} s, {processor:.2} s of the processor", OTHERS + 2 * EACH);
+    // Of the processor, since the rest depends on what else runs. A request for each entry is far above.
+    assert!(processor < 20.0, "the pass took {processor} s of the processor");
 }
 
 /// A connection from outside of the cluster to a pod through a ClusterIP, and the pod's end of it.

@@ -42,9 +42,7 @@ fn in_lab<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let lab = Lab::new();
     serve_lines(&lab.pods[0], "pod1", PORT);
     serve_lines(&lab.pods[1], "pod2", PORT);
-    lab.node.run(|| {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
-    });
+    lab.node.run(|| controller::block_on(test()));
 }
 
 fn shell(line: &str) -> String {

@@ -30,7 +30,7 @@ pub struct FakeController {
 pub struct FakeStream {
     pub hello: Hello,
     pub authorization: String,
-    incoming: Streaming<AgentMessage>,
+    incoming: mpsc::UnboundedReceiver<FromAgent>,
     out: mpsc::Sender<Result<ControllerMessage, Status>>,
 }
 
@@ -50,11 +50,44 @@ impl Fleet for Service {
         let streams = self.0.clone();
         tokio::spawn(async move {
             if let Some(Ok(AgentMessage { message: Some(FromAgent::Hello(hello)) })) = incoming.next().await {
-                let _ = streams.send(FakeStream { hello, authorization, incoming, out });
+                let (heard, received) = mpsc::unbounded_channel();
+                let _ =
+                    streams.send(FakeStream { hello, authorization, incoming: received, out: out.clone() });
+                pass_on(incoming, &heard, &out).await;
             }
         });
         Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(outgoing))))
     }
+}
+
+/// Answers Pings, as long as the test keeps the stream: an agent leaves a controller that is silent while the test is
+/// at something else. The rest is the test's.
+async fn pass_on(
+    mut incoming: Streaming<AgentMessage>,
+    heard: &mpsc::UnboundedSender<FromAgent>,
+    out: &mpsc::Sender<Result<ControllerMessage, Status>>,
+) {
+    loop {
+        let message = tokio::select! {
+            message = incoming.next() => message,
+            () = heard.closed() => return,
+        };
+        match message {
+            Some(Ok(AgentMessage { message: Some(FromAgent::Ping(Ping { sequence, .. })) })) => {
+                let pong = ControllerMessage { message: Some(FromController::Pong(Pong { sequence })) };
+                let _ = out.send(Ok(pong)).await;
+            }
+            Some(Ok(AgentMessage { message: Some(message) })) => drop(heard.send(message)),
+            _ => return,
+        }
+    }
+}
+
+/// Runs a test that talks with an agent. On a thread of its own beside the test's, so that the controller goes on
+/// while the test waits for a command.
+pub fn block_on<F: Future>(test: F) -> F::Output {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(1).enable_all().build().unwrap().block_on(test)
 }
 
 impl FakeController {
@@ -138,15 +171,8 @@ impl FakeStream {
 
     /// The next message that is no Ping; `None` if the agent left.
     pub async fn next(&mut self) -> Option<FromAgent> {
-        loop {
-            let message = tokio::time::timeout(DEADLINE, self.incoming.next()).await;
-            match message.expect("a message comes in time")?.ok()?.message? {
-                FromAgent::Ping(ping) => {
-                    self.send(FromController::Pong(Pong { sequence: ping.sequence })).await;
-                }
-                message => return Some(message),
-            }
-        }
+        let message = tokio::time::timeout(DEADLINE, self.incoming.recv()).await;
+        message.expect("a message comes in time")
     }
 
     pub async fn ack(&mut self) -> Ack {

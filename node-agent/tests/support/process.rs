@@ -65,6 +65,17 @@ impl Agent {
         let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
+
+    /// Processor time that it has used.
+    pub fn processor_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // After the program's name in parentheses: state is the third field, utime the 14th, stime the 15th.
+        let (_, rest) = stat.rsplit_once(')').unwrap();
+        let ticks: u64 =
+            rest.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+        // USER_HZ is 100 on every architecture that Rust's Linux targets have.
+        ticks as f64 / 100.0
+    }
 }
 
 impl Drop for Agent {
