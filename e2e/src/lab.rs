@@ -133,9 +133,10 @@ impl Lab {
         &self.directory
     }
 
-    /// This machine's own address on the laboratory's network: where the controller listens.
-    pub fn root_address(&self, ipv6: bool) -> IpAddr {
-        lan_address(self.number, 1, ipv6)
+    /// This machine's own address on the laboratory's network: where the controller listens. IPv4 only: the
+    /// machine itself may have no IPv6 (a container, say) where its namespaces do.
+    pub fn root_address(&self) -> IpAddr {
+        lan_address(self.number, 1, false)
     }
 
     /// Makes a node, with a client behind it, and routes between its pods and those of `others`.
@@ -239,11 +240,9 @@ fn join_root(switch: &Namespace) -> Result<u8> {
             &format!(
                 "link add stl{number} type veth peer name root netns {}\n\
                  addr add {}/24 dev stl{number}\n\
-                 addr add {}/64 dev stl{number} nodad\n\
                  link set stl{number} up\n",
                 switch.name(),
-                lan_address(number, 1, false),
-                lan_address(number, 1, true)
+                lan_address(number, 1, false)
             ),
         );
         match made {

@@ -148,8 +148,7 @@ fn start(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) 
 /// address are handed through, for as long as this process lives.
 fn open_door(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
     let server = control_plane.address();
-    let listener =
-        TcpListener::bind((lab.root_address(false), 0)).context("opening a door for kube-proxy")?;
+    let listener = TcpListener::bind((lab.root_address(), 0)).context("opening a door for kube-proxy")?;
     let address = listener.local_addr()?;
     std::thread::spawn(move || {
         for client in listener.incoming().flatten() {

@@ -207,7 +207,7 @@ impl Fleet {
 
     /// Where agents reach the controller.
     pub fn controller_address(&self) -> SocketAddr {
-        (self.lab.root_address(false), CONTROLLER_PORT).into()
+        (self.lab.root_address(), CONTROLLER_PORT).into()
     }
 
     /// Where the controller's admin API listens.

@@ -10,7 +10,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::{Value, json};
@@ -155,11 +155,12 @@ fn a_second_agent_of_a_node_supersedes_the_first() {
     // The second goes, as after a rolling update that went wrong; the first takes over again.
     drop(second);
     wait::until("gamma's own agent serves again", Duration::from_secs(45), || {
+        let now = fleet.row("gamma")?.connection.context("the row has no connection")?.session;
+        ensure!(now > session, "the row still has session {now}");
         ensure!(fleet.agent_metric(gamma, "switchtower_controller_connected", "")? == 1.0, "not connected");
         fleet.agrees(gamma)
     })
     .unwrap();
-    assert!(fleet.row("gamma").unwrap().connection.unwrap().session > session);
 }
 
 /// A JSON Web Token signed with the API server's key.

@@ -247,7 +247,8 @@ fn without_endpoints_clients_are_refused_at_once() {
         eventually("a port that is not defined", scene.pod("c1"), transport, unused, refused);
     }
     let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
-    let nobody = SocketAddr::new(ip("10.96.255.250"), 80);
+    // Of the part of the range that the API server doesn't give away by itself.
+    let nobody = SocketAddr::new(ip("10.96.0.250"), 80);
     eventually("a free address of the ServiceCIDR", scene.pod("c1"), Transport::Tcp, nobody, silent);
 }
 

@@ -345,8 +345,9 @@ fn before_an_installation() {
     fleet().kube().apply(&proxy).unwrap();
     let answer = ask(&["check", "--pre"]);
     fleet().kube().delete::<k8s_openapi::api::apps::v1::DaemonSet>("kube-system", "kube-proxy").unwrap();
-    assert_eq!(answer.code, 1);
-    assert!(answer.text.contains("FAILED   ST0402"), "{}", answer.text);
+    // No failure: an installation begins beside it.
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    assert!(answer.text.contains("warning  ST0402"), "{}", answer.text);
 }
 
 /// A kubeconfig of a ServiceAccount in the namespace of the product.

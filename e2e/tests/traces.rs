@@ -81,7 +81,7 @@ fn change_with_kubectl(fleet: &Fleet, namespace: &str, pod: &str, triggered: u64
 /// A collector, and the fleet that exports to it.
 fn collecting(who: Who, sampler: &str) -> Collector {
     let lab = fleet().lab();
-    let collector = Collector::start(lab.root_address(false), lab.directory()).unwrap();
+    let collector = Collector::start(lab.root_address(), lab.directory()).unwrap();
     let endpoint = collector.endpoint();
     let environment = [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
@@ -320,7 +320,7 @@ fn neither_a_dead_collector_nor_a_silent_one_slows_a_change() {
     let scene = Scene::new("silent");
     scene.service("web", &json!({}));
     // Accepts connections and never answers.
-    let root = fleet().lab().root_address(false);
+    let root = fleet().lab().root_address();
     let silent = TcpListener::bind((root, 0)).unwrap();
     let held = silent.try_clone().unwrap();
     std::thread::spawn(move || held.incoming().flatten().collect::<Vec<_>>());
