@@ -72,7 +72,7 @@ async fn before(cluster: &Cluster) -> Result<Vec<Check>, CliError> {
     let nodes = cluster.nodes().await?;
     checks.extend(about_nodes(&nodes));
     checks.push(if cluster.exists::<DaemonSet>("kube-system", "kube-proxy").await? {
-        Check::failed(codes::KUBE_PROXY_RUNS, "DaemonSet kube-system/kube-proxy exists")
+        Check::warning(codes::KUBE_PROXY_RUNS, "DaemonSet kube-system/kube-proxy exists")
     } else {
         Check::passed("there is no DaemonSet kube-system/kube-proxy")
     });

@@ -98,7 +98,7 @@ codes! {
         "kubectl apply -k manifests/";
     KUBE_PROXY_RUNS = "ST0402", "kube-proxy is installed in this cluster",
         "Both would program Services on the same nodes.",
-        "Before Switchtower takes over, delete the DaemonSet kube-proxy and its ConfigMap, or keep it off the nodes.";
+        "Install beside it, wait until every row is Ready, then delete the DaemonSet kube-proxy and run kube-proxy --cleanup on each node.";
     KERNEL_TOO_OLD = "ST0403", "a node's kernel is older than what is tested",
         "The tables may be refused there.",
         "The README says which kernels are tested.";
