@@ -427,7 +427,7 @@ async fn keep_bootstrap(client: Client, namespace: String, bootstrap: Bootstrap)
                 tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; it is written again");
             }
             Err(_) => {
-                tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap took too long; it is tried again")
+                tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap took too long; it is tried again");
             }
             Ok(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), %namespace, "writing the ConfigMap switchtower-bootstrap failed; new agents wait for it; it is tried again");
