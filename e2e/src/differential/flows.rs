@@ -11,6 +11,7 @@ use anyhow::Result;
 
 use super::case::Service;
 use super::compare::{Agreed, Answers, Difference, PATIENCE};
+use super::manifests;
 use super::plan::{Kind, ORIGINS, Origin, Probe};
 use super::world::{Side, World};
 use crate::probe::Transport;
@@ -35,6 +36,8 @@ pub(super) struct Flows {
     probes: Vec<Probe>,
     /// What stood behind each probe's destination when its flows were opened.
     targets: Vec<BTreeSet<Target>>,
+    /// Whether each probe's Service had two slices then.
+    split: Vec<bool>,
     switchtower: Vec<Vec<Open>>,
     kube_proxy: Vec<Vec<Open>>,
 }
@@ -51,9 +54,10 @@ impl Flows {
         let probes: Vec<_> = agreed.iter().filter(answered).map(|agreed| agreed.probe.clone()).collect();
         let all: Vec<_> = agreed.iter().map(|agreed| agreed.probe.clone()).collect();
         let targets = probes.iter().map(|probe| targets(probe, &all, services)).collect();
+        let split = probes.iter().map(|probe| is_split(probe, services)).collect();
         let switchtower = open(world, Side::Switchtower, &probes)?;
         let kube_proxy = open(world, Side::KubeProxy, &probes)?;
-        Ok(Self { probes, targets, switchtower, kube_proxy })
+        Ok(Self { probes, targets, split, switchtower, kube_proxy })
     }
 
     /// Asks every flow again, until both worlds agree or have had their time.
@@ -75,14 +79,21 @@ impl Flows {
         let renamed = |at: usize| {
             served[at] && renamed(&self.targets[at], &targets(&self.probes[at], probes, services))
         };
-        let renamed: Vec<_> = (0..self.probes.len()).map(renamed).collect();
+        // Flows to a node port stay when no endpoint is left, and end when theirs goes: where two slices lose their
+        // endpoints one after the other, it is up to the moment which of the two a proxy sees.
+        let in_parts = |at: usize| {
+            let probe = &self.probes[at];
+            let split = self.split[at] || is_split(probe, services);
+            split && probe.kind.of_node() && !has_endpoint(probe, probes, services)
+        };
+        let up_to_chance: Vec<_> = (0..self.probes.len()).map(|at| renamed(at) || in_parts(at)).collect();
         loop {
             let patience = if start.elapsed() < DEADLINE / 2 { HASTE } else { PATIENCE };
             let ask = |side, opened| fates(world, side, opened, &self.probes, &same_port, patience);
             let ours = ask(Side::Switchtower, &self.switchtower)?;
             let theirs = ask(Side::KubeProxy, &self.kube_proxy)?;
             let mut differences = compare(&self.probes, &served, &ours, &theirs);
-            differences.retain(|(at, _)| !renamed[*at]);
+            differences.retain(|(at, _)| !up_to_chance[*at]);
             let differences: Vec<_> = differences.into_iter().map(|(_, difference)| difference).collect();
             if differences.is_empty() || start.elapsed() > DEADLINE {
                 return Ok(differences);
@@ -171,8 +182,17 @@ fn targets(flow: &Probe, probes: &[Probe], services: &[Service]) -> BTreeSet<Tar
     probes.iter().filter(same).map(target).collect()
 }
 
-/// Whether a destination has an endpoint that serves, now.
+fn is_split(probe: &Probe, services: &[Service]) -> bool {
+    services.iter().any(|service| service.name == probe.service && manifests::has_second(service))
+}
+
+/// Whether a destination is one that flows stay with: it has an endpoint that serves, or is a node port.
 fn is_served(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
+    flow.kind.of_node() || has_endpoint(flow, probes, services)
+}
+
+/// Whether a destination has an endpoint that serves, now.
+fn has_endpoint(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
     let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
     let serves = |probe: &Probe| {
         let service = services.iter().find(|service| service.name == probe.service);
@@ -183,7 +203,7 @@ fn is_served(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
             own && service.labels.is_empty() && endpoints && port.is_some_and(|port| port.target.is_some())
         })
     };
-    flow.kind.of_node() || probes.iter().filter(same).any(serves)
+    probes.iter().filter(same).any(serves)
 }
 
 /// By the number of the probe. Backends that flows of one world only had say nothing.

@@ -7,7 +7,7 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
 use self::endpoints::endpoints;
-use super::case::{Case, Families, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
+use super::case::{Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
 use super::settings::{Detection, Settings};
 
 mod endpoints;
@@ -85,13 +85,13 @@ fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
             service.endpoints.remove(rng.random_range(0..service.endpoints.len()));
         }
         2 if !service.endpoints.is_empty() => {
-            let at = rng.random_range(0..service.endpoints.len());
+            let at = any_endpoint(rng, &mut service.endpoints);
             let (ready, serving) = (rng.random_bool(0.3), rng.random_bool(0.6));
             let endpoint = &mut service.endpoints[at];
             (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, ready || serving, !ready);
         }
         10 if !service.endpoints.is_empty() => {
-            let at = rng.random_range(0..service.endpoints.len());
+            let at = any_endpoint(rng, &mut service.endpoints);
             (service.endpoints[at].zones, service.endpoints[at].nodes) = (Vec::new(), Vec::new());
         }
         3 => service.service_type = any_type(rng),
@@ -104,6 +104,14 @@ fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
         _ => service.endpoints = endpoints(rng, index),
     }
     valid(service, index)
+}
+
+/// One of some endpoints, the only one of its address: of two that do not terminate, kube-proxy takes any.
+fn any_endpoint(rng: &mut StdRng, endpoints: &mut Vec<Endpoint>) -> usize {
+    let chosen = endpoints[rng.random_range(0..endpoints.len())].clone();
+    endpoints.retain(|endpoint| endpoint.pod != chosen.pod);
+    endpoints.push(chosen);
+    endpoints.len() - 1
 }
 
 /// Takes out what the type does not have, and puts in what it needs.

@@ -1,6 +1,6 @@
 //! What random cases are, and that the tested ones meet every rule.
 
-use super::super::case::{Endpoint, PODS};
+use super::super::case::PODS;
 use super::*;
 
 #[test]
