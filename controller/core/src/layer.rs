@@ -241,6 +241,12 @@ impl Layers {
             let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
             let (dropped, touched) = layer.apply(self.revision, changes, &infos, &self.limits);
             applied.dropped += dropped;
+            // Hints may name any zone: a layer that holds nothing goes, whoever may have been in it.
+            let empty = matches!(id, LayerId::Zone(_)) && layer.items.digest() == Digest::default();
+            if empty {
+                self.layers.remove(&id);
+                self.last_removal = self.revision;
+            }
             if touched && !applied.touched.contains(&id) {
                 applied.touched.push(id);
             }

@@ -386,3 +386,25 @@ fn malformed_changes_are_dropped() {
     assert_eq!((applied.dropped, applied.touched.len()), (4, 0));
     assert_eq!(layers.head(&node(0)).digest(), Digest::default());
 }
+
+#[test]
+fn a_zone_that_holds_nothing_has_no_layer() {
+    let mut layers = Layers::new(LogLimits::default());
+    let zone = LayerId::Zone("z".into());
+    let subscription = Subscription { zone: Some("z".into()), ..node(1) };
+    let mut agent = Agent::default();
+    for round in 0..3 {
+        let patch = PoolPatch { key: Some(pool_key(1)), added: vec![endpoint(round)], removed: Vec::new() };
+        for op in [Op::Pool(patch), Op::PoolRemoved(pool_key(1))] {
+            let changes = BTreeMap::from([(zone.clone(), vec![change(op)])]);
+            let applied = layers.apply(changes, &[], Vec::new(), Source::default());
+            assert_eq!(applied.touched, std::slice::from_ref(&zone), "its nodes are told");
+            agent.take(plan(&layers, &subscription, agent.cursor.as_ref()).unwrap());
+        }
+        assert!(!layers.layers.contains_key(&zone));
+    }
+    let gone = (0..100).map(|number| LayerId::Zone(format!("z{number}").into()));
+    let nothing = gone.map(|id| (id, vec![change(Op::PoolRemoved(pool_key(1)))])).collect();
+    layers.apply(nothing, &[], Vec::new(), Source::default());
+    assert!(layers.layers.is_empty());
+}
