@@ -17,7 +17,7 @@ use std::sync::Arc;
 use flate2::Compression;
 use flate2::write::DeflateEncoder;
 use switchtower_proto::digest::Digest;
-use switchtower_proto::v1::{Change, ChangeInfo, LayerKind, Part, PartKind, Source};
+use switchtower_proto::v1::{Change, ChangeInfo, HealthCheckKey, LayerKind, Part, PartKind, Source};
 
 use crate::model::LayerId;
 use crate::view::View;
@@ -282,6 +282,13 @@ impl Layers {
             changes.values().flatten().for_each(|change| view.apply(kind, change));
         }
         view
+    }
+
+    /// Whether a node has this health check.
+    #[must_use]
+    pub fn has_health_check(&self, node: &Arc<str>, key: &HealthCheckKey) -> bool {
+        let layer = self.layers.get(&LayerId::Node(node.clone()));
+        layer.is_some_and(|layer| layer.items.has_health_check(key))
     }
 
     /// Finds the place of a view by the revision that its holder remembers and by its digest.

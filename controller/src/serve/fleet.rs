@@ -17,6 +17,7 @@ use switchtower_proto::v1::{Change, GoAwayReason, Resume, Settings, Source};
 use tokio::sync::Notify;
 
 mod look;
+mod reports;
 mod settings;
 
 pub use look::Reach;
@@ -68,6 +69,8 @@ struct Node {
     /// Where changes are followed; from the stream's first acknowledgement to its end.
     slot: Option<Slot>,
     observation: Option<Observation>,
+    /// What it may say of Services.
+    told: reports::Told,
 }
 
 /// Whom a new revision concerns.
@@ -339,11 +342,6 @@ impl Fleet {
         }
         self.unfollow(entry);
         Some((floor.session, signal))
-    }
-
-    /// Something wrong with an object, as a node finds it.
-    pub(super) fn problem(&self, problem: Problem) {
-        (self.problems)(problem);
     }
 
     /// Changes what is known of a node, if `session` still is its stream.

@@ -70,6 +70,10 @@ impl Items {
         self.size
     }
 
+    pub(super) fn has_health_check(&self, key: &HealthCheckKey) -> bool {
+        self.health_checks.contains_key(key)
+    }
+
     fn add(&mut self, bucket: u16, size: usize, item: ItemRef<'_>) {
         let hash = item_hash(self.kind, item);
         self.digest.0 = self.digest.0.wrapping_add(hash);

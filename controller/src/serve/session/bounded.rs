@@ -1,15 +1,11 @@
 //! What agents say about themselves, cut to the lengths and counts that are kept.
 
-use switchtower_core::compiled::{Problem, ProblemObject, ProblemReason};
-use switchtower_core::model::ObjectKey;
-use switchtower_proto::v1::{Deviations, HealthCheckFailure, TrialStatus};
+use switchtower_proto::v1::{Deviations, TrialStatus};
 
 use super::shortened;
 
 /// Most samples of deviations that are kept.
 const SAMPLES: usize = 16;
-/// Most health checks that a node cannot listen on.
-const FAILURES: usize = 16;
 /// Most results of a trial's probes that are kept: 16 probes with two families and two addresses each.
 const RESULTS: usize = 64;
 
@@ -24,27 +20,6 @@ pub(super) fn deviations(mut deviations: Deviations) -> Deviations {
         settings.profile = shortened(&settings.profile);
     }
     deviations
-}
-
-/// Health checks that a node cannot listen on, as what is wrong with their Services.
-pub(super) fn health_check_failures(
-    node: &str,
-    failures: &[HealthCheckFailure],
-) -> impl Iterator<Item = Problem> {
-    failures.iter().take(FAILURES).filter_map(move |failure| {
-        let HealthCheckFailure { key, address, error } = failure;
-        let key = key.as_ref()?;
-        let object = ObjectKey { namespace: shortened(&key.namespace).into(), name: shortened(&key.name).into() };
-        Some(Problem {
-            object: ProblemObject::Service(object),
-            reason: ProblemReason::FailedToStartServiceHealthcheck,
-            message: format!(
-                "node {node} cannot listen on {} for the health check node port: {}; it tries again every five seconds",
-                shortened(address),
-                shortened(error)
-            ),
-        })
-    })
 }
 
 /// A trial's standing of a Hello or a Report.

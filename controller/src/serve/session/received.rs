@@ -147,9 +147,7 @@ impl Session {
     }
 
     fn reported(&self, report: &Report) {
-        for problem in bounded::health_check_failures(&self.node, &report.health_check_failures) {
-            self.fleet.problem(problem);
-        }
+        self.fleet.cannot_listen(&self.node, &report.health_check_failures);
         self.fleet.observe_with(&self.node, self.number, |known| {
             // Without a cause the count is of the past, told anew to a controller that may not know it.
             if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
