@@ -224,7 +224,8 @@ impl Session {
             Ok(None) => return Err(End::Gone("closed_by_agent")),
             Err(status) => return Err(broken(&status)),
         };
-        hello::check(&hello, &self.node).map_err(|(reason, detail)| End::GoAway(reason, detail))?;
+        let known = self.fleet.floor(&self.node).generation;
+        hello::check(&hello, &self.node, known).map_err(|(reason, detail)| End::GoAway(reason, detail))?;
         if !self.fleet.ready() {
             let detail = "the first lists of the API server are not complete".to_owned();
             return Err(End::GoAway(GoAwayReason::NotReady, detail));

@@ -4,8 +4,12 @@ use switchtower_proto::v1::{GoAwayReason, Hello};
 
 /// The schema version that is spoken here.
 pub(super) const VERSION: u32 = 1;
-/// Highest generation that an agent may claim: far above what is ever reached, far below an overflow.
-const GENERATION: u64 = 1 << 62;
+/// Highest generation that an agent of a node may claim of which nothing is known, as after its row was deleted: at a
+/// thousand changes a second it is reached after 8,900 years.
+pub(super) const GENERATION: u64 = 1 << 48;
+/// How far a claim may lie above what is known: a controller that fell behind its agents, as after a restore of etcd,
+/// fell behind by less.
+const AHEAD: u64 = 1 << 32;
 /// Longest list and longest string.
 const LIST: usize = 64;
 const STRING: usize = 256;
@@ -13,8 +17,11 @@ const STRING: usize = 256;
 /// What is wrong, and the words for people.
 pub(super) type Fault = (GoAwayReason, String);
 
-/// Checks a Hello against the limits and the credential's node.
-pub(super) fn check(hello: &Hello, node: &str) -> Result<(), Fault> {
+/// Checks a Hello against the limits, the credential's node, and the highest generation that is known of it.
+///
+/// What is handed out stays within [`AHEAD`] and a stream's changes of the known, so that no node is refused for
+/// what it was given.
+pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> {
     let malformed = |what: &str| Err((GoAwayReason::Malformed, format!("Hello: {what}")));
     // What it says of deviations and of a trial is shortened where it is taken in.
     let Hello {
@@ -55,9 +62,32 @@ pub(super) fn check(hello: &Hello, node: &str) -> Result<(), Fault> {
     }
     let kernel = kernel.as_ref().map_or(0, |stamp| stamp.generation);
     let view = view.as_ref().map_or(0, |view| view.generation);
-    if kernel.max(view) > GENERATION {
+    let most = if known == 0 { GENERATION } else { known.saturating_add(AHEAD) };
+    if kernel.max(view) > most {
         let detail = format!("generation {} is out of range", kernel.max(view));
         return Err((GoAwayReason::GenerationOutOfRange, detail));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use switchtower_proto::v1::Stamp;
+
+    use super::*;
+
+    #[test]
+    fn a_claim_far_above_what_is_known_is_refused() {
+        let claim = |generation| {
+            let kernel = Some(Stamp { generation, digest: vec![0; 16] });
+            Hello { versions: vec![VERSION], node_name: "n".into(), kernel, ..Hello::default() }
+        };
+        let refused = |generation, known| check(&claim(generation), "n", known).is_err();
+        for (generation, known) in [(7, 0), (GENERATION, 0), (7, 9), (AHEAD + 9, 9), (u64::MAX, u64::MAX)] {
+            assert!(!refused(generation, known), "{generation} over {known}");
+        }
+        for (generation, known) in [(GENERATION + 1, 0), (u64::MAX, 0), (AHEAD + 10, 9), (1 << 61, 70)] {
+            assert!(refused(generation, known), "{generation} over {known}");
+        }
+    }
 }
