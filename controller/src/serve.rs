@@ -31,7 +31,7 @@ pub mod tls;
 #[cfg(test)]
 mod tests;
 
-use auth::Authenticator;
+use auth::{Authenticator, Refusal};
 use fleet::Fleet;
 use metrics::ServeMetrics;
 use session::{Limits, Session};
@@ -98,14 +98,17 @@ impl FleetService for Service {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let Server { fleet, authenticator, limits } = &self.0;
-        let Some(permit) = fleet.admit(limits) else {
-            return Ok(Response::new(session::overloaded(limits)));
-        };
-        let identity = authenticator.authenticate(request.metadata(), fleet).await.map_err(|refusal| {
+        let refuse = |refusal: Refusal| {
             fleet.metrics().refused(refusal.reason());
             tracing::warn!(reason = refusal.reason(), error = %refusal, "agent refused");
             refusal.status()
-        })?;
+        };
+        // Who shows no token takes no place of those who do.
+        let shown = authenticator.shown(request.metadata()).map_err(refuse)?;
+        let Some(permit) = fleet.admit(limits) else {
+            return Ok(Response::new(session::overloaded(limits)));
+        };
+        let identity = authenticator.authenticate(shown, fleet).await.map_err(refuse)?;
         let (out, outbound) = mpsc::channel(QUEUE);
         let session = Session::new(fleet.clone(), limits.clone(), identity, out);
         tokio::spawn(async move {

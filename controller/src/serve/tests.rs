@@ -555,3 +555,14 @@ async fn a_question_goes_over_the_stream_and_its_answer_comes_back() {
     drop(agent);
     assert_eq!(asked.await.unwrap(), Err(questions::QuestionError::Ended("n1".to_owned())));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_no_token_takes_no_place() {
+    let limits = Limits { streams_per_second: 0.001, stream_burst: 1.0, ..Limits::default() };
+    let lab = Lab::start(limits).await;
+    for _ in 0..5 {
+        assert!(lab.dial("").await.is_err());
+    }
+    assert!(!lab.agent("n1").await.welcome(hello("n1")).await);
+    assert_eq!(lab.agent("n2").await.sent_away().await, GoAwayReason::Overloaded);
+}
