@@ -34,6 +34,9 @@ use in_flight::InFlight;
 /// Longest text of an agent that is kept.
 const TEXT: usize = 512;
 
+/// An API server that was not heard for this long may not answer for tokens either.
+const UNHEARD: Duration = Duration::from_secs(30);
+
 /// Bounds and times of streams.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -146,8 +149,16 @@ fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> ControllerM
     message(ToAgent::GoAway(GoAway { reason: reason as i32, detail, retry_after_milliseconds }))
 }
 
-fn shortened(text: &str) -> String {
-    text.chars().take(TEXT).collect()
+/// While the API server cannot be asked for tokens, a stream goes on for as long as its own is valid (`left`): when to
+/// look again.
+fn put_off(left: Duration, upstream_age: Option<Duration>) -> Option<Duration> {
+    let heard = upstream_age.is_some_and(|age| age <= UNHEARD);
+    (!heard && !left.is_zero()).then(|| left.min(UNHEARD.mul_f64(rand::random_range(0.5..1.0))))
+}
+
+/// What an agent says, in bounds, and without what a terminal would take for a command.
+pub(super) fn shortened(text: &str) -> String {
+    text.chars().take(TEXT).map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
 impl Session {
@@ -298,7 +309,7 @@ impl Session {
     }
 
     async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {
-        let recycled = Instant::now() + self.lifetime();
+        let mut recycled = Instant::now() + self.lifetime();
         let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -323,9 +334,13 @@ impl Session {
                 () = signal.notify.notified() => Ok(()),
                 _ = ping.tick() => self.ping().await,
                 () = tokio::time::sleep_until(deadline.unwrap_or(recycled)), if deadline.is_some() => Ok(()),
-                () = tokio::time::sleep_until(recycled) => {
-                    Err(End::GoAway(GoAwayReason::CredentialExpiring, "come back with a new token".to_owned()))
-                }
+                () = tokio::time::sleep_until(recycled) => match self.put_off() {
+                    Some(delay) => {
+                        recycled = Instant::now() + delay;
+                        Ok(())
+                    }
+                    None => Err(End::GoAway(GoAwayReason::CredentialExpiring, "come back with a new token".to_owned())),
+                },
             };
             if let Err(end) = outcome {
                 return end;
@@ -337,6 +352,11 @@ impl Session {
     fn lifetime(&self) -> Duration {
         let left = self.expires.duration_since(SystemTime::now()).unwrap_or_default();
         left.mul_f64(rand::random_range(0.75..0.9))
+    }
+
+    fn put_off(&self) -> Option<Duration> {
+        let left = self.expires.duration_since(SystemTime::now()).unwrap_or_default();
+        put_off(left, self.fleet.upstream_age())
     }
 
     /// When to look again without anything happening.
@@ -489,5 +509,27 @@ fn broken(status: &Status) -> End {
         | tonic::Code::Internal
         | tonic::Code::InvalidArgument => End::GoAway(GoAwayReason::Malformed, shortened(status.message())),
         _ => End::Gone("connection_lost"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_stream_is_sent_for_a_token_that_nobody_can_review() {
+        let seconds = Duration::from_secs;
+        assert_eq!(put_off(seconds(900), Some(seconds(9))), None, "it can come back");
+        for age in [Some(seconds(31)), None] {
+            let delay = put_off(seconds(900), age).unwrap();
+            assert!(delay >= seconds(15) && delay <= UNHEARD, "{delay:?}");
+            assert_eq!(put_off(seconds(3), age), Some(seconds(3)), "not beyond its token");
+            assert_eq!(put_off(Duration::ZERO, age), None);
+        }
+    }
+
+    #[test]
+    fn an_agent_sends_no_commands_to_terminals() {
+        assert_eq!(shortened("a\u{1b}]0;x\u{7}b\nc\u{9b}d"), "a ]0;x b c d");
     }
 }
