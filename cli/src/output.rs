@@ -11,6 +11,9 @@ use crate::error::CliError;
 /// Columns that a text keeps to.
 pub(crate) const WIDTH: usize = 100;
 
+/// What follows the escape character and the bracket in our colours: good, warn, bad, and the end of each.
+const PAINTS: [&str; 4] = ["32", "33", "31;1", "0"];
+
 /// The process' exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
@@ -46,7 +49,7 @@ impl Report {
 /// Prints a report to standard output.
 pub(crate) fn print(report: &Report, format: Format) {
     let text = match format {
-        Format::Text => report.text.clone(),
+        Format::Text => printable(&report.text),
         Format::Json => format!("{:#}\n", report.value),
         // JSON is YAML: if the writer ever fails, that is still understood.
         Format::Yaml => {
@@ -63,7 +66,27 @@ pub(crate) fn print_error(error: &CliError, style: Style) {
     if let Some(code) = error.code {
         text += &format!("  {} {}\n", code.code, wrapped(code.action, 9));
     }
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = std::io::stderr().lock().write_all(printable(&text).as_bytes());
+}
+
+/// The text without what a terminal takes for a command, but for our own colours: nodes and objects may say anything.
+fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(letter) = rest.chars().next() {
+        let color = PAINTS.iter().find_map(|code| {
+            let ours = rest.strip_prefix("\u{1b}[")?.strip_prefix(code)?.starts_with('m');
+            ours.then_some(code.len() + 3)
+        });
+        let length = color.unwrap_or(letter.len_utf8());
+        if color.is_none() && letter.is_control() && letter != '\n' {
+            out.push(' ');
+        } else {
+            out.push_str(&rest[..length]);
+        }
+        rest = &rest[length..];
+    }
+    out
 }
 
 /// Colours or none.
@@ -175,6 +198,14 @@ pub(crate) fn names<T: AsRef<str>>(names: &[T], total: usize, most: usize) -> St
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_our_own_colors_reach_the_terminal() {
+        let style = Style { colored: true };
+        let text = format!("{}\n\u{1b}[2J{}\u{9b}2J\u{1b}", style.bad("gone"), style.good("a\u{7}b"));
+        let shown = "\u{1b}[31;1mgone\u{1b}[0m\n [2J\u{1b}[32ma b\u{1b}[0m 2J ";
+        assert_eq!(printable(&text), shown);
+    }
 
     #[test]
     fn tables_are_aligned_and_their_last_column_wrapped() {
