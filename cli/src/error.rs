@@ -1,6 +1,6 @@
 //! Why a command cannot answer: a sentence that says what was attempted and what to do.
 
-use switchtower_core::codes::Code;
+use switchtower_core::codes::{self, Code};
 
 /// The command's last words.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -13,6 +13,11 @@ pub(crate) struct CliError {
 impl CliError {
     pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: None }
+    }
+
+    /// The controller could not be asked; it may be there again soon.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        self.code == Some(codes::CONTROLLER_UNREACHABLE)
     }
 
     pub(crate) fn coded(code: Code, message: impl Into<String>) -> Self {

@@ -15,6 +15,11 @@ use crate::output::{Exit, Report, count, names, wrapped};
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// Before another connection.
+const RETRY: Duration = Duration::from_secs(1);
+/// A connection is used for this long: its token is valid for ten minutes.
+const RENEWAL: Duration = Duration::from_secs(300);
+
 /// What was found.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -31,11 +36,20 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     let started = Instant::now();
     let cluster = Cluster::new(global).await?;
     let (subject, services, slices) = target(&cluster, args.service.as_deref()).await?;
-    let mut controller = Controller::connect(global, &cluster, VIEWER).await?;
     let first = format!("/v1/progress?services={services}&endpointSlices={slices}");
     let mut path = first.clone();
+    let mut controller = None;
     let found = loop {
-        let progress: Progress = controller.get(&path).await?;
+        let asked = ask(global, &cluster, &mut controller, &path).await;
+        let progress = match asked {
+            Ok(progress) => progress,
+            // The controller may be replaced meanwhile: another connection, and a new token.
+            Err(error) if error.is_unreachable() && started.elapsed() < args.timeout => {
+                tokio::time::sleep(RETRY.min(args.timeout)).await;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         path = match progress.revision {
             Some(revision) => format!("{first}&revision={revision}&instance={}", progress.instance),
             None => first.clone(),
@@ -48,6 +62,22 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     };
     let exit = if found.reached { Exit::Ok } else { Exit::Wrong };
     Report::new(text(&found), &found, exit)
+}
+
+/// Asks over the connection that there is, or over a new one.
+async fn ask(
+    global: &Global,
+    cluster: &Cluster,
+    connection: &mut Option<(Controller, Instant)>,
+    path: &str,
+) -> Result<Progress, CliError> {
+    let (mut controller, since) = match connection.take().filter(|(_, since)| since.elapsed() < RENEWAL) {
+        Some(connection) => connection,
+        None => (Controller::connect(global, cluster, VIEWER).await?, Instant::now()),
+    };
+    let progress = controller.get(path).await?;
+    *connection = Some((controller, since));
+    Ok(progress)
 }
 
 /// What is waited for, and the resourceVersions that it has got to.
