@@ -8,6 +8,7 @@
 
 pub mod admin;
 pub mod agents;
+mod background;
 pub mod bootstrap;
 pub mod cli;
 pub mod engine;

@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch as channel};
 use crate::admin::Admin;
 use crate::admin::auth::AdminAuthenticator;
 use crate::agents::{self, Agents, Obstacle};
+use crate::background::Background;
 use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
@@ -129,29 +130,37 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     // What can be refused at once is refused before anything is started.
     let agents = Agents::default();
     let listener = listen(args.listen, &agents).await?;
-    tokio::spawn(metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?);
+    let mut tasks = Background::default();
+    let metrics = metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?;
+    tasks.spawn("metrics", async {
+        if let Err(error) = metrics.await {
+            tracing::error!(%error, "serving metrics");
+        }
+    });
 
     let starting = async {
         let ca = certificate_authority(&client, &args).await?;
-        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry).await?))
+        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry, &mut tasks).await?))
     };
     let (ca, parts) = tokio::select! {
         started = starting => started?,
         signal = wait_for_signal() => return signal,
     };
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
-    tokio::spawn(keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
+    tasks.spawn("the bootstrap ConfigMap", keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
     let Parts { fleet, serve_metrics, traces, mut head } = parts;
     tokio::select! {
         served = engine::first_head(&mut head) => {
             anyhow::ensure!(served, "the engine ended before the first compile; its log says why");
         }
+        ended = tasks.ended() => return Err(ended.into()),
         signal = wait_for_signal() => return signal,
     }
     let listener = match listener {
         Some(listener) => listener,
         None => tokio::select! {
             listener = listen_in_the_end(args.listen, &agents) => listener?,
+            ended = tasks.ended() => return Err(ended.into()),
             signal = wait_for_signal() => return signal,
         },
     };
@@ -162,8 +171,8 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let limits = Limits { replica, peers: controllers, ..Limits::default() };
     let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&ca)?));
     let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(&ca)?));
-    tokio::spawn(renew_certificates(tls.clone(), admin_tls.clone(), ca));
-    tokio::spawn(serve_admin(admin, args.admin_listen, admin_tls, serve_metrics.clone()));
+    tasks.spawn("certificates", renew_certificates(tls.clone(), admin_tls.clone(), ca));
+    tasks.spawn("the admin API", serve_admin(admin, args.admin_listen, admin_tls, serve_metrics.clone()));
     let server = Server::new(fleet, Arc::new(authenticator), limits);
     let (stop, stopped) = oneshot::channel::<()>();
     let mut running = tokio::spawn(server.serve(listener, tls, serve_metrics, async move {
@@ -174,6 +183,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     tracing::info!(listen = %args.listen, "serving agents");
     tokio::select! {
         ended = &mut running => return ended?.context("serving agents"),
+        ended = tasks.ended() => return Err(ended.into()),
         signal = wait_for_signal() => signal?,
     }
     readiness.set(false);
@@ -236,16 +246,17 @@ async fn start_parts(
     replica: &str,
     agents: &Agents,
     registry: &Registry,
+    tasks: &mut Background,
 ) -> anyhow::Result<Parts> {
     let upstream = Arc::new(Upstream::default());
     registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
     let floors = Floors::default();
     let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
-    let Followed { propagation, traces, new_trace } = follow_changes(replica, registry)?;
+    let Followed { propagation, traces, new_trace } = follow_changes(replica, registry, tasks)?;
     let age = Arc::new(move || age.age());
     let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
-    tokio::spawn(publisher);
+    tasks.spawn("Events", publisher);
     let sink = events.clone();
     let problems = Arc::new(move |problem| sink.report([problem]));
     let fleet =
@@ -264,19 +275,20 @@ async fn start_parts(
     let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments, metrics);
     read_first("ProxyProfile and ProxyRollout", async || rollouts.load().await).await;
     let (nodes, node_events) = mpsc::unbounded_channel();
-    tokio::spawn(writer.run(loaded, node_events));
+    tasks.spawn("rows", writer.run(loaded, node_events));
     let account = args.agent_service_account.clone();
-    tokio::spawn(agents::follow::run(client.clone(), args.namespace.clone(), account, agents.clone()));
-    tokio::spawn(agents::ask::run(agents.clone()));
+    let pods = agents::follow::run(client.clone(), args.namespace.clone(), account, agents.clone());
+    tasks.spawn("the agents' Pods", pods);
+    tasks.spawn("questions to agents", agents::ask::run(agents.clone()));
     let (more_nodes, node_events) = mpsc::unbounded_channel();
-    tokio::spawn(rollouts.run(node_events));
+    tasks.spawn("rollouts", rollouts.run(node_events));
 
-    let batches = start_watches(client, args, &upstream, registry)?;
+    let batches = start_watches(client, args, &upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
     let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
     let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
     let metrics = EngineMetrics::new(registry)?;
-    tokio::spawn(engine::run(pipeline, outputs, metrics, new_trace, batches));
+    tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));
     Ok(Parts { fleet, serve_metrics, head: head_seen, traces })
 }
 
@@ -308,7 +320,7 @@ struct Followed {
 }
 
 /// Starts to follow changes, and to export traces of them if the environment asks for it.
-fn follow_changes(replica: &str, registry: &Registry) -> anyhow::Result<Followed> {
+fn follow_changes(replica: &str, registry: &Registry, tasks: &mut Background) -> anyhow::Result<Followed> {
     let propagation = Propagation::new(FollowLimits::default(), PropagationMetrics::new(registry)?);
     let (propagation, traces, new_trace) = match Traces::from_environment(replica)? {
         None => (propagation, None, Box::new(propagation::new_trace) as Box<_>),
@@ -316,13 +328,13 @@ fn follow_changes(replica: &str, registry: &Registry) -> anyhow::Result<Followed
             let (propagation, records) = propagation.with_reader();
             let traces = Arc::new(traces);
             let exporter = traces.clone();
-            tokio::spawn(async move { exporter.run(records).await });
+            tasks.spawn("traces", async move { exporter.run(records).await });
             tracing::info!("traces of changes are exported over OTLP");
             (propagation, Some(traces), Box::new(move || head.trace()) as Box<_>)
         }
     };
     let propagation = Arc::new(propagation);
-    tokio::spawn(propagation.clone().watch());
+    tasks.spawn("changes that are late", propagation.clone().watch());
     Ok(Followed { propagation, traces, new_trace })
 }
 
@@ -444,11 +456,12 @@ fn start_watches(
     args: &ServeArgs,
     upstream: &Arc<Upstream>,
     registry: &Registry,
+    tasks: &mut Background,
 ) -> anyhow::Result<mpsc::Receiver<Batch>> {
     let (sink, batches) = mpsc::channel(BATCHES);
     let metrics = WatchMetrics::new(registry)?;
     let labels = |text: &str| Selectors { labels: Some(text.to_owned()).filter(|text| !text.is_empty()) };
-    let start = Start { client, upstream, metrics: &metrics, sink: &sink };
+    let mut start = Start { client, upstream, metrics: &metrics, sink: &sink, tasks };
     start.watch::<Service>(labels(SERVICE_SELECTOR));
     start.watch::<EndpointSlice>(labels(SLICE_SELECTOR));
     start.watch::<Node>(labels(&args.node_selector));
@@ -461,19 +474,15 @@ struct Start<'a> {
     upstream: &'a Arc<Upstream>,
     metrics: &'a WatchMetrics,
     sink: &'a mpsc::Sender<Batch>,
+    tasks: &'a mut Background,
 }
 
 impl Start<'_> {
-    fn watch<K: Watched>(&self, selectors: Selectors) {
-        let Self { client, upstream, metrics, sink } = self;
+    fn watch<K: Watched>(&mut self, selectors: Selectors) {
+        let Self { client, upstream, metrics, sink, tasks } = self;
         let api = Api::all((*client).clone());
-        tokio::spawn(watch::run::<K>(
-            api,
-            selectors,
-            (*upstream).clone(),
-            (*metrics).clone(),
-            (*sink).clone(),
-        ));
+        let watch = watch::run::<K>(api, selectors, (*upstream).clone(), (*metrics).clone(), (*sink).clone());
+        tasks.spawn(K::RESOURCE.name(), watch);
     }
 }
 
