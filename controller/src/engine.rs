@@ -111,7 +111,8 @@ pub async fn run(
     mut new_trace: impl FnMut() -> TraceContext + Send + 'static,
     mut batches: mpsc::Receiver<Batch>,
 ) {
-    let mut engine = Engine { intake: Intake::default(), outputs, metrics, head: Head::default() };
+    let mut engine =
+        Engine { intake: Intake::default(), outputs, metrics, head: Head::default(), missing: String::new() };
     let mut buffer = Vec::new();
     while batches.recv_many(&mut buffer, BATCHES).await > 0 {
         for batch in buffer.drain(..) {
@@ -131,12 +132,18 @@ struct Engine {
     outputs: Outputs,
     metrics: EngineMetrics,
     head: Head,
+    /// Resources that were logged as missing.
+    missing: String,
 }
 
 impl Engine {
     fn step(&mut self, pipeline: &mut impl Pipeline) {
         let Some(work) = self.intake.take() else {
-            tracing::debug!(missing = names(&self.intake), "waiting for the first lists");
+            let missing = names(&self.intake);
+            if missing != self.missing {
+                tracing::info!(missing, "waiting for the first lists");
+                self.missing = missing;
+            }
             return;
         };
         let Work { inputs, changes, total, problems, nodes, source } = work;

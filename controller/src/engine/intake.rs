@@ -44,6 +44,33 @@ pub(super) struct Intake {
     service_cidrs_changed: bool,
     next_change: u64,
     initial_done: bool,
+    /// Before the first lists are complete: of every object what was said last.
+    first: BTreeMap<Subject, Ingested>,
+}
+
+/// What a fact is about.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Subject {
+    Service(ObjectKey),
+    Slice(ObjectKey),
+    Node(Arc<str>),
+    ServiceCidrs,
+    ServiceCidr(Arc<str>),
+}
+
+impl Subject {
+    fn of(fact: &Fact) -> Self {
+        match fact {
+            Fact::Input(Input::Service(service)) => Self::Service(service.key.clone()),
+            Fact::Input(Input::ServiceDeleted(key)) => Self::Service(key.clone()),
+            Fact::Input(Input::Slice(slice)) => Self::Slice(slice.key.clone()),
+            Fact::Input(Input::SliceDeleted(key)) => Self::Slice(key.clone()),
+            Fact::Input(Input::Node(node)) | Fact::Node(node, _) => Self::Node(node.name.clone()),
+            Fact::Input(Input::NodeDeleted(name)) | Fact::NodeDeleted(name) => Self::Node(name.clone()),
+            Fact::Input(Input::ServiceCidrs(_)) => Self::ServiceCidrs,
+            Fact::ServiceCidr(name, _) | Fact::ServiceCidrDeleted(name) => Self::ServiceCidr(name.clone()),
+        }
+    }
 }
 
 impl Intake {
@@ -51,7 +78,13 @@ impl Intake {
     pub(super) fn absorb(&mut self, batch: Batch, new_trace: &mut impl FnMut() -> TraceContext) {
         let Batch { resource, facts, resource_version, synced, received } = batch;
         for ingested in facts {
-            self.absorb_one(ingested, received, new_trace);
+            if self.initial_done {
+                self.note_change(&ingested.fact, &ingested.origin, received, new_trace);
+                self.absorb_one(ingested);
+            } else {
+                // A resource that cannot be listed must not make the others' changes pile up.
+                self.first.insert(Subject::of(&ingested.fact), ingested);
+            }
         }
         let version = match resource {
             WatchedResource::Services => &mut self.work.source.services,
@@ -63,21 +96,12 @@ impl Intake {
         let list = synced && resource_version != 0;
         *version = if list { resource_version } else { (*version).max(resource_version) };
         if synced {
-            let first = !std::mem::replace(&mut self.synced[resource.index()], true);
-            if first && resource == WatchedResource::Nodes {
-                self.work.nodes.push(NodeEvent::Synced);
-            }
+            self.synced[resource.index()] = true;
         }
     }
 
-    fn absorb_one(
-        &mut self,
-        ingested: Ingested,
-        received: SystemTime,
-        new_trace: &mut impl FnMut() -> TraceContext,
-    ) {
+    fn absorb_one(&mut self, ingested: Ingested) {
         self.work.problems.extend(ingested.problems);
-        self.note_change(&ingested.fact, ingested.origin, received, new_trace);
         match ingested.fact {
             Fact::Input(input) => self.work.inputs.push(input),
             Fact::Node(node, identity) => {
@@ -102,13 +126,10 @@ impl Intake {
     fn note_change(
         &mut self,
         fact: &Fact,
-        origin: Origin,
+        origin: &Origin,
         received: SystemTime,
         new_trace: &mut impl FnMut() -> TraceContext,
     ) {
-        if !self.initial_done {
-            return;
-        }
         self.work.total = self.work.total.saturating_add(1);
         self.next_change += 1;
         if self.work.changes.len() < NAMED_CHANGES {
@@ -130,6 +151,12 @@ impl Intake {
     pub(super) fn take(&mut self) -> Option<Work> {
         if self.synced.contains(&false) {
             return None;
+        }
+        if !self.initial_done {
+            for ingested in std::mem::take(&mut self.first).into_values() {
+                self.absorb_one(ingested);
+            }
+            self.work.nodes.push(NodeEvent::Synced);
         }
         if std::mem::take(&mut self.service_cidrs_changed) || !self.initial_done {
             let all: BTreeSet<IpNet> = self.service_cidrs.values().flatten().copied().collect();
@@ -214,6 +241,25 @@ mod tests {
         assert_eq!((work.total, work.changes.len()), (0, 0), "the first state is not a change");
         assert_eq!(work.nodes, [NodeEvent::Synced]);
         assert_eq!((work.source.services, work.source.service_cidrs), (5, 7));
+    }
+
+    #[test]
+    fn before_the_first_lists_only_the_latest_of_an_object_is_kept() {
+        let mut intake = Intake::default();
+        for version in 0..1_000 {
+            let facts = vec![deleted(&format!("s{}", version % 3))];
+            absorb(&mut intake, batch(WatchedResource::Services, facts, version, true));
+            assert!(intake.take().is_none());
+        }
+        for resource in WatchedResource::ALL {
+            absorb(&mut intake, batch(resource, vec![], 2_000, true));
+        }
+        let work = intake.take().unwrap();
+        assert_eq!(
+            (work.inputs.len(), work.source.services),
+            (4, 2_000),
+            "three Services, and the ServiceCIDRs"
+        );
     }
 
     #[test]
