@@ -327,6 +327,9 @@ impl Work<'_> {
         let missing = step.nodes.of(members.len()).saturating_sub(touched.len());
         if missing > 0 {
             let moves = self.pick(step, &members, missing);
+            if !moves.is_empty() {
+                self.progress.soaking_since = None; // Who joins a step that soaks is watched for as long.
+            }
             let waits = touched.iter().any(|member| member.outcome == Some(Outcome::Waiting));
             let blocked = moves.is_empty() && !waits;
             let waiting_on = if blocked { WaitingOn::HealthyNodes } else { WaitingOn::Nodes };

@@ -305,6 +305,24 @@ fn selectors_that_match_nobody_wait_and_are_never_passed() {
 }
 
 #[test]
+fn who_joins_a_step_that_soaks_is_watched_for_as_long() {
+    let mut watched = step(Quantity::Percent(100));
+    watched.soak = Duration::from_secs(100);
+    let mut stage = Stage::new(vec![watched], fleet(2));
+    stage.settle();
+    stage.pass(90);
+    stage.decide();
+    stage.fleet.push(node("late", &[]));
+    stage.settle();
+    stage.pass(99);
+    stage.decide();
+    stage.stands(State::Soaking, Some(WaitingOn::Soak), 3);
+    stage.pass(1);
+    stage.decide();
+    stage.stands(State::Complete, None, 3);
+}
+
+#[test]
 fn no_eligible_node() {
     let mut stage = Stage::new(vec![step(Quantity::Percent(100))], Vec::new());
     let decision = stage.settle();
