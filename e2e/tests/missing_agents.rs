@@ -98,7 +98,7 @@ fn a_kubelet_that_is_gone_is_the_reason_where_the_agent_is_gone_too() {
     };
     ready("Unknown", "Kubelet stopped posting node status.");
     std::thread::sleep(Duration::from_millis(500));
-    fleet.agrees(beta).unwrap();
+    wait::until("the agent alone counts", SHOWN, || fleet.agrees(beta)).unwrap();
     fleet.stop_agent(beta, libc::SIGKILL).unwrap();
     shows(beta, "NodeStatusUnknown", &["Kubelet stopped posting node status."]);
     ready("True", "");

@@ -76,6 +76,8 @@ impl Trip {
         });
         let target = trip.apply(&format!("before {name}"), &json!({}), &at_once);
         trip.follow(&target, |status| status.state == "Complete", |_, _| ());
+        // A node whose agent was away follows when it is back.
+        trip.has(&target, &all());
         trip.scene.fleet.settled(ROLLOUT).unwrap();
         trip
     }
@@ -164,6 +166,16 @@ impl Trip {
             assert!(Instant::now() < deadline, "{target} not in time; touched {touched:?}: {}", evidence());
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Waits until exactly these nodes have the revision assigned.
+    fn has(&self, target: &str, nodes: &BTreeSet<String>) {
+        wait::until(&format!("{target} is assigned to {nodes:?}"), ROLLOUT, || {
+            let touched = self.touched(target);
+            ensure!(touched == *nodes, "{touched:?}");
+            Ok(())
+        })
+        .unwrap();
     }
 
     /// The nodes that the revision is assigned to.
@@ -319,8 +331,9 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
     trip.scene.fleet.start_controller().unwrap();
     trip.scene.fleet.settled(ROLLOUT).unwrap();
     assert_eq!(trip.touched(&target), BTreeSet::new());
-    let again = probe::send(&node.net.client, Transport::Tcp, to).unwrap();
-    assert!(matches!(again, Outcome::Reply { .. }), "{again}");
+    common::eventually("again", &node.net.client, Transport::Tcp, to, |outcome| {
+        matches!(outcome, Outcome::Reply { .. })
+    });
 }
 
 #[test]
@@ -365,7 +378,7 @@ fn pause_approve_and_abort_by_kubectl() {
         },
     );
     trip.patch(&json!({"paused": true}));
-    trip.follow(&target, |status| status.state == "Paused", |_, _| ());
+    trip.follow(&target, |status| status.waiting_on.as_deref() == Some("Resume"), |_, _| ());
     trip.patch(&json!({"approvedStep": 1}));
     // Approved and paused: a controller that is asked for something else meanwhile touches nothing.
     trip.scene.endpoints("web", &["a1"]);

@@ -18,7 +18,7 @@ use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
 use switchtower_e2e::wait;
 
 /// How long a change may take until packets show it, on a machine that builds something else beside.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Every transport with every family.
 pub(crate) const WAYS: [(Transport, bool); 4] =
     [(Transport::Tcp, false), (Transport::Udp, false), (Transport::Tcp, true), (Transport::Udp, true)];
