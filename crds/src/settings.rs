@@ -20,13 +20,14 @@ pub struct ProxySettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31))]
     pub masquerade_bit: Option<i32>,
-    /// NodePorts are served on the node's addresses inside these CIDRs. Empty: on the primary addresses of the
+    /// NodePorts are served on the node's addresses inside these CIDRs, at most 64. Empty: on the primary addresses of the
     /// Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback; so does leaving out a family, where the other
     /// is named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub node_port_addresses: Vec<Cidr>,
-    /// Connection tracking of the node's kernel.
+    /// Connection tracking of the node's kernel. What the agent may not write is counted by its metric
+    /// switchtower_sysctl_failures and named in its log; the init container of the manifests writes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conntrack: Option<Conntrack>,
     /// The shortest time between two changes of the kernel, in milliseconds, 0 to 1000. Default: 0, each change
@@ -62,7 +63,7 @@ pub struct LocalDetection {
     /// packet comes in through the interface. InterfaceNamePrefix: through an interface whose name begins so.
     /// None: no connection counts as one of the node's own pods.
     pub mode: LocalDetectionMode,
-    /// The pods' networks, for mode ClusterCIDR.
+    /// The pods' networks, for mode ClusterCIDR; at most 16.
     #[serde(default, rename = "clusterCIDRs", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub cluster_cidrs: Vec<Cidr>,
@@ -94,30 +95,30 @@ pub enum LocalDetectionMode {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Conntrack {
-    /// Connections per CPU core. Default: 32768. 0: leave nf_conntrack_max alone.
+    /// Connections per CPU core, 0 to 1048576. Default: 32768. 0: leave nf_conntrack_max alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_048_576))]
     pub max_per_core: Option<i32>,
-    /// The fewest connections, whatever the number of cores. Default: 131072.
+    /// The fewest connections, whatever the number of cores; 0 or more. Default: 131072.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub min: Option<i32>,
-    /// How long an idle established TCP connection is remembered, in seconds. Default: 86400.
+    /// How long an idle established TCP connection is remembered, in seconds, 0 to 2147483. Default: 86400.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub tcp_established_timeout_seconds: Option<i64>,
-    /// How long a TCP connection in CLOSE_WAIT is remembered, in seconds. Default: 3600.
+    /// How long a TCP connection in CLOSE_WAIT is remembered, in seconds, 0 to 2147483. Default: 3600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub tcp_close_wait_timeout_seconds: Option<i64>,
     /// Do not mark TCP packets outside of the window as invalid. Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp_be_liberal: Option<bool>,
-    /// How long an unanswered UDP flow is remembered, in seconds. Default: 0, as the kernel has it.
+    /// How long an unanswered UDP flow is remembered, in seconds, 0 to 2147483. Default: 0, as the kernel has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub udp_timeout_seconds: Option<i64>,
-    /// How long an answered UDP flow is remembered, in seconds. Default: 0, as the kernel has it.
+    /// How long an answered UDP flow is remembered, in seconds, 0 to 2147483. Default: 0, as the kernel has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub udp_stream_timeout_seconds: Option<i64>,
@@ -157,11 +158,11 @@ impl LogLevel {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeSelector {
-    /// Labels that a Node must have, with these values.
+    /// Labels that a Node must have, with these values; at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
     pub match_labels: BTreeMap<String, String>,
-    /// Further requirements.
+    /// Further requirements, at most 32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     pub match_expressions: Vec<NodeSelectorRequirement>,
@@ -180,7 +181,7 @@ pub struct NodeSelectorRequirement {
     pub key: String,
     /// In, NotIn, Exists or DoesNotExist. NotIn also holds where the label is absent.
     pub operator: SelectorOperator,
-    /// The values, for In and NotIn.
+    /// The values, for In and NotIn; at most 64.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 63)))]
     pub values: Vec<String>,

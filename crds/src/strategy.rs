@@ -10,7 +10,7 @@ use crate::NodeSelector;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutStrategy {
-    /// The steps, one after the other; the last one must be 100% of all nodes. Default: one node and a soak of 60
+    /// The steps, one after the other, at most 16; the last one must be 100% of all nodes. Default: one node and a soak of 60
     /// seconds, then 25%, then 100%.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-validations" = [
@@ -19,18 +19,18 @@ pub struct RolloutStrategy {
     ]))]
     pub steps: Vec<RolloutStep>,
     /// How many nodes may be out of order at the same time: those that are being updated, and those that were
-    /// unhealthy before. A number, or a share of the eligible nodes such as 10%, which is at least one node.
+    /// unhealthy before. A number from 1, or a share of the eligible nodes such as 10%, which is at least one node.
     /// Default: 10%.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     // Bounds apply to numbers and the pattern to strings.
     #[schemars(extend("minimum" = 1, "pattern" = "^(100|[1-9][0-9]?)%$"))]
     pub max_unavailable: Option<IntOrString>,
-    /// A connected node that has not taken the revision after this many seconds has failed. Default: 60.
+    /// A connected node that has not taken the revision after this many seconds, 1 to 3600, has failed. Default: 60.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 3_600))]
     pub apply_deadline_seconds: Option<i32>,
-    /// A step in which no node advances for this many seconds shows as stalled; nothing else follows. Soaking,
-    /// waiting for an approval and pauses do not count. Default: 600.
+    /// A step in which no node advances for this many seconds, 1 to 86400, shows as stalled; nothing else follows.
+    /// Soaking, waiting for an approval and pauses do not count. Default: 600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 86_400))]
     pub progress_deadline_seconds: Option<i32>,
@@ -52,16 +52,16 @@ pub struct RolloutStep {
     /// passed. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_selector: Option<NodeSelector>,
-    /// How many of them hold the revision at the end of the step: a number, or a share such as 25%, rounded up.
+    /// How many of them hold the revision at the end of the step: a number from 1, or a share such as 25%, rounded up.
     // Bounds apply to numbers and the pattern to strings.
     #[schemars(extend("minimum" = 1, "pattern" = "^(100|[1-9][0-9]?)%$"))]
     pub nodes: IntOrString,
-    /// Label keys of Nodes, such as topology.kubernetes.io/zone: the step's nodes are taken in turn from the groups
-    /// with equal values.
+    /// Label keys of Nodes, such as topology.kubernetes.io/zone, at most 4: the step's nodes are taken in turn from the
+    /// groups with equal values.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 4), inner(length(min = 1, max = 317)))]
     pub spread_by: Vec<String>,
-    /// How long the step's nodes are watched after all of them hold the revision, in seconds. Default: 0.
+    /// How long the step's nodes are watched after all of them hold the revision, in seconds, 0 to 604800. Default: 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 604_800))]
     pub soak_seconds: Option<i64>,
@@ -85,24 +85,25 @@ pub enum Approval {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutGates {
-    /// Connections that each node opens through its own data plane, before and after the switch. What failed before
-    /// does not count. Absent: the ClusterIP of the Service default/kubernetes. An empty list: none.
+    /// Connections that each node opens through its own data plane, before and after the switch; at most 16. What failed
+    /// before does not count. Absent: the ClusterIP of the Service default/kubernetes. An empty list: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16), extend(
         "x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]
     ))]
     pub probes: Option<Vec<ServiceProbe>>,
-    /// How long a node repeats its probes after the switch, in seconds; a node that fails meanwhile goes back by
+    /// How long a node repeats its probes after the switch, in seconds, 0 to 3600; a node that fails meanwhile goes back by
     /// itself. Default: 10.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3_600))]
     pub window_seconds: Option<i32>,
-    /// A node whose agent lost its connection more often than this since it got the revision has failed. Default: 3.
+    /// A node whose agent lost its connection more often than this, 0 to 1000, since it got the revision has failed.
+    /// Default: 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000))]
     pub maximum_reconnects: Option<i32>,
-    /// When more than this share of the nodes that the rollout has not touched is unhealthy, in percent, the cause is
-    /// elsewhere: the rollout freezes, and goes on when they are well again. Default: 20.
+    /// When more than this share of the nodes that the rollout has not touched is unhealthy, in percent, 1 to 100, the
+    /// cause is elsewhere: the rollout freezes, and goes on when they are well again. Default: 20.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100))]
     pub freeze_percent: Option<i32>,
@@ -133,7 +134,7 @@ pub struct ServiceProbe {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^/[^ \t\r\n]{0,255}$"))]
     pub http_path: Option<String>,
-    /// Deadline of one connection with its answer, in milliseconds. Default: 1000.
+    /// Deadline of one connection with its answer, in milliseconds, 10 to 10000. Default: 1000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 10, max = 10_000))]
     pub timeout_milliseconds: Option<i32>,
