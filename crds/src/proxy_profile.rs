@@ -83,15 +83,15 @@ pub struct ProxyProfileStatus {
     /// The generation of spec that the status reflects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// The last revision that was rolled out completely; every rollback returns to it. Absent: none was.
+    /// The last revision that was rolled out completely; every rollback returns to it. Counted from 1; absent: none was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub stable_revision: Option<i64>,
-    /// `name@revision` that every rollback returns to; of another profile, or the built-in settings, before any revision
-    /// was rolled out completely.
+    /// `name@revision` that every rollback returns to, but for nodes that had something else of another profile before;
+    /// of another profile, or the built-in settings, before any revision was rolled out completely.
     #[serde(default)]
     pub stable_name: String,
-    /// The revision that spec stands for.
+    /// The revision that spec stands for, counted from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub target_revision: Option<i64>,

@@ -66,7 +66,7 @@ pub struct ProxyRolloutSpec {
         {"rule": "self == oldSelf", "message": "profile never changes"}
     ]))]
     pub profile: String,
-    /// The revision of the profile.
+    /// The revision of the profile, counted from 1.
     #[schemars(range(min = 1), extend("x-kubernetes-validations" = [
         {"rule": "self == oldSelf", "message": "revision never changes"}
     ]))]
@@ -88,7 +88,7 @@ pub struct ProxyRolloutSpec {
     ]))]
     pub settings: ProxySettings,
     /// What was stable when the rollout was created; before any revision of the profile was complete, what most of its
-    /// nodes had. A node whose probes fail returns to it by itself.
+    /// nodes had. A node whose probes fail returns to it by itself, or to what it had of another profile.
     #[schemars(extend("x-kubernetes-validations" = [
         {"rule": "self == oldSelf", "message": "fallback never changes"}
     ]))]
@@ -102,7 +102,7 @@ pub struct ProxyRolloutSpec {
     /// anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,
-    /// Approves all steps up to this one, counted from 1. Only grows.
+    /// Approves all steps up to this one, counted from 1, at most 16. Only grows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 16))]
     pub approved_step: Option<i32>,
@@ -140,7 +140,7 @@ pub struct ProxyRolloutStatus {
     /// `name@revision` that is rolled out.
     #[serde(default)]
     pub target: String,
-    /// `name@revision` that nodes return to.
+    /// `name@revision` that nodes return to, but for those that had something else of another profile before.
     #[serde(default)]
     pub stable: String,
     /// How far it is.

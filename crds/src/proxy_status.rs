@@ -85,6 +85,23 @@ pub struct ProfileAssignment {
     #[serde(default, skip_serializing_if = "Option::is_none", rename = "traceID")]
     #[schemars(length(max = 32))]
     pub trace_id: Option<String>,
+    /// What the node had of another profile before a rollout gave it this revision. It returns to it if the rollout
+    /// fails, is aborted or is superseded, as long as that profile is there. Absent: it returns to what the rollout
+    /// says is stable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<PreviousRevision>,
+}
+
+/// A revision that a node returns to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PreviousRevision {
+    /// The profile's name; `builtin` for the built-in settings.
+    #[schemars(length(min = 1, max = 52))]
+    pub name: String,
+    /// Its revision; 0 for the built-in settings.
+    #[schemars(range(min = 0))]
+    pub revision: i64,
 }
 
 /// What the controller knows of the node.

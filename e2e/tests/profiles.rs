@@ -16,13 +16,15 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
-use switchtower_e2e::probe::Transport;
+use switchtower_e2e::probe::{LongConnection, Transport};
+use switchtower_e2e::switchtower::FleetNode;
 use switchtower_e2e::wait;
 
 use common::{Scene, alone, answered_by, cluster_ip, fleet};
 
-/// How long a rollout may take on a machine that builds something else beside.
-const PATIENCE: Duration = Duration::from_secs(40);
+/// How long a rollout may take on a machine that builds something else beside. Agents whose controllers die one after
+/// another come back later and later.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn kubectl(arguments: &[&str]) -> Result<String> {
     fleet().control_plane().kubectl(arguments)
@@ -180,8 +182,106 @@ fn what_makes_no_sense_is_refused_when_it_is_applied() {
     }
     let error = format!("{:#}", apply("builtin", &json!({})).expect_err("a reserved name"));
     assert!(error.contains("builtin is the name"), "{error}");
-    let explained = kubectl(&["explain", "pxr.spec.approvedStep"]).unwrap();
-    assert!(explained.contains("Only grows"), "{explained}");
+}
+
+#[test]
+fn kubectl_explains_every_kind() {
+    let _alone = alone();
+    // The API server publishes what it says of a new kind a moment after it serves it.
+    let explains = |arguments: &[&str], words: &[&str]| {
+        wait::until(&format!("kubectl explain {arguments:?}"), PATIENCE, || {
+            let text = kubectl(&[&["explain"], arguments].concat())?;
+            let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            for word in words {
+                ensure!(flat.contains(word), "it lacks {word:?}: {text}");
+            }
+            Ok(())
+        })
+        .unwrap();
+    };
+    explains(&["pxp", "--recursive"], &["tcpCloseWaitTimeoutSeconds <integer>", "freezePercent <integer>"]);
+    explains(&["pxr", "--recursive"], &["approvedStep <integer>", "soakingSince <string>"]);
+    explains(&["pxs", "--recursive"], &["previous <Object>", "revisionName <string>"]);
+    for (field, words) in [
+        (
+            "pxp.spec.settings.conntrack.tcpEstablishedTimeoutSeconds",
+            ["in seconds, 0 to 2147483", "Default: 86400"],
+        ),
+        ("pxp.spec.strategy.gates.windowSeconds", ["in seconds, 0 to 3600", "goes back by itself"]),
+        ("pxr.spec.approvedStep", ["counted from 1", "Only grows"]),
+        ("pxr.status.waitingOn", ["CanaryNodes", "HealthyNodes"]),
+        ("pxs.spec.profile.previous", ["of another profile before", "It returns to it"]),
+        ("pxs.status.state", ["Synced", "Absent"]),
+    ] {
+        explains(&[field], &words);
+    }
+}
+
+#[test]
+fn connection_tracking_changes_live_and_a_connection_stays() {
+    let (_alone, scene) = start("tracking");
+    let service = scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1"]);
+    let to = cluster_ip(&service, false);
+    answered_by("at first", scene.pod("b1"), Transport::Tcp, to, &["a1"]);
+    let mut connection = LongConnection::open(scene.pod("b1"), to).unwrap();
+    let read = |node: &FleetNode, name: &str| {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+        node.net.namespace.output("cat", &[&path]).unwrap().trim().to_owned()
+    };
+    let on_all_nodes = |wanted: &[(&str, &str)]| {
+        wait::until(&format!("every node has {wanted:?}"), PATIENCE, || {
+            for node in fleet().nodes() {
+                for (name, value) in wanted {
+                    let found = read(node, name);
+                    ensure!(found == *value, "{}: {name} is {found}", node.net.name);
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    };
+    let untouched = ["udp_timeout", "udp_timeout_stream"].map(|name| read(scene.node("alpha"), name));
+    let with = |conntrack: Value| json!({"settings": {"conntrack": conntrack}});
+    let times = with(json!({
+        "maxPerCore": 0, "tcpEstablishedTimeoutSeconds": 4321, "tcpCloseWaitTimeoutSeconds": 123,
+        "tcpBeLiberal": true, "udpTimeoutSeconds": 17, "udpStreamTimeoutSeconds": 71,
+    }));
+    apply("tracking", &spec(1, &times)).unwrap();
+    reaches("tracking-1", "Complete", None);
+    on_all_nodes(&[
+        ("tcp_timeout_established", "4321"),
+        ("tcp_timeout_close_wait", "123"),
+        ("tcp_be_liberal", "1"),
+        ("udp_timeout", "17"),
+        ("udp_timeout_stream", "71"),
+    ]);
+    connection.exchange().unwrap();
+    // The sizes are the whole kernel's, and only the host's own network may change them: the node says that it could
+    // not, and goes on.
+    apply("tracking", &spec(1, &with(json!({"maxPerCore": 1, "min": 777_777})))).unwrap();
+    reaches("tracking-2", "Complete", None);
+    for node in fleet().nodes() {
+        wait::until(&format!("{} says so", node.net.name), PATIENCE, || {
+            let failures = fleet().agent_metric(node, "switchtower_sysctl_failures", "")?;
+            ensure!(failures >= 1.0, "{failures} failures");
+            let told = fleet().agent_log(node).contains("a kernel setting cannot be written");
+            ensure!(told, "nothing in the log");
+            Ok(())
+        })
+        .unwrap();
+    }
+    // What is left out has its default, or is as it was found.
+    let [udp, stream] = untouched;
+    on_all_nodes(&[
+        ("tcp_timeout_established", "86400"),
+        ("tcp_timeout_close_wait", "3600"),
+        ("udp_timeout", &udp),
+        ("udp_timeout_stream", &stream),
+    ]);
+    connection.exchange().unwrap();
+    scene.fleet.settled(PATIENCE).unwrap();
+    leave("tracking");
 }
 
 #[test]
@@ -225,8 +325,7 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":0}}"#).unwrap_err());
     assert!(error.contains("only grows"), "{error}");
     profile_is("canaried", "Ready", "True", "UpToDate");
-    let columns = kubectl(&["get", "pxr", "canaried-1"]).unwrap();
-    for word in [
+    let columns = [
         "STATE",
         "STEP",
         "TARGET",
@@ -238,9 +337,13 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
         "2/2",
         "canaried@1",
         "3/3",
-    ] {
-        assert!(columns.contains(word), "{columns}");
-    }
+    ];
+    wait::until("the columns tell of it", PATIENCE, || {
+        let table = kubectl(&["get", "pxr", "canaried-1"])?;
+        ensure!(columns.iter().all(|word| table.contains(word)), "{table}");
+        Ok(())
+    })
+    .unwrap();
     events("canaried-1", &["RolloutInconclusive", "WaitingForApproval", "StepDone", "RolloutComplete"]);
     label("beta", "test/canary", "-");
     leave("canaried");
@@ -334,6 +437,46 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
     })
     .unwrap();
     leave("edited");
+}
+
+#[test]
+fn nodes_return_to_what_each_of_them_had_of_other_profiles() {
+    let (_alone, scene) = start("own-ways");
+    let base = in_force()["alpha"].clone();
+    label("gamma", "test/few", "true");
+    let few = json!({"nodeSelector": {"matchLabels": {"test/few": "true"}}, "priority": 5});
+    apply("few", &spec(1, &few)).unwrap();
+    reaches("few-1", "Complete", None);
+    nodes_have([&base, &base, "few@1"]);
+    // A profile over all of them; most had another one than gamma.
+    let by_hand = json!({
+        "steps": [{"nodes": "100%", "approval": "Manual"}], "maxUnavailable": "100%", "gates": {"probes": []},
+    });
+    apply("wide", &spec(2, &json!({"priority": 9, "strategy": by_hand}))).unwrap();
+    reaches("wide-1", "Paused", Some("Approval"));
+    nodes_have(["wide@1"; 3]);
+    let remembered = |node: &str| {
+        let row: ProxyStatus = fleet().kube().get_cluster(node).unwrap().unwrap();
+        let previous = row.spec.profile.unwrap().previous.unwrap();
+        format!("{}@{}", previous.name, previous.revision)
+    };
+    assert_eq!(["alpha", "beta", "gamma"].map(remembered), [&base, &base, "few@1"]);
+    // The next controller knows of it too.
+    scene.fleet.stop_controller(libc::SIGKILL).unwrap();
+    scene.fleet.start_controller().unwrap();
+    kubectl(&["patch", "pxr", "wide-1", "--type=merge", "-p", r#"{"spec":{"abort":true}}"#]).unwrap();
+    reaches("wide-1", "Aborted", None);
+    nodes_have([&base, &base, "few@1"]);
+    // What is gone is not returned to, and not waited for.
+    apply("wide", &spec(3, &json!({"priority": 9, "strategy": by_hand}))).unwrap();
+    reaches("wide-2", "Paused", Some("Approval"));
+    nodes_have(["wide@2"; 3]);
+    kubectl(&["delete", "pxp", "few", "--timeout=60s"]).unwrap();
+    kubectl(&["patch", "pxr", "wide-2", "--type=merge", "-p", r#"{"spec":{"abort":true}}"#]).unwrap();
+    reaches("wide-2", "Aborted", None);
+    nodes_have([&base, &base, &base]);
+    label("gamma", "test/few", "-");
+    leave("wide");
 }
 
 #[test]

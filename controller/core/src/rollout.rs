@@ -23,6 +23,8 @@ pub mod profile;
 mod selector;
 
 #[cfg(test)]
+mod fixtures;
+#[cfg(test)]
 mod overlap_simulation;
 #[cfg(test)]
 mod simulation;

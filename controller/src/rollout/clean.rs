@@ -82,5 +82,6 @@ fn is_needed(past: &Past, facts: &Facts) -> bool {
     // Nodes may have returned to what has no rollout of its own any more.
     let told_here =
         facts.named(&past.fallback) && !facts.past.iter().any(|other| other.target == past.fallback);
-    !past.state.is_final() || facts.named(&past.target) || told_here || ((latest || stable) && !leaving)
+    let had = facts.named(&past.target) || facts.remembered(&past.target);
+    !past.state.is_final() || had || told_here || ((latest || stable) && !leaving)
 }

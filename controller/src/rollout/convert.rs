@@ -65,12 +65,25 @@ pub(super) fn fallback(spec: &api::ProxyRolloutSpec) -> Revision {
 pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     let revision = Revision { profile: profile.name.as_str().into(), number: number(profile.revision) };
     let at = profile.assigned_at.as_ref().map_or(Time(0), |at| time(at.0));
-    core::Assignment { revision, at, trace: profile.trace_id.clone().unwrap_or_default() }
+    let previous = profile
+        .previous
+        .as_ref()
+        .map(|known| Revision { profile: known.name.as_str().into(), number: number(known.revision) });
+    core::Assignment { revision, at, trace: profile.trace_id.clone().unwrap_or_default(), previous }
 }
 
-/// What a row is to name, and the trace of it.
-pub(super) fn assignment(revision: &Revision, trace: u128, now: Time) -> api::ProfileAssignment {
+/// What a row is to name, the trace of that, and what the row is to remember.
+pub(super) fn assignment(
+    revision: &Revision,
+    trace: u128,
+    previous: Option<&Revision>,
+    now: Time,
+) -> api::ProfileAssignment {
     api::ProfileAssignment {
+        previous: previous.map(|previous| api::PreviousRevision {
+            name: previous.profile.to_string(),
+            revision: api_number(previous.number),
+        }),
         name: revision.profile.to_string(),
         revision: api_number(revision.number),
         assigned_at: Some(api_time(now)),

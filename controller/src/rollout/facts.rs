@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use switchtower_core::rollout::profile::{Past, Profile, next_revision, stable, winner};
+use switchtower_core::rollout::profile::{Past, Profile, next_revision, returns_to, stable, winner};
 use switchtower_core::rollout::{
     Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
 };
@@ -51,14 +51,18 @@ impl Facts {
 
     /// Some row names the revision, or is about to.
     pub(super) fn named(&self, revision: &Revision) -> bool {
-        self.fleet.iter().any(|node| node.assigned.as_ref().is_some_and(|known| known.revision == *revision))
+        self.fleet.iter().any(|node| names(node).any(|known| known == revision))
+    }
+
+    /// Some node returns to the revision if its rollout comes to nothing.
+    pub(super) fn remembered(&self, revision: &Revision) -> bool {
+        let of = |node: &FleetNode| node.assigned.as_ref()?.previous.as_ref().map(|known| known == revision);
+        self.fleet.iter().any(|node| of(node) == Some(true))
     }
 
     /// How many rows name some revision of a profile.
     pub(super) fn holders(&self, profile: &str) -> usize {
-        let holds = |node: &&FleetNode| {
-            node.assigned.as_ref().is_some_and(|known| &*known.revision.profile == profile)
-        };
+        let holds = |node: &&FleetNode| names(node).any(|known| &*known.profile == profile);
         self.fleet.iter().filter(holds).count()
     }
 
@@ -75,6 +79,11 @@ impl Facts {
             past.state = state;
         }
     }
+}
+
+/// What a node's row names, and is about to name.
+fn names(node: &FleetNode) -> impl Iterator<Item = &Revision> {
+    node.assigned.as_ref().map(|known| &known.revision).into_iter().chain(&node.still)
 }
 
 impl Rollouts {
@@ -105,12 +114,21 @@ impl Rollouts {
                 (true, true) => Agent::Disconnected,
                 (true, false) => Agent::Absent,
             };
+            let assigned = assigned.as_ref().map(convert::assigned).map(|mut known| {
+                let previous = known.previous.take();
+                known.previous = previous
+                    .and_then(|previous| returns_to(&known.revision, previous, &facts.profiles, &facts.past));
+                known
+            });
+            let still = stored.profile.as_ref().map(|known| convert::assigned(known).revision);
             facts.fleet.push(FleetNode {
                 name: name.clone(),
                 uid: identity.uid.clone(),
                 labels: identity.labels.clone(),
                 profile: won,
-                assigned: assigned.as_ref().map(convert::assigned),
+                still: still
+                    .filter(|still| assigned.as_ref().is_some_and(|assigned| assigned.revision != *still)),
+                assigned,
                 agent: agents.remove(name).unwrap_or(missing),
             });
         }

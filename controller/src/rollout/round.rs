@@ -6,7 +6,9 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
-use switchtower_core::rollout::profile::{Profile, fallback, lies_ahead, next_revision, settled, superseded};
+use switchtower_core::rollout::profile::{
+    Profile, fallback, lies_ahead, next_revision, origin, settled, superseded,
+};
 use switchtower_core::rollout::{Assignment, Decision, Revision, Rollout, Time, decide};
 use switchtower_crds::{
     ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings, RolloutFallback,
@@ -35,9 +37,11 @@ impl Rollouts {
         settle(&facts, &mut moves);
         // What nodes get together is one trace.
         let mut traces: BTreeMap<Revision, u128> = BTreeMap::new();
-        let wanted = moves.into_iter().map(|(node, revision)| {
+        let wanted = facts.fleet.iter().filter_map(|node| {
+            let revision = moves.get(&node.name)?;
             let trace = *traces.entry(revision.clone()).or_insert_with(|| new_trace().trace);
-            (node, convert::assignment(&revision, trace, facts.now))
+            let previous = origin(node.assigned.as_ref(), revision, &facts.past);
+            Some((node.name.clone(), convert::assignment(revision, trace, previous.as_ref(), facts.now)))
         });
         self.assignments.want(wanted.collect());
         self.write_profiles(&facts).await;

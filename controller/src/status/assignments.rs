@@ -108,13 +108,13 @@ impl Assignments {
 
     /// What the row is to name, if it is something else than `stored`.
     pub(super) fn wish(&self, node: &str, stored: Option<&ProfileAssignment>) -> Option<ProfileAssignment> {
-        self.lock().wanted.get(node).filter(|wanted| Some(*wanted) != stored).cloned()
+        self.lock().wanted.get(node).filter(|wanted| !says(stored, wanted)).cloned()
     }
 
     /// The row in the API server says this.
     pub(super) fn set(&self, node: &Arc<str>, row: &StoredAssignment) {
         let mut inner = self.lock();
-        if inner.wanted.get(node) == row.profile.as_ref() {
+        if inner.wanted.get(node).is_some_and(|wanted| says(row.profile.as_ref(), wanted)) {
             inner.wanted.remove(node);
         }
         let before = inner.stored.insert(node.clone(), row.clone());
@@ -141,12 +141,26 @@ impl Assignments {
     }
 }
 
+/// Whether the row says what it is to say. Where the CRD is older than `previous` the row cannot say that, and what is
+/// wanted again and again would be written again and again.
+fn says(stored: Option<&ProfileAssignment>, wanted: &ProfileAssignment) -> bool {
+    let without = |from: &ProfileAssignment| ProfileAssignment { previous: None, ..from.clone() };
+    stored.is_some_and(|stored| without(stored) == without(wanted))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use switchtower_crds::PreviousRevision;
 
     fn assignment(revision: i64) -> ProfileAssignment {
-        ProfileAssignment { name: "default".into(), revision, assigned_at: None, trace_id: None }
+        ProfileAssignment {
+            name: "default".into(),
+            revision,
+            assigned_at: None,
+            trace_id: None,
+            previous: None,
+        }
     }
 
     #[tokio::test]
@@ -163,6 +177,12 @@ mod tests {
         assignments.set(&node, &row(2));
         assert_eq!(assignments.wish("n", Some(&assignment(2))), None);
         assert_eq!(assignments.of("n"), (Some(assignment(2)), row(2)));
+        let previous = PreviousRevision { name: "other".into(), revision: 1 };
+        let remembers = ProfileAssignment { previous: Some(previous), ..assignment(3) };
+        assignments.want(BTreeMap::from([(node.clone(), remembers)]));
+        assignments.set(&node, &row(3));
+        assert_eq!(assignments.wish("n", Some(&assignment(3))), None, "a CRD of before cannot say more");
+        assignments.set(&node, &row(2));
         assignments.want(BTreeMap::from([(node.clone(), assignment(3))]));
         assignments.forget_wish("n");
         assert_eq!(assignments.of("n").0, Some(assignment(2)));

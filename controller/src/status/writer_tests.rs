@@ -339,8 +339,13 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
     let lab = lab(Server::default()).await;
     let name: Arc<str> = "n1".into();
     let want = |revision| {
-        let assignment =
-            ProfileAssignment { name: "default".into(), revision, assigned_at: None, trace_id: None };
+        let assignment = ProfileAssignment {
+            name: "default".into(),
+            revision,
+            assigned_at: None,
+            trace_id: None,
+            previous: None,
+        };
         lab.assignments.want(BTreeMap::from([(name.clone(), assignment)]));
     };
     let named = || lab.row("n1")["spec"]["profile"]["revision"].clone();

@@ -19,7 +19,7 @@ pub(crate) const ROUND_INTERVAL: Duration = Duration::from_secs(1);
 /// Where a trial stands, as it is kept across a restart of the agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrialRecord {
-    /// The settings that are tried, with their trial.
+    /// The settings that are tried, with their trial, whose fallback is what this node returns to.
     pub tried: Settings,
     /// The settings in force.
     pub in_force: Settings,
@@ -77,6 +77,16 @@ fn fallback(tried: &Settings) -> Option<Settings> {
     Some(bare(tried.trial.as_ref()?.fallback.as_deref()?))
 }
 
+/// What this node tries: settings of another profile that are proved on it are what it returns to, whatever most nodes
+/// had.
+fn with_own_fallback(desired: &Settings, in_force: &Settings) -> Settings {
+    let mut tried = desired.clone();
+    if let Some(trial) = tried.trial.as_mut().filter(|_| desired.profile != in_force.profile) {
+        trial.fallback = Some(Box::new(bare(in_force)));
+    }
+    tried
+}
+
 impl Trials {
     /// The settings in force, without a trial; `None` before the first view.
     pub(super) fn in_force(&self) -> Option<&Settings> {
@@ -132,7 +142,10 @@ impl Trials {
         }
         let in_force = match (&self.current, self.in_force.take()) {
             // What is not proved is left before something else is tried.
-            (Some(current), Some(_)) if current.phase == TrialPhase::Watching => fallback(desired),
+            (Some(current), Some(_)) if current.phase == TrialPhase::Watching => {
+                let own = fallback(&current.tried).filter(|own| own.profile != desired.profile);
+                own.or_else(|| fallback(desired))
+            }
             (_, in_force) => in_force,
         };
         self.restart_rounds();
@@ -143,13 +156,13 @@ impl Trials {
             return standing;
         };
         self.remembered = None;
+        let tried = with_own_fallback(desired, &in_force);
         let without_probes = desired.trial.as_ref().is_none_or(|trial| trial.probes.is_empty());
         let (in_force, phase) =
             if without_probes { (bare(desired), TrialPhase::Passed) } else { (in_force, TrialPhase::Before) };
         self.in_force = Some(in_force.clone());
         let (before, after) = (Vec::new(), Vec::new());
-        self.current =
-            Some(TrialRecord { tried: desired.clone(), in_force, phase, before, after, again: None });
+        self.current = Some(TrialRecord { tried, in_force, phase, before, after, again: None });
         true
     }
 

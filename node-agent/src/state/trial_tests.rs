@@ -313,3 +313,39 @@ fn a_record_of_other_settings_decides_nothing() {
     bench.desire(&on_trial(3, 1));
     assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::Before));
 }
+
+#[test]
+fn a_node_returns_to_what_it_had_of_another_profile_itself() {
+    let other = |revision| Settings { profile: "other".into(), ..settings(revision) };
+    let in_force = |bench: &Bench| {
+        let settings = bench.trials.in_force().unwrap();
+        (settings.profile.clone(), settings.revision)
+    };
+    let own = ("other".to_owned(), 7);
+    for restarts in [false, true] {
+        let mut bench = Bench::new();
+        bench.desire(&other(7));
+        // Most nodes of the profile had default@1.
+        bench.desire(&on_trial(2, 1));
+        bench.round(passed());
+        assert_eq!(in_force(&bench), ("default".to_owned(), 2));
+        if restarts {
+            bench.restart(&on_trial(2, 1));
+        }
+        bench.round(failed());
+        assert_eq!((bench.phase(), in_force(&bench)), (TrialPhase::RolledBack, own.clone()));
+        assert_eq!(bench.cause(), Some((7, SettingsCause::RolledBack)));
+        // What comes next is compared with that, and returns to it too.
+        bench.desire(&on_trial(3, 1));
+        assert_eq!(in_force(&bench), own);
+        bench.round(passed());
+        bench.desire(&on_trial(4, 1));
+        assert_eq!(in_force(&bench), own, "revision 3 is not proved");
+        bench.round(passed());
+        bench.round(failed());
+        assert_eq!(in_force(&bench), own);
+        // The controller has the last word.
+        bench.desire(&settings(1));
+        assert_eq!(in_force(&bench), ("default".to_owned(), 1));
+    }
+}

@@ -203,7 +203,7 @@ pub struct Trial {
     /// how long probes are repeated after the switch; 0..3600000, 0: one round
     #[prost(uint32, tag = "2")]
     pub window_milliseconds: u32,
-    /// the last good settings; without a trial of their own
+    /// last good settings of the profile, or of most of its nodes; without a trial
     #[prost(message, optional, boxed, tag = "3")]
     pub fallback: ::core::option::Option<::prost::alloc::boxed::Box<Settings>>,
 }

@@ -163,10 +163,13 @@ impl<'a> Survey<'a> {
         too_much.then_some((unhealthy, all))
     }
 
-    /// Every touched node gets the stable revision.
+    /// Every touched node gets what it had of another profile, or else the stable revision.
     fn returned(&self, stable: &Revision) -> BTreeMap<std::sync::Arc<str>, Revision> {
         let touched = self.members.iter().filter(|member| member.outcome.is_some());
-        touched.map(|member| (member.node.name.clone(), stable.clone())).collect()
+        let own = |node: &FleetNode| node.assigned.as_ref().and_then(|assigned| assigned.previous.clone());
+        touched
+            .map(|member| (member.node.name.clone(), own(member.node).unwrap_or_else(|| stable.clone())))
+            .collect()
     }
 
     /// Some row still names what an earlier rollout of the profile did not bring to its end.
@@ -182,13 +185,17 @@ impl<'a> Survey<'a> {
         })
     }
 
-    /// A connected node that still has the target in its kernel, although its row may not name it any more.
+    /// A row that still names the target, or a connected node that still has it in its kernel, although its row may
+    /// not name it any more.
     fn holds(&self, target: &Revision) -> bool {
-        self.members.iter().any(|member| match &member.node.agent {
-            super::Agent::Connected(observed) => {
-                observed.in_force.as_ref().or(observed.acknowledged.as_ref()) == Some(target)
-            }
-            _ => false,
+        self.members.iter().any(|member| {
+            let in_kernel = match &member.node.agent {
+                super::Agent::Connected(observed) => {
+                    observed.in_force.as_ref().or(observed.acknowledged.as_ref()) == Some(target)
+                }
+                _ => false,
+            };
+            in_kernel || member.node.still.as_ref() == Some(target)
         })
     }
 }

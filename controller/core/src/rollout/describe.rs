@@ -76,7 +76,7 @@ fn message(
     note: Option<&str>,
     overdue: bool,
 ) -> String {
-    let Rollout { target, stable, .. } = rollout;
+    let target = &rollout.target;
     let Status { step, steps, updated, eligible, touched, .. } = status;
     let name = rollout.strategy.steps.get(step.saturating_sub(1)).map_or("", |step| &step.name);
     let place = if name.is_empty() {
@@ -87,7 +87,9 @@ fn message(
     let held = format!("{updated} of {eligible} nodes hold {target}");
     let note = note.unwrap_or("no node of the step can be reached");
     match (progress.state, progress.waiting_on) {
-        (State::Pending, _) => format!("waiting until the nodes of an earlier rollout hold {stable} again"),
+        (State::Pending, _) => {
+            format!("waiting until the nodes of an earlier rollout hold {} again", earlier(rollout))
+        }
         (State::Soaking, _) => format!("{place}: {held}; they are being watched"),
         (State::Frozen, _) => format!("{place}: frozen: {note}; it goes on when they are in order again"),
         (State::Paused, Some(WaitingOn::Approval)) => format!(
@@ -108,13 +110,22 @@ fn message(
         (State::Progressing, _) if overdue => format!("{place}: {held}; no node has advanced for too long"),
         (State::Progressing, _) => format!("{place}: {held}"),
         (State::RollingBack, _) => {
-            format!("{}; {touched} nodes are still to be returned to {stable}", why(progress))
+            format!("{}; {touched} nodes are still to be returned to {}", why(progress), earlier(rollout))
         }
         (State::Failed | State::Aborted, _) => {
-            format!("{}; all nodes were returned to {stable}", why(progress))
+            format!("{}; all nodes were returned to {}", why(progress), earlier(rollout))
         }
         (State::Superseded, _) => "a newer revision took its place".to_owned(),
         (State::Complete, _) => held,
+    }
+}
+
+/// What its nodes return to: what they had of other profiles, if none of its own is proved.
+fn earlier(rollout: &Rollout) -> String {
+    if rollout.stable.profile == rollout.target.profile {
+        rollout.stable.to_string()
+    } else {
+        "what they had before".to_owned()
     }
 }
 

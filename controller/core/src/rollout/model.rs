@@ -361,6 +361,9 @@ pub struct Assignment {
     pub at: Time,
     /// Trace of the assignment, 32 hexadecimal digits; empty if it is not known.
     pub trace: String,
+    /// What the node had of another profile before a rollout touched it, and returns to; see
+    /// [`profile::origin`](super::profile::origin).
+    pub previous: Option<Revision>,
 }
 
 /// A node with everything that decisions look at.
@@ -374,8 +377,10 @@ pub struct FleetNode {
     pub labels: Arc<BTreeMap<String, String>>,
     /// The profile that it belongs to.
     pub profile: Option<Arc<str>>,
-    /// What its row names; `None` before anything was assigned.
+    /// What its row names or is about to name; `None` before anything was assigned.
     pub assigned: Option<Assignment>,
+    /// What its row still names while something else is being written.
+    pub still: Option<Revision>,
     /// What is known of its agent.
     pub agent: Agent,
 }

@@ -1,8 +1,8 @@
 //! Which profile a node belongs to, which revision is stable, and when a rollout begins.
 //!
 //! What holds: a node without an assignment gets the stable revision of its profile; a node that holds a revision of
-//! another profile keeps it until a rollout moves it; revisions of a profile are never numbered twice, also if it is
-//! deleted and created again.
+//! another profile keeps it until a rollout moves it, and gets it back if that comes to nothing; revisions of a profile
+//! are never numbered twice, also if it is deleted and created again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -72,28 +72,68 @@ pub fn stable(profile: &str, rollouts: &[Past]) -> Revision {
     latest.or_else(fallback).cloned().unwrap_or_else(Revision::builtin)
 }
 
-/// What a new rollout's nodes return to: the stable revision of its profile; before there is one, what most of its
-/// nodes have, or would return to if that is not proved itself.
+/// What nodes of a new rollout return to that have nothing of their own to return to ([`returns_to`]): the stable
+/// revision of its profile; before there is one, what most of its nodes have, or would return to if that is not proved
+/// itself.
 #[must_use]
 pub fn fallback(profile: &Profile, rollouts: &[Past], fleet: &[FleetNode]) -> Revision {
     let stable = stable(&profile.name, rollouts);
     if stable.profile == profile.name {
         return stable;
     }
-    let proved = |revision: &Revision| {
-        let complete = |past: &Past| past.target == *revision && past.state == State::Complete;
-        revision.is_builtin() || rollouts.iter().any(complete)
-    };
     let mut held: BTreeMap<Revision, usize> = BTreeMap::new();
     for node in fleet.iter().filter(|node| node.profile.as_ref() == Some(&profile.name)) {
         let assigned = node.assigned.as_ref().map(|assigned| &assigned.revision);
         if let Some(revision) = assigned.filter(|revision| revision.profile != profile.name) {
-            let revision =
-                if proved(revision) { revision.clone() } else { self::stable(&revision.profile, rollouts) };
+            let proved = is_proved(revision, rollouts);
+            let revision = if proved { revision.clone() } else { self::stable(&revision.profile, rollouts) };
             *held.entry(revision).or_default() += 1;
         }
     }
     held.into_iter().max_by_key(|(_, nodes)| *nodes).map_or(stable, |(revision, _)| revision)
+}
+
+/// A rollout of it was complete, or it needed none.
+fn is_proved(revision: &Revision, rollouts: &[Past]) -> bool {
+    let complete = |past: &Past| past.target == *revision && past.state == State::Complete;
+    revision.is_builtin() || rollouts.iter().any(complete)
+}
+
+/// What a row remembers beside `to`, which it is to name: where a rollout that is under way takes the node out of
+/// another profile, the last proved revision that the node had there. `None`: nothing.
+#[must_use]
+pub fn origin(assigned: Option<&Assignment>, to: &Revision, rollouts: &[Past]) -> Option<Revision> {
+    if !rollouts.iter().any(|past| past.target == *to && !past.state.is_final()) {
+        return None;
+    }
+    let Some(Assignment { revision, previous, .. }) = assigned else { return Some(Revision::builtin()) };
+    if revision == to {
+        return previous.clone();
+    }
+    if revision.profile == to.profile {
+        return None;
+    }
+    if is_proved(revision, rollouts) {
+        return Some(revision.clone());
+    }
+    previous.clone().or_else(|| Some(stable(&revision.profile, rollouts)))
+}
+
+/// What a node returns to of what its row remembers: nothing any more once the revision that it has is proved, or the
+/// profile of the remembered one is gone or going.
+#[must_use]
+pub fn returns_to(
+    revision: &Revision,
+    previous: Revision,
+    profiles: &[Profile],
+    rollouts: &[Past],
+) -> Option<Revision> {
+    let is_kept = |past: &Past| {
+        let owns = |profile: &Profile| profile.uid == past.owner && !profile.deleting;
+        past.target == previous && past.state == State::Complete && profiles.iter().any(owns)
+    };
+    let there = previous.is_builtin() || rollouts.iter().any(is_kept);
+    (there && !is_proved(revision, rollouts)).then_some(previous)
 }
 
 /// The number of the rollout that is to be created, if the profile says something new. `highest`: the highest number
@@ -240,7 +280,8 @@ mod tests {
             uid: name.into(),
             labels: Arc::default(),
             profile: Some(profile.into()),
-            assigned: Some(Assignment { revision, at: Time(0), trace: String::new() }),
+            assigned: Some(Assignment { revision, at: Time(0), trace: String::new(), previous: None }),
+            still: None,
             agent: crate::rollout::Agent::Unknown,
         };
         let tried = Revision { profile: "edge".into(), number: 1 };
@@ -269,6 +310,58 @@ mod tests {
     }
 
     #[test]
+    fn a_row_remembers_the_proved_revision_of_another_profile() {
+        let (base, edge, spot) = (profile("base", 0, 0), profile("edge", 1, 0), profile("spot", 2, 0));
+        let of = |profile: &Profile, number| Revision { profile: profile.name.clone(), number };
+        let row = |revision: Revision, previous: Option<Revision>| {
+            Some(Assignment { revision, at: Time(0), trace: String::new(), previous })
+        };
+        let rollouts = [
+            past(&base, 3, "h", State::Complete),
+            past(&base, 4, "h", State::Progressing),
+            past(&edge, 1, "h", State::Progressing),
+            past(&spot, 1, "h", State::Progressing),
+            past(&spot, 9, "h", State::Failed),
+        ];
+        let had = Some(of(&base, 3));
+        let cases = [
+            ("a proved one", row(of(&base, 3), None), had.clone()),
+            ("one that is tried itself", row(of(&base, 4), None), had.clone()),
+            ("one that a node came to on trial", row(of(&edge, 1), had.clone()), had.clone()),
+            ("the built-in one", row(Revision::builtin(), None), Some(Revision::builtin())),
+            ("none so far", None, Some(Revision::builtin())),
+            ("the same once more, at another time", row(of(&spot, 1), had.clone()), had.clone()),
+            ("an earlier one of its own profile", row(of(&spot, 9), had.clone()), None),
+        ];
+        for (what, assigned, expected) in cases {
+            assert_eq!(origin(assigned.as_ref(), &of(&spot, 1), &rollouts), expected, "{what}");
+        }
+        let assigned = row(of(&spot, 1), had);
+        for back in [of(&base, 3), of(&spot, 9), of(&edge, 8), Revision::builtin()] {
+            assert_eq!(origin(assigned.as_ref(), &back, &rollouts), None, "{back} is no trial");
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_counts_while_its_profile_is_there() {
+        let (mut base, edge) = (profile("base", 0, 0), profile("edge", 1, 0));
+        let (tried, had) =
+            (Revision { profile: "edge".into(), number: 1 }, Revision { profile: "base".into(), number: 3 });
+        let mut rollouts = [past(&base, 3, "h", State::Complete), past(&edge, 1, "h", State::Progressing)];
+        let profiles = |base: &Profile| [base.clone(), edge.clone()];
+        assert_eq!(returns_to(&tried, had.clone(), &profiles(&base), &rollouts), Some(had.clone()));
+        assert_eq!(returns_to(&tried, had.clone(), &profiles(&base)[1..], &rollouts), None, "gone");
+        base.deleting = true;
+        assert_eq!(returns_to(&tried, had.clone(), &profiles(&base), &rollouts), None, "going");
+        (base.deleting, base.uid) = (false, "another".into());
+        assert_eq!(returns_to(&tried, had, &profiles(&base), &rollouts), None, "created again");
+        let builtin = Revision::builtin();
+        assert_eq!(returns_to(&tried, builtin.clone(), &[], &rollouts), Some(builtin.clone()));
+        rollouts[1].state = State::Complete;
+        assert_eq!(returns_to(&tried, builtin, &[], &rollouts), None, "it is proved: nothing returns");
+    }
+
+    #[test]
     fn a_rollout_loses_its_place_to_a_later_one_or_with_its_profile() {
         let mut default = profile("default", 0, 0);
         let rollouts = [past(&default, 1, "h1", State::Progressing), past(&default, 2, "h2", State::Pending)];
@@ -281,7 +374,12 @@ mod tests {
 
     #[test]
     fn a_time_ahead_is_one_of_another_clock() {
-        let at = |at| Assignment { revision: Revision::builtin(), at: Time(at), trace: String::new() };
+        let at = |at| Assignment {
+            revision: Revision::builtin(),
+            at: Time(at),
+            trace: String::new(),
+            previous: None,
+        };
         assert!(!lies_ahead(&at(5_000), Time(90_000)) && !lies_ahead(&at(91_000), Time(90_001)));
         assert!(lies_ahead(&at(3_690_000), Time(90_000)));
     }
@@ -290,7 +388,12 @@ mod tests {
     fn where_no_rollout_decides() {
         let revision = |profile: &str, number| Revision { profile: profile.into(), number };
         let at = |profile: &str, number| {
-            Some(Assignment { revision: revision(profile, number), at: Time(0), trace: String::new() })
+            Some(Assignment {
+                revision: revision(profile, number),
+                at: Time(0),
+                trace: String::new(),
+                previous: None,
+            })
         };
         let (builtin, two) = (Revision::builtin(), revision("default", 2));
         let cases = [

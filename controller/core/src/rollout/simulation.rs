@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -32,27 +31,13 @@ fn revision(number: u64) -> Revision {
 }
 
 fn strategy(random: &mut StdRng) -> Strategy {
-    let step = |selector: Option<&str>, nodes, soak, manual| Step {
-        name: String::new(),
-        selector: selector
-            .map(|label| Selector { requirements: vec![Requirement::Exists(label.to_owned())] }),
-        nodes,
-        spread_by: vec!["zone".to_owned()],
-        soak: Duration::from_secs(soak),
-        manual,
+    let canaries = Step {
+        selector: Some(fixtures::labelled("canary")),
+        manual: random.random(),
+        ..fixtures::step(Quantity::Number(random.random_range(1..10)))
     };
-    Strategy {
-        steps: vec![
-            step(Some("canary"), Quantity::Number(random.random_range(1..10)), 20, random.random()),
-            step(None, Quantity::Percent(25), 5, false),
-            step(None, Quantity::Percent(100), 0, false),
-        ],
-        max_unavailable: Quantity::Percent(random.random_range(5..30)),
-        apply_deadline: Duration::from_secs(60),
-        progress_deadline: Duration::from_secs(600),
-        maximum_reconnects: 3,
-        freeze_percent: 20,
-    }
+    let steps = fixtures::walk(canaries, 25, [20, 5]);
+    Strategy { max_unavailable: Quantity::Percent(random.random_range(5..30)), ..fixtures::strategy(steps) }
 }
 
 impl World {
@@ -87,14 +72,11 @@ impl World {
         }
         let connected =
             Observed { since: self.now, acknowledged: Some(Revision::builtin()), ..Observed::default() };
-        self.fleet.push(FleetNode {
-            name: format!("n{}", self.joined).into(),
-            uid: format!("uid-{}", self.joined).into(),
-            labels: Arc::new(labels),
-            profile: self.random.random_ratio(19, 20).then(|| PROFILE.into()),
-            assigned: None,
-            agent: if self.random.random_ratio(1, 40) { Agent::Absent } else { Agent::connected(connected) },
-        });
+        let absent = self.random.random_ratio(1, 40);
+        let agent = if absent { Agent::Absent } else { Agent::connected(connected) };
+        let mut node = fixtures::joined(&format!("n{}", self.joined), labels, agent);
+        node.profile = self.random.random_ratio(19, 20).then(|| PROFILE.into());
+        self.fleet.push(node);
     }
 
     fn change_profile(&mut self, bad: bool) {
@@ -107,17 +89,7 @@ impl World {
             rollout.superseded = true;
         }
         let strategy = strategy(&mut self.random);
-        self.rollouts.push(Rollout {
-            uid: format!("rollout-{number}").into(),
-            target: revision(number),
-            stable,
-            strategy,
-            paused: false,
-            approved_steps: 0,
-            abort: false,
-            superseded: false,
-            progress: Progress::default(),
-        });
+        self.rollouts.push(fixtures::rollout(revision(number), stable, strategy));
     }
 
     /// What happens to nodes and by people between two decisions.
@@ -151,8 +123,7 @@ impl World {
     }
 
     fn connect(&mut self, at: usize) {
-        let since = self.now;
-        self.fleet[at].agent = Agent::connected(Observed { since, ..Observed::default() });
+        self.fleet[at].agent = fixtures::connected(self.now);
     }
 
     /// Agents take what their rows name, sooner or later.
@@ -166,13 +137,7 @@ impl World {
                 continue;
             }
             let broken = bad.contains(&wanted.number);
-            observed.in_force = broken.then(Revision::builtin);
-            observed.trial = broken.then(|| Trial {
-                revision: wanted.clone(),
-                phase: TrialPhase::RolledBack,
-                evidence: Some(("probe failed".to_owned(), 111)),
-            });
-            observed.acknowledged = Some(wanted);
+            fixtures::take(observed, wanted, broken);
         }
     }
 
@@ -202,7 +167,7 @@ impl World {
                     continue; // Before this node's row is written.
                 }
                 if let Some(node) = self.fleet.iter_mut().find(|node| node.name == name) {
-                    node.assigned = Some(Assignment { revision, at: self.now, trace: String::new() });
+                    node.assigned = Some(fixtures::assignment(revision, self.now));
                 }
             }
         }
@@ -211,7 +176,7 @@ impl World {
         for node in &mut self.fleet {
             let winner = node.profile.as_ref().map(|profile| (&**profile, &stable, active));
             if let Some(revision) = settled(node.assigned.as_ref(), winner, true) {
-                node.assigned = Some(Assignment { revision, at: self.now, trace: String::new() });
+                node.assigned = Some(fixtures::assignment(revision, self.now));
             }
         }
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fixtures::{assignment, labelled, step, strategy};
 use super::*;
 
 const NOW: Time = Time(1_000_000_000);
@@ -16,44 +17,12 @@ fn stable() -> Revision {
     Revision { profile: "default".into(), number: 1 }
 }
 
-fn step(nodes: Quantity) -> Step {
-    Step {
-        name: String::new(),
-        selector: None,
-        nodes,
-        spread_by: Vec::new(),
-        soak: Duration::ZERO,
-        manual: false,
-    }
-}
-
 fn canary(selector: Selector) -> Step {
     Step { name: "canary".into(), selector: Some(selector), ..step(Quantity::Number(1)) }
 }
 
-fn labelled(key: &str) -> Selector {
-    Selector { requirements: vec![Requirement::Exists(key.into())] }
-}
-
 fn rollout(steps: Vec<Step>) -> Rollout {
-    Rollout {
-        uid: "rollout".into(),
-        target: target(),
-        stable: stable(),
-        strategy: Strategy {
-            steps,
-            max_unavailable: Quantity::Percent(100),
-            apply_deadline: Duration::from_secs(60),
-            progress_deadline: Duration::from_secs(600),
-            maximum_reconnects: 3,
-            freeze_percent: 20,
-        },
-        paused: false,
-        approved_steps: 0,
-        abort: false,
-        superseded: false,
-        progress: Progress::default(),
-    }
+    fixtures::rollout(target(), stable(), strategy(steps))
 }
 
 fn node(name: &str, labels: &[&str]) -> FleetNode {
@@ -66,7 +35,8 @@ fn node(name: &str, labels: &[&str]) -> FleetNode {
         uid: format!("uid-{name}").into(),
         labels: Arc::new(labels.collect()),
         profile: Some("default".into()),
-        assigned: Some(Assignment { revision: stable(), at: Time(0), trace: String::new() }),
+        assigned: Some(assignment(stable(), Time(0))),
+        still: None,
         agent: Agent::connected(Observed { acknowledged: Some(stable()), ..Observed::default() }),
     }
 }
@@ -99,8 +69,12 @@ impl Stage {
         self.rollout.progress = decision.progress.clone();
         for node in &mut self.fleet {
             if let Some(revision) = decision.moves.get(&node.name) {
-                node.assigned =
-                    Some(Assignment { revision: revision.clone(), at: self.now, trace: "0af7".into() });
+                node.assigned = Some(Assignment {
+                    revision: revision.clone(),
+                    at: self.now,
+                    trace: "0af7".into(),
+                    previous: None,
+                });
             }
         }
         decision
@@ -515,7 +489,7 @@ fn a_superseded_rollout_returns_its_nodes_and_the_next_one_waits_for_them() {
     stage.agents_follow();
     assert_eq!(decide(&next, &stage.fleet, NOW).moves.len(), 4);
     // A row restored from a backup.
-    stage.fleet[0].assigned = Some(Assignment { revision: target(), at: NOW, trace: String::new() });
+    stage.fleet[0].assigned = Some(assignment(target(), NOW));
     assert_eq!(stage.decide().moves.len(), 1);
 }
 
@@ -551,4 +525,33 @@ fn unreachable_nodes_are_excluded_and_listed() {
     let listed: Vec<_> =
         decision.status.excluded.iter().map(|excluded| (&*excluded.node, excluded.reason)).collect();
     assert_eq!(listed, [("n3", "NoAgent"), ("n7", "Disconnected")]);
+}
+
+#[test]
+fn nodes_return_to_what_they_had_of_other_profiles() {
+    let mut stage = Stage::new(vec![step(Quantity::Number(3)), step(Quantity::Percent(100))], fleet(3));
+    let other = |number| Revision { profile: "other".into(), number };
+    stage.decide();
+    for (node, previous) in stage.fleet.iter_mut().zip([Some(other(4)), Some(Revision::builtin()), None]) {
+        node.assigned.as_mut().unwrap().previous = previous;
+    }
+    stage.rollout.abort = true;
+    let moves = stage.decide().moves;
+    let expected = [("n0", other(4)), ("n1", Revision::builtin()), ("n2", stable())];
+    assert_eq!(moves, expected.map(|(node, revision)| (node.into(), revision)).into());
+}
+
+#[test]
+fn it_is_over_when_the_rows_say_so() {
+    let mut stage = Stage::new(vec![step(Quantity::Percent(100))], fleet(1));
+    stage.decide();
+    stage.rollout.abort = true;
+    stage.decide();
+    stage.agents_follow();
+    stage.fleet[0].still = Some(target());
+    stage.decide();
+    stage.stands(State::RollingBack, Some(WaitingOn::Nodes), 0);
+    stage.fleet[0].still = None;
+    stage.decide();
+    stage.stands(State::Aborted, None, 0);
 }
