@@ -28,6 +28,7 @@ use crate::status::{Assignments, NodeEvent};
 
 mod announce;
 mod clean;
+mod clock;
 mod convert;
 mod facts;
 mod metrics;
@@ -41,6 +42,7 @@ mod settings;
 mod tests;
 
 use announce::Announcer;
+use clock::Clock;
 pub use metrics::RolloutMetrics;
 use objects::Objects;
 
@@ -78,6 +80,7 @@ pub struct Rollouts {
     nodes_synced: bool,
     /// Revisions that rows name and no rollout tells of, as they were complained about.
     unknown: BTreeSet<String>,
+    clock: Clock,
     /// Profiles whose new revision the API server refuses.
     refused: BTreeMap<String, Refused>,
     /// No request before this time.
@@ -108,6 +111,7 @@ impl Rollouts {
             nodes_synced: false,
             unknown: BTreeSet::new(),
             refused: BTreeMap::new(),
+            clock: Clock::new(Box::new(Timestamp::now)),
             paused_until: None,
             complained: None,
         }
@@ -175,13 +179,16 @@ impl Rollouts {
     fn wake_up(&mut self, news: bool) -> Option<Instant> {
         let now = Instant::now();
         self.paused_until = self.paused_until.filter(|until| *until > now);
-        let under_way =
-            || self.rollouts.iter().any(convert::is_under_way) || self.profiles.iter().any(is_deleting);
+        let under_way = || self.under_way() || self.profiles.iter().any(is_deleting);
         match self.paused_until {
             Some(until) => Some(until),
             None if !news && self.ready() && under_way() => Some(now + TICK),
             None => self.refused.values().map(|refused| refused.again_at).min(),
         }
+    }
+
+    fn under_way(&self) -> bool {
+        self.rollouts.iter().any(convert::is_under_way)
     }
 
     /// True: it matters.
@@ -234,10 +241,6 @@ impl Rollouts {
 
 fn is_deleting(profile: &ProxyProfile) -> bool {
     profile.metadata.deletion_timestamp.is_some()
-}
-
-fn now() -> switchtower_core::rollout::Time {
-    convert::time(Timestamp::now())
 }
 
 async fn sleep_until(date: Option<Instant>) {

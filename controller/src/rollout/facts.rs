@@ -9,6 +9,7 @@ use switchtower_core::rollout::{
 };
 use switchtower_proto::v1::{TrialPhase, TrialStatus};
 
+use super::clock::Clock;
 use super::{Rollouts, convert};
 use crate::status::Observation;
 use crate::status::row::DISCONNECT_GRACE;
@@ -88,12 +89,12 @@ fn names(node: &FleetNode) -> impl Iterator<Item = &Revision> {
 
 impl Rollouts {
     pub(super) fn facts(&self) -> Facts {
-        let now = super::now();
+        let now = self.clock.now();
         let profiles: Vec<Profile> = self.profiles.iter().map(convert::profile).collect();
         let past: Vec<Past> = self.rollouts.iter().filter_map(convert::past).collect();
         let mut agents = HashMap::with_capacity(self.nodes.len());
         self.fleet.each_observation(|name, observation| {
-            agents.insert(name.clone(), agent(observation, now));
+            agents.insert(name.clone(), agent(observation, &self.clock));
         });
         let settled = self.fleet.settled();
         let mut facts =
@@ -136,16 +137,17 @@ impl Rollouts {
     }
 }
 
-fn agent(observation: &Observation, now: Time) -> Agent {
-    if let Some(lost) = observation.lost_since {
-        let moment = now.since(convert::time(lost)) < DISCONNECT_GRACE;
-        return if moment { Agent::Unknown } else { Agent::Disconnected };
+fn agent(observation: &Observation, clock: &Clock) -> Agent {
+    let moments = &observation.moments;
+    if observation.lost_since.is_some() {
+        let lately = moments.lost.is_some_and(|lost| lost.elapsed() < DISCONNECT_GRACE);
+        return if lately { Agent::Unknown } else { Agent::Disconnected };
     }
     let revision = |profile: &str, number| Revision { profile: profile.into(), number };
     let deviations = observation.deviations.as_ref();
     let settings = deviations.and_then(|deviations| deviations.settings.as_ref());
     Agent::connected(Observed {
-        since: convert::time(observation.since),
+        since: moments.connected.map_or(Time(0), |at| clock.at(at)),
         acknowledged: observation.settings.as_ref().map(|(profile, number)| revision(profile, *number)),
         took: observation.settings_took,
         in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
@@ -159,8 +161,8 @@ fn agent(observation: &Observation, now: Time) -> Agent {
         refused_items: deviations.map_or(0, |deviations| deviations.refused),
         held_removals: deviations.map_or(0, |deviations| deviations.held),
         trial: observation.trial.as_ref().and_then(trial),
-        drift: observation.drift_at.map(|at| (convert::time(at), observation.drift_cause.clone())),
-        losses: observation.losses.iter().map(|at| convert::time(*at)).collect(),
+        drift: moments.drifted.map(|at| (clock.at(at), observation.drift_cause.clone())),
+        losses: moments.losses.iter().map(|at| clock.at(*at)).collect(),
     })
 }
 

@@ -27,6 +27,9 @@ type Moves = BTreeMap<Arc<str>, Revision>;
 impl Rollouts {
     /// Looks at everything and does what is to be done.
     pub(super) async fn round(&mut self) {
+        if !self.under_way() {
+            self.clock.set();
+        }
         let mut facts = self.facts();
         if self.create_revisions(&facts).await {
             facts = self.facts();

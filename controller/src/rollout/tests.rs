@@ -193,6 +193,27 @@ async fn a_refused_rollout_is_told_and_tried_again() {
 }
 
 #[tokio::test]
+async fn a_jump_of_the_wall_clock_changes_nothing_that_is_under_way() {
+    let mut lab = lab().await;
+    let jump = Arc::new(std::sync::atomic::AtomicI64::new(0));
+    let ahead = jump.clone();
+    lab.rollouts.clock = Clock::new(Box::new(move || {
+        Timestamp::now()
+            + Duration::from_secs(ahead.load(std::sync::atomic::Ordering::Relaxed).unsigned_abs())
+    }));
+    lab.rollouts.round().await;
+    assert_eq!(lab.profile_standing().2, "RollingOut");
+    let before = lab.rollouts.facts().now;
+    jump.store(86_400, std::sync::atomic::Ordering::Relaxed);
+    lab.rollouts.round().await;
+    assert!(lab.rollouts.facts().now.since(before) < Duration::from_secs(3_600), "no day has passed");
+    // Nothing is under way any more: the wall clock is believed.
+    lab.finish("default-2").await;
+    lab.rollouts.round().await;
+    assert!(lab.rollouts.facts().now.since(before) >= Duration::from_secs(80_000));
+}
+
+#[tokio::test]
 async fn a_name_that_somebody_took_by_hand_is_left_out() {
     let mut lab = lab().await;
     let mut object = lab.object(ROLLOUTS, "default-1");

@@ -337,7 +337,7 @@ impl Fleet {
         floor.session = known.session;
         let signal = Arc::new(Signal::default());
         if let Some(old) = entry.signal.replace(signal.clone()) {
-            known.note_loss(Timestamp::now());
+            known.note_loss();
             old.end(GoAwayReason::Superseded);
         }
         self.unfollow(entry);
@@ -414,9 +414,9 @@ impl Fleet {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
         let Some(known) = entry.observation.as_mut().filter(|known| known.session == session) else { return };
-        known.lost_since = Some(Timestamp::now());
+        known.note_end();
         if lost {
-            known.note_loss(Timestamp::now());
+            known.note_loss();
         }
         entry.signal = None;
         self.unfollow(entry);

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use k8s_openapi::jiff::Timestamp;
 use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
 use switchtower_core::wire;
 use switchtower_proto::digest::Digest;
@@ -288,8 +287,7 @@ impl Session {
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
         self.fleet.observe_with(&self.node, self.number, |known| {
-            known.since = Timestamp::now();
-            known.lost_since = None;
+            known.note_connected();
             known.acknowledged = false;
             known.applied = applied;
             known.sent = highest;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
+use tokio::time::Instant;
 
 /// Most lost streams that are remembered of a node.
 pub const LOSSES: usize = 32;
@@ -55,19 +56,50 @@ pub struct Observation {
     pub settings: Option<(Arc<str>, u64)>,
     /// From the sending of these settings to their acknowledgement; `None` if the stream began with them.
     pub settings_took: Option<Duration>,
-    /// When streams were lost lately without this controller's doing, at most [`LOSSES`].
-    pub losses: VecDeque<Timestamp>,
+    /// The same times by a clock that never jumps.
+    pub moments: Moments,
     /// Where the agent's last trial of settings stands, as it told in Hello or Report.
     pub trial: Option<TrialStatus>,
 }
 
+/// When things happened, for those who measure how long ago that was; the wall clock's times are for people.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Moments {
+    /// The stream began.
+    pub connected: Option<Instant>,
+    /// It ended.
+    pub lost: Option<Instant>,
+    /// The number of repaired foreign changes grew last.
+    pub drifted: Option<Instant>,
+    /// Streams were lost lately without this controller's doing, at most [`LOSSES`].
+    pub losses: VecDeque<Instant>,
+}
+
 impl Observation {
+    /// The stream begins.
+    pub fn note_connected(&mut self) {
+        (self.since, self.lost_since) = (Timestamp::now(), None);
+        self.moments.connected = Some(Instant::now());
+    }
+
+    /// The stream is over.
+    pub fn note_end(&mut self) {
+        self.lost_since = Some(Timestamp::now());
+        self.moments.lost = Some(Instant::now());
+    }
+
     /// Remembers that the stream was lost.
-    pub fn note_loss(&mut self, at: Timestamp) {
-        if self.losses.len() == LOSSES {
-            self.losses.pop_front();
+    pub fn note_loss(&mut self) {
+        if self.moments.losses.len() == LOSSES {
+            self.moments.losses.pop_front();
         }
-        self.losses.push_back(at);
+        self.moments.losses.push_back(Instant::now());
+    }
+
+    /// Foreign changes were repaired, this one the last.
+    pub fn note_drift(&mut self, cause: String) {
+        (self.drift_at, self.drift_cause) = (Some(Timestamp::now()), cause);
+        self.moments.drifted = Some(Instant::now());
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{Ack, AgentMessage, GoAwayReason, Nack, NackReason, Pong, Report};
@@ -151,8 +150,7 @@ impl Session {
         self.fleet.observe_with(&self.node, self.number, |known| {
             // Without a cause the count is of the past, told anew to a controller that may not know it.
             if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
-                known.drift_at = Some(Timestamp::now());
-                known.drift_cause = shortened(&report.drift_cause);
+                known.note_drift(shortened(&report.drift_cause));
             }
             known.drift_repaired = report.drift_repaired;
             known.foreign_proxy = report.foreign_proxy;
