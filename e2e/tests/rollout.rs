@@ -220,7 +220,10 @@ fn canary() -> BTreeSet<String> {
 fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
     let trip = Trip::new("good");
     let mut connection = LongConnection::open(trip.scene.pod("e1"), trip.vip).unwrap();
-    let target = trip.apply("good", &json!({"masqueradeAll": true}), &trip.strategy(&json!({})));
+    // Each standing that is looked for below lasts long enough to be seen on a busy machine.
+    let mut strategy = trip.strategy(&json!({"soakSeconds": 3}));
+    strategy["steps"][1]["soakSeconds"] = json!(3);
+    let target = trip.apply("good", &json!({"masqueradeAll": true}), &strategy);
     let mut walk: Vec<(i32, BTreeSet<String>)> = Vec::new();
     let mut endpoints_changed = false;
     let status = trip.follow(
