@@ -52,6 +52,15 @@ pub struct Adopted {
     pub refused: Vec<Refused>,
 }
 
+/// The outcome of [`Dataplane::repair`].
+#[derive(Debug, Clone, Default)]
+pub struct Repaired {
+    /// Elements, rules, chains and sets that somebody else changed. What is refused is none of them.
+    pub differences: u32,
+    /// All items that are refused now: each was tried again.
+    pub refused: Vec<Refused>,
+}
+
 /// Why nothing was committed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
@@ -102,10 +111,10 @@ pub trait Dataplane: Send {
     /// Nothing was committed, and the kernel still holds the generation before.
     fn commit(&mut self, changes: &[KernelChange], stamp: Stamp) -> Result<Committed, CommitError>;
 
-    /// Compares the kernel with what it should hold and repairs differences in one transaction; returns how
-    /// many elements, rules, chains or sets differed.
+    /// Compares the kernel with what it should hold and repairs differences in one transaction. Items that the
+    /// kernel refused before are tried again.
     ///
     /// # Errors
     /// The dump or the repair failed.
-    fn repair(&mut self) -> Result<u32, CommitError>;
+    fn repair(&mut self) -> Result<Repaired, CommitError>;
 }

@@ -5,9 +5,11 @@
 //! the same desired state is tried again with back-off, and acknowledged once the kernel holds it.
 
 mod backlog;
+mod drift;
 mod flows;
 mod messages;
 mod report;
+mod snapshots;
 mod trial;
 
 use std::net::IpAddr;
@@ -30,10 +32,6 @@ use crate::trial_file::TrialFile;
 pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
 pub use messages::{Command, Event, Standing};
 
-/// The snapshot file is written after this time without a command.
-const QUIET: Duration = Duration::from_secs(1);
-/// And at most this often.
-const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(30);
 /// A controller that continues from a view sends what is new at once; this much later nothing is new.
 const HOLD_AFTER_RESUME: Duration = Duration::from_secs(3);
 /// Beyond this many uncommitted changes the whole view is compared instead.
@@ -99,8 +97,10 @@ pub struct Engine {
     skipping: bool,
     events: Option<mpsc::UnboundedSender<Event>>,
     dirty: bool,
+    started: Instant,
+    last_command: Instant,
     last_snapshot: Option<Instant>,
-    drift_repaired: u64,
+    drift: drift::Drift,
     /// Rules of kube-proxy exist beside ours.
     foreign_proxy: bool,
     /// What health checks cannot be listened on.
@@ -122,6 +122,7 @@ impl Engine {
         };
         let (state, refused) =
             restored.map(|restored| (restored.state, restored.refused)).unwrap_or((State::new(), Vec::new()));
+        let now = Instant::now();
         let mut engine = Engine {
             parts,
             state,
@@ -143,8 +144,10 @@ impl Engine {
             skipping: false,
             events: None,
             dirty: false,
+            started: now,
+            last_command: now,
             last_snapshot: None,
-            drift_repaired: 0,
+            drift: drift::Drift::default(),
             foreign_proxy: false,
             health_check_failures: Vec::new(),
         };
@@ -173,6 +176,10 @@ impl Engine {
                     "the kernel is newer than the snapshot file: nothing is written before a controller answers"
                 );
                 self.hold = true;
+                // It forwards meanwhile, and load balancers must know.
+                if self.state.is_loaded() {
+                    self.publish_health();
+                }
             }
             _ if self.state.is_loaded() => {
                 self.queue();
@@ -195,7 +202,13 @@ impl Engine {
             });
             match command {
                 Ok(None | Some(Command::Stop)) => break,
-                Ok(Some(command)) => self.handle(command),
+                Ok(Some(command)) => {
+                    self.handle(command);
+                    // Commands that never stop must not keep anything else from being done.
+                    if self.next_wakeup().is_some_and(|at| at <= Instant::now()) {
+                        self.wake();
+                    }
+                }
                 Err(()) => self.wake(),
             }
         }
@@ -207,21 +220,21 @@ impl Engine {
 
     fn next_wakeup(&self) -> Option<Instant> {
         let now = Instant::now();
-        let snapshot = (self.dirty && self.parts.snapshot.is_some()).then(|| {
-            self.last_snapshot.map_or(now + QUIET, |last| (last + SNAPSHOT_INTERVAL).max(now + QUIET))
-        });
         let commit = (self.queued && self.retry.is_none()).then(|| self.earliest_commit().unwrap_or(now));
+        let retry = self.retry.map(|(at, _)| at);
         let round = self.state.round_due().filter(|_| !self.queued && !self.hold);
         let pass = self.passes.next(now).filter(|_| self.kernel_holds_view());
-        [snapshot, commit, self.retry.map(|(at, _)| at), pass, self.hold_until, round]
-            .into_iter()
-            .flatten()
-            .min()
+        let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
+        [snapshot, commit, retry, pass, self.hold_until, round, drift].into_iter().flatten().min()
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
-        if self.retry.is_some_and(|(at, _)| at <= now) || (self.queued && self.retry.is_none()) {
+        let commit_due = match self.retry {
+            Some((at, _)) => at <= now,
+            None => self.queued && self.earliest_commit().is_none_or(|at| at <= now),
+        };
+        if commit_due {
             self.sync();
         }
         if self.hold_until.take_if(|at| *at <= now).is_some() {
@@ -231,18 +244,20 @@ impl Engine {
         }
         self.look_at_flows();
         self.probe();
-        let due = self.last_snapshot.is_none_or(|last| last + SNAPSHOT_INTERVAL <= now);
-        if self.dirty && due {
+        self.repair_if_due();
+        if self.snapshot_due().is_some_and(|at| at <= now) {
             self.write_snapshot();
         }
     }
 
     /// Takes one command.
     pub fn handle(&mut self, command: Command) {
+        self.last_command = Instant::now();
         match command {
             Command::Attach { events, standing } => {
                 self.state.abandon();
-                (self.skipping, self.applying) = (false, None);
+                // A new session was told nothing of what failed.
+                (self.skipping, self.applying, self.nacked) = (false, None, None);
                 self.hold_until = None;
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
@@ -270,15 +285,11 @@ impl Engine {
                 Ok(applied) => self.take(applied),
                 Err(refusal) => self.refuse(end.to, Err(refusal)),
             },
-            Command::HostAddresses(addresses) => {
-                if self.parts.host_addresses != addresses {
-                    self.parts.host_addresses.clone_from(&addresses);
-                    self.pending.push(KernelChange::HostAddresses(addresses));
-                    self.publish_health();
-                    self.queue_and_sync();
-                }
+            Command::HostAddresses(addresses) => self.addresses_changed(addresses),
+            Command::Drift { cause, noticed } => {
+                self.drift.notice(cause, noticed);
+                self.repair_if_due();
             }
-            Command::Drift { cause } => self.repair(cause),
             Command::ForeignProxy(present) => {
                 tracing::warn!(present, "kube-proxy's rules beside ours");
                 self.foreign_proxy = present;
@@ -293,6 +304,22 @@ impl Engine {
             Command::Ask { query, answer } => self.ask(&query, answer),
             Command::Stop => {}
         }
+    }
+
+    fn addresses_changed(&mut self, addresses: Vec<IpAddr>) {
+        if self.parts.host_addresses == addresses {
+            return;
+        }
+        self.parts.host_addresses.clone_from(&addresses);
+        if !self.doubt {
+            // The last ones are the ones that count, however many come while nothing can be committed.
+            self.pending.retain(|change| !matches!(change, KernelChange::HostAddresses(_)));
+            self.pending.push(KernelChange::HostAddresses(addresses));
+        }
+        if self.hold {
+            self.publish_health();
+        }
+        self.queue_and_sync();
     }
 
     fn standing(&mut self) -> Standing {
@@ -507,53 +534,6 @@ impl Engine {
             return;
         }
         self.parts.health.publish(HealthTargets::of(&self.state, &self.parts.host_addresses));
-    }
-
-    fn repair(&mut self, cause: &'static str) {
-        if self.hold {
-            // Only a table that is gone is worth an older view.
-            if let Ok(None) = self.parts.dataplane.stamp()
-                && self.state.is_loaded()
-            {
-                self.hold = false;
-                self.queue_and_sync();
-            }
-            return;
-        }
-        if !self.state.is_loaded() || self.doubt {
-            return;
-        }
-        let began = SystemTime::now();
-        let result = self.parts.dataplane.repair();
-        self.parts.traces.repaired(cause, began, &result);
-        match result {
-            Ok(0) => {}
-            Ok(differences) => {
-                self.drift_repaired += 1;
-                self.parts.metrics.drift.with_label_values(&[cause]).inc();
-                tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
-                self.tell(cause, None);
-            }
-            Err(error) => {
-                self.doubt = true;
-                self.queue();
-                self.failed(&error);
-            }
-        }
-    }
-
-    /// What walks the whole view is done here, at most every [`SNAPSHOT_INTERVAL`].
-    fn write_snapshot(&mut self) {
-        self.parts.metrics.programming.without_local(self.state.without_local_endpoints());
-        let Some(file) = &self.parts.snapshot else { return };
-        self.last_snapshot = Some(Instant::now());
-        match file.write(&self.state, &self.refused) {
-            Ok(()) => {
-                self.dirty = false;
-                self.parts.metrics.snapshot();
-            }
-            Err(error) => tracing::warn!(%error, "the snapshot file could not be written"),
-        }
     }
 }
 

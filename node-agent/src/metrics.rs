@@ -31,6 +31,7 @@ pub struct Metrics {
     apply: HistogramVec,
     apply_errors: IntCounterVec,
     pub(crate) drift: IntCounterVec,
+    pub(crate) drift_watched: IntGauge,
     generation: IntGauge,
     pub(crate) connected: IntGauge,
     snapshot_written: Gauge,
@@ -90,6 +91,10 @@ impl Metrics {
                 "Foreign changes of our tables that were repaired.",
                 "cause",
             )?,
+            drift_watched: IntGauge::new(
+                "switchtower_drift_watched",
+                "1 while foreign changes of our tables are noticed.",
+            )?,
             generation: IntGauge::new(
                 "switchtower_kernel_generation",
                 "The generation that the kernel holds.",
@@ -136,6 +141,7 @@ impl Metrics {
             apply,
             apply_errors,
             drift,
+            drift_watched,
             generation,
             connected,
             snapshot_written,
@@ -145,7 +151,7 @@ impl Metrics {
             sysctl_failures,
             health_check_bind_failures,
         } = self.clone();
-        let all: [Box<dyn prometheus::core::Collector>; 19] = [
+        let all: [Box<dyn prometheus::core::Collector>; 20] = [
             Box::new(sync_duration),
             Box::new(last_timestamp),
             Box::new(last_queued),
@@ -157,6 +163,7 @@ impl Metrics {
             Box::new(apply),
             Box::new(apply_errors),
             Box::new(drift),
+            Box::new(drift_watched),
             Box::new(generation),
             Box::new(connected),
             Box::new(snapshot_written),

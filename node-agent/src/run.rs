@@ -1,10 +1,10 @@
 //! Wiring: from the command line to running parts and back.
 
 use std::io::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use prometheus::Registry;
+use prometheus::{IntGauge, Registry};
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
@@ -32,6 +32,8 @@ const COMMANDS: usize = 16;
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// Many notices of one foreign transaction are one repair.
 const SETTLE: Duration = Duration::from_millis(20);
+/// Pause before a failed attempt to watch our tables is repeated.
+const REOPEN: Duration = Duration::from_secs(5);
 
 /// Does what the command line says.
 ///
@@ -91,7 +93,8 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     );
     // All netlink sockets are opened here, by the first thread: they belong to its network namespace.
     let kernel = Nft::open().context("open nf_tables netlink; does this kernel have CONFIG_NF_TABLES?")?;
-    let monitor = kernel.port().and_then(Monitor::open);
+    let own_port = kernel.port().context("open nf_tables netlink")?;
+    let monitor = Monitor::open(own_port);
     let foreign = ForeignProxy::open().context("open nf_tables netlink")?;
     let flows = Conntrack::open().context("open conntrack netlink")?;
     let mut addresses = Addresses::open().context("open route netlink")?;
@@ -105,10 +108,7 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
     let health = Health::default();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
-    let traces = {
-        let _inside = runtime.enter();
-        Traces::from_environment(&node_name).context("set up the export of spans")?
-    };
+    let traces = traces(&runtime, &node_name);
     let (commands, received) = mpsc::channel(COMMANDS);
     let parts = Parts {
         dataplane: Box::new(kernel),
@@ -131,20 +131,10 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
         .name("engine".into())
         .spawn(move || Engine::start(parts).run(received, &handle))
         .context("start the engine's thread")?;
-    let to_engine = commands.clone();
-    std::thread::Builder::new()
-        .name("addresses".into())
-        .spawn(move || addresses.follow(&to_engine))
-        .context("start the thread that follows addresses")?;
-    let to_engine = commands.clone();
-    std::thread::Builder::new()
-        .name("foreign-proxy".into())
-        .spawn(move || foreign.follow(&to_engine))
-        .context("start the thread that looks for kube-proxy's rules")?;
-    match monitor {
-        Ok(monitor) => watch_drift(monitor, commands.clone())?,
-        Err(error) => tracing::warn!(%error, "foreign changes of our tables are not noticed"),
-    }
+    follow("addresses", &commands, move |commands| addresses.follow(commands))?;
+    follow("foreign-proxy", &commands, move |commands| foreign.follow(commands))?;
+    let watched = metrics.drift_watched.clone();
+    follow("drift", &commands, move |commands| watch_drift(monitor, own_port, commands, &watched))?;
     let identity = Identity { node_name, kernel_version: kernel_version() };
     let servers = (args.healthz_bind_address, args.metrics_bind_address);
     let contact = Contact::default();
@@ -177,6 +167,9 @@ async fn until_stopped(
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = commands.closed() => {
+            anyhow::bail!("the engine's thread ended by itself; what it said last is in the log. The kernel keeps what it holds");
+        }
     }
     tracing::info!("stopping; the kernel keeps what it holds");
     // Receivers that are gone have stopped already.
@@ -201,37 +194,83 @@ fn wait_for(runtime: &tokio::runtime::Runtime, engine: &std::thread::JoinHandle<
     }
 }
 
-fn watch_drift(mut monitor: Monitor, commands: mpsc::Sender<Command>) -> anyhow::Result<()> {
-    let follow = move || {
-        loop {
-            match monitor.wait(Duration::from_secs(3600)) {
-                Ok(None) => {}
-                Ok(Some(mut notice)) => {
-                    std::thread::sleep(SETTLE);
-                    if let Ok(Some(later)) = monitor.drain() {
-                        notice = if notice == Notice::TableDeleted { notice } else { later };
-                    }
-                    let cause = match notice {
-                        Notice::Changed => "changed",
-                        Notice::TableDeleted => "table_deleted",
-                        Notice::Overflow => "overflow",
-                    };
-                    if commands.blocking_send(Command::Drift { cause }).is_err() {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(%error, "foreign changes of our tables cannot be followed; trying again");
-                    std::thread::sleep(Duration::from_secs(5));
-                }
+/// Runs what tells the engine of changes, in a thread of its own.
+fn follow(
+    name: &str,
+    commands: &mpsc::Sender<Command>,
+    body: impl FnOnce(&mpsc::Sender<Command>) + Send + 'static,
+) -> anyhow::Result<()> {
+    let commands = commands.clone();
+    let thread = std::thread::Builder::new().name(name.into()).spawn(move || body(&commands));
+    thread.map(drop).with_context(|| format!("start the thread {name}"))
+}
+
+/// Tells the engine of foreign changes of our tables, until it is gone. Without a monitor, one is opened as soon as
+/// that is possible; what was changed until then is looked for.
+fn watch_drift(
+    opened: std::io::Result<Monitor>,
+    own_port: u32,
+    commands: &mpsc::Sender<Command>,
+    watched: &IntGauge,
+) {
+    let mut monitor = match opened {
+        Ok(monitor) => monitor,
+        Err(error) => {
+            tracing::warn!(%error, "foreign changes of our tables are not noticed; trying again");
+            let Some(monitor) = until_opened(|| Monitor::open(own_port), commands) else { return };
+            tracing::info!("foreign changes of our tables are noticed from now on");
+            let unwatched = Command::Drift { cause: "unwatched", noticed: Instant::now() };
+            if commands.blocking_send(unwatched).is_err() {
+                return;
             }
+            monitor
         }
     };
-    std::thread::Builder::new()
-        .name("drift".into())
-        .spawn(follow)
-        .context("start the thread that watches drift")?;
-    Ok(())
+    watched.set(1);
+    loop {
+        match monitor.wait(Duration::from_secs(3600)) {
+            Ok(None) => {}
+            Ok(Some(mut notice)) => {
+                std::thread::sleep(SETTLE);
+                if let Ok(Some(later)) = monitor.drain() {
+                    notice = if notice == Notice::TableDeleted { notice } else { later };
+                }
+                let cause = match notice {
+                    Notice::Changed => "changed",
+                    Notice::TableDeleted => "table_deleted",
+                    Notice::Overflow => "overflow",
+                };
+                let drift = Command::Drift { cause, noticed: Instant::now() };
+                if commands.blocking_send(drift).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "foreign changes of our tables cannot be followed; trying again");
+                std::thread::sleep(REOPEN);
+            }
+        }
+    }
+}
+
+/// Tries until it succeeds; `None` if the engine is gone.
+fn until_opened<T>(open: impl Fn() -> std::io::Result<T>, commands: &mpsc::Sender<Command>) -> Option<T> {
+    while !commands.is_closed() {
+        std::thread::sleep(REOPEN);
+        if let Ok(opened) = open() {
+            return Some(opened);
+        }
+    }
+    None
+}
+
+/// Spans tell what happens; that they cannot be exported must not keep a node from being served.
+fn traces(runtime: &tokio::runtime::Runtime, node_name: &str) -> Traces {
+    let _inside = runtime.enter();
+    Traces::from_environment(node_name).unwrap_or_else(|error| {
+        tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "spans are not exported");
+        Traces::none()
+    })
 }
 
 /// Large buffers go back to the system when they are freed, and few arenas hold the rest.
@@ -242,5 +281,36 @@ fn bound_memory() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 512 << 10);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_ends_by_itself_ends_the_agent_with_an_error() {
+        let metrics = Metrics::register(&Registry::new()).unwrap();
+        let identity = Identity { node_name: "n".into(), kernel_version: String::new() };
+        let controllers = Controllers::new(Vec::new(), None, None, "/nonexistent".into(), None);
+        let (commands, received) = mpsc::channel(1);
+        let engine = std::thread::spawn(move || {
+            let _received = received;
+            panic!("this is a test");
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let ended = runtime.block_on(async {
+            let agent = until_stopped(controllers, identity, commands, metrics, Contact::default());
+            tokio::time::timeout(Duration::from_secs(20), agent).await.unwrap()
+        });
+        assert!(engine.join().is_err());
+        assert!(ended.unwrap_err().to_string().contains("engine"));
+    }
+
+    #[test]
+    fn what_is_not_opened_at_first_is_tried_until_the_engine_is_gone() {
+        let (commands, received) = mpsc::channel(1);
+        drop(received);
+        assert_eq!(until_opened(|| Ok(1), &commands), None);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use switchtower_proto::v1::*;
 
-use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp as KernelStamp};
+use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp as KernelStamp};
 use crate::kernel_change::KernelChange;
 use crate::probe::Prober;
 use crate::state::{Round, State};
@@ -66,6 +66,8 @@ pub(crate) struct Memory {
     pub(crate) settings: Option<Settings>,
     /// Fail everything with this error number.
     pub(crate) fail: Option<i32>,
+    /// What a repair finds.
+    pub(crate) differences: u32,
     /// What is reported as refused.
     pub(crate) refused: Vec<Refused>,
 }
@@ -157,10 +159,10 @@ impl Dataplane for MemoryKernel {
         Ok(memory.committed(changes.len()))
     }
 
-    fn repair(&mut self) -> Result<u32, CommitError> {
+    fn repair(&mut self) -> Result<Repaired, CommitError> {
         let mut memory = self.lock();
         memory.check("repair")?;
         memory.repairs += 1;
-        Ok(1)
+        Ok(Repaired { differences: memory.differences, refused: memory.refused.clone() })
     }
 }

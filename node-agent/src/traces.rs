@@ -29,7 +29,7 @@ use switchtower_proto::v1::Update;
 use switchtower_telemetry::TelemetryError;
 use switchtower_telemetry::names::{APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON};
 
-use crate::dataplane::{CommitError, Committed};
+use crate::dataplane::{CommitError, Committed, Repaired};
 
 /// How long the last spans may take when the agent ends.
 const SHUTDOWN: Duration = Duration::from_secs(2);
@@ -99,13 +99,13 @@ impl Traces {
     }
 
     /// Drift was repaired, or could not be.
-    pub fn repaired(&self, cause: &'static str, started: SystemTime, result: &Result<u32, CommitError>) {
+    pub fn repaired(&self, cause: &'static str, started: SystemTime, result: &Result<Repaired, CommitError>) {
         let Some((_, tracer)) = &self.export else { return };
         let mut attributes = vec![KeyValue::new(NODE, self.node.clone()), KeyValue::new(CAUSE, cause)];
         let failed = match result {
             // Nothing differed: no repair.
-            Ok(0) => return,
-            Ok(differences) => {
+            Ok(Repaired { differences: 0, .. }) => return,
+            Ok(Repaired { differences, .. }) => {
                 attributes.push(KeyValue::new(DIFFERENCES, i64::from(*differences)));
                 None
             }

@@ -79,5 +79,5 @@ fn no_connection_fails_or_leaves_without_nat_while_endpoints_churn() {
     let asked = asked.load(Ordering::Relaxed);
     println!("{asked} connections, {commits} commits");
     assert!(asked > ENOUGH && commits > ENOUGH, "{asked} connections, {commits} commits");
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
 }

@@ -97,12 +97,12 @@ fn a_restart_adopts_without_writing() {
     let before = (nft.ruleset_generation().unwrap(), node.table("ip"));
     let adopted = nft.adopt(&sample(), stamp(3)).unwrap();
     assert!(adopted.committed.is_none(), "{adopted:?}");
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     assert_eq!((nft.ruleset_generation().unwrap(), node.table("ip")), before);
     // Then exactly the next change: two slots, a backend, and the values of the frontends with the size.
     let committed = nft.commit(&[pool("web", Role::Local, &PODS[1..2], &[])], stamp(4)).unwrap();
     assert!((1..30).contains(&committed.operations), "{committed:?}");
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     assert_eq!(nft.stamp().unwrap(), Some(stamp(4)));
 }
 
@@ -115,11 +115,11 @@ fn adoption_repairs_only_what_differs() {
     let mut nft = open(&node);
     let adopted = nft.adopt(&sample(), stamp(1)).unwrap().committed.unwrap();
     assert_eq!(adopted.operations, 2);
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     // A view that lacks a Service: its elements go.
     let smaller: Vec<KernelChange> = facts();
     nft.adopt(&smaller, stamp(2)).unwrap();
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     assert!(!node.table("ip").contains("10.96.0.10"));
 }
 
@@ -162,8 +162,8 @@ fn disturbances_are_noticed_and_repaired() {
     ] {
         node.nft(&[disturbance], "");
         assert_eq!(monitor.wait(Duration::from_secs(2)).unwrap(), Some(notice), "{disturbance}");
-        assert!(nft.repair().unwrap() > 0, "{disturbance}");
-        assert_eq!(nft.repair().unwrap(), 0, "{disturbance}");
+        assert!(nft.repair().unwrap().differences > 0, "{disturbance}");
+        assert_eq!(nft.repair().unwrap().differences, 0, "{disturbance}");
         assert_eq!(normal(&node.table("ip")), normal(&text.0), "{disturbance}");
         assert_eq!(normal(&node.table("ip6")), normal(&text.1), "{disturbance}");
         assert_eq!(monitor.wait(Duration::from_millis(50)).unwrap(), None, "{disturbance}: our own repair");
@@ -171,7 +171,7 @@ fn disturbances_are_noticed_and_repaired() {
     // A commit that finds its tables gone brings them back with the change.
     node.nft(&["flush", "ruleset"], "");
     nft.commit(&[pool("web", Role::Cluster, &PODS[..1], &[])], stamp(3)).unwrap();
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     assert_eq!(nft.stamp().unwrap(), Some(stamp(3)));
     // One that finds its elements changed repairs those it touches.
     node.nft(&["delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }"], "");
@@ -179,7 +179,7 @@ fn disturbances_are_noticed_and_repaired() {
         .unwrap();
     node.nft(&["add element ip switchtower frontends { 10.96.0.10 . tcp . 80 : 0:7 }"], "");
     nft.commit(&[KernelChange::Frontend(cluster_ip("web", "10.96.0.10"))], stamp(5)).unwrap();
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
 }
 
 /// The lines of a table without order: slots and chains are in the order of history.
@@ -217,9 +217,31 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
     assert_eq!(nft.stamp().unwrap(), Some(stamp(2)));
     // It is listed until it is repaired or replaced.
     assert_eq!(nft.commit(&[], stamp(3)).unwrap().refused.len(), 1);
-    assert!(nft.repair().unwrap() > 0);
+    let repaired = nft.repair().unwrap();
+    assert!(repaired.differences > 0, "the range of someone");
+    assert_eq!(repaired.refused, vec![]);
     assert_eq!(nft.commit(&[], stamp(4)).unwrap().refused, vec![]);
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
+}
+
+#[test]
+fn a_table_that_is_gone_is_no_refusal_of_what_comes_next() {
+    let node = Namespace::new("flushed");
+    let mut nft = open(&node);
+    nft.commit(&sample(), stamp(1)).unwrap();
+    // A change that is committed before anybody says that the tables are gone; one element of each set.
+    node.nft(&["flush", "ruleset"], "");
+    let committed = nft.commit(&service("one", "10.96.0.88", &PODS[..1]), stamp(2)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    assert!(node.table("ip").contains("10.96.0.88 . tcp . 80"));
+    // The same for an endpoint of a Service that is there.
+    node.nft(&["delete", "table", "ip", "switchtower"], "");
+    let committed = nft.commit(&[pool("one", Role::Cluster, &PODS[1..2], &[])], stamp(3)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    assert_eq!(nft.repair().unwrap().differences, 0);
+    let mut view = sample();
+    view.extend(service("one", "10.96.0.88", &PODS[..2]));
+    assert!(open(&node).adopt(&view, stamp(3)).unwrap().committed.is_none(), "nothing is missing");
 }
 
 #[test]
@@ -238,7 +260,7 @@ fn without_the_capability_nothing_is_committed_and_the_errno_says_so() {
     assert_eq!(node.table("ip"), text);
     // The mirror was undone: what follows is right.
     assert_eq!(nft.commit(&[], stamp(2)).unwrap().refused, vec![]);
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     assert!(node.table("ip").contains("10.96.0.10 . tcp . 80"));
     let adopted = open(&node).adopt(&sample(), stamp(2)).unwrap();
     assert!(adopted.committed.is_none(), "{adopted:?}");
@@ -272,7 +294,7 @@ fn frontends_swap_addresses_in_one_batch() {
     let committed = nft.commit(&swap, stamp(2)).unwrap();
     assert_eq!(committed.operations, 4);
     assert_eq!((value("10.96.0.2"), value("10.96.0.1")), before);
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
 }
 
 /// `count` Services of `count` different sizes.
@@ -321,11 +343,11 @@ fn when_codes_run_short_sizes_share_and_every_endpoint_is_still_reached() {
     assert_eq!(ids.len(), 60 * 61 / 2);
     assert!(slots.count() > ids.len(), "some members stand twice");
     assert!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count() <= 16);
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
     // Members of a padded pool come and go.
     nft.commit(&[pool("s50", Role::Cluster, &["10.9.9.9:80"], &["10.0.50.1:80"])], stamp(2)).unwrap();
     nft.commit(&[pool("s50", Role::Cluster, &[], &["10.9.9.9:80"])], stamp(3)).unwrap();
-    assert_eq!(nft.repair().unwrap(), 0);
+    assert_eq!(nft.repair().unwrap().differences, 0);
 }
 
 #[test]

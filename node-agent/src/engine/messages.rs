@@ -1,6 +1,7 @@
 //! What goes into the engine and what comes out of it.
 
 use std::net::IpAddr;
+use std::time::Instant;
 
 use switchtower_proto::v1::{
     Ack, Deviations, HealthCheckFailure, Nack, Part, Query, Report, Stamp as WireStamp, TrialStatus, Update,
@@ -34,6 +35,8 @@ pub enum Command {
     Drift {
         /// For the report and the metric.
         cause: &'static str,
+        /// When; a comparison that began later has seen it.
+        noticed: Instant,
     },
     /// Whether kube-proxy's rules exist beside ours; told when it changes.
     ForeignProxy(bool),

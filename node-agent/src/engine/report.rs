@@ -36,7 +36,7 @@ impl Engine {
     pub(super) fn tell(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
         let report = Report {
             session: 0,
-            drift_repaired: self.drift_repaired,
+            drift_repaired: self.drift.repaired,
             drift_cause: drift_cause.into(),
             foreign_proxy: self.foreign_proxy,
             trial,

@@ -1,6 +1,6 @@
 //! The engine with a kernel in memory.
 
-use switchtower_proto::v1::{Ack, HealthCheck, HealthCheckKey, Part, Update, UpdateEnd};
+use switchtower_proto::v1::{Ack, Cidr, HealthCheck, HealthCheckKey, Part, Settings, Update, UpdateEnd};
 use tokio::sync::oneshot;
 
 use super::*;
@@ -318,7 +318,8 @@ fn addresses_and_drift_are_commits_without_a_generation() {
     assert_eq!(stamp.generation, 1);
     assert_ne!(stamp.facts, facts);
     assert!(events.try_recv().is_err(), "no Ack without a new generation");
-    engine.handle(Command::Drift { cause: "foreign" });
+    kernel.lock().differences = 1;
+    engine.handle(Command::Drift { cause: "foreign", noticed: Instant::now() });
     match events.try_recv() {
         Ok(Event::Report(report)) => {
             assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "foreign"));
@@ -331,6 +332,87 @@ fn addresses_and_drift_are_commits_without_a_generation() {
         Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "that drift was told"),
         other => panic!("a Report is due, this came: {other:?}"),
     }
+}
+
+#[test]
+fn what_a_repair_finds_to_be_accepted_now_is_acknowledged() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    kernel.lock().refused =
+        vec![Refused { item: "frontend".into(), reason: "ENFILE".into(), errno: libc::ENFILE }];
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
+    let drift = |engine: &mut Engine| {
+        engine.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
+    };
+    drift(&mut engine);
+    assert!(events.try_recv().is_err(), "still refused, and nobody's change");
+    kernel.lock().refused.clear();
+    drift(&mut engine);
+    let ack = ack(&mut events);
+    assert_eq!((ack.generation, ack.deviations), (1, None));
+    assert!(events.try_recv().is_err(), "no drift was repaired");
+    assert_eq!(kernel.lock().repairs, 2);
+}
+
+#[test]
+fn a_new_session_hears_of_a_kernel_that_still_refuses() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    let mut fleet = Fleet::new(5, 2);
+    play(&mut engine, fleet.snapshot());
+    ack(&mut events);
+    kernel.lock().fail = Some(libc::EPERM);
+    play(&mut engine, fleet.add_endpoint(1, 5));
+    assert!(matches!(events.try_recv(), Ok(Event::Nack(_))));
+    let (standing, mut events) = attach(&mut engine);
+    assert_eq!((standing.kernel.unwrap().generation, standing.view.unwrap().generation), (1, 2));
+    retry(&mut engine);
+    match events.try_recv() {
+        Ok(Event::Nack(nack)) => assert_eq!((nack.generation, nack.errno), (2, libc::EPERM)),
+        other => panic!("a Nack is due, this came: {other:?}"),
+    }
+}
+
+#[test]
+fn addresses_wait_for_the_kernel_and_only_the_last_ones_count() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut first, health) = engine(&kernel, directory.path());
+    let bound = || health.subscribe().borrow().bind.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let mut fleet = Fleet::new(5, 2);
+    play(&mut first, fleet.snapshot());
+    let everywhere = |bytes: [u8; 4], prefix_length| Cidr { address: bytes.to_vec(), prefix_length };
+    let settings =
+        Settings { node_port_addresses: vec![everywhere([198, 51, 100, 0], 24)], ..testing::settings() };
+    play(&mut first, fleet.replace_settings(settings));
+    first.write_snapshot();
+    let addresses = |number: u8| Command::HostAddresses(vec![IpAddr::from([198, 51, 100, number])]);
+    first.handle(addresses(1));
+    assert_eq!(bound(), ["198.51.100.1"]);
+    kernel.lock().fail = Some(libc::EPERM);
+    (2..50).for_each(|number| first.handle(addresses(number)));
+    assert_eq!(first.pending.len(), 1);
+    assert_eq!(bound(), ["198.51.100.1"], "as the kernel");
+    kernel.lock().fail = None;
+    // After so many failures the next attempt is far away.
+    first.retry = Some((Instant::now(), 0));
+    first.wake();
+    assert_eq!(bound(), ["198.51.100.49"]);
+
+    // While an older view is held, none of them can be committed.
+    play(&mut first, fleet.add_endpoint(1, 5));
+    drop(first);
+    let (mut second, health) = engine(&kernel, directory.path());
+    let bound = || health.subscribe().borrow().bind.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert!(health.read().eligible, "the kernel forwards, and load balancers may send");
+    (2..50).for_each(|number| second.handle(addresses(number)));
+    assert_eq!((second.hold, second.pending.len()), (true, 0));
+    assert_eq!(bound(), ["198.51.100.49"]);
 }
 
 fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {

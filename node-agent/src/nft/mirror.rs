@@ -469,11 +469,6 @@ impl<const N: usize> Mirror<N> {
         let all = self.elements().into_iter();
         self.changes = Changes(all.map(|(element, data)| (element, (None, Some(data)))).collect());
     }
-
-    /// Forgets that the kernel refused elements: they are tried again by a repair.
-    pub(crate) fn unblock(&mut self) {
-        self.blocked.clear();
-    }
 }
 
 fn port_elements<const N: usize>(port: &Port<N>, all: &mut HashMap<Element<N>, Data<N>>) {

@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
+use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
 use crate::kernel_change::KernelChange;
 use dump::TableDump;
 use element::{Data, Element};
@@ -258,6 +258,8 @@ fn resolve<const N: usize>(
                 mirror.changes.0.remove(&element);
             }
         }
+        // It names no element: the table, the set or the chain that this one leads to is gone.
+        (libc::ENOENT, false) => return None,
         // Someone else put another value there: remove that first.
         (libc::EEXIST, false) if healed.insert(element) => {
             let change = mirror.changes.0.get_mut(&element)?;
@@ -402,17 +404,19 @@ impl Dataplane for Nft {
         }
     }
 
-    fn repair(&mut self) -> Result<u32, CommitError> {
-        self.plan.v4.unblock();
-        self.plan.v6.unblock();
+    fn repair(&mut self) -> Result<Repaired, CommitError> {
+        let retried = (self.plan.v4.retry_refused(), self.plan.v6.retry_refused());
         let count = self.compare()?;
-        let Some(stamp) = self.stamp else { return Ok(count) };
+        let own = (self.plan.v4.count_of(&retried.0) + self.plan.v6.count_of(&retried.1)) as u32;
+        let Some(stamp) = self.stamp else {
+            return Ok(Repaired { differences: count - own, refused: self.refused() });
+        };
         let entries = stamp_entries(&stamp);
         let stamps = [&self.structures.0, &self.structures.1];
         let wrong = stamps.iter().filter(|structure| structure.stamp != entries).count() as u32;
         if count + wrong > 0 {
             self.transact(stamp)?;
         }
-        Ok(count + wrong)
+        Ok(Repaired { differences: count - own + wrong, refused: self.refused() })
     }
 }

@@ -226,11 +226,15 @@ impl Socket {
         &self.buffer[..length]
     }
 
-    /// Sends a batch. `Ok(failures)` empty: committed; otherwise nothing of it was applied.
+    /// Sends a batch, unless it is empty. `Ok(failures)` empty: committed; otherwise nothing of it was applied.
     ///
     /// # Errors
     /// The socket failed.
     pub(crate) fn commit(&mut self, batch: &mut Batch) -> io::Result<Vec<Failure>> {
+        if batch.starts.len() == 1 {
+            // No operation would ask for the acknowledgement: everything was refused, or was there already.
+            return Ok(Vec::new());
+        }
         batch.finish();
         let last = batch.starts.len() - 1;
         let size = i32::try_from(batch.writer.bytes.len() + (1 << 16)).unwrap_or(i32::MAX);

@@ -34,6 +34,10 @@ fn update(from: Option<u64>, parents: &[&str]) -> Update {
 const UNSAMPLED: &str = "00-00000000000000000000000000000001-0000000000000001-00";
 const SAMPLED: &str = "00-00000000000000000000000000000002-0000000000000009-01";
 
+fn differing(differences: u32) -> crate::dataplane::Repaired {
+    crate::dataplane::Repaired { differences, ..Default::default() }
+}
+
 #[test]
 fn an_update_is_told_under_its_first_sampled_change() {
     let (traces, kept) = traces();
@@ -80,7 +84,7 @@ fn what_nobody_collects_is_not_told() {
     assert!(traces.begin(&update(Some(7), &[])).is_none());
     assert!(traces.begin(&update(None, &[SAMPLED])).is_none(), "a view from scratch is no change");
     assert!(Traces::none().begin(&update(Some(7), &[SAMPLED])).is_none());
-    traces.repaired("changed", SystemTime::now(), &Ok(0));
+    traces.repaired("changed", SystemTime::now(), &Ok(differing(0)));
     assert!(kept.0.lock().unwrap().is_empty());
 }
 
@@ -88,7 +92,7 @@ fn what_nobody_collects_is_not_told() {
 fn refusals_and_repairs_are_told() {
     let (traces, kept) = traces();
     traces.begin(&update(Some(7), &[SAMPLED])).unwrap().refused("DigestMismatch");
-    traces.repaired("table_deleted", SystemTime::now(), &Ok(39));
+    traces.repaired("table_deleted", SystemTime::now(), &Ok(differing(39)));
     let spans = kept.0.lock().unwrap();
     assert_eq!(spans.len(), 2, "{spans:?}");
     assert!(matches!(spans[0].status, Status::Error { .. }));

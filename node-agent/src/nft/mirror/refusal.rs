@@ -1,7 +1,9 @@
 //! What the kernel refused: taking it out of the mirror, and naming it.
 
+use std::collections::HashMap;
+
 use super::{Member, Mirror, Port};
-use crate::nft::element::{Element, Key};
+use crate::nft::element::{Changes, Data, Element, Key};
 use crate::nft::text;
 
 /// Why an item is not in the kernel.
@@ -40,6 +42,36 @@ impl<const N: usize> Mirror<N> {
                 self.blocked.insert(element, errno);
             }
         }
+    }
+
+    /// Lets everything that the kernel refused be tried again, before a comparison. Returns the elements that this
+    /// changes, with what the kernel holds of them unless somebody else was there.
+    pub(crate) fn retry_refused(&mut self) -> HashMap<Element<N>, Option<Data<N>>> {
+        self.changes = Changes::default();
+        let mut held: HashMap<Element<N>, Option<Data<N>>> =
+            self.blocked.drain().map(|(element, _)| (element, None)).collect();
+        let refused = std::mem::take(&mut self.refused_members);
+        let (again, kept) = refused.into_iter().partition(|(_, _, _, errno)| *errno != 0);
+        self.refused_members = kept;
+        let again: Vec<(u32, usize, Member<N>, i32)> = again;
+        if again.is_empty() {
+            return held;
+        }
+        for (index, role, member, _) in again {
+            self.dirty_ports.insert(index);
+            self.add_member(index, role, (member.address, member.port));
+        }
+        self.settle();
+        held.extend(self.changes.0.iter().map(|(element, (before, _))| (*element, *before)));
+        held
+    }
+
+    /// How many of the changes are what [`Mirror::retry_refused`] returned, and nobody else's.
+    pub(crate) fn count_of(&self, retried: &HashMap<Element<N>, Option<Data<N>>>) -> usize {
+        let found = |(element, before): &(&Element<N>, &Option<Data<N>>)| {
+            self.changes.0.get(*element).is_some_and(|(kernel, _)| kernel == *before)
+        };
+        retried.iter().filter(found).count()
     }
 
     fn port_numbered(&self, number: u32) -> Option<(u32, &Port<N>)> {

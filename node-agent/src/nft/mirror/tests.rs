@@ -184,6 +184,51 @@ fn plan(last_code: u32) -> Plan {
     Plan::new(last_code)
 }
 
+#[test]
+fn what_was_refused_is_tried_again_and_is_nobodys_drift() {
+    let (mut plan, mut model) = (plan(4095), Model::new());
+    let added = (1..=3).map(endpoint).collect();
+    plan.apply(&KernelChange::Pool { key: pool_key(1, false), added, removed: Vec::new() });
+    plan.apply(&KernelChange::Frontend(frontend(1, 1, 0, false)));
+    plan.settle();
+    let whole = plan.v4.elements();
+    // The kernel refuses an endpoint and an address.
+    let mut backends: Vec<_> =
+        whole.keys().filter(|element| matches!(element, Element::Backend(_))).copied().collect();
+    backends.sort_unstable();
+    let vip = whole.keys().find(|element| matches!(element, Element::Vip(_))).copied().unwrap();
+    let refuse = |plan: &mut Plan| {
+        plan.v4.refuse(backends[1], libc::EINVAL);
+        plan.v4.refuse(vip, libc::ENFILE);
+        plan.settle();
+    };
+    refuse(&mut plan);
+    take(&mut plan.v4, &mut model);
+    assert_eq!(plan.refusals().len(), 2);
+    assert_eq!(model, plan.v4.elements());
+    // Compared with a kernel that holds what it took, all that differs is what is tried again.
+    let retried = plan.v4.retry_refused();
+    assert!(plan.refusals().is_empty());
+    let wanted = plan.v4.elements();
+    let all: std::collections::BTreeSet<_> = wanted.keys().chain(model.keys()).copied().collect();
+    let change = |element: &Element<4>| (model.get(element).copied(), wanted.get(element).copied());
+    plan.v4.changes.0 = all.iter().map(|element| (*element, change(element))).collect();
+    plan.v4.changes.0.retain(|_, (before, after)| before != after);
+    assert!(plan.v4.changes.0.contains_key(&vip));
+    assert_eq!(plan.v4.count_of(&retried), plan.v4.changes.0.len());
+    take(&mut plan.v4, &mut model);
+    assert_eq!(reached(&model, value(&model)).len(), reached(&whole, value(&whole)).len());
+}
+
+/// The value of the one frontend.
+fn value(model: &Model) -> u32 {
+    let mut values = model.iter().filter_map(|(element, data)| match (element, data) {
+        (Element::Frontend(_), Data::Value(value)) => Some(*value),
+        _ => None,
+    });
+    values.next().unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
