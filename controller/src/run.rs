@@ -322,7 +322,12 @@ struct Followed {
 /// Starts to follow changes, and to export traces of them if the environment asks for it.
 fn follow_changes(replica: &str, registry: &Registry, tasks: &mut Background) -> anyhow::Result<Followed> {
     let propagation = Propagation::new(FollowLimits::default(), PropagationMetrics::new(registry)?);
-    let (propagation, traces, new_trace) = match Traces::from_environment(replica)? {
+    // Traces tell what happens; that they cannot be exported must not keep the cluster from being served.
+    let exported = Traces::from_environment(replica).unwrap_or_else(|error| {
+        tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "traces are not exported");
+        None
+    });
+    let (propagation, traces, new_trace) = match exported {
         None => (propagation, None, Box::new(propagation::new_trace) as Box<_>),
         Some((traces, head)) => {
             let (propagation, records) = propagation.with_reader();
