@@ -49,17 +49,36 @@ pub struct AgentArgs {
     /// Where the view and the controllers' addresses are kept across restarts.
     #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
     pub state_dir: PathBuf,
-    /// Addresses of /metrics and /proxyMode, several separated by commas.
+    /// Addresses of /metrics and /proxyMode, several separated by commas; IPv6 with or without brackets.
     #[arg(
         long,
         env = "SWITCHTOWER_METRICS_BIND_ADDRESS",
         value_delimiter = ',',
+        value_parser = address_and_port,
         default_value = "127.0.0.1:10249"
     )]
     pub metrics_bind_address: Vec<SocketAddr>,
-    /// Address of /healthz and /livez.
-    #[arg(long, env = "SWITCHTOWER_HEALTHZ_BIND_ADDRESS", default_value = "0.0.0.0:10256")]
+    /// Address of /healthz and /livez; [::] is both families, and IPv4 alone where there is no IPv6.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_HEALTHZ_BIND_ADDRESS",
+        value_parser = address_and_port,
+        default_value = "[::]:10256"
+    )]
     pub healthz_bind_address: SocketAddr,
+}
+
+/// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest that is the same on all nodes cannot know the family. What
+/// stands behind the last colon is the port.
+fn address_and_port(text: &str) -> Result<SocketAddr, String> {
+    let without_brackets = || {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
+    };
+    let parsed = text.parse().ok().or_else(without_brackets);
+    parsed.ok_or_else(|| {
+        "an IP address and a port are expected, as 192.0.2.1:10249 or [2001:db8::1]:10249".to_owned()
+    })
 }
 
 /// Other things that the binary does.
@@ -100,6 +119,22 @@ pub enum LogFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_of_both_families_may_come_without_brackets() {
+        for (text, address) in [
+            ("192.0.2.1:10249", "192.0.2.1:10249"),
+            ("[fd00::1]:10249", "[fd00::1]:10249"),
+            ("fd00::1:10249", "[fd00::1]:10249"),
+            ("fd00:1:2:3:4:5:6:7:80", "[fd00:1:2:3:4:5:6:7]:80"),
+            ("::1:10249", "[::1]:10249"),
+        ] {
+            assert_eq!(address_and_port(text), Ok(address.parse().unwrap()), "{text}");
+        }
+        for text in ["", "192.0.2.1", "fd00::1", ":10249", "node:10249", "[fd00::1]", "fd00::1:65536"] {
+            assert!(address_and_port(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn the_command_line_parses() {

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::v1::Cidr;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
 use crate::state::State;
@@ -87,6 +88,23 @@ fn bind_addresses(state: &State, host_addresses: &[IpAddr]) -> Vec<IpAddr> {
     addresses.sort_unstable();
     addresses.dedup();
     addresses
+}
+
+/// Whether an IPv6 socket takes IPv6 alone, or IPv4 too.
+fn only_ipv6(socket: &TcpSocket, only: bool) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let value = libc::c_int::from(only);
+    // SAFETY: the descriptor is open and `value` lives through the call, with its own size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_V6ONLY,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn address(bytes: &[u8]) -> Option<IpAddr> {

@@ -136,6 +136,31 @@ fn a_current_file_is_adopted_and_a_lost_table_is_programmed_from_it() {
 const CURL: &str = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:10256/healthz || true";
 
 #[test]
+fn a_node_of_either_family_is_asked_at_its_address() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        shell("ip addr flush dev eth0 && ip addr add fd00::1/64 dev eth0 nodad");
+        // As the DaemonSet has it, which cannot know the family of its node's address.
+        let metrics = "--metrics-bind-address=127.0.0.1:10249,fd00::1:10249";
+        let mut agent = Agent::start_with(Command::new(BINARY).arg(metrics), directory.path());
+        let answers = |what: &str| {
+            shell(&format!("curl -g -s -o /dev/null -w '%{{http_code}}' '{what}' || true")) == "200"
+        };
+        let everywhere = || {
+            let metrics = ["http://[fd00::1]:10249/metrics", "http://127.0.0.1:10249/metrics"];
+            let health = ["http://[fd00::1]:10256/livez", "http://127.0.0.1:10256/livez"];
+            metrics.into_iter().chain(health).all(answers)
+        };
+        eventually("an answer on all addresses", everywhere);
+        agent.terminate();
+        // A node without IPv6 addresses.
+        shell("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6");
+        let _agent = Agent::start(directory.path());
+        eventually("an answer by IPv4", || answers("http://127.0.0.1:10256/livez"));
+    });
+}
+
+#[test]
 fn drift_is_repaired_and_addresses_are_followed() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();

@@ -27,6 +27,15 @@ type Service = (String, String);
 
 struct Server(JoinHandle<()>);
 
+impl Server {
+    /// Ends it; its port is free afterwards.
+    async fn close(mut self) {
+        self.0.abort();
+        // That it was aborted is no news.
+        let _ = (&mut self.0).await;
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.0.abort();
@@ -42,7 +51,11 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::
     let mut told = Vec::new();
     loop {
         let wanted = listeners(&targets.borrow_and_update());
-        servers.retain(|key, _| wanted.contains(key));
+        // All of them before the first is opened: the same port may be wanted on other addresses.
+        let unwanted: Vec<_> = servers.keys().filter(|key| !wanted.contains(*key)).cloned().collect();
+        for server in unwanted.iter().filter_map(|key| servers.remove(key)).collect::<Vec<_>>() {
+            server.close().await;
+        }
         let mut failures = Vec::new();
         for key in wanted {
             if servers.contains_key(&key) {
@@ -104,27 +117,11 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     };
     socket.set_reuseaddr(true)?;
     if address.is_ipv6() {
-        only_ipv6(&socket)?;
+        // 0.0.0.0 and [::] are bound side by side.
+        super::only_ipv6(&socket, true)?;
     }
     socket.bind(address)?;
     socket.listen(128)
-}
-
-/// 0.0.0.0 and [::] are bound side by side.
-fn only_ipv6(socket: &tokio::net::TcpSocket) -> std::io::Result<()> {
-    use std::os::fd::AsRawFd as _;
-    let on: libc::c_int = 1;
-    // SAFETY: the descriptor is open and `on` lives through the call, with its own size.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IPV6,
-            libc::IPV6_V6ONLY,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Every path is answered, as kube-proxy does.
@@ -146,4 +143,37 @@ fn router(health: Health, service: Service, ipv6: bool) -> Router {
         });
         (code, headers, body.to_string()).into_response()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Check;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_moves_to_other_addresses_without_a_pause() {
+        let health = Health::default();
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        let (commands, mut told) = mpsc::channel(16);
+        tokio::spawn(serve_node_ports(health.clone(), metrics.clone(), commands));
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let targets = |bind: &str| HealthTargets {
+            checks: [(("shop".into(), "cart".into()), Check { port: free, ready_ipv4: 1, ready_ipv6: 0 })]
+                .into(),
+            bind: vec![bind.parse().unwrap()],
+            eligible: true,
+        };
+        for (bind, reached) in
+            [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.2"), ("127.0.0.3", "127.0.0.3")]
+        {
+            health.publish(targets(bind));
+            let deadline = tokio::time::Instant::now() + BIND_RETRY / 2;
+            while tokio::net::TcpStream::connect((reached, free)).await.is_err() {
+                assert!(tokio::time::Instant::now() < deadline, "nobody listens on {reached} in time");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+        assert_eq!(metrics.health_check_bind_failures.get(), 0);
+        assert!(told.try_recv().is_err(), "no failure was told");
+    }
 }

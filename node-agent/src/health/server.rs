@@ -1,6 +1,7 @@
 //! The HTTP servers for health and metrics.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
 use axum::http::{StatusCode, header};
@@ -9,7 +10,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use prometheus::{Encoder as _, Registry, TextEncoder};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use super::{Health, Reading};
 use crate::contact::Contact;
@@ -18,6 +19,8 @@ use crate::time::rfc3339;
 
 /// Pause between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// `/healthz` and `/livez`, and `/connection`, which says whether there is a controller and why not.
 pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
@@ -90,11 +93,33 @@ fn exposition(registry: &Registry) -> impl IntoResponse + use<> {
     }
 }
 
+/// [::] is both families, whatever the machine's default; 0.0.0.0 where there is no IPv6.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let SocketAddr::V6(v6) = address else { return listen_with(&TcpSocket::new_v4, address) };
+    let bound = listen_with(&TcpSocket::new_v6, address);
+    match bound {
+        Err(error) if v6.ip().is_unspecified() && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            listen_with(&TcpSocket::new_v4, (Ipv4Addr::UNSPECIFIED, address.port()).into())
+        }
+        other => other,
+    }
+}
+
+fn listen_with(socket: &dyn Fn() -> io::Result<TcpSocket>, address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket()?;
+    socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        super::only_ipv6(&socket, false)?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Serves until the process ends; an address that cannot be bound is tried again, because the node can do its
 /// work without being asked for its health.
 pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
     loop {
-        match TcpListener::bind(address).await {
+        match listen(address) {
             Ok(listener) => {
                 tracing::info!(%address, what, "listening");
                 if let Err(error) = axum::serve(listener, router.clone()).await {
