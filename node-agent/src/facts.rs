@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -15,6 +16,8 @@ const GET_ADDRESS: u16 = 22;
 const GROUPS: u32 = 0x10 | 0x100;
 const ATTRIBUTE_ADDRESS: u16 = 1;
 const ATTRIBUTE_LOCAL: u16 = 2;
+/// Pause after a failure.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// Reads the addresses of all interfaces and says when they may have changed.
 pub struct Addresses {
@@ -57,35 +60,47 @@ impl Addresses {
         Err(io::Error::from(io::ErrorKind::Interrupted))
     }
 
-    /// Waits for a change, drops all notices that are there, and reads anew.
-    fn changed(&mut self) -> io::Result<Vec<IpAddr>> {
+    /// Waits for a change and drops all notices that are there.
+    fn wait(&mut self) -> io::Result<()> {
         self.notices.wait(None)?;
         loop {
             match self.notices.receive() {
                 Ok(Some(_)) => {}
-                Ok(None) => break,
+                Ok(None) => return Ok(()),
                 // Notices were lost: what they said is read now anyway.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(error) => return Err(error),
             }
         }
-        self.read()
     }
 
     /// Tells the engine of every change, until it is gone.
     pub fn follow(mut self, commands: &mpsc::Sender<Command>) {
         loop {
-            match self.changed() {
-                Ok(addresses) => {
-                    if commands.blocking_send(Command::HostAddresses(addresses)).is_err() {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            match self.wait() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::error!(%error, "interface addresses cannot be followed; trying again");
-                    std::thread::sleep(std::time::Duration::from_secs(5));
+                    std::thread::sleep(RETRY);
                 }
+            }
+            // The notices are gone, so nothing else would lead to another reading.
+            let addresses = until_read(|| self.read(), RETRY);
+            if commands.blocking_send(Command::HostAddresses(addresses)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn until_read<T>(mut read: impl FnMut() -> io::Result<T>, pause: Duration) -> T {
+    loop {
+        match read() {
+            Ok(value) => return value,
+            Err(error) => {
+                tracing::error!(%error, "interface addresses cannot be read; trying again");
+                std::thread::sleep(pause);
             }
         }
     }
@@ -108,4 +123,17 @@ pub fn kernel_version() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .map(|text| text.trim().to_owned())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reading_that_fails_is_repeated_although_no_notice_comes() {
+        let mut answers = vec![Ok(7), Err(io::ErrorKind::OutOfMemory), Err(io::ErrorKind::Interrupted)];
+        let read = || answers.pop().unwrap().map_err(io::Error::from);
+        assert_eq!(until_read(read, Duration::ZERO), 7);
+        assert!(answers.is_empty());
+    }
 }

@@ -81,8 +81,21 @@ impl Sysctls {
 
 const HASH_SIZE: &str = "net/netfilter/nf_conntrack_buckets";
 
+/// CPUs of the machine that are online, whatever share of them this container may use: as kube-proxy counts them.
 fn cores() -> u64 {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64)
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").ok();
+    let counted = online.and_then(|list| count(&list)).filter(|count| *count > 0);
+    counted.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64))
+}
+
+/// How many numbers are in a list as `0-3,5`; `None` if it is none.
+fn count(list: &str) -> Option<u64> {
+    let ranges = list.trim().split(',').map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        Some(last.checked_sub(first)? + 1)
+    });
+    ranges.sum()
 }
 
 fn wanted(settings: &ConntrackSettings, cores: u64) -> Vec<(&'static str, u64)> {
@@ -118,6 +131,21 @@ fn wanted(settings: &ConntrackSettings, cores: u64) -> Vec<(&'static str, u64)> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_machines_cpus_are_counted() {
+        for (list, expected) in [
+            ("0\n", Some(1)),
+            ("0-3\n", Some(4)),
+            ("0-3,5,8-15\n", Some(13)),
+            ("", None),
+            ("3-0", None),
+            ("a", None),
+        ] {
+            assert_eq!(count(list), expected, "{list:?}");
+        }
+        assert!(cores() > 0);
+    }
 
     #[test]
     fn only_what_is_set_is_wanted() {
