@@ -115,6 +115,8 @@ pub(super) struct Session {
     highest: u64,
     /// What the kernel held when the agent connected, until the first update. Its view may be older.
     standing: Option<(u64, Digest)>,
+    /// Its kernel did not hold the view that it named, and nothing was acknowledged since.
+    unproven: bool,
     in_flight: Option<InFlight>,
     pause: Option<Pause>,
     refusals: u32,
@@ -182,6 +184,7 @@ impl Session {
             generation: 0,
             highest: 0,
             standing: None,
+            unproven: false,
             in_flight: None,
             pause: None,
             refusals: 0,
@@ -283,7 +286,9 @@ impl Session {
             self.fleet.reached(&self.node, self.number, cursor, None);
         }
         let (generation, highest) = (self.generation, self.highest);
-        let applied = self.cursor.as_ref().map_or(kernel, |_| generation);
+        self.unproven =
+            self.cursor.as_ref().is_some_and(|cursor| self.standing != Some((generation, cursor.digest())));
+        let applied = if self.cursor.is_none() || self.unproven { kernel } else { generation };
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
         self.fleet.observe_with(&self.node, self.number, |known| {
@@ -413,11 +418,16 @@ impl Session {
         let settings = after.subscription().settings.clone();
         self.fleet.reached(&self.node, self.number, &after, None);
         self.cursor = Some(after);
+        let unproven = self.unproven;
         self.fleet.observe_with(&self.node, self.number, |known| {
-            known.acknowledged = true;
-            known.applied = generation;
             known.sent = generation;
             known.desired = generation;
+            if unproven {
+                // It has everything and tries to commit it: its acknowledgement, or its refusal, is still to come.
+                return;
+            }
+            known.acknowledged = true;
+            known.applied = generation;
             known.digest = Some(digest);
             known.settings = Some(settings);
         });

@@ -332,12 +332,6 @@ async fn who_comes_back_continues() {
     lab.until("n1", |known| known.lost_since.is_some()).await;
     lab.change(1);
     lab.until("n1", |known| known.desired == first.to + 1).await;
-    let view = |update: &Update| View {
-        digest: update.digest.clone(),
-        generation: update.to,
-        resume: update.resume.clone(),
-        source: update.source,
-    };
     let mut agent = lab.agent("n1").await;
     assert!(agent.welcome(Hello { view: Some(view(&first)), ..hello("n1") }).await);
     let (second, _) = agent.update().await;
@@ -346,9 +340,44 @@ async fn who_comes_back_continues() {
     lab.until("n1", |known| known.applied == second.to).await;
     // Without the token of this process, the digest alone says that nothing is missing.
     let mut again = lab.agent("n1").await;
-    assert!(again.welcome(Hello { view: Some(View { resume: None, ..view(&second) }), ..hello("n1") }).await);
+    let kernel = Some(Stamp { generation: second.to, digest: second.digest.clone() });
+    let without_token = View { resume: None, ..view(&second) };
+    assert!(again.welcome(Hello { view: Some(without_token), kernel, ..hello("n1") }).await);
     assert_eq!(agent.sent_away().await, GoAwayReason::Superseded);
     lab.until("n1", |known| known.acknowledged && known.applied == second.to && known.desired == second.to)
+        .await;
+}
+
+/// What an agent says of its view that has taken this update.
+fn view(update: &Update) -> View {
+    View {
+        digest: update.digest.clone(),
+        generation: update.to,
+        resume: update.resume.clone(),
+        source: update.source,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_that_the_kernel_does_not_hold_is_not_taken_for_synced() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    lab.change(1);
+    let (second, _) = agent.update().await;
+    agent.nack(&second, NackReason::Kernel).await;
+    lab.until("n1", |known| known.failure.is_some()).await;
+    drop(agent);
+    lab.until("n1", |known| known.lost_since.is_some()).await;
+    // It comes back: it has the update, and its kernel still refuses it.
+    let kernel = Some(Stamp { generation: first.to, digest: first.digest.clone() });
+    let mut agent = lab.agent("n1").await;
+    assert!(agent.welcome(Hello { view: Some(view(&second)), kernel, ..hello("n1") }).await);
+    agent.nack(&second, NackReason::Kernel).await;
+    lab.until("n1", |known| known.failure.is_some()).await;
+    let known = lab.fleet.observe("n1").unwrap();
+    assert_eq!((known.acknowledged, known.applied, known.desired), (false, first.to, second.to));
+    agent.ack(&second).await;
+    lab.until("n1", |known| known.acknowledged && known.applied == second.to && known.failure.is_none())
         .await;
 }
 
@@ -365,15 +394,9 @@ async fn a_kernel_ahead_of_its_agents_view_keeps_its_number() {
     lab.until("n1", |known| known.applied == last.to).await;
     drop(agent);
     // Killed between the commit and the file: the view is the first one, the kernel holds the last.
-    let view = View {
-        digest: first.digest.clone(),
-        generation: first.to,
-        resume: first.resume.clone(),
-        source: first.source,
-    };
     let kernel = Stamp { generation: last.to, digest: last.digest.clone() };
     let mut agent = lab.agent("n1").await;
-    assert!(agent.welcome(Hello { view: Some(view), kernel: Some(kernel), ..hello("n1") }).await);
+    assert!(agent.welcome(Hello { view: Some(view(&first)), kernel: Some(kernel), ..hello("n1") }).await);
     let (missed, _) = agent.update().await;
     assert_eq!((missed.from, missed.to), (Some(first.to), last.to), "the same content has the same number");
     agent.ack(&missed).await;

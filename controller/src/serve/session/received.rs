@@ -49,6 +49,7 @@ impl Session {
             if ack.generation == self.generation {
                 // Until the agent has a place in the log, what it holds is about to be replaced.
                 if self.cursor.is_some() {
+                    self.unproven = false;
                     self.note_ack(ack, None);
                 }
                 return Ok(());
@@ -64,6 +65,7 @@ impl Session {
             self.fleet.metrics().ack_seconds.observe(in_flight.since.elapsed().as_secs_f64());
         }
         self.generation = in_flight.to;
+        self.unproven = false;
         self.refusals = 0;
         let delivery = in_flight.delivered(ack.timings.as_ref());
         self.fleet.reached(&self.node, self.number, &in_flight.after, Some(delivery));
