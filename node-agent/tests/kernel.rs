@@ -155,6 +155,11 @@ fn disturbances_are_noticed_and_repaired() {
             changed,
         ),
         ("add set ip switchtower more { type ipv4_addr; }", changed),
+        (
+            "add chain ip switchtower more; add map ip switchtower verdicts { type ipv4_addr : verdict; }; \
+             add element ip switchtower verdicts { 10.0.0.1 : goto more, 10.0.0.2 : goto services }",
+            changed,
+        ),
         ("add element ip switchtower local_pods { 10.0.0.0-10.0.0.7, 11.0.0.1-11.0.0.9 }", changed),
         ("add table ip switchtower { flags dormant; }", changed),
         ("delete table ip6 switchtower", Notice::TableDeleted),
@@ -221,6 +226,26 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
     assert!(repaired.differences > 0, "the range of someone");
     assert_eq!(repaired.refused, vec![]);
     assert_eq!(nft.commit(&[], stamp(4)).unwrap().refused, vec![]);
+    assert_eq!(nft.repair().unwrap().differences, 0);
+}
+
+#[test]
+fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
+    let node = Namespace::new("reference");
+    let mut nft = open(&node);
+    nft.commit(&service("one", "10.96.0.1", &PODS), stamp(1)).unwrap();
+    let chain = "pick-cluster_ip-3";
+    assert!(node.table("ip").contains(chain));
+    let map = "add map ip switchtower verdicts { type ipv4_addr : verdict; }";
+    node.nft(&[map], "");
+    node.nft(
+        &["add", "element", "ip", "switchtower", "verdicts", &format!("{{ 10.0.0.1 : goto {chain} }}")],
+        "",
+    );
+    // The size is gone, and after some commits so is its chain; the map is not known yet.
+    nft.commit(&[pool("one", Role::Cluster, &[], &PODS[..1])], stamp(2)).unwrap();
+    (3..40).for_each(|number| drop(nft.commit(&[], stamp(number)).unwrap()));
+    assert!(!node.table("ip").contains(chain));
     assert_eq!(nft.repair().unwrap().differences, 0);
 }
 

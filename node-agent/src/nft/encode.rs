@@ -237,6 +237,10 @@ fn old_structure<const N: usize>(
             writer.string(attribute, name);
         });
     };
+    // Before any chain: a verdict map of somebody may lead to it.
+    if structure.built {
+        structure.foreign_sets.iter().for_each(|name| delete(batch, DELETE_SET, 2, name));
+    }
     let added: Vec<_> = changes
         .iter()
         .filter_map(|(_, (_, after))| after.filter(|data| matches!(data, Data::Pick(_))))
@@ -255,9 +259,6 @@ fn old_structure<const N: usize>(
         if let (Element::AffinityMap(seconds), Some(_), None) = (element, before, after) {
             delete(batch, DELETE_SET, 2, &super::ruleset::affinity_name(*seconds));
         }
-    }
-    if structure.built {
-        structure.foreign_sets.iter().for_each(|name| delete(batch, DELETE_SET, 2, name));
     }
 }
 

@@ -46,6 +46,8 @@ pub use ruleset::{LAYOUT_VERSION, TABLE};
 const ATTEMPTS: usize = 256;
 /// How long to wait when another transaction was in the way.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
+/// After so many attempts that met something in the way the tables are compared, after twice as many built anew.
+const BUSY_ATTEMPTS: usize = 20;
 
 /// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
 #[derive(Debug)]
@@ -70,6 +72,8 @@ enum Next {
     Done(Outcome),
     /// Something was taken out or repaired: again.
     Again,
+    /// Another transaction is in the way, or something that the kernel does not name: again after a pause.
+    Busy,
     /// The tables are not what they should be: compare with a dump, then again.
     Compare,
 }
@@ -120,7 +124,7 @@ impl Nft {
         let entries = stamp_entries(&stamp);
         let mut chunk = usize::MAX;
         let mut healed = (HashSet::new(), HashSet::new());
-        let mut compared = false;
+        let (mut compared, mut busy) = (false, 0);
         for _ in 0..ATTEMPTS {
             match self.attempt(&entries, &mut chunk, &mut healed)? {
                 Next::Done(outcome) => {
@@ -128,22 +132,32 @@ impl Nft {
                     return Ok(outcome);
                 }
                 Next::Again => {}
-                Next::Compare if compared => {
-                    // The dump did not help: build both tables anew.
-                    self.structures = Default::default();
-                    self.plan.v4.rebuild();
-                    self.plan.v6.rebuild();
+                Next::Busy => {
+                    busy += 1;
+                    std::thread::sleep(BUSY_PAUSE);
+                    // What is in the way for so long is in our tables: somebody's reference that was not seen.
+                    if busy % BUSY_ATTEMPTS == 0 {
+                        self.compare_or_rebuild(&mut compared)?;
+                    }
                 }
-                Next::Compare => {
-                    compared = true;
-                    self.compare()?;
-                }
+                Next::Compare => self.compare_or_rebuild(&mut compared)?,
             }
         }
         Err(CommitError::Refused {
             operation: "every attempt was refused anew".to_owned(),
             errno: libc::EBUSY,
         })
+    }
+
+    /// Compares with a dump. If that was done already and did not help: builds both tables anew.
+    fn compare_or_rebuild(&mut self, compared: &mut bool) -> io::Result<()> {
+        if std::mem::replace(compared, true) {
+            self.structures = Default::default();
+            self.plan.v4.rebuild();
+            self.plan.v6.rebuild();
+            return Ok(());
+        }
+        self.compare().map(drop)
     }
 
     fn attempt(
@@ -167,8 +181,7 @@ impl Nft {
         for failure in &failures {
             let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
             if busy && !v4.has(failure.message) && !v6.has(failure.message) {
-                std::thread::sleep(BUSY_PAUSE);
-                next.get_or_insert(Next::Again);
+                next.get_or_insert(Next::Busy);
                 continue;
             }
             if [libc::EPERM, libc::ENOMEM, libc::ENOBUFS, libc::EMSGSIZE].contains(&failure.errno) {
