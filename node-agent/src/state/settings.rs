@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use switchtower_proto::v1::{Probe, ProbeKind, Settings, Trial};
+use switchtower_proto::v1::{LocalDetection, Probe, ProbeKind, Settings, Trial};
 
+use super::Refusal;
 use super::pack::{Malformed, check_cidr, check_name};
 
 /// Most probes of a trial.
@@ -24,9 +25,22 @@ fn malformed(what: String) -> Result<(), Malformed> {
 }
 
 /// Checks settings with their trial.
-pub(super) fn check_settings(settings: &Settings) -> Result<(), Malformed> {
+pub(super) fn check_settings(settings: &Settings) -> Result<(), Refusal> {
     check_values(settings)?;
-    settings.trial.as_deref().map_or(Ok(()), check_trial)
+    settings.trial.as_deref().map_or(Ok(()), check_trial)?;
+    let fallback = settings.trial.as_deref().and_then(|trial| trial.fallback.as_deref());
+    [settings].into_iter().chain(fallback).try_for_each(check_known)
+}
+
+/// A way to recognise local pods that is not known yet cannot be taken for none: connections would be masqueraded
+/// otherwise than asked for.
+fn check_known(settings: &Settings) -> Result<(), Refusal> {
+    match LocalDetection::try_from(settings.local_detection) {
+        Ok(_) => Ok(()),
+        Err(unknown) => {
+            Err(Refusal::unknown_feature(format!("settings with local pod detection {}", unknown.0)))
+        }
+    }
 }
 
 fn check_values(settings: &Settings) -> Result<(), Malformed> {
@@ -88,7 +102,7 @@ fn check_probe(probe: &Probe) -> Result<(), Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use switchtower_proto::v1::Cidr;
+    use switchtower_proto::v1::{Cidr, NackReason};
 
     use super::*;
     use crate::testing::{settings, settings_on_trial};
@@ -142,8 +156,18 @@ mod tests {
             ),
         ];
         for (bad, reason) in cases {
-            let Malformed(detail) = check_settings(&bad).unwrap_err();
+            let Refusal { reason: word, detail } = check_settings(&bad).unwrap_err();
+            assert_eq!(word, NackReason::Malformed, "{detail}");
             assert!(detail.contains(reason), "{detail:?} does not say {reason:?}");
+        }
+    }
+
+    #[test]
+    fn a_detection_that_is_not_known_is_not_taken_for_none() {
+        let of_tomorrow = Settings { local_detection: 99, ..settings() };
+        let behind = tried(|trial| trial.fallback = Some(Box::new(of_tomorrow.clone())));
+        for unknown in [of_tomorrow, behind] {
+            assert_eq!(check_settings(&unknown).unwrap_err().reason, NackReason::UnknownFeature);
         }
     }
 }
