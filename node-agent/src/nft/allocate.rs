@@ -55,9 +55,12 @@ struct Entry {
     unused_since: u64,
 }
 
-/// The dispatch codes in use. A size without a free code takes the next larger existing size of its kind, the
-/// pool's slots then hold some members twice; a quarter of the codes is kept for sizes larger than any
-/// existing one, then rounded up to a power of two.
+/// The dispatch codes in use.
+///
+/// A size without a free code takes the next larger existing size of its kind, the pool's slots then hold some
+/// members twice. A quarter of the codes is kept for kinds and sizes without one, then rounded up to a power of two:
+/// affinity timeouts, of which there may be any number, share codes rather than take what others need. When nothing
+/// is left at all, the largest size of the kind serves some of the members.
 #[derive(Debug)]
 pub(crate) struct Codes {
     entries: HashMap<u32, Entry>,
@@ -88,21 +91,55 @@ impl Codes {
         self.entries.iter().map(|(code, entry)| (*code, entry.pick))
     }
 
-    /// A code for pools of `size` slots, and whether it is new. The code's size may be larger. `None` if no
-    /// code is left.
+    /// A code for pools of `size` slots, and whether it is new. The code's size may be larger. Where codes are short it
+    /// may be smaller, and of another affinity timeout: [`Codes::pick`] tells. `None` if no code will do.
     pub(crate) fn acquire(&mut self, kind: Kind, size: u32) -> Option<(u32, bool)> {
         let exact = Pick { kind, size };
         let total = self.last + 1 - FIRST_CODE;
-        let found = self.by_pick.get(&exact).copied();
-        let found = found.map(|code| (code, false)).or_else(|| self.create(exact, total - total / 4));
-        let found = found.or_else(|| {
-            let next = self.by_pick.range(exact..).next();
-            next.filter(|(pick, _)| pick.kind == kind).map(|(_, code)| (*code, false))
-        });
         let rounded = Pick { kind, size: size.checked_next_power_of_two().unwrap_or(size) };
-        let (code, new) = found.or_else(|| self.create(rounded, total))?;
+        let existing = |code: u32| (code, false);
+        let (code, new) = self
+            .by_pick
+            .get(&exact)
+            .copied()
+            .map(existing)
+            .or_else(|| self.create(exact, total - total / 4))
+            .or_else(|| self.at_least(exact).map(existing))
+            .or_else(|| self.with_another_timeout(exact, true).map(existing))
+            .or_else(|| self.create(rounded, total))
+            .or_else(|| self.at_most(exact).map(existing))
+            .or_else(|| self.with_another_timeout(exact, false).map(existing))?;
         self.entries.get_mut(&code)?.references += 1;
         Some((code, new))
+    }
+
+    /// The smallest size of the same kind that holds as many.
+    fn at_least(&self, wanted: Pick) -> Option<u32> {
+        let next = self.by_pick.range(wanted..).next();
+        next.filter(|(pick, _)| pick.kind == wanted.kind).map(|(_, code)| *code)
+    }
+
+    /// The largest size of the same kind that holds fewer.
+    fn at_most(&self, wanted: Pick) -> Option<u32> {
+        let next = self.by_pick.range(..wanted).next_back();
+        next.filter(|(pick, _)| pick.kind == wanted.kind).map(|(_, code)| *code)
+    }
+
+    /// A code of the nearest other affinity timeout, the smallest that holds as many, or the largest that does not.
+    fn with_another_timeout(&self, wanted: Pick, as_many: bool) -> Option<u32> {
+        let (seconds, local) = wanted.kind.affinity?;
+        let fitting = self.by_pick.iter().filter_map(|(pick, code)| {
+            let (other, of_local) = pick.kind.affinity?;
+            let same = pick.kind.masquerade == wanted.kind.masquerade && of_local == local;
+            let fits = same && (pick.size >= wanted.size) == as_many;
+            fits.then_some((pick, other.abs_diff(seconds), *code))
+        });
+        let found = if as_many {
+            fitting.min_by_key(|(pick, difference, _)| (*difference, pick.size))
+        } else {
+            fitting.min_by_key(|(pick, difference, _)| (std::cmp::Reverse(pick.size), *difference))
+        };
+        found.map(|(_, _, code)| code)
     }
 
     fn create(&mut self, pick: Pick, limit: u32) -> Option<(u32, bool)> {
@@ -183,7 +220,34 @@ mod tests {
         assert_eq!(size(&mut codes, 3), Some(5));
         assert_eq!(size(&mut codes, 10), Some(16));
         assert_eq!(size(&mut codes, 11), Some(16));
-        assert_eq!(size(&mut codes, 17), None);
+        assert_eq!(size(&mut codes, 17), Some(16), "some of the members rather than none");
+        let other = Kind { masquerade: Masquerade::Always, affinity: None };
+        assert_eq!(codes.acquire(other, 1), None, "nothing of the kind");
+    }
+
+    #[test]
+    fn any_number_of_affinity_timeouts_leaves_codes_to_others() {
+        let mut codes = Codes::new(4095);
+        let sticky = |seconds| Kind { masquerade: Masquerade::ClusterIp, affinity: Some((seconds, false)) };
+        let mut pick = |kind, size| {
+            let (code, _) = codes.acquire(kind, size)?;
+            codes.pick(code)
+        };
+        for seconds in 1..=5_000 {
+            let picked = pick(sticky(seconds), 3).unwrap();
+            assert_eq!(picked.size, 3);
+            let exact = picked.kind == sticky(seconds);
+            assert_eq!(exact, seconds <= 3_069, "the timeout of {seconds} s");
+        }
+        assert_eq!(pick(sticky(4_000), 3).unwrap().kind, sticky(3_069), "the nearest");
+        // Sizes, and kinds that nobody else has.
+        for size in [1, 3, 100, 60_000] {
+            for masquerade in [Masquerade::Never, Masquerade::ClusterIp, Masquerade::Always] {
+                for affinity in [None, Some((7, true))] {
+                    assert!(pick(Kind { masquerade, affinity }, size).unwrap().size >= size);
+                }
+            }
+        }
     }
 
     #[test]

@@ -146,7 +146,10 @@ pub(crate) struct Mirror<const N: usize> {
     /// Elements that the kernel refused.
     blocked: HashMap<Element<N>, i32>,
     refused_members: Vec<(u32, usize, Member<N>, i32)>,
+    /// Frontends for which numbers or codes were short, and what is not as it should be.
     overflowed: HashMap<Key<N>, &'static str>,
+    /// A number or code became free since the last time.
+    freed: bool,
     pub(crate) hints: Hints<N>,
     /// What the kernel does not hold yet.
     pub(crate) changes: Changes<N>,
@@ -198,6 +201,7 @@ impl<const N: usize> Mirror<N> {
             blocked: HashMap::new(),
             refused_members: Vec::new(),
             overflowed: HashMap::new(),
+            freed: false,
             hints: Hints::default(),
             changes: Changes::default(),
             recording: true,
@@ -356,6 +360,10 @@ impl<const N: usize> Mirror<N> {
         for (code, pick) in self.codes.expire() {
             self.put(Element::Pick(code), Some(Data::Pick(pick)), None);
             self.count_affinity_map(&pick, false);
+            self.freed = true;
+        }
+        if std::mem::take(&mut self.freed) {
+            self.retry_overflowed();
         }
         let dirty = std::mem::take(&mut self.dirty_ports);
         // Numbers known from a dump first, so that no other port takes them.
@@ -379,6 +387,16 @@ impl<const N: usize> Mirror<N> {
             self.pad(index, role, size.max(floor));
         }
         dirty.iter().for_each(|index| self.drop_unused(*index));
+    }
+
+    /// A number or a code became free: whoever found none looks again.
+    fn retry_overflowed(&mut self) {
+        let keys: Vec<Key<N>> = self.overflowed.keys().copied().collect();
+        for key in keys {
+            let port = self.frontend_at(&key).map(|frontend| frontend.port);
+            self.dirty_ports.extend(port);
+            self.dirty_keys.insert(key);
+        }
     }
 
     /// Forgets a service port without frontends and pools.

@@ -87,11 +87,11 @@ impl<const N: usize> Mirror<N> {
     ) -> Programmed<N> {
         let mut programmed = Programmed::default();
         let mut target = |mirror: &mut Self, target: Target, masquerade: Masquerade| {
-            let value = mirror.target_value(frontend, target, masquerade, sizes);
-            value.unwrap_or_else(|reason| {
+            let (value, short) = mirror.target_value(frontend, target, masquerade, sizes);
+            if let Some(reason) = short {
                 mirror.overflowed.insert(*key, reason);
-                CODE_DROP
-            })
+            }
+            value
         };
         programmed.cluster_ip = frontend.kind == FrontendKind::ClusterIp;
         if programmed.cluster_ip {
@@ -140,38 +140,48 @@ impl<const N: usize> Mirror<N> {
         vips.collect()
     }
 
-    /// The value that leads to a target; the reason if it has no room.
+    /// The value that leads to a target, and what is not as it should be if numbers or codes are short.
     pub(super) fn target_value(
         &mut self,
         frontend: &Frontend,
         target: Target,
         masquerade: Masquerade,
         sizes: &mut HashMap<(u32, usize), u32>,
-    ) -> Result<u32, &'static str> {
+    ) -> (u32, Option<&'static str>) {
         let role = role_index(target.role);
-        let Some(port) = self.port(frontend.port) else { return Ok(CODE_DROP) };
+        let Some(port) = self.port(frontend.port) else { return (CODE_DROP, None) };
         let count = port.pools[role].as_ref().map_or(0, |pool| pool.members.len()) as u32;
         if count == 0 {
-            return Ok(if target.when_empty == Verdict::Drop { CODE_DROP } else { CODE_REFUSE });
+            let drop = target.when_empty == Verdict::Drop;
+            return (if drop { CODE_DROP } else { CODE_REFUSE }, None);
         }
         let (number, sticky) = (port.number, port.sticky);
         if number == 0 {
-            return Err("no service-port number is left");
+            return (CODE_DROP, Some("no service-port number is left"));
         }
         let affinity = (sticky && frontend.affinity > 0).then_some((frontend.affinity, role == 1));
         // Without affinity of its own, a frontend of a port with affinity still needs the sticky maps.
         let affinity = if sticky { affinity.or(Some((1, role == 1))) } else { None };
         let kind = Kind { masquerade, affinity };
-        let Some((code, new)) = self.codes.acquire(kind, count) else {
-            return Err("no dispatch code is left");
+        let acquired = self.codes.acquire(kind, count);
+        let Some((code, pick, new)) =
+            acquired.and_then(|(code, new)| self.codes.pick(code).map(|pick| (code, pick, new)))
+        else {
+            return (CODE_DROP, Some("no dispatch code is left"));
         };
-        let Some(pick) = self.codes.pick(code) else { return Err("no dispatch code is left") };
         if new {
             self.count_affinity_map(&pick, true);
             self.put(Element::Pick(code), None, Some(Data::Pick(pick)));
         }
         let size = sizes.entry((frontend.port, role)).or_default();
         *size = (*size).max(pick.size);
-        Ok(pool_bits(number, role) | code)
+        let short = if pick.size < count {
+            Some("dispatch codes are short: only some of its endpoints are served")
+        } else if pick.kind != kind {
+            Some("dispatch codes are short: it has the affinity timeout of others")
+        } else {
+            None
+        };
+        (pool_bits(number, role) | code, short)
     }
 }

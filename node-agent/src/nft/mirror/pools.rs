@@ -353,6 +353,7 @@ impl<const N: usize> Mirror<N> {
         }
         let allocator = if sticky { &mut self.sticky } else { &mut self.plain };
         allocator.release(index_of(number));
+        self.freed = true;
         if let Some(port) = self.port_mut(index) {
             port.number = 0;
         }
