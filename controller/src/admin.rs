@@ -7,8 +7,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{MatchedPath, Path, Query, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -18,9 +19,11 @@ use serde::Deserialize;
 use switchtower_core::admin::{ControllerInfo, Explanation, Failure, NodeDiff, NodeRules, Progress};
 use switchtower_core::explain::Subject;
 use switchtower_core::propagation::ChangeReport;
+use switchtower_telemetry::{span, spans};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::server::TlsStream;
 use tower::limit::GlobalConcurrencyLimitLayer;
+use tracing::Instrument as _;
 
 use crate::serve::fleet::Fleet;
 use crate::serve::metrics::ServeMetrics;
@@ -132,6 +135,7 @@ impl Admin {
             .fallback(|| async { AdminError::NoSuchPath })
             .layer(axum::middleware::from_fn_with_state(self.authenticator.clone(), auth::authenticate))
             .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+            .layer(axum::middleware::from_fn(traced))
             .with_state(self)
     }
 
@@ -175,6 +179,24 @@ impl axum::serve::Listener for TlsListener {
     fn local_addr(&self) -> std::io::Result<Self::Addr> {
         Ok(self.address)
     }
+}
+
+/// Tells of a request as a span: OpenTelemetry's semantic conventions of HTTP servers.
+async fn traced(request: Request, next: Next) -> Response {
+    let path = request.extensions().get::<MatchedPath>();
+    let span = span!(
+        "switchtower.admin.request",
+        otel.kind = "server",
+        http.request.method = request.method().as_str(),
+        http.route = path.map_or("", MatchedPath::as_str),
+        http.response.status_code = tracing::field::Empty,
+    );
+    let response = next.run(request).instrument(span.clone()).await;
+    span.record("http.response.status_code", i64::from(response.status().as_u16()));
+    if response.status().is_server_error() {
+        spans::failed(&span, &response.status());
+    }
+    response
 }
 
 type Answer<T> = Result<Json<T>, AdminError>;

@@ -30,8 +30,11 @@ use switchtower_core::compiled::Compiled;
 use switchtower_core::model::Input;
 use switchtower_core::propagation::{Limits as FollowLimits, Publication, TraceContext};
 use switchtower_proto::v1::Source;
+use switchtower_telemetry::spans::{self, BoxedLayer};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch as channel};
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::admin::Admin;
 use crate::admin::auth::AdminAuthenticator;
@@ -52,7 +55,7 @@ use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
 use crate::status::{Assignments, Floors, StatusMetrics, Writer, WriterSettings};
-use crate::traces::Traces;
+use crate::traces::{Head as Sampled, Traces};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
 use crate::{events, render};
 
@@ -94,35 +97,46 @@ pub fn main(cli: Cli) -> ExitCode {
 }
 
 fn start(args: ServeArgs) -> anyhow::Result<()> {
-    set_up_log(args.log_format);
     // Several crates link rustls; without a process-wide provider they could disagree and panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(serve(args))
+    let replica = args.replica.clone().unwrap_or_else(host_name);
+    let exported = {
+        let _inside = runtime.enter();
+        Traces::from_environment(&replica)
+    };
+    let layer = exported.as_ref().ok().and_then(Option::as_ref).map(|(traces, _)| traces.layer());
+    set_up_log(args.log_format, layer);
+    // Traces tell what happens; that they cannot be exported must not keep the cluster from being served.
+    let traces = exported.unwrap_or_else(|error| {
+        tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "traces are not exported");
+        None
+    });
+    runtime.block_on(serve(args, replica, traces))
 }
 
 /// RUST_LOG chooses levels. The default leaves out kube's own line for every failed request: each failure is
 /// logged where it is handled, with what follows from it.
 const LOG_LEVELS: &str = "info,kube_client::client::builder=off";
 
-fn set_up_log(format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOG_LEVELS));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+fn set_up_log(format: LogFormat, spans: Option<BoxedLayer>) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_LEVELS));
+    let filter = spans::in_log(filter);
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let log = log.with_ansi(std::io::stderr().is_terminal());
-    // A second call (tests) keeps the first log.
-    let _ = match format {
-        LogFormat::Text => log.try_init(),
-        LogFormat::Json => log.json().try_init(),
+    let log = match format {
+        LogFormat::Text => log.with_filter(filter).boxed(),
+        LogFormat::Json => log.json().with_filter(filter).boxed(),
     };
+    // A second call (tests) keeps the first log.
+    let _ = spans::subscriber(log, spans).try_init();
 }
 
-async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled)>) -> anyhow::Result<()> {
     let config = kube_config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
     let client = Client::try_from(config).context("setting up the client of the API server")?;
-    let replica = args.replica.clone().unwrap_or_else(host_name);
     let controllers = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
     let registry = metrics::registry()?;
@@ -140,7 +154,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 
     let starting = async {
         let ca = certificate_authority(&client, &args).await?;
-        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry, &mut tasks).await?))
+        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry, traces, &mut tasks).await?))
     };
     let (ca, parts) = tokio::select! {
         started = starting => started?,
@@ -246,6 +260,7 @@ async fn start_parts(
     replica: &str,
     agents: &Agents,
     registry: &Registry,
+    traces: Option<(Traces, Sampled)>,
     tasks: &mut Background,
 ) -> anyhow::Result<Parts> {
     let upstream = Arc::new(Upstream::default());
@@ -253,7 +268,7 @@ async fn start_parts(
     let floors = Floors::default();
     let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
-    let Followed { propagation, traces, new_trace } = follow_changes(replica, registry, tasks)?;
+    let Followed { propagation, traces, new_trace } = follow_changes(registry, traces, tasks)?;
     let age = Arc::new(move || age.age());
     let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
     tasks.spawn("Events", publisher);
@@ -320,22 +335,21 @@ struct Followed {
 }
 
 /// Starts to follow changes, and to export traces of them if the environment asks for it.
-fn follow_changes(replica: &str, registry: &Registry, tasks: &mut Background) -> anyhow::Result<Followed> {
+fn follow_changes(
+    registry: &Registry,
+    traces: Option<(Traces, Sampled)>,
+    tasks: &mut Background,
+) -> anyhow::Result<Followed> {
     let propagation = Propagation::new(FollowLimits::default(), PropagationMetrics::new(registry)?);
-    // Traces tell what happens; that they cannot be exported must not keep the cluster from being served.
-    let exported = Traces::from_environment(replica).unwrap_or_else(|error| {
-        tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "traces are not exported");
-        None
-    });
-    let (propagation, traces, new_trace) = match exported {
+    let (propagation, traces, new_trace) = match traces {
         None => (propagation, None, Box::new(propagation::new_trace) as Box<_>),
-        Some((traces, head)) => {
+        Some((traces, sampled)) => {
             let (propagation, records) = propagation.with_reader();
             let traces = Arc::new(traces);
             let exporter = traces.clone();
             tasks.spawn("traces", async move { exporter.run(records).await });
-            tracing::info!("traces of changes are exported over OTLP");
-            (propagation, Some(traces), Box::new(move || head.trace()) as Box<_>)
+            tracing::info!("traces of changes, and spans of what else is done, are exported over OTLP");
+            (propagation, Some(traces), Box::new(move || sampled.trace()) as Box<_>)
         }
     };
     let propagation = Arc::new(propagation);

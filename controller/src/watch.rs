@@ -20,7 +20,9 @@ use futures::{StreamExt as _, pin_mut};
 use kube::Api;
 use kube::api::{ListParams, ObjectList, WatchEvent, WatchParams};
 use switchtower_core::model::ObjectKey;
+use switchtower_telemetry::{span, spans};
 use tokio::sync::mpsc;
+use tracing::Instrument as _;
 
 use crate::errors::Chain;
 use crate::ingest::{Ingested, object_key};
@@ -133,8 +135,26 @@ struct Watch<K: Watched> {
 }
 
 impl<K: Watched> Watch<K> {
-    /// A complete, consistent list. Returns its version.
+    /// A complete, consistent list, told as a span. Returns its version.
     async fn list(&mut self) -> Result<String, Stop> {
+        let span = span!(
+            "switchtower.watch.list",
+            otel.kind = "client",
+            switchtower.resource = K::RESOURCE.name(),
+            switchtower.objects = tracing::field::Empty,
+        );
+        let listed = self.pages().instrument(span.clone()).await;
+        match &listed {
+            Ok(_) => {
+                span.record("switchtower.objects", i64::try_from(self.known.len()).unwrap_or(i64::MAX));
+            }
+            Err(Stop::Failed { error, .. }) => spans::failed(&span, error),
+            Err(Stop::Closed) => {}
+        }
+        listed
+    }
+
+    async fn pages(&mut self) -> Result<String, Stop> {
         self.metrics.list(K::RESOURCE);
         let mut seen: HashMap<ObjectKey, u64> = HashMap::with_capacity(self.known.len());
         let mut params =

@@ -17,7 +17,7 @@ use serde_json::json;
 use switchtower_crds::ProxyStatus;
 use switchtower_e2e::collector::{Collector, Span};
 use switchtower_e2e::switchtower::Fleet;
-use switchtower_e2e::{objects, wait};
+use switchtower_e2e::{objects, plugin, wait};
 
 use common::{SOON, Scene, alone, fleet, node};
 
@@ -230,6 +230,8 @@ fn an_assignment_of_settings_is_one_trace_and_rows_name_it() {
         Ok(())
     })
     .unwrap_or_else(|error| panic!("{error:#}; {}", scene.fleet.controller_log()));
+    let names: BTreeSet<_> = collector.spans().unwrap().into_iter().map(|span| span.name).collect();
+    assert!(!names.contains("switchtower.watch.list"), "of ordinary spans the sampler chooses: {names:?}");
 }
 
 #[test]
@@ -278,6 +280,57 @@ fn an_agent_that_exports_tells_its_part_itself() {
     let repair = repair.unwrap();
     assert_eq!((repair.parent.as_str(), repair.attribute("k8s.node.name")), ("", "alpha".to_owned()));
     assert_eq!(repair.attribute("switchtower.drift.cause"), "table_deleted");
+    restarted(Who::Controller, &[]);
+}
+
+#[test]
+fn what_else_is_done_is_told_as_ordinary_spans() {
+    let _alone = alone();
+    let collector = collecting(Who::AgentsToo, "always_on");
+    let scene = Scene::new("ordinary");
+    scene.service("web", &json!({}));
+    // A profile for no node: its ProxyRollout is made, and found to be complete.
+    let profile = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "ordinary"},
+        "spec": {"nodeSelector": {"matchLabels": {"ordinary": "none"}}},
+    });
+    scene.fleet.kube().apply(&profile).unwrap();
+    scene.fleet.settled(SOON).unwrap();
+    assert_eq!(plugin::run(scene.fleet, &["diff", "alpha"]).unwrap().code, 0);
+    // Which span, from which service, with which attribute.
+    let controller = "switchtower-controller";
+    let agent = "switchtower-node-agent";
+    let wanted = [
+        ("switchtower.watch.list", controller, "switchtower.resource", "services"),
+        ("switchtower.token.review", controller, "switchtower.audience", "switchtower"),
+        ("switchtower.token.review", controller, "switchtower.audience", "switchtower-admin"),
+        ("switchtower.admin.request", controller, "http.route", "/v1/nodes/{node}/diff"),
+        ("switchtower.rollout.create", controller, "switchtower.profile", "ordinary"),
+        ("switchtower.rollout.decide", controller, "switchtower.rollout", "ordinary-1"),
+        ("switchtower.status.write", controller, "k8s.node.name", "beta"),
+        ("switchtower.connect", agent, "service.instance.id", "gamma"),
+        ("switchtower.snapshot.write", agent, "service.instance.id", "beta"),
+        ("switchtower.question", agent, "service.instance.id", "alpha"),
+    ];
+    wait::until("the collector has them", Duration::from_secs(45), || {
+        let spans = collector.spans()?;
+        for (name, service, key, value) in wanted {
+            let told = spans.iter().any(|span| {
+                span.name == name
+                    && span.attribute("service.name") == service
+                    && span.attribute(key) == value
+                    && span.events.is_empty()
+            });
+            ensure!(told, "no {name} of {service} with {key} {value} among {} spans", spans.len());
+        }
+        let by_id: BTreeMap<_, _> = spans.iter().map(|span| (span.id.as_str(), span)).collect();
+        let reviews = spans.iter().filter(|span| span.name == "switchtower.token.review");
+        let parents = reviews.filter_map(|review| by_id.get(review.parent.as_str()));
+        let parents: BTreeSet<_> = parents.map(|parent| parent.name.as_str()).collect();
+        ensure!(parents == ["switchtower.admin.request"].into(), "reviews stand in {parents:?}");
+        Ok(())
+    })
+    .unwrap();
     restarted(Who::Controller, &[]);
 }
 

@@ -1,9 +1,9 @@
 //! The agent's own log: to standard error, with a level that settings may change while it runs.
 
 use anyhow::Context as _;
-use tracing_subscriber::layer::SubscriberExt as _;
+use switchtower_telemetry::spans::{self, BoxedLayer};
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, fmt, reload};
+use tracing_subscriber::{EnvFilter, Layer as _, fmt, reload};
 
 use crate::cli::LogFormat;
 
@@ -42,24 +42,24 @@ impl LogLevel {
     }
 }
 
-/// Logs to standard error from now on.
+/// Logs to standard error from now on; `exported` is the layer that exports spans.
 ///
 /// # Errors
 /// `filter` is none, or something logs already.
-pub fn to_stderr(filter: &str, format: LogFormat) -> anyhow::Result<LogLevel> {
+pub fn to_stderr(filter: &str, format: LogFormat, exported: Option<BoxedLayer>) -> anyhow::Result<LogLevel> {
     let parsed =
         EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?} is not a filter"))?;
-    let (layer, handle) = reload::Layer::new(parsed);
-    let registry = tracing_subscriber::registry().with(layer);
+    let (level, handle) = reload::Layer::new(parsed);
+    let wanted = spans::in_log(level);
     let lines = fmt::layer().with_writer(std::io::stderr);
-    let result = match format {
+    let log = match format {
         LogFormat::Text => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(lines.with_ansi(colours)).try_init()
+            lines.with_ansi(colours).with_filter(wanted).boxed()
         }
-        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).with_filter(wanted).boxed(),
     };
-    result.context("start the log")?;
+    spans::subscriber(log, exported).try_init().context("start the log")?;
     Ok(LogLevel::new(filter, move |filter| handle.reload(filter)))
 }
 

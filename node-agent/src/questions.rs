@@ -9,6 +9,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 
 use prost::Message as _;
 use switchtower_proto::v1::{KernelTable, Query};
+use switchtower_telemetry::{span, spans};
 use tokio::sync::oneshot;
 
 use crate::nft::{FrontendQuery, KernelReader};
@@ -68,8 +69,9 @@ impl Questions {
         let (sender, questions) = sync_channel::<(Query, Reply)>(1);
         std::thread::Builder::new().name("questions".into()).spawn(move || {
             while let Ok((query, reply)) = questions.recv() {
+                let answered = traced(&mut reader, &query).map_err(|error| error.to_string());
                 // The session that asked may be gone.
-                let _ = reply.send(answer(&mut reader, &query).map_err(|error| error.to_string()));
+                let _ = reply.send(answered);
             }
         })?;
         Ok(Questions(Some(sender)))
@@ -94,6 +96,16 @@ impl Questions {
             let _ = reply.send(Err(error.to_string()));
         }
     }
+}
+
+/// Answers, and tells so as a span.
+fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionError> {
+    let span = span!("switchtower.question", otel.kind = "server", switchtower.question = &*query.what);
+    let answered = span.in_scope(|| answer(reader, query));
+    if let Err(error) = &answered {
+        spans::failed(&span, error);
+    }
+    answered
 }
 
 fn answer(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionError> {

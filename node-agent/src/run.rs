@@ -8,7 +8,7 @@ use prometheus::{IntGauge, Registry};
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::{Action, AgentArgs, Cli};
+use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::conntrack::{Conntrack, Reconciler};
 use crate::contact::Contact;
 use crate::controllers::Controllers;
@@ -40,11 +40,11 @@ const REOPEN: Duration = Duration::from_secs(5);
 /// # Errors
 /// What kept the agent from starting; never what happens later.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    let log = crate::log::to_stderr(&cli.log_level, cli.log_format)?;
-    match cli.command {
-        None => agent(cli.agent, log),
-        Some(Action::Cleanup { dry_run }) => cleanup(dry_run),
-        Some(Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait }) => {
+    let Some(action) = cli.command else { return agent(cli.agent, &cli.log_level, cli.log_format) };
+    crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
+    match action {
+        Action::Cleanup { dry_run } => cleanup(dry_run),
+        Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait } => {
             let settings = ConntrackSettings {
                 max_per_core,
                 min,
@@ -80,10 +80,13 @@ fn cleanup(dry_run: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
+fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
     bound_memory();
     let node_name = args.hostname_override.or(args.node_name);
     let node_name = node_name.context("no --node-name; in a pod, take it from spec.nodeName")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    let (traces, log) = telemetry(&runtime, &node_name, log_level, log_format)?;
     let controllers = Controllers::new(
         args.controller,
         args.bootstrap_dir,
@@ -106,9 +109,6 @@ fn agent(args: AgentArgs, log: LogLevel) -> anyhow::Result<()> {
         .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
         .context("register process metrics")?;
     let health = Health::default();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
-    let traces = traces(&runtime, &node_name);
     let (commands, received) = mpsc::channel(COMMANDS);
     let parts = Parts {
         dataplane: Box::new(kernel),
@@ -264,13 +264,28 @@ fn until_opened<T>(open: impl Fn() -> std::io::Result<T>, commands: &mpsc::Sende
     None
 }
 
-/// Spans tell what happens; that they cannot be exported must not keep a node from being served.
-fn traces(runtime: &tokio::runtime::Runtime, node_name: &str) -> Traces {
-    let _inside = runtime.enter();
-    Traces::from_environment(node_name).unwrap_or_else(|error| {
+/// The spans and the log, which begin together: the log's subscriber exports ordinary spans.
+fn telemetry(
+    runtime: &tokio::runtime::Runtime,
+    node_name: &str,
+    log_level: &str,
+    log_format: LogFormat,
+) -> anyhow::Result<(Traces, LogLevel)> {
+    let exported = {
+        let _inside = runtime.enter();
+        Traces::from_environment(node_name)
+    };
+    let layer = exported.as_ref().ok().and_then(Traces::layer);
+    let log = crate::log::to_stderr(log_level, log_format, layer)?;
+    // Spans tell what happens; that they cannot be exported must not keep a node from being served.
+    let traces = exported.unwrap_or_else(|error| {
         tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "spans are not exported");
         Traces::none()
-    })
+    });
+    if traces.are_exported() {
+        tracing::info!("spans of updates and of what else is done are exported over OTLP");
+    }
+    Ok((traces, log))
 }
 
 /// Large buffers go back to the system when they are freed, and few arenas hold the rest.

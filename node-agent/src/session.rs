@@ -13,9 +13,11 @@ use switchtower_proto::v1::{
     AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Pong, Welcome,
     agent_message::Message as FromAgent,
 };
+use switchtower_telemetry::{span, spans};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
+use tracing::Instrument as _;
 
 mod answers;
 
@@ -239,6 +241,26 @@ async fn session(
     metrics: &Metrics,
     contact: &Contact,
 ) -> Result<std::convert::Infallible, SessionError> {
+    let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
+    let opened = open(controllers, turn, identity, commands, metrics, contact).instrument(span.clone()).await;
+    if let Err(error) = &opened {
+        spans::failed(&span, error);
+    }
+    // It is over when the stream begins, not when it ends.
+    drop(span);
+    let (mut stream, mut incoming) = opened?;
+    stream.pump(&mut incoming).await
+}
+
+/// From the files that say where a controller is to its Welcome.
+async fn open<'a>(
+    controllers: &mut Controllers,
+    turn: usize,
+    identity: &Identity,
+    commands: &'a mpsc::Sender<Command>,
+    metrics: &Metrics,
+    contact: &Contact,
+) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
     let token = controllers.token()?;
     let (address, channel) = connect(controllers, turn).await?;
     let (events_sender, events) = mpsc::unbounded_channel();
@@ -274,6 +296,7 @@ async fn session(
         return Err(SessionError::Protocol("it chose a version that was not offered"));
     }
     tracing::info!(%address, controller, session, resumed, "connected");
+    tracing::Span::current().record("server.address", address.as_str());
     metrics.connected.set(1);
     contact.made(&address);
     controllers.remember(&peers);
@@ -281,8 +304,7 @@ async fn session(
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
     }
     let answers = Answers::new(commands.clone(), out.clone());
-    let mut stream = Stream { commands, out, session, events, sequence: 0, answers };
-    stream.pump(&mut incoming).await
+    Ok((Stream { commands, out, session, events, sequence: 0, answers }, incoming))
 }
 
 fn go_away(goodbye: GoAway) -> SessionError {

@@ -8,9 +8,10 @@
 //! | `switchtower.apply` with `.receive`, `.plan`, `.nft.commit` of each attempt | the agent, if it exports; else the controller, from the timings in the acknowledgement |
 //! | `switchtower.conntrack.clean`, after the acknowledgement | the agent |
 //! | `switchtower.repair`, a trace of its own | the agent |
+//! | `switchtower.connect`, `switchtower.snapshot.write`, `switchtower.question`, traces of their own | the agent, as ordinary spans ([`switchtower_telemetry::spans`]) |
 //!
 //! An update is told under the first of its changes whose trace is sampled; its `apply` is a child of that change's
-//! root. A view from scratch carries changes of long ago and is not told.
+//! root. A view from scratch carries changes of long ago: its `apply` is a trace of its own.
 //!
 //! What holds: ending a span puts it into a bounded queue or drops it; nothing here waits. Without export an update
 //! costs one comparison.
@@ -28,6 +29,7 @@ use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 use switchtower_proto::v1::Update;
 use switchtower_telemetry::TelemetryError;
 use switchtower_telemetry::names::{APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON};
+use switchtower_telemetry::spans::{self, BoxedLayer};
 
 use crate::dataplane::{CommitError, Committed, Repaired};
 
@@ -65,7 +67,6 @@ impl Traces {
         let builder = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             .with_resource(switchtower_telemetry::resource("switchtower-node-agent", own));
-        tracing::info!("spans of updates and repairs are exported over OTLP");
         Ok(Self::of(builder.build(), node))
     }
 
@@ -74,16 +75,23 @@ impl Traces {
         Traces { export: Some((provider, tracer)), node: node.to_owned() }
     }
 
+    /// Whether anything is exported.
+    #[must_use]
+    pub fn are_exported(&self) -> bool {
+        self.export.is_some()
+    }
+
+    /// What exports ordinary spans, for the log's subscriber.
+    #[must_use]
+    pub fn layer(&self) -> Option<BoxedLayer> {
+        self.export.as_ref().map(|(_, tracer)| spans::exported(tracer.clone()))
+    }
+
     /// An update begins. `None` if it is not told.
     pub fn begin(&self, update: &Update) -> Option<Applying> {
         let (_, tracer) = self.export.as_ref()?;
-        update.from?;
-        let propagator = TraceContextPropagator::new();
-        let parents = update.changes.iter().map(|change| {
-            let carrier = HashMap::from([("traceparent".to_owned(), change.traceparent.clone())]);
-            propagator.extract_with_context(&Context::new(), &carrier)
-        });
-        let parent = parents.into_iter().find(|parent| parent.span().span_context().is_sampled())?;
+        let of_change = update.from.is_some();
+        let parent = if of_change { sampled_change(update)? } else { Context::new() };
         let began = SystemTime::now();
         let attributes = vec![
             KeyValue::new(NODE, self.node.clone()),
@@ -95,7 +103,7 @@ impl Traces {
             .with_attributes(attributes);
         let context = parent.with_span(tracer.build_with_context(builder, &parent));
         // The environment's sampler may have left it out; then the controller tells it.
-        context.span().is_recording().then(|| Applying { tracer: tracer.clone(), context, began })
+        context.span().is_recording().then(|| Applying { tracer: tracer.clone(), context, began, of_change })
     }
 
     /// Drift was repaired, or could not be.
@@ -123,14 +131,31 @@ impl Traces {
     }
 }
 
+/// The first of an update's changes whose trace is sampled, as a parent.
+fn sampled_change(update: &Update) -> Option<Context> {
+    let propagator = TraceContextPropagator::new();
+    let mut parents = update.changes.iter().map(|change| {
+        let carrier = HashMap::from([("traceparent".to_owned(), change.traceparent.clone())]);
+        propagator.extract_with_context(&Context::new(), &carrier)
+    });
+    parents.find(|parent| parent.span().span_context().is_sampled())
+}
+
 /// The span of one update, from its first message until the kernel holds it.
 pub struct Applying {
     tracer: SdkTracer,
     context: Context,
     began: SystemTime,
+    of_change: bool,
 }
 
 impl Applying {
+    /// It stands in the trace of a change, so that the controller need not tell it.
+    #[must_use]
+    pub fn is_of_change(&self) -> bool {
+        self.of_change
+    }
+
     /// The update is whole, its digest is right, and the view has it.
     pub fn received(&self) {
         self.child(RECEIVE, (self.began, SystemTime::now()), Vec::new(), None);

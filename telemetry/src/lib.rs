@@ -1,5 +1,5 @@
 //! OTLP export of spans over gRPC, for the controller and the agents: asked for by the standard `OTEL_*` environment,
-//! off without it.
+//! off without it. Spans of changes are built from recorded times where they are known; [`spans`] are the others.
 //!
 //! What holds: spans wait in a bounded queue (`OTEL_BSP_MAX_QUEUE_SIZE`) for a thread of the exporter's own. Whoever
 //! ends a span never waits; where a collector is dead or slow, spans are dropped and counted.
@@ -12,6 +12,11 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::resource::{EnvResourceDetector, TelemetryResourceDetector};
 
 pub mod names;
+pub mod spans;
+
+/// For [`span!`].
+#[doc(hidden)]
+pub use tracing;
 
 /// Why spans cannot be exported although they are asked for.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,8 @@ pub const COMMIT: &str = "switchtower.nft.commit";
 pub const NODE: &str = "k8s.node.name";
 /// The node's generation.
 pub const GENERATION: &str = "switchtower.generation";
-/// How it was applied: `delta`, or all of it: `snapshot` where the controller tells it, `full` where the agent does.
+/// How it was applied: `delta`, or `full`: everything was compared with the kernel, or, where the controller tells it,
+/// whole layers were replaced. The metric `switchtower_apply_seconds` has the same words.
 pub const MODE: &str = "switchtower.apply.mode";
 /// Operations in the kernel's transaction.
 pub const OPERATIONS: &str = "switchtower.nft.ops";

@@ -14,7 +14,9 @@ use switchtower_crds::{
     ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings, RolloutFallback,
 };
 use switchtower_proto::v1::Settings;
+use switchtower_telemetry::{span, spans};
 use tokio::time::Instant;
+use tracing::Instrument as _;
 
 use super::facts::Facts;
 use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
@@ -66,11 +68,18 @@ impl Rollouts {
             if self.refused.get(&name).is_some_and(|refused| refused.again_at > Instant::now()) {
                 continue;
             }
-            let Err(error) = self.create_revision(profile, number, facts).await else {
+            let span = span!(
+                "switchtower.rollout.create",
+                switchtower.profile = name,
+                switchtower.profile.revision = convert::api_number(number)
+            );
+            let made = self.create_revision(profile, number, facts).instrument(span.clone()).await;
+            let Err(error) = made else {
                 self.refused.remove(&name);
                 created = true;
                 continue;
             };
+            spans::failed(&span, &error);
             if requests::is_race(&error) {
                 tracing::debug!(%error, profile = name, "not created yet; the watch will tell");
             } else if let Some(message) = requests::refusal(&error) {
@@ -166,7 +175,14 @@ impl Rollouts {
         if object.status.as_ref() == Some(&status) {
             return true;
         }
-        if !self.write_status(object, status).await {
+        let span = span!(
+            "switchtower.rollout.decide",
+            switchtower.rollout = rollout_name(&rollout.target),
+            switchtower.rollout.state = &*status.state,
+            switchtower.nodes.moved = i64::try_from(decision.moves.len()).unwrap_or(i64::MAX),
+        );
+        if !self.write_status(object, status).instrument(span.clone()).await {
+            spans::failed(&span, &"the decision could not be stored; the next round decides anew");
             return false;
         }
         self.metrics.decided(&rollout.progress, &decision.progress, decision.status.touched);

@@ -13,7 +13,9 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenRe
 use kube::api::PostParams;
 use kube::{Api, Client};
 use sha2::{Digest as _, Sha256};
+use switchtower_telemetry::{span, spans};
 use tokio::sync::Semaphore;
+use tracing::Instrument as _;
 
 /// How long an accepted token is not reviewed again. Short: a deleted pod's token ends with its pod.
 const REMEMBERED: Duration = Duration::from_secs(10);
@@ -92,8 +94,13 @@ impl<T: Clone> Reviews<T> {
             let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
             self.reviewer.review(token, &self.audience).await
         };
-        let answer = tokio::time::timeout(REVIEW, review).await;
+        let span =
+            span!("switchtower.token.review", otel.kind = "client", switchtower.audience = &*self.audience);
+        let answer = tokio::time::timeout(REVIEW, review).instrument(span.clone()).await;
         let answer = answer.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+        if let Err(error) = &answer {
+            spans::failed(&span, error);
+        }
         let holder = judge(answer.map_err(Unavailable)?)?;
         self.remember(hash, &holder);
         Ok(holder)

@@ -8,6 +8,8 @@ use kube::Api;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use serde_json::json;
 use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
+use switchtower_telemetry::{span, spans};
+use tracing::Instrument as _;
 
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
@@ -91,12 +93,37 @@ impl Request {
         }
     }
 
+    /// What it does, as a word.
+    fn verb(&self) -> &'static str {
+        match self {
+            Self::Create(..) => "create",
+            Self::Adopt(..) => "adopt",
+            Self::Assign(..) => "assign",
+            Self::Read(_) => "read",
+            Self::Write(..) => "write",
+            Self::Delete(..) => "delete",
+        }
+    }
+
     /// Carries it out.
     pub(super) async fn run(self, api: Api<ProxyStatus>) -> Outcome {
-        match tokio::time::timeout(PATIENCE, self.send(&api)).await {
+        let span = span!(
+            "switchtower.status.write",
+            otel.kind = "client",
+            k8s.node.name = &**self.node(),
+            switchtower.verb = self.verb(),
+            switchtower.outcome = tracing::field::Empty,
+        );
+        let sent = tokio::time::timeout(PATIENCE, self.send(&api)).instrument(span.clone()).await;
+        let outcome = match sent {
             Ok(outcome) => outcome,
             Err(_) => Outcome::Failed(timed_out()),
+        };
+        span.record("switchtower.outcome", outcome.label());
+        if let Outcome::Failed(error) = &outcome {
+            spans::failed(&span, error);
         }
+        outcome
     }
 
     async fn send(self, api: &Api<ProxyStatus>) -> Outcome {

@@ -137,7 +137,7 @@ impl Emitter {
         let start = begin + (room - total) / 2;
         let mut apply = Part::new(names::APPLY, start, start + total);
         apply.kind = SpanKind::Consumer;
-        let mode = if delivery.snapshot { "snapshot" } else { "delta" };
+        let mode = if delivery.snapshot { "full" } else { "delta" };
         apply.attributes = vec![node.clone(), KeyValue::new(names::MODE, mode)];
         let apply = self.begin(parent, apply);
         let mut at = start;

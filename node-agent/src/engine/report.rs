@@ -7,6 +7,7 @@ use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Query, Rep
 use super::{Engine, Event};
 use crate::dataplane::{Committed, Refused, Stamp};
 use crate::questions::Reply;
+use crate::traces::Applying;
 
 /// Most deviations that an Ack names.
 const SAMPLES: usize = 16;
@@ -26,7 +27,7 @@ impl Engine {
                 operations: committed.operations,
                 services: counts.services as u32,
                 endpoints: counts.endpoints as u32,
-                traced: self.applying.is_some(),
+                traced: self.applying.as_ref().is_some_and(Applying::is_of_change),
             }),
         }
     }

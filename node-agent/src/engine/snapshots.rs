@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use switchtower_telemetry::{span, spans};
+
 use super::Engine;
 
 /// It is written after this time without a command ...
@@ -29,12 +31,17 @@ impl Engine {
         self.parts.metrics.programming.without_local(self.state.without_local_endpoints());
         let Some(file) = &self.parts.snapshot else { return };
         self.last_snapshot = Some(Instant::now());
-        match file.write(&self.state, &self.refused) {
+        let generation = i64::try_from(self.state.generation()).unwrap_or(i64::MAX);
+        let span = span!("switchtower.snapshot.write", switchtower.generation = generation);
+        match span.in_scope(|| file.write(&self.state, &self.refused)) {
             Ok(()) => {
                 self.dirty = false;
                 self.parts.metrics.snapshot();
             }
-            Err(error) => tracing::warn!(%error, "the snapshot file could not be written"),
+            Err(error) => {
+                spans::failed(&span, &error);
+                tracing::warn!(%error, "the snapshot file could not be written");
+            }
         }
     }
 }

@@ -82,10 +82,24 @@ fn what_nobody_collects_is_not_told() {
     let (traces, kept) = traces();
     assert!(traces.begin(&update(Some(7), &[UNSAMPLED])).is_none());
     assert!(traces.begin(&update(Some(7), &[])).is_none());
-    assert!(traces.begin(&update(None, &[SAMPLED])).is_none(), "a view from scratch is no change");
     assert!(Traces::none().begin(&update(Some(7), &[SAMPLED])).is_none());
     traces.repaired("changed", SystemTime::now(), &Ok(differing(0)));
     assert!(kept.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_view_from_scratch_is_a_trace_of_its_own_and_of_no_change() {
+    let (traces, kept) = traces();
+    let of_change = traces.begin(&update(Some(7), &[SAMPLED])).unwrap();
+    assert!(of_change.is_of_change(), "the controller does not tell it again");
+    let whole = traces.begin(&update(None, &[SAMPLED])).unwrap();
+    assert!(!whole.is_of_change());
+    whole.attempted(true, SystemTime::now(), &Ok(Committed::default()));
+    whole.held();
+    let spans = kept.0.lock().unwrap();
+    let apply = spans.iter().find(|span| span.name == APPLY).unwrap();
+    assert_eq!(apply.parent_span_id, SpanId::INVALID);
+    assert_eq!(spans.len(), 3, "{spans:?}");
 }
 
 #[test]
