@@ -1,4 +1,4 @@
-//! The metrics endpoint and the health answers, over plain HTTP.
+//! The metrics endpoint and the health answers, over plain HTTP. Who asks for OpenMetrics gets that, with exemplars.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -6,11 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use prometheus::{Encoder as _, Registry, TextEncoder};
+use prometheus::{Registry, TextEncoder};
 use tokio::net::TcpListener;
+
+mod exemplars;
+mod open_metrics;
+
+pub use exemplars::{Exemplar, Exemplars};
 
 /// Why the endpoint could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -61,21 +66,30 @@ pub fn registry() -> Result<Registry, MetricsError> {
 pub async fn bind(
     address: SocketAddr,
     registry: Registry,
+    exemplars: Exemplars,
     readiness: Readiness,
 ) -> Result<impl Future<Output = std::io::Result<()>>, MetricsError> {
     let listener =
         TcpListener::bind(address).await.map_err(|source| MetricsError::Listen { address, source })?;
     let router = Router::new()
-        .route("/metrics", get(metrics).with_state(registry))
+        .route("/metrics", get(metrics).with_state((registry, exemplars)))
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(ready).with_state(readiness));
     Ok(async move { axum::serve(listener, router).await })
 }
 
-async fn metrics(State(registry): State<Registry>) -> Response {
-    let mut body = Vec::new();
-    match TextEncoder::new().encode(&registry.gather(), &mut body) {
-        Ok(()) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], body).into_response(),
+async fn metrics(State((registry, exemplars)): State<(Registry, Exemplars)>, headers: HeaderMap) -> Response {
+    let families = registry.gather();
+    let accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let (kind, encoded) = if open_metrics::is_preferred(&accept.collect::<Vec<_>>().join(",")) {
+        let text = open_metrics::encode(&families, &exemplars).map_err(|error| error.to_string());
+        (open_metrics::CONTENT_TYPE, text)
+    } else {
+        let text = TextEncoder::new().encode_to_string(&families).map_err(|error| error.to_string());
+        (prometheus::TEXT_FORMAT, text)
+    };
+    match encoded {
+        Ok(text) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, format!("encoding metrics: {error}\n")).into_response()
         }

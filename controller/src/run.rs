@@ -44,7 +44,7 @@ use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
-use crate::metrics::{self, Readiness};
+use crate::metrics::{self, Exemplars, Readiness};
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::Server;
@@ -145,16 +145,22 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     let agents = Agents::default();
     let listener = listen(args.listen, &agents).await?;
     let mut tasks = Background::default();
-    let metrics = metrics::bind(args.metrics_listen, registry.clone(), readiness.clone()).await?;
+    let exemplars = Exemplars::default();
+    let metrics =
+        metrics::bind(args.metrics_listen, registry.clone(), exemplars.clone(), readiness.clone()).await?;
     tasks.spawn("metrics", async {
         if let Err(error) = metrics.await {
             tracing::error!(%error, "serving metrics");
         }
     });
+    let followed = follow_changes(&registry, exemplars, traces, &mut tasks)?;
 
     let starting = async {
         let ca = certificate_authority(&client, &args).await?;
-        anyhow::Ok((ca, start_parts(&client, &args, &replica, &agents, &registry, traces, &mut tasks).await?))
+        anyhow::Ok((
+            ca,
+            start_parts(&client, &args, &replica, &agents, &registry, followed, &mut tasks).await?,
+        ))
     };
     let (ca, parts) = tokio::select! {
         started = starting => started?,
@@ -260,7 +266,7 @@ async fn start_parts(
     replica: &str,
     agents: &Agents,
     registry: &Registry,
-    traces: Option<(Traces, Sampled)>,
+    followed: Followed,
     tasks: &mut Background,
 ) -> anyhow::Result<Parts> {
     let upstream = Arc::new(Upstream::default());
@@ -268,7 +274,7 @@ async fn start_parts(
     let floors = Floors::default();
     let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
-    let Followed { propagation, traces, new_trace } = follow_changes(registry, traces, tasks)?;
+    let Followed { propagation, traces, new_trace } = followed;
     let age = Arc::new(move || age.age());
     let (events, publisher) = events::publisher(client.clone(), replica, registry)?;
     tasks.spawn("Events", publisher);
@@ -337,10 +343,12 @@ struct Followed {
 /// Starts to follow changes, and to export traces of them if the environment asks for it.
 fn follow_changes(
     registry: &Registry,
+    exemplars: Exemplars,
     traces: Option<(Traces, Sampled)>,
     tasks: &mut Background,
 ) -> anyhow::Result<Followed> {
-    let propagation = Propagation::new(FollowLimits::default(), PropagationMetrics::new(registry)?);
+    let metrics = PropagationMetrics::new(registry)?.with_exemplars(exemplars);
+    let propagation = Propagation::new(FollowLimits::default(), metrics);
     let (propagation, traces, new_trace) = match traces {
         None => (propagation, None, Box::new(propagation::new_trace) as Box<_>),
         Some((traces, sampled)) => {

@@ -28,5 +28,6 @@ pub mod probe;
 pub mod process;
 pub mod programs;
 mod progress;
+pub mod scrape;
 pub mod switchtower;
 pub mod wait;

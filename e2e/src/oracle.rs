@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::control_plane::ControlPlane;
 use crate::lab::{Lab, NodeNet};
 use crate::process::Process;
-use crate::switchtower::http_get;
+use crate::scrape::http_get;
 use crate::{programs, wait};
 
 /// A running kube-proxy (`--proxy-mode=nftables`) with the API server's door that it uses.

@@ -210,6 +210,11 @@ impl Fleet {
         (self.lab.root_address(), CONTROLLER_PORT).into()
     }
 
+    /// Where the controller's metrics are.
+    pub fn metrics_address(&self) -> SocketAddr {
+        self.metrics
+    }
+
     /// Where the controller's admin API listens.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin
@@ -283,36 +288,6 @@ impl Fleet {
         let Some(process) = lock(&self.controller).take() else { return Ok(()) };
         process.signal(signal);
         process.wait(Duration::from_secs(10)).map(drop)
-    }
-
-    /// The sum of a metric of the controller over the series that have `labels` (as written, `reason="expired"`).
-    ///
-    /// # Errors
-    /// The controller does not answer.
-    pub fn controller_metric(&self, name: &str, labels: &str) -> Result<f64> {
-        Ok(sum_metric(&http_get(self.metrics, "/metrics")?, name, labels))
-    }
-
-    /// All metrics of the controller and of all agents, as they print them.
-    ///
-    /// # Errors
-    /// One of them does not answer.
-    pub fn metrics(&self) -> Result<String> {
-        let mut text = http_get(self.metrics, "/metrics")?;
-        for node in &self.nodes {
-            let agent = || http_get(([127, 0, 0, 1], 10249).into(), "/metrics");
-            text.push_str(&node.net.namespace.run(agent)??);
-        }
-        Ok(text)
-    }
-
-    /// The sum of a metric of a node's agent.
-    ///
-    /// # Errors
-    /// The agent does not answer.
-    pub fn agent_metric(&self, node: &FleetNode, name: &str, labels: &str) -> Result<f64> {
-        let text = node.net.namespace.run(|| http_get(([127, 0, 0, 1], 10249).into(), "/metrics"))??;
-        Ok(sum_metric(&text, name, labels))
     }
 
     /// Starts a node's agent: its Pod, a token bound to the Pod, and the program in the node's namespace.
@@ -565,29 +540,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn free_address() -> Result<SocketAddr> {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).context("finding a free port")?;
     Ok(listener.local_addr()?)
-}
-
-/// The whole answer to a GET: status line, headers, body.
-///
-/// # Errors
-/// Nobody answers.
-pub fn http_get(address: SocketAddr, path: &str) -> Result<String> {
-    use std::io::{Read as _, Write as _};
-    let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))
-        .with_context(|| format!("connecting to {address}"))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
-}
-
-fn sum_metric(text: &str, name: &str, labels: &str) -> f64 {
-    let series = text.lines().filter_map(|line| line.rsplit_once(' '));
-    let matching = series.filter(|(series, _)| {
-        series
-            .strip_prefix(name)
-            .is_some_and(|rest| (rest.is_empty() || rest.starts_with('{')) && rest.contains(labels))
-    });
-    matching.filter_map(|(_, value)| value.parse::<f64>().ok()).sum()
 }

@@ -16,7 +16,7 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
 use switchtower_e2e::probe::{Outcome, Transport};
-use switchtower_e2e::switchtower::http_get;
+use switchtower_e2e::scrape::http_get;
 use switchtower_e2e::{objects, wait};
 
 use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};

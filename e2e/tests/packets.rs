@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use serde_json::json;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
-use switchtower_e2e::switchtower::http_get;
+use switchtower_e2e::scrape::http_get;
 use switchtower_e2e::{objects, wait};
 
 use common::{SOON, Scene, WAYS, answered_by, cluster_ip, eventually, node_port};

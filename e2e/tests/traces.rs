@@ -17,7 +17,7 @@ use serde_json::json;
 use switchtower_crds::ProxyStatus;
 use switchtower_e2e::collector::{Collector, Span};
 use switchtower_e2e::switchtower::Fleet;
-use switchtower_e2e::{objects, plugin, wait};
+use switchtower_e2e::{objects, plugin, scrape, wait};
 
 use common::{SOON, Scene, alone, fleet, node};
 
@@ -182,6 +182,29 @@ fn a_change_made_with_kubectl_is_one_trace() {
     let whole = Duration::from_nanos(root.end - root.start);
     assert!(whole < Duration::from_secs(5), "{whole:?}");
     assert_eq!(one("switchtower.distribute").events.len(), 3, "50 %, 99 %, all");
+    exemplars_lead_to_traces(scene.fleet, &collector);
+}
+
+/// The metrics of changes name traces that the collector has, in a text that Prometheus' own parser takes.
+fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
+    let text = fleet.open_metrics().unwrap();
+    scrape::parse_open_metrics(&text, fleet.lab().directory()).unwrap();
+    let of = |family: &str| -> BTreeSet<String> {
+        let buckets = text.lines().filter(|line| line.starts_with(&format!("{family}_bucket{{")));
+        let named = buckets.filter_map(|line| line.split_once(" # {trace_id=\"")?.1.split_once('"'));
+        named.map(|(trace, _)| trace.to_owned()).collect()
+    };
+    let (acknowledged, propagated) =
+        (of("switchtower_change_ack_seconds"), of("switchtower_propagation_seconds"));
+    assert!(!acknowledged.is_empty() && !propagated.is_empty(), "{text}");
+    wait::until("the collector has the traces", Duration::from_secs(20), || {
+        let known: BTreeSet<_> = collector.spans()?.into_iter().map(|span| span.trace).collect();
+        let unknown: Vec<_> =
+            acknowledged.union(&propagated).filter(|trace| !known.contains(*trace)).collect();
+        ensure!(unknown.is_empty(), "{unknown:?} are not there");
+        Ok(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -1,11 +1,20 @@
 //! What is measured of changes on their way.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, Registry};
-use switchtower_core::propagation::{Milestone, Outcome};
+use switchtower_core::propagation::{Milestone, Outcome, TraceContext};
+
+use crate::metrics::{Exemplar, Exemplars};
+
+const ACK: &str = "switchtower_change_ack_seconds";
+const PROPAGATION: &str = "switchtower_propagation_seconds";
 
 /// Metrics of changes.
 #[derive(Debug, Clone)]
 pub struct PropagationMetrics {
+    bounds: Vec<f64>,
+    exemplars: Exemplars,
     ack: Histogram,
     propagation: HistogramVec,
     excluded: IntCounter,
@@ -31,11 +40,11 @@ impl PropagationMetrics {
         // From half a millisecond to 262 seconds.
         let buckets = prometheus::exponential_buckets(0.000_5, 2.0, 20)?;
         let ack = HistogramOpts::new(
-            "switchtower_change_ack_seconds",
+            ACK,
             "From the receipt of a change to a node's acknowledgement, per change and node.",
         );
         let propagation = HistogramOpts::new(
-            "switchtower_propagation_seconds",
+            PROPAGATION,
             "From the receipt of a change until a share of the connected nodes that it concerns held it.",
         );
         let counter = |name: &str, help: &str| {
@@ -45,7 +54,9 @@ impl PropagationMetrics {
         };
         let metrics = Self {
             ack: Histogram::with_opts(ack.buckets(buckets.clone()))?,
-            propagation: HistogramVec::new(propagation.buckets(buckets), &["nodes"])?,
+            propagation: HistogramVec::new(propagation.buckets(buckets.clone()), &["nodes"])?,
+            bounds: buckets,
+            exemplars: Exemplars::default(),
             excluded: counter(
                 "switchtower_propagation_excluded_total",
                 "Nodes whose stream ended before they acknowledged a revision, per revision.",
@@ -68,15 +79,33 @@ impl PropagationMetrics {
         Ok(metrics)
     }
 
+    /// The same, with the traces of sampled changes in `exemplars`.
+    #[must_use]
+    pub fn with_exemplars(self, exemplars: Exemplars) -> Self {
+        Self { exemplars, ..self }
+    }
+
     pub(super) fn note(&self, outcome: &Outcome) {
-        for (nanoseconds, _) in &outcome.acknowledged {
+        for (nanoseconds, trace) in &outcome.acknowledged {
             self.ack.observe(seconds(*nanoseconds));
+            self.remember(ACK, "", *nanoseconds, trace);
         }
-        for (milestone, nanoseconds, _) in &outcome.milestones {
-            self.propagation.with_label_values(&[label(*milestone)]).observe(seconds(*nanoseconds));
+        for (milestone, nanoseconds, trace) in &outcome.milestones {
+            let label = label(*milestone);
+            self.propagation.with_label_values(&[label]).observe(seconds(*nanoseconds));
+            self.remember(PROPAGATION, label, *nanoseconds, trace);
         }
         self.excluded.inc_by(outcome.excluded);
         self.given_up.inc_by(outcome.given_up);
+    }
+
+    /// Only a sampled trace is sure to be found at the collector.
+    fn remember(&self, family: &'static str, label: &'static str, nanoseconds: u64, trace: &TraceContext) {
+        if trace.sampled {
+            let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+            let exemplar = Exemplar { trace: trace.trace, value: seconds(nanoseconds), at };
+            self.exemplars.note(family, label, &self.bounds, exemplar);
+        }
     }
 
     pub(super) fn unread(&self) {
