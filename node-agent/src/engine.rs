@@ -103,6 +103,8 @@ pub struct Engine {
     drift: drift::Drift,
     /// Rules of kube-proxy exist beside ours.
     foreign_proxy: bool,
+    /// Health checks changed since the last commit.
+    health_checks_changed: bool,
     /// What health checks cannot be listened on.
     health_check_failures: Vec<HealthCheckFailure>,
 }
@@ -149,6 +151,7 @@ impl Engine {
             last_snapshot: None,
             drift: drift::Drift::default(),
             foreign_proxy: false,
+            health_checks_changed: false,
             health_check_failures: Vec::new(),
         };
         match stamp {
@@ -379,6 +382,7 @@ impl Engine {
             self.pending.extend(applied.changes);
         }
         self.passes.add(applied.udp);
+        self.health_checks_changed |= applied.health_checks;
         self.hold = false;
         self.unacknowledged = true;
         let counts = self.state.counts();
@@ -468,6 +472,9 @@ impl Engine {
     }
 
     fn committed(&mut self, stamp: Stamp, committed: &Committed) {
+        // Not at every commit: what is published is all health checks of the node.
+        let health = self.kernel.is_none() || self.doubt || std::mem::take(&mut self.health_checks_changed);
+        let health = health || self.pending.iter().any(concerns_health);
         if self.doubt {
             release_memory();
         }
@@ -483,7 +490,9 @@ impl Engine {
         self.refused.clone_from(&committed.refused);
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.parts.health.applied();
-        self.publish_health();
+        if health {
+            self.publish_health();
+        }
         if let Some(settings) = self.state.settings() {
             self.parts.sysctls.apply(&settings.conntrack.unwrap_or_default(), &self.parts.metrics);
             self.parts.log.apply(&settings.log_level);
@@ -535,6 +544,11 @@ impl Engine {
         }
         self.parts.health.publish(HealthTargets::of(&self.state, &self.parts.host_addresses));
     }
+}
+
+/// Health answers depend on it: eligibility, or the addresses that they are given on.
+fn concerns_health(change: &KernelChange) -> bool {
+    matches!(change, KernelChange::Node(_) | KernelChange::Settings(_) | KernelChange::HostAddresses(_))
 }
 
 /// Hands freed memory back to the system: a whole view in transit leaves tens of MiB behind otherwise.
