@@ -157,10 +157,8 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
 
     let starting = async {
         let ca = certificate_authority(&client, &args).await?;
-        anyhow::Ok((
-            ca,
-            start_parts(&client, &args, &replica, &agents, &registry, followed, &mut tasks).await?,
-        ))
+        let parts = start_parts(&client, &args, &replica, &agents, &registry, followed, &mut tasks).await?;
+        anyhow::Ok((ca, parts))
     };
     let (ca, parts) = tokio::select! {
         started = starting => started?,
@@ -169,20 +167,18 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
     tasks.spawn("the bootstrap ConfigMap", keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
     let Parts { fleet, serve_metrics, traces, mut head } = parts;
-    tokio::select! {
-        served = engine::first_head(&mut head) => {
-            anyhow::ensure!(served, "the engine ended before the first compile; its log says why");
+    let compiled_and_listening = async {
+        let compiled = engine::first_head(&mut head).await;
+        anyhow::ensure!(compiled, "the engine ended before the first compile; its log says why");
+        match listener {
+            Some(listener) => Ok(listener),
+            None => listen_in_the_end(args.listen, &agents).await,
         }
+    };
+    let listener = tokio::select! {
+        listener = compiled_and_listening => listener?,
         ended = tasks.ended() => return Err(ended.into()),
         signal = wait_for_signal() => return signal,
-    }
-    let listener = match listener {
-        Some(listener) => listener,
-        None => tokio::select! {
-            listener = listen_in_the_end(args.listen, &agents) => listener?,
-            ended = tasks.ended() => return Err(ended.into()),
-            signal = wait_for_signal() => return signal,
-        },
     };
     let callers = AdminAuthenticator::new(client.clone(), &args.namespace);
     let admin = Admin::new(fleet.clone(), callers, &replica);
@@ -211,6 +207,10 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     if tokio::time::timeout(DRAIN, running).await.is_err() {
         tracing::warn!("some agents did not leave in time; they reconnect by themselves");
     }
+    export_the_rest(traces).await
+}
+
+async fn export_the_rest(traces: Option<Arc<Traces>>) -> anyhow::Result<()> {
     if let Some(traces) = traces {
         // It waits for the exporter's thread, which needs this runtime.
         tokio::task::spawn_blocking(move || traces.shut_down()).await?;
