@@ -74,6 +74,7 @@ impl Signals {
 fn end(then: &Then) -> ! {
     match then {
         Then::Remove(layout) => {
+            ignore_more();
             say("interrupted: what was started of the cluster is removed");
             let error = become_down(layout);
             say(&format!("{error:#}: `make cluster-down` removes it"));
@@ -81,6 +82,15 @@ fn end(then: &Then) -> ! {
         Then::Leave => say("interrupted; a running cluster stays, `make cluster-down` removes it"),
     }
     std::process::exit(EXIT_CODE)
+}
+
+/// The removal is not to be interrupted: a second signal often follows the first (`timeout` sends one to the process and
+/// one to its group), and the program that this process becomes has no handlers. What is ignored stays so.
+fn ignore_more() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: a plain system call; no handler of ours runs afterwards.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// Returns only if it fails.
