@@ -14,6 +14,8 @@ pub mod cli;
 pub mod engine;
 mod errors;
 pub mod events;
+#[cfg(test)]
+mod fake_api;
 pub mod ingest;
 pub mod metrics;
 pub mod propagation;

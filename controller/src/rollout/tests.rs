@@ -1,27 +1,23 @@
 //! Rounds against an API server in memory that refuses requests.
 
-use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use http::{Method, Request, Response};
-use kube::Client;
-use kube::client::Body;
+use http::Method;
 use serde_json::{Value, json};
 use switchtower_core::propagation::Limits;
 
 use super::*;
+use crate::fake_api::{self, Call, Store, failure};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::serve::fleet::builtin_settings;
 use crate::serve::metrics::ServeMetrics;
 use crate::status::Floors;
 
-/// Objects by their path, and how the next creations are answered.
+/// Objects, and how the next creations are answered.
 #[derive(Default)]
 struct Server {
-    objects: BTreeMap<String, Value>,
-    version: u64,
+    store: Store,
     refusals: Vec<u16>,
 }
 
@@ -29,50 +25,13 @@ const PROFILES: &str = "/apis/switchtower.dev/v1alpha1/proxyprofiles";
 const ROLLOUTS: &str = "/apis/switchtower.dev/v1alpha1/proxyrollouts";
 
 impl Server {
-    fn put(&mut self, kind: &str, mut object: Value) -> Value {
-        self.version += 1;
-        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        let path = format!("{kind}/{}", object["metadata"]["name"].as_str().unwrap());
-        self.objects.insert(path, object.clone());
-        object
-    }
-
-    fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> (u16, Value) {
-        let mut body: Value = serde_json::from_slice(body).unwrap_or_default();
-        if path.contains("/events") {
-            return (201, body);
+    fn answer(&mut self, call: Call<'_>) -> (u16, Value) {
+        if call.path.contains("/events") {
+            return (201, call.body);
         }
-        let kind = if path.starts_with(PROFILES) { PROFILES } else { ROLLOUTS };
-        match *method {
-            Method::GET => {
-                let of_kind = self.objects.iter().filter(|(path, _)| path.starts_with(kind));
-                let items: Vec<_> = of_kind.map(|(_, object)| object.clone()).collect();
-                (200, json!({"metadata": {"resourceVersion": "1"}, "items": items}))
-            }
-            Method::POST => match self.refusals.pop() {
-                Some(code) => (code, failure(code)),
-                None => {
-                    body["metadata"]["uid"] = json!(format!("uid-{}", self.version));
-                    body["metadata"]["generation"] = json!(1);
-                    (201, self.put(kind, body))
-                }
-            },
-            _ => {
-                let known = self.objects.get(path.trim_end_matches("/status")).cloned();
-                let Some(mut object) = known else { return (404, failure(404)) };
-                if body["metadata"]["resourceVersion"] != object["metadata"]["resourceVersion"] {
-                    return (409, failure(409));
-                }
-                object["status"] = body["status"].take();
-                (200, self.put(kind, object))
-            }
-        }
+        let refused = if *call.method == Method::POST { self.refusals.pop() } else { None };
+        refused.map_or_else(|| self.store.answer(call), |code| failure(code, "Scripted", "default"))
     }
-}
-
-fn failure(code: u16) -> Value {
-    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code,
-        "reason": "Scripted", "message": "scripted", "details": {"name": "default"}})
 }
 
 struct Lab {
@@ -100,16 +59,6 @@ async fn lab() -> Lab {
 }
 
 fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
-    let service = tower::service_fn(move |request: Request<Body>| {
-        let server = server.clone();
-        async move {
-            let (head, body) = request.into_parts();
-            let body = body.collect_bytes().await.unwrap_or_default();
-            let (code, answer) = server.lock().unwrap().answer(&head.method, head.uri.path(), &body);
-            let body = Body::from(serde_json::to_vec(&answer).unwrap());
-            Ok::<_, Infallible>(Response::builder().status(code).body(body).unwrap())
-        }
-    });
     let registry = prometheus::Registry::new();
     let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
     let fleet = Fleet::new(
@@ -123,16 +72,17 @@ fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
     let metrics = RolloutMetrics::new(&registry).unwrap();
     let assignments = Assignments::default();
     assignments.set_loaded();
-    Rollouts::new(Client::new(service, "default"), "tower-0", fleet, assignments, metrics)
+    Rollouts::new(fake_api::client(server, Server::answer), "tower-0", fleet, assignments, metrics)
 }
 
 impl Lab {
     fn put(&self, kind: &str, object: &Value) {
-        self.server.lock().unwrap().put(kind, object.clone());
+        let path = format!("{kind}/{}", object["metadata"]["name"].as_str().unwrap());
+        self.server.lock().unwrap().store.put(&path, object.clone());
     }
 
     fn object(&self, kind: &str, name: &str) -> Value {
-        self.server.lock().unwrap().objects.get(&format!("{kind}/{name}")).cloned().unwrap_or_default()
+        self.server.lock().unwrap().store.objects.get(&format!("{kind}/{name}")).cloned().unwrap_or_default()
     }
 
     /// The controller sees what there is.

@@ -49,10 +49,7 @@ impl Assignments {
         }
         let mut inner = self.lock();
         for (node, assignment) in wanted {
-            let same = |known: &ProfileAssignment| {
-                (known.name.as_str(), known.revision) == (assignment.name.as_str(), assignment.revision)
-            };
-            if inner.wanted.get(&node).is_some_and(same) {
+            if inner.wanted.get(&node).is_some_and(|known| is_same_move(known, &assignment)) {
                 continue;
             }
             inner.news.insert(node.clone());
@@ -141,11 +138,19 @@ impl Assignments {
     }
 }
 
-/// Whether the row says what it is to say. Where the CRD is older than `previous` the row cannot say that, and what is
-/// wanted again and again would be written again and again.
+/// The same revision with the same way back, whenever it was decided.
+fn is_same_move(one: &ProfileAssignment, other: &ProfileAssignment) -> bool {
+    (&one.name, one.revision, &one.previous) == (&other.name, other.revision, &other.previous)
+}
+
+/// Whether the row says what it is to say. A CRD that is older than `previous` drops that field: a row without it is
+/// taken as it is, or it would be written again and again. A stored `previous` that is not wanted always differs.
 fn says(stored: Option<&ProfileAssignment>, wanted: &ProfileAssignment) -> bool {
     let without = |from: &ProfileAssignment| ProfileAssignment { previous: None, ..from.clone() };
-    stored.is_some_and(|stored| without(stored) == without(wanted))
+    stored.is_some_and(|stored| {
+        let previous = stored.previous.is_none() || stored.previous == wanted.previous;
+        previous && without(stored) == without(wanted)
+    })
 }
 
 #[cfg(test)]
@@ -182,6 +187,13 @@ mod tests {
         assignments.want(BTreeMap::from([(node.clone(), remembers)]));
         assignments.set(&node, &row(3));
         assert_eq!(assignments.wish("n", Some(&assignment(3))), None, "a CRD of before cannot say more");
+        let stale = ProfileAssignment {
+            previous: Some(PreviousRevision { name: "base".into(), revision: 1 }),
+            ..assignment(4)
+        };
+        assignments.want(BTreeMap::from([(node.clone(), assignment(4))]));
+        assert_eq!(assignments.wish("n", Some(&stale)), Some(assignment(4)), "a leftover is removed");
+        assignments.forget_wish("n");
         assignments.set(&node, &row(2));
         assignments.want(BTreeMap::from([(node.clone(), assignment(3))]));
         assignments.forget_wish("n");

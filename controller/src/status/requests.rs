@@ -132,7 +132,8 @@ impl Request {
             Self::Create(node, profile) => api.create(&PostParams::default(), &new_row(&node, profile)).await,
             Self::Assign(_, stored, assignment) => {
                 let patch = json!({
-                    "metadata": {"resourceVersion": stored.version}, "spec": {"profile": assignment}
+                    "metadata": {"resourceVersion": stored.version},
+                    "spec": {"profile": whole(&assignment)}
                 });
                 api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await
             }
@@ -168,6 +169,15 @@ impl Request {
             Err(error) => recover(api, &name, error).await,
         }
     }
+}
+
+/// The assignment as a merge patch that leaves nothing of the one before: a field that is absent from a merge patch
+/// keeps its stored value, so those that are not set are `null`.
+fn whole(assignment: &ProfileAssignment) -> serde_json::Value {
+    let ProfileAssignment { name, revision, assigned_at, trace_id, previous } = assignment;
+    json!({
+        "name": name, "revision": revision, "assignedAt": assigned_at, "traceID": trace_id, "previous": previous,
+    })
 }
 
 /// After a conflict the row is read again; a missing row is no failure.

@@ -1,100 +1,53 @@
 //! The writer against an API server in memory, in virtual time.
 
 use std::collections::{BTreeMap, HashMap};
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use http::{Method, Request, Response};
-use kube::Client;
-use kube::client::Body;
+use http::Method;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
-use switchtower_crds::ProfileAssignment;
+use switchtower_crds::{PreviousRevision, ProfileAssignment};
 
 use super::{Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings};
 use crate::agents::{Agents, Obstacle};
+use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
 
 /// Rows, and what was asked: method and name.
 #[derive(Default)]
 struct Server {
-    rows: BTreeMap<String, Value>,
-    version: u64,
+    store: Store,
     writes: Vec<String>,
     missing: bool,
 }
 
+const ROWS: &str = "/apis/switchtower.dev/v1alpha1/proxystatuses";
+
+fn path(name: &str) -> String {
+    format!("{ROWS}/{name}")
+}
+
 impl Server {
-    fn answer(&mut self, method: &Method, path: &str, query: &str, body: &[u8]) -> (u16, Value) {
-        let name =
-            path.trim_start_matches("/apis/switchtower.dev/v1alpha1/proxystatuses").trim_start_matches('/');
-        let name = name.trim_end_matches("/status").to_owned();
-        let body: Value = serde_json::from_slice(body).unwrap_or_default();
+    fn with(name: &str, row: Value) -> Self {
+        let mut server = Self::default();
+        server.store.put(&path(name), row);
+        server
+    }
+
+    fn answer(&mut self, call: Call<'_>) -> (u16, Value) {
         if self.missing {
             return failure(404, "NotFound", "");
         }
-        if query.contains("watch=true") {
-            // The metadata watch only lists in these tests.
-            return (200, json!({"type": "ERROR", "object": failure(410, "Expired", "").1}));
+        if *call.method != Method::GET {
+            let of_path = call.path.trim_start_matches(ROWS).trim_matches('/').trim_end_matches("/status");
+            let named = call.body["metadata"]["name"].as_str().unwrap_or(of_path);
+            self.writes.push(format!("{} {named}", call.method));
         }
-        if *method == Method::GET && name.is_empty() {
-            let items: Vec<_> = self.rows.values().cloned().collect();
-            return (200, json!({"metadata": {"resourceVersion": self.version.to_string()}, "items": items}));
-        }
-        if *method != Method::GET {
-            let named = body["metadata"]["name"].as_str().unwrap_or(&name);
-            self.writes.push(format!("{method} {named}"));
-        }
-        match *method {
-            Method::POST => self.create(body),
-            _ if !self.rows.contains_key(&name) => failure(404, "NotFound", &name),
-            Method::GET => (200, self.rows[&name].clone()),
-            Method::DELETE => (200, self.rows.remove(&name).unwrap()),
-            _ => self.change(&name, &body),
-        }
+        self.store.answer(call)
     }
-
-    fn create(&mut self, mut body: Value) -> (u16, Value) {
-        self.version += 1;
-        let name = body["metadata"]["name"].as_str().unwrap().to_owned();
-        body["metadata"]["uid"] = json!(format!("row-{}", self.version));
-        body["metadata"]["generation"] = json!(1);
-        body["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        body.as_object_mut().unwrap().remove("status");
-        self.rows.insert(name, body.clone());
-        (201, body)
-    }
-
-    /// PUT of the status, or a merge patch of the metadata.
-    fn change(&mut self, name: &str, body: &Value) -> (u16, Value) {
-        let row = self.rows.get_mut(name).unwrap();
-        if body["metadata"]["resourceVersion"] != row["metadata"]["resourceVersion"] {
-            return failure(409, "Conflict", name);
-        }
-        self.version += 1;
-        if let Some(status) = body.get("status") {
-            row["status"] = status.clone();
-        } else if let Some(spec) = body.get("spec") {
-            row["spec"] = spec.clone();
-            row["metadata"]["generation"] = json!(row["metadata"]["generation"].as_i64().unwrap() + 1);
-        } else {
-            row["metadata"]["ownerReferences"] = body["metadata"]["ownerReferences"].clone();
-        }
-        row["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        (200, row.clone())
-    }
-}
-
-fn failure(code: u16, reason: &str, name: &str) -> (u16, Value) {
-    let details = if name.is_empty() { json!({}) } else { json!({"name": name}) };
-    (
-        code,
-        json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code,
-        "reason": reason, "message": "scripted", "details": details}),
-    )
 }
 
 #[derive(Default)]
@@ -144,24 +97,12 @@ struct Lab {
 
 async fn lab(server: Server) -> Lab {
     let server = Arc::new(Mutex::new(server));
-    let shared = server.clone();
-    let service = tower::service_fn(move |request: Request<Body>| {
-        let shared = shared.clone();
-        async move {
-            let (head, body) = request.into_parts();
-            let body = body.collect_bytes().await.unwrap_or_default();
-            let query = head.uri.query().unwrap_or_default();
-            let (code, answer) = shared.lock().unwrap().answer(&head.method, head.uri.path(), query, &body);
-            let body = Body::from(serde_json::to_vec(&answer).unwrap());
-            Ok::<_, Infallible>(Response::builder().status(code).body(body).unwrap())
-        }
-    });
+    let client = fake_api::client(server.clone(), Server::answer);
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
     let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
     let agents = Agents::default();
     let settings = WriterSettings { replica: "tower-0".into(), agents: agents.clone() };
-    let client = Client::new(service, "default");
     let mut writer =
         Writer::new(client, fleet.clone(), settings, floors.clone(), assignments.clone(), metrics);
     let loaded = writer.load().await.is_ok();
@@ -183,7 +124,12 @@ impl Lab {
     }
 
     fn row(&self, name: &str) -> Value {
-        self.server.lock().unwrap().rows.get(name).cloned().unwrap_or_default()
+        self.server.lock().unwrap().store.objects.get(&path(name)).cloned().unwrap_or_default()
+    }
+
+    /// As somebody else changes it.
+    fn change(&self, name: &str, change: impl FnOnce(&mut Value)) {
+        self.server.lock().unwrap().store.change(&path(name), change);
     }
 
     fn writes(&self) -> Vec<String> {
@@ -237,8 +183,7 @@ async fn a_row_follows_its_node() {
 
 #[tokio::test(start_paused = true)]
 async fn left_over_rows_go_once_all_nodes_are_known() {
-    let rows = [("n1".to_owned(), stored("tower-0", 4))].into();
-    let lab = lab(Server { rows, version: 1, ..Server::default() }).await;
+    let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     lab.wait(2_000).await;
     assert!(lab.writes().is_empty());
     lab.nodes.send(NodeEvent::Synced).unwrap();
@@ -282,21 +227,13 @@ async fn transitions_are_written_at_once_and_the_rest_once_a_second() {
 
 #[tokio::test(start_paused = true)]
 async fn a_row_that_another_replica_took_is_left_to_it() {
-    let rows = [("n1".to_owned(), stored("tower-0", 4))].into();
-    let lab = lab(Server { rows, version: 1, ..Server::default() }).await;
+    let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     assert_eq!((lab.floors.get("n1").generation, lab.floors.get("n1").session), (70, 4));
     lab.node("n1", "u1");
     lab.fleet.set("n1", observed(71, 5));
     lab.wait(100).await;
     assert_eq!(lab.row("n1")["status"]["connection"]["session"], 5);
-    {
-        let mut server = lab.server.lock().unwrap();
-        server.version += 1;
-        let version = json!(server.version.to_string());
-        let row = server.rows.get_mut("n1").unwrap();
-        row["status"]["connection"] = json!({"replica": "tower-1", "session": 6});
-        row["metadata"]["resourceVersion"] = version;
-    }
+    lab.change("n1", |row| row["status"]["connection"] = json!({"replica": "tower-1", "session": 6}));
     lab.fleet.set("n1", observed(72, 5));
     lab.wait(5_000).await;
     let row = lab.row("n1");
@@ -360,14 +297,7 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
     lab.wait(100).await;
     assert_eq!((named(), lab.writes()[0].as_str()), (json!(2), "PATCH n1"));
     // Somebody else was faster: what they wrote stays until the next decision.
-    {
-        let mut server = lab.server.lock().unwrap();
-        server.version += 1;
-        let version = json!(server.version.to_string());
-        let row = server.rows.get_mut("n1").unwrap();
-        row["metadata"]["resourceVersion"] = version;
-        row["spec"]["profile"] = json!({"name": "other", "revision": 9});
-    }
+    lab.change("n1", |row| row["spec"]["profile"] = json!({"name": "other", "revision": 9}));
     want(3);
     lab.wait(2_000).await;
     assert_eq!(named(), json!(9));
@@ -383,8 +313,7 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
 
 #[tokio::test(start_paused = true)]
 async fn a_missing_agent_is_news_once_agents_had_the_time_to_come_back() {
-    let rows = [("n1".to_owned(), stored("tower-0", 4))].into();
-    let lab = lab(Server { rows, version: 1, ..Server::default() }).await;
+    let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     lab.node("n1", "u1");
     lab.wait(120_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Synced", "streams are not accepted yet");
@@ -401,14 +330,14 @@ async fn a_missing_agent_is_news_once_agents_had_the_time_to_come_back() {
 async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
     let mut row = stored("tower-0", 4);
     row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
-    let lab = lab(Server { rows: [("n1".to_owned(), row)].into(), version: 1, ..Server::default() }).await;
+    let lab = lab(Server::with("n1", row)).await;
     lab.node("n1", "u1");
-    lab.server.lock().unwrap().rows.clear();
+    lab.server.lock().unwrap().store.objects.clear();
     lab.fleet.set("n1", observed(71, 5));
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7, "the nodes keep their settings");
     // Another Node of that name is not the one that was moved there.
-    lab.server.lock().unwrap().rows.clear();
+    lab.server.lock().unwrap().store.objects.clear();
     lab.node("n1", "u2");
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["metadata"]["ownerReferences"][0]["uid"], "u2");
@@ -421,7 +350,7 @@ async fn a_row_that_went_while_the_watch_was_down_is_made_again() {
     lab.node("n1", "u1");
     lab.node("n2", "u2");
     lab.wait(100).await;
-    lab.server.lock().unwrap().rows.remove("n1");
+    lab.server.lock().unwrap().store.objects.remove(&path("n1"));
     lab.wait(60_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Absent");
     assert!(!lab.writes().iter().any(|write| write == "DELETE n2"));
@@ -441,4 +370,29 @@ async fn a_row_that_flaps_is_written_at_most_once_a_second() {
     lab.wait(2_000).await;
     let writes = lab.writes().len();
     assert!((4..=7).contains(&writes), "{writes} writes in 5 s of flapping");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_assignment_removes_what_it_does_not_say() {
+    let mut row = stored("tower-0", 4);
+    row["spec"]["profile"] = json!({
+        "name": "edge", "revision": 1, "assignedAt": "2026-01-01T00:00:00Z", "traceID": "0af7",
+        "previous": {"name": "base", "revision": 1},
+    });
+    let lab = lab(Server::with("n1", row)).await;
+    lab.node("n1", "u1");
+    let mut wanted = ProfileAssignment { name: "edge".into(), revision: 2, ..ProfileAssignment::default() };
+    lab.assignments.want(BTreeMap::from([("n1".into(), wanted.clone())]));
+    lab.wait(100).await;
+    assert_eq!(lab.row("n1")["spec"]["profile"], json!({"name": "edge", "revision": 2}));
+    assert_eq!(lab.assignments.of("n1").1.profile, Some(wanted.clone()));
+    // The same revision with another origin is another assignment.
+    wanted.previous = Some(PreviousRevision { name: "base".into(), revision: 1 });
+    wanted.trace_id = Some("0af8".into());
+    lab.assignments.want(BTreeMap::from([("n1".into(), wanted.clone())]));
+    lab.wait(2_000).await;
+    assert_eq!(lab.assignments.of("n1").1.profile, Some(wanted));
+    lab.writes();
+    lab.wait(60_000).await;
+    assert!(lab.writes().iter().all(|write| write != "PATCH n1"), "a row that says so is left alone");
 }

@@ -163,8 +163,14 @@ impl<'a> Survey<'a> {
         too_much.then_some((unhealthy, all))
     }
 
+    /// What each node of the profile has, if it has been assigned anything.
+    pub(super) fn assigned(&self) -> Vec<Revision> {
+        let mine = self.members.iter().filter(|member| member.mine);
+        mine.filter_map(|member| Some(member.node.assigned.as_ref()?.revision.clone())).collect()
+    }
+
     /// Every touched node gets what it had of another profile, or else the stable revision.
-    fn returned(&self, stable: &Revision) -> BTreeMap<std::sync::Arc<str>, Revision> {
+    pub(super) fn returned(&self, stable: &Revision) -> BTreeMap<std::sync::Arc<str>, Revision> {
         let touched = self.members.iter().filter(|member| member.outcome.is_some());
         let own = |node: &FleetNode| node.assigned.as_ref().and_then(|assigned| assigned.previous.clone());
         touched

@@ -1,7 +1,9 @@
 //! A decision in words: counts, conditions, Events.
 
+use std::collections::BTreeMap;
+
 use super::decide::{Survey, Transition};
-use super::{Acknowledgements, Excluded, Progress, Rollout, State, Time, WaitingOn};
+use super::{Acknowledgements, Excluded, Progress, Revision, Rollout, State, Time, WaitingOn};
 
 /// A decision for people. Counts are those of the fleet at the decision.
 #[derive(Debug, Clone, PartialEq)]
@@ -64,7 +66,7 @@ pub(super) fn status(
     };
     let overdue = progress.state == State::Progressing
         && progress.advanced_at.is_some_and(|at| now.since(at) > rollout.strategy.progress_deadline);
-    status.message = message(rollout, progress, &status, note, overdue);
+    status.message = message(rollout, progress, &status, &way_back(rollout, progress, survey), note, overdue);
     status.conditions = conditions(progress, &status.message, overdue);
     status
 }
@@ -73,6 +75,7 @@ fn message(
     rollout: &Rollout,
     progress: &Progress,
     status: &Status,
+    way_back: &str,
     note: Option<&str>,
     overdue: bool,
 ) -> String {
@@ -110,17 +113,38 @@ fn message(
         (State::Progressing, _) if overdue => format!("{place}: {held}; no node has advanced for too long"),
         (State::Progressing, _) => format!("{place}: {held}"),
         (State::RollingBack, _) => {
-            format!("{}; {touched} nodes are still to be returned to {}", why(progress), earlier(rollout))
+            format!("{}; {touched} nodes are still to be returned to {way_back}", why(progress))
         }
         (State::Failed | State::Aborted, _) => {
-            format!("{}; all nodes were returned to {}", why(progress), earlier(rollout))
+            format!("{}; all nodes were returned to {way_back}", why(progress))
         }
         (State::Superseded, _) => "a newer revision took its place".to_owned(),
         (State::Complete, _) => held,
     }
 }
 
-/// What its nodes return to: what they had of other profiles, if none of its own is proved.
+/// What its nodes return to, or returned to. Nodes of one rollout can return to revisions of several profiles.
+fn way_back(rollout: &Rollout, progress: &Progress, survey: &Survey<'_>) -> String {
+    let revisions = match progress.state {
+        State::RollingBack => survey.returned(&rollout.stable).into_values().collect(),
+        State::Failed | State::Aborted => survey.assigned(),
+        _ => Vec::new(),
+    };
+    let mut nodes: BTreeMap<Revision, usize> = BTreeMap::new();
+    for revision in revisions {
+        *nodes.entry(revision).or_default() += 1;
+    }
+    match nodes.len() {
+        0 => rollout.stable.to_string(),
+        1 => nodes.into_keys().map(|revision| revision.to_string()).collect(),
+        _ => {
+            let each = nodes.iter().map(|(revision, nodes)| format!("{revision} ({nodes})"));
+            format!("what they had before: {}", each.collect::<Vec<_>>().join(", "))
+        }
+    }
+}
+
+/// The stable revision, if it is one of the rollout's own profile.
 fn earlier(rollout: &Rollout) -> String {
     if rollout.stable.profile == rollout.target.profile {
         rollout.stable.to_string()
