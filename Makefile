@@ -1,12 +1,12 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test alerts audit bench kernels setup clean-lab cluster cluster-install cluster-demo cluster-down conformance
+.PHONY: help demo test alerts audit bench kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1 leaves it running)
-	@KEEP="$(KEEP)" hack/demo.sh
+demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1 leaves it running, SVG=FILE draws it)
+	@KEEP="$(KEEP)" SVG="$(SVG)" hack/demo.sh
 
 test: ## format, lints and all tests; the last line is the total
 	@hack/test.sh
@@ -25,6 +25,9 @@ kernels: ## the agent's rules and packets on Debian's kernels 6.1 and 6.12, emul
 
 setup: ## what the targets above do first: Debian packages and the control plane
 	@hack/setup.sh
+
+cache-key: ## name and folder of the prebuilt control plane, for a CI cache that keeps it between machines
+	@hack/setup.sh cache-key
 
 clean-lab: ## removes the namespaces and files that a killed run left behind
 	@hack/clean-lab.sh

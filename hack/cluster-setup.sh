@@ -53,7 +53,7 @@ build_go_programs() {
         k8s.io/kubernetes/cmd/kube-scheduler k8s.io/kubernetes/test/images/agnhost \
         k8s.io/kubernetes/test/images/regression-issue-74839 github.com/onsi/ginkgo/v2/ginkgo
     watched "upstream's e2e suite (about two minutes)" "$out/build.log" \
-        go test -c -v -trimpath -ldflags "$flags" -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
+        go test -c -vet=off -v -trimpath -ldflags "$flags" -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
     cd "$ROOT/e2e/tools/coredns"
     watched "CoreDNS (about a minute)" "$out/build.log" \
         go build -v -trimpath -ldflags "-s -w" -o "$out/" github.com/coredns/coredns

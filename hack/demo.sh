@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# `make demo`: sets up what is missing, builds, and runs the demonstration.
+# `make demo`: sets up what is missing, builds, and runs the demonstration. KEEP=1 leaves it running, SVG=FILE writes its
+# output as an image as well.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -10,5 +11,6 @@ build_workspace_binaries ""
 SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 export SWITCHTOWER_CONTROL_PLANE
 arguments=()
+[ -z "${SVG:-}" ] || arguments+=(--svg "$SVG")
 [ -z "${KEEP:-}" ] || [ "$KEEP" = 0 ] || arguments+=(--keep)
 exec "$(target_dir)/debug/demo" "${arguments[@]}"

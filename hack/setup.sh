@@ -11,6 +11,13 @@ set -euo pipefail
 
 TARGET=${1:-setup}
 
+# A CI cache that saves this folder under this key spares a new machine the build of the control plane.
+if [ "$TARGET" = cache-key ]; then
+    dir=$(control_plane_dir)
+    printf 'key\t%s\nfolder\t%s\n' "switchtower-control-plane-$(uname -m)-$(basename "$dir")" "$dir"
+    exit 0
+fi
+
 # Tries each feature in namespaces of its own instead of trusting version numbers.
 probe_kernel() {
     local name="stprobe-$$" error

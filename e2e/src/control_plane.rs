@@ -31,7 +31,7 @@ pub struct ControlPlane {
     // Dropped in this order: the API server before etcd, the directory last.
     controller_manager: Process,
     api_server: Process,
-    etcd: Process,
+    _etcd: Process,
     address: SocketAddr,
     _registered: Registered,
 }
@@ -64,15 +64,24 @@ impl ControlPlane {
         let address = (Ipv4Addr::LOCALHOST, ports.api_server).into();
         let etcd = start_etcd(&directory, &ports)?;
         let api_server = start_api_server(&directory, &ports)?;
-        let controller_manager = start_controller_manager(&directory, &ports)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let runtime = Arc::new(runtime);
         let kubeconfig = Kubeconfig::read_from(directory.join("kubeconfig"))?;
         let options = KubeConfigOptions::default();
         let config = runtime.block_on(kube::Config::from_custom_kubeconfig(kubeconfig, &options))?;
         let kube = Kube::new(config, runtime)?;
-        let control_plane =
-            Self { kube, directory, controller_manager, api_server, etcd, address, _registered: registered };
+        wait_for_api_server(&kube, &etcd, &api_server)?;
+        // Not earlier: kube-controller-manager exits when the API server takes longer than its own start-up timeout.
+        let controller_manager = start_controller_manager(&directory, &ports)?;
+        let control_plane = Self {
+            kube,
+            directory,
+            controller_manager,
+            api_server,
+            _etcd: etcd,
+            address,
+            _registered: registered,
+        };
         control_plane.wait_until_ready()?;
         Ok(control_plane)
     }
@@ -122,27 +131,31 @@ impl ControlPlane {
     }
 
     fn wait_until_ready(&self) -> Result<()> {
-        let running = || {
-            self.etcd.check_running()?;
-            self.api_server.check_running()?;
-            self.controller_manager.check_running()
-        };
-        let ready = wait::until("the API server is ready", Duration::from_secs(60), || {
-            // A program that ended will not become ready: no use in waiting.
-            if let Err(ended) = running() {
-                return Ok(Err(ended));
-            }
-            self.kube.ready()?;
+        until_ready("the ServiceAccount default/default exists", &[&self.controller_manager], || {
             let account: Option<k8s_openapi::api::core::v1::ServiceAccount> =
                 self.kube.get("default", "default")?;
-            account.context("kube-controller-manager has not made the ServiceAccount default/default")?;
-            Ok(Ok(()))
-        });
-        ready.and_then(|outcome| outcome).with_context(|| {
-            let log = crate::process::tail(self.api_server.log(), 10);
-            format!("the control plane does not become ready; the API server's log ends:\n{log}")
+            account.context("kube-controller-manager has not created it").map(drop)
         })
     }
+}
+
+fn wait_for_api_server(kube: &Kube, etcd: &Process, api_server: &Process) -> Result<()> {
+    // The last process is the one whose log explains a failure.
+    until_ready("the API server is ready", &[etcd, api_server], || kube.ready())
+}
+
+/// Waits up to a minute for `ready`; fails at once when one of `processes` exits.
+fn until_ready(what: &str, processes: &[&Process], mut ready: impl FnMut() -> Result<()>) -> Result<()> {
+    let result = wait::until(what, Duration::from_secs(60), || {
+        match processes.iter().try_for_each(|process| process.check_running()) {
+            Err(exited) => Ok(Err(exited)),
+            Ok(()) => ready().map(Ok),
+        }
+    });
+    result.and_then(|outcome| outcome).with_context(|| {
+        let log = processes.last().map(|process| crate::process::tail(process.log(), 10)).unwrap_or_default();
+        format!("the control plane did not become ready; the last log ends:\n{log}")
+    })
 }
 
 fn free_ports<const N: usize>() -> Result<[u16; N]> {

@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod collector;
 pub mod commits;
 pub mod control_plane;
+pub mod demo;
 pub mod differential;
 pub mod kernel_reader;
 pub mod lab;

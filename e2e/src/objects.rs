@@ -114,11 +114,22 @@ pub fn pod(namespace: &str, name: &str, node: &str, service_account: &str) -> Va
 
 /// The status of a Pod that runs and is ready, with the addresses of its namespace.
 pub fn running(pod: &PodNet, node: &NodeNet) -> Value {
+    let mut status = running_on_host(node);
+    status["podIP"] = json!(pod.ipv4.to_string());
+    status["podIPs"] = json!([{"ip": pod.ipv4.to_string()}, {"ip": pod.ipv6.to_string()}]);
+    status
+}
+
+/// The status of a Pod of the host network that runs and is ready.
+pub fn running_on_host(node: &NodeNet) -> Value {
+    let address = node.address(false).to_string();
     json!({
         "phase": "Running",
         "conditions": [{"type": "Ready", "status": "True"}],
-        "hostIP": node.address(false).to_string(),
-        "podIP": pod.ipv4.to_string(),
-        "podIPs": [{"ip": pod.ipv4.to_string()}, {"ip": pod.ipv6.to_string()}],
+        "containerStatuses": [{
+            "name": "main", "image": "none", "imageID": "", "restartCount": 0, "ready": true, "started": true,
+            "state": {"running": {"startedAt": null}},
+        }],
+        "hostIP": address, "podIP": address, "podIPs": [{"ip": address}],
     })
 }

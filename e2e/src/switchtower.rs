@@ -297,6 +297,7 @@ impl Fleet {
     pub fn start_agent(&self, node: &FleetNode) -> Result<()> {
         let pod = self.agent_pod(&node.net.name)?;
         let token = self.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], TOKEN_SECONDS)?;
+        self.kube().apply(&self.running_agent_pod(node))?;
         fs::create_dir_all(&node.directory)?;
         fs::write(node.directory.join("token"), token)?;
         self.write_bootstrap(node)?;
@@ -353,6 +354,14 @@ impl Fleet {
         let name = format!("{AGENT_ACCOUNT}-{node}");
         self.kube().apply(&objects::pod(NAMESPACE, &name, node, AGENT_ACCOUNT))?;
         self.kube().get(NAMESPACE, &name)?.context("the agent's Pod was made and is not there")
+    }
+
+    /// The Pod of a node's agent as a kubelet would report it once the agent is up.
+    fn running_agent_pod(&self, node: &FleetNode) -> serde_json::Value {
+        let name = format!("{AGENT_ACCOUNT}-{}", node.net.name);
+        let mut pod = objects::pod(NAMESPACE, &name, &node.net.name, AGENT_ACCOUNT);
+        pod["status"] = objects::running_on_host(&node.net);
+        pod
     }
 
     /// Asks the TokenRequest API for a token, bound to a Pod if one is given.
