@@ -17,7 +17,9 @@ else
 fi
 cd "$ROOT"
 # The whole workspace: one package alone would have its dependencies compiled again with other features.
-[ "$ACTION" = down ] && [ -x "$(target_dir)/debug/cluster" ] || build_workspace_binaries ""
+if [ "$ACTION" != down ] || [ ! -x "$(target_dir)/debug/cluster" ]; then
+    build_workspace_binaries ""
+fi
 SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 SWITCHTOWER_CLUSTER_TOOLS=$(cluster_tools_dir)
 SWITCHTOWER_CLUSTER_IMAGES=$CACHE/cluster/images

@@ -8,6 +8,7 @@ set -euo pipefail
 require_root test
 "$ROOT/hack/setup.sh" test
 require_lint_tools
+install_packages shellcheck=shellcheck
 cd "$ROOT"
 
 failed=0
@@ -34,6 +35,18 @@ say "lints"
 cargo clippy --locked --workspace --all-targets -- -D warnings || {
     failed=1
     echo "switchtower: clippy found something, see above." >&2
+    total
+    exit 1
+}
+say "shell scripts"
+shellcheck --external-sources hack/*.sh .ci/run || {
+    failed=1
+    total
+    exit 1
+}
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items || {
+    failed=1
     total
     exit 1
 }

@@ -106,7 +106,7 @@ pub struct StatusArgs {
 /// Flags of `explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// [svc/][NAMESPACE/]NAME[:PORT], or a code such as ST0202.
+    /// `[svc/][NAMESPACE/]NAME[:PORT]`, or a code such as ST0202.
     pub subject: String,
     /// On this node, checked against its kernel; by default all nodes, without asking their kernels.
     #[arg(long, value_name = "NAME")]
@@ -134,7 +134,7 @@ pub struct DiffArgs {
 pub struct RulesArgs {
     /// The node.
     pub node: String,
-    /// [svc/][NAMESPACE/]NAME[:PORT]: only what the kernel does with this Service's packets
+    /// `[svc/][NAMESPACE/]NAME[:PORT]`: only what the kernel does with this Service's packets
     #[arg(conflicts_with_all = ["filter", "limit"])]
     pub service: Option<String>,
     /// Only elements whose line contains this: an address, a set's name.
@@ -148,7 +148,7 @@ pub struct RulesArgs {
 /// Flags of `trace`.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
-    /// [svc/][NAMESPACE/]NAME
+    /// `[svc/][NAMESPACE/]NAME`
     pub service: String,
     /// How many of its last changes, 1 to 100.
     #[arg(long, default_value_t = 1, num_args = 0..=1, default_missing_value = "1",
@@ -159,7 +159,7 @@ pub struct TraceArgs {
 /// Flags of `wait`.
 #[derive(Debug, Args)]
 pub struct WaitArgs {
-    /// [svc/][NAMESPACE/]NAME: its last change and that of its endpoints. By default everything so far.
+    /// `[svc/][NAMESPACE/]NAME`: its last change and that of its endpoints. By default everything so far.
     pub service: Option<String>,
     /// What to wait for.
     #[arg(long = "for", value_enum, default_value_t = WaitFor::Change)]

@@ -1,8 +1,8 @@
 //! `kubectl switchtower`: what the fleet does, why a packet goes where it goes, and whether a change has arrived.
 //!
 //! It reads ProxyStatus and other objects with the user's own rights, and asks the controller's admin API with a
-//! token that the API server mints for it ([`controller`]). Every command makes a value and a text of it
-//! ([`output`]); `-o json|yaml` prints the value. Nothing is changed but by `rollout`.
+//! token that the API server mints for it (`controller`). Every command makes a value and a text of it
+//! (`output`); `-o json|yaml` prints the value. Nothing is changed but by `rollout`.
 //!
 //! Exit codes: 0 all is well, 1 something is wrong and was named, 2 it cannot be told (wrong usage, no connection, a
 //! missing right).

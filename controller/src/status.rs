@@ -1,6 +1,6 @@
 //! One `ProxyStatus` per Node: what the node should hold and what its kernel holds, for `kubectl`.
 //!
-//! [`row`] says what a row should be, [`schedule`] when it may be written, [`writer`] writes it. What holds:
+//! `row` says what a row should be, `schedule` when it may be written, `writer` writes it. What holds:
 //! every matching Node has a row, also without an agent; rows never hold up the serving of agents; a row
 //! that another replica took over is left to it.
 

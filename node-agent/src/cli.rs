@@ -58,7 +58,7 @@ pub struct AgentArgs {
         default_value = "127.0.0.1:10249"
     )]
     pub metrics_bind_address: Vec<SocketAddr>,
-    /// Address of /healthz and /livez; [::] is both families, and IPv4 alone where there is no IPv6.
+    /// Address of /healthz and /livez; `[::]` is both families, and IPv4 alone where there is no IPv6.
     #[arg(
         long,
         env = "SWITCHTOWER_HEALTHZ_BIND_ADDRESS",

@@ -1,6 +1,6 @@
 //! Rollouts of settings: which node gets which revision of a profile, as a pure function of what is known.
 //!
-//! [`decide`] looks at one rollout, the whole fleet and the time, and says what to store and which nodes to move.
+//! [`decide()`] looks at one rollout, the whole fleet and the time, and says what to store and which nodes to move.
 //! [`profile`] says which profile a node belongs to, which revision is stable, and when a new rollout begins.
 //!
 //! What holds:

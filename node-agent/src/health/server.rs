@@ -93,7 +93,7 @@ fn exposition(registry: &Registry) -> impl IntoResponse + use<> {
     }
 }
 
-/// [::] is both families, whatever the machine's default; 0.0.0.0 where there is no IPv6.
+/// `[::]` is both families, whatever the machine's default; 0.0.0.0 where there is no IPv6.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let SocketAddr::V6(v6) = address else { return listen_with(&TcpSocket::new_v4, address) };
     let bound = listen_with(&TcpSocket::new_v6, address);

@@ -1,8 +1,8 @@
 //! The kernel's side: nf_tables over netlink, tables `ip switchtower` and `ip6 switchtower`.
 //!
-//! [`ruleset`] says what the tables look like, [`mirror`] and [`plan`] derive their content from the view
-//! without touching the kernel, [`encode`] writes a transaction, [`dump`] reads the tables back. [`Nft`] puts
-//! them together as a [`Dataplane`]. One transaction covers both tables and carries the stamp. No process is
+//! `ruleset` says what the tables look like, `mirror` and `plan` derive their content from the view
+//! without touching the kernel, `encode` writes a transaction, `dump` reads the tables back. `Nft` puts
+//! them together as a `Dataplane`. One transaction covers both tables and carries the stamp. No process is
 //! started, and only the own tables are read or written.
 
 mod allocate;
