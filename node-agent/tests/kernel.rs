@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -107,6 +106,38 @@ fn a_restart_adopts_without_writing() {
 }
 
 #[test]
+fn a_table_of_another_layout_is_replaced_at_once() {
+    let node = Namespace::new("layout");
+    let old = "table ip switchtower {
+        map frontends {
+            type ipv4_addr . inet_proto . inet_service : classid
+            elements = { 10.96.0.10 . tcp . 80 : 0:2005 }
+        }
+        map picks { type classid : verdict; elements = { 0:5 : goto pick-plain-1 }; }
+        map stamp {
+            type mark : ipv6_addr
+            elements = { 0x00000000 : ::2a:0:0:0:7, 0x00000001 : ::2a:2:0:0:0, 0x00000002 : ::1 }
+        }
+        set allowed_sources {
+            type ipv4_addr . inet_proto . inet_service . ipv4_addr
+            flags interval
+        }
+        chain pick-plain-1 { drop; }
+        chain services { meta priority & 0:fff vmap @picks; }
+        chain nat_output { type nat hook output priority -100; policy accept; jump services; }
+    }";
+    node.nft(&["-f", "-"], old);
+    let mut nft = open(&node);
+    assert_eq!(nft.stamp().unwrap(), None);
+    let before = nft.ruleset_generation().unwrap();
+    nft.adopt(&sample(), stamp(1)).unwrap();
+    assert_eq!(nft.ruleset_generation().unwrap(), before + 1, "one transaction: no gap");
+    assert_eq!(nft.repair().unwrap().differences, 0);
+    let text = node.table("ip");
+    assert!(!text.contains("picks") && !text.contains("allowed_sources"), "{text}");
+}
+
+#[test]
 fn adoption_repairs_only_what_differs() {
     let node = Namespace::new("adopt-differs");
     open(&node).commit(&sample(), stamp(1)).unwrap();
@@ -145,7 +176,16 @@ fn disturbances_are_noticed_and_repaired() {
         ("add element ip6 switchtower service_cidrs { fd99::/64 }", changed),
         ("flush map ip switchtower backends", changed),
         ("flush map ip switchtower stamp", changed),
-        ("flush map ip switchtower picks", changed),
+        ("flush map ip switchtower source_lists", changed),
+        ("flush map ip switchtower sticky_pools", changed),
+        ("flush set ip6 switchtower sources-1", changed),
+        ("add element ip switchtower sources-1 { 203.0.113.0/24 }", changed),
+        (
+            "add set ip switchtower sources-9 { type ipv4_addr; flags interval; elements = { 10.0.0.0/8 }; }",
+            changed,
+        ),
+        ("flush chain ip switchtower sources-1", changed),
+        ("flush chain ip switchtower size-3", changed),
         ("flush chain ip switchtower services", changed),
         ("insert rule ip switchtower services accept", changed),
         ("add rule ip6 switchtower nat_output counter", changed),
@@ -203,20 +243,17 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
     let node = Namespace::new("refused");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
-    // Someone's range for the same frontend: the kernel refuses one that overlaps it in part.
-    let range = "{ 198.51.100.77 . tcp . 80 . 192.0.2.128-192.0.3.50 }";
-    node.nft(&["add", "element", "ip", "switchtower", "allowed_sources", range], "");
+    // Someone's range: the kernel refuses one that overlaps it in part.
+    let range = "{ 10.97.0.128-10.98.3.50 }";
+    node.nft(&["add", "element", "ip", "switchtower", "service_cidrs", range], "");
     let view = [
-        KernelChange::Frontend(proto::Frontend {
-            source_ranges: vec![cidr("192.0.2.0/24")],
-            ..load_balancer("guarded", "198.51.100.77")
-        }),
+        KernelChange::ServiceCidr(cidr("10.97.0.0/16")),
         pool("other", Role::Cluster, &PODS, &[]),
         KernelChange::Frontend(cluster_ip("other", "10.96.0.88")),
     ];
     let committed = nft.commit(&view, stamp(2)).unwrap();
     assert_eq!(committed.refused.len(), 1, "{:?}", committed.refused);
-    assert_eq!(committed.refused[0].item, "frontend 198.51.100.77:80/TCP (default/guarded)");
+    assert_eq!(committed.refused[0].item, "ServiceCIDR 10.97.0.0/16");
     assert_ne!(committed.refused[0].errno, 0);
     assert!(node.table("ip").contains("10.96.0.88 . tcp . 80"));
     assert_eq!(nft.stamp().unwrap(), Some(stamp(2)));
@@ -233,8 +270,13 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
 fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
     let node = Namespace::new("reference");
     let mut nft = open(&node);
-    nft.commit(&service("one", "10.96.0.1", &PODS), stamp(1)).unwrap();
-    let chain = "pick-cluster_ip-3";
+    let mut view = service("one", "10.96.0.1", &PODS);
+    let restricted = load_balancer("one", "198.51.100.1");
+    let key = restricted.key.clone().unwrap();
+    let source_ranges = vec![cidr("192.0.2.0/24")];
+    view.push(KernelChange::Frontend(proto::Frontend { source_ranges, ..restricted }));
+    nft.commit(&view, stamp(1)).unwrap();
+    let chain = "sources-1";
     assert!(node.table("ip").contains(chain));
     let map = "add map ip switchtower verdicts { type ipv4_addr : verdict; }";
     node.nft(&[map], "");
@@ -242,9 +284,8 @@ fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
         &["add", "element", "ip", "switchtower", "verdicts", &format!("{{ 10.0.0.1 : goto {chain} }}")],
         "",
     );
-    // The size is gone, and after some commits so is its chain; the map is not known yet.
-    nft.commit(&[pool("one", Role::Cluster, &[], &PODS[..1])], stamp(2)).unwrap();
-    (3..40).for_each(|number| drop(nft.commit(&[], stamp(number)).unwrap()));
+    // The list of sources is gone and so is its chain; the map is not known yet.
+    nft.commit(&[KernelChange::FrontendRemoved(key)], stamp(2)).unwrap();
     assert!(!node.table("ip").contains(chain));
     assert_eq!(nft.repair().unwrap().differences, 0);
 }
@@ -350,28 +391,33 @@ fn four_hundred_sizes_are_programmed_exactly() {
     let summary = node.run(|| nft::inspect().unwrap()).remove(0);
     let slots = summary.elements.iter().filter(|line| line.starts_with("slots")).count();
     assert_eq!(slots, 400 * 401 / 2);
-    assert_eq!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count(), 400);
+    let empty = Namespace::new("sizes-none");
+    open(&empty).commit(&facts(), stamp(1)).unwrap();
+    assert_eq!(summary.chains, empty.run(|| nft::inspect().unwrap()).remove(0).chains, "chains are constant");
     let adopted = open(&node).adopt(&sizes(400), stamp(1)).unwrap();
     assert!(adopted.committed.is_none());
 }
 
 #[test]
-fn when_codes_run_short_sizes_share_and_every_endpoint_is_still_reached() {
-    let node = Namespace::new("codes");
-    let mut nft = node.run(|| Nft::with_codes(4 + 16).unwrap());
-    let committed = nft.commit(&sizes(60), stamp(1)).unwrap();
-    assert_eq!(committed.refused, vec![]);
-    let summary = node.run(|| nft::inspect().unwrap()).remove(0);
-    // Every pool's slots name all its members: as many distinct ids as backends.
-    let slots = summary.elements.iter().filter(|line| line.starts_with("slots"));
-    let ids: BTreeSet<&str> = slots.clone().map(|line| line.split(" : ").nth(1).unwrap()).collect();
-    assert_eq!(ids.len(), 60 * 61 / 2);
-    assert!(slots.count() > ids.len(), "some members stand twice");
-    assert!(summary.chains.iter().filter(|(name, _)| name.starts_with("pick-")).count() <= 16);
-    assert_eq!(nft.repair().unwrap().differences, 0);
-    // Members of a padded pool come and go.
-    nft.commit(&[pool("s50", Role::Cluster, &["10.9.9.9:80"], &["10.0.50.1:80"])], stamp(2)).unwrap();
-    nft.commit(&[pool("s50", Role::Cluster, &[], &["10.9.9.9:80"])], stamp(3)).unwrap();
+fn a_pool_grows_and_shrinks_by_a_few_elements() {
+    let node = Namespace::new("growth");
+    let mut nft = open(&node);
+    let mut view = sizes(20);
+    let sticky = cluster_ip("grows", "10.97.0.1");
+    view.push(KernelChange::Frontend(proto::Frontend { affinity_seconds: 60, ..sticky }));
+    view.push(KernelChange::Frontend(cluster_ip("grows", "10.97.0.2")));
+    nft.commit(&view, stamp(1)).unwrap();
+    let endpoints: Vec<String> = (0..70).map(|number| format!("10.9.0.{number}:80")).collect();
+    let changes = endpoints.iter().map(|endpoint| (endpoint, true));
+    let changes = changes.chain(endpoints.iter().map(|endpoint| (endpoint, false)));
+    for (number, (endpoint, added)) in (2..).zip(changes) {
+        let one = [endpoint.as_str()];
+        let (added, removed): (&[&str], &[&str]) = if added { (&one, &[]) } else { (&[], &one) };
+        let change = [pool("grows", Role::Cluster, added, removed)];
+        let committed = nft.commit(&change, stamp(number)).unwrap();
+        // Two slots, a backend, and where the size class changes its value and two frontends; each at most replaced.
+        assert!(committed.operations <= 16, "{endpoint}: {committed:?}");
+    }
     assert_eq!(nft.repair().unwrap().differences, 0);
 }
 

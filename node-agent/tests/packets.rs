@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Barrier;
 
@@ -82,6 +82,51 @@ fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
             backends(&lab.client, vip, 1) != next
         });
     }
+}
+
+#[test]
+fn a_client_keeps_its_backend_when_the_timeout_changes() {
+    let lab = Lab::new();
+    let sticky = |seconds| proto::Frontend { affinity_seconds: seconds, ..cluster_ip("web", "10.96.0.10") };
+    let view = [pool("web", Role::Cluster, &PODS, &[]), KernelChange::Frontend(sticky(10_800))];
+    let mut nft = program(&lab, &view);
+    let chosen = backends(&lab.client, "10.96.0.10:80", 3);
+    assert_eq!(chosen.len(), 1);
+    for (number, seconds) in (2..).zip([300, 600, 61, 86_400, 10_800]) {
+        nft.commit(&[KernelChange::Frontend(sticky(seconds))], stamp(number)).unwrap();
+        assert_eq!(backends(&lab.client, "10.96.0.10:80", 3), chosen, "{seconds} s");
+    }
+}
+
+#[test]
+fn every_endpoint_of_a_large_pool_gets_its_share() {
+    const ENDPOINTS: u16 = 21;
+    const CONNECTIONS: usize = 2100;
+    let lab = Lab::new();
+    let endpoints: Vec<String> = (0..ENDPOINTS)
+        .map(|number| {
+            serve(&lab.pods[0], &format!("endpoint{number}"), 9000 + number);
+            format!("10.244.0.1:{}", 9000 + number)
+        })
+        .collect();
+    let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
+    let sticky = proto::Frontend { affinity_seconds: 1, ..cluster_ip("web-sticky", "10.96.0.11") };
+    let view = [
+        pool("web", Role::Cluster, &endpoints, &[]),
+        pool("web-sticky", Role::Cluster, &endpoints, &[]),
+        KernelChange::Frontend(cluster_ip("web", "10.96.0.10")),
+        KernelChange::Frontend(sticky),
+    ];
+    let _nft = program(&lab, &view);
+    let mut shares: BTreeMap<String, usize> = BTreeMap::new();
+    for _ in 0..CONNECTIONS {
+        let answer = lab.client.ask("10.96.0.10:80").unwrap();
+        *shares.entry(answer.split(' ').next().unwrap().to_owned()).or_default() += 1;
+    }
+    assert_eq!(shares.len(), usize::from(ENDPOINTS), "{shares:?}");
+    // 100 each; one in a million runs is off by five standard deviations.
+    assert!(shares.values().all(|share| (50..150).contains(share)), "{shares:?}");
+    assert_eq!(backends(&lab.client, "10.96.0.11:80", 5).len(), 1, "affinity finds its size too");
 }
 
 /// Connections that a client opens at the same moment all find nothing remembered, and each makes a choice: the

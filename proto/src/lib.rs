@@ -1,9 +1,10 @@
 //! The protocol between the controller and the node agents.
 //!
 //! `proto/switchtower/v1/fleet.proto` is the specification, with the state machine in its comments.
-//! This crate holds the code generated from it and [`digest`], the canonical encoding that both sides
-//! hash, and nothing else.
+//! This crate holds the code generated from it, [`digest`], the canonical encoding that both sides
+//! hash, and the rounding of [`affinity`] timeouts that both sides apply.
 
+pub mod affinity;
 pub mod digest;
 
 /// Messages and service of `switchtower.v1`, generated; do not edit.

@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use switchtower_proto::affinity::programmed_timeout;
 use switchtower_proto::v1::{Family, Frontend, FrontendKey, FrontendKind, Role};
 
 use crate::admin::{Finding, Outcome};
@@ -156,7 +157,7 @@ fn finding(view: &View, frontend: &Frontend, destination: IpAddr, source: Source
         endpoints,
         masquerade,
         hairpin,
-        affinity_seconds: frontend.affinity_seconds,
+        affinity_seconds: programmed_timeout(frontend.affinity_seconds),
         path,
         kernel: None,
     }

@@ -143,7 +143,7 @@ impl Tracer<'_> {
         if !ranges.is_empty() {
             let allowed = self.source_allowed(frontend, &ranges);
             let verdict = if allowed { "is allowed" } else { "is in no allowed range" };
-            self.path.push(format!("allowed_sources: {} {verdict}", self.packet.source.address()));
+            self.path.push(format!("source ranges: {} {verdict}", self.packet.source.address()));
             if !allowed {
                 return Fate::Drop(Cause::SourceRange);
             }

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 
-use super::element::{Data, Dumped, Element, decode, decode_intervals};
+use super::element::{Data, Dumped, Element, Range, decode, decode_intervals};
 use super::expression::fingerprint_of;
 use super::netlink::{GET_CHAIN, GET_ELEMENT, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, Socket};
-use super::ruleset::{Layout, SetSpec, TABLE};
+use super::ruleset::{Layout, SetSpec, TABLE, source_list_of};
 use super::wire::{Attributes, Received, find, find_number, find_path, find_string};
 
 /// Where a dumped chain is hooked: type, hook number, priority, policy.
@@ -67,9 +67,8 @@ pub(crate) fn table<const N: usize>(socket: &mut Socket) -> io::Result<Option<Ta
     let Some(mut dump) = structure_only(socket)? else { return Ok(None) };
     let names: Vec<String> = dump.sets.keys().cloned().collect();
     for name in names {
-        if let Some(seconds) = name.strip_prefix("affinity_").and_then(|seconds| seconds.parse().ok()) {
-            dump.elements.insert(Element::AffinityMap(seconds), Data::Present);
-        } else {
+        // The clients in it are the packets' doing.
+        if name != "affinity" {
             elements(socket, &name, &mut dump)?;
         }
     }
@@ -167,7 +166,6 @@ fn for_each_element(message: &Received<'_>, mut each: impl FnMut(Dumped<'_>)) {
         let data = find(element, 2);
         each(Dumped {
             key: find_path(element, &[1, 1]).unwrap_or_default(),
-            key_end: find_path(element, &[10, 1]),
             interval_end: find_number(element, 3).unwrap_or_default() & 1 != 0,
             data: data.and_then(|data| find(data, 1)),
             chain: data.and_then(|data| find_string(find(data, 2)?, 2)),
@@ -183,17 +181,17 @@ pub(crate) fn element<const N: usize>(
     socket: &mut Socket,
     element: &Element<N>,
 ) -> io::Result<Option<Data<N>>> {
-    let Some(set) = element.set() else { return Ok(None) };
+    let set = element.set();
     let request = |writer: &mut super::wire::Writer| {
         writer.string(1, TABLE);
-        writer.string(2, set);
+        writer.string(2, &set);
         writer.nest(3, |writer| {
             element.encode(writer, None);
         });
     };
     let mut found = None;
     let result = socket.request((GET_ELEMENT, Layout::new(N).family, false), request, |message| {
-        for_each_element(message, |dumped| found = decode(set, &dumped).map(|(_, data)| data));
+        for_each_element(message, |dumped| found = decode(&set, &dumped).map(|(_, data)| data));
     });
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -212,7 +210,14 @@ pub(crate) fn elements<const N: usize>(
     dump: &mut TableDump<N>,
 ) -> io::Result<()> {
     let family = Layout::new(N).family;
-    if set == "service_cidrs" || set == "local_pods" {
+    let range: Option<Box<dyn Fn(Range<N>) -> Element<N>>> = match set {
+        "service_cidrs" => Some(Box::new(Element::ServiceCidr)),
+        "local_pods" => Some(Box::new(Element::LocalPod)),
+        _ => source_list_of(set).map(|list| -> Box<dyn Fn(Range<N>) -> Element<N>> {
+            Box::new(move |range| Element::Source(list, range))
+        }),
+    };
+    if let Some(element) = range {
         let mut owned: Vec<(Vec<u8>, bool)> = Vec::new();
         each_element(socket, family, set, |element| {
             owned.push((element.key.to_vec(), element.interval_end));
@@ -221,7 +226,6 @@ pub(crate) fn elements<const N: usize>(
             .iter()
             .map(|(key, interval_end)| Dumped { key, interval_end: *interval_end, ..Dumped::default() })
             .collect();
-        let element = if set == "service_cidrs" { Element::ServiceCidr } else { Element::LocalPod };
         match decode_intervals(&dumped) {
             Some(ranges) => {
                 dump.elements.extend(ranges.into_iter().map(|range| (element(range), Data::Present)));

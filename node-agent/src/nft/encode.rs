@@ -3,7 +3,7 @@
 //! Chains before the rules that name them, maps before chains, deletions of elements before additions (adding
 //! a present key with other data is refused), base chains last: a packet sees nothing or everything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::dump::{DumpedHook, TableDump};
 use super::element::{Changes, Data, Element};
@@ -12,7 +12,7 @@ use super::netlink::{
     Batch, CREATE, DELETE_CHAIN, DELETE_ELEMENT, DELETE_RULE, DELETE_SET, DELETE_TABLE, NEW_CHAIN,
     NEW_ELEMENT, NEW_SET, NEW_TABLE,
 };
-use super::ruleset::{Chain, Layout, RuleConfig, SetSpec, TABLE};
+use super::ruleset::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::wire::Writer;
 
 /// Bytes of elements per message: a nest holds less than 64 KiB.
@@ -91,7 +91,7 @@ pub(crate) fn family<const N: usize>(
     let mut elements = 0;
     let mut changes: Vec<_> = mirror.changes.0.iter().collect();
     changes.sort_unstable_by_key(|(element, _)| **element);
-    new_structure(batch, layout, &changes, config);
+    new_structure(batch, layout, &changes);
     if structure.built {
         remove_foreign_rules(batch, layout, structure);
         rewrite_chains(batch, layout, structure, mirror);
@@ -157,11 +157,6 @@ fn new_set(batch: &mut Batch, layout: Layout, set: &SetSpec) {
             if let Some(size) = set.size {
                 writer.number(1, size);
             }
-            if !set.fields.is_empty() {
-                writer.nest(2, |writer| {
-                    set.fields.iter().for_each(|length| writer.nest(1, |writer| writer.number(1, *length)));
-                });
-            }
         });
         writer.number(10, id);
         writer.attribute(13, set.user_data);
@@ -200,23 +195,12 @@ fn flush_chain(batch: &mut Batch, layout: Layout, chain: &str) {
     });
 }
 
-/// Maps and chains that new elements need.
-fn new_structure<const N: usize>(
-    batch: &mut Batch,
-    layout: Layout,
-    changes: &[Change<'_, N>],
-    config: &RuleConfig,
-) {
-    for (element, change) in changes {
-        if let (Element::AffinityMap(seconds), (None, Some(_))) = (element, change) {
-            new_set(batch, layout, &layout.affinity_map(*seconds));
-        }
-    }
-    for (element, (before, after)) in changes {
-        if let (Element::Pick(_), Some(Data::Pick(pick))) = (element, after)
-            && before != after
-        {
-            let chain = layout.pick_chain(pick, config);
+/// Sets and chains that new elements need.
+fn new_structure<const N: usize>(batch: &mut Batch, layout: Layout, changes: &[Change<'_, N>]) {
+    for (element, (_, after)) in changes {
+        if let (Element::SourceList(list), Some(_)) = (element, after) {
+            new_set(batch, layout, &layout.source_list(*list));
+            let chain = layout.source_chain(*list);
             new_chain(batch, layout, &chain);
             // The chain may be there although no element leads to it, if someone else removed that.
             write_rules(batch, layout, &chain, true);
@@ -224,7 +208,7 @@ fn new_structure<const N: usize>(
     }
 }
 
-/// Removes chains and maps that no element needs any more, and what is not ours.
+/// Removes chains and sets that no element needs any more, and what is not ours.
 fn old_structure<const N: usize>(
     batch: &mut Batch,
     layout: Layout,
@@ -241,24 +225,15 @@ fn old_structure<const N: usize>(
     if structure.built {
         structure.foreign_sets.iter().for_each(|name| delete(batch, DELETE_SET, 2, name));
     }
-    let added: Vec<_> = changes
-        .iter()
-        .filter_map(|(_, (_, after))| after.filter(|data| matches!(data, Data::Pick(_))))
-        .collect();
-    for (_, (before, _)) in changes {
-        if let Some(Data::Pick(pick)) = before
-            && !added.contains(&Data::Pick(*pick))
-        {
-            delete(batch, DELETE_CHAIN, 3, &pick.chain());
+    for (element, (_, after)) in changes {
+        if let (Element::SourceList(list), None) = (element, after) {
+            let name = source_list_name(*list);
+            delete(batch, DELETE_CHAIN, 3, &name);
+            delete(batch, DELETE_SET, 2, &name);
         }
     }
     if structure.built {
         structure.foreign_chains.iter().for_each(|name| delete(batch, DELETE_CHAIN, 3, name));
-    }
-    for (element, (before, after)) in changes {
-        if let (Element::AffinityMap(seconds), Some(_), None) = (element, before, after) {
-            delete(batch, DELETE_SET, 2, &super::ruleset::affinity_name(*seconds));
-        }
     }
 }
 
@@ -277,9 +252,9 @@ fn rewrite_chains<const N: usize>(
     if structure.config == *config && structure.broken.is_empty() {
         return;
     }
-    let changed = changed_chains(layout, structure, config, mirror);
-    let picks = mirror.codes.all().map(|(_, pick)| layout.pick_chain(&pick, config));
-    for chain in layout.chains(config).into_iter().chain(picks) {
+    let changed = changed_chains(layout, structure, config);
+    let lists = mirror.source_lists().map(|list| layout.source_chain(list));
+    for chain in layout.chains(config).into_iter().chain(lists) {
         if structure.broken.contains(&chain.name) || changed.contains(&chain.name) {
             write_rules(batch, layout, &chain, true);
         }
@@ -287,20 +262,11 @@ fn rewrite_chains<const N: usize>(
 }
 
 /// Chains whose rules differ between the configuration in the kernel and the wanted one.
-fn changed_chains<const N: usize>(
-    layout: Layout,
-    structure: &Structure,
-    config: &RuleConfig,
-    mirror: &Mirror<N>,
-) -> Vec<String> {
+fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) -> Vec<String> {
     if structure.config == *config {
         return Vec::new();
     }
-    let all = |config: &RuleConfig| {
-        let picks = mirror.codes.all().map(|(_, pick)| layout.pick_chain(&pick, config));
-        layout.chains(config).into_iter().chain(picks.collect::<Vec<_>>())
-    };
-    let pairs = all(&structure.config).zip(all(config));
+    let pairs = layout.chains(&structure.config).into_iter().zip(layout.chains(config));
     pairs.filter(|(old, new)| old != new).map(|(_, new)| new.name).collect()
 }
 
@@ -312,21 +278,20 @@ fn write_elements<const N: usize>(
     elements: &[(Element<N>, Option<Data<N>>)],
     (deletes, chunk): (bool, usize),
 ) -> usize {
-    let elements: Vec<_> = elements.iter().filter(|(element, _)| element.set().is_some()).collect();
     let (kind, flags) = if deletes { (DELETE_ELEMENT, 0) } else { (NEW_ELEMENT, CREATE) };
-    let mut rest = elements.as_slice();
-    while let Some(set) = rest.first().and_then(|(element, _)| element.set()) {
+    let mut rest = elements;
+    while let Some(set) = rest.first().map(|(element, _)| element.set()) {
         let mut taken = 0;
         let mut entries = Vec::new();
         let message = batch.len();
         batch.push(kind, flags, layout.family, |writer: &mut Writer| {
             writer.string(1, TABLE);
-            writer.string(2, set);
+            writer.string(2, &set);
             writer.nest(3, |writer| {
                 let start = writer.bytes.len();
                 for (element, data) in rest {
                     let full = writer.bytes.len() - start > CHUNK || taken >= chunk;
-                    if full || element.set() != Some(set) {
+                    if full || element.set() != set {
                         break;
                     }
                     let count = element.encode(writer, data.as_ref());
@@ -388,9 +353,9 @@ pub(crate) fn compare<const N: usize>(
     let mut structure = Structure { built: true, stamp: dump.stamp, config, ..Structure::default() };
     let layout = Layout::new(N);
     let mut expected: BTreeMap<String, Chain> = BTreeMap::new();
-    let picks: Vec<Chain> =
-        mirror.codes.all().map(|(_, pick)| layout.pick_chain(&pick, &structure.config)).collect();
-    for chain in layout.chains(&structure.config).into_iter().chain(picks) {
+    let lists: BTreeSet<String> = mirror.source_lists().map(source_list_name).collect();
+    let sources = mirror.source_lists().map(|list| layout.source_chain(list));
+    for chain in layout.chains(&structure.config).into_iter().chain(sources) {
         expected.insert(chain.name.clone(), chain);
     }
     for (name, chain) in &expected {
@@ -400,16 +365,15 @@ pub(crate) fn compare<const N: usize>(
             structure.broken.push(name.clone());
         }
     }
-    let removed =
-        |data: Option<&Data<N>>, name: &str| matches!(data, Some(Data::Pick(pick)) if pick.chain() == name);
-    for name in dump.chains.keys().filter(|name| !expected.contains_key(*name)) {
-        // A chain whose element is there too goes with that.
-        if !dump.elements.iter().any(|(_, data)| removed(Some(data), name)) {
-            structure.foreign_chains.push(name.clone());
-        }
-    }
-    let known: Vec<String> = layout.sets().into_iter().map(|set| set.name).collect();
-    let foreign = dump.sets.keys().filter(|name| !known.contains(name) && !name.starts_with("affinity_"));
+    // A chain or set whose element is there goes with that.
+    let goes = |name: &str| {
+        let list = source_list_of(name);
+        list.is_some_and(|list| dump.elements.contains_key(&Element::SourceList(list)))
+    };
+    let foreign = dump.chains.keys().filter(|name| !expected.contains_key(*name) && !goes(name));
+    structure.foreign_chains.extend(foreign.cloned());
+    let known: BTreeSet<String> = layout.sets().into_iter().map(|set| set.name).chain(lists).collect();
+    let foreign = dump.sets.keys().filter(|name| !known.contains(*name) && !goes(name));
     structure.foreign_sets.extend(foreign.cloned());
     for (element, data) in &wanted {
         let before = dump.elements.remove(element);
@@ -428,9 +392,9 @@ pub(crate) fn compare<const N: usize>(
 fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
     let layout = Layout::new(N);
     let sets = layout.sets().iter().all(|set| dump.sets.get(&set.name).is_some_and(|found| found.is(set)));
-    let affinity = dump.sets.iter().all(|(name, found)| {
-        let seconds = name.strip_prefix("affinity_").and_then(|seconds| seconds.parse().ok());
-        seconds.is_none_or(|seconds| found.is(&layout.affinity_map(seconds)))
+    let lists = dump.sets.iter().all(|(name, found)| {
+        let list = source_list_of(name);
+        list.is_none_or(|list| found.is(&layout.source_list(list)))
     });
     let chains = layout.chains(&RuleConfig::default()).iter().all(|chain| {
         let wanted = chain.hook.map(|hook| DumpedHook {
@@ -441,5 +405,5 @@ fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
         });
         dump.chains.get(&chain.name) == Some(&wanted)
     });
-    sets && affinity && chains && dump.flags == 0 && dump.unknown == 0
+    sets && lists && chains && dump.flags == 0 && dump.unknown == 0
 }

@@ -108,6 +108,13 @@ pub(crate) enum Expression {
         register: u32,
         modulus: u32,
     },
+    /// register = jhash of the `length` bytes that begin there, modulo `modulus`.
+    Hash {
+        register: u32,
+        length: u32,
+        modulus: u32,
+        seed: u32,
+    },
     /// A set's membership test, or with `result` a map's value; `Some(None)` is the verdict.
     Lookup {
         set: String,
@@ -256,6 +263,14 @@ impl Expression {
             }),
             Expression::Random { register: to, modulus } => {
                 numbers(writer, "numgen", &[(1, register(*to)), (2, *modulus), (3, 1), (4, 0)]);
+            }
+            Expression::Hash { register: both, length, modulus, seed } => {
+                let both = register(*both);
+                numbers(
+                    writer,
+                    "hash",
+                    &[(1, both), (2, both), (3, *length), (4, *modulus), (5, *seed), (7, 0)],
+                );
             }
             Expression::Lookup { .. }
             | Expression::ProtocolWithPorts { .. }

@@ -85,7 +85,7 @@ fn summary<const N: usize>(family: &'static str, dump: &TableDump<N>) -> TableSu
 
 /// One element as a line.
 fn describe<const N: usize>(element: &Element<N>, data: &Data<N>) -> String {
-    let set = element.set().unwrap_or("affinity");
+    let set = element.set();
     let key = match element {
         Element::Frontend(key)
         | Element::Inside(key)
@@ -95,17 +95,12 @@ fn describe<const N: usize>(element: &Element<N>, data: &Data<N>) -> String {
         | Element::Hairpin(key) => {
             format!("{}/{}", text::socket_address(&key.address, key.port), text::protocol(key.protocol))
         }
-        Element::AllowedSource(key, range) => {
-            let frontend = text::socket_address(&key.address, key.port);
-            let source = text::address(&range.address);
-            format!("{frontend}/{} from {source}/{}", text::protocol(key.protocol), range.prefix)
-        }
         Element::Slot { pool, index } => format!("{pool:#010x} {index}"),
         Element::Backend(id) | Element::StickyCluster(id) | Element::StickyLocal(id) => format!("{id:#010x}"),
-        Element::Pick(code) => format!("{code}"),
-        Element::AffinityMap(seconds) => format!("{seconds} s"),
+        Element::StickyPool(pool) => format!("{pool:#010x}"),
+        Element::SourceList(list) => format!("{list}"),
         Element::Vip(address) | Element::ClusterIp(address) => text::address(address).to_string(),
-        Element::ServiceCidr(range) | Element::LocalPod(range) => {
+        Element::ServiceCidr(range) | Element::LocalPod(range) | Element::Source(_, range) => {
             format!("{}/{}", text::address(&range.address), range.prefix)
         }
     };
@@ -113,6 +108,5 @@ fn describe<const N: usize>(element: &Element<N>, data: &Data<N>) -> String {
         Data::Present => format!("{set} {key}"),
         Data::Value(value) => format!("{set} {key} : {value:#010x}"),
         Data::Endpoint(address, port) => format!("{set} {key} : {}", text::socket_address(address, *port)),
-        Data::Pick(pick) => format!("{set} {key} : goto {}", pick.chain()),
     }
 }

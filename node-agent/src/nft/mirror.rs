@@ -6,6 +6,7 @@
 //! undone by applying the inverse changes: what is left in the record is what still differs.
 
 mod frontends;
+mod lists;
 mod pools;
 mod refusal;
 #[cfg(test)]
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use switchtower_proto::v1::{Cidr, FrontendKind, Role, Verdict};
 
-use super::allocate::{Allocator, Codes};
+use super::allocate::Allocator;
 use super::element::{Changes, Data, Element, Key, Range};
 use super::ruleset::{BACKEND_BIT, RuleConfig};
 
@@ -51,20 +52,19 @@ pub(crate) struct Frontend {
     pub(crate) inside: Target,
     pub(crate) affinity: u32,
     /// As received, both families.
-    pub(crate) ranges: Box<[Cidr]>,
+    pub(crate) ranges: Arc<[Cidr]>,
     pub(crate) port: u32,
 }
 
 /// What is in the kernel for one address, protocol and port. A value of 0 is absent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Programmed<const N: usize> {
+struct Programmed {
     main: u32,
     inside: u32,
     outside: u32,
     guarded: u32,
     refused: bool,
     cluster_ip: bool,
-    allowed: Box<[Range<N>]>,
 }
 
 /// One endpoint of a pool.
@@ -79,8 +79,8 @@ struct Member<const N: usize> {
 #[derive(Debug, Default)]
 struct Pool<const N: usize> {
     members: Vec<Member<N>>,
-    /// Slots in the kernel; more than members where the dispatch code's size is larger.
-    slots: u32,
+    /// The value in map `sticky_pools`; 0: none.
+    sticky_value: u32,
 }
 
 #[derive(Debug)]
@@ -106,6 +106,7 @@ pub(crate) struct Facts<const N: usize> {
     pub(crate) rules: RuleConfig,
 }
 
+use lists::SourceLists;
 pub(crate) use refusal::Refusal;
 
 /// What a dump told about numbers, so that an adopted mirror uses the same ones.
@@ -120,6 +121,8 @@ pub(crate) struct Hints<const N: usize> {
     /// Ids by pool, in the order of the slots.
     pub(crate) slots: HashMap<u32, Vec<u32>>,
     pub(crate) endpoints: HashMap<u32, ([u8; N], u16)>,
+    /// Numbers of source lists by their sorted ranges.
+    pub(crate) lists: HashMap<Vec<Range<N>>, u32>,
 }
 
 /// The mirror of one table.
@@ -129,15 +132,14 @@ pub(crate) struct Mirror<const N: usize> {
     free_ports: Vec<u32>,
     names: HashMap<Arc<str>, u32>,
     frontends: HashMap<Reference<N>, Frontend>,
-    programmed: HashMap<Key<N>, Programmed<N>>,
+    programmed: HashMap<Key<N>, Programmed>,
     /// Frontends and ClusterIP frontends per address.
     addresses: HashMap<[u8; N], (u32, u32)>,
     hairpin: HashSet<Key<N>>,
     service_cidrs: BTreeSet<Range<N>>,
     programmed_cidrs: Vec<Range<N>>,
     pub(crate) facts: Facts<N>,
-    pub(crate) codes: Codes,
-    affinity_maps: HashMap<u32, u32>,
+    lists: SourceLists<N>,
     plain: Allocator,
     sticky: Allocator,
     backends: Allocator,
@@ -146,9 +148,9 @@ pub(crate) struct Mirror<const N: usize> {
     /// Elements that the kernel refused.
     blocked: HashMap<Element<N>, i32>,
     refused_members: Vec<(u32, usize, Member<N>, i32)>,
-    /// Frontends for which numbers or codes were short, and what is not as it should be.
+    /// Frontends for which numbers were short, and what is not as it should be.
     overflowed: HashMap<Key<N>, &'static str>,
-    /// A number or code became free since the last time.
+    /// A number became free since the last time.
     freed: bool,
     pub(crate) hints: Hints<N>,
     /// What the kernel does not hold yet.
@@ -178,8 +180,8 @@ pub(crate) fn role_index(role: Role) -> usize {
 }
 
 impl<const N: usize> Mirror<N> {
-    /// An empty table. `last_code`: the last dispatch code to use.
-    pub(crate) fn new(last_code: u32) -> Self {
+    /// An empty table.
+    pub(crate) fn new() -> Self {
         Mirror {
             ports: Vec::new(),
             free_ports: Vec::new(),
@@ -191,8 +193,7 @@ impl<const N: usize> Mirror<N> {
             service_cidrs: BTreeSet::new(),
             programmed_cidrs: Vec::new(),
             facts: Facts::default(),
-            codes: Codes::new(last_code),
-            affinity_maps: HashMap::new(),
+            lists: SourceLists::default(),
             plain: Allocator::new(PLAIN_NUMBERS, QUARANTINE),
             sticky: Allocator::new(STICKY_NUMBERS, QUARANTINE),
             backends: Allocator::new(BACKEND_BIT, QUARANTINE),
@@ -324,10 +325,11 @@ impl<const N: usize> Mirror<N> {
         after: &[Range<N>],
         element: fn(Range<N>) -> Element<N>,
     ) {
-        for range in before.iter().filter(|range| !after.contains(range)) {
+        // Both are sorted, as `Range::outermost` leaves them.
+        for range in before.iter().filter(|range| after.binary_search(range).is_err()) {
             self.put(element(*range), Some(Data::Present), None);
         }
-        for range in after.iter().filter(|range| !before.contains(range)) {
+        for range in after.iter().filter(|range| before.binary_search(range).is_err()) {
             self.put(element(*range), None, Some(Data::Present));
         }
     }
@@ -357,11 +359,6 @@ impl<const N: usize> Mirror<N> {
 
     /// Brings numbers, codes and elements in line with the view.
     pub(crate) fn settle(&mut self) {
-        for (code, pick) in self.codes.expire() {
-            self.put(Element::Pick(code), Some(Data::Pick(pick)), None);
-            self.count_affinity_map(&pick, false);
-            self.freed = true;
-        }
         if std::mem::take(&mut self.freed) {
             self.retry_overflowed();
         }
@@ -375,21 +372,16 @@ impl<const N: usize> Mirror<N> {
             let references = self.port(*index).map(|port| port.references.clone()).unwrap_or_default();
             references.into_iter().for_each(|reference| self.mark_keys(reference));
         }
-        let mut sizes = HashMap::new();
         for key in std::mem::take(&mut self.dirty_keys) {
-            self.program(key, &mut sizes);
+            self.program(key);
         }
-        for ((index, role), size) in sizes {
-            // Of a port that is not dirty only some frontends were looked at: others may need more slots.
-            let held =
-                self.port(index).and_then(|port| port.pools[role].as_ref()).map_or(0, |pool| pool.slots);
-            let floor = if dirty.contains(&index) { 0 } else { held };
-            self.pad(index, role, size.max(floor));
+        for index in &dirty {
+            (0..2).for_each(|role| self.note_sticky_pool(*index, role));
         }
         dirty.iter().for_each(|index| self.drop_unused(*index));
     }
 
-    /// A number or a code became free: whoever found none looks again.
+    /// A number became free: whoever found none looks again.
     fn retry_overflowed(&mut self) {
         let keys: Vec<Key<N>> = self.overflowed.keys().copied().collect();
         for key in keys {
@@ -411,27 +403,6 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    fn count_affinity_map(&mut self, pick: &super::ruleset::Pick, more: bool) {
-        let Some((seconds, _)) = pick.kind.affinity else { return };
-        let count = self.affinity_maps.entry(seconds).or_default();
-        *count = if more { *count + 1 } else { count.saturating_sub(1) };
-        let count = *count;
-        if count == 0 {
-            self.affinity_maps.remove(&seconds);
-            self.put(Element::AffinityMap(seconds), Some(Data::Present), None);
-        } else if more && count == 1 {
-            self.put(Element::AffinityMap(seconds), None, Some(Data::Present));
-        }
-    }
-
-    /// Makes known a code that the kernel holds.
-    pub(crate) fn adopt_code(&mut self, code: u32, pick: super::ruleset::Pick) {
-        self.codes.adopt(code, pick);
-        if self.codes.pick(code) == Some(pick) {
-            self.count_affinity_map(&pick, true);
-        }
-    }
-
     /// Marks numbers and ids that the kernel holds as in use.
     pub(crate) fn adopt_numbers(&mut self) {
         let numbers: BTreeSet<u32> = self.hints.numbers.values().copied().collect();
@@ -443,6 +414,13 @@ impl<const N: usize> Mirror<N> {
         self.sticky.adopt(&indexes(true));
         let ids = self.hints.backends.iter().map(|id| id & !BACKEND_BIT).collect();
         self.backends.adopt(&ids);
+        self.lists.adopt(std::mem::take(&mut self.hints.lists));
+    }
+
+    /// Ends an adoption.
+    pub(crate) fn forget_hints(&mut self) {
+        self.hints = Hints::default();
+        self.lists.forget_adopted();
     }
 
     /// Everything that the table should hold.
@@ -460,9 +438,6 @@ impl<const N: usize> Mirror<N> {
             if programmed.refused {
                 all.insert(Element::Refused(*key), Data::Present);
             }
-            all.extend(
-                programmed.allowed.iter().map(|range| (Element::AllowedSource(*key, *range), Data::Present)),
-            );
         }
         for (address, (_, cluster_ips)) in &self.addresses {
             all.insert(Element::Vip(*address), Data::Present);
@@ -473,8 +448,10 @@ impl<const N: usize> Mirror<N> {
         for port in self.ports.iter().flatten().filter(|port| port.number != 0) {
             port_elements(port, &mut all);
         }
-        all.extend(self.codes.all().map(|(code, pick)| (Element::Pick(code), Data::Pick(pick))));
-        all.extend(self.affinity_maps.keys().map(|seconds| (Element::AffinityMap(*seconds), Data::Present)));
+        for (list, ranges) in self.lists.all() {
+            all.insert(Element::SourceList(list), Data::Present);
+            all.extend(ranges.iter().map(|range| (Element::Source(list, *range), Data::Present)));
+        }
         all.extend(self.hairpin.iter().map(|key| (Element::Hairpin(*key), Data::Present)));
         all.extend(self.programmed_cidrs.iter().map(|range| (Element::ServiceCidr(*range), Data::Present)));
         all.extend(self.facts.local_pods.iter().map(|range| (Element::LocalPod(*range), Data::Present)));
@@ -501,9 +478,11 @@ fn port_elements<const N: usize>(port: &Port<N>, all: &mut HashMap<Element<N>, D
             all.insert(element, Data::Endpoint(member.address, member.port));
         }
         let bits = pool_bits(port.number, role);
-        for slot in 0..pool.slots {
-            let member = &pool.members[slot as usize % pool.members.len().max(1)];
-            all.insert(Element::Slot { pool: bits, index: slot }, Data::Value(member.id));
+        for (index, member) in (0..).zip(&pool.members) {
+            all.insert(Element::Slot { pool: bits, index }, Data::Value(member.id));
+        }
+        if pool.sticky_value != 0 {
+            all.insert(Element::StickyPool(bits), Data::Value(pool.sticky_value));
         }
     }
 }

@@ -29,12 +29,12 @@ use std::time::{Duration, Instant};
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
 use crate::kernel_change::KernelChange;
 use dump::TableDump;
-use element::{Data, Element};
+use element::{Data, Element, Range};
 use encode::{Encoded, Structure};
 use mirror::Mirror;
 use netlink::{Batch, Failure, Socket};
 use plan::Plan;
-use ruleset::{FAMILY_IPV4, FAMILY_IPV6, LAST_CODE};
+use ruleset::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 
 pub use foreign::ForeignProxy;
 pub use inspect::{TableSummary, cleanup, inspect};
@@ -55,7 +55,6 @@ pub struct Nft {
     socket: Socket,
     plan: Plan,
     structures: (Structure, Structure),
-    last_code: u32,
     /// The stamp of the last successful commit or adoption.
     stamp: Option<Stamp>,
 }
@@ -84,23 +83,7 @@ impl Nft {
     /// # Errors
     /// The kernel has no nf_tables, or the process may open no more files.
     pub fn open() -> io::Result<Self> {
-        Self::with_codes(LAST_CODE)
-    }
-
-    /// Like [`Nft::open`], with dispatch codes up to `last_code` (5..=4095) only: for tests of what happens when
-    /// they run short.
-    ///
-    /// # Errors
-    /// As [`Nft::open`].
-    pub fn with_codes(last_code: u32) -> io::Result<Self> {
-        let last_code = last_code.clamp(ruleset::FIRST_CODE, LAST_CODE);
-        Ok(Nft {
-            socket: Socket::open()?,
-            plan: Plan::new(last_code),
-            structures: Default::default(),
-            last_code,
-            stamp: None,
-        })
+        Ok(Nft { socket: Socket::open()?, plan: Plan::new(), structures: Default::default(), stamp: None })
     }
 
     /// The netlink port id: notifications of this socket's own transactions carry it.
@@ -316,15 +299,16 @@ fn stamp_from(entries: &BTreeMap<u32, [u8; 16]>) -> Option<Stamp> {
     })
 }
 
-/// Tells a fresh mirror which numbers, ids and codes the kernel holds.
+/// Tells a fresh mirror which numbers and ids the kernel holds.
 fn hint<const N: usize>(mirror: &mut Mirror<N>, dump: &TableDump<N>) {
     let mut slots: BTreeMap<(u32, u32), u32> = BTreeMap::new();
+    let mut lists: BTreeMap<u32, Vec<Range<N>>> = BTreeMap::new();
     for (element, data) in &dump.elements {
         match (element, data) {
             (
                 Element::Frontend(key) | Element::Inside(key) | Element::Outside(key) | Element::Guarded(key),
                 Data::Value(value),
-            ) if value >> 13 != 0 => {
+            ) if Pick::of(*value).is_some() => {
                 mirror.hints.numbers.insert(*key, value >> 13);
             }
             (Element::Slot { pool, index }, Data::Value(id)) => {
@@ -337,12 +321,18 @@ fn hint<const N: usize>(mirror: &mut Mirror<N>, dump: &TableDump<N>) {
             (Element::StickyCluster(id) | Element::StickyLocal(id), Data::Endpoint(address, port)) => {
                 mirror.hints.endpoints.insert(*id, (*address, *port));
             }
-            (Element::Pick(code), Data::Pick(pick)) => mirror.adopt_code(*code, *pick),
+            (Element::SourceList(list), _) => drop(lists.entry(*list).or_default()),
+            (Element::Source(list, range), _) => lists.entry(*list).or_default().push(*range),
             _ => {}
         }
     }
     for ((pool, _), id) in slots {
         mirror.hints.slots.entry(pool).or_default().push(id);
+    }
+    for (list, mut ranges) in lists {
+        ranges.sort_unstable();
+        // Of two lists with the same ranges one is adopted, the other removed.
+        mirror.hints.lists.entry(ranges).or_insert(list);
     }
     mirror.adopt_numbers();
 }
@@ -364,7 +354,7 @@ impl Dataplane for Nft {
         let started = Instant::now();
         let v4 = dump::table::<4>(&mut self.socket)?;
         let v6 = dump::table::<16>(&mut self.socket)?;
-        let mut plan = Plan::new(self.last_code);
+        let mut plan = Plan::new();
         (plan.v4.recording, plan.v6.recording) = (false, false);
         if let Some(dump) = &v4 {
             hint(&mut plan.v4, dump);
@@ -377,7 +367,8 @@ impl Dataplane for Nft {
         }
         plan.settle();
         (plan.v4.recording, plan.v6.recording) = (true, true);
-        (plan.v4.hints, plan.v6.hints) = Default::default();
+        plan.v4.forget_hints();
+        plan.v6.forget_hints();
         let previous = std::mem::replace(&mut self.plan, plan);
         let structures = self.structures.clone();
         let (first, first_count) = encode::compare(&mut self.plan.v4, v4);

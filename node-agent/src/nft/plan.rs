@@ -53,15 +53,9 @@ macro_rules! for_family {
 }
 
 impl Plan {
-    /// Empty tables; `last_code` is the last dispatch code to use.
-    pub(crate) fn new(last_code: u32) -> Self {
-        Plan {
-            v4: Mirror::new(last_code),
-            v6: Mirror::new(last_code),
-            node: None,
-            settings: None,
-            host_addresses: Vec::new(),
-        }
+    /// Empty tables.
+    pub(crate) fn new() -> Self {
+        Plan { v4: Mirror::new(), v6: Mirror::new(), node: None, settings: None, host_addresses: Vec::new() }
     }
 
     /// Applies one change; returns what undoes it, in the order in which that must be applied. What is malformed
@@ -274,7 +268,7 @@ fn set_frontend<const N: usize>(mirror: &mut Mirror<N>, view: &ViewFrontend) -> 
         outside: target(view.outside.as_ref()),
         inside: target(view.inside.as_ref()),
         affinity: view.affinity_seconds.min(86400),
-        ranges: view.source_ranges.clone().into_boxed_slice(),
+        ranges: view.source_ranges.as_slice().into(),
         port: 0,
     };
     let before = mirror.set_frontend(reference, &name_of(view.service_port.as_ref()), frontend);

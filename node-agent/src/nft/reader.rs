@@ -14,7 +14,7 @@ use super::element::{Data, Element, Key};
 use super::inspect;
 use super::netlink::Socket;
 use super::resolve::{self, Lookup};
-use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6};
+use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6, Pick, source_list_name};
 use super::stamp_from;
 
 /// What a lookup asks for.
@@ -215,19 +215,19 @@ impl<const N: usize> Partial<'_, N> {
                 self.follow_value(value)?;
             }
         }
-        if resolve::restricted(&self.dump, key) {
-            self.allowed_sources()?;
+        if let Some(list) = resolve::source_list(&self.dump, key) {
+            self.sources(list)?;
         }
         Ok(())
     }
 
     fn follow_value(&mut self, value: u32) -> io::Result<()> {
-        self.get(Element::Pick(resolve::code(value)))?;
-        let Some(pick) = resolve::pick(&self.dump, value) else { return Ok(()) };
-        for slot in resolve::slots(value, &pick) {
-            if let Some(Data::Value(id)) = self.get(slot)? {
-                self.get(resolve::backend(id, &pick))?;
-            }
+        let Some(pick) = Pick::of(value) else { return Ok(()) };
+        let (_, most) = pick.slots();
+        for index in 0..most {
+            // Slots have no gaps: the first one that is missing is the end.
+            let Some(Data::Value(id)) = self.get(resolve::slot(value, index))? else { break };
+            self.get(resolve::backend(id, value))?;
         }
         Ok(())
     }
@@ -243,9 +243,15 @@ impl<const N: usize> Partial<'_, N> {
         Ok(found)
     }
 
-    /// Interval sets cannot be asked for what they hold of one frontend: the set is read, once.
-    fn allowed_sources(&mut self) -> io::Result<()> {
-        let known = self.dump.elements.keys().any(|element| matches!(element, Element::AllowedSource(..)));
-        if known { Ok(()) } else { dump::elements(self.socket, "allowed_sources", &mut self.dump) }
+    /// Interval sets cannot be asked for single elements: the list is read, once.
+    fn sources(&mut self, list: u32) -> io::Result<()> {
+        let known = |element: &Element<N>| matches!(element, Element::Source(of, _) if *of == list);
+        if self.dump.elements.keys().any(known) {
+            return Ok(());
+        }
+        match dump::elements(self.socket, &source_list_name(list), &mut self.dump) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            _ => Ok(()),
+        }
     }
 }

@@ -11,9 +11,9 @@ use switchtower_proto::v1::{
 };
 
 use super::dump::TableDump;
-use super::element::{Data, Element, Key};
+use super::element::{Data, Element, Key, LIST_SHIFT};
 use super::ruleset::{
-    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick,
+    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick, ROLE_BIT,
 };
 
 /// Codes that lead to further maps, at most: `restricted`, then `split`, then a pick.
@@ -34,7 +34,7 @@ pub(super) fn frontends<const N: usize>(dump: &TableDump<N>) -> Vec<KernelFronte
 }
 
 fn frontend<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> KernelFrontend {
-    let restricted = restricted(dump, key);
+    let list = source_list(dump, key);
     KernelFrontend {
         key: Some(FrontendKey {
             family: if N == 4 { Family::Ipv4 } else { Family::Ipv6 }.into(),
@@ -44,19 +44,20 @@ fn frontend<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> KernelFrontend
         }),
         outside: Some(target(dump, key, Element::Outside)),
         inside: Some(target(dump, key, Element::Inside)),
-        restricted,
-        allowed: if restricted { allowed(dump, key) } else { Vec::new() },
+        restricted: list.is_some(),
+        allowed: list.map(|list| allowed(dump, list)).unwrap_or_default(),
     }
 }
 
-/// Whether only some sources may use a frontend.
-pub(super) fn restricted<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> bool {
-    value(dump, &Element::Frontend(*key)).is_some_and(|value| code(value) == CODE_RESTRICTED)
+/// The list of the only sources that may use a frontend; `None`: all may.
+pub(super) fn source_list<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> Option<u32> {
+    let value = value(dump, &Element::Frontend(*key))?;
+    (code(value) == CODE_RESTRICTED).then_some(value >> LIST_SHIFT)
 }
 
-fn allowed<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> Vec<Cidr> {
+fn allowed<const N: usize>(dump: &TableDump<N>, list: u32) -> Vec<Cidr> {
     let ranges = dump.elements.keys().filter_map(|element| match element {
-        Element::AllowedSource(at, range) if at == key => Some(range),
+        Element::Source(of, range) if *of == list => Some(range),
         _ => None,
     });
     let cidr =
@@ -113,50 +114,51 @@ fn target<const N: usize>(dump: &TableDump<N>, key: &Key<N>, side: fn(Key<N>) ->
         CODE_REFUSE => return verdict(KernelVerdict::Reject),
         _ => {}
     }
-    let Some(pick) = pick(dump, value) else { return verdict(KernelVerdict::Broken) };
-    let found: Option<BTreeSet<Endpoint>> =
-        slots(value, &pick).map(|slot| endpoint(dump, &slot, &pick)).collect();
+    let Some(pick) = Pick::of(value) else { return verdict(KernelVerdict::Broken) };
+    let (least, most) = pick.slots();
+    let slot = |index: u32| endpoint(dump, &slot(value, index), value);
+    // Beyond the least number of slots a missing one is none, but one without its backend is broken all the same.
+    let found: Option<BTreeSet<Endpoint>> = (0..most)
+        .filter(|index| *index < least || value_of_slot(dump, value, *index).is_some())
+        .map(slot)
+        .collect();
     let broken = found.is_none();
     KernelTarget {
         verdict: if broken { KernelVerdict::Broken } else { KernelVerdict::Forward }.into(),
         endpoints: found.into_iter().flatten().collect(),
-        masquerade: match pick.kind.masquerade {
+        masquerade: match pick.masquerade {
             Masquerade::Never => "never",
             Masquerade::ClusterIp => "cluster_ip",
             Masquerade::Always => "always",
         }
         .to_owned(),
-        affinity_seconds: pick.kind.affinity.map_or(0, |(seconds, _)| seconds),
+        affinity_seconds: pick.affinity,
         chain: pick.chain(),
     }
 }
 
-/// The pick that a value's code stands for.
-pub(super) fn pick<const N: usize>(dump: &TableDump<N>, value: u32) -> Option<Pick> {
-    match dump.elements.get(&Element::Pick(code(value))) {
-        Some(Data::Pick(pick)) => Some(*pick),
-        _ => None,
+/// A slot of the pool that a value leads to.
+pub(super) fn slot<const N: usize>(value: u32, index: u32) -> Element<N> {
+    Element::Slot { pool: value & POOL_MASK, index }
+}
+
+fn value_of_slot<const N: usize>(dump: &TableDump<N>, pool: u32, index: u32) -> Option<u32> {
+    value(dump, &slot(pool, index))
+}
+
+/// The map element that has the address of a backend of the pool that a value leads to.
+pub(super) fn backend<const N: usize>(id: u32, value: u32) -> Element<N> {
+    let sticky = Pick::of(value).is_some_and(|pick| pick.affinity > 0);
+    match (sticky, value & ROLE_BIT) {
+        (false, _) => Element::Backend(id),
+        (true, 0) => Element::StickyCluster(id),
+        (true, _) => Element::StickyLocal(id),
     }
 }
 
-/// The slots that a pick chooses from.
-pub(super) fn slots<const N: usize>(value: u32, pick: &Pick) -> impl Iterator<Item = Element<N>> + use<N> {
-    let (pool, size) = (value & POOL_MASK, pick.size);
-    (0..size).map(move |index| Element::Slot { pool, index })
-}
-
-/// The map element that has the address of a backend.
-pub(super) fn backend<const N: usize>(id: u32, pick: &Pick) -> Element<N> {
-    match pick.kind.affinity {
-        None => Element::Backend(id),
-        Some((_, false)) => Element::StickyCluster(id),
-        Some((_, true)) => Element::StickyLocal(id),
-    }
-}
-
-fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pick: &Pick) -> Option<Endpoint> {
+fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pool: u32) -> Option<Endpoint> {
     let id = value(dump, slot)?;
-    match dump.elements.get(&backend(id, pick))? {
+    match dump.elements.get(&backend(id, pool))? {
         Data::Endpoint(address, port) => Some(Endpoint { address: address.to_vec(), port: (*port).into() }),
         _ => None,
     }
@@ -166,11 +168,14 @@ fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pick: &Pick)
 mod tests {
     use super::*;
     use crate::nft::element::Range;
-    use crate::nft::ruleset::Kind;
 
     const KEY: Key<4> = Key { address: [10, 96, 0, 1], port: 80, protocol: 6 };
     const POOL: u32 = 1 << 13;
-    const PICK: Pick = Pick { kind: Kind { masquerade: Masquerade::ClusterIp, affinity: None }, size: 3 };
+
+    /// A value that leads to the pool as one of so many members.
+    fn of(members: u32) -> u32 {
+        POOL | Pick::new(Masquerade::ClusterIp, 0, members).code()
+    }
 
     fn dump(elements: &[(Element<4>, Data<4>)]) -> TableDump<4> {
         TableDump { elements: elements.iter().copied().collect(), ..TableDump::default() }
@@ -180,14 +185,7 @@ mod tests {
     fn pool() -> Vec<(Element<4>, Data<4>)> {
         let slot = |index, id| (Element::Slot { pool: POOL, index }, Data::Value(id));
         let backend = |id, last| (Element::Backend(id), Data::Endpoint([10, 244, 0, last], 8080));
-        vec![
-            (Element::Pick(7), Data::Pick(PICK)),
-            slot(0, 1),
-            slot(1, 2),
-            slot(2, 1),
-            backend(1, 9),
-            backend(2, 5),
-        ]
+        vec![slot(0, 1), slot(1, 2), slot(2, 1), backend(1, 9), backend(2, 5)]
     }
 
     fn one(elements: &[(Element<4>, Data<4>)]) -> KernelFrontend {
@@ -205,24 +203,42 @@ mod tests {
 
     #[test]
     fn a_pool_is_followed_to_its_endpoints_each_once() {
-        let found = one(&[(Element::Frontend(KEY), Data::Value(POOL | 7))]);
+        let found = one(&[(Element::Frontend(KEY), Data::Value(of(3)))]);
         let target = found.outside.clone().unwrap();
         assert_eq!(found.outside, found.inside);
         assert_eq!(target.verdict(), KernelVerdict::Forward);
         let last: Vec<u8> = target.endpoints.iter().map(|endpoint| endpoint.address[3]).collect();
         assert_eq!(last, [5, 9]);
-        assert_eq!((target.chain.as_str(), target.masquerade.as_str()), ("pick-cluster_ip-3", "cluster_ip"));
+        assert_eq!((target.chain.as_str(), target.masquerade.as_str()), ("size-3", "cluster_ip"));
+    }
+
+    #[test]
+    fn a_large_pool_has_as_many_slots_as_there_are() {
+        let slots = (0..20).flat_map(|index| {
+            let backend = (Element::Backend(index), Data::Endpoint([10, 244, 1, index as u8], 80));
+            [(Element::Slot { pool: POOL, index }, Data::Value(index)), backend]
+        });
+        let mut all: Vec<_> = slots.collect();
+        all.push((Element::Frontend(KEY), Data::Value(of(20))));
+        let endpoints = |all: &[(Element<4>, Data<4>)]| {
+            let target = frontends(&dump(all)).remove(0).outside.unwrap();
+            (target.verdict(), target.endpoints.len(), target.chain)
+        };
+        assert_eq!(endpoints(&all), (KernelVerdict::Forward, 20, "size-32".to_owned()));
+        all.retain(|(element, _)| !matches!(element, Element::Slot { index: 16, .. }));
+        assert_eq!(endpoints(&all).0, KernelVerdict::Broken, "the least is 17 slots");
     }
 
     #[test]
     fn both_sides_of_a_split_and_the_sources_of_a_restriction() {
         let range = Range::new(&[192, 0, 2, 0], 24).unwrap();
         let found = one(&[
-            (Element::Frontend(KEY), Data::Value(CODE_RESTRICTED)),
+            (Element::Frontend(KEY), Data::Value(9 << LIST_SHIFT | CODE_RESTRICTED)),
+            (Element::Source(8, Range::new(&[10, 0, 0, 0], 8).unwrap()), Data::Present),
             (Element::Guarded(KEY), Data::Value(CODE_SPLIT)),
-            (Element::Inside(KEY), Data::Value(POOL | 7)),
+            (Element::Inside(KEY), Data::Value(of(3))),
             (Element::Outside(KEY), Data::Value(CODE_DROP)),
-            (Element::AllowedSource(KEY, range), Data::Present),
+            (Element::Source(9, range), Data::Present),
         ]);
         assert_eq!(verdicts(&found), (KernelVerdict::Drop, KernelVerdict::Forward));
         assert!(found.restricted);
@@ -233,7 +249,7 @@ mod tests {
     fn refusal_and_what_is_missing() {
         let found = one(&[(Element::Frontend(KEY), Data::Value(CODE_REFUSE))]);
         assert_eq!(verdicts(&found).0, KernelVerdict::Reject);
-        for value in [CODE_SPLIT, CODE_RESTRICTED, POOL | 8, (POOL * 2) | 7] {
+        for value in [CODE_SPLIT, CODE_RESTRICTED, POOL | 8, of(4), POOL + of(3)] {
             let found = one(&[(Element::Frontend(KEY), Data::Value(value))]);
             assert_eq!(verdicts(&found).0, KernelVerdict::Broken, "{value:#x}");
         }

@@ -2,27 +2,29 @@
 //!
 //! Everything that depends on a Service is an element of a set or map. A frontend's value is 32 bits: bit 31
 //! zero, bits 30..12 the pool (18 bits of service-port number, then one bit of role: 0 Cluster, 1 Local), bits
-//! 11..0 the dispatch code. Codes below [`FIRST_CODE`] are fixed; each other code stands for one [`Pick`]: a
-//! chain that chooses one of N slots of the pool. `meta priority` is the scratch register: marks belong to
-//! others, the kernel overwrites the priority when it forwards IPv4, and postrouting resets it.
+//! 11..0 the code: a fixed one, or a [`Pick`], with two bits of masquerading, five of affinity timeout and five of
+//! size class. `meta priority` is the scratch register: marks belong to others, the kernel overwrites the priority
+//! when it forwards IPv4, and postrouting resets it.
 //!
 //! A packet can cross a commit: each lookup reads the current generation anew, so it may hit the old element of
 //! one map and miss the new one of the next. After a hit in `frontends` a miss is therefore tried once more and
 //! then dropped: passed on un-NATed, the connection tracking entry would pin the flow to no NAT.
 
+mod dispatch;
 mod sets;
 
 use super::expression::{
-    CT_STATE, CT_STATUS, DynamicOperation, Expression as E, META_INTERFACE, META_MARK, META_PRIORITY,
-    META_PROTOCOL, NETWORK, Rule, TRANSPORT, Verdict,
+    CT_STATE, CT_STATUS, DynamicOperation, Expression, Expression as E, META_INTERFACE, META_MARK,
+    META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT, Verdict,
 };
 
+pub(crate) use dispatch::{Masquerade, Pick, source_list_name, source_list_of};
 pub(crate) use sets::SetSpec;
 
 /// The name of our table in both families.
 pub const TABLE: &str = "switchtower";
 /// Changes when the rules or sets change their meaning; part of the stamp.
-pub const LAYOUT_VERSION: u16 = 2;
+pub const LAYOUT_VERSION: u16 = 3;
 
 /// Only listed sources may use the frontend: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
@@ -32,10 +34,6 @@ pub(crate) const CODE_SPLIT: u32 = 2;
 pub(crate) const CODE_DROP: u32 = 3;
 /// No endpoint, policy REJECT: left to the filter chains, since `reject` is not for prerouting.
 pub(crate) const CODE_REFUSE: u32 = 4;
-/// The first code of a [`Pick`].
-pub(crate) const FIRST_CODE: u32 = 5;
-/// The last code of a [`Pick`].
-pub(crate) const LAST_CODE: u32 = 0xfff;
 /// Mask of a value's code.
 pub(crate) const CODE_MASK: u32 = 0xfff;
 /// Mask of a value's pool.
@@ -46,68 +44,6 @@ pub(crate) const STICKY_MASK: u32 = 0x7fff_0000;
 pub(crate) const ROLE_BIT: u32 = 0x1000;
 /// Set in ids of backends, never in values.
 pub(crate) const BACKEND_BIT: u32 = 0x8000_0000;
-
-/// Which connections through a pick chain are masqueraded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Masquerade {
-    /// None, or decided before.
-    Never,
-    /// As a ClusterIP: chain `mark_cluster_ip` decides.
-    ClusterIp,
-    /// All.
-    Always,
-}
-
-/// What a dispatch code above the fixed ones stands for, apart from the number of slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Kind {
-    pub(crate) masquerade: Masquerade,
-    /// Affinity timeout in seconds and whether the pool is the Local one; `None` without affinity.
-    pub(crate) affinity: Option<(u32, bool)>,
-}
-
-/// A kind and a number of slots: one chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Pick {
-    pub(crate) kind: Kind,
-    pub(crate) size: u32,
-}
-
-impl Pick {
-    /// The chain's name.
-    pub(crate) fn chain(&self) -> String {
-        let masquerade = match self.kind.masquerade {
-            Masquerade::Never => "plain",
-            Masquerade::ClusterIp => "cluster_ip",
-            Masquerade::Always => "masquerade",
-        };
-        match self.kind.affinity {
-            None => format!("pick-{masquerade}-{}", self.size),
-            Some((seconds, local)) => {
-                let role = if local { "local" } else { "cluster" };
-                format!("stick-{masquerade}-{seconds}-{role}-{}", self.size)
-            }
-        }
-    }
-
-    /// The inverse of [`Pick::chain`].
-    pub(crate) fn parse(chain: &str) -> Option<Self> {
-        let parts: Vec<&str> = chain.split('-').collect();
-        let masquerade = match *parts.get(1)? {
-            "plain" => Masquerade::Never,
-            "cluster_ip" => Masquerade::ClusterIp,
-            "masquerade" => Masquerade::Always,
-            _ => return None,
-        };
-        let (affinity, size) = match parts[..] {
-            ["pick", _, size] => (None, size),
-            ["stick", _, seconds, role, size] => (Some((seconds.parse().ok()?, role == "local")), size),
-            _ => return None,
-        };
-        let pick = Pick { kind: Kind { masquerade, affinity }, size: size.parse().ok()? };
-        (pick.chain() == chain).then_some(pick)
-    }
-}
 
 /// How a packet of a local pod is recognised.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
@@ -204,29 +140,15 @@ impl Layout {
         Rule(rule)
     }
 
-    /// The two rules that send a frontend's value to its chain.
-    fn dispatch(self, fixed: &[(u32, Verdict)]) -> [Rule; 2] {
-        let code = [
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Bitwise { register: 0, mask: CODE_MASK, xor: 0 },
-        ];
-        let picks = E::Lookup { set: "picks".to_owned(), register: 0, result: Some(None) };
-        let verdicts = E::Dispatch { register: 0, verdicts: fixed.to_vec() };
-        [
-            Rule(code.iter().cloned().chain([picks]).collect()),
-            Rule(code.iter().cloned().chain([verdicts]).collect()),
-        ]
-    }
-
-    /// Looks a packet up in `map` and dispatches it, twice; then drops it.
-    fn dispatch_or_drop(self, name: &str, map: &str, fixed: &[(u32, Verdict)]) -> Chain {
+    /// Looks a packet up in `map`, twice, and returns with a value that leads to a pool; otherwise drops it.
+    fn look_up_or_drop(self, map: &str, fixed: &[(u32, Verdict)]) -> Chain {
         let mut rules = vec![forget()];
         for _ in 0..2 {
             rules.push(self.look_up_frontend(map));
-            rules.extend(self.dispatch(fixed));
+            rules.extend(dispatch::dispatch(fixed, Verdict::Return));
         }
         rules.push(verdict(Verdict::Drop));
-        chain(name, rules)
+        chain(map, rules)
     }
 
     /// The test for a local pod, to be continued with a verdict.
@@ -253,16 +175,18 @@ impl Layout {
     /// The chains that do not depend on Services, in an order in which each only names earlier ones.
     pub(crate) fn chains(self, config: &RuleConfig) -> Vec<Chain> {
         let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Accept)];
-        let split = (CODE_SPLIT, Verdict::Goto("split".to_owned()));
+        let split = (CODE_SPLIT, Verdict::Jump("split".to_owned()));
         let guarded: Vec<_> = [split.clone()].into_iter().chain(fixed.clone()).collect();
-        let restricted = (CODE_RESTRICTED, Verdict::Goto("restricted".to_owned()));
+        // The other bits of a restricted frontend's value name its list of sources.
+        let restricted = (CODE_RESTRICTED, Verdict::Jump("restricted".to_owned()));
         let all: Vec<_> = [restricted, split].into_iter().chain(fixed.clone()).collect();
-        vec![
-            self.mark_cluster_ip(config),
-            self.dispatch_or_drop("inside", "inside", &fixed),
-            self.dispatch_or_drop("outside", "outside", &fixed),
+        let mut chains = vec![self.mark_cluster_ip(config)];
+        chains.extend(self.connect_chains(config));
+        chains.extend([
+            self.look_up_or_drop("inside", &fixed),
+            self.look_up_or_drop("outside", &fixed),
             self.split(config),
-            self.dispatch_or_drop("guarded", "guarded", &guarded),
+            self.look_up_or_drop("guarded", &guarded),
             self.restricted(),
             self.services(&all),
             self.no_endpoint("no_endpoint_input", false),
@@ -274,7 +198,8 @@ impl Layout {
             base("filter_forward", ("filter", 2, -110), vec![new_without_nat("no_endpoint")]),
             // After our nat_output, so that connections to Services with endpoints are known by their NAT.
             base("filter_output", ("filter", 3, -90), vec![new_without_nat("no_endpoint")]),
-        ]
+        ]);
+        chains
     }
 
     /// Whether a connection to a ClusterIP is masqueraded.
@@ -310,23 +235,16 @@ impl Layout {
         chain("split", rules)
     }
 
-    fn restricted(self) -> Chain {
-        let mut allowed = self.frontend_key();
-        allowed.push(self.source(self.words() + 2));
-        allowed.push(E::Lookup { set: "allowed_sources".to_owned(), register: 0, result: None });
-        allowed.push(E::Verdict(Verdict::Goto("guarded".to_owned())));
-        chain("restricted", vec![Rule(allowed), verdict(Verdict::Drop)])
-    }
-
     fn services(self, fixed: &[(u32, Verdict)]) -> Chain {
+        let connect = || Verdict::Goto("connect".to_owned());
         let mut rules = vec![forget(), self.look_up_frontend("frontends")];
-        rules.extend(self.dispatch(fixed));
+        rules.extend(dispatch::dispatch(fixed, connect()));
         // An address of ours without that port, or a lookup that crossed a commit: once more, then it is known.
         let mut again =
             vec![self.destination(0), E::Lookup { set: "vips".to_owned(), register: 0, result: None }];
         again.extend(self.look_up_frontend("frontends").0);
         rules.push(Rule(again));
-        rules.extend(self.dispatch(fixed));
+        rules.extend(dispatch::dispatch(fixed, connect()));
         // A hit whose chain is missing: its code is newer than this packet's view of the rules.
         let hit = [
             E::LoadMeta { key: META_PRIORITY, register: 0 },
@@ -375,99 +293,6 @@ impl Layout {
         ]);
         base("nat_postrouting", ("nat", 4, 100), vec![forget(), marked, Rule(hairpin)])
     }
-
-    /// The chain that a pick's code leads to.
-    pub(crate) fn pick_chain(self, pick: &Pick, config: &RuleConfig) -> Chain {
-        let mut rules = match pick.kind.masquerade {
-            Masquerade::Never => Vec::new(),
-            Masquerade::ClusterIp => vec![verdict(Verdict::Jump("mark_cluster_ip".to_owned()))],
-            Masquerade::Always => vec![Rule(set_mark(config.mark))],
-        };
-        let choose = Rule(vec![
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Bitwise { register: 0, mask: POOL_MASK, xor: 0 },
-            E::Random { register: 1, modulus: pick.size },
-            E::Lookup { set: "slots".to_owned(), register: 0, result: Some(Some(0)) },
-            E::SetMeta { key: META_PRIORITY, register: 0 },
-        ]);
-        match pick.kind.affinity {
-            None => {
-                for _ in 0..2 {
-                    rules.extend([choose.clone(), self.translate("backends")]);
-                }
-            }
-            Some((seconds, local)) => rules.extend(self.sticky_rules(&choose, seconds, local)),
-        }
-        rules.push(verdict(Verdict::Drop));
-        chain(&pick.chain(), rules)
-    }
-
-    /// The client's remembered backend, or a fresh one that is then remembered.
-    fn sticky_rules(self, choose: &Rule, seconds: u32, local: bool) -> Vec<Rule> {
-        let map = affinity_name(seconds);
-        let backends = self.translate(if local { "sticky_local" } else { "sticky_cluster" });
-        let pool = Rule(vec![
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Bitwise { register: 0, mask: STICKY_MASK, xor: if local { ROLE_BIT } else { 0 } },
-            E::SetMeta { key: META_PRIORITY, register: 0 },
-        ]);
-        let mut recall = self.client(0);
-        recall.extend([
-            E::Lookup { set: map.clone(), register: 0, result: Some(Some(0)) },
-            E::SetMeta { key: META_PRIORITY, register: 0 },
-        ]);
-        let recall = Rule(recall);
-        let remember = self.dynamic(DynamicOperation::Update, &map, seconds);
-        // `update` of a present key renews its timeout and keeps its data: a stale one must be deleted.
-        let forget = self.dynamic(DynamicOperation::Delete, &map, 0);
-        let mut rules = vec![recall.clone(), remember.clone(), backends.clone(), forget.clone()];
-        // Another first packet of this client may have been remembered meanwhile: its choice counts, not ours.
-        let fresh = [pool, choose.clone(), remember, recall, backends];
-        rules.extend(fresh.clone());
-        rules.push(forget);
-        rules.extend(fresh);
-        rules
-    }
-
-    /// `service port . client`, the key of an affinity map.
-    fn client(self, register: u32) -> Vec<E> {
-        vec![
-            E::LoadMeta { key: META_PRIORITY, register },
-            E::Bitwise { register, mask: STICKY_MASK, xor: 0 },
-            self.source(register + 1),
-        ]
-    }
-
-    fn dynamic(self, operation: DynamicOperation, map: &str, seconds: u32) -> Rule {
-        // The key's last register, rounded up to a multiple of four as nft does.
-        let data = if self.family == FAMILY_IPV4 { 4 } else { 8 };
-        let mut rule = vec![
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Bitwise { register: 0, mask: BACKEND_BIT, xor: 0 },
-            E::Compare { equal: true, register: 0, data: BACKEND_BIT.to_ne_bytes().to_vec() },
-        ];
-        rule.extend(self.client(0));
-        rule.push(E::LoadMeta { key: META_PRIORITY, register: data });
-        rule.push(E::Dynamic { operation, set: map.to_owned(), key: 0, data, seconds });
-        Rule(rule)
-    }
-
-    /// `dnat to meta priority map @map`; a miss continues with the next rule.
-    fn translate(self, map: &str) -> Rule {
-        let protocol =
-            [E::LoadMeta { key: META_PROTOCOL, register: 0 }, E::ProtocolWithPorts { register: 0 }];
-        let nat = [
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Lookup { set: map.to_owned(), register: 0, result: Some(Some(0)) },
-            E::DestinationNat { family: self.family, address: 0, port: self.words() },
-        ];
-        Rule(protocol.into_iter().chain(nat).collect())
-    }
-}
-
-/// The name of the map that remembers clients for `seconds`.
-pub(crate) fn affinity_name(seconds: u32) -> String {
-    format!("affinity_{seconds}")
 }
 
 fn chain(name: &str, rules: Vec<Rule>) -> Chain {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
+use switchtower_proto::affinity::programmed_timeout;
 use switchtower_proto::v1::{
     Cidr, Endpoint, Family, Frontend, FrontendKey, FrontendKind, KernelFrontend, KernelTarget, KernelVerdict,
     Role, Target, Verdict,
@@ -90,7 +91,7 @@ fn side(view: &View, frontend: &Frontend, target: Option<&Target>) -> Side {
         Some(pool) => Side::Forward(Forward {
             endpoints: pool.iter().cloned().collect(),
             masquerade: masquerade(frontend).to_owned(),
-            affinity_seconds: frontend.affinity_seconds,
+            affinity_seconds: programmed_timeout(frontend.affinity_seconds),
         }),
         None if target.when_empty() == Verdict::Drop => Side::Drop,
         None => Side::Reject,

@@ -1,12 +1,10 @@
 //! Frontends in the kernel: which values lead a connection where.
 
-use std::collections::HashMap;
-
 use switchtower_proto::v1::{FrontendKind, Role, Verdict};
 
 use super::{Frontend, Mirror, Programmed, Reference, Target, pool_bits, role_index};
-use crate::nft::element::{Data, Element, Key, Range};
-use crate::nft::ruleset::{CODE_DROP, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Kind, Masquerade};
+use crate::nft::element::{Data, Element, Key, LIST_SHIFT, Range};
+use crate::nft::ruleset::{CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, Pick};
 
 impl<const N: usize> Mirror<N> {
     /// The frontend that an address, protocol and port belongs to: an explicit one before a NodePort.
@@ -19,12 +17,12 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Brings one frontend's elements in line.
-    pub(super) fn program(&mut self, key: Key<N>, sizes: &mut HashMap<(u32, usize), u32>) {
+    pub(super) fn program(&mut self, key: Key<N>) {
         self.overflowed.remove(&key);
         let frontend = self.frontend_at(&key).cloned();
-        let wanted = frontend.map(|frontend| self.values(&key, &frontend, sizes)).unwrap_or_default();
+        let wanted = frontend.map(|frontend| self.values(&key, &frontend)).unwrap_or_default();
         let before = self.programmed.remove(&key).unwrap_or_default();
-        let values = |programmed: &Programmed<N>| {
+        let values = |programmed: &Programmed| {
             [
                 (Element::Frontend(key), programmed.main),
                 (Element::Inside(key), programmed.inside),
@@ -37,18 +35,14 @@ impl<const N: usize> Mirror<N> {
             if old != new {
                 self.put(element, data(old), data(new));
             }
-            // The new references were taken before: a code in use by both is never given up.
-            self.release_code(old);
+        }
+        // The new reference was taken before: a list in use by both is never given up.
+        if let Some(list) = before.list() {
+            self.release_list(list);
         }
         let present = |present: bool| present.then_some(Data::Present);
         if before.refused != wanted.refused {
             self.put(Element::Refused(key), present(before.refused), present(wanted.refused));
-        }
-        for range in before.allowed.iter().filter(|range| !wanted.allowed.contains(range)) {
-            self.put(Element::AllowedSource(key, *range), Some(Data::Present), None);
-        }
-        for range in wanted.allowed.iter().filter(|range| !before.allowed.contains(range)) {
-            self.put(Element::AllowedSource(key, *range), None, Some(Data::Present));
         }
         self.count_address(key.address, &before, &wanted);
         if wanted.main != 0 {
@@ -56,7 +50,7 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    pub(super) fn count_address(&mut self, address: [u8; N], before: &Programmed<N>, after: &Programmed<N>) {
+    pub(super) fn count_address(&mut self, address: [u8; N], before: &Programmed, after: &Programmed) {
         let counts = self.addresses.entry(address).or_default();
         let old = *counts;
         counts.0 = counts.0 + u32::from(after.main != 0) - u32::from(before.main != 0);
@@ -74,20 +68,11 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    pub(super) fn release_code(&mut self, value: u32) {
-        self.codes.release(value & 0xfff);
-    }
-
-    /// What a frontend's elements must be; takes a reference on each code it uses.
-    pub(super) fn values(
-        &mut self,
-        key: &Key<N>,
-        frontend: &Frontend,
-        sizes: &mut HashMap<(u32, usize), u32>,
-    ) -> Programmed<N> {
+    /// What a frontend's elements must be; takes a reference on the list of sources.
+    pub(super) fn values(&mut self, key: &Key<N>, frontend: &Frontend) -> Programmed {
         let mut programmed = Programmed::default();
-        let mut target = |mirror: &mut Self, target: Target, masquerade: Masquerade| {
-            let (value, short) = mirror.target_value(frontend, target, masquerade, sizes);
+        let target = |mirror: &mut Self, target: Target, masquerade: Masquerade| {
+            let (value, short) = mirror.target_value(frontend, target, masquerade);
             if let Some(reason) = short {
                 mirror.overflowed.insert(*key, reason);
             }
@@ -119,8 +104,14 @@ impl<const N: usize> Mirror<N> {
                     allowed.extend(self.port_vips(frontend.port));
                     allowed = Range::outermost(allowed);
                 }
-                programmed.allowed = allowed.into_boxed_slice();
-                programmed.guarded = std::mem::replace(&mut programmed.main, CODE_RESTRICTED);
+                let main = match self.acquire_list(&allowed) {
+                    Some(list) => list << LIST_SHIFT | CODE_RESTRICTED,
+                    None => {
+                        self.overflowed.insert(*key, "no number for its list of sources is left");
+                        CODE_DROP
+                    }
+                };
+                programmed.guarded = std::mem::replace(&mut programmed.main, main);
             }
         }
         programmed
@@ -140,13 +131,12 @@ impl<const N: usize> Mirror<N> {
         vips.collect()
     }
 
-    /// The value that leads to a target, and what is not as it should be if numbers or codes are short.
+    /// The value that leads to a target, and what is not as it should be if numbers are short.
     pub(super) fn target_value(
         &mut self,
         frontend: &Frontend,
         target: Target,
         masquerade: Masquerade,
-        sizes: &mut HashMap<(u32, usize), u32>,
     ) -> (u32, Option<&'static str>) {
         let role = role_index(target.role);
         let Some(port) = self.port(frontend.port) else { return (CODE_DROP, None) };
@@ -155,33 +145,18 @@ impl<const N: usize> Mirror<N> {
             let drop = target.when_empty == Verdict::Drop;
             return (if drop { CODE_DROP } else { CODE_REFUSE }, None);
         }
-        let (number, sticky) = (port.number, port.sticky);
-        if number == 0 {
+        if port.number == 0 {
             return (CODE_DROP, Some("no service-port number is left"));
         }
-        let affinity = (sticky && frontend.affinity > 0).then_some((frontend.affinity, role == 1));
         // Without affinity of its own, a frontend of a port with affinity still needs the sticky maps.
-        let affinity = if sticky { affinity.or(Some((1, role == 1))) } else { None };
-        let kind = Kind { masquerade, affinity };
-        let acquired = self.codes.acquire(kind, count);
-        let Some((code, pick, new)) =
-            acquired.and_then(|(code, new)| self.codes.pick(code).map(|pick| (code, pick, new)))
-        else {
-            return (CODE_DROP, Some("no dispatch code is left"));
-        };
-        if new {
-            self.count_affinity_map(&pick, true);
-            self.put(Element::Pick(code), None, Some(Data::Pick(pick)));
-        }
-        let size = sizes.entry((frontend.port, role)).or_default();
-        *size = (*size).max(pick.size);
-        let short = if pick.size < count {
-            Some("dispatch codes are short: only some of its endpoints are served")
-        } else if pick.kind != kind {
-            Some("dispatch codes are short: it has the affinity timeout of others")
-        } else {
-            None
-        };
-        (pool_bits(number, role) | code, short)
+        let affinity = if port.sticky { frontend.affinity.max(1) } else { 0 };
+        (pool_bits(port.number, role) | Pick::new(masquerade, affinity, count).code(), None)
+    }
+}
+
+impl Programmed {
+    /// The list of sources that restricts the frontend.
+    pub(super) fn list(&self) -> Option<u32> {
+        (self.main & CODE_MASK == CODE_RESTRICTED).then_some(self.main >> LIST_SHIFT)
     }
 }

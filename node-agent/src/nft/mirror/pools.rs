@@ -2,9 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Member, Mirror, Reference, STICKY_MEMBERS, index_of, number_of, pool_bits};
+use super::{Member, Mirror, Pool, Reference, STICKY_MEMBERS, index_of, number_of, pool_bits};
 use crate::nft::element::{Data, Element, Key};
-use crate::nft::ruleset::BACKEND_BIT;
+use crate::nft::ruleset::{BACKEND_BIT, Masquerade, POOL_MASK, Pick};
 
 impl<const N: usize> Mirror<N> {
     /// Creates a pool if it is absent; returns whether it was.
@@ -23,13 +23,13 @@ impl<const N: usize> Mirror<N> {
         self.dirty_ports.insert(index);
         let pool = self.port(index)?.pools[role].as_ref()?;
         let mut members: Vec<_> = pool.members.iter().map(|member| (member.address, member.port)).collect();
-        self.clear_slots(index, role);
         for (address, port) in &members {
             self.remove_member(index, role, *address, *port);
         }
         let refused = self.refused_members.iter().filter(|other| other.0 == index && other.1 == role);
         members.extend(refused.map(|(_, _, member, _)| (member.address, member.port)));
         self.refused_members.retain(|other| (other.0, other.1) != (index, role));
+        self.note_sticky_pool(index, role);
         self.port_mut(index)?.pools[role] = None;
         Some(members)
     }
@@ -96,7 +96,6 @@ impl<const N: usize> Mirror<N> {
         let Some(number) = self.port(index).map(|port| port.number) else { return };
         let mut member = Member { address, port, id: 0 };
         if number != 0 {
-            self.trim_padding(index, role);
             let Some(id) = self.member_id(index, role, (address, port)) else {
                 self.refused_members.push((index, role, member, 0));
                 return;
@@ -109,7 +108,6 @@ impl<const N: usize> Mirror<N> {
         let slot = pool.members.len() as u32;
         pool.members.push(member);
         if number != 0 {
-            pool.slots = slot + 1;
             self.put_backend(sticky, role, &member, true);
             let element = Element::Slot { pool: pool_bits(number, role), index: slot };
             self.put(element, None, Some(Data::Value(member.id)));
@@ -161,7 +159,6 @@ impl<const N: usize> Mirror<N> {
     /// Takes a member out; the last slot moves into the hole.
     pub(super) fn remove_member(&mut self, index: u32, role: usize, address: [u8; N], port: u16) -> bool {
         let Some(position) = self.position(index, role, (address, port)) else { return false };
-        self.trim_padding(index, role);
         let Some(owner) = self.port_mut(index) else { return false };
         let (number, sticky) = (owner.number, owner.sticky);
         let Some(pool) = owner.pools[role].as_mut() else { return false };
@@ -171,7 +168,6 @@ impl<const N: usize> Mirror<N> {
         if number == 0 {
             return true;
         }
-        pool.slots = last as u32;
         let slot = |index: usize| Element::Slot { pool: pool_bits(number, role), index: index as u32 };
         if position != last {
             self.put(slot(position), Some(Data::Value(removed.id)), Some(Data::Value(moved.id)));
@@ -184,35 +180,27 @@ impl<const N: usize> Mirror<N> {
         true
     }
 
-    /// Removes the slots that repeat members.
-    pub(super) fn trim_padding(&mut self, index: u32, role: usize) {
-        self.pad(index, role, 0);
-    }
-
-    /// Makes the pool have `slots` slots, at least one per member; further ones repeat members in order.
-    pub(super) fn pad(&mut self, index: u32, role: usize, slots: u32) {
-        let Some(owner) = self.port_mut(index) else { return };
-        let number = owner.number;
-        let Some(pool) = owner.pools[role].as_mut() else { return };
-        let count = pool.members.len() as u32;
-        let (before, after) = (pool.slots, if count == 0 { 0 } else { slots.max(count) });
-        if number == 0 || count == 0 || before == after {
+    /// Brings the value by which a forgotten client's connection finds its pool again in line.
+    pub(super) fn note_sticky_pool(&mut self, index: u32, role: usize) {
+        let Some(port) = self.port(index) else { return };
+        let (number, sticky) = (port.number, port.sticky);
+        let Some(pool) = port.pools[role].as_ref() else { return };
+        let wanted = sticky_value(number, sticky, role, pool);
+        let before = pool.sticky_value;
+        if before == wanted {
             return;
         }
-        pool.slots = after;
-        let repeated: Vec<(u32, u32)> = (before.min(after)..before.max(after))
-            .map(|slot| (slot, pool.members[(slot % count) as usize].id))
-            .collect();
-        for (slot, id) in repeated {
-            let element = Element::Slot { pool: pool_bits(number, role), index: slot };
-            let data = Some(Data::Value(id));
-            let (old, new) = if after > before { (None, data) } else { (data, None) };
-            self.put(element, old, new);
+        if let Some(pool) = self.port_mut(index).and_then(|port| port.pools[role].as_mut()) {
+            pool.sticky_value = wanted;
         }
-    }
-
-    pub(super) fn clear_slots(&mut self, index: u32, role: usize) {
-        self.trim_padding(index, role);
+        let data = |value: u32| (value != 0).then_some(Data::Value(value));
+        // The key of a value is its upper bits; of one pool they differ only across a new number.
+        if before & POOL_MASK != wanted & POOL_MASK && before != 0 && wanted != 0 {
+            self.put(Element::StickyPool(before & POOL_MASK), data(before), None);
+            self.put(Element::StickyPool(wanted & POOL_MASK), None, data(wanted));
+        } else {
+            self.put(Element::StickyPool((before | wanted) & POOL_MASK), data(before), data(wanted));
+        }
     }
 
     /// Gives a service port a number if its pools have members, and takes it if not; a port whose affinity
@@ -279,7 +267,6 @@ impl<const N: usize> Mirror<N> {
                 continue;
             };
             let mut members = std::mem::take(&mut pool.members);
-            pool.slots = 0;
             let known = self.adopt_members(index, role, &mut members);
             for member in &members[..known] {
                 self.push_known(index, role, *member);
@@ -324,7 +311,6 @@ impl<const N: usize> Mirror<N> {
         let Some(pool) = port.pools[role].as_mut() else { return };
         let slot = pool.members.len() as u32;
         pool.members.push(member);
-        pool.slots = slot + 1;
         self.put_backend(sticky, role, &member, true);
         let element = Element::Slot { pool: pool_bits(number, role), index: slot };
         self.put(element, None, Some(Data::Value(member.id)));
@@ -335,11 +321,9 @@ impl<const N: usize> Mirror<N> {
         let Some(port) = self.port(index) else { return };
         let (number, sticky) = (port.number, port.sticky);
         for role in 0..2 {
-            self.trim_padding(index, role);
             let Some(pool) = self.port_mut(index).and_then(|port| port.pools[role].as_mut()) else {
                 continue;
             };
-            pool.slots = 0;
             let members = pool.members.clone();
             pool.members.iter_mut().for_each(|member| member.id = 0);
             for (slot, member) in members.iter().enumerate() {
@@ -358,4 +342,12 @@ impl<const N: usize> Mirror<N> {
             port.number = 0;
         }
     }
+}
+
+/// The value of map `sticky_pools` for a pool; 0: none.
+fn sticky_value<const N: usize>(number: u32, sticky: bool, role: usize, pool: &Pool<N>) -> u32 {
+    if number == 0 || !sticky || pool.members.is_empty() {
+        return 0;
+    }
+    pool_bits(number, role) | Pick::new(Masquerade::Never, 0, pool.members.len() as u32).code()
 }

@@ -105,8 +105,7 @@ impl<const N: usize> Mirror<N> {
             .collect();
         for (element, errno) in &self.blocked {
             let reason = std::io::Error::from_raw_os_error(*errno);
-            let reason =
-                format!("the kernel refused an element of {}: {reason}", element.set().unwrap_or("maps"));
+            let reason = format!("the kernel refused an element of {}: {reason}", element.set());
             all.push(Refusal { item: self.item(element), reason, errno: *errno });
         }
         for (index, _, member, errno) in &self.refused_members {
@@ -130,14 +129,26 @@ impl<const N: usize> Mirror<N> {
         format!("frontend {address}/{protocol}{owner}")
     }
 
+    /// The frontends that a list of sources restricts, the first by name and how many more.
+    fn list_item(&self, list: u32) -> String {
+        let restricted = self.programmed.iter().filter(|(_, programmed)| programmed.list() == Some(list));
+        let mut keys: Vec<&Key<N>> = restricted.map(|(key, _)| key).collect();
+        keys.sort_unstable();
+        match keys.as_slice() {
+            [] => format!("list of sources {list}"),
+            [key] => self.frontend_item(key),
+            [key, more @ ..] => format!("{} and {} more frontends", self.frontend_item(key), more.len()),
+        }
+    }
+
     fn item(&self, element: &Element<N>) -> String {
         match element {
             Element::Frontend(key)
             | Element::Inside(key)
             | Element::Outside(key)
             | Element::Guarded(key)
-            | Element::Refused(key)
-            | Element::AllowedSource(key, _) => self.frontend_item(key),
+            | Element::Refused(key) => self.frontend_item(key),
+            Element::SourceList(list) | Element::Source(list, _) => self.list_item(*list),
             Element::Hairpin(key) => {
                 format!("local endpoint {}", text::socket_address(&key.address, key.port))
             }

@@ -1,9 +1,10 @@
 //! The sets and maps of a table: their types as the kernel and nft know them.
 
-use super::{FAMILY_IPV4, Layout, affinity_name};
+use super::{FAMILY_IPV4, Layout, source_list_name};
 
-/// Elements that an affinity map holds at most; beyond it new clients are balanced without being remembered.
-const AFFINITY_SIZE: u32 = 1 << 20;
+/// Entries that the affinity map holds at most; beyond it new clients are balanced without being remembered. One
+/// service port takes at most 2^15 of them, so that it takes 64 flooded ones to fill the map.
+pub(super) const AFFINITY_SIZE: u32 = 1 << 21;
 
 /// A set or map.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,8 +16,6 @@ pub(crate) struct SetSpec {
     /// The same of a map's value.
     pub(crate) data: Option<(u32, u32)>,
     pub(crate) size: Option<u32>,
-    /// Lengths of the key's fields in bytes, for concatenations with ranges.
-    pub(crate) fields: Vec<u32>,
     /// What nft needs to print the set as it was declared.
     pub(crate) user_data: &'static [u8],
 }
@@ -34,12 +33,13 @@ const FLAG_INTERVAL: u32 = 4;
 const FLAG_MAP: u32 = 8;
 const FLAG_TIMEOUT: u32 = 0x10;
 const FLAG_DYNAMIC: u32 = 0x20;
-const FLAG_CONCATENATION: u32 = 0x80;
 
 // User data of sets, as nft 1.0.6 writes it: the sets were declared in a file, loaded, and the attribute was read
 // back by a netlink dump. All but SLOTS say only byte orders; SLOTS holds the `typeof` of key and value
-// (`typeof meta priority . numgen random mod 65536 : meta priority`), without which its key has no name.
+// (`typeof meta priority . numgen random mod 65536 : meta priority`), without which the key has no name. It serves
+// for `affinity` too: nft 1.0.6 does not read a `typeof` with `jhash` back.
 const HOST_TO_NETWORK: &[u8] = &[0, 4, 1, 0, 0, 0, 1, 4, 2, 0, 0, 0, 6, 4, 0, 0, 0, 0];
+const HOST_TO_HOST: &[u8] = &[0, 4, 1, 0, 0, 0, 1, 4, 1, 0, 0, 0, 6, 4, 0, 0, 0, 0];
 const CONCATENATION_TO_HOST: &[u8] =
     &[0, 4, 0, 0, 0, 0, 1, 4, 1, 0, 0, 0, 3, 8, 0, 4, 13, 0, 0, 0, 1, 0, 6, 4, 0, 0, 0, 0];
 const HOST_TO_CONCATENATION: &[u8] =
@@ -73,7 +73,6 @@ impl Layout {
             key,
             data: Some(data),
             size: None,
-            fields: Vec::new(),
             user_data,
         };
         let set = |name: &str, flags, key, user_data| SetSpec {
@@ -82,7 +81,6 @@ impl Layout {
             key,
             data: None,
             size: None,
-            fields: Vec::new(),
             user_data,
         };
         let value = (CLASSID, 4);
@@ -94,7 +92,13 @@ impl Layout {
             map("backends", value, endpoint, HOST_TO_CONCATENATION),
             map("sticky_cluster", value, endpoint, HOST_TO_CONCATENATION),
             map("sticky_local", value, endpoint, HOST_TO_CONCATENATION),
-            map("picks", value, (VERDICT, 16), HOST_TO_VERDICT),
+            map("sticky_pools", value, value, HOST_TO_HOST),
+            map("source_lists", value, (VERDICT, 16), HOST_TO_VERDICT),
+            SetSpec {
+                flags: FLAG_MAP | FLAG_TIMEOUT | FLAG_DYNAMIC,
+                size: Some(AFFINITY_SIZE),
+                ..map("affinity", (concatenation(&[CLASSID, INTEGER]), 8), value, SLOTS)
+            },
             map("stamp", (MARK, 4), (IPV6, 16), HOST_TO_NETWORK),
             set("vips", 0, (address, length), NETWORK_ORDER),
             set("cluster_ips", 0, (address, length), NETWORK_ORDER),
@@ -108,24 +112,18 @@ impl Layout {
                 CONCATENATION,
             ),
         ]);
-        let allowed = (concatenation(&[address, PROTOCOL, SERVICE, address]), 2 * length + 8);
-        sets.push(SetSpec {
-            fields: vec![length, 1, 2, length],
-            ..set("allowed_sources", FLAG_INTERVAL | FLAG_CONCATENATION, allowed, CONCATENATION)
-        });
         sets
     }
 
-    /// The map that remembers clients for `seconds`.
-    pub(crate) fn affinity_map(self, seconds: u32) -> SetSpec {
+    /// The set of one list of sources.
+    pub(crate) fn source_list(self, list: u32) -> SetSpec {
         SetSpec {
-            name: affinity_name(seconds),
-            flags: FLAG_MAP | FLAG_TIMEOUT | FLAG_DYNAMIC,
-            key: (concatenation(&[CLASSID, self.address_type()]), self.length + 4),
-            data: Some((CLASSID, 4)),
-            size: Some(AFFINITY_SIZE),
-            fields: Vec::new(),
-            user_data: CONCATENATION_TO_HOST,
+            name: source_list_name(list),
+            flags: FLAG_INTERVAL,
+            key: (self.address_type(), self.length),
+            data: None,
+            size: None,
+            user_data: NETWORK_ORDER,
         }
     }
 }
