@@ -112,7 +112,7 @@ pub struct ProxyStatusStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// One word, derived from the conditions: Synced, Progressing, Stale, ApplyFailed, Deviating, Drifted,
-    /// NotExclusive, Absent.
+    /// PodsNotLocal, NotExclusive, Absent.
     #[serde(default)]
     pub state: String,
     /// The node's generations. They count changes that concern this node; those of two nodes cannot be
@@ -150,7 +150,7 @@ pub struct ProxyStatusStatus {
     /// The last error, kept until the node is in order again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
-    /// Ready, Connected, Programmed, Consistent, Exclusive.
+    /// Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

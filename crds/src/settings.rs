@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Settings of the data plane. What is left out has its built-in value, which is kube-proxy's. Every change takes
-/// effect without a restart of the agent and without a lost connection.
+/// Settings of the data plane. What is left out has its built-in value: what the controller took over from kube-proxy
+/// when it was installed (ConfigMap switchtower-builtin-settings in its namespace), or else the default named here.
+/// Every change takes effect without a restart of the agent and without a lost connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxySettings {
@@ -20,12 +21,15 @@ pub struct ProxySettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31))]
     pub masquerade_bit: Option<i32>,
-    /// NodePorts are served on the node's addresses inside these CIDRs, at most 64. Empty: on the primary addresses of the
-    /// Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback; so does leaving out a family, where the other
-    /// is named.
+    /// NodePorts are served on the node's addresses inside these CIDRs, at most 64. The word primary, alone, stands for
+    /// the primary addresses of the Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback; so does leaving out
+    /// a family, where the other is named. Default: primary.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
-    pub node_port_addresses: Vec<Cidr>,
+    #[schemars(length(max = 64), extend("x-kubernetes-validations" = [
+        {"rule": "size(self) == 1 || !self.exists(address, address == 'primary')",
+         "message": "primary cannot be combined with CIDRs"}
+    ]))]
+    pub node_port_addresses: Vec<NodePortAddress>,
     /// Connection tracking of the node's kernel. What the agent may not write is counted by its metric
     /// switchtower_sysctl_failures and named in its log; the init container of the manifests writes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -48,6 +52,23 @@ pub struct ProxySettings {
     "x-kubernetes-validations" = [{"rule": "isCIDR(self)", "message": "must be a CIDR such as 10.0.0.0/8 or fd00::/8"}]
 ))]
 pub struct Cidr(pub String);
+
+/// An IPv4 or IPv6 network such as 192.0.2.0/24, or the word primary.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+#[schemars(extend(
+    "maxLength" = 43,
+    "x-kubernetes-validations" = [{"rule": "self == 'primary' || isCIDR(self)",
+        "message": "must be a CIDR such as 10.0.0.0/8 or fd00::/8, or primary"}]
+))]
+pub struct NodePortAddress(pub String);
+
+impl NodePortAddress {
+    /// The Node's primary addresses.
+    pub const PRIMARY: &str = "primary";
+    /// The most entries of a list.
+    pub const MOST: usize = 64;
+}
 
 /// How a connection of one of the node's own pods is told from others (kube-proxy: detectLocalMode).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
