@@ -159,6 +159,7 @@ fn reason(reason: ProblemReason) -> &'static str {
         ProblemReason::InvalidAddress => "InvalidAddress",
         ProblemReason::InvalidPort => "InvalidPort",
         ProblemReason::IncompleteNode => "IncompleteNode",
+        ProblemReason::PodsOutside => "PodsOutside",
         ProblemReason::LimitExceeded => "LimitExceeded",
         ProblemReason::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
     }

@@ -14,6 +14,7 @@ use switchtower_crds::ProxyStatusStatus;
 use crate::ingest::NodeIdentity;
 
 mod assignments;
+mod local_detection;
 pub mod observation;
 mod requests;
 pub mod row;

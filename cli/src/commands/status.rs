@@ -115,7 +115,7 @@ fn severity(state: &str) -> u8 {
         "ApplyFailed" => 2,
         "Unknown" => 3,
         "Deviating" => 4,
-        "NotExclusive" => 5,
+        "PodsNotLocal" | "NotExclusive" => 5,
         "Drifted" => 6,
         "Progressing" => 7,
         "Synced" => 9,
@@ -131,6 +131,7 @@ fn code_of(state: &str) -> Option<Code> {
         "Deviating" => codes::DEVIATING,
         "Drifted" => codes::FOREIGN_CHANGE,
         "NotExclusive" => codes::NOT_EXCLUSIVE,
+        "PodsNotLocal" => codes::PODS_NOT_LOCAL,
         "Synced" => return None,
         _ => codes::NODE_BEHIND,
     })

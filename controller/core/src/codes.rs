@@ -55,6 +55,11 @@ codes! {
     KERNEL_UNKNOWN = "ST0109", "the node's kernel could not be asked",
         "The answer is what the controller computed; what the kernel holds is not known.",
         "See why the node is not connected: kubectl switchtower status.";
+    PODS_NOT_LOCAL = "ST0110", "local detection misses pods of the node",
+        "These pods are not recognised as local: their connections to ClusterIPs lose their source address, so \
+         NetworkPolicies that select them stop matching, and externalTrafficPolicy Local has no short cut for them.",
+        "Set localDetection in a ProxyProfile to what the CNI uses: the cluster's CIDRs (mode ClusterCIDR) or the \
+         beginning of its interfaces' names (mode InterfaceNamePrefix). The row's condition LocalDetection names addresses.";
     NO_ENDPOINTS = "ST0201", "the Service has no usable endpoint",
         "New connections are refused at once, on every node.",
         "Does the selector match pods (kubectl get pods -l ...), are they Ready, and does targetPort name a port of theirs?";

@@ -8,6 +8,7 @@ mod categorize;
 mod claims;
 mod emit;
 mod nodes;
+mod pods;
 mod ports;
 mod service;
 
@@ -26,6 +27,7 @@ use self::emit::Emitter;
 use self::nodes::Nodes;
 use self::service::Output;
 use crate::compiled::Compiled;
+use crate::locality::PodChange;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
 use crate::wire;
 
@@ -55,6 +57,8 @@ pub struct Compiler {
     outputs: BTreeMap<ObjectKey, Output>,
     dirty: BTreeSet<ObjectKey>,
     endpoints: usize,
+    /// Ready endpoints that appeared or went since the last compile.
+    pods: Vec<PodChange>,
 }
 
 impl Compiler {
@@ -104,6 +108,7 @@ impl Compiler {
         if self.slices.get(&slice.key).is_some_and(|old| old.service != slice.service) {
             self.remove_slice(&slice.key);
         }
+        pods::difference(self.slices.get(&slice.key), Some(&slice), &mut self.pods);
         self.slices_of.entry(service.clone()).or_default().insert(slice.key.clone());
         self.slices.insert(slice.key.clone(), slice);
         self.dirty.insert(service);
@@ -111,6 +116,7 @@ impl Compiler {
 
     fn remove_slice(&mut self, key: &ObjectKey) {
         let Some(slice) = self.slices.remove(key) else { return };
+        pods::difference(Some(&slice), None, &mut self.pods);
         let service = service_of(&slice);
         if let Some(slices) = self.slices_of.get_mut(&service) {
             slices.remove(key);
@@ -136,7 +142,7 @@ impl Compiler {
             self.compile_service(&key, &mut emitter);
         }
         self.claims.settle(&mut emitter);
-        emitter.finish()
+        Compiled { pods: std::mem::take(&mut self.pods), ..emitter.finish() }
     }
 
     fn compile_service(&mut self, key: &ObjectKey, emitter: &mut Emitter) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use switchtower_proto::v1::Change;
 
+use crate::locality::PodChange;
 use crate::model::{LayerId, ObjectKey};
 
 /// The outcome of one compile: exactly what differs from the one before.
@@ -15,6 +16,8 @@ pub struct Compiled {
     pub removed: Vec<LayerId>,
     /// Problems that appeared.
     pub problems: Vec<Problem>,
+    /// Ready endpoints that appeared or went, in their order.
+    pub pods: Vec<PodChange>,
 }
 
 /// Which object a problem is about.
@@ -41,6 +44,8 @@ pub enum ProblemReason {
     InvalidPort,
     /// The Node has no address, or no pod CIDR for local detection.
     IncompleteNode,
+    /// Pods of the Node have addresses that its local detection does not cover.
+    PodsOutside,
     /// More endpoints or ports than the limits allow; the rest was left out.
     LimitExceeded,
     /// A node cannot listen on the Service's health check node port (kube-proxy's word).

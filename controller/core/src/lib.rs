@@ -10,6 +10,7 @@ pub mod compile;
 pub mod compiled;
 pub mod explain;
 pub mod layer;
+pub mod locality;
 pub mod model;
 pub mod names;
 pub mod propagation;

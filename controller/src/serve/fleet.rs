@@ -10,12 +10,14 @@ use std::time::{Duration, Instant, SystemTime};
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::compiled::{Compiled, Problem};
 use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
+use switchtower_core::locality::Localities;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Delivery, Publication, Slot};
 use switchtower_proto::v1::change::Change as Op;
-use switchtower_proto::v1::{Change, GoAwayReason, Resume, Settings, Source};
+use switchtower_proto::v1::{Change, GoAwayReason, NodeRecord, Resume, Settings, Source};
 use tokio::sync::Notify;
 
+mod locality;
 mod look;
 mod reports;
 mod settings;
@@ -71,6 +73,7 @@ struct Node {
     observation: Option<Observation>,
     /// What it may say of Services.
     told: reports::Told,
+    facts: locality::NodeFacts,
 }
 
 /// Whom a new revision concerns.
@@ -90,6 +93,7 @@ struct Nodes {
     settings: BTreeMap<SettingsName, Settings>,
     /// Which of them each node has; without an entry the built-in one.
     assigned: HashMap<Arc<str>, SettingsName>,
+    localities: Localities,
 }
 
 /// All nodes and layers.
@@ -97,6 +101,7 @@ pub struct Fleet {
     nodes: Mutex<Nodes>,
     layers: RwLock<Layers>,
     builtin: SettingsName,
+    builtin_settings: Settings,
     floors: Floors,
     instance: [u8; 16],
     ready: AtomicBool,
@@ -148,12 +153,13 @@ impl Fleet {
         let builtin: SettingsName = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
         let layer = LayerId::Settings(builtin.0.clone(), builtin.1);
-        let changes = BTreeMap::from([(layer, vec![settings::change(settings)])]);
+        let changes = BTreeMap::from([(layer, vec![settings::change(settings.clone())])]);
         layers.apply(changes, &[], Vec::new(), Source::default());
         Arc::new(Self {
             nodes: Mutex::default(),
             layers: RwLock::new(layers),
             builtin,
+            builtin_settings: settings,
             floors,
             instance: rand::random(),
             ready: AtomicBool::new(false),
@@ -184,7 +190,7 @@ impl Fleet {
     /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
     pub fn publish(&self, compiled: Compiled, mut publication: Publication, source: Source) -> u64 {
         let Compiled { changes, removed, .. } = compiled;
-        let records: BTreeMap<Arc<str>, Option<Arc<str>>> = changes.iter().filter_map(node_record).collect();
+        let records: BTreeMap<Arc<str>, NodeRecord> = changes.iter().filter_map(node_record).collect();
         let infos = self.propagation.describe(&publication);
         let mut nodes = lock(&self.nodes);
         let applied = self.write(|layers| layers.apply(changes, &removed, infos, source));
@@ -200,8 +206,9 @@ impl Fleet {
                 self.mark([node]);
             }
         }
-        for (node, zone) in records {
-            nodes.assign(&node, zone, &self.builtin);
+        for (node, record) in records {
+            nodes.assign(&node, &record, &self.builtin);
+            self.detection_changed(&mut nodes, &node);
             self.mark([node]);
         }
         self.ready.store(true, Ordering::Release);
@@ -441,6 +448,7 @@ impl crate::status::Registry for Fleet {
         let nodes = lock(&self.nodes);
         let entry = nodes.nodes.get(node)?;
         let mut observation = entry.observation.clone()?;
+        observation.locality = nodes.localities.of(node).unwrap_or_default();
         // Nobody keeps the figure of a node without a stream up to date.
         if observation.lost_since.is_some()
             && let (Some(subscription), Some(cursor)) = (&entry.subscription, &entry.cursor)
@@ -470,7 +478,8 @@ impl crate::status::Registry for Fleet {
 }
 
 impl Nodes {
-    fn assign(&mut self, name: &Arc<str>, zone: Option<Arc<str>>, builtin: &SettingsName) {
+    fn assign(&mut self, name: &Arc<str>, record: &NodeRecord, builtin: &SettingsName) {
+        let zone: Option<Arc<str>> = (!record.zone.is_empty()).then(|| record.zone.as_str().into());
         self.leave_zone(name);
         let settings = self.assigned.get(name).unwrap_or(builtin).clone();
         if let Some(zone) = &zone {
@@ -478,11 +487,13 @@ impl Nodes {
         }
         let node = self.nodes.entry(name.clone()).or_default();
         node.subscription = Some(Subscription { node: name.clone(), zone, settings });
+        node.facts = record.into();
     }
 
     fn unassign(&mut self, name: &Arc<str>) {
         self.leave_zone(name);
         self.assigned.remove(name);
+        self.localities.forget(name);
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.subscription = None;
         node.cursor = None;
@@ -505,10 +516,17 @@ impl Nodes {
         }
     }
 
+    /// Nodes that are to have a revision.
+    fn having(&self, name: &SettingsName) -> Vec<Arc<str>> {
+        let has = |node: &Node| {
+            let subscription = node.subscription.as_ref();
+            subscription.is_some_and(|subscription| subscription.settings == *name)
+        };
+        self.nodes.iter().filter(|(_, node)| has(node)).map(|(name, _)| name.clone()).collect()
+    }
+
     fn has_settings(&self, name: &SettingsName) -> bool {
-        self.nodes
-            .values()
-            .any(|node| node.subscription.as_ref().is_some_and(|subscription| subscription.settings == *name))
+        !self.having(name).is_empty()
     }
 
     /// Wakes the sessions of the touched layers.
@@ -544,12 +562,12 @@ impl Nodes {
     }
 }
 
-/// Name and zone, if these are the changes of a node's layer and tell of its record.
-fn node_record((id, changes): (&LayerId, &Vec<Change>)) -> Option<(Arc<str>, Option<Arc<str>>)> {
+/// Name and record, if these are the changes of a node's layer and tell of its record.
+fn node_record((id, changes): (&LayerId, &Vec<Change>)) -> Option<(Arc<str>, NodeRecord)> {
     let LayerId::Node(name) = id else { return None };
     let record = changes.iter().rev().find_map(|change| match &change.change {
         Some(Op::Node(record)) => Some(record),
         _ => None,
     })?;
-    Some((name.clone(), (!record.zone.is_empty()).then(|| record.zone.as_str().into())))
+    Some((name.clone(), record.clone()))
 }

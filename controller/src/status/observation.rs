@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use switchtower_core::locality::Locality;
 use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
 use tokio::time::Instant;
 
@@ -60,6 +61,8 @@ pub struct Observation {
     pub moments: Moments,
     /// Where the agent's last trial of settings stands, as it told in Hello or Report.
     pub trial: Option<TrialStatus>,
+    /// Whether the settings that the node is to have recognise its pods.
+    pub locality: Locality,
 }
 
 /// When things happened, for those who measure how long ago that was; the wall clock's times are for people.

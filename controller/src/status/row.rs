@@ -14,6 +14,7 @@ use switchtower_crds::{
 
 use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
+use super::local_detection;
 use super::observation::{Failure, Observation};
 use crate::agents::Obstacle;
 
@@ -40,6 +41,8 @@ pub enum State {
     Deviating,
     /// Somebody else changed the agent's tables.
     Drifted,
+    /// Pods of the node have addresses that its local detection does not cover.
+    PodsNotLocal,
     /// Another service proxy's rules exist beside the agent's.
     NotExclusive,
     /// There has been no agent on this node.
@@ -48,13 +51,14 @@ pub enum State {
 
 impl State {
     /// All words.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Synced,
         Self::Progressing,
         Self::Stale,
         Self::ApplyFailed,
         Self::Deviating,
         Self::Drifted,
+        Self::PodsNotLocal,
         Self::NotExclusive,
         Self::Absent,
     ];
@@ -69,6 +73,7 @@ impl State {
             Self::ApplyFailed => "ApplyFailed",
             Self::Deviating => "Deviating",
             Self::Drifted => "Drifted",
+            Self::PodsNotLocal => "PodsNotLocal",
             Self::NotExclusive => "NotExclusive",
             Self::Absent => "Absent",
         }
@@ -130,12 +135,13 @@ impl Verdict {
     }
 }
 
-/// The four conditions that Ready and STATE are derived from.
+/// The conditions that Ready and STATE are derived from.
 struct Verdicts {
     connected: Verdict,
     programmed: Verdict,
     consistent: Verdict,
     exclusive: Verdict,
+    local_detection: Verdict,
 }
 
 /// Makes the row.
@@ -181,6 +187,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         programmed: programmed(observation, check, now),
         consistent: consistent(observation, check, now),
         exclusive: exclusive(observation),
+        local_detection: local_detection(observation),
     };
     let state = derive_state(&verdicts, observation);
     let ready = derive_ready(state, &verdicts);
@@ -302,6 +309,11 @@ fn exclusive(observation: &Observation) -> Verdict {
     }
 }
 
+fn local_detection(observation: &Observation) -> Verdict {
+    let (status, reason, message) = local_detection::verdict(&observation.locality);
+    Verdict::new(status, reason, message)
+}
+
 fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
     if !verdicts.connected.holds() {
         State::Stale
@@ -316,6 +328,8 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
         }
     } else if !verdicts.consistent.holds() {
         State::Drifted
+    } else if verdicts.local_detection.status == "False" {
+        State::PodsNotLocal
     } else if !verdicts.exclusive.holds() {
         State::NotExclusive
     } else {
@@ -324,10 +338,12 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
 }
 
 /// The reason is that of the condition that decided the state. A second proxy does not make a node unready:
-/// during a migration both run, and what the agent programs is complete.
+/// during a migration both run, and what the agent programs is complete. Nor do pods that are not recognised: the
+/// kernel holds what the settings ask for.
 fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
     let (status, decisive) = match state {
         State::Synced => ("True", &verdicts.programmed),
+        State::PodsNotLocal => ("True", &verdicts.local_detection),
         State::NotExclusive => ("True", &verdicts.exclusive),
         State::Stale | State::Absent => ("False", &verdicts.connected),
         State::Drifted => ("False", &verdicts.consistent),
@@ -416,6 +432,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
         programmed: unknown(),
         consistent: unknown(),
         exclusive: unknown(),
+        local_detection: unknown(),
     };
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
@@ -427,13 +444,14 @@ fn absent(inputs: Inputs<'_>) -> Row {
 }
 
 fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Condition> {
-    let Verdicts { connected, programmed, consistent, exclusive } = verdicts;
+    let Verdicts { connected, programmed, consistent, exclusive, local_detection } = verdicts;
     [
         ("Ready", ready),
         ("Connected", connected),
         ("Programmed", programmed),
         ("Consistent", consistent),
         ("Exclusive", exclusive),
+        ("LocalDetection", local_detection),
     ]
     .into_iter()
     .map(|(kind, verdict)| merge(kind, verdict, inputs))

@@ -1,6 +1,7 @@
 //! Tables: what was observed, and the columns that `kubectl get proxystatus` prints.
 
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
+use switchtower_core::locality::{Detection, Locality};
 use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
@@ -65,7 +66,7 @@ fn check(observation: &Observation, state: &str, ready: &str, reason: &str) -> R
 fn a_healthy_node() {
     let row = check(&healthy(), "Synced", "True", "UpToDate");
     let kinds: Vec<_> = row.status.conditions.iter().map(|condition| condition.type_.as_str()).collect();
-    assert_eq!(kinds, ["Ready", "Connected", "Programmed", "Consistent", "Exclusive"]);
+    assert_eq!(kinds, ["Ready", "Connected", "Programmed", "Consistent", "Exclusive", "LocalDetection"]);
     assert!(row.status.conditions.iter().all(|c| c.status == "True" && c.observed_generation == Some(1)));
     assert_eq!(row.status.profile.unwrap().revision_name, "builtin@0");
     assert_eq!(row.status.digest.unwrap(), "ab".repeat(16));
@@ -93,6 +94,11 @@ fn every_state_and_its_reason() {
     check(&Observation { drift_at: Some(ago(5)), ..healthy() }, "Drifted", "False", "ForeignChange");
     check(&Observation { drift_at: Some(ago(50)), ..healthy() }, "Synced", "True", "UpToDate");
     check(&Observation { foreign_proxy: true, ..healthy() }, "NotExclusive", "True", "ForeignProxy");
+    let detection = Detection::PodCidrs(vec!["10.244.77.0/24".parse().unwrap()]);
+    let samples = vec!["10.244.3.11".parse().unwrap()];
+    let locality = Locality { detection, missed: 1, samples };
+    let outside = Observation { locality, foreign_proxy: true, ..healthy() };
+    check(&outside, "PodsNotLocal", "True", "PodsOutside");
     check(&Observation { lost_since: Some(ago(60)), ..healthy() }, "Stale", "False", "AgentDisconnected");
 }
 

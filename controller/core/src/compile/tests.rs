@@ -12,6 +12,7 @@ use switchtower_proto::v1::{
 
 use super::Compiler;
 use crate::compiled::{Compiled, ProblemReason};
+use crate::locality::PodChange;
 use crate::model::*;
 
 mod claims;
@@ -31,6 +32,8 @@ pub(super) struct World {
     local: BTreeSet<(LayerId, LocalEndpoint)>,
     health: BTreeMap<(LayerId, HealthCheckKey), (u32, u32, u32)>,
     cidrs: BTreeSet<Vec<u8>>,
+    /// In how many slices each ready endpoint stands, by node and address.
+    pods: BTreeMap<(Arc<str>, IpAddr), u32>,
 }
 
 impl World {
@@ -43,6 +46,11 @@ impl World {
             self.health.retain(|(other, _), _| *other != layer);
             assert!(self.nodes.remove(&layer).is_some(), "{layer:?} was not there");
         }
+        for PodChange { node, address, present } in compiled.pods {
+            let count = self.pods.entry((node, address)).or_default();
+            *count = if present { *count + 1 } else { count.checked_sub(1).unwrap() };
+        }
+        self.pods.retain(|_, count| *count > 0);
         for (layer, changes) in compiled.changes {
             for change in changes {
                 self.apply_one(layer.clone(), change.change.unwrap());

@@ -28,7 +28,8 @@ pub struct SettingsAssignment {
     pub trace: Option<u128>,
 }
 
-/// The settings that hold before any ProxyProfile applies: kube-proxy's defaults.
+/// The defaults of the built-in settings: what holds before any ProxyProfile applies where nothing was taken over from
+/// kube-proxy ([`crate::builtin`]).
 #[must_use]
 pub fn builtin_settings() -> Settings {
     Settings {
@@ -83,7 +84,10 @@ impl Fleet {
             let name = (profile.clone(), *revision);
             if nodes.settings.get(&name) != Some(settings) {
                 changes.insert(LayerId::Settings(name.0.clone(), name.1), vec![change(settings.clone())]);
-                nodes.settings.insert(name, settings.clone());
+                nodes.settings.insert(name.clone(), settings.clone());
+                for node in nodes.having(&name) {
+                    self.detection_changed(&mut nodes, &node);
+                }
             }
         }
         let unused = |name: &&SettingsName| !wanted.contains_key(*name) && !nodes.has_settings(name);
@@ -99,6 +103,12 @@ impl Fleet {
         let woken = nodes.wake(&applied);
         drop(nodes);
         self.mark(woken.idle);
+    }
+
+    /// The settings that hold where no profile applies, and that profiles are laid over.
+    #[must_use]
+    pub fn builtin_settings(&self) -> &Settings {
+        &self.builtin_settings
     }
 
     /// Gives nodes a revision; it takes the place of the one before with their next update. Nodes may be named before
@@ -119,6 +129,8 @@ impl Fleet {
             if let Some(subscription) = &mut node.subscription {
                 subscription.settings = settings.clone();
             }
+            self.detection_changed(&mut nodes, &name);
+            let Some(node) = nodes.nodes.get(&name) else { continue };
             match &node.signal {
                 Some(_) => together.entry((settings, trace)).or_default().push(name),
                 None => idle.push(name),

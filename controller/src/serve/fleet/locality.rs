@@ -1,0 +1,71 @@
+//! Whether nodes recognise their own pods: the fleet knows endpoints, Nodes and settings, no single node does.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use switchtower_core::compiled::{Problem, ProblemObject, ProblemReason};
+use switchtower_core::locality::{Detection, Localities, Locality, PodChange};
+use switchtower_core::wire;
+use switchtower_proto::v1::NodeRecord;
+
+use super::{Fleet, Nodes, lock};
+
+/// What local detection depends on besides the settings.
+#[derive(Debug, Default)]
+pub(super) struct NodeFacts {
+    addresses: Vec<IpAddr>,
+    pod_cidrs: Vec<IpNet>,
+}
+
+impl From<&NodeRecord> for NodeFacts {
+    fn from(record: &NodeRecord) -> Self {
+        Self {
+            addresses: record.addresses.iter().filter_map(|octets| wire::address(octets)).collect(),
+            pod_cidrs: record.pod_cidrs.iter().filter_map(wire::net).collect(),
+        }
+    }
+}
+
+impl Fleet {
+    /// Takes note of ready endpoints that appeared or went.
+    pub fn pods_changed(&self, changes: &[PodChange]) {
+        if changes.is_empty() {
+            return;
+        }
+        let mut nodes = lock(&self.nodes);
+        for change in changes {
+            self.note(&mut nodes, &change.node, |localities| localities.change(change));
+        }
+    }
+
+    /// A Node's record, or its settings, may have changed.
+    pub(super) fn detection_changed(&self, nodes: &mut Nodes, name: &Arc<str>) {
+        let Some(node) = nodes.nodes.get(name) else { return };
+        let Some(subscription) = &node.subscription else { return };
+        let settings = nodes.settings.get(&subscription.settings).unwrap_or(&self.builtin_settings);
+        let detection = Detection::of(settings, &node.facts.pod_cidrs);
+        let own = node.facts.addresses.clone();
+        self.note(nodes, name, |localities| localities.set(name, &own, detection));
+    }
+
+    fn note(&self, nodes: &mut Nodes, name: &Arc<str>, change: impl FnOnce(&mut Localities) -> bool) {
+        let missed = |nodes: &Nodes| nodes.localities.missed(name) > 0;
+        let before = missed(nodes);
+        if !change(&mut nodes.localities) {
+            return;
+        }
+        if !before
+            && missed(nodes)
+            && let Some(locality) = nodes.localities.of(name)
+        {
+            (self.problems)(problem(name, &locality));
+        }
+        self.mark([name.clone()]);
+    }
+}
+
+fn problem(node: &str, locality: &Locality) -> Problem {
+    let object = ProblemObject::Node(node.to_owned());
+    Problem { object, reason: ProblemReason::PodsOutside, message: locality.missed_message() }
+}
