@@ -10,6 +10,7 @@ pub mod admin;
 pub mod agents;
 mod background;
 pub mod bootstrap;
+pub mod builtin;
 pub mod cli;
 pub mod engine;
 mod errors;

@@ -45,6 +45,7 @@ use announce::Announcer;
 use clock::Clock;
 pub use metrics::RolloutMetrics;
 use objects::Objects;
+pub(crate) use settings::laid_over;
 
 /// Between two rounds while a rollout is under way.
 const TICK: Duration = Duration::from_millis(500);

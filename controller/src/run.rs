@@ -10,7 +10,9 @@
 //!   proxyrollouts.switchtower.dev; get, update: the status of both
 //! - create, patch: events.events.k8s.io
 //! - in its own namespace, get, create: secrets (`switchtower-ca`); get, list, watch, patch, create: configmaps
-//!   (`switchtower-bootstrap`); get, list, watch: pods (why an agent does not run)
+//!   (`switchtower-bootstrap`); get, list, watch, create: configmaps (`switchtower-builtin-settings`); get, list,
+//!   watch: pods (why an agent does not run)
+//! - get: configmaps named `kube-proxy` (in kube-system)
 
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
@@ -29,6 +31,7 @@ use switchtower_core::compile::Compiler;
 use switchtower_core::compiled::Compiled;
 use switchtower_core::model::Input;
 use switchtower_core::propagation::{Limits as FollowLimits, Publication, TraceContext};
+use switchtower_crds::builtin::Record;
 use switchtower_proto::v1::Source;
 use switchtower_telemetry::spans::{self, BoxedLayer};
 use tokio::net::TcpListener;
@@ -41,6 +44,7 @@ use crate::admin::auth::AdminAuthenticator;
 use crate::agents::{self, Agents, Obstacle};
 use crate::background::Background;
 use crate::bootstrap::{self, Bootstrap, BootstrapError, CaPem};
+use crate::builtin::{self, BuiltinError};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
@@ -50,7 +54,7 @@ use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::behind::BehindCollector;
-use crate::serve::fleet::{Fleet, builtin_settings};
+use crate::serve::fleet::Fleet;
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
@@ -69,6 +73,8 @@ const BATCHES: usize = 1_024;
 const RETRY: Duration = Duration::from_secs(5);
 /// Longest request about the CA or the bootstrap ConfigMap.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest look at what the built-in settings are decided from.
+const LONG_PATIENCE: Duration = Duration::from_secs(120);
 /// Between two writes of the bootstrap ConfigMap.
 const BOOTSTRAP_PAUSE: Duration = Duration::from_secs(2);
 /// How long agents have to leave when the controller ends.
@@ -280,8 +286,19 @@ async fn start_parts(
     tasks.spawn("Events", publisher);
     let sink = events.clone();
     let problems = Arc::new(move |problem| sink.report([problem]));
-    let fleet =
-        Fleet::new(builtin_settings(), floors.clone(), serve_metrics.clone(), age, propagation, problems);
+    let builtin = builtin_settings_of(client, args).await?;
+    tasks.spawn(
+        "the record of the built-in settings",
+        builtin::keep(client.clone(), args.namespace.clone(), builtin.clone()),
+    );
+    let fleet = Fleet::new(
+        builtin::settings(&builtin),
+        floors.clone(),
+        serve_metrics.clone(),
+        age,
+        propagation,
+        problems,
+    );
     registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     // Rows first: sessions continue from the generations in them.
@@ -311,6 +328,26 @@ async fn start_parts(
     let metrics = EngineMetrics::new(registry)?;
     tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));
     Ok(Parts { fleet, serve_metrics, head: head_seen, traces })
+}
+
+/// The built-in settings, before any node gets some. An API server that cannot be reached yet, or permissions that are
+/// still missing, are waited for: to guess would be to change every node when it is known better.
+async fn builtin_settings_of(client: &Client, args: &ServeArgs) -> anyhow::Result<Record> {
+    loop {
+        match tokio::time::timeout(LONG_PATIENCE, builtin::load(client, &args.namespace)).await {
+            Ok(Ok(record)) => return Ok(record),
+            Ok(Err(error @ BuiltinError::Api { .. })) => {
+                tracing::error!(error = %Chain(&error), "no built-in settings yet; agents wait, and it is tried again");
+            }
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => {
+                tracing::error!(
+                    "no built-in settings yet: the API server does not answer; it is tried again"
+                );
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 /// Reads what says which settings nodes have, however long it takes: agents that were served before would get the
@@ -374,7 +411,10 @@ struct FleetPipeline {
 impl Pipeline for FleetPipeline {
     fn compile(&mut self, inputs: Vec<Input>) -> Compiled {
         inputs.into_iter().for_each(|input| self.compiler.apply(input));
-        self.compiler.compile()
+        let compiled = self.compiler.compile();
+        // Not with the layers: pods may come and go without a change of any.
+        self.fleet.pods_changed(&compiled.pods);
+        compiled
     }
 
     fn publish(&mut self, compiled: Compiled, publication: Publication, source: Source) -> u64 {

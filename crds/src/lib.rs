@@ -2,6 +2,7 @@
 //!
 //! The CRDs in `yaml/` are printed from these types by the program `crdgen`; a test keeps them fresh.
 
+pub mod builtin;
 pub mod kube_proxy;
 mod proxy_profile;
 mod proxy_rollout;

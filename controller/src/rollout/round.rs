@@ -247,15 +247,16 @@ impl Rollouts {
 
     /// Gives the fleet every revision that a row names or a rollout moves, and every node what its row names.
     pub(super) fn serve(&mut self) {
+        let base = self.fleet.builtin_settings();
         let mut named: BTreeMap<SettingsName, Settings> = BTreeMap::new();
         for object in self.rollouts.iter() {
             let Some(past) = convert::past(object) else { continue };
             let content = match past.state {
                 // What is proved is in force at once.
                 switchtower_core::rollout::State::Complete => {
-                    settings::settings(&past.target, &object.spec.settings)
+                    settings::settings(base, &past.target, &object.spec.settings)
                 }
-                _ => settings::on_trial(&past.target, &object.spec),
+                _ => settings::on_trial(base, &past.target, &object.spec),
             };
             named.insert((past.target.profile.clone(), past.target.number), content);
         }
@@ -263,7 +264,7 @@ impl Rollouts {
         for object in self.rollouts.iter().filter(|object| convert::owner(object).is_some()) {
             let fallback = convert::fallback(&object.spec);
             if !fallback.is_builtin() {
-                let content = || settings::settings(&fallback, &object.spec.fallback.settings);
+                let content = || settings::settings(base, &fallback, &object.spec.fallback.settings);
                 named.entry((fallback.profile.clone(), fallback.number)).or_insert_with(content);
             }
         }

@@ -8,8 +8,6 @@ use switchtower_core::wire;
 use switchtower_crds as api;
 use switchtower_proto::v1::{Cidr, LocalDetection, Probe, ProbeKind, Settings, Trial};
 
-use crate::serve::fleet::builtin_settings;
-
 /// How long a node repeats its probes after the switch.
 const WINDOW_SECONDS: i32 = 10;
 /// Longest interval between two commits.
@@ -17,10 +15,15 @@ const INTERVAL_MILLISECONDS: u32 = 1_000;
 
 /// A revision's settings: the built-in ones, and over them what the profile says.
 #[must_use]
-pub(super) fn settings(revision: &Revision, from: &api::ProxySettings) -> Settings {
-    let mut settings = builtin_settings();
-    settings.profile = revision.profile.to_string();
-    settings.revision = revision.number;
+pub(super) fn settings(builtin: &Settings, revision: &Revision, from: &api::ProxySettings) -> Settings {
+    let (profile, revision) = (revision.profile.to_string(), revision.number);
+    Settings { profile, revision, ..laid_over(builtin, from) }
+}
+
+/// What `from` says, and of `base` the rest.
+#[must_use]
+pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings {
+    let mut settings = base.clone();
     let api::ProxySettings {
         local_detection,
         masquerade_all,
@@ -32,14 +35,16 @@ pub(super) fn settings(revision: &Revision, from: &api::ProxySettings) -> Settin
     } = from;
     if let Some(detection) = local_detection {
         settings.local_detection = mode(detection.mode) as i32;
-        settings.cluster_cidrs = cidrs(&detection.cluster_cidrs);
+        settings.cluster_cidrs = cidrs(detection.cluster_cidrs.iter().map(|cidr| cidr.0.as_str()));
         settings.interface = detection.interface.clone().unwrap_or_default();
     }
     settings.masquerade_all = masquerade_all.unwrap_or(settings.masquerade_all);
     if let Some(bit) = masquerade_bit.and_then(|bit| u32::try_from(bit).ok()).filter(|bit| *bit < 32) {
         settings.masquerade_mark = 1 << bit;
     }
-    settings.node_port_addresses = node_port_networks(node_port_addresses);
+    if !node_port_addresses.is_empty() {
+        settings.node_port_addresses = node_port_networks(node_port_addresses);
+    }
     if let (Some(from), Some(to)) = (conntrack, &mut settings.conntrack) {
         let api::Conntrack {
             max_per_core,
@@ -62,16 +67,19 @@ pub(super) fn settings(revision: &Revision, from: &api::ProxySettings) -> Settin
         to.udp_timeout_seconds = seconds(udp_timeout_seconds, to.udp_timeout_seconds);
         to.udp_stream_timeout_seconds = seconds(udp_stream_timeout_seconds, to.udp_stream_timeout_seconds);
     }
-    let interval = minimum_interval_milliseconds.and_then(|value| u32::try_from(value).ok()).unwrap_or(0);
-    settings.minimum_interval_milliseconds = interval.min(INTERVAL_MILLISECONDS);
-    settings.log_level = log_level.map_or("", api::LogLevel::word).to_owned();
+    if let Some(interval) = minimum_interval_milliseconds.and_then(|value| u32::try_from(value).ok()) {
+        settings.minimum_interval_milliseconds = interval.min(INTERVAL_MILLISECONDS);
+    }
+    if let Some(level) = log_level {
+        level.word().clone_into(&mut settings.log_level);
+    }
     settings
 }
 
 /// A rollout's settings as its nodes try them. Without probes there is nothing to try.
 #[must_use]
-pub(super) fn on_trial(revision: &Revision, spec: &api::ProxyRolloutSpec) -> Settings {
-    let mut tried = settings(revision, &spec.settings);
+pub(super) fn on_trial(builtin: &Settings, revision: &Revision, spec: &api::ProxyRolloutSpec) -> Settings {
+    let mut tried = settings(builtin, revision, &spec.settings);
     let gates = spec.strategy.gates.clone().unwrap_or_default();
     let probes = gates.probes.unwrap_or_else(|| vec![default_probe()]);
     if !probes.is_empty() {
@@ -80,7 +88,7 @@ pub(super) fn on_trial(revision: &Revision, spec: &api::ProxyRolloutSpec) -> Set
         tried.trial = Some(Box::new(Trial {
             probes: probes.iter().map(probe).collect(),
             window_milliseconds: u32::try_from(window).unwrap_or(0).saturating_mul(1_000),
-            fallback: Some(Box::new(settings(&fallback, &spec.fallback.settings))),
+            fallback: Some(Box::new(settings(builtin, &fallback, &spec.fallback.settings))),
         }));
     }
     tried
@@ -124,9 +132,10 @@ fn probe(from: &api::ServiceProbe) -> Probe {
 }
 
 /// As in kube-proxy, a family that no network names, while one of the other family does, is served on all its
-/// addresses; without any network both are served on the primary ones.
-fn node_port_networks(from: &[api::Cidr]) -> Vec<Cidr> {
-    let mut networks = cidrs(from);
+/// addresses. No network at all, for agents, stands for the primary addresses.
+fn node_port_networks(from: &[api::NodePortAddress]) -> Vec<Cidr> {
+    let networks = from.iter().map(|address| address.0.as_str());
+    let mut networks = cidrs(networks.filter(|address| *address != api::NodePortAddress::PRIMARY));
     if networks.is_empty() {
         return networks;
     }
@@ -150,8 +159,8 @@ fn mode(mode: api::LocalDetectionMode) -> LocalDetection {
 
 /// The API server checked them; host bits are cut off, and what is no CIDR all the same is left out. A single address
 /// counts as a network of one.
-fn cidrs(from: &[api::Cidr]) -> Vec<Cidr> {
-    let parsed = from.iter().filter_map(|api::Cidr(text)| {
+fn cidrs<'a>(from: impl IntoIterator<Item = &'a str>) -> Vec<Cidr> {
+    let parsed = from.into_iter().filter_map(|text| {
         let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
         text.parse::<IpNet>().ok().or_else(address)
     });
@@ -164,6 +173,7 @@ fn cidrs(from: &[api::Cidr]) -> Vec<Cidr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serve::fleet::builtin_settings;
 
     fn revision(number: u64) -> Revision {
         Revision { profile: "default".into(), number }
@@ -173,7 +183,7 @@ mod tests {
     fn what_is_left_out_has_its_builtin_value() {
         let mut expected = builtin_settings();
         (expected.profile, expected.revision) = ("default".to_owned(), 3);
-        assert_eq!(settings(&revision(3), &api::ProxySettings::default()), expected);
+        assert_eq!(settings(&builtin_settings(), &revision(3), &api::ProxySettings::default()), expected);
     }
 
     #[test]
@@ -187,7 +197,7 @@ mod tests {
             "minimumIntervalMilliseconds": 250, "logLevel": "debug",
         }))
         .unwrap();
-        let settings = settings(&revision(1), &from);
+        let settings = settings(&builtin_settings(), &revision(1), &from);
         assert_eq!(settings.local_detection(), LocalDetection::ClusterCidr);
         let lengths: Vec<_> = settings.cluster_cidrs.iter().map(|cidr| cidr.prefix_length).collect();
         assert_eq!(lengths, [8, 8], "host bits are cut off, and each network is there once");
@@ -207,6 +217,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_taken_over_shows_where_a_profile_is_silent() {
+        let from = |value| serde_json::from_value::<api::ProxySettings>(value).unwrap();
+        let taken = from(serde_json::json!({
+            "localDetection": {"mode": "ClusterCIDR", "clusterCIDRs": ["10.0.0.0/8"]},
+            "nodePortAddresses": ["0.0.0.0/0", "::/0"], "conntrack": {"maxPerCore": 0},
+        }));
+        let builtin = laid_over(&builtin_settings(), &taken);
+        let silent = settings(&builtin, &revision(1), &from(serde_json::json!({"masqueradeAll": true})));
+        assert_eq!(silent.local_detection(), LocalDetection::ClusterCidr);
+        assert_eq!((silent.node_port_addresses.len(), silent.masquerade_all), (2, true));
+        assert_eq!(silent.conntrack.unwrap().max_per_core, 0);
+        let own = from(
+            serde_json::json!({"localDetection": {"mode": "NodeCIDR"}, "nodePortAddresses": ["primary"]}),
+        );
+        let own = settings(&builtin, &revision(2), &own);
+        assert_eq!((own.local_detection(), own.cluster_cidrs.len()), (LocalDetection::NodeCidr, 0));
+        assert_eq!(own.node_port_addresses, [], "the primary addresses, although others were taken over");
+    }
+
+    #[test]
     fn a_trial_has_the_default_probe_and_a_fallback_without_a_trial() {
         let mut spec = api::ProxyRolloutSpec {
             fallback: api::RolloutFallback {
@@ -216,10 +246,10 @@ mod tests {
             },
             ..api::ProxyRolloutSpec::default()
         };
-        let trial = on_trial(&revision(1), &spec).trial.unwrap();
+        let trial = on_trial(&builtin_settings(), &revision(1), &spec).trial.unwrap();
         assert_eq!((trial.probes[0].name.as_str(), trial.window_milliseconds), ("kubernetes", 10_000));
         assert_eq!(trial.fallback.map(|fallback| *fallback), Some(builtin_settings()));
         spec.strategy.gates = Some(api::RolloutGates { probes: Some(Vec::new()), ..Default::default() });
-        assert_eq!(on_trial(&revision(1), &spec).trial, None);
+        assert_eq!(on_trial(&builtin_settings(), &revision(1), &spec).trial, None);
     }
 }
