@@ -33,8 +33,14 @@ pub struct ServeArgs {
     /// Kubeconfig file; without it the pod's ServiceAccount, or KUBECONFIG, or ~/.kube/config is used.
     #[arg(long, env = "SWITCHTOWER_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
-    /// Where agents connect (TLS).
-    #[arg(long, env = "SWITCHTOWER_LISTEN", default_value = "0.0.0.0:9443", value_name = "ADDRESS")]
+    /// Where agents connect (TLS). IPv6 addresses need no brackets.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_LISTEN",
+        default_value = "0.0.0.0:9443",
+        value_parser = address_and_port,
+        value_name = "ADDRESS"
+    )]
     pub listen: SocketAddr,
     /// host:port under which agents reach this controller, once per address; by default the address from
     /// which it reaches the API server, and the port of --listen.
@@ -71,12 +77,19 @@ pub struct ServeArgs {
         long,
         env = "SWITCHTOWER_METRICS_LISTEN",
         default_value = "127.0.0.1:9445",
+        value_parser = address_and_port,
         value_name = "ADDRESS"
     )]
     pub metrics_listen: SocketAddr,
     /// Where the admin API answers kubectl switchtower (TLS, with a token). Leave it on loopback: kubectl reaches
     /// it by port-forward.
-    #[arg(long, env = "SWITCHTOWER_ADMIN_LISTEN", default_value = "127.0.0.1:9444", value_name = "ADDRESS")]
+    #[arg(
+        long,
+        env = "SWITCHTOWER_ADMIN_LISTEN",
+        default_value = "127.0.0.1:9444",
+        value_parser = address_and_port,
+        value_name = "ADDRESS"
+    )]
     pub admin_listen: SocketAddr,
     /// This replica's name in ProxyStatus; by default the host's name.
     #[arg(long, env = "SWITCHTOWER_REPLICA", value_name = "NAME")]
@@ -84,6 +97,19 @@ pub struct ServeArgs {
     /// How logs are written.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+}
+
+/// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest with `$(HOST_IP):9443` cannot know the family. What follows the last
+/// colon is the port.
+fn address_and_port(text: &str) -> Result<SocketAddr, String> {
+    let without_brackets = || {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
+    };
+    let parsed = text.parse().ok().or_else(without_brackets);
+    parsed.ok_or_else(|| {
+        "an IP address and a port are expected, such as 192.0.2.1:9443 or [2001:db8::1]:9443".to_owned()
+    })
 }
 
 /// Flags of `render`.
@@ -139,6 +165,21 @@ mod tests {
             let expected = format!("SWITCHTOWER_{}", flag.replace('-', "_").to_uppercase());
             let actual = argument.get_env().and_then(|name| name.to_str());
             assert_eq!(actual, Some(expected.as_str()), "--{flag}");
+        }
+    }
+
+    #[test]
+    fn listening_on_ipv6_needs_no_brackets() {
+        for flag in ["--listen", "--metrics-listen", "--admin-listen"] {
+            for text in ["fd18::66:9443", "[fd18::66]:9443"] {
+                let cli = Cli::parse_from(["switchtower-controller", flag, text]);
+                let serve = cli.serve;
+                let parsed = [serve.listen, serve.metrics_listen, serve.admin_listen];
+                assert!(parsed.contains(&"[fd18::66]:9443".parse().unwrap()), "{flag} {text}: {parsed:?}");
+            }
+            for bad in ["9443", "host:9443", "192.0.2.1:", "fd18::66"] {
+                assert!(Cli::try_parse_from(["switchtower-controller", flag, bad]).is_err(), "{flag} {bad}");
+            }
         }
     }
 
