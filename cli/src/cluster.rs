@@ -1,9 +1,10 @@
 //! What is read from the API server, with the user's own rights.
 
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use serde_json::Value;
@@ -115,6 +116,38 @@ impl Cluster {
         let api: Api<Node> = Api::all(self.client.clone());
         let nodes = api.list(&ListParams::default()).await;
         Ok(nodes.map_err(|error| explained("list Nodes", &error))?.items)
+    }
+
+    /// All DaemonSets.
+    pub(crate) async fn daemon_sets(&self) -> Result<Vec<DaemonSet>, CliError> {
+        let api: Api<DaemonSet> = Api::all(self.client.clone());
+        let sets = api.list(&ListParams::default()).await;
+        Ok(sets.map_err(|error| explained("list DaemonSets", &error))?.items)
+    }
+
+    /// Pods of a namespace with a label.
+    pub(crate) async fn pods_labelled(&self, namespace: &str, label: &str) -> Result<Vec<Pod>, CliError> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let pods = api.list(&ListParams::default().labels(label)).await;
+        Ok(pods.map_err(|error| explained(&format!("list Pods in {namespace}"), &error))?.items)
+    }
+
+    /// A ConfigMap.
+    pub(crate) async fn find(&self, namespace: &str, name: &str) -> Result<Option<ConfigMap>, CliError> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        let what = format!("read ConfigMap {namespace}/{name}");
+        api.get_opt(name).await.map_err(|error| explained(&what, &error))
+    }
+
+    /// Calico's settings for all nodes; `None` without Calico.
+    pub(crate) async fn felix_configuration(&self) -> Result<Option<DynamicObject>, CliError> {
+        let kind = GroupVersionKind::gvk("crd.projectcalico.org", "v1", "FelixConfiguration");
+        let api: Api<DynamicObject> = Api::all_with(
+            self.client.clone(),
+            &ApiResource::from_gvk_with_plural(&kind, "felixconfigurations"),
+        );
+        let found = api.get_opt("default").await;
+        found.map_err(|error| explained("read FelixConfiguration default", &error))
     }
 
     /// Whether a namespaced object exists.

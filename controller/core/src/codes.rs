@@ -47,7 +47,7 @@ codes! {
         "Find who runs nft flush ruleset or restarts a firewall service on the node, and keep it off table switchtower.";
     NOT_EXCLUSIVE = "ST0107", "another service proxy's rules are on the node",
         "Both translate the same packets; which one wins depends on the hooks' priorities.",
-        "Stop kube-proxy there and run kube-proxy --cleanup on the node.";
+        "Stop kube-proxy there and remove its rules; docs/migration.md has the commands.";
     KERNEL_DIFFERS = "ST0108", "the kernel does not hold what it should",
         "What was read from the node's tables differs from what the controller computed for it.",
         "kubectl switchtower diff NODE shows each difference. The agent repairs foreign changes at once; if it stays, \
@@ -103,7 +103,8 @@ codes! {
         "kubectl apply -k manifests/";
     KUBE_PROXY_RUNS = "ST0402", "kube-proxy is installed in this cluster",
         "Both would program Services on the same nodes.",
-        "Install beside it, wait until every row is Ready, then delete the DaemonSet kube-proxy and run kube-proxy --cleanup on each node.";
+        "Install beside it, wait until every row is Ready, then remove kube-proxy and its rules: docs/migration.md has the \
+         commands.";
     KERNEL_TOO_OLD = "ST0403", "a node's kernel is older than what is tested",
         "The tables may be refused there.",
         "The README says which kernels are tested.";
@@ -120,9 +121,40 @@ codes! {
         "NodePorts are not served there, and nothing can be told from the node's own traffic.",
         "The kubelet or the cloud controller sets it: kubectl get node NAME -o yaml, status.addresses.";
     NODE_WITHOUT_POD_CIDR = "ST0408", "a Node has no podCIDR",
-        "The built-in settings cannot tell local pods there: ClusterIP traffic is not masqueraded, and \
+        "With localDetection NodeCIDR, local pods cannot be told there: ClusterIP traffic is not masqueraded, and \
          externalTrafficPolicy Local knows no short cut for pods.",
         "Make a ProxyProfile with another localDetection, such as the pods' interface or the cluster's CIDR.";
+    NOT_LOOKED_AT = "ST0409", "a check could not be made",
+        "Nothing is known of what it would have looked at.",
+        "If a right is missing, run the check as whoever installs Switchtower: a cluster administrator may read all of it.";
+    OTHER_PROXY = "ST0410", "the network plugin serves Services itself",
+        "It and Switchtower would translate the same packets, and what the plugin handles before the nf_tables hooks never \
+         reaches Switchtower.",
+        "Use one of them. To use Switchtower, turn it off in the plugin: Cilium kubeProxyReplacement false, Calico \
+         bpfEnabled false, Antrea proxyAll false, kube-router --run-service-proxy=false.";
+    KUBEADM_BRINGS_BACK = "ST0411", "kubeadm will bring kube-proxy back",
+        "kubeadm upgrade installs the DaemonSet kube-proxy again, on every node.",
+        "kubectl -n kube-system edit configmap kubeadm-config, and add `proxy: {disabled: true}` to ClusterConfiguration \
+         (kubeadm 1.31 and newer).";
+    PORT_TAKEN = "ST0412", "a port that Switchtower needs is taken",
+        "The controller listens on 9443, 9444 and 9445, agents on 10249 and 10256, all of them ports of the node.",
+        "Move the other program, or choose other ports with the flags of the controller and the agents.";
+    SETTINGS_NOT_TAKEN_OVER = "ST0413", "the built-in settings may not be kube-proxy's",
+        "Nodes without a ProxyProfile may recognise other pods as local, or serve NodePorts on other addresses, than they \
+         did with kube-proxy.",
+        "Compare ConfigMap switchtower-builtin-settings with what kube-proxy had, and make a ProxyProfile with what you \
+         need; docs/migration.md shows how.";
+    FIREWALLS = "ST0414", "kube-proxy opened the hosts' firewalls",
+        "With FORWARD policy DROP (Docker sets it) or firewalld, connections that kube-proxy let through may be dropped \
+         once its rules are gone.",
+        "docs/migration.md, under Firewalls, says which rules to add before kube-proxy goes.";
+    KUBE_PROXY_ON_HOST = "ST0415", "kube-proxy may run outside of the API's sight",
+        "Both would program Services on the same nodes.",
+        "k3s, RKE2: set disable-kube-proxy: true in the servers' configuration. Others: stop the program on each node. \
+         docs/migration.md shows how its rules are removed.";
+    LOCALHOST_NODE_PORTS = "ST0416", "NodePorts on 127.0.0.1 will end",
+        "Host processes that reach a NodePort through localhost are refused.",
+        "Let them use the node's address or the ClusterIP.";
 }
 
 /// The code of this name, however it is written.

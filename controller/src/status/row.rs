@@ -302,7 +302,7 @@ fn exclusive(observation: &Observation) -> Verdict {
         Verdict::new(
             "False",
             "ForeignProxy",
-            "Rules of kube-proxy exist beside the agent's; stop it and run `kube-proxy --cleanup` on the node.",
+            "Rules of kube-proxy exist beside the agent's; stop it and remove its rules (docs/migration.md has the commands).",
         )
     } else {
         Verdict::new("True", "OnlyProxy", "No rules of another service proxy were found.")
