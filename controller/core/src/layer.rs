@@ -10,7 +10,7 @@
 //! * The logs are bounded; who is too far behind gets a snapshot of the layer.
 //! * A large snapshot is compressed once. Until its layer's log forgets it, it is sent with the changes since.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io::Write as _;
 use std::sync::Arc;
 
@@ -93,13 +93,15 @@ impl Cursor {
 pub struct LogLimits {
     /// Most entries.
     pub entries: usize,
-    /// Most encoded bytes.
+    /// Maximum size in bytes, bookkeeping included.
     pub bytes: usize,
+    /// Maximum number of entries in the logs of all layers other than CLUSTER together.
+    pub node_entries: usize,
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { entries: 4_096, bytes: 8 << 20 }
+        Self { entries: 4_096, bytes: 8 << 20, node_entries: 1 << 16 }
     }
 }
 
@@ -192,13 +194,24 @@ pub struct Layers {
     last_removal: u64,
     source: Source,
     limits: LogLimits,
+    /// Entries in the logs of layers other than CLUSTER, oldest first, as far as they were not dropped before. A node
+    /// resumes only where all of its layers cover its place, so entries below CLUSTER's floor are of no use; each
+    /// layer alone would keep them until it changes often.
+    logged: VecDeque<(u64, LayerId)>,
 }
 
 impl Layers {
     /// No layers, at revision 0.
     #[must_use]
     pub fn new(limits: LogLimits) -> Self {
-        Self { layers: HashMap::new(), revision: 0, last_removal: 0, source: Source::default(), limits }
+        Self {
+            layers: HashMap::new(),
+            revision: 0,
+            last_removal: 0,
+            source: Source::default(),
+            limits,
+            logged: VecDeque::new(),
+        }
     }
 
     /// Where the layers stand; grows by one with each [`Layers::apply`].
@@ -230,10 +243,12 @@ impl Layers {
         self.source = source;
         let infos: Arc<[ChangeInfo]> = infos.into();
         let mut applied = Applied { revision: self.revision, touched: Vec::new(), dropped: 0 };
+        let mut gone = HashSet::new();
         for id in removed {
             if self.layers.remove(id).is_some() {
                 self.last_removal = self.revision;
                 applied.touched.push(id.clone());
+                gone.insert(id);
             }
         }
         for (id, changes) in changes {
@@ -247,11 +262,34 @@ impl Layers {
                 self.layers.remove(&id);
                 self.last_removal = self.revision;
             }
-            if touched && !applied.touched.contains(&id) {
+            if touched && !empty && id != LayerId::Cluster {
+                self.logged.push_back((self.revision, id.clone()));
+            }
+            if touched && !gone.contains(&id) {
                 applied.touched.push(id);
             }
         }
+        self.forget_useless_entries();
         applied
+    }
+
+    /// Drops log entries that no node can resume from, and the oldest beyond a total: amortised O(change).
+    fn forget_useless_entries(&mut self) {
+        let floor = self.layers.get(&LayerId::Cluster).map_or(0, Layer::floor);
+        while let Some((revision, _)) = self.logged.front()
+            && (*revision <= floor || self.logged.len() > self.limits.node_entries)
+        {
+            let Some((revision, id)) = self.logged.pop_front() else { break };
+            if let Some(layer) = self.layers.get_mut(&id) {
+                layer.forget(revision);
+            }
+        }
+    }
+
+    /// Entries in all logs.
+    #[must_use]
+    pub fn log_entries(&self) -> usize {
+        self.layers.values().map(Layer::entries).sum()
     }
 
     fn digests(&self, subscription: &Subscription) -> [Digest; 4] {

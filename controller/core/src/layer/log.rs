@@ -16,6 +16,8 @@ use crate::model::LayerId;
 const SMALL: usize = 32 << 10;
 /// A log may always hold this much, however small its layer is.
 const LOG_MINIMUM: usize = 64 << 10;
+/// What an entry costs beside its payload, in bytes: itself, its vectors and its share of the descriptions.
+const ENTRY: usize = 512;
 /// Joined segments that are kept for other nodes at the same place.
 const JOINED: usize = 8;
 
@@ -79,18 +81,39 @@ impl Layer {
             return (dropped, false);
         }
         let segments = encode_segments(effective);
-        let bytes = segments.iter().map(Bytes::len).sum();
+        let bytes = segments.iter().map(Bytes::len).sum::<usize>() + ENTRY;
         self.log_bytes += bytes;
         let after = self.items.digest();
         self.log.push_back(Entry { revision, segments, bytes, infos: infos.clone(), after });
         let allowed = (self.items.size() / 4).clamp(LOG_MINIMUM, limits.bytes.max(LOG_MINIMUM));
         while self.log_bytes > allowed || self.log.len() > limits.entries {
-            let Some(old) = self.log.pop_front() else { break };
-            self.log_bytes -= old.bytes;
-            self.floor = old.revision;
-            self.floor_digest = old.after;
+            self.forget_oldest();
         }
         (dropped, true)
+    }
+
+    fn forget_oldest(&mut self) {
+        let Some(old) = self.log.pop_front() else { return };
+        self.log_bytes -= old.bytes;
+        self.floor = old.revision;
+        self.floor_digest = old.after;
+    }
+
+    /// Drops the entries up to and including `revision`.
+    pub(super) fn forget(&mut self, revision: u64) {
+        while self.log.front().is_some_and(|entry| entry.revision <= revision) {
+            self.forget_oldest();
+        }
+    }
+
+    /// The revision that the log begins after.
+    pub(super) fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// Entries of the log.
+    pub(super) fn entries(&self) -> usize {
+        self.log.len()
     }
 
     /// Whether the log tells everything after `revision`.

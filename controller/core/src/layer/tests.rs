@@ -290,7 +290,7 @@ fn whoever_applies_the_plan_has_the_layers() {
 #[test]
 fn also_when_the_logs_forget_quickly() {
     for seed in 0..8 {
-        simulate(seed, 1_000, LogLimits { entries: 3, bytes: 1 << 10 });
+        simulate(seed, 1_000, LogLimits { entries: 3, bytes: 1 << 10, node_entries: 16 });
     }
 }
 
@@ -349,7 +349,7 @@ fn nodes_at_the_same_place_get_the_same_bytes() {
 
 #[test]
 fn the_pool_of_a_large_service_fits_the_parts() {
-    let mut layers = Layers::new(LogLimits { entries: 16, bytes: 64 << 20 });
+    let mut layers = Layers::new(LogLimits { entries: 16, bytes: 64 << 20, ..LogLimits::default() });
     let members: Vec<Endpoint> = (0..60_000_u32)
         .map(|number| Endpoint { address: [&[0xfd; 12], &number.to_be_bytes()[..]].concat(), port: 8080 })
         .collect();
@@ -407,4 +407,54 @@ fn a_zone_that_holds_nothing_has_no_layer() {
     let nothing = gone.map(|id| (id, vec![change(Op::PoolRemoved(pool_key(1)))])).collect();
     layers.apply(nothing, &[], Vec::new(), Source::default());
     assert!(layers.layers.is_empty());
+}
+
+/// Applies `rounds` changes for each of `nodes` nodes: an endpoint of the cluster's pool and of the node comes or goes.
+fn churn(layers: &mut Layers, nodes: &[Arc<str>], rounds: std::ops::Range<u64>, with_cluster: bool) {
+    for round in rounds {
+        for (number, node) in (0..).zip(nodes) {
+            let local = LocalEndpoint { address: vec![10, 0, 0, 1], port: 8080, protocol: 6 };
+            let op = if round % 2 == 0 { Op::LocalEndpoint(local) } else { Op::LocalEndpointRemoved(local) };
+            let mut changes = BTreeMap::from([(LayerId::Node(node.clone()), vec![change(op)])]);
+            if with_cluster {
+                let (added, removed) = (vec![endpoint(number)], Vec::new());
+                let (added, removed) = if round % 2 == 0 { (added, removed) } else { (removed, added) };
+                let patch = PoolPatch { key: Some(pool_key(1)), added, removed };
+                changes.insert(LayerId::Cluster, vec![change(Op::Pool(patch))]);
+            }
+            layers.apply(changes, &[], Vec::new(), Source::default());
+        }
+    }
+}
+
+#[test]
+fn logs_of_node_layers_do_not_grow_with_uptime() {
+    let nodes: Vec<Arc<str>> = (0..500).map(|number| format!("node-{number}").into()).collect();
+    for with_cluster in [true, false] {
+        let limits = LogLimits { node_entries: 4_000, ..LogLimits::default() };
+        let mut layers = Layers::new(limits.clone());
+        churn(&mut layers, &nodes, 0..20, with_cluster);
+        let early = layers.log_entries();
+        churn(&mut layers, &nodes, 20..200, with_cluster);
+        let late = layers.log_entries();
+        assert!(
+            late <= early && late <= limits.entries + limits.node_entries,
+            "{early}, then {late} entries"
+        );
+        assert!(layers.logged.len() <= limits.node_entries);
+    }
+}
+
+#[test]
+fn a_revision_that_touches_many_layers_lists_each_once() {
+    let mut layers = Layers::new(LogLimits::default());
+    let nodes: Vec<Arc<str>> = (0..3).map(|number| format!("node-{number}").into()).collect();
+    churn(&mut layers, &nodes, 0..1, false);
+    let local = LocalEndpoint { address: vec![10, 0, 0, 2], port: 8080, protocol: 6 };
+    let id = |node: &Arc<str>| LayerId::Node(node.clone());
+    let changes =
+        nodes.iter().map(|node| (id(node), vec![change(Op::LocalEndpoint(local.clone()))])).collect();
+    // Removed and made again in one revision.
+    let applied = layers.apply(changes, &[id(&nodes[0])], Vec::new(), Source::default());
+    assert_eq!(applied.touched, nodes.iter().map(id).collect::<Vec<_>>());
 }
