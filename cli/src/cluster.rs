@@ -146,8 +146,12 @@ impl Cluster {
             self.client.clone(),
             &ApiResource::from_gvk_with_plural(&kind, "felixconfigurations"),
         );
-        let found = api.get_opt("default").await;
-        found.map_err(|error| explained("read FelixConfiguration default", &error))
+        match api.get("default").await {
+            Ok(found) => Ok(Some(found)),
+            // Of a kind that is not installed the API server says so in plain text, not as a Status.
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(error) => Err(explained("read FelixConfiguration default", &error)),
+        }
     }
 
     /// Whether a namespaced object exists.

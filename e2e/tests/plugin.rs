@@ -350,6 +350,39 @@ fn before_an_installation() {
     assert!(answer.text.contains("warning  ST0402"), "{}", answer.text);
 }
 
+#[test]
+fn before_a_migration_from_kubeadm() {
+    let _alone = alone();
+    let map = |name: &str, key: &str, text: &str| {
+        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {key: text},
+            "metadata": {"name": name, "namespace": "kube-system"}});
+        fleet().kube().apply(&object).unwrap();
+    };
+    map("kube-proxy", "config.conf", "kind: KubeProxyConfiguration\nclusterCIDR: 10.244.0.0/16\n");
+    map("kubeadm-config", "ClusterConfiguration", "networking: {podSubnet: 10.244.0.0/16}\nproxy: {}\n");
+    let answer = ask(&["check", "--pre"]);
+    let after = ask(&["check", "--post"]);
+    let stranger = kubeconfig_of("installer");
+    let refused = plugin::run_as(fleet(), &stranger, &["check", "--pre"]).unwrap();
+    map("kubeadm-config", "ClusterConfiguration", "proxy: {disabled: true}\n");
+    let disabled = ask(&["check", "--pre"]);
+    for name in ["kube-proxy", "kubeadm-config"] {
+        fleet().kube().delete::<k8s_openapi::api::core::v1::ConfigMap>("kube-system", name).unwrap();
+    }
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    // Left-over configuration, kubeadm, firewalls, localhost.
+    for part in ["ST0415", "ST0411", "ST0414", "ST0416", "NodePorts on all addresses"] {
+        assert!(answer.text.contains(part), "{part}: {}", answer.text);
+    }
+    assert!(!disabled.text.contains("ST0411"), "{}", disabled.text);
+    // This fleet was installed without any kube-proxy.
+    assert!(after.text.contains("ST0413"), "{}", after.text);
+    assert!(
+        refused.text.contains("ST0409") && !refused.text.contains("there is no DaemonSet"),
+        "{refused:?}"
+    );
+}
+
 /// A kubeconfig of a ServiceAccount in the namespace of the product.
 fn kubeconfig_of(account: &str) -> PathBuf {
     let object = json!({
