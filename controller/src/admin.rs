@@ -4,7 +4,7 @@
 //! without a token: who may create tokens of the ServiceAccounts `switchtower-viewer` and `switchtower-operator` may
 //! read, and the API server decides that. Nothing here changes anything.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{MatchedPath, Path, Query, Request, State};
@@ -13,19 +13,18 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use futures::StreamExt as _;
-use futures::stream::BoxStream;
 use serde::Deserialize;
 use switchtower_core::admin::{ControllerInfo, Explanation, Failure, NodeDiff, NodeRules, Progress};
 use switchtower_core::explain::Subject;
 use switchtower_core::propagation::ChangeReport;
 use switchtower_telemetry::{span, spans};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::server::TlsStream;
+use tokio::net::TcpListener;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tracing::Instrument as _;
 
 use crate::serve::fleet::Fleet;
+use crate::serve::gate::{Gate, GateLimits};
+use crate::serve::http1;
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::questions::QuestionError;
 use crate::serve::tls::{self, ServerTls};
@@ -140,44 +139,9 @@ impl Admin {
     }
 
     /// Serves until it is dropped.
-    ///
-    /// # Errors
-    /// The server cannot run.
-    pub async fn serve(
-        self,
-        listener: TcpListener,
-        tls: Arc<ServerTls>,
-        metrics: ServeMetrics,
-    ) -> std::io::Result<()> {
-        let address = listener.local_addr()?;
-        let connections = tls::incoming(listener, tls, metrics).boxed();
-        axum::serve(TlsListener { connections, address }, self.router()).await
-    }
-}
-
-/// Connections after their handshake, for axum.
-struct TlsListener {
-    connections: BoxStream<'static, std::io::Result<TlsStream<TcpStream>>>,
-    address: SocketAddr,
-}
-
-impl axum::serve::Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            match self.connections.next().await {
-                Some(Ok(stream)) => return (stream, self.address),
-                Some(Err(_)) => {}
-                // The accept loop has ended with the process.
-                None => std::future::pending().await,
-            }
-        }
-    }
-
-    fn local_addr(&self) -> std::io::Result<Self::Addr> {
-        Ok(self.address)
+    pub async fn serve(self, listener: TcpListener, tls: Arc<ServerTls>, metrics: ServeMetrics) {
+        let gate = Gate::new("admin", GateLimits::requests(), Arc::default(), metrics);
+        http1::serve(tls::incoming(listener, tls, gate), self.router()).await;
     }
 }
 

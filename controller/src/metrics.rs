@@ -9,8 +9,16 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use futures::Stream;
 use prometheus::{Registry, TextEncoder};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use crate::serve::connection::Connection;
+use crate::serve::gate::{Gate, GateLimits, Stage};
+use crate::serve::http1;
+use crate::serve::metrics::ServeMetrics;
+use crate::serve::tls::{self, Accepted};
 
 mod exemplars;
 mod open_metrics;
@@ -68,14 +76,37 @@ pub async fn bind(
     registry: Registry,
     exemplars: Exemplars,
     readiness: Readiness,
-) -> Result<impl Future<Output = std::io::Result<()>>, MetricsError> {
+    serve_metrics: ServeMetrics,
+) -> Result<impl Future<Output = ()>, MetricsError> {
     let listener =
         TcpListener::bind(address).await.map_err(|source| MetricsError::Listen { address, source })?;
+    let gate = Gate::new("metrics", GateLimits::requests(), Arc::default(), serve_metrics);
+    let one_scrape = GlobalConcurrencyLimitLayer::new(1);
     let router = Router::new()
-        .route("/metrics", get(metrics).with_state((registry, exemplars)))
+        .route("/metrics", get(metrics).with_state((registry, exemplars)).layer(one_scrape))
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(ready).with_state(readiness));
-    Ok(async move { axum::serve(listener, router).await })
+    Ok(async move {
+        tokio::select! {
+            () = http1::serve(connections(listener, gate.clone()), router) => {}
+            () = gate.watch() => {}
+        }
+    })
+}
+
+/// Connections that the gate lets in; without TLS there is no handshake to wait for.
+fn connections(
+    listener: TcpListener,
+    gate: Arc<Gate>,
+) -> impl Stream<Item = std::io::Result<Connection<TcpStream>>> {
+    futures::stream::unfold((listener, gate), async |(listener, gate)| {
+        loop {
+            let Accepted { stream, ticket, closed } = tls::next(&listener, &gate).await;
+            if ticket.advance(Stage::Anonymous).is_ok() {
+                return Some((Ok(Connection::new(stream, ticket, closed)), (listener, gate)));
+            }
+        }
+    })
 }
 
 async fn metrics(State((registry, exemplars)): State<(Registry, Exemplars)>, headers: HeaderMap) -> Response {

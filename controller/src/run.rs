@@ -2,7 +2,8 @@
 //!
 //! What the controller may do in the cluster (its RBAC), by resource:
 //! - get, list, watch: services, endpointslices.discovery.k8s.io, nodes, servicecidrs.networking.k8s.io
-//! - create: tokenreviews.authentication.k8s.io (the tokens of agents and of the admin API's callers)
+//! - create: tokenreviews.authentication.k8s.io (the tokens of agents and of the admin API's callers); get:
+//!   /openid/v1/jwks (whether a token is the API server's at all)
 //! - get, list, watch, create, patch, delete: proxystatuses.switchtower.dev; get, update: proxystatuses/status.
 //!   With the admission plugin OwnerReferencesPermissionEnforcement also update: nodes/finalizers, because rows
 //!   are owned by Nodes (without blocking their deletion, so that most clusters do not ask for it)
@@ -55,6 +56,7 @@ use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::behind::BehindCollector;
 use crate::serve::fleet::Fleet;
+use crate::serve::keys::Keys;
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
@@ -105,6 +107,7 @@ pub fn main(cli: Cli) -> ExitCode {
 fn start(args: ServeArgs) -> anyhow::Result<()> {
     // Several crates link rustls; without a process-wide provider they could disagree and panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    raise_descriptor_limit();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let replica = args.replica.clone().unwrap_or_else(host_name);
@@ -120,6 +123,14 @@ fn start(args: ServeArgs) -> anyhow::Result<()> {
         None
     });
     runtime.block_on(serve(args, replica, traces))
+}
+
+/// Every agent needs a descriptor, and container runtimes start processes with a soft limit of 1,024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // The kernel refuses only what is above the hard limit.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// RUST_LOG chooses levels. The default leaves out kube's own line for every failed request: each failure is
@@ -146,24 +157,27 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     let controllers = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
     let registry = metrics::registry()?;
+    let measured = Measured { serve: ServeMetrics::new(&registry)?, registry };
+    let Measured { registry, serve: serve_metrics } = &measured;
     let readiness = Readiness::default();
     // What can be refused at once is refused before anything is started.
     let agents = Agents::default();
     let listener = listen(args.listen, &agents).await?;
     let mut tasks = Background::default();
     let exemplars = Exemplars::default();
-    let metrics =
-        metrics::bind(args.metrics_listen, registry.clone(), exemplars.clone(), readiness.clone()).await?;
-    tasks.spawn("metrics", async {
-        if let Err(error) = metrics.await {
-            tracing::error!(%error, "serving metrics");
-        }
-    });
-    let followed = follow_changes(&registry, exemplars, traces, &mut tasks)?;
+    let metrics = metrics::bind(
+        args.metrics_listen,
+        registry.clone(),
+        exemplars.clone(),
+        readiness.clone(),
+        serve_metrics.clone(),
+    );
+    tasks.spawn("metrics", metrics.await?);
+    let followed = follow_changes(registry, exemplars, traces, &mut tasks)?;
 
     let starting = async {
         let ca = certificate_authority(&client, &args).await?;
-        let parts = start_parts(&client, &args, &replica, &agents, &registry, followed, &mut tasks).await?;
+        let parts = start_parts(&client, &args, &replica, &agents, &measured, followed, &mut tasks).await?;
         anyhow::Ok((ca, parts))
     };
     let (ca, parts) = tokio::select! {
@@ -172,7 +186,7 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     };
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
     tasks.spawn("the bootstrap ConfigMap", keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
-    let Parts { fleet, serve_metrics, traces, mut head } = parts;
+    let Parts { fleet, traces, mut head } = parts;
     let compiled_and_listening = async {
         let compiled = engine::first_head(&mut head).await;
         anyhow::ensure!(compiled, "the engine ended before the first compile; its log says why");
@@ -188,8 +202,9 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     };
     let callers = AdminAuthenticator::new(client.clone(), &args.namespace);
     let admin = Admin::new(fleet.clone(), callers, &replica);
+    let keys = Arc::new(Keys::new(client.clone(), registry)?);
     let authenticator =
-        Authenticator::new(client, &args.audience, &args.namespace, &args.agent_service_account);
+        Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);
     let limits = Limits { replica, peers: controllers, ..Limits::default() };
     let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&ca)?));
     let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(&ca)?));
@@ -197,7 +212,7 @@ async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled
     tasks.spawn("the admin API", serve_admin(admin, args.admin_listen, admin_tls, serve_metrics.clone()));
     let server = Server::new(fleet, Arc::new(authenticator), limits);
     let (stop, stopped) = oneshot::channel::<()>();
-    let mut running = tokio::spawn(server.serve(listener, tls, serve_metrics, async move {
+    let mut running = tokio::spawn(server.serve(listener, tls, serve_metrics.clone(), async move {
         // An error means that the sender is gone: the process ends.
         let _ = stopped.await;
     }));
@@ -257,10 +272,15 @@ async fn listen_in_the_end(address: SocketAddr, agents: &Agents) -> anyhow::Resu
     }
 }
 
+/// The registry, and what more than one part counts in.
+struct Measured {
+    registry: Registry,
+    serve: ServeMetrics,
+}
+
 /// What the streams need of the parts that run by themselves.
 struct Parts {
     fleet: Arc<Fleet>,
-    serve_metrics: ServeMetrics,
     traces: Option<Arc<Traces>>,
     head: channel::Receiver<Option<Head>>,
 }
@@ -271,14 +291,14 @@ async fn start_parts(
     args: &ServeArgs,
     replica: &str,
     agents: &Agents,
-    registry: &Registry,
+    measured: &Measured,
     followed: Followed,
     tasks: &mut Background,
 ) -> anyhow::Result<Parts> {
+    let Measured { registry, serve: serve_metrics } = measured;
     let upstream = Arc::new(Upstream::default());
     registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
     let floors = Floors::default();
-    let serve_metrics = ServeMetrics::new(registry)?;
     let age = upstream.clone();
     let Followed { propagation, traces, new_trace } = followed;
     let age = Arc::new(move || age.age());
@@ -327,7 +347,7 @@ async fn start_parts(
     let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
     let metrics = EngineMetrics::new(registry)?;
     tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));
-    Ok(Parts { fleet, serve_metrics, head: head_seen, traces })
+    Ok(Parts { fleet, head: head_seen, traces })
 }
 
 /// The built-in settings, before any node gets some. An API server that cannot be reached yet, or permissions that are
@@ -429,12 +449,11 @@ impl Pipeline for FleetPipeline {
 /// Without the admin API agents are served all the same: a port that is taken is waited for.
 async fn serve_admin(admin: Admin, address: SocketAddr, tls: Arc<ServerTls>, metrics: ServeMetrics) {
     loop {
-        let served = match TcpListener::bind(address).await {
+        match TcpListener::bind(address).await {
             Ok(listener) => admin.clone().serve(listener, tls.clone(), metrics.clone()).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = served {
-            tracing::warn!(%error, %address, "kubectl switchtower cannot be served; --admin-listen names another address");
+            Err(error) => {
+                tracing::warn!(%error, %address, "kubectl switchtower cannot be served; --admin-listen names another address");
+            }
         }
         tokio::time::sleep(RETRY).await;
     }

@@ -1,7 +1,7 @@
 //! Serves the node agents: TLS, who may connect as which node, and one stream per node.
 //!
-//! The way of a stream: [`tls`] accepts the connection, [`auth`] takes the node from the credential,
-//! [`session`] runs the protocol's state machine on what [`fleet`] holds.
+//! The way of a stream: [`tls`] accepts the connection, [`gate`] bounds what nobody is authenticated on, [`auth`]
+//! takes the node from the credential, [`session`] runs the protocol's state machine on what [`fleet`] holds.
 //!
 //! What holds: a node gets only its own view; at most one update per node is unacknowledged and nothing else
 //! is queued for it, so that a slow node costs no memory and holds up nobody; a peer that breaks the protocol
@@ -21,7 +21,11 @@ use tonic::{Request, Response, Status, Streaming};
 
 pub mod auth;
 pub mod behind;
+pub(crate) mod connection;
 pub mod fleet;
+pub(crate) mod gate;
+pub(crate) mod http1;
+pub mod keys;
 pub mod metrics;
 pub mod questions;
 pub mod review;
@@ -32,7 +36,9 @@ pub mod tls;
 mod tests;
 
 use auth::{Authenticator, Refusal};
+use connection::Origin;
 use fleet::Fleet;
+use gate::{Gate, GateLimits, Ticket};
 use metrics::ServeMetrics;
 use session::{Limits, Session};
 use tls::ServerTls;
@@ -69,7 +75,8 @@ impl Server {
     ) -> Result<(), tonic::transport::Error> {
         let fleet = self.fleet.clone();
         fleet.accept();
-        let incoming = tls::incoming(listener, tls, metrics);
+        let gate = Gate::new("agents", GateLimits::agents(), fleet.known().clone(), metrics);
+        let incoming = tls::incoming(listener, tls, gate);
         let service = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
         let leave = async move {
             shutdown.await;
@@ -98,23 +105,41 @@ impl FleetService for Service {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let Server { fleet, authenticator, limits } = &self.0;
-        let refuse = |refusal: Refusal| {
-            fleet.metrics().refused(refusal.reason());
-            tracing::warn!(reason = refusal.reason(), error = %refusal, "agent refused");
-            refusal.status()
-        };
-        // Who shows no token takes no place of those who do.
+        let origin = request.extensions().get::<Origin>().cloned();
+        let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
+        if ticket.is_refused() {
+            return Err(Status::unauthenticated(
+                "a credential on this connection was refused; connect again",
+            ));
+        }
+        let refuse = |refusal: Refusal| refused(&ticket, &refusal);
         let shown = authenticator.shown(request.metadata()).map_err(refuse)?;
+        let identity = {
+            let _turn = ticket.review().await;
+            authenticator.authenticate(shown, ticket.class(), fleet).await.map_err(refuse)?
+        };
+        // Only those who are agents take a place among the streams.
         let Some(permit) = fleet.admit(limits) else {
             return Ok(Response::new(session::overloaded(limits)));
         };
-        let identity = authenticator.authenticate(shown, fleet).await.map_err(refuse)?;
+        let Some(authenticated) = ticket.authenticated() else {
+            return Err(Status::unavailable("the connection was closed meanwhile"));
+        };
         let (out, outbound) = mpsc::channel(QUEUE);
         let session = Session::new(fleet.clone(), limits.clone(), identity, out);
         tokio::spawn(async move {
             session.run(request.into_inner()).await;
-            drop(permit);
+            drop((permit, authenticated));
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }
+}
+
+/// Counts and logs a refusal. Whose credential is no good has no use for the connection any more.
+fn refused(ticket: &Ticket, refusal: &Refusal) -> Status {
+    ticket.refused(refusal.reason(), Some(refusal.to_string()));
+    if !matches!(refusal, Refusal::ReviewUnavailable(_)) {
+        ticket.refuse();
+    }
+    refusal.status()
 }

@@ -101,6 +101,17 @@ fn an_expired_token_is_refused() {
 }
 
 #[test]
+fn a_forged_token_is_refused_without_a_review() {
+    let _alone = alone();
+    let pod = fleet().agent_pod("alpha").unwrap();
+    let genuine = fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
+    let (text, _) = genuine.rsplit_once('.').unwrap();
+    let signature = KeyPair::generate().unwrap().sign(text.as_bytes()).unwrap();
+    refused("alpha", &format!("{text}.{}", base64url(&fixed(&signature))), "forged");
+    assert!(fleet().controller_metric("switchtower_token_keys", "").unwrap() >= 1.0, "the keys were read");
+}
+
+#[test]
 fn what_is_no_token_is_refused() {
     let _alone = alone();
     refused("alpha", "not-a-token", "malformed_token");

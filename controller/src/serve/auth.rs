@@ -8,10 +8,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
+use tokio::sync::Semaphore;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
 use super::fleet::Fleet;
+use super::gate::Class;
+use super::keys::{Keys, Signature};
 use super::review::{Reviewer, Reviews, TOKEN, Unavailable};
 
 mod claims;
@@ -22,6 +25,8 @@ use claims::Claims;
 const REMEMBERED_TOKENS: usize = 16_384;
 /// Reviews at a time.
 const REVIEWS: usize = 32;
+/// Of them, those for unknown callers whose tokens cannot be verified.
+const STRANGERS: usize = 2;
 
 /// Who an agent is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +48,12 @@ pub enum Refusal {
     /// Not a JWT.
     #[error("the bearer token is not a JSON Web Token")]
     MalformedToken,
+    /// Not signed by the API server.
+    #[error("the token's signature is not the API server's")]
+    Forged,
+    /// Signed with a key that the API server does not publish, or not yet.
+    #[error("the token is signed with a key that the API server does not publish; try again")]
+    UnknownKey,
     /// For somebody else.
     #[error("the token is not for the audience {0}; project it with that audience")]
     WrongAudience(String),
@@ -76,6 +87,8 @@ impl Refusal {
         match self {
             Self::NoToken => "no_token",
             Self::MalformedToken => "malformed_token",
+            Self::Forged => "forged",
+            Self::UnknownKey => "unknown_key",
             Self::WrongAudience(_) => "wrong_audience",
             Self::Expired => "expired",
             Self::ForeignServiceAccount(..) => "foreign_service_account",
@@ -123,14 +136,24 @@ pub struct Shown<'a> {
 /// Accepts or refuses agents.
 pub struct Authenticator {
     reviews: Reviews<Identity>,
+    keys: Arc<Keys>,
+    strangers: Semaphore,
     user: String,
 }
 
 impl Authenticator {
     /// Agents are the pods of this ServiceAccount, with tokens for this audience.
     #[must_use]
-    pub fn new(reviewer: impl Reviewer, audience: &str, namespace: &str, service_account: &str) -> Self {
+    pub fn new(
+        reviewer: impl Reviewer,
+        keys: Arc<Keys>,
+        audience: &str,
+        namespace: &str,
+        service_account: &str,
+    ) -> Self {
         Self {
+            keys,
+            strangers: Semaphore::new(STRANGERS),
             reviews: Reviews::new(reviewer, audience, REVIEWS, REMEMBERED_TOKENS),
             user: format!("system:serviceaccount:{namespace}:{service_account}"),
         }
@@ -147,8 +170,7 @@ impl Authenticator {
         if token.len() > TOKEN {
             return Err(Refusal::MalformedToken);
         }
-        // Not verified: the review does that. It spares reviews of what cannot be a token, and tells why one
-        // was refused.
+        // Not verified yet. It spares what cannot be a token any further look, and tells why one was refused.
         let claims = Claims::of(token).ok_or(Refusal::MalformedToken)?;
         if claims.expires <= SystemTime::now() {
             return Err(Refusal::Expired);
@@ -163,16 +185,42 @@ impl Authenticator {
     ///
     /// # Errors
     /// It is no agent of an existing Node.
-    pub async fn authenticate(
+    pub(super) async fn authenticate(
         &self,
         Shown { token, claims }: Shown<'_>,
+        class: Class,
         fleet: &Fleet,
     ) -> Result<Identity, Refusal> {
+        let _turn = match self.keys.verify(token).await {
+            Signature::Genuine => {
+                self.check(&claims, fleet)?;
+                None
+            }
+            Signature::Forged => return Err(Refusal::Forged),
+            Signature::UnknownKey => return Err(Refusal::UnknownKey),
+            // Nodes' tokens do not wait for those that anybody may have made up.
+            Signature::Unverifiable if class == Class::Stranger => self.strangers.acquire().await.ok(),
+            Signature::Unverifiable => None,
+        };
         let identity = self.reviews.holder(token, |status| self.judge(status, &claims)).await?;
         if !fleet.knows(&identity.node) {
             return Err(Refusal::UnknownNode(identity.node.to_string()));
         }
         Ok(identity)
+    }
+
+    /// What a genuine token tells without a review: any pod may have one of its own ServiceAccount.
+    fn check(&self, claims: &Claims, fleet: &Fleet) -> Result<(), Refusal> {
+        if let Some(subject) = claims.subject.as_ref().filter(|subject| **subject != self.user) {
+            return Err(Refusal::ForeignServiceAccount(subject.clone(), self.user.clone()));
+        }
+        if !claims.pod_bound {
+            return Err(Refusal::NotPodBound);
+        }
+        match &claims.node {
+            Some(node) if !fleet.knows(node) => Err(Refusal::UnknownNode(node.clone())),
+            _ => Ok(()),
+        }
     }
 
     fn judge(&self, status: TokenReviewStatus, claims: &Claims) -> Result<Identity, Refusal> {

@@ -3,6 +3,7 @@
 //! Locks are held for O(change) work only and never across an await. Order: nodes before layers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,6 +14,7 @@ use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subsc
 use switchtower_core::locality::Localities;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Delivery, Publication, Slot};
+use switchtower_core::wire;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, GoAwayReason, NodeRecord, Resume, Settings, Source};
 use tokio::sync::Notify;
@@ -25,6 +27,7 @@ mod settings;
 pub use look::Reach;
 pub use settings::{SettingsAssignment, SettingsName, builtin_settings};
 
+use super::gate::known::Known;
 use super::metrics::ServeMetrics;
 use super::questions::Desk;
 use super::session::Limits;
@@ -117,6 +120,8 @@ pub struct Fleet {
     compressing: tokio::sync::Mutex<()>,
     streams: AtomicUsize,
     bucket: Mutex<Bucket>,
+    /// Where agents are expected to come from.
+    known: Arc<Known>,
 }
 
 #[derive(Debug)]
@@ -173,7 +178,13 @@ impl Fleet {
             compressing: tokio::sync::Mutex::default(),
             streams: AtomicUsize::new(0),
             bucket: Mutex::new(Bucket { tokens: f64::MAX, at: Instant::now() }),
+            known: Arc::default(),
         })
+    }
+
+    /// Where agents are expected to come from.
+    pub(super) fn known(&self) -> &Arc<Known> {
+        &self.known
     }
 
     /// Streams are accepted from now on.
@@ -203,11 +214,14 @@ impl Fleet {
                 && !records.contains_key(&node)
             {
                 nodes.unassign(&node);
+                self.known.gone(&node);
                 self.mark([node]);
             }
         }
         for (node, record) in records {
             nodes.assign(&node, &record, &self.builtin);
+            let addresses = record.addresses.iter().filter_map(|octets| wire::address(octets));
+            self.known.node(&node, addresses.collect());
             self.detection_changed(&mut nodes, &node);
             self.mark([node]);
         }

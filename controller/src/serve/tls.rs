@@ -10,22 +10,20 @@ use rcgen::{
     KeyPair, KeyUsagePurpose,
 };
 use rustls::ServerConfig;
+use rustls::server::Acceptor;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use time::{Duration as Span, OffsetDateTime};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
+use tokio::sync::{mpsc, oneshot};
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::metrics::ServeMetrics;
+use super::connection::Connection;
+use super::gate::{Gate, Stage, Ticket, Turned};
 use crate::bootstrap::CaPem;
 
 /// The name in the server's certificate, which agents pin.
 pub const SERVER_NAME: &str = "switchtower-controller";
-/// Handshakes at a time.
-const HANDSHAKES: usize = 256;
-/// Longest handshake: as a whole fleet that comes back at once needs on a busy machine, whose work would be lost else.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -105,60 +103,101 @@ fn valid_for(parameters: &mut CertificateParams, span: Span) {
     parameters.not_after = now + span;
 }
 
-/// Connections after their handshake. What is no TLS is closed and counted.
+/// Connections after their handshake. The gate bounds how many get there and how long they may take.
 pub(crate) fn incoming(
     listener: TcpListener,
     tls: Arc<ServerTls>,
-    metrics: ServeMetrics,
-) -> impl Stream<Item = Result<TlsStream<TcpStream>, std::io::Error>> {
+    gate: Arc<Gate>,
+) -> impl Stream<Item = Result<Connection<TlsStream<TcpStream>>, std::io::Error>> {
     let (out, connections) = mpsc::channel(64);
     tokio::spawn(async move {
-        let slots = Arc::new(Semaphore::new(HANDSHAKES));
-        while !out.is_closed() {
-            let Ok(slot) = slots.clone().acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = out.closed() => return,
-            };
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of file descriptors, most likely: the loop must not spin.
-                    tracing::warn!(%error, "accepting a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
-            let (acceptor, out, metrics) = (TlsAcceptor::from(tls.load_full()), out.clone(), metrics.clone());
-            tokio::spawn(async move {
-                let _slot = slot;
-                match tokio::time::timeout(HANDSHAKE, handshake(stream, acceptor)).await {
-                    Ok(Ok(stream)) => {
-                        // Fails only when the server is gone.
-                        let _ = out.send(Ok(stream)).await;
-                    }
-                    Ok(Err(reason)) => refused(&metrics, reason, peer),
-                    Err(_) => refused(&metrics, "handshake_timeout", peer),
-                }
-            });
+        let watch = gate.clone().watch();
+        tokio::select! {
+            () = accept(listener, &tls, &gate, &out) => {}
+            () = watch => {}
         }
     });
     tokio_stream::wrappers::ReceiverStream::new(connections)
 }
 
-fn refused(metrics: &ServeMetrics, reason: &'static str, peer: std::net::SocketAddr) {
-    metrics.refused(reason);
-    tracing::warn!(reason, %peer, "connection refused");
+type Out = mpsc::Sender<Result<Connection<TlsStream<TcpStream>>, std::io::Error>>;
+
+async fn accept(listener: TcpListener, tls: &ServerTls, gate: &Arc<Gate>, out: &Out) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = next(&listener, gate) => accepted,
+            () = out.closed() => return,
+        };
+        let (tls, out) = (tls.load_full(), out.clone());
+        tokio::spawn(async move {
+            let Accepted { stream, ticket, mut closed } = accepted;
+            let stream = tokio::select! {
+                biased;
+                // Counted by whoever closed it.
+                _ = &mut closed => return,
+                shaken = handshake(stream, tls, &ticket) => match shaken {
+                    Ok(stream) => stream,
+                    Err(Broken::Turned) => return,
+                    Err(Broken::Peer(reason, detail)) => return ticket.refused(reason, detail),
+                },
+            };
+            // Fails only when the server is gone.
+            let _ = out.send(Ok(Connection::new(stream, ticket, closed))).await;
+        });
+    }
 }
 
-async fn handshake(stream: TcpStream, acceptor: TlsAcceptor) -> Result<TlsStream<TcpStream>, &'static str> {
+/// A connection that has its place at the gate.
+pub(crate) struct Accepted {
+    pub(crate) stream: TcpStream,
+    pub(crate) ticket: Arc<Ticket>,
+    pub(crate) closed: oneshot::Receiver<Turned>,
+}
+
+/// The next connection that the gate lets in.
+pub(crate) async fn next(listener: &TcpListener, gate: &Arc<Gate>) -> Accepted {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let local = stream.local_addr().ok().map(|local| local.ip());
+                if let Ok((ticket, closed)) = gate.enter(peer.ip(), local) {
+                    return Accepted { stream, ticket, closed };
+                }
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: the loop must not spin.
+                tracing::warn!(%error, "accepting a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Why there is no TLS on a connection.
+enum Broken {
+    /// The gate has no room for it, and has counted it.
+    Turned,
+    /// The peer's doing: the metric's label, and what it said.
+    Peer(&'static str, Option<String>),
+}
+
+async fn handshake(
+    stream: TcpStream,
+    config: Arc<ServerConfig>,
+    ticket: &Ticket,
+) -> Result<TlsStream<TcpStream>, Broken> {
     // Without it small frames wait for an acknowledgement; it is a matter of speed only.
     let _ = stream.set_nodelay(true);
     let mut first = [0];
     match stream.peek(&mut first).await {
         Ok(1) if first[0] == TLS_HANDSHAKE => {}
-        Ok(1) => return Err("plaintext"),
-        _ => return Err("closed_before_handshake"),
+        Ok(1) => return Err(Broken::Peer("plaintext", None)),
+        _ => return Err(Broken::Peer("closed_before_handshake", None)),
     }
-    acceptor.accept(stream).await.map_err(|_| "handshake")
+    let failed = |error: std::io::Error| Broken::Peer("handshake", Some(error.to_string()));
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+    ticket.advance(Stage::Handshake).map_err(|_| Broken::Turned)?;
+    let stream = hello.into_stream(config).await.map_err(failed)?;
+    ticket.advance(Stage::Anonymous).map_err(|_| Broken::Turned)?;
+    Ok(stream)
 }

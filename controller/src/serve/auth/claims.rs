@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
 /// The claims that matter.
@@ -10,6 +12,10 @@ pub(super) struct Claims {
     pub(super) audiences: Vec<String>,
     pub(super) expires: SystemTime,
     pub(super) pod_bound: bool,
+    /// The user.
+    pub(super) subject: Option<String>,
+    /// The node of its pod.
+    pub(super) node: Option<String>,
 }
 
 impl Claims {
@@ -20,7 +26,7 @@ impl Claims {
         if pieces.next().is_some() {
             return None;
         }
-        let claims: Value = serde_json::from_slice(&base64url(payload)?).ok()?;
+        let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload).ok()?).ok()?;
         let audiences = match claims.get("aud") {
             Some(Value::String(one)) => vec![one.clone()],
             Some(Value::Array(many)) => {
@@ -31,32 +37,10 @@ impl Claims {
         let seconds = claims.get("exp")?.as_u64()?;
         let expires = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?;
         let pod_bound = claims.pointer("/kubernetes.io/pod/uid").is_some();
-        Some(Self { audiences, expires, pod_bound })
+        let text = |pointer: &str| claims.pointer(pointer)?.as_str().map(str::to_owned);
+        let (subject, node) = (text("/sub"), text("/kubernetes.io/node/name"));
+        Some(Self { audiences, expires, pod_bound, subject, node })
     }
-}
-
-/// Base64 with the URL's alphabet and without padding (RFC 7515).
-fn base64url(text: &str) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() * 3 / 4);
-    let (mut bits, mut count) = (0_u32, 0);
-    for byte in text.bytes() {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'-' => 62,
-            b'_' => 63,
-            _ => return None,
-        };
-        bits = bits << 6 | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            out.push((bits >> count) as u8);
-            bits &= (1 << count) - 1;
-        }
-    }
-    Some(out)
 }
 
 #[cfg(test)]

@@ -1,0 +1,90 @@
+//! A connection that can be closed from outside: whoever reads or writes it gets an error.
+
+use std::io::{Error, ErrorKind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::oneshot;
+use tonic::transport::server::Connected;
+
+use super::gate::{Ticket, Turned};
+
+/// A stream of bytes with its place at the gate, which may close it.
+pub(crate) struct Connection<S> {
+    stream: S,
+    ticket: Arc<Ticket>,
+    closed: oneshot::Receiver<Turned>,
+    over: bool,
+}
+
+impl<S> Connection<S> {
+    pub(crate) fn new(stream: S, ticket: Arc<Ticket>, closed: oneshot::Receiver<Turned>) -> Self {
+        Self { stream, ticket, closed, over: false }
+    }
+
+    /// An error once the gate has closed the connection. Registers the task to be woken then.
+    fn check(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
+        self.over = self.over || Pin::new(&mut self.closed).poll(context).is_ready();
+        if self.over { Err(Error::new(ErrorKind::ConnectionAborted, "closed by the gate")) } else { Ok(()) }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<Result<(), Error>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<usize, Error>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        // A peer that reads nothing must not keep the goodbye waiting.
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[std::io::IoSlice<'_>],
+    ) -> Poll<Result<usize, Error>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+/// What requests know of their connection.
+#[derive(Clone)]
+pub(crate) struct Origin(pub(crate) Arc<Ticket>);
+
+impl<S> Connected for Connection<S> {
+    type ConnectInfo = Origin;
+
+    fn connect_info(&self) -> Origin {
+        Origin(self.ticket.clone())
+    }
+}
