@@ -20,14 +20,16 @@ use tonic::transport::{Channel, Endpoint};
 use tracing::Instrument as _;
 
 mod answers;
+mod trust;
 
-use crate::backoff::full_jitter;
+use crate::backoff::{self, Backoff, Failure, full_jitter};
 use crate::contact::Contact;
 use crate::controllers::{BootstrapError, Controllers};
 use crate::engine::{Command, Event, Standing};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use answers::Answers;
+pub use trust::Distrust;
 
 /// The name in the controller's certificate, whatever its address.
 pub const SERVER_NAME: &str = "switchtower-controller";
@@ -36,13 +38,15 @@ pub const VERSIONS: &[u32] = &[1];
 /// A message larger than a part of 1 MiB and its frame is refused.
 const MESSAGE_LIMIT: usize = 2 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Long enough for one lost SYN, which the kernel repeats after a second. A host that is down answers nothing, and a
+/// new attempt finds it sooner than the kernel's later repetitions.
+const TCP_DEADLINE: Duration = Duration::from_millis(2_500);
 const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// Without any message for this long the stream is dead.
 const SILENCE: Duration = Duration::from_secs(30);
 /// The longest pause that a GoAway may ask for.
 const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(300);
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -54,14 +58,14 @@ pub enum SessionError {
     #[error("set up TLS: {0}")]
     Tls(#[from] rustls::Error),
     /// No connection.
-    #[error("connect to {address}: {reason}")]
+    #[error("connect to {address}: {}", distrust.and_then(Distrust::advice).as_ref().unwrap_or(reason))]
     Connect {
         /// host:port.
         address: String,
         /// What failed, with its causes.
         reason: String,
         /// The connection stood, and its certificate was refused.
-        untrusted: bool,
+        distrust: Option<Distrust>,
     },
     /// The controller refused the stream.
     #[error("the controller refused the stream: {code}: {detail}")]
@@ -102,13 +106,24 @@ impl SessionError {
         match self {
             Self::Bootstrap(error) => error.word(),
             Self::Tls(_) => "BootstrapInvalid",
-            Self::Connect { untrusted: true, .. } => "ControllerUntrusted",
-            Self::Connect { .. } => "ControllerUnreachable",
+            Self::Connect { distrust, .. } => distrust.map_or("ControllerUnreachable", Distrust::word),
             Self::Refused { .. } => "ControllerRefused",
             Self::GoAway { .. } => "SentAway",
             Self::Ended | Self::Silent => "StreamLost",
             Self::Protocol(_) => "ProtocolError",
             Self::Stopping => "Stopping",
+        }
+    }
+}
+
+impl SessionError {
+    /// How soon another attempt may do better.
+    fn failure(&self) -> Failure {
+        match self {
+            // The controller's doing, and its time is not to be wasted: a token or a certificate changes rarely.
+            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => Failure::Refused,
+            Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => Failure::Refused,
+            _ => Failure::Away,
         }
     }
 }
@@ -131,7 +146,8 @@ pub async fn run(
     contact: Contact,
     mut stop: watch::Receiver<bool>,
 ) {
-    let (mut attempt, mut turn) = (0_u32, 0_usize);
+    let mut turn = 0_usize;
+    let mut backoff = Backoff::default();
     let mut told = false;
     loop {
         let began = Instant::now();
@@ -145,14 +161,15 @@ pub async fn run(
             return;
         }
         contact.lost(error.word(), &error.to_string());
-        // A stream that lasted is no failure: the next attempt starts from the shortest pause.
         // Files that are not there yet (the kubelet brings them) cost nobody anything to look for.
         let waiting = matches!(error, SessionError::Bootstrap(_));
-        attempt = if waiting || began.elapsed() > SILENCE { 0 } else { attempt.saturating_add(1) };
+        if waiting || began.elapsed() > SILENCE {
+            backoff = Backoff::default();
+        }
         turn = turn.wrapping_add(1);
-        let mut pause = full_jitter(BACKOFF.0, BACKOFF.1, attempt.saturating_sub(1));
+        let mut pause = backoff.after(error.failure(), began, Instant::now());
         if let SessionError::GoAway { retry_after, .. } = &error {
-            pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(BACKOFF.0, BACKOFF.1, 0);
+            pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(backoff::FIRST, backoff::FIRST, 0);
         }
         if !(waiting && told) {
             tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
@@ -183,7 +200,8 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
     let dial = tower::service_fn(move |_: tonic::transport::Uri| {
         let (connector, target) = (connector.clone(), target.clone());
         async move {
-            let stream = tokio::net::TcpStream::connect(&target).await?;
+            let stream = timeout(TCP_DEADLINE, tokio::net::TcpStream::connect(&target)).await;
+            let stream = stream.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
             stream.set_nodelay(true)?;
             let name = rustls_pki_types::ServerName::try_from(SERVER_NAME).map_err(std::io::Error::other)?;
             let stream = connector.connect(name, stream).await?;
@@ -191,33 +209,18 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
         }
     });
     let failed =
-        |reason: String, untrusted| SessionError::Connect { address: address.clone(), reason, untrusted };
+        |reason: String, distrust| SessionError::Connect { address: address.clone(), reason, distrust };
     // TLS is the connector's; tonic must not see https, or it would add its own.
     let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
-        .map_err(|error| failed(chain(&error), false))?
+        .map_err(|error| failed(chain(&error), None))?
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)
         .keep_alive_while_idle(true);
     match timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(dial)).await {
         Ok(Ok(channel)) => Ok((address, channel)),
-        Ok(Err(error)) => Err(failed(chain(&error), is_untrusted(&error))),
-        Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()), false)),
+        Ok(Err(error)) => Err(failed(chain(&error), Distrust::of(&error))),
+        Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()), None)),
     }
-}
-
-/// The controller's certificate is the cause: it is not of the CA that this agent knows, or has expired.
-fn is_untrusted(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        // An io::Error names as its source that of the error it carries, which would pass over the latter.
-        let carried = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = carried.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

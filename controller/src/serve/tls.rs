@@ -194,10 +194,23 @@ async fn handshake(
         Ok(1) => return Err(Broken::Peer("plaintext", None)),
         _ => return Err(Broken::Peer("closed_before_handshake", None)),
     }
-    let failed = |error: std::io::Error| Broken::Peer("handshake", Some(error.to_string()));
+    let failed = |error: std::io::Error| Broken::Peer(handshake_reason(&error), Some(error.to_string()));
     let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
     ticket.advance(Stage::Handshake).map_err(|_| Broken::Turned)?;
     let stream = hello.into_stream(config).await.map_err(failed)?;
     ticket.advance(Stage::Anonymous).map_err(|_| Broken::Turned)?;
     Ok(stream)
+}
+
+/// The metric's label of a failed handshake. A peer that does not accept the certificate says why.
+fn handshake_reason(error: &std::io::Error) -> &'static str {
+    use rustls::AlertDescription as Alert;
+    match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        // Certificates are dated back by an hour and renewed long before they end.
+        Some(rustls::Error::AlertReceived(Alert::CertificateExpired)) => "peer_clock_skew",
+        Some(rustls::Error::AlertReceived(
+            Alert::UnknownCA | Alert::BadCertificate | Alert::DecryptError | Alert::CertificateUnknown,
+        )) => "peer_distrusts_certificate",
+        _ => "handshake",
+    }
 }

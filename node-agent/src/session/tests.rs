@@ -262,3 +262,28 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_off_is_named_as_such() {
+    let (now, day) = (std::time::SystemTime::now(), Duration::from_secs(24 * 3_600));
+    for (validity, text) in [
+        (
+            (now + 3 * day / 2, now + 10 * day),
+            "is behind: by it, the controller's certificate becomes valid only in 1 d 1",
+        ),
+        (
+            (now - 10 * day, now - 3 * day / 2),
+            "is ahead: by it, the controller's certificate expired 1 d 12 h ago",
+        ),
+    ] {
+        let controller = FakeController::start_valid(SERVER_NAME, validity).await;
+        let directory = tempfile::tempdir().unwrap();
+        controller.write_files(directory.path());
+        let path = directory.path();
+        let controllers =
+            Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
+        let refused = connect(&controllers, 0).await.map(|_| ()).unwrap_err();
+        assert_eq!(refused.word(), "ClockSkew", "{refused}");
+        assert!(refused.to_string().contains(text), "{refused}");
+    }
+}

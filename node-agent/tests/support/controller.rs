@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::{Stream, StreamExt as _};
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
@@ -93,13 +93,21 @@ pub fn block_on<F: Future>(test: F) -> F::Output {
 impl FakeController {
     /// Listens on a port of 127.0.0.1 with a certificate for `name`.
     pub async fn start(name: &str) -> Self {
+        let now = SystemTime::now();
+        let day = Duration::from_secs(24 * 3_600);
+        Self::start_valid(name, (now - day, now + day)).await
+    }
+
+    /// As [`Self::start`], with a certificate that is valid from and until these times.
+    pub async fn start_valid(name: &str, (from, until): (SystemTime, SystemTime)) -> Self {
         let authority_key = KeyPair::generate().unwrap();
         let mut authority = CertificateParams::new(Vec::new()).unwrap();
         authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(authority, authority_key).unwrap();
         let key = KeyPair::generate().unwrap();
-        let certificate =
-            CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &authority).unwrap();
+        let mut certificate = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        (certificate.not_before, certificate.not_after) = (from.into(), until.into());
+        let certificate = certificate.signed_by(&key, &authority).unwrap();
         let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)

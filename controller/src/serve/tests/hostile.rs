@@ -372,3 +372,45 @@ async fn who_shows_no_token_takes_no_place() {
     assert!(!lab.agent("n1").await.welcome(hello("n1")).await);
     assert_eq!(lab.agent("n2").await.sent_away().await, GoAwayReason::Overloaded);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_distrust_the_certificate_are_told_apart() {
+    let lab = Lab::start(Limits::default()).await;
+    let mut foreign = rustls::RootCertStore::empty();
+    let other = tls::generate_ca().unwrap().certificate;
+    foreign.add(CertificateDer::from_pem_slice(other.as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = |clock: Arc<dyn rustls::time_provider::TimeProvider>, roots| {
+        rustls::ClientConfig::builder_with_details(provider.clone(), clock)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth()
+    };
+    let early = config(Arc::new(LongAgo), lab.roots());
+    let distrusting = config(Arc::new(rustls::time_provider::DefaultTimeProvider), foreign);
+    for (config, reason) in [(early, "peer_clock_skew"), (distrusting, "peer_distrusts_certificate")] {
+        let stream = TcpStream::connect(lab.address).await.unwrap();
+        let name = ServerName::try_from(tls::SERVER_NAME).unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        assert!(connector.connect(name, stream).await.is_err());
+        let counted = async {
+            while lab.metrics.refusals(reason) == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let counted = tokio::time::timeout(Duration::from_secs(20), counted).await;
+        counted.unwrap_or_else(|_| panic!("{reason}; {} others", lab.metrics.refusals("handshake")));
+    }
+}
+
+/// A clock that is a day behind.
+#[derive(Debug)]
+struct LongAgo;
+
+impl rustls::time_provider::TimeProvider for LongAgo {
+    fn current_time(&self) -> Option<rustls_pki_types::UnixTime> {
+        let now = rustls_pki_types::UnixTime::now().as_secs();
+        Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(now - 24 * 3_600)))
+    }
+}
