@@ -19,6 +19,7 @@ pub mod events;
 mod fake_api;
 pub mod ingest;
 pub mod metrics;
+mod process;
 pub mod propagation;
 pub mod render;
 pub mod rollout;

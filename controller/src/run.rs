@@ -50,6 +50,7 @@ use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
 use crate::metrics::{self, Exemplars, Readiness};
+use crate::process::{host_name, raise_descriptor_limit};
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::Server;
@@ -123,14 +124,6 @@ fn start(args: ServeArgs) -> anyhow::Result<()> {
         None
     });
     runtime.block_on(serve(args, replica, traces))
-}
-
-/// Every agent needs a descriptor, and container runtimes start processes with a soft limit of 1,024.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // The kernel refuses only what is above the hard limit.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// RUST_LOG chooses levels. The default leaves out kube's own line for every failed request: each failure is
@@ -486,12 +479,6 @@ async fn kube_config(args: &ServeArgs) -> anyhow::Result<Config> {
     Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .await
         .with_context(|| format!("using the current context of {}", path.display()))
-}
-
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name = name.trim();
-    if name.is_empty() { "switchtower-controller".to_owned() } else { name.to_owned() }
 }
 
 /// The CA of the flags' choice. An API server that cannot be reached yet, or permissions that are still

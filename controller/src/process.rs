@@ -1,0 +1,16 @@
+//! What the process takes from its host: a name, and how many descriptors it may have.
+
+/// Every agent needs a descriptor, and container runtimes start processes with a soft limit of 1,024.
+pub(crate) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // The kernel refuses only what is above the hard limit.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// The host's name, by which this replica is known unless a flag says otherwise.
+pub(crate) fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "switchtower-controller".to_owned() } else { name.to_owned() }
+}
