@@ -9,7 +9,7 @@
 //! whatever happens here. A round costs the number of nodes, and there is none while nothing is under way and nothing
 //! changes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,13 +17,15 @@ use futures::{Stream, StreamExt as _};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client};
+use switchtower_core::rollout::Revision;
 use switchtower_crds::{ProxyProfile, ProxyRollout};
+use switchtower_proto::v1::Settings;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::errors::{Chain, is_missing_kind};
 use crate::ingest::NodeIdentity;
-use crate::serve::fleet::Fleet;
+use crate::serve::fleet::{Fleet, SettingsName};
 use crate::status::{Assignments, NodeEvent};
 
 mod announce;
@@ -51,8 +53,10 @@ pub(crate) use settings::laid_over;
 const TICK: Duration = Duration::from_millis(500);
 /// Between two rounds at the least: what happens meanwhile is looked at together.
 const GATHER: Duration = Duration::from_millis(50);
-/// After a failed request.
+/// After a request that the API server did not answer, or refused for good.
 const RETRY: Duration = Duration::from_secs(5);
+/// After a request that it answered with an error.
+const RETRY_OBJECT: Duration = Duration::from_secs(1);
 
 /// Keeps an object until nothing needs it.
 pub const FINALIZER: &str = "switchtower.dev/in-use";
@@ -79,13 +83,18 @@ pub struct Rollouts {
     rollouts: Objects<ProxyRollout>,
     nodes: HashMap<Arc<str>, NodeIdentity>,
     nodes_synced: bool,
-    /// Revisions that rows name and no rollout tells of, as they were complained about.
-    unknown: BTreeSet<String>,
+    /// Nodes whose row names a revision that no rollout describes.
+    unknown: HashMap<Arc<str>, Revision>,
+    /// What agents are served: which revision each node has been told, since when; and the settings.
+    told: HashMap<Arc<str>, (Revision, Instant)>,
+    served: BTreeMap<SettingsName, Settings>,
     clock: Clock,
     /// Profiles whose new revision the API server refuses.
     refused: BTreeMap<String, Refused>,
-    /// No request before this time.
+    /// No request before this time: the API server cannot be reached.
     paused_until: Option<Instant>,
+    /// Objects that the API server did not take, and when to try again. Others do not wait for them.
+    postponed: BTreeMap<String, Instant>,
     complained: Option<Instant>,
 }
 
@@ -110,10 +119,13 @@ impl Rollouts {
             rollouts: Objects::default(),
             nodes: HashMap::new(),
             nodes_synced: false,
-            unknown: BTreeSet::new(),
+            unknown: HashMap::new(),
+            told: HashMap::new(),
+            served: BTreeMap::new(),
             refused: BTreeMap::new(),
             clock: Clock::new(Box::new(Timestamp::now)),
             paused_until: None,
+            postponed: BTreeMap::new(),
             complained: None,
         }
     }
@@ -142,6 +154,9 @@ impl Rollouts {
             if news && self.ready() {
                 self.round().await;
                 news = false;
+            } else if news && self.knows_rows() {
+                // Nodes are told what their rows name whatever else has to wait.
+                self.serve();
             }
             let wake = self.wake_up(news);
             tokio::select! {
@@ -172,19 +187,36 @@ impl Rollouts {
 
     /// Deciding from a part of the nodes or objects would be deciding wrongly.
     fn ready(&self) -> bool {
-        let paused = self.paused_until.is_some_and(|until| until > Instant::now());
-        let known = self.nodes_synced && self.assignments.loaded();
-        known && self.profiles.synced() && self.rollouts.synced() && !paused
+        self.nodes_synced && self.knows_rows() && !self.is_paused()
+    }
+
+    /// What rows name can be served.
+    fn knows_rows(&self) -> bool {
+        self.assignments.loaded() && self.profiles.synced() && self.rollouts.synced()
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused_until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// Requests about this object make sense now.
+    fn may_ask(&self, object: &str) -> bool {
+        let now = Instant::now();
+        !self.is_paused() && self.postponed.get(object).is_none_or(|until| *until <= now)
     }
 
     fn wake_up(&mut self, news: bool) -> Option<Instant> {
         let now = Instant::now();
         self.paused_until = self.paused_until.filter(|until| *until > now);
+        self.postponed.retain(|_, until| *until > now);
         let under_way = || self.under_way() || self.profiles.iter().any(is_deleting);
         match self.paused_until {
             Some(until) => Some(until),
             None if !news && self.ready() && under_way() => Some(now + TICK),
-            None => self.refused.values().map(|refused| refused.again_at).min(),
+            None => {
+                let refused = self.refused.values().map(|refused| refused.again_at);
+                refused.chain(self.postponed.values().copied()).min()
+            }
         }
     }
 
@@ -216,9 +248,15 @@ impl Rollouts {
         self.complain(missing, error);
     }
 
-    /// A request failed. True: go on with others; false: it would fail alike.
-    fn request_failed(&mut self, error: &kube::Error) {
-        self.paused_until = Some(Instant::now() + RETRY);
+    /// A request about an object failed. An error that the API server answers may concern that object alone; where
+    /// nothing answers, or the kind is missing, other requests would fail alike.
+    fn request_failed(&mut self, object: &str, error: &kube::Error) {
+        let now = Instant::now();
+        if matches!(error, kube::Error::Api(_)) && !is_missing_kind(error) {
+            self.postponed.insert(object.to_owned(), now + RETRY_OBJECT);
+        } else {
+            self.paused_until = Some(now + RETRY);
+        }
         self.complain(is_missing_kind(error), error);
     }
 

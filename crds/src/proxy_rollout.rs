@@ -98,17 +98,37 @@ pub struct ProxyRolloutSpec {
         {"rule": "self == oldSelf", "message": "strategy never changes; change the ProxyProfile"}
     ]))]
     pub strategy: RolloutStrategy,
+    /// Set while the profile is being deleted: its nodes get the settings of this revision here, and afterwards the
+    /// revision itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = [
+        {"rule": "self == oldSelf", "message": "handover never changes"}
+    ]))]
+    pub handover: Option<Handover>,
     /// No further node is touched while this is true. Setting it back to false starts the soak of the current step
     /// anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,
-    /// Approves all steps up to this one, counted from 1, at most 16. Only grows.
+    /// Approves all steps up to this one, counted from 1, at most 16: those with a manual approval, and those that wait
+    /// for nodes that got the revision and cannot be reached. Only grows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 16))]
     pub approved_step: Option<i32>,
     /// Ends the rollout and returns its nodes to the stable revision. Final.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abort: Option<bool>,
+}
+
+/// The revision that nodes of a deleted profile are given.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Handover {
+    /// Its profile; `builtin` for the built-in settings.
+    #[schemars(length(min = 1, max = 52))]
+    pub profile: String,
+    /// Its revision; 0 for the built-in settings.
+    #[schemars(range(min = 0))]
+    pub revision: i64,
 }
 
 /// Settings to return to.
@@ -147,7 +167,7 @@ pub struct ProxyRolloutStatus {
     #[serde(default)]
     pub progress: RolloutProgress,
     /// What has to happen before it goes on: Nodes, Soak, Approval, Resume, CanaryNodes, EligibleNodes, HealthyNodes,
-    /// Stable.
+    /// Stable, UnreachableNodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_on: Option<String>,
     /// How many nodes failed.

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 mod decide;
 mod describe;
+pub mod handover;
 mod judge;
 mod model;
 mod order;

@@ -36,32 +36,36 @@ impl Rollouts {
             self.profiles.iter().filter(|object| is_deleting(object)).cloned().collect();
         for object in leaving {
             let name = object.name_any();
-            if facts.holders(&name) == 0
+            if self.may_ask(&name)
+                && facts.holders(&name) == 0
                 && !facts.active(&name)
                 && object.finalizers().iter().any(|known| known == FINALIZER)
             {
                 let released = requests::set_finalizer(&self.profile_api, &object, false).await;
-                self.note(released.map(drop));
+                self.note(&name, released.map(drop));
             }
         }
     }
 
     /// Removes what is deleted already, or too old.
     async fn let_go(&mut self, object: &ProxyRollout, too_old: bool) {
+        if !self.may_ask(&object.name_any()) {
+            return;
+        }
         let deleting = object.metadata.deletion_timestamp.is_some();
         let kept = object.finalizers().iter().any(|known| known == FINALIZER);
         if too_old && !deleting {
             let deleted = requests::delete(&self.rollout_api, object).await;
-            self.note(deleted);
+            self.note(&object.name_any(), deleted);
         } else if deleting && kept {
             let released = requests::set_finalizer(&self.rollout_api, object, false).await;
-            self.note(released.map(drop));
+            self.note(&object.name_any(), released.map(drop));
         }
     }
 
-    fn note(&mut self, outcome: Result<(), kube::Error>) {
+    fn note(&mut self, object: &str, outcome: Result<(), kube::Error>) {
         match outcome {
-            Err(error) if !requests::is_race(&error) => self.request_failed(&error),
+            Err(error) if !requests::is_race(&error) => self.request_failed(object, &error),
             _ => {}
         }
     }

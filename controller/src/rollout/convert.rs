@@ -61,6 +61,12 @@ pub(super) fn fallback(spec: &api::ProxyRolloutSpec) -> Revision {
     Revision { profile: spec.fallback.profile.as_str().into(), number: number(spec.fallback.revision) }
 }
 
+/// What the nodes of a deleted profile are handed over to.
+pub(super) fn handover(spec: &api::ProxyRolloutSpec) -> Option<Revision> {
+    let to = spec.handover.as_ref()?;
+    Some(Revision { profile: to.profile.as_str().into(), number: number(to.revision) })
+}
+
 /// What a row names.
 pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     let revision = Revision { profile: profile.name.as_str().into(), number: number(profile.revision) };
@@ -121,6 +127,14 @@ fn quantity(from: &IntOrString) -> Quantity {
 
 fn seconds(value: Option<i32>, or: u64) -> Duration {
     Duration::from_secs(value.and_then(|value| u64::try_from(value).ok()).unwrap_or(or))
+}
+
+/// The steps of a handover: those of the deleted profile, without what its nodes may not match any more, and without
+/// people: somebody deleted the profile.
+pub(super) fn handover_steps(steps: &[api::RolloutStep]) -> Vec<api::RolloutStep> {
+    let plain =
+        |step: &api::RolloutStep| api::RolloutStep { node_selector: None, approval: None, ..step.clone() };
+    steps.iter().map(plain).collect()
 }
 
 /// The steps of a profile that names none: one node and a soak, a quarter, all.
@@ -209,6 +223,7 @@ pub(super) fn past(object: &api::ProxyRollout) -> Option<Past> {
         target: target(&object.spec),
         hash: object.spec.hash.clone(),
         fallback: fallback(&object.spec),
+        handover: handover(&object.spec),
         state: status.map(|status| State::from_word(&status.state)).unwrap_or_default(),
     })
 }
@@ -228,9 +243,12 @@ pub(super) fn rollout(object: &api::ProxyRollout, stable: Revision, superseded: 
         strategy: strategy(&spec.strategy),
         paused: spec.paused.unwrap_or(false),
         approved_steps: spec.approved_step.and_then(|step| usize::try_from(step).ok()).unwrap_or(0),
-        // Who deletes a rollout does not want it.
-        abort: spec.abort.unwrap_or(false) || object.metadata.deletion_timestamp.is_some(),
+        // Who deletes a rollout does not want it. A handover is also deleted by whoever deletes its profile in the
+        // foreground, and wants that.
+        abort: spec.abort.unwrap_or(false)
+            || (object.metadata.deletion_timestamp.is_some() && spec.handover.is_none()),
         superseded,
+        handover: handover(spec),
         progress: object.status.as_ref().map(|status| progress(status, now)).unwrap_or_default(),
     }
 }

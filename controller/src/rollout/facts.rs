@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile, next_revision, returns_to, stable, winner};
 use switchtower_core::rollout::{
     Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
@@ -94,9 +95,10 @@ impl Rollouts {
         let past: Vec<Past> = self.rollouts.iter().filter_map(convert::past).collect();
         let mut agents = HashMap::with_capacity(self.nodes.len());
         self.fleet.each_observation(|name, observation| {
-            agents.insert(name.clone(), agent(observation, &self.clock));
+            let lost = observation.lost_since.and(observation.moments.lost);
+            agents.insert(name.clone(), (agent(observation, &self.clock), lost.map(|at| self.clock.at(at))));
         });
-        let settled = self.fleet.settled();
+        let settled = self.fleet.settled_at();
         let mut facts =
             Facts { now, profiles, past, fleet: Vec::new(), nodes: BTreeMap::new(), lost: BTreeMap::new() };
         facts.fleet.reserve(self.nodes.len());
@@ -110,27 +112,44 @@ impl Rollouts {
                 }
             }
             let (assigned, stored) = self.assignments.of(name);
+            let told = self.told.get(name);
             let missing = match (settled, stored.had_agent) {
-                (false, _) => Agent::Unknown,
-                (true, true) => Agent::Disconnected,
-                (true, false) => Agent::Absent,
+                (None, _) => Agent::Unknown,
+                (Some(_), true) => Agent::Disconnected,
+                (Some(_), false) => Agent::Absent,
             };
+            let (agent, lost) = agents.remove(name).unwrap_or((missing, None));
             let assigned = assigned.as_ref().map(convert::assigned).map(|mut known| {
                 let previous = known.previous.take();
                 known.previous = previous
                     .and_then(|previous| returns_to(&known.revision, previous, &facts.profiles, &facts.past));
+                // What happened before the node was told is not because of it.
+                if let Some((_, at)) = told.filter(|(revision, _)| *revision == known.revision) {
+                    known.at = known.at.max(self.clock.at(*at));
+                }
                 known
             });
+            let keeper = handover::keeper(assigned.as_ref(), won.as_deref(), &facts.profiles, &facts.past);
             let still = stored.profile.as_ref().map(|known| convert::assigned(known).revision);
             facts.fleet.push(FleetNode {
                 name: name.clone(),
                 uid: identity.uid.clone(),
                 labels: identity.labels.clone(),
-                profile: won,
+                profile: keeper.or(won),
+                pending: assigned
+                    .as_ref()
+                    .is_some_and(|assigned| told.is_none_or(|(told, _)| *told != assigned.revision)),
+                unknown: self.unknown.contains_key(name),
                 still: still
                     .filter(|still| assigned.as_ref().is_some_and(|assigned| assigned.revision != *still)),
                 assigned,
-                agent: agents.remove(name).unwrap_or(missing),
+                lost: match agent {
+                    Agent::Connected(_) | Agent::Unknown => None,
+                    Agent::Disconnected | Agent::Absent => {
+                        lost.or_else(|| settled.map(|at| self.clock.at(at)))
+                    }
+                },
+                agent,
             });
         }
         facts

@@ -1,6 +1,7 @@
 //! The status of profiles.
 
 use kube::ResourceExt as _;
+use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile};
 use switchtower_core::rollout::{Condition, Revision, State};
 use switchtower_crds::{ProxyProfile, ProxyProfileStatus};
@@ -28,7 +29,7 @@ impl Rollouts {
             match requests::write_status(&self.profile_api, &object).await {
                 Ok(object) => drop(self.profiles.put(object)),
                 Err(error) if requests::is_race(&error) => {}
-                Err(error) => self.request_failed(&error),
+                Err(error) => self.request_failed(&object.name_any(), &error),
             }
         }
     }
@@ -69,14 +70,7 @@ fn conditions(
 ) -> Vec<Condition> {
     let name = latest.map(|past| rollout_name(&past.target)).unwrap_or_default();
     let (reason, message) = match (refused, latest.map(|past| past.state)) {
-        _ if profile.deleting => {
-            let holders = facts.holders(&profile.name);
-            let message = format!(
-                "waiting until no node has its settings: {holders} still have. A rollout of another profile that \
-                 selects them takes them over; change its changeCause to start one"
-            );
-            ("Deleting", message)
-        }
+        _ if profile.deleting => deleting(profile, latest, facts),
         (Some(refused), _) => {
             let message = format!(
                 "the API server refuses the ProxyRollout of the present settings, and nodes keep what they have: \
@@ -85,9 +79,7 @@ fn conditions(
             ("RolloutRefused", message)
         }
         (None, None) => ("Pending", "its first rollout has not begun".to_owned()),
-        (None, Some(State::Complete)) => {
-            ("UpToDate", format!("{} is rolled out to its {nodes} nodes", profile.name))
-        }
+        (None, Some(State::Complete)) => up_to_date(profile, nodes, facts),
         (None, Some(State::Failed)) => ("RolloutFailed", format!("{name} failed; see its conditions")),
         (None, Some(State::Aborted)) => ("RolloutAborted", format!("{name} was aborted")),
         (None, Some(_)) => ("RollingOut", format!("{name} is under way")),
@@ -98,7 +90,7 @@ fn conditions(
         reason,
         message: message.to_owned(),
     };
-    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted" | "RolloutRefused");
+    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted" | "RolloutRefused" | "HandoverFailed");
     let overlapping = match facts.lost.get(&profile.name) {
         Some((count, winner)) => {
             let message = format!(
@@ -114,4 +106,49 @@ fn conditions(
         condition("Stalled", stalled, reason, &message),
         overlapping,
     ]
+}
+
+/// Nodes that were relabelled keep what they have until a rollout moves them, and those whose agent is away follow
+/// when it is back: a complete rollout does not mean that every node has the revision.
+fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (&'static str, String) {
+    let stable = facts.stable(&profile.name);
+    let mine = facts.fleet.iter().filter(|node| node.profile.as_ref() == Some(&profile.name));
+    let have =
+        mine.filter(|node| node.assigned.as_ref().is_some_and(|known| known.revision == stable)).count();
+    let message = if have == nodes {
+        format!("all {nodes} nodes of the profile have {stable}")
+    } else {
+        format!(
+            "{have} of {nodes} nodes of the profile have {stable}; the others keep what they have until the next \
+             rollout; change changeCause to start one"
+        )
+    };
+    ("UpToDate", message)
+}
+
+/// What a deletion waits for.
+fn deleting(profile: &Profile, latest: Option<&Past>, facts: &Facts) -> (&'static str, String) {
+    let holders = facts.holders(&profile.name);
+    let handover = latest.and_then(|past| Some((past, past.handover.as_ref()?)));
+    match handover {
+        Some((past, to)) if !past.state.is_final() => {
+            let name = rollout_name(&past.target);
+            ("Deleting", format!("{name} hands its nodes over to {to}; {holders} still have its settings"))
+        }
+        Some((past, to)) if handover::was_tried(profile, to, &facts.past) && holders > 0 => {
+            let message = format!(
+                "{} did not hand its {holders} nodes over to {to}; see its conditions. Change changeCause of this \
+                 profile to try it again, or roll out another profile that selects them",
+                rollout_name(&past.target)
+            );
+            ("HandoverFailed", message)
+        }
+        _ => {
+            let message = format!(
+                "waiting until no node has its settings: {holders} still have. They go to the profile that selects \
+                 them without it, or to the built-in settings, by a rollout"
+            );
+            ("Deleting", message)
+        }
+    }
 }

@@ -1,17 +1,19 @@
 //! One round: what follows from what there is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
+use switchtower_core::rollout::handover::{self, Handover};
 use switchtower_core::rollout::profile::{
-    Profile, fallback, lies_ahead, next_revision, origin, settled, superseded,
+    Profile, fallback, lies_ahead, next_revision, origin, settled, stable, superseded,
 };
-use switchtower_core::rollout::{Assignment, Decision, Revision, Rollout, Time, decide};
+use switchtower_core::rollout::{Assignment, Decision, Health, Revision, Rollout, Time, decide, health};
 use switchtower_crds::{
-    ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings, RolloutFallback,
+    self as api, ProxyProfile, ProxyRollout, ProxyRolloutSpec, ProxyRolloutStatus, ProxySettings,
+    RolloutFallback,
 };
 use switchtower_proto::v1::Settings;
 use switchtower_telemetry::{span, spans};
@@ -23,6 +25,14 @@ use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
 use crate::propagation::new_trace;
 use crate::serve::fleet::{SettingsAssignment, SettingsName};
 
+/// A revision that is to have a ProxyRollout.
+struct NewRevision {
+    number: u64,
+    hash: String,
+    /// It hands the nodes of a deleted profile over to this one.
+    handover: Option<Revision>,
+}
+
 /// Nodes to be given another revision.
 type Moves = BTreeMap<Arc<str>, Revision>;
 
@@ -32,12 +42,14 @@ impl Rollouts {
         if !self.under_way() {
             self.clock.set();
         }
+        // First of all, nodes are told what their rows name: no request may delay that.
+        self.serve();
         let mut facts = self.facts();
         if self.create_revisions(&facts).await {
             facts = self.facts();
         }
         let mut moves = self.decide(&mut facts).await;
-        // Settings before the rows that name them.
+        // Settings before the rows that name them, also of the rollouts that are new.
         self.serve();
         settle(&facts, &mut moves);
         // What nodes get together is one trace.
@@ -60,20 +72,32 @@ impl Rollouts {
         self.refused.retain(|name, _| facts.profile(name).is_some());
         for profile in &facts.profiles {
             let name = profile.name.to_string();
-            let number = next_revision(profile, &facts.past, facts.highest(&profile.name));
-            let Some(number) = number else {
+            let highest = facts.highest(&profile.name);
+            let revision = next_revision(profile, &facts.past, highest).map(|number| NewRevision {
+                number,
+                hash: profile.hash.clone(),
+                handover: None,
+            });
+            let handover = || {
+                let Handover { to, number, hash } =
+                    handover::next(profile, &facts.profiles, &facts.past, &facts.fleet, highest)?;
+                Some(NewRevision { number, hash, handover: Some(to) })
+            };
+            let Some(revision) = revision.or_else(handover) else {
                 self.refused.remove(&name);
                 continue;
             };
-            if self.refused.get(&name).is_some_and(|refused| refused.again_at > Instant::now()) {
+            let refused = self.refused.get(&name).is_some_and(|refused| refused.again_at > Instant::now());
+            if refused || !self.may_ask(&name) {
                 continue;
             }
+            let number = revision.number;
             let span = span!(
                 "switchtower.rollout.create",
                 switchtower.profile = name,
                 switchtower.profile.revision = convert::api_number(number)
             );
-            let made = self.create_revision(profile, number, facts).instrument(span.clone()).await;
+            let made = self.create_revision(profile, revision, facts).instrument(span.clone()).await;
             let Err(error) = made else {
                 self.refused.remove(&name);
                 created = true;
@@ -93,25 +117,25 @@ impl Rollouts {
                 }
                 self.refused.insert(name, Refused { message, again_at: Instant::now() + RETRY });
             } else {
-                self.request_failed(&error);
+                self.request_failed(&name, &error);
             }
         }
         created
     }
 
-    /// Makes the ProxyRollout of a new revision, with `number` or the next one whose name is free.
+    /// Makes the ProxyRollout of a new revision, with its number or the next one whose name is free.
     async fn create_revision(
         &mut self,
         profile: &Profile,
-        mut number: u64,
+        mut new: NewRevision,
         facts: &Facts,
     ) -> Result<(), kube::Error> {
         let Some(object) = self.profiles.get(&profile.name).cloned() else { return Ok(()) };
         let object = self.keep_profile(object).await?;
         let revision = |number| Revision { profile: profile.name.clone(), number };
         // Somebody may have made one of that name by hand.
-        while self.rollouts.get(&rollout_name(&revision(number))).is_some() {
-            number += 1;
+        while self.rollouts.get(&rollout_name(&revision(new.number))).is_some() {
+            new.number += 1;
         }
         let known = fallback(profile, &facts.past, &facts.fleet);
         let fallback = RolloutFallback {
@@ -119,9 +143,20 @@ impl Rollouts {
             revision: convert::api_number(known.number),
             settings: self.settings_of(&known).cloned().unwrap_or_default(),
         };
-        let rollout = new_rollout(&object, &profile.hash, number, fallback);
+        let mut rollout = new_rollout(&object, &new, fallback);
+        if let Some(to) = &new.handover {
+            rollout.spec.settings = self.settings_of(to).cloned().unwrap_or_default();
+        }
         let rollout = requests::create(&self.rollout_api, &rollout).await?;
-        tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
+        match &new.handover {
+            None => {
+                tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
+            }
+            Some(to) => tracing::info!(
+                rollout = rollout.name_any(), profile = %profile.name, %to,
+                "the profile is being deleted; its nodes are handed over"
+            ),
+        }
         self.rollouts.put(rollout);
         Ok(())
     }
@@ -151,7 +186,10 @@ impl Rollouts {
             if past.state.is_final() && counted == 0 && !facts.named(&past.target) {
                 continue;
             }
-            let superseded = superseded(&past, &facts.past, facts.profile(&past.target.profile));
+            if !self.may_ask(&name) {
+                continue;
+            }
+            let superseded = superseded(&past, &facts.past, &facts.profiles);
             let stable = facts.stable(&past.target.profile);
             let rollout = convert::rollout(&object, stable, superseded, facts.now);
             let decision = decide(&rollout, &facts.fleet, facts.now);
@@ -204,7 +242,7 @@ impl Rollouts {
             Err(error) => {
                 // The next round decides on what somebody else wrote.
                 if !requests::is_race(&error) {
-                    self.request_failed(&error);
+                    self.request_failed(&object.name_any(), &error);
                 }
                 false
             }
@@ -268,27 +306,68 @@ impl Rollouts {
                 named.entry((fallback.profile.clone(), fallback.number)).or_insert_with(content);
             }
         }
-        let mut assignments = Vec::new();
-        let mut rows: BTreeMap<Arc<str>, (SettingsName, Option<u128>)> = BTreeMap::new();
-        for (node, profile) in self.assignments.stored() {
-            let Assignment { revision: Revision { profile, number }, trace, .. } =
-                convert::assigned(&profile);
-            rows.insert(node, ((profile, number), u128::from_str_radix(&trace, 16).ok()));
-        }
-        let builtin = Revision::builtin();
-        let builtin = ((builtin.profile, builtin.number), None);
-        for node in rows.keys().chain(self.nodes.keys().filter(|node| !rows.contains_key(*node))) {
-            let (wanted, trace) = rows.get(node).unwrap_or(&builtin);
-            let known = *wanted == builtin.0 || named.contains_key(wanted);
-            if !known && self.unknown.insert(format!("{node} {}@{}", wanted.0, wanted.1)) {
-                tracing::error!(%node, profile = %wanted.0, revision = wanted.1,
-                    "the node's row names a revision that no ProxyRollout tells of; the node gets the built-in settings");
+        let stored = self.assignments.stored();
+        let rows: Vec<_> = stored.iter().map(|(node, profile)| (node, convert::assigned(profile))).collect();
+        // A revision that nothing describes any more keeps the settings that it had.
+        for (_, Assignment { revision, .. }) in &rows {
+            let name = (revision.profile.clone(), revision.number);
+            if let (false, Some(settings)) = (named.contains_key(&name), self.served.get(&name)) {
+                named.insert(name, settings.clone());
             }
-            let settings = if known { wanted } else { &builtin.0 }.clone();
-            assignments.push(SettingsAssignment { node: node.clone(), settings, trace: *trace });
+        }
+        let mut assignments = Vec::new();
+        let mut told = HashMap::with_capacity(self.nodes.len());
+        let mut tell = |node: &Arc<str>, revision: Revision, trace: Option<u128>| {
+            let settings = (revision.profile.clone(), revision.number);
+            assignments.push(SettingsAssignment { node: node.clone(), settings, trace });
+            let known = self.told.get(node).filter(|(known, _)| *known == revision);
+            let since = known.map_or_else(Instant::now, |(_, since)| *since);
+            told.insert(node.clone(), (revision, since));
+        };
+        for (node, Assignment { revision, trace, .. }) in &rows {
+            let known =
+                revision.is_builtin() || named.contains_key(&(revision.profile.clone(), revision.number));
+            let revision = if known { revision.clone() } else { self.instead_of(revision) };
+            tell(node, revision, u128::from_str_radix(trace, 16).ok());
+        }
+        let with_row: HashSet<&Arc<str>> = rows.iter().map(|(node, _)| *node).collect();
+        for node in self.nodes.keys().filter(|node| !with_row.contains(*node)) {
+            tell(node, Revision::builtin(), None);
         }
         self.fleet.set_settings(&named);
         self.fleet.assign_settings(assignments);
+        (self.served, self.told) = (named, told);
+        self.note_unknown(rows.into_iter().map(|(node, assignment)| (node.clone(), assignment.revision)));
+    }
+
+    /// What a node gets whose row names a revision of which this process knows nothing: what is stable in its profile.
+    fn instead_of(&self, revision: &Revision) -> Revision {
+        let past: Vec<_> = self.rollouts.iter().filter_map(convert::past).collect();
+        let stable = stable(&revision.profile, &past);
+        if self.settings_of(&stable).is_some() { stable } else { Revision::builtin() }
+    }
+
+    /// Notes which rows name revisions that no rollout describes, and tells people of new ones.
+    fn note_unknown(&mut self, rows: impl Iterator<Item = (Arc<str>, Revision)>) {
+        let described: HashSet<Revision> = self
+            .rollouts
+            .iter()
+            .filter(|object| convert::owner(object).is_some())
+            .flat_map(|object| [convert::target(&object.spec), convert::fallback(&object.spec)])
+            .collect();
+        let unknown: HashMap<_, _> =
+            rows.filter(|(_, revision)| !revision.is_builtin() && !described.contains(revision)).collect();
+        for (node, revision) in &unknown {
+            if self.unknown.get(node) != Some(revision) {
+                let told = self.told.get(node).map(|(told, _)| told.to_string()).unwrap_or_default();
+                tracing::error!(
+                    %node, %revision, settings = told,
+                    "the node's row names a revision that no ProxyRollout describes; the node keeps the settings it \
+                     has had from this controller, or gets the stable ones"
+                );
+            }
+        }
+        self.unknown = unknown;
     }
 }
 
@@ -300,7 +379,13 @@ fn settle(facts: &Facts, moves: &mut Moves) {
         .iter()
         .map(|profile| (profile.name.clone(), (facts.stable(&profile.name), facts.active(&profile.name))))
         .collect();
+    let mut orphans = handover::orphans_at_once(&facts.fleet);
+    let deleting = |name: &Arc<str>| facts.profile(name).is_some_and(|profile| profile.deleting);
     for node in &facts.fleet {
+        // A handover has it in this round. What follows if that is over now is decided in the next one.
+        if node.profile.as_ref().is_some_and(deleting) {
+            continue;
+        }
         let winner = node
             .profile
             .as_ref()
@@ -310,7 +395,17 @@ fn settle(facts: &Facts, moves: &mut Moves) {
             .as_ref()
             .filter(|assigned| lies_ahead(assigned, facts.now) && facts.is_under_way(&assigned.revision));
         let again = again.map(|assigned| assigned.revision.clone());
-        if let Some(revision) = settled(node.assigned.as_ref(), winner, profiles).or(again) {
+        let handed_over = handover::handed_over(node, &facts.profiles, &facts.past, &facts.fleet);
+        let orphaned = || handover::orphaned(node, &facts.profiles, &facts.past);
+        let wanted = settled(node.assigned.as_ref(), winner, profiles).or(handed_over).or_else(orphaned);
+        if node.unknown && wanted.is_some() {
+            // Nobody rolls anything out here, so that this is what keeps all of them from changing at once.
+            if orphans == 0 || health(node, facts.now) != Health::Healthy {
+                continue;
+            }
+            orphans -= 1;
+        }
+        if let Some(revision) = wanted.or(again) {
             moves.entry(node.name.clone()).or_insert(revision);
         }
     }
@@ -323,7 +418,7 @@ pub(super) fn rollout_name(target: &Revision) -> String {
 
 /// Labels and annotations of the profile are not copied: deployment tools take an object that carries their marks for
 /// one of theirs.
-fn new_rollout(profile: &ProxyProfile, hash: &str, revision: u64, fallback: RolloutFallback) -> ProxyRollout {
+fn new_rollout(profile: &ProxyProfile, new: &NewRevision, fallback: RolloutFallback) -> ProxyRollout {
     let name = profile.name_any();
     let owner = OwnerReference {
         api_version: ProxyProfile::api_version(&()).into_owned(),
@@ -337,21 +432,30 @@ fn new_rollout(profile: &ProxyProfile, hash: &str, revision: u64, fallback: Roll
     if strategy.steps.is_empty() {
         strategy.steps = convert::default_steps();
     }
+    let mut change_cause = profile.spec.change_cause.clone().unwrap_or_default();
+    if let Some(to) = &new.handover {
+        strategy.steps = convert::handover_steps(&strategy.steps);
+        change_cause = format!("{name} is being deleted; its nodes go to {to}");
+    }
     ProxyRollout {
         metadata: ObjectMeta {
-            name: Some(format!("{name}-{revision}")),
+            name: Some(format!("{name}-{}", new.number)),
             owner_references: Some(vec![owner]),
             finalizers: Some(vec![FINALIZER.to_owned()]),
             ..ObjectMeta::default()
         },
         spec: ProxyRolloutSpec {
             profile: name,
-            revision: convert::api_number(revision),
-            hash: hash.to_owned(),
-            change_cause: profile.spec.change_cause.clone().unwrap_or_default(),
+            revision: convert::api_number(new.number),
+            hash: new.hash.clone(),
+            change_cause,
             settings: profile.spec.settings.clone(),
             fallback,
             strategy,
+            handover: new.handover.as_ref().map(|to| api::Handover {
+                profile: to.profile.to_string(),
+                revision: convert::api_number(to.number),
+            }),
             ..ProxyRolloutSpec::default()
         },
         status: None,

@@ -120,6 +120,9 @@ async fn a_generation_without_its_rollout_is_not_spoken_of() {
             (Some(1), "default@1".to_owned(), "UpToDate".to_owned()),
             "after {code} the status is that of the generation before"
         );
+        tokio::time::pause();
+        tokio::time::advance(RETRY_OBJECT).await;
+        tokio::time::resume();
         lab.rollouts.round().await;
         let standing = lab.profile_standing();
         assert_eq!(standing, (Some(2), "default@2".to_owned(), "RollingOut".to_owned()), "after {code}");

@@ -194,7 +194,14 @@ impl Fleet {
     /// Streams have been accepted for long enough that a missing agent is news.
     #[must_use]
     pub fn settled(&self) -> bool {
-        self.accepting.get().is_some_and(|since| since.elapsed() >= SETTLE)
+        self.settled_at().is_some()
+    }
+
+    /// When that was; `None`: it is still to come.
+    #[must_use]
+    pub fn settled_at(&self) -> Option<tokio::time::Instant> {
+        let at = self.accepting.get().map(|since| *since + SETTLE);
+        at.filter(|at| *at <= tokio::time::Instant::now())
     }
 
     /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.

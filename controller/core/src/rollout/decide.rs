@@ -13,6 +13,8 @@ use super::{
 
 /// Failures that are kept.
 const FAILURES: usize = 16;
+/// Nodes that a message names.
+const NAMED: usize = 3;
 /// Fewer unhealthy nodes than this never freeze a rollout: one broken node must not hold up a small cluster.
 const FREEZE_MINIMUM: usize = 2;
 
@@ -64,6 +66,10 @@ impl Member<'_> {
 
     fn updated(&self) -> bool {
         self.outcome == Some(Outcome::Updated)
+    }
+
+    fn is_of(&self, step: &Step) -> bool {
+        self.eligible() && step.selector.as_ref().is_none_or(|selector| selector.matches(&self.node.labels))
     }
 
     /// Out of order, because of the rollout or for another reason. Whose agent is gone and who was not touched is
@@ -142,9 +148,13 @@ impl<'a> Survey<'a> {
         })
     }
 
-    fn failures(&self) -> Vec<Failure> {
+    /// Nodes that failed. `canaries`: the step that is under way, if its nodes are canaries; their loss is a failure.
+    fn failures(&self, canaries: Option<&Step>) -> Vec<Failure> {
         let failed = self.members.iter().filter_map(|member| match &member.outcome {
             Some(Outcome::Failed(failure)) => Some(failure.clone()),
+            Some(Outcome::Lost(failure)) if canaries.is_some_and(|step| member.is_of(step)) => {
+                Some(failure.clone())
+            }
             _ => None,
         });
         let mut failures: Vec<_> = failed.collect();
@@ -178,17 +188,20 @@ impl<'a> Survey<'a> {
             .collect()
     }
 
-    /// Some row still names what an earlier rollout of the profile did not bring to its end.
-    fn others_under_way(&self, rollout: &Rollout) -> bool {
+    /// Nodes whose row still names what an earlier rollout of the profile did not bring to its end, and that it is
+    /// about to return. A revision that nothing describes any more is returned by nobody.
+    fn others_under_way(&self, rollout: &Rollout) -> Vec<&'a FleetNode> {
         let own = rollout.stable.profile == rollout.target.profile;
         let proved = if own { rollout.stable.number } else { 0 };
-        self.members.iter().any(|member| {
-            member.node.assigned.as_ref().is_some_and(|assigned| {
-                assigned.revision.profile == rollout.target.profile
-                    && assigned.revision.number > proved
-                    && assigned.revision != rollout.target
-            })
-        })
+        let is_under_way = |node: &&FleetNode| {
+            !node.unknown
+                && node.assigned.as_ref().is_some_and(|assigned| {
+                    assigned.revision.profile == rollout.target.profile
+                        && assigned.revision.number > proved
+                        && assigned.revision != rollout.target
+                })
+        };
+        self.members.iter().map(|member| member.node).filter(is_under_way).collect()
     }
 
     /// A row that still names the target, or a connected node that still has it in its kernel, although its row may
@@ -206,6 +219,16 @@ impl<'a> Survey<'a> {
     }
 }
 
+/// How many nodes, and the first of them by name.
+fn names<'a>(nodes: impl Iterator<Item = &'a FleetNode>) -> String {
+    let mut names: Vec<&str> = nodes.map(|node| &*node.name).collect();
+    names.sort_unstable();
+    let more = if names.len() > NAMED { ", …" } else { "" };
+    let first = names[..names.len().min(NAMED)].join(", ");
+    let nodes = if names.len() == 1 { "node" } else { "nodes" };
+    format!("{} {nodes} ({first}{more})", names.len())
+}
+
 /// Decides. Total: every input has an outcome, and equal inputs have equal ones.
 #[must_use]
 pub fn decide(rollout: &Rollout, fleet: &[FleetNode], now: Time) -> Decision {
@@ -217,7 +240,13 @@ pub fn decide(rollout: &Rollout, fleet: &[FleetNode], now: Time) -> Decision {
     let Work { mut progress, note, .. } = work;
     let resumed = progress.state == State::Progressing && before != State::Progressing;
     let ahead = progress.advanced_at.is_some_and(|at| at > now);
-    if resumed || ahead || updated > progress.updated || progress.steps_done > rollout.progress.steps_done {
+    let begins = progress.advanced_at.is_none();
+    if resumed
+        || begins
+        || ahead
+        || updated > progress.updated
+        || progress.steps_done > rollout.progress.steps_done
+    {
         progress.advanced_at = Some(now);
     }
     progress.updated = updated;
@@ -286,15 +315,19 @@ impl Work<'_> {
             self.progress.soaking_since = None;
             return self.wait(State::Frozen, WaitingOn::HealthyNodes);
         }
-        let failures = self.survey.failures();
+        let failures = self.survey.failures(self.canaries());
         if !failures.is_empty() {
             self.progress.failed = failures.len();
             self.progress.failures = failures.into_iter().take(FAILURES).collect();
             self.progress.soaking_since = None;
             return self.roll_back();
         }
-        if self.progress.state == State::Pending && self.survey.others_under_way(rollout) {
-            return self.wait(State::Pending, WaitingOn::Stable);
+        if self.progress.state == State::Pending {
+            let others = self.survey.others_under_way(rollout);
+            if !others.is_empty() {
+                self.note = Some(names(others.into_iter()));
+                return self.wait(State::Pending, WaitingOn::Stable);
+            }
         }
         if rollout.paused {
             // Whoever resumes starts the step anew: also one whose nodes are all gone.
@@ -311,16 +344,17 @@ impl Work<'_> {
         }
     }
 
+    /// The step that is under way, if its nodes are there to be judged by: chosen by label or number, or the first of
+    /// several.
+    fn canaries(&self) -> Option<&Step> {
+        let (at, steps) = (self.progress.steps_done, &self.rollout.strategy.steps);
+        let first = at == 0 && steps.len() > 1;
+        let chosen = |step: &&Step| step.selector.is_some() || matches!(step.nodes, Quantity::Number(_));
+        steps.get(at).filter(|step| first || chosen(step))
+    }
+
     fn step(&mut self, step: &Step) -> Next {
-        let members: Vec<_> = self
-            .survey
-            .members
-            .iter()
-            .filter(|member| member.eligible())
-            .filter(|member| {
-                step.selector.as_ref().is_none_or(|selector| selector.matches(&member.node.labels))
-            })
-            .collect();
+        let members: Vec<_> = self.survey.members.iter().filter(|member| member.is_of(step)).collect();
         let nobody = if step.selector.is_some() { WaitingOn::CanaryNodes } else { WaitingOn::EligibleNodes };
         if members.is_empty() {
             self.progress.soaking_since = None;
@@ -353,7 +387,19 @@ impl Work<'_> {
             self.stop(State::Progressing, Some(WaitingOn::Nodes));
             return (BTreeMap::new(), Some(self.rollout.strategy.apply_deadline));
         }
+        let unreachable = touched.iter().filter(|member| !member.reachable());
+        let unreachable: Vec<_> = unreachable.map(|member| member.node).collect();
+        if !unreachable.is_empty() && !self.is_approved() {
+            self.note = Some(names(unreachable.into_iter()));
+            self.progress.soaking_since = None;
+            return self.wait(State::Paused, WaitingOn::UnreachableNodes);
+        }
         self.soak(step)
+    }
+
+    /// A person approved the step that is under way.
+    fn is_approved(&self) -> bool {
+        self.rollout.approved_steps > self.progress.steps_done
     }
 
     /// The next nodes, as many as may be out of order beside those that are.
@@ -387,7 +433,7 @@ impl Work<'_> {
             self.stop(State::Soaking, Some(WaitingOn::Soak));
             return (BTreeMap::new(), Some(step.soak - elapsed));
         }
-        if step.manual && self.rollout.approved_steps <= self.progress.steps_done {
+        if step.manual && !self.is_approved() {
             return self.wait(State::Paused, WaitingOn::Approval);
         }
         self.progress.steps_done += 1;

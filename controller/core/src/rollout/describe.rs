@@ -64,9 +64,14 @@ pub(super) fn status(
         conditions: Vec::new(),
         message: String::new(),
     };
-    let overdue = progress.state == State::Progressing
+    let overdue = matches!(progress.state, State::Progressing | State::Pending)
         && progress.advanced_at.is_some_and(|at| now.since(at) > rollout.strategy.progress_deadline);
     status.message = message(rollout, progress, &status, &way_back(rollout, progress, survey), note, overdue);
+    if let Some(to) = &rollout.handover {
+        let profile = &rollout.target.profile;
+        status.message =
+            format!("nodes of {profile}, which is being deleted, go to {to}: {}", status.message);
+    }
     status.conditions = conditions(progress, &status.message, overdue);
     status
 }
@@ -79,7 +84,8 @@ fn message(
     note: Option<&str>,
     overdue: bool,
 ) -> String {
-    let target = &rollout.target;
+    let Rollout { target, .. } = rollout;
+    let object = format!("{}-{}", target.profile, target.number);
     let Status { step, steps, updated, eligible, touched, .. } = status;
     let name = rollout.strategy.steps.get(step.saturating_sub(1)).map_or("", |step| &step.name);
     let place = if name.is_empty() {
@@ -90,19 +96,25 @@ fn message(
     let held = format!("{updated} of {eligible} nodes hold {target}");
     let note = note.unwrap_or("no node of the step can be reached");
     match (progress.state, progress.waiting_on) {
-        (State::Pending, _) => {
-            format!("waiting until the nodes of an earlier rollout hold {} again", earlier(rollout))
+        (State::Pending, Some(WaitingOn::Stable)) => {
+            format!("waiting until {note} of an earlier rollout hold {} again", earlier(rollout))
         }
+        (State::Pending, _) => "not begun".to_owned(),
         (State::Soaking, _) => format!("{place}: {held}; they are being watched"),
         (State::Frozen, _) => format!("{place}: frozen: {note}; it goes on when they are in order again"),
         (State::Paused, Some(WaitingOn::Approval)) => format!(
-            "{place}: {held}; waiting for approval: `kubectl patch pxr NAME --type=merge -p \
+            "{place}: {held}; waiting for approval: `kubectl patch pxr {object} --type=merge -p \
              '{{\"spec\":{{\"approvedStep\":{step}}}}}'`"
         ),
         (State::Paused, Some(WaitingOn::Resume)) => format!("{place}: {held}; paused by spec.paused"),
         (State::Paused, Some(WaitingOn::EligibleNodes)) => {
             format!("{place}: the profile has no node whose agent is connected")
         }
+        (State::Paused, Some(WaitingOn::UnreachableNodes)) => format!(
+            "{place}: {held}; {note} got it and cannot be reached. It goes on when they are back or their Node is \
+             deleted; to go on without them approve the step: `kubectl patch pxr {object} --type=merge -p \
+             '{{\"spec\":{{\"approvedStep\":{step}}}}}'`"
+        ),
         (State::Paused, _) => format!(
             "{place}: inconclusive: {note}. It goes on when they are back; set spec.paused to true and back to false to \
              start the step with other nodes, or set spec.abort"
@@ -183,12 +195,13 @@ fn conditions(progress: &Progress, message: &str, overdue: bool) -> Vec<Conditio
         (State::Paused, Some(WaitingOn::Approval)) => "WaitingForApproval",
         (State::Paused, Some(WaitingOn::EligibleNodes)) => "NoEligibleNodes",
         (State::Paused, Some(WaitingOn::CanaryNodes)) => "Inconclusive",
-        (State::Progressing, _) if overdue => "ProgressDeadlineExceeded",
+        (State::Paused, Some(WaitingOn::UnreachableNodes)) => "UnreachableNodes",
+        (State::Progressing | State::Pending, _) if overdue => "ProgressDeadlineExceeded",
         _ => state.word(),
     };
     let stalled = overdue
         || matches!(state, State::Failed | State::Aborted | State::RollingBack | State::Frozen)
-        || matches!(reason, "NoEligibleNodes" | "Inconclusive");
+        || matches!(reason, "NoEligibleNodes" | "Inconclusive" | "UnreachableNodes");
     let mut conditions = vec![
         condition("Reconciling", !stalled && !state.is_final(), reason),
         condition("Stalled", stalled, reason),

@@ -57,6 +57,7 @@ pub(super) fn rollout(target: Revision, stable: Revision, strategy: Strategy) ->
         approved_steps: 0,
         abort: false,
         superseded: false,
+        handover: None,
         progress: Progress::default(),
     }
 }
@@ -70,6 +71,9 @@ pub(super) fn joined(name: &str, labels: BTreeMap<String, String>, agent: Agent)
         profile: None,
         assigned: None,
         still: None,
+        pending: false,
+        unknown: false,
+        lost: None,
         agent,
     }
 }

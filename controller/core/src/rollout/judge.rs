@@ -53,6 +53,8 @@ pub(super) enum Outcome {
     Waiting,
     /// It cannot be asked.
     Unreachable,
+    /// It has been unreachable for longer than a canary may be, with the evidence.
+    Lost(Failure),
     /// It failed, with the evidence.
     Failed(Failure),
 }
@@ -60,8 +62,10 @@ pub(super) enum Outcome {
 /// Judges a touched node.
 pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Strategy, now: Time) -> Outcome {
     let observed = match &node.agent {
+        // A slow API server is no evidence about the node.
+        _ if node.pending => return Outcome::Waiting,
         Agent::Unknown => return Outcome::Waiting,
-        Agent::Absent | Agent::Disconnected => return Outcome::Unreachable,
+        Agent::Absent | Agent::Disconnected => return lost(node, assignment, strategy, now),
         Agent::Connected(observed) => observed,
     };
     let target = &assignment.revision;
@@ -89,6 +93,17 @@ pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Stra
         return Outcome::Failed(failure(node, assignment, FailureReason::ApplyDeadlineExceeded, message, 0));
     }
     Outcome::Waiting
+}
+
+fn lost(node: &FleetNode, assignment: &Assignment, strategy: &Strategy, now: Time) -> Outcome {
+    let gone = node.lost.map(|lost| now.since(lost.max(assignment.at)));
+    let Some(gone) = gone.filter(|gone| *gone > strategy.apply_deadline) else { return Outcome::Unreachable };
+    let message = format!(
+        "the agent was lost after the node got {}, and has not been back for {} s",
+        assignment.revision,
+        gone.as_secs()
+    );
+    Outcome::Lost(failure(node, assignment, FailureReason::LostAfterUpdate, message, 0))
 }
 
 type Finding = (FailureReason, String, i32);

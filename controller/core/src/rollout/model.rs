@@ -83,7 +83,7 @@ pub struct Strategy {
     pub steps: Vec<Step>,
     /// How many nodes may be out of order at the same time; at least one.
     pub max_unavailable: Quantity,
-    /// From the assignment to a connected node's acknowledgement.
+    /// From the assignment to a connected node's acknowledgement; and how long the agent of a canary may be gone.
     pub apply_deadline: Duration,
     /// Without an advance for this long the rollout shows as stalled.
     pub progress_deadline: Duration,
@@ -112,6 +112,8 @@ pub struct Rollout {
     pub abort: bool,
     /// A newer revision takes its place, or its profile is going away.
     pub superseded: bool,
+    /// Its profile is being deleted, and it gives the nodes the settings of this revision, which they get afterwards.
+    pub handover: Option<Revision>,
     /// What was stored with the last decision.
     pub progress: Progress,
 }
@@ -206,11 +208,13 @@ pub enum WaitingOn {
     HealthyNodes,
     /// Nodes of an earlier rollout are returned.
     Stable,
+    /// Nodes that have the target and cannot be reached come back, or a person approves the step without them.
+    UnreachableNodes,
 }
 
 impl WaitingOn {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Nodes,
         Self::Soak,
         Self::Approval,
@@ -219,6 +223,7 @@ impl WaitingOn {
         Self::EligibleNodes,
         Self::HealthyNodes,
         Self::Stable,
+        Self::UnreachableNodes,
     ];
 
     /// Of a word; `None` if there is no such word.
@@ -239,6 +244,7 @@ impl WaitingOn {
             Self::EligibleNodes => "EligibleNodes",
             Self::HealthyNodes => "HealthyNodes",
             Self::Stable => "Stable",
+            Self::UnreachableNodes => "UnreachableNodes",
         }
     }
 }
@@ -281,17 +287,20 @@ pub enum FailureReason {
     Reconnecting,
     /// The node was connected and did not take the target in time.
     ApplyDeadlineExceeded,
+    /// The agent of a canary was lost after it got the target, and did not come back in time.
+    LostAfterUpdate,
 }
 
 impl FailureReason {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::ProbeFailed,
         Self::ApplyFailed,
         Self::ItemsRefused,
         Self::Drifted,
         Self::Reconnecting,
         Self::ApplyDeadlineExceeded,
+        Self::LostAfterUpdate,
     ];
 
     /// The word in messages and statuses.
@@ -304,6 +313,7 @@ impl FailureReason {
             Self::Drifted => "Drifted",
             Self::Reconnecting => "Reconnecting",
             Self::ApplyDeadlineExceeded => "ApplyDeadlineExceeded",
+            Self::LostAfterUpdate => "LostAfterUpdate",
         }
     }
 
@@ -357,7 +367,7 @@ pub struct Acknowledgements {
 pub struct Assignment {
     /// Which one.
     pub revision: Revision,
-    /// Since when.
+    /// Since when; never before the row was written, if this controller saw that.
     pub at: Time,
     /// Trace of the assignment, 32 hexadecimal digits; empty if it is not known.
     pub trace: String,
@@ -381,8 +391,14 @@ pub struct FleetNode {
     pub assigned: Option<Assignment>,
     /// What its row still names while something else is being written.
     pub still: Option<Revision>,
+    /// The row does not name `assigned` yet: the node has not been told.
+    pub pending: bool,
+    /// The row names a revision that no ProxyRollout describes, as after somebody removed its finalizer.
+    pub unknown: bool,
     /// What is known of its agent.
     pub agent: Agent,
+    /// Since when its agent has been gone, as far as this controller knows.
+    pub lost: Option<Time>,
 }
 
 /// What is known of a node's agent.

@@ -255,7 +255,13 @@ impl World {
             let named = self.fleet.iter().filter_map(|node| node.assigned.as_ref());
             let named = named.filter(|known| known.revision.profile == profile.name);
             let highest = named.map(|known| known.revision.number).max().unwrap_or(0);
-            let Some(number) = next_revision(&profile, &pasts, highest) else { continue };
+            let revision =
+                next_revision(&profile, &pasts, highest).map(|number| (number, profile.hash.clone(), None));
+            let handover = || {
+                let next = handover::next(&profile, &self.profiles, &pasts, &self.fleet, highest)?;
+                Some((next.number, next.hash, Some(next.to)))
+            };
+            let Some((number, hash, handover)) = revision.or_else(handover) else { continue };
             let target = Revision { profile: profile.name.clone(), number };
             assert!(self.used.insert(target.clone()), "{target} was used before");
             let fallback = fallback(&profile, &pasts, &self.fleet);
@@ -263,11 +269,16 @@ impl World {
             let past = Past {
                 owner: profile.uid.clone(),
                 target: target.clone(),
-                hash: profile.hash.clone(),
+                hash,
                 fallback: fallback.clone(),
+                handover: handover.clone(),
                 state: State::Pending,
             };
-            let rollout = fixtures::rollout(target, fallback, strategy(&mut self.random));
+            let mut strategy = strategy(&mut self.random);
+            if handover.is_some() {
+                strategy.steps.iter_mut().for_each(|step| (step.selector, step.manual) = (None, false));
+            }
+            let rollout = Rollout { handover, ..fixtures::rollout(target, fallback, strategy) };
             self.items.push(Item { past, rollout });
         }
     }
@@ -276,7 +287,9 @@ impl World {
     fn round(&mut self, dies: bool) {
         let pasts = self.pasts();
         for node in &mut self.fleet {
-            node.profile = winner(&self.profiles, &node.labels).0.map(|profile| profile.name.clone());
+            let won = winner(&self.profiles, &node.labels).0.map(|profile| profile.name.clone());
+            let keeper = handover::keeper(node.assigned.as_ref(), won.as_deref(), &self.profiles, &pasts);
+            node.profile = keeper.or(won);
             if let Some(assigned) = &mut node.assigned {
                 let previous = assigned.previous.take();
                 assigned.previous =
@@ -288,10 +301,9 @@ impl World {
         for at in 0..self.items.len() {
             let pasts = self.pasts();
             let past = &pasts[at];
-            let profile = self.profiles.iter().find(|profile| profile.name == past.target.profile);
             let item = &mut self.items[at];
             item.rollout.stable = stable(&past.target.profile, &pasts);
-            item.rollout.superseded = superseded(past, &pasts, profile);
+            item.rollout.superseded = superseded(past, &pasts, &self.profiles);
             let decision = decide(&item.rollout, &self.fleet, self.now);
             self.check(at, &decision);
             if dies && self.random.random_ratio(1, 6) {
@@ -340,13 +352,17 @@ impl World {
 
     fn settle(&self, moves: &mut BTreeMap<Arc<str>, Revision>) {
         let pasts = self.pasts();
-        for node in &self.fleet {
+        let deleting =
+            |name: &Arc<str>| self.profiles.iter().any(|profile| profile.name == *name && profile.deleting);
+        for node in self.fleet.iter().filter(|node| !node.profile.as_ref().is_some_and(deleting)) {
             let settings = node.profile.as_ref().map(|name| {
                 let active = pasts.iter().any(|past| past.target.profile == *name && !past.state.is_final());
                 (name.clone(), stable(name, &pasts), active)
             });
             let winner = settings.as_ref().map(|(name, stable, active)| (&**name, stable, *active));
-            if let Some(revision) = settled(node.assigned.as_ref(), winner, !self.profiles.is_empty()) {
+            let settled = settled(node.assigned.as_ref(), winner, !self.profiles.is_empty());
+            let handed_over = || handover::handed_over(node, &self.profiles, &pasts, &self.fleet);
+            if let Some(revision) = settled.or_else(handed_over) {
                 let broken = self.breaks(&revision);
                 assert!(!broken, "{} would be given {revision}, which breaks nodes", node.name);
                 moves.entry(node.name.clone()).or_insert(revision);
@@ -404,6 +420,25 @@ impl World {
         }
     }
 
+    /// Profiles that are deleted go although nobody rolls out anything else; whose handover was aborted is tried again.
+    fn deletions_end(&mut self, seed: u64) {
+        for one in ["edge", "spot"] {
+            let hash = format!("hash-{}", self.next());
+            let mut leaving = self.profiles.iter_mut().filter(|profile| &*profile.name == one);
+            leaving.by_ref().for_each(|profile| (profile.deleting, profile.hash) = (true, hash.clone()));
+        }
+        for _ in 0..300 {
+            self.now.0 += 5_000;
+            self.return_of(NODES);
+            for item in &mut self.items {
+                (item.rollout.approved_steps, item.rollout.paused) = (3, false);
+            }
+            self.round(false);
+        }
+        let left: Vec<_> = self.profiles.iter().map(|profile| &*profile.name).collect();
+        assert_eq!(left, ["base"], "seed {seed}: a deleted profile stays");
+    }
+
     /// Profiles that are deleted and that no node needs go.
     fn let_go(&mut self) {
         let (fleet, items) = (&self.fleet, &self.items);
@@ -419,13 +454,15 @@ impl World {
     }
 }
 
-/// Returns where its rollouts came to, by profile, and how many nodes went ways of their own.
-fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize) {
+/// Returns where its rollouts came to, by profile, how many nodes went ways of their own, and how many handovers were
+/// complete.
+fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize, usize) {
     let mut world = World::new(seed);
     for _ in 0..STEPS {
         world.happen();
         world.round(true);
     }
+    world.deletions_end(seed);
     // Good changes of all profiles that are left, all agents are there, nobody changes anything any more.
     for node in &mut world.fleet {
         Arc::make_mut(&mut node.labels).insert("canary".to_owned(), String::new());
@@ -453,14 +490,20 @@ fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize) {
         );
     }
     assert!(!world.profiles.iter().any(|profile| profile.deleting), "seed {seed}: a deleted profile stays");
+    let complete = |item: &&Item| item.past.handover.is_some() && item.past.state == State::Complete;
+    let handovers = world.items.iter().filter(complete).count();
     let ends = world.items.iter().map(|item| (item.past.target.profile.clone(), item.past.state.word()));
-    (ends.collect(), world.own_ways)
+    (ends.collect(), world.own_ways, handovers)
 }
 
 #[test]
 fn overlapping_profiles_are_edited_deleted_and_created_again_on_the_way() {
-    let (ends, own_ways): (Vec<_>, Vec<_>) = (1..=4).map(run).unzip();
+    let runs: Vec<_> = (1..=4).map(run).collect();
+    let handovers: Vec<_> = runs.iter().map(|run| run.2).collect();
+    let own_ways: Vec<_> = runs.iter().map(|run| run.1).collect();
+    let ends: Vec<_> = runs.into_iter().map(|run| run.0).collect();
     let ends: BTreeSet<_> = ends.into_iter().flatten().collect();
+    assert!(handovers.iter().sum::<usize>() >= 3, "{handovers:?} complete handovers");
     for profile in NAMES {
         for end in [State::Complete, State::Failed, State::Aborted, State::Superseded] {
             assert!(ends.contains(&(profile.into(), end.word())), "no rollout of {profile} came to {end:?}");

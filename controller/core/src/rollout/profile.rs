@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Assignment, FleetNode, Revision, Selector, State, Time};
+use super::{Assignment, FleetNode, Revision, Selector, State, Time, handover};
 
 /// A profile as far as it decides about nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,8 @@ pub struct Past {
     pub hash: String,
     /// What its nodes return to while no revision of the profile was complete.
     pub fallback: Revision,
+    /// It hands the nodes of a deleted profile over to this revision.
+    pub handover: Option<Revision>,
     /// Where it stands.
     pub state: State,
 }
@@ -65,7 +67,8 @@ pub fn winner<'a>(
 /// profile, as its latest rollout says; the built-in settings if there is none.
 #[must_use]
 pub fn stable(profile: &str, rollouts: &[Past]) -> Revision {
-    let mine = || rollouts.iter().filter(|past| &*past.target.profile == profile);
+    let own = |past: &&Past| &*past.target.profile == profile && past.handover.is_none();
+    let mine = || rollouts.iter().filter(own);
     let complete = mine().filter(|past| past.state == State::Complete).map(|past| &past.target);
     let fallback = || mine().max_by_key(|past| past.target.number).map(|past| &past.fallback);
     let latest = complete.max_by_key(|target| target.number);
@@ -152,17 +155,28 @@ pub fn next_revision(profile: &Profile, rollouts: &[Past], highest: u64) -> Opti
     if latest.is_some_and(|past| past.hash == profile.hash) {
         return None;
     }
-    let used = rollouts.iter().filter(named).map(|past| past.target.number).max().unwrap_or(0);
-    Some(used.max(highest) + 1)
+    Some(unused_number(profile, rollouts, highest))
 }
 
-/// Whether a rollout has lost its place: to a later one, or with its profile.
+/// A number that no revision of the profile has had.
+pub(super) fn unused_number(profile: &Profile, rollouts: &[Past], highest: u64) -> u64 {
+    let named = rollouts.iter().filter(|past| past.target.profile == profile.name);
+    named.map(|past| past.target.number).max().unwrap_or(0).max(highest) + 1
+}
+
+/// Whether a rollout has lost its place: to a later one, or with its profile; a handover, because its nodes would go
+/// elsewhere now.
 #[must_use]
-pub fn superseded(past: &Past, rollouts: &[Past], profile: Option<&Profile>) -> bool {
+pub fn superseded(past: &Past, rollouts: &[Past], profiles: &[Profile]) -> bool {
     let later = rollouts
         .iter()
         .any(|other| other.target.profile == past.target.profile && other.target.number > past.target.number);
-    later || profile.is_none_or(|profile| profile.deleting || profile.uid != past.owner)
+    let owner = profiles.iter().find(|profile| profile.uid == past.owner);
+    let stands = owner.is_some_and(|profile| match &past.handover {
+        None => !profile.deleting,
+        Some(to) => profile.deleting && handover::is_valid(to, profiles, rollouts),
+    });
+    later || !stands
 }
 
 /// What a node's row should name where no rollout decides; `None`: what it names stays.
@@ -213,7 +227,14 @@ mod tests {
 
     fn past(profile: &Profile, number: u64, hash: &str, state: State) -> Past {
         let target = Revision { profile: profile.name.clone(), number };
-        Past { owner: profile.uid.clone(), target, hash: hash.into(), fallback: Revision::builtin(), state }
+        Past {
+            owner: profile.uid.clone(),
+            target,
+            hash: hash.into(),
+            fallback: Revision::builtin(),
+            handover: None,
+            state,
+        }
     }
 
     #[test]
@@ -282,6 +303,9 @@ mod tests {
             profile: Some(profile.into()),
             assigned: Some(Assignment { revision, at: Time(0), trace: String::new(), previous: None }),
             still: None,
+            pending: false,
+            unknown: false,
+            lost: None,
             agent: crate::rollout::Agent::Unknown,
         };
         let tried = Revision { profile: "edge".into(), number: 1 };
@@ -365,11 +389,13 @@ mod tests {
     fn a_rollout_loses_its_place_to_a_later_one_or_with_its_profile() {
         let mut default = profile("default", 0, 0);
         let rollouts = [past(&default, 1, "h1", State::Progressing), past(&default, 2, "h2", State::Pending)];
-        assert!(superseded(&rollouts[0], &rollouts, Some(&default)));
-        assert!(!superseded(&rollouts[1], &rollouts, Some(&default)));
-        assert!(superseded(&rollouts[1], &rollouts, None));
-        default.uid = "another".into();
-        assert!(superseded(&rollouts[1], &rollouts, Some(&default)));
+        assert!(superseded(&rollouts[0], &rollouts, std::slice::from_ref(&default)));
+        assert!(!superseded(&rollouts[1], &rollouts, std::slice::from_ref(&default)));
+        assert!(superseded(&rollouts[1], &rollouts, &[]));
+        default.deleting = true;
+        assert!(superseded(&rollouts[1], &rollouts, std::slice::from_ref(&default)));
+        (default.deleting, default.uid) = (false, "another".into());
+        assert!(superseded(&rollouts[1], &rollouts, &[default]));
     }
 
     #[test]

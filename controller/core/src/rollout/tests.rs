@@ -7,6 +7,8 @@ use std::time::Duration;
 use super::fixtures::{assignment, labelled, step, strategy};
 use super::*;
 
+mod evidence;
+
 const NOW: Time = Time(1_000_000_000);
 
 fn target() -> Revision {
@@ -37,6 +39,9 @@ fn node(name: &str, labels: &[&str]) -> FleetNode {
         profile: Some("default".into()),
         assigned: Some(assignment(stable(), Time(0))),
         still: None,
+        pending: false,
+        unknown: false,
+        lost: None,
         agent: Agent::connected(Observed { acknowledged: Some(stable()), ..Observed::default() }),
     }
 }
@@ -118,6 +123,18 @@ impl Stage {
 
     fn node(&mut self, name: &str) -> &mut FleetNode {
         self.fleet.iter_mut().find(|node| &*node.name == name).unwrap()
+    }
+
+    fn lose(&mut self, name: &str) {
+        let now = self.now;
+        let node = self.node(name);
+        (node.agent, node.lost) = (Agent::Disconnected, Some(now));
+    }
+
+    fn returns(&mut self, name: &str) {
+        let node = self.node(name);
+        node.agent = Agent::connected(Observed { acknowledged: Some(target()), ..Observed::default() });
+        node.lost = None;
     }
 
     #[track_caller]
@@ -323,10 +340,11 @@ fn when_every_canary_is_gone_it_pauses_and_is_never_passed() {
         let name = stage.touched()[0].to_owned();
         if deleted {
             stage.fleet.retain(|node| *node.name != name);
+            stage.pass(1_000);
         } else {
-            stage.node(&name).agent = Agent::Disconnected;
+            stage.lose(&name);
+            stage.pass(60);
         }
-        stage.pass(1_000);
         let decision = stage.settle();
         stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), usize::from(!deleted));
         assert_eq!(condition(&decision, "Stalled"), Some(("True", "Inconclusive")));
@@ -336,8 +354,7 @@ fn when_every_canary_is_gone_it_pauses_and_is_never_passed() {
             stage.decide();
             stage.rollout.paused = false;
         } else {
-            stage.node(&name).agent =
-                Agent::connected(Observed { acknowledged: Some(target()), ..Observed::default() });
+            stage.returns(&name);
         }
         stage.settle();
         stage.stands(State::Soaking, Some(WaitingOn::Soak), 1);
@@ -539,6 +556,13 @@ fn nodes_return_to_what_they_had_of_other_profiles() {
     let moves = stage.decide().moves;
     let expected = [("n0", other(4)), ("n1", Revision::builtin()), ("n2", stable())];
     assert_eq!(moves, expected.map(|(node, revision)| (node.into(), revision)).into());
+    // Each message names what the nodes go back to.
+    stage.agents_follow();
+    let message = stage.decide().status.message;
+    assert!(
+        message.ends_with("what they had before: builtin@0 (1), default@1 (1), other@4 (1)"),
+        "{message}"
+    );
 }
 
 #[test]
