@@ -63,10 +63,6 @@ pub struct ProxyStatusSpec {
     /// The profile revision assigned to this node. Absent: the built-in settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileAssignment>,
-    /// Releases deletions that the agent holds back for generations before this one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub release_held_before: Option<i64>,
 }
 
 /// A revision of a profile.
@@ -223,8 +219,6 @@ pub struct Counts {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviationCounts {
-    /// Removals held back.
-    pub held: i64,
     /// Items refused by the kernel or by the agent's limits.
     pub refused: i64,
     /// At most 16, for people: item and reason.

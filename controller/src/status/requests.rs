@@ -226,7 +226,7 @@ fn new_row(node: &NodeIdentity, profile: Option<ProfileAssignment>) -> ProxyStat
             owner_references: Some(vec![owner(node)]),
             ..ObjectMeta::default()
         },
-        spec: ProxyStatusSpec { profile, ..ProxyStatusSpec::default() },
+        spec: ProxyStatusSpec { profile },
         status: None,
     }
 }

@@ -366,7 +366,6 @@ fn profile(observation: &Observation) -> Option<ProfileInForce> {
 
 fn deviations(observation: &Observation) -> Option<DeviationCounts> {
     observation.deviations.as_ref().map(|deviations| DeviationCounts {
-        held: deviations.held.into(),
         refused: deviations.refused.into(),
         samples: deviations
             .samples
