@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use http::{Method, Request, Response};
 use kube::Client;
@@ -34,7 +35,13 @@ pub(crate) fn merge(target: &mut Value, patch: &Value) {
 pub(crate) struct Store {
     pub(crate) objects: BTreeMap<String, Value>,
     pub(crate) version: u64,
+    /// Watches stay open and say nothing, as those of a server that is behind the version they start from; otherwise
+    /// each ends at once, so that the caller lists again.
+    pub(crate) silent: bool,
 }
+
+/// The answer to a request that is never answered.
+const NEVER: u16 = 0;
 
 /// What a request asks for.
 #[derive(Debug)]
@@ -61,9 +68,12 @@ impl Store {
         self.put(path, object);
     }
 
-    /// Answers a request about a collection or an object. A watch ends at once, so that the caller lists again.
+    /// Answers a request about a collection or an object.
     pub(crate) fn answer(&mut self, call: Call<'_>) -> (u16, Value) {
         let Call { method, path, query, body } = call;
+        if query.contains("watch=true") && self.silent {
+            return (NEVER, Value::Null);
+        }
         if query.contains("watch=true") {
             return (200, json!({"type": "ERROR", "object": failure(410, "Expired", "").1}));
         }
@@ -162,9 +172,18 @@ pub(crate) fn failure(code: u16, reason: &str, name: &str) -> (u16, Value) {
     )
 }
 
-/// A client whose requests `answer` answers.
+/// A client whose requests `answer` answers at once.
 pub(crate) fn client<S: Send + 'static>(
     server: Arc<Mutex<S>>,
+    answer: fn(&mut S, Call<'_>) -> (u16, Value),
+) -> Client {
+    slow_client(server, Duration::ZERO, answer)
+}
+
+/// A client whose requests are answered after some time.
+pub(crate) fn slow_client<S: Send + 'static>(
+    server: Arc<Mutex<S>>,
+    latency: Duration,
     answer: fn(&mut S, Call<'_>) -> (u16, Value),
 ) -> Client {
     let service = tower::service_fn(move |request: Request<Body>| {
@@ -174,8 +193,12 @@ pub(crate) fn client<S: Send + 'static>(
             let body = body.collect_bytes().await.unwrap_or_default();
             let body = serde_json::from_slice(&body).unwrap_or_default();
             let query = head.uri.query().unwrap_or_default();
+            tokio::time::sleep(latency).await;
             let call = Call { method: &head.method, path: head.uri.path(), query, body };
             let (code, answer) = answer(&mut server.lock().unwrap(), call);
+            if code == NEVER {
+                std::future::pending::<()>().await;
+            }
             let body = Body::from(serde_json::to_vec(&answer).unwrap());
             Ok::<_, Infallible>(Response::builder().status(code).body(body).unwrap())
         }

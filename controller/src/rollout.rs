@@ -10,13 +10,15 @@
 //! changes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
 use switchtower_core::rollout::Revision;
 use switchtower_crds::{ProxyProfile, ProxyRollout};
 use switchtower_proto::v1::Settings;
@@ -27,6 +29,7 @@ use crate::errors::{Chain, is_missing_kind};
 use crate::ingest::NodeIdentity;
 use crate::serve::fleet::{Fleet, SettingsName};
 use crate::status::{Assignments, NodeEvent};
+use crate::watch::Restores;
 
 mod announce;
 mod clean;
@@ -62,6 +65,13 @@ const RETRY_OBJECT: Duration = Duration::from_secs(1);
 pub const FINALIZER: &str = "switchtower.dev/in-use";
 
 type Events<K> = std::pin::Pin<Box<dyn Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send>>;
+
+fn events<K>(api: &Api<K>) -> Events<K>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    Box::pin(watcher(api.clone(), watcher::Config::default()).default_backoff())
+}
 
 /// A revision that the API server will not take.
 struct Refused {
@@ -143,11 +153,8 @@ impl Rollouts {
     }
 
     /// Runs until the sender of node events is gone.
-    pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeEvent>) {
-        let mut profiles: Events<ProxyProfile> =
-            Box::pin(watcher(self.profile_api.clone(), watcher::Config::default()).default_backoff());
-        let mut rollouts: Events<ProxyRollout> =
-            Box::pin(watcher(self.rollout_api.clone(), watcher::Config::default()).default_backoff());
+    pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeEvent>, mut restores: Restores) {
+        let (mut profiles, mut rollouts) = (events(&self.profile_api), events(&self.rollout_api));
         let assignments = self.assignments.clone();
         let mut news = true;
         loop {
@@ -173,6 +180,12 @@ impl Rollouts {
                     Err(error) => self.watch_failed(&error),
                 },
                 () = assignments.row_changed() => news = true,
+                Ok(()) = restores.changed() => {
+                    // What was said since the restore, such as an abort, is in the lists alone.
+                    (profiles, rollouts) = (events(&self.profile_api), events(&self.rollout_api));
+                    self.profiles.distrust();
+                    self.rollouts.distrust();
+                }
                 () = sleep_until(wake) => news = true,
             }
             // What comes together is looked at together.

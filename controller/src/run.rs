@@ -326,13 +326,19 @@ async fn start_parts(
     let mut rollouts = Rollouts::new(client.clone(), replica, fleet.clone(), assignments, metrics);
     read_first("ProxyProfile and ProxyRollout", async || rollouts.load().await).await;
     let (nodes, node_events) = mpsc::unbounded_channel();
-    tasks.spawn("rows", writer.run(loaded, node_events));
+    tasks.spawn("rows", writer.run(loaded, node_events, upstream.restores()));
     let account = args.agent_service_account.clone();
-    let pods = agents::follow::run(client.clone(), args.namespace.clone(), account, agents.clone());
+    let pods = agents::follow::run(
+        client.clone(),
+        args.namespace.clone(),
+        account,
+        agents.clone(),
+        upstream.restores(),
+    );
     tasks.spawn("the agents' Pods", pods);
     tasks.spawn("questions to agents", agents::ask::run(agents.clone()));
     let (more_nodes, node_events) = mpsc::unbounded_channel();
-    tasks.spawn("rollouts", rollouts.run(node_events));
+    tasks.spawn("rollouts", rollouts.run(node_events, upstream.restores()));
 
     let batches = start_watches(client, args, &upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);

@@ -38,7 +38,7 @@ mod tests;
 pub use backoff::Backoff;
 pub use resource::{Watched, WatchedResource};
 pub use tolerant::Tolerant;
-pub use upstream::{Upstream, UpstreamCollector, WatchMetrics};
+pub use upstream::{Restores, Upstream, UpstreamCollector, WatchMetrics};
 
 /// Objects per page of a list.
 const PAGE: u32 = 500;
@@ -217,6 +217,7 @@ impl<K: Watched> Watch<K> {
             "the API server went back in time, as after a restore of its etcd; everything is listed anew"
         );
         self.known.values_mut().for_each(|version| *version = 0);
+        self.upstream.went_back();
         Ok(true)
     }
 

@@ -8,16 +8,32 @@ use kube::{Api, Client};
 
 use super::Agents;
 use super::pod::{AgentPod, agent_pod};
+use crate::watch::Restores;
 
 /// Follows them for ever. Where the controller may not read Pods, rows go without; it is tried again.
-pub async fn run(client: Client, namespace: String, service_account: String, agents: Agents) {
+pub async fn run(
+    client: Client,
+    namespace: String,
+    service_account: String,
+    agents: Agents,
+    mut restores: Restores,
+) {
     let api: Api<Pod> = Api::namespaced(client, &namespace);
     let selector = format!("spec.serviceAccountName={service_account}");
-    let events = watch(api, watcher::Config::default().fields(&selector)).default_backoff();
-    futures::pin_mut!(events);
+    let follow =
+        || Box::pin(watch(api.clone(), watcher::Config::default().fields(&selector)).default_backoff());
+    let mut events = follow();
     let mut listed: Vec<AgentPod> = Vec::new();
     let mut complained = false;
-    while let Some(event) = events.next().await {
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            Ok(()) = restores.changed() => {
+                events = follow();
+                continue;
+            }
+        };
+        let Some(event) = event else { return };
         match event {
             Ok(Event::Init) => listed.clear(),
             Ok(Event::InitApply(pod)) => listed.extend(agent_pod(&pod)),

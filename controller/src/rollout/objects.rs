@@ -33,6 +33,11 @@ impl<K: Resource> Objects<K> {
         self.known.values()
     }
 
+    /// Nothing is known for sure until a list is complete.
+    pub(super) fn distrust(&mut self) {
+        (self.synced, self.listing) = (false, None);
+    }
+
     /// A complete list.
     pub(super) fn replace(&mut self, objects: Vec<K>) {
         self.known = objects.into_iter().map(|object| (object.name_any(), object)).collect();

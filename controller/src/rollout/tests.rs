@@ -188,3 +188,60 @@ async fn nothing_is_decided_before_the_rows_are_read() {
     lab.rollouts.assignments.set_loaded();
     assert!(lab.rollouts.ready());
 }
+
+#[tokio::test]
+async fn an_abort_after_a_restore_of_etcd_is_seen() {
+    let mut lab = lab().await;
+    lab.rollouts.round().await;
+    let state = |lab: &Server| {
+        let object = &lab.store.objects[&format!("{ROLLOUTS}/default-2")];
+        object["status"]["state"].as_str().unwrap_or_default().to_owned()
+    };
+    assert_eq!(state(&lab.server.lock().unwrap()), "Paused");
+    let Lab { server, rollouts } = lab;
+    server.lock().unwrap().store.silent = true;
+    let upstream = crate::watch::Upstream::default();
+    let (nodes, events) = mpsc::unbounded_channel();
+    nodes.send(NodeEvent::Synced).unwrap();
+    tokio::time::pause();
+    tokio::spawn(rollouts.run(events, upstream.restores()));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    server.lock().unwrap().store.change(&format!("{ROLLOUTS}/default-2"), |object| {
+        object["spec"]["abort"] = json!(true);
+        // Behind what the controller has seen: an ordinary watch would not tell of it either.
+        object["metadata"]["resourceVersion"] = json!("1");
+    });
+    upstream.went_back();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(state(&server.lock().unwrap()), "Aborted");
+}
+
+/// Somebody removed the finalizer of a rollout whose revision a node has.
+#[tokio::test]
+async fn a_rollout_that_vanishes_changes_nothing_on_its_nodes() {
+    let mut lab = lab().await;
+    let node: Arc<str> = "n1".into();
+    let assigned = switchtower_crds::ProfileAssignment {
+        name: "default".into(),
+        revision: 1,
+        ..switchtower_crds::ProfileAssignment::default()
+    };
+    let row = crate::status::StoredAssignment { profile: Some(assigned), had_agent: true };
+    lab.rollouts.assignments.set(&node, &row);
+    lab.rollouts.serve();
+    let served = |lab: &Lab| {
+        let (revision, _) = &lab.rollouts.told[&node];
+        let settings = lab.rollouts.served.get(&(revision.profile.clone(), revision.number)).cloned();
+        (revision.to_string(), settings)
+    };
+    let before = served(&lab);
+    assert_eq!(before.0, "default@1");
+    lab.server.lock().unwrap().store.objects.remove(&format!("{ROLLOUTS}/default-1"));
+    lab.load().await;
+    assert_eq!(served(&lab), before);
+    assert!(lab.rollouts.unknown.contains_key(&node));
+    // The row goes, and with it what was noted about it.
+    lab.rollouts.assignments = Assignments::default();
+    lab.rollouts.serve();
+    assert!(lab.rollouts.unknown.is_empty() && lab.rollouts.told.is_empty());
+}

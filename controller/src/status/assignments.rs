@@ -109,7 +109,7 @@ impl Assignments {
     }
 
     /// The row in the API server says this.
-    pub(super) fn set(&self, node: &Arc<str>, row: &StoredAssignment) {
+    pub(crate) fn set(&self, node: &Arc<str>, row: &StoredAssignment) {
         let mut inner = self.lock();
         if inner.wanted.get(node).is_some_and(|wanted| says(row.profile.as_ref(), wanted)) {
             inner.wanted.remove(node);

@@ -1,4 +1,5 @@
-//! When rows are looked at and written: a write budget, transitions first, and a queue of dates.
+//! When rows are looked at and written: a lane for assignments and one for everything else, each with a budget;
+//! transitions first; and a queue of dates.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -6,8 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Writes per second for all rows together.
+/// Writes of statuses per second, for all rows together.
 pub(super) const WRITES_PER_SECOND: u32 = 50;
+/// Writes of assignments per second. A rollback of a wave must reach its nodes within seconds, and there are few waves.
+pub(super) const ASSIGNMENTS_PER_SECOND: u32 = 500;
 
 /// The shortest time between two writes of one row that are no transition.
 pub(super) fn minimum_interval(nodes: usize) -> Duration {
@@ -18,6 +21,8 @@ pub(super) fn minimum_interval(nodes: usize) -> Duration {
 /// Names in the order in which they are to be written, and dates at which to look at others again.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
+    assignments: VecDeque<Arc<str>>,
+    to_assign: HashSet<Arc<str>>,
     urgent: VecDeque<Arc<str>>,
     ordinary: VecDeque<Arc<str>>,
     queued: HashSet<Arc<str>>,
@@ -31,6 +36,24 @@ impl Schedule {
         if self.queued.insert(name.clone()) {
             if urgent { &mut self.urgent } else { &mut self.ordinary }.push_back(name.clone());
         }
+    }
+
+    /// To be assigned another revision, regardless of what else there is to be written.
+    pub(super) fn push_assignment(&mut self, name: &Arc<str>) {
+        if self.to_assign.insert(name.clone()) {
+            self.assignments.push_back(name.clone());
+        }
+    }
+
+    /// The next one to be assigned another revision.
+    pub(super) fn pop_assignment(&mut self) -> Option<Arc<str>> {
+        let name = self.assignments.pop_front()?;
+        self.to_assign.remove(&name);
+        Some(name)
+    }
+
+    pub(super) fn has_assignments(&self) -> bool {
+        !self.assignments.is_empty()
     }
 
     /// The next one to be written.
@@ -73,18 +96,20 @@ impl Schedule {
 /// A token bucket that holds one second's worth.
 #[derive(Debug)]
 pub(super) struct Budget {
+    rate: f64,
     tokens: f64,
     filled: Instant,
 }
 
 impl Budget {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { tokens: f64::from(WRITES_PER_SECOND), filled: now }
+    pub(super) fn new(per_second: u32, now: Instant) -> Self {
+        let rate = f64::from(per_second);
+        Self { rate, tokens: rate, filled: now }
     }
 
     /// Takes a token, or says when there will be one.
     pub(super) fn take(&mut self, now: Instant) -> Result<(), Instant> {
-        let rate = f64::from(WRITES_PER_SECOND);
+        let rate = self.rate;
         let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
         self.tokens = (self.tokens + elapsed * rate).min(rate);
         self.filled = now;
@@ -92,7 +117,9 @@ impl Budget {
             self.tokens -= 1.0;
             return Ok(());
         }
-        Err(now + Duration::from_secs_f64((1.0 - self.tokens) / rate))
+        // Timers count milliseconds; a fraction of a token must not become a date that has come already.
+        let missing = Duration::from_secs_f64((1.0 - self.tokens) / rate);
+        Err(now + missing.max(Duration::from_millis(1)))
     }
 }
 
@@ -114,6 +141,9 @@ mod tests {
         schedule.push(&a, false);
         schedule.push(&b, true);
         schedule.push(&a, true);
+        schedule.push_assignment(&a);
+        schedule.push_assignment(&a);
+        assert_eq!((schedule.pop_assignment(), schedule.pop_assignment()), (Some(a.clone()), None));
         assert_eq!([schedule.pop(), schedule.pop(), schedule.pop()], [Some(b), Some(a), None]);
         assert!(!schedule.has_work());
     }
@@ -133,7 +163,7 @@ mod tests {
     #[test]
     fn the_budget_is_a_rate_with_a_burst_of_a_second() {
         let now = Instant::now();
-        let mut budget = Budget::new(now);
+        let mut budget = Budget::new(WRITES_PER_SECOND, now);
         for _ in 0..WRITES_PER_SECOND {
             assert_eq!(budget.take(now), Ok(()));
         }

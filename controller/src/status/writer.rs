@@ -14,24 +14,31 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::requests::{self, Outcome, Request, Stored};
+use super::requests::{self, Outcome, Stored};
 use super::row::{Inputs, Row, State, row};
-use super::schedule::{Budget, Schedule, minimum_interval};
+use super::schedule::{ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval};
 use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::agents::Agents;
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
+use crate::watch::Restores;
 
-/// Requests under way at once.
-const CONCURRENCY: usize = 8;
 /// An unchanged row is written again after about this time, so that foreign edits do not last.
 const REFRESH: Duration = Duration::from_secs(300);
 /// A controller that cannot accept agents says so on their rows after this time: the one before it may be leaving.
 const CLOSED: Duration = Duration::from_secs(20);
 /// Between two transitions of a row that are written before other rows' news: one that flaps holds up nobody.
 const URGENT: Duration = Duration::from_secs(1);
-/// After a failed request, and between attempts to list.
+/// From a failed request to the next one about the same row, and between attempts to list.
 const RETRY: Duration = Duration::from_secs(5);
+/// The same where the row is to name another revision.
+const RETRY_ASSIGNMENT: Duration = Duration::from_secs(1);
+/// So many failures in a row are the API server's, not those of single rows.
+const FAILURES: usize = 8;
+/// Then no request is made for this time.
+const PAUSE: Duration = Duration::from_secs(1);
+
+mod lanes;
 
 type MetadataEvents = std::pin::Pin<
     Box<dyn Stream<Item = Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>> + Send>,
@@ -62,6 +69,8 @@ struct Entry {
     in_flight: bool,
     /// `metadata.generation` as the watch saw it: above the stored one, somebody else changed the spec.
     seen_generation: Option<i64>,
+    /// A list has another version of it than the stored one, maybe an older one: it is read again.
+    in_doubt: bool,
     /// Another replica took the node over from this session of ours.
     yielded: Option<u64>,
 }
@@ -72,6 +81,23 @@ impl Entry {
     fn row_gone(&mut self) {
         let gone = self.stored.take();
         self.kept = gone.and_then(|row| Some((row.owner?, row.assignment?))).or(self.kept.take());
+    }
+
+    /// The row as it was read or answered. Another replica may have claimed it.
+    fn take(&mut self, name: &str, row: Stored, replica: &str, session: u64) {
+        if taken_over(self.stored.as_ref(), &row, replica, session) {
+            tracing::info!(node = name, "another replica serves this node now; its row is left to it");
+            self.yielded = Some(session);
+        }
+        (self.stored, self.in_doubt) = (Some(row), false);
+    }
+
+    /// The row is the Node's, and nobody else changed it since it was read.
+    fn is_known(&self) -> bool {
+        let owner = self.stored.as_ref().and_then(|stored| stored.owner.as_deref());
+        let owned = self.node.as_ref().is_some_and(|node| owner == Some(&*node.uid));
+        let generation = self.stored.as_ref().and_then(|stored| stored.generation);
+        owned && !self.in_doubt && self.seen_generation <= generation
     }
 
     /// What a new row assigns by itself.
@@ -91,14 +117,19 @@ pub struct Writer<R> {
     entries: HashMap<Arc<str>, Entry>,
     schedule: Schedule,
     budget: Budget,
+    assignment_budget: Budget,
     /// Names of a list of rows that is not complete.
     listing: Option<HashSet<Arc<str>>>,
     /// Requests under way; true: one that changes the assignment.
     running: JoinSet<(Arc<str>, bool, Outcome)>,
+    /// How many of them change the assignment.
+    assigning: usize,
+    /// Requests that failed since one succeeded.
+    failures: usize,
     started: Instant,
     nodes_synced: bool,
     complained: Option<Instant>,
-    /// No request before this time: the last one failed, and the next would fail alike.
+    /// No request before this time: the last ones failed, and the next would fail alike.
     paused_until: Option<Instant>,
 }
 
@@ -123,9 +154,12 @@ impl<R: Registry> Writer<R> {
             metrics,
             entries: HashMap::new(),
             schedule: Schedule::default(),
-            budget: Budget::new(now),
+            budget: Budget::new(WRITES_PER_SECOND, now),
+            assignment_budget: Budget::new(ASSIGNMENTS_PER_SECOND, now),
             listing: None,
             running: JoinSet::new(),
+            assigning: 0,
+            failures: 0,
             started: now,
             nodes_synced: false,
             complained: None,
@@ -147,7 +181,12 @@ impl<R: Registry> Writer<R> {
     }
 
     /// Writes rows until the sender of node events is gone. `loaded`: [`Writer::load`] succeeded.
-    pub async fn run(mut self, loaded: bool, mut nodes: mpsc::UnboundedReceiver<NodeEvent>) {
+    pub async fn run(
+        mut self,
+        loaded: bool,
+        mut nodes: mpsc::UnboundedReceiver<NodeEvent>,
+        mut restores: Restores,
+    ) {
         if !loaded && !self.load_in_the_end(&mut nodes).await {
             return;
         }
@@ -167,6 +206,7 @@ impl<R: Registry> Writer<R> {
                 changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
                 wished = assignments.wished() => wished.iter().for_each(|name| self.consider(name)),
                 Some(event) = rows.next() => self.metadata(event),
+                Ok(()) = restores.changed() => rows = self.watch_metadata(),
                 Some(Ok((name, assigned, outcome))) = self.running.join_next() => {
                     self.finished(&name, assigned, outcome);
                 }
@@ -234,7 +274,7 @@ impl<R: Registry> Writer<R> {
     /// Somebody deleted a row or changed its spec; our own writes come back here too and change nothing.
     fn metadata(&mut self, event: Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
-        let (object, gone) = match event {
+        let (object, gone, listed) = match event {
             Ok(Init) => {
                 self.listing = Some(HashSet::new());
                 return;
@@ -242,10 +282,10 @@ impl<R: Registry> Writer<R> {
             Ok(InitDone) => return self.listed(),
             Ok(InitApply(object)) => {
                 self.listing.get_or_insert_default().insert(object.name_any().into());
-                (object, false)
+                (object, false, true)
             }
-            Ok(Apply(object)) => (object, false),
-            Ok(Delete(object)) => (object, true),
+            Ok(Apply(object)) => (object, false, false),
+            Ok(Delete(object)) => (object, true, false),
             Err(error) => {
                 tracing::debug!(%error, "watching ProxyStatus failed; it is tried again");
                 return;
@@ -256,6 +296,10 @@ impl<R: Registry> Writer<R> {
         let Some(stored) = &mut entry.stored else { return };
         if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
             entry.row_gone();
+        } else if listed && object.metadata.resource_version.as_deref() != Some(&stored.version) {
+            // After a restore of etcd older versions are what there is.
+            entry.in_doubt = true;
+            entry.seen_generation = object.metadata.generation;
         } else if !gone && object.metadata.generation > stored.generation {
             entry.seen_generation = object.metadata.generation;
         } else {
@@ -290,7 +334,7 @@ impl<R: Registry> Writer<R> {
         if entry.in_flight {
             return; // It is looked at when the request has ended.
         }
-        let (Some(node), Some(stored)) = (&entry.node, &entry.stored) else {
+        let (Some(_), Some(stored)) = (&entry.node, &entry.stored) else {
             let left_over = entry.node.is_none() && entry.stored.is_some() && self.nodes_synced;
             if entry.node.is_some() || left_over {
                 self.schedule.push(name, true);
@@ -299,12 +343,13 @@ impl<R: Registry> Writer<R> {
             }
             return;
         };
-        let wish = self.assignments.wish(name, stored.assignment.as_ref());
-        if stored.owner.as_deref() != Some(&*node.uid)
-            || wish.is_some()
-            || entry.seen_generation > stored.generation
-        {
+        if !entry.is_known() {
             self.schedule.push(name, true);
+            return;
+        }
+        if self.assignments.wish(name, stored.assignment.as_ref()).is_some() {
+            // Its status is looked at when that is done.
+            self.schedule.push_assignment(name);
             return;
         }
         let (last_write, before) = (entry.last_write, stored.status.clone());
@@ -385,61 +430,6 @@ impl<R: Registry> Writer<R> {
         Some(row)
     }
 
-    /// Starts what the budget allows. Returns when to wake up at the latest.
-    fn start_requests(&mut self) -> Option<Instant> {
-        let mut wake = self.schedule.next_date();
-        self.paused_until = self.paused_until.filter(|date| *date > Instant::now());
-        if let Some(date) = self.paused_until {
-            return Some(wake.map_or(date, |known| known.min(date)));
-        }
-        while self.schedule.has_work() && self.running.len() < CONCURRENCY {
-            if let Err(date) = self.budget.take(Instant::now()) {
-                wake = Some(wake.map_or(date, |known| known.min(date)));
-                break;
-            }
-            let Some(name) = self.schedule.pop() else { break };
-            let Some(request) = self.next_request(&name) else { continue };
-            if let Some(entry) = self.entries.get_mut(&name) {
-                entry.in_flight = true;
-                let now = Instant::now();
-                entry.last_write = Some(now);
-                entry.refresh_at = Some(now + REFRESH.mul_f64(0.9 + 0.2 * rand::random::<f64>()));
-            }
-            let api = self.api.clone();
-            let assigned = matches!(request, Request::Assign(..));
-            self.running.spawn(async move {
-                let outcome = request.run(api).await;
-                (name, assigned, outcome)
-            });
-        }
-        wake
-    }
-
-    fn next_request(&mut self, name: &Arc<str>) -> Option<Request> {
-        let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
-        let assignment = entry.stored.as_ref().and_then(|stored| stored.assignment.as_ref());
-        let wish = self.assignments.wish(name, assignment);
-        match (&entry.node, &entry.stored) {
-            (None, None) => None,
-            (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
-            (Some(node), None) => Some(Request::Create(node.clone(), wish.or_else(|| entry.kept(node)))),
-            (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
-                Some(Request::Adopt(node.clone(), stored.clone()))
-            }
-            (Some(_), Some(stored)) if entry.seen_generation > stored.generation => {
-                Some(Request::Read(name.clone()))
-            }
-            (Some(_), Some(stored)) => {
-                let stored = stored.clone();
-                if let Some(wish) = wish {
-                    return Some(Request::Assign(name.clone(), Box::new(stored), wish));
-                }
-                let row = self.make(name)?;
-                Some(Request::Write(name.clone(), Box::new(stored), Box::new(row.status)))
-            }
-        }
-    }
-
     /// What others are to know of a row as it was read.
     fn read(&self, name: &Arc<str>, stored: &Stored) {
         self.floors.set(name, stored.status.as_ref());
@@ -450,32 +440,36 @@ impl<R: Registry> Writer<R> {
 
     fn finished(&mut self, name: &Arc<str>, assigned: bool, outcome: Outcome) {
         self.metrics.written(outcome.label());
+        self.assigning -= usize::from(assigned);
+        if !matches!(outcome, Outcome::Failed(_)) {
+            self.failures = 0;
+        }
         if let Outcome::Stored(stored) | Outcome::Conflict(stored) = &outcome {
             self.read(name, stored);
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
+        let session = self.registry.observe(name).map_or(0, |observed| observed.session);
         match outcome {
             Outcome::Stored(stored) => {
-                entry.stored = Some(*stored);
+                entry.take(name, *stored, &self.settings.replica, session);
                 entry.kept = None;
             }
             Outcome::Conflict(stored) => {
                 if assigned {
                     self.assignments.forget_wish(name);
                 }
-                let session = self.registry.observe(name).map_or(0, |observed| observed.session);
-                if taken_over(entry.stored.as_ref(), &stored, &self.settings.replica, session) {
-                    tracing::info!(node = %name, "another replica serves this node now; its row is left to it");
-                    entry.yielded = Some(session);
-                }
-                entry.stored = Some(*stored);
+                entry.take(name, *stored, &self.settings.replica, session);
             }
             Outcome::Missing => entry.row_gone(),
             Outcome::Failed(error) => {
                 self.complain(&error);
-                self.paused_until = Some(Instant::now() + RETRY);
-                self.schedule.at(name, Instant::now() + RETRY);
+                let now = Instant::now();
+                self.failures += 1;
+                if self.failures >= FAILURES {
+                    self.paused_until = Some(now + PAUSE);
+                }
+                self.schedule.at(name, now + if assigned { RETRY_ASSIGNMENT } else { RETRY });
                 return;
             }
         }

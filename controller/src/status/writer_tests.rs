@@ -15,6 +15,7 @@ use super::{Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics
 use crate::agents::{Agents, Obstacle};
 use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
+use crate::watch::Upstream;
 
 /// Rows, and what was asked: method and name.
 #[derive(Default)]
@@ -22,6 +23,9 @@ struct Server {
     store: Store,
     writes: Vec<String>,
     missing: bool,
+    /// Every write of this row fails.
+    broken: &'static str,
+    latency: Duration,
 }
 
 const ROWS: &str = "/apis/switchtower.dev/v1alpha1/proxystatuses";
@@ -45,6 +49,9 @@ impl Server {
             let of_path = call.path.trim_start_matches(ROWS).trim_matches('/').trim_end_matches("/status");
             let named = call.body["metadata"]["name"].as_str().unwrap_or(of_path);
             self.writes.push(format!("{} {named}", call.method));
+            if named == self.broken {
+                return failure(500, "InternalError", named);
+            }
         }
         self.store.answer(call)
     }
@@ -93,11 +100,13 @@ struct Lab {
     floors: Floors,
     agents: Agents,
     assignments: Assignments,
+    upstream: Upstream,
 }
 
 async fn lab(server: Server) -> Lab {
     let server = Arc::new(Mutex::new(server));
-    let client = fake_api::client(server.clone(), Server::answer);
+    let latency = server.lock().unwrap().latency;
+    let client = fake_api::slow_client(server.clone(), latency, Server::answer);
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
     let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
@@ -107,8 +116,9 @@ async fn lab(server: Server) -> Lab {
         Writer::new(client, fleet.clone(), settings, floors.clone(), assignments.clone(), metrics);
     let loaded = writer.load().await.is_ok();
     let (nodes, events) = mpsc::unbounded_channel();
-    tokio::spawn(writer.run(loaded, events));
-    Lab { server, fleet, nodes, floors, assignments, agents }
+    let upstream = Upstream::default();
+    tokio::spawn(writer.run(loaded, events, upstream.restores()));
+    Lab { server, fleet, nodes, floors, assignments, agents, upstream }
 }
 
 impl Lab {
@@ -395,4 +405,89 @@ async fn an_assignment_removes_what_it_does_not_say() {
     lab.writes();
     lab.wait(60_000).await;
     assert!(lab.writes().iter().all(|write| write != "PATCH n1"), "a row that says so is left alone");
+}
+
+/// A wave of 1,250 nodes fails: each has news for its row, and each is to be returned.
+#[tokio::test(start_paused = true)]
+async fn a_wave_is_assigned_within_seconds_before_its_statuses() {
+    const NODES: usize = 1_250;
+    let mut server = Server { broken: "n7", latency: Duration::from_millis(20), ..Server::default() };
+    server.store.silent = true;
+    let names: Vec<Arc<str>> = (0..NODES).map(|at| format!("n{at}").into()).collect();
+    for name in &names {
+        let mut row = stored("tower-0", 4);
+        row["metadata"]["name"] = json!(**name);
+        row["metadata"]["ownerReferences"][0]["name"] = json!(**name);
+        row["spec"]["profile"] = json!({"name": "default", "revision": 2});
+        server.store.put(&path(name), row);
+    }
+    let lab = lab(server).await;
+    for name in &names {
+        lab.node(name, "u1");
+        lab.fleet.set(name, Observation { foreign_proxy: true, ..observed(71, 5) });
+    }
+    lab.wait(2_000).await;
+    let wanted = ProfileAssignment { name: "default".into(), revision: 1, ..ProfileAssignment::default() };
+    lab.assignments.want(names.iter().map(|name| (name.clone(), wanted.clone())).collect());
+    let told = || {
+        let stored = lab.assignments.stored();
+        stored.iter().filter(|(_, profile)| profile.revision == 1).count()
+    };
+    let begun = tokio::time::Instant::now();
+    while told() < NODES - 1 {
+        lab.wait(50).await;
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "{} of {NODES} after {:?}",
+            told(),
+            begun.elapsed()
+        );
+    }
+    println!("{} rows assigned in {:?}", told(), begun.elapsed());
+    // The row that fails is tried again, and alone.
+    lab.server.lock().unwrap().broken = "";
+    lab.wait(1_500).await;
+    assert_eq!(told(), NODES);
+    lab.wait(60_000).await;
+    let exclusive = |row: Value| row["status"]["state"] == "NotExclusive";
+    assert!(names.iter().all(|name| exclusive(lab.row(name))), "statuses follow");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_fails_holds_up_no_other_row() {
+    let lab = lab(Server { broken: "n1", ..Server::default() }).await;
+    for name in ["n1", "n2", "n3"] {
+        lab.node(name, name);
+    }
+    lab.wait(500).await;
+    assert_eq!(lab.row("n2")["status"]["state"], "Absent");
+    assert_eq!(lab.row("n3")["status"]["state"], "Absent");
+    lab.server.lock().unwrap().broken = "";
+    lab.wait(6_000).await;
+    assert_eq!(lab.row("n1")["status"]["state"], "Absent");
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_of_a_restored_etcd_are_read_again() {
+    let mut row = stored("tower-0", 4);
+    row["metadata"]["generation"] = json!(9);
+    row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
+    let mut server = Server::with("n1", row);
+    server.store.silent = true;
+    let lab = lab(server).await;
+    lab.node("n1", "u1");
+    lab.wait(2_000).await;
+    let assigned = || lab.assignments.of("n1").0.map(|profile| profile.revision);
+    assert_eq!(assigned(), Some(7));
+    lab.change("n1", |row| {
+        row["metadata"]["generation"] = json!(5);
+        row["spec"] = json!({"profile": {"name": "default", "revision": 3}});
+    });
+    lab.upstream.went_back();
+    lab.wait(2_000).await;
+    assert_eq!(assigned(), Some(3));
+    let wanted = ProfileAssignment { name: "default".into(), revision: 7, ..ProfileAssignment::default() };
+    lab.assignments.want(BTreeMap::from([("n1".into(), wanted)]));
+    lab.wait(2_000).await;
+    assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7);
 }

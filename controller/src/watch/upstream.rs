@@ -7,10 +7,14 @@ use std::time::{Duration, Instant};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, IntCounterVec, Opts, Registry};
+use tokio::sync::watch as channel;
 
 use super::WatchedResource;
 
 const NEVER: u64 = u64::MAX;
+
+/// Tells of restores; see [`Upstream::restores`].
+pub type Restores = channel::Receiver<u64>;
 
 /// When each watch last heard from the API server: an event, a bookmark, or an accepted request.
 #[derive(Debug)]
@@ -18,11 +22,17 @@ pub struct Upstream {
     base: Instant,
     /// Milliseconds after `base`, in the order of [`WatchedResource::ALL`].
     heard: [AtomicU64; WatchedResource::ALL.len()],
+    /// How often a watch found the API server behind what it had said before.
+    restores: channel::Sender<u64>,
 }
 
 impl Default for Upstream {
     fn default() -> Self {
-        Self { base: Instant::now(), heard: std::array::from_fn(|_| AtomicU64::new(NEVER)) }
+        Self {
+            base: Instant::now(),
+            heard: std::array::from_fn(|_| AtomicU64::new(NEVER)),
+            restores: channel::Sender::new(0),
+        }
     }
 }
 
@@ -31,6 +41,18 @@ impl Upstream {
     pub fn heard(&self, resource: WatchedResource) {
         let elapsed = u64::try_from(self.base.elapsed().as_millis()).unwrap_or(NEVER - 1);
         self.heard[resource.index()].store(elapsed, Ordering::Relaxed);
+    }
+
+    /// Notes that the API server went back in time, as after a restore of its etcd. A watch that does not look for that
+    /// itself hears nothing until the API server has caught up, and never what happened meanwhile.
+    pub fn went_back(&self) {
+        self.restores.send_modify(|count| *count += 1);
+    }
+
+    /// Changes whenever the API server went back in time: what is known then has to be listed anew.
+    #[must_use]
+    pub fn restores(&self) -> Restores {
+        self.restores.subscribe()
     }
 
     /// The age of the watch that was not heard for longest; `None` before each was heard once.
