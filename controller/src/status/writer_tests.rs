@@ -104,14 +104,17 @@ struct Lab {
 }
 
 async fn lab(server: Server) -> Lab {
-    let server = Arc::new(Mutex::new(server));
+    replica(Arc::new(Mutex::new(server)), "tower-0").await
+}
+
+async fn replica(server: Arc<Mutex<Server>>, name: &str) -> Lab {
     let latency = server.lock().unwrap().latency;
     let client = fake_api::slow_client(server.clone(), latency, Server::answer);
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
     let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
     let agents = Agents::default();
-    let settings = WriterSettings { replica: "tower-0".into(), agents: agents.clone() };
+    let settings = WriterSettings { replica: name.into(), agents: agents.clone() };
     let mut writer =
         Writer::new(client, fleet.clone(), settings, floors.clone(), assignments.clone(), metrics);
     let loaded = writer.load().await.is_ok();
@@ -490,4 +493,34 @@ async fn rows_of_a_restored_etcd_are_read_again() {
     lab.assignments.want(BTreeMap::from([("n1".into(), wanted)]));
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7);
+}
+
+/// Two replicas write the same rows, each for the agents that it serves.
+#[tokio::test(start_paused = true)]
+async fn two_writers_leave_each_other_what_they_serve() {
+    let one = lab(Server::default()).await;
+    let other = replica(one.server.clone(), "tower-1").await;
+    for lab in [&one, &other] {
+        lab.fleet.settled.store(true, Ordering::Relaxed);
+        lab.node("n1", "u1");
+        lab.node("n2", "u2");
+    }
+    one.fleet.set("n1", observed(5, 1));
+    other.fleet.set("n2", observed(6, 1));
+    one.wait(120_000).await;
+    for (name, replica) in [("n1", "tower-0"), ("n2", "tower-1")] {
+        let row = one.row(name);
+        assert_eq!(
+            (&row["status"]["connection"]["replica"], &row["status"]["state"]),
+            (&json!(replica), &json!("Synced"))
+        );
+    }
+    one.writes();
+    one.wait(600_000).await;
+    let writes = one.writes().len();
+    assert!(writes <= 12, "{writes} writes in ten minutes without news");
+    // The agent moves: its row follows the new session.
+    other.fleet.set("n1", observed(7, 2));
+    one.wait(60_000).await;
+    assert_eq!(one.row("n1")["status"]["connection"], json!({"replica": "tower-1", "session": 2}));
 }

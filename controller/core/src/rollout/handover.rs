@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(to_the_stable_one.to, rollouts[1].target);
         // Its destination moves on, or is deleted too: it begins anew.
         rollouts.push(handover(&edge, &to_the_stable_one, State::Progressing));
-        let leaving = [edge.clone(), Profile { deleting: true, ..base.clone() }];
+        let leaving = [edge, Profile { deleting: true, ..base.clone() }];
         assert!(superseded(&rollouts[3], &rollouts, &leaving));
         rollouts.push(past(&base, 3, State::Complete));
         assert!(superseded(&rollouts[3], &rollouts, &profiles));
@@ -301,7 +301,7 @@ mod tests {
             .collect();
         let to = |fleet: &[FleetNode], profiles: &[Profile]| orphaned(&fleet[0], profiles, &rollouts);
         assert_eq!(to(&fleet, std::slice::from_ref(&base)), Some(rollouts[0].target.clone()));
-        assert_eq!(to(&fleet, &[base.clone(), profile("edge", false)]), None, "its own profile cares for it");
+        assert_eq!(to(&fleet, &[base, profile("edge", false)]), None, "its own profile cares for it");
         assert_eq!(orphans_at_once(&fleet), 2);
         (fleet[0].unknown, fleet[0].assigned) =
             (false, Some(assignment(rollouts[0].target.clone(), Time(0))));
