@@ -382,11 +382,18 @@ fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
     reaches("east-2", "Complete", None);
     nodes_have(["east@2"; 3]);
     label("gamma", "topology.kubernetes.io/zone", "west");
-    // In use: deleting it waits, and takes nothing from its nodes, until another profile takes them over.
+    // In use: deleting it takes nothing from its nodes before the profile below has them.
     kubectl(&["delete", "pxp", "east", "--wait=false"]).unwrap();
-    profile_is("east", "Ready", "False", "Deleting");
-    nodes_have(["east@2"; 3]);
-    leave("east");
+    wait::until("east is gone", PATIENCE, || {
+        let names = in_force();
+        ensure!(names.values().all(|name| *name == base || name.starts_with("east@")), "{names:?}");
+        let left: Option<ProxyProfile> = fleet().kube().get_cluster("east")?;
+        ensure!(left.is_none(), "{:?}", left.and_then(|left| left.status));
+        Ok(())
+    })
+    .with_context(|| fleet().controller_log())
+    .unwrap();
+    nodes_have([&base; 3]);
 }
 
 #[test]
