@@ -6,6 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use http::uri::Authority;
@@ -222,6 +223,25 @@ pub fn advertised(
     }
     let address = if listen.ip().is_unspecified() { local_address(api_server)? } else { listen.ip() };
     Ok(vec![SocketAddr::new(address, listen.port()).to_string()])
+}
+
+/// Longest wait for the name service, for all names together.
+const RESOLVE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The addresses behind `host:port`. A name that cannot be resolved is logged and left out: agents resolve it
+/// themselves.
+pub async fn resolve(controllers: &[String]) -> Vec<SocketAddr> {
+    let lookups = controllers.iter().map(|controller| async move {
+        let found = tokio::time::timeout(RESOLVE_DEADLINE, tokio::net::lookup_host(controller)).await;
+        match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+            Ok(addresses) => addresses.collect(),
+            Err(error) => {
+                tracing::warn!(controller, %error, "cannot resolve the advertised name: Services are not kept from using its addresses");
+                Vec::new()
+            }
+        }
+    });
+    futures::future::join_all(lookups).await.into_iter().flatten().collect()
 }
 
 /// Connecting a UDP socket sends nothing and makes the kernel choose the source address.

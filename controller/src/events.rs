@@ -155,6 +155,7 @@ where
 fn reason(reason: ProblemReason) -> &'static str {
     match reason {
         ProblemReason::AddressConflict => "AddressConflict",
+        ProblemReason::ControlPlaneAddress => "ControlPlaneAddress",
         ProblemReason::DuplicatePort => "DuplicatePort",
         ProblemReason::InvalidAddress => "InvalidAddress",
         ProblemReason::InvalidPort => "InvalidPort",

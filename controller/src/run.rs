@@ -143,12 +143,17 @@ fn set_up_log(format: LogFormat, spans: Option<BoxedLayer>) {
     let _ = spans::subscriber(log, spans).try_init();
 }
 
-async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled)>) -> anyhow::Result<()> {
+async fn serve(
+    mut args: ServeArgs,
+    replica: String,
+    traces: Option<(Traces, Sampled)>,
+) -> anyhow::Result<()> {
     let config = kube_config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
     let client = Client::try_from(config).context("setting up the client of the API server")?;
     let controllers = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
+    args.advertise.clone_from(&controllers);
     let registry = metrics::registry()?;
     let measured = Measured { serve: ServeMetrics::new(&registry)?, registry };
     let Measured { registry, serve: serve_metrics } = &measured;
@@ -342,7 +347,10 @@ async fn start_parts(
 
     let batches = start_watches(client, args, &upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
-    let pipeline = FleetPipeline { compiler: Compiler::new(), fleet: fleet.clone() };
+    let pipeline = FleetPipeline {
+        compiler: Compiler::new().reserving(bootstrap::resolve(&args.advertise).await),
+        fleet: fleet.clone(),
+    };
     let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
     let metrics = EngineMetrics::new(registry)?;
     tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));

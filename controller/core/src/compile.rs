@@ -10,15 +10,18 @@ mod emit;
 mod nodes;
 mod pods;
 mod ports;
+mod reserved;
 mod service;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use switchtower_proto::v1::Protocol;
 
 pub use self::service::{MAX_FRONTENDS, MAX_POOL_MEMBERS, MAX_SERVICE_MEMBERS, MAX_SOURCE_RANGES};
 
@@ -30,6 +33,9 @@ use crate::compiled::Compiled;
 use crate::locality::PodChange;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
 use crate::wire;
+
+/// Namespace and name of the Service through which pods reach the API server.
+const API_SERVER: (&str, &str) = ("default", "kubernetes");
 
 /// Sizes of what is compiled, for status.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,6 +59,8 @@ pub struct Compiler {
     service_cidrs: BTreeSet<IpNet>,
     published_cidrs: BTreeSet<IpNet>,
     claims: Claims,
+    /// Slices of the API server's own Service changed since the last compile.
+    api_servers_changed: bool,
     /// What every Service contributed at the last compile.
     outputs: BTreeMap<ObjectKey, Output>,
     dirty: BTreeSet<ObjectKey>,
@@ -65,6 +73,13 @@ impl Compiler {
     /// A compiler that knows nothing.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Keeps Services from taking the addresses and ports at which agents reach their controllers.
+    #[must_use]
+    pub fn reserving(mut self, controllers: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.claims.reserve_controllers(controllers.into_iter().collect());
+        self
     }
 
     /// Takes note of an event. Costs the object's own size; nothing is compiled yet.
@@ -84,11 +99,13 @@ impl Compiler {
             Input::Slice(slice) => self.apply_slice(slice),
             Input::SliceDeleted(key) => self.remove_slice(&key),
             Input::Node(node) => {
+                self.claims.nodes_changed(self.nodes.addresses(&node.name), &node.addresses);
                 if let Some(concerned) = self.nodes.apply(node) {
                     self.dirty.extend(concerned);
                 }
             }
             Input::NodeDeleted(name) => {
+                self.claims.nodes_changed(self.nodes.addresses(&name), &[]);
                 for key in self.nodes.remove(&name) {
                     // What stood in the node's layer goes with the layer, and comes back with the Node.
                     if let Some(output) = self.outputs.get_mut(&key) {
@@ -111,7 +128,7 @@ impl Compiler {
         pods::difference(self.slices.get(&slice.key), Some(&slice), &mut self.pods);
         self.slices_of.entry(service.clone()).or_default().insert(slice.key.clone());
         self.slices.insert(slice.key.clone(), slice);
-        self.dirty.insert(service);
+        self.service_changed(service);
     }
 
     fn remove_slice(&mut self, key: &ObjectKey) {
@@ -124,6 +141,11 @@ impl Compiler {
                 self.slices_of.remove(&service);
             }
         }
+        self.service_changed(service);
+    }
+
+    fn service_changed(&mut self, service: ObjectKey) {
+        self.api_servers_changed |= is_api_server(&service);
         self.dirty.insert(service);
     }
 
@@ -138,11 +160,29 @@ impl Compiler {
             emitter.service_cidr(wire::cidr(*gone), false);
         }
         self.published_cidrs.clone_from(&self.service_cidrs);
+        if std::mem::take(&mut self.api_servers_changed) {
+            self.claims.reserve_api_servers(self.api_servers());
+        }
         for key in std::mem::take(&mut self.dirty) {
             self.compile_service(&key, &mut emitter);
         }
         self.claims.settle(&mut emitter);
         Compiled { pods: std::mem::take(&mut self.pods), ..emitter.finish() }
+    }
+
+    /// Where the API servers listen: the endpoints of the Service default/kubernetes.
+    fn api_servers(&self) -> BTreeSet<SocketAddr> {
+        let service = ObjectKey { namespace: API_SERVER.0.into(), name: API_SERVER.1.into() };
+        let keys = self.slices_of.get(&service).into_iter().flatten();
+        let slices = keys.filter_map(|key| self.slices.get(key));
+        let of_slice = |slice: &EndpointSlice| {
+            let ports = slice.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+            let pairs = ports.flat_map(|port| {
+                slice.endpoints.iter().map(|endpoint| SocketAddr::new(endpoint.address, port.port))
+            });
+            pairs.collect::<Vec<_>>()
+        };
+        slices.flat_map(of_slice).collect()
     }
 
     fn compile_service(&mut self, key: &ObjectKey, emitter: &mut Emitter) {
@@ -169,6 +209,11 @@ impl Compiler {
         }
     }
 
+    #[cfg(test)]
+    fn claims_touched(&self) -> usize {
+        self.claims.touched()
+    }
+
     /// Sizes.
     pub fn counts(&self) -> Counts {
         Counts { services: self.services.len(), endpoints: self.endpoints, nodes: self.nodes.len() }
@@ -183,6 +228,10 @@ impl Compiler {
     pub fn zone_of(&self, name: &str) -> Option<Arc<str>> {
         self.nodes.zone(name)
     }
+}
+
+fn is_api_server(service: &ObjectKey) -> bool {
+    (&*service.namespace, &*service.name) == API_SERVER
 }
 
 fn service_of(slice: &EndpointSlice) -> ObjectKey {

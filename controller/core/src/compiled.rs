@@ -36,6 +36,8 @@ pub enum ProblemObject {
 pub enum ProblemReason {
     /// Another Service claims the same address, protocol and port, and wins.
     AddressConflict,
+    /// The control plane needs an address, protocol and port that the Service claims.
+    ControlPlaneAddress,
     /// Two ports of one Service are the same.
     DuplicatePort,
     /// An address or CIDR cannot be parsed, or is of the wrong family.

@@ -2,13 +2,18 @@
 //!
 //! The kind of address decides first, so that an older Service cannot capture a later Service's ClusterIP by
 //! an externalIP; then age, namespace and name, UID. The loser takes over when the winner goes.
+//!
+//! An external address that is a Node's address also competes with node ports of the same number: there the node
+//! port wins. What the control plane needs for itself ([`Reserved`]) nobody gets.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use switchtower_proto::v1::{Frontend, FrontendKey, FrontendKind, Protocol};
 
 use super::emit::Emitter;
+use super::reserved::{Owner, Reserved};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{ObjectKey, Service};
 use crate::wire;
@@ -33,10 +38,28 @@ impl Rank {
     }
 }
 
+/// Why a claimant does not get what it claims.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Obstacle {
+    /// This Service comes first.
+    Service(ObjectKey),
+    /// The control plane needs it.
+    Reserved(Owner),
+}
+
+/// Losers that were told, and why they lose.
 #[derive(Debug)]
 struct Told {
-    winner: ObjectKey,
+    obstacle: Obstacle,
     losers: BTreeSet<ObjectKey>,
+}
+
+/// What becomes of the claims on one key.
+enum Outcome<'a> {
+    Served(&'a Rank, &'a Frontend),
+    /// A node port of this Service covers it.
+    NodePort(&'a ObjectKey),
+    Reserved(Owner),
 }
 
 #[derive(Debug, Default)]
@@ -44,8 +67,12 @@ pub(super) struct Claims {
     claimants: BTreeMap<FrontendKey, BTreeMap<Rank, Frontend>>,
     /// What was published for the keys that changed since the last settlement.
     touched: BTreeMap<FrontendKey, Option<Frontend>>,
-    /// Losers that were told, and of which winner.
     told: BTreeMap<FrontendKey, Told>,
+    reserved: Reserved,
+    /// Keys that are claimed as external addresses, by address.
+    external: BTreeMap<IpAddr, BTreeSet<FrontendKey>>,
+    /// Those of them at Nodes' addresses, by the key of the node port of the same number.
+    on_nodes: BTreeMap<FrontendKey, BTreeSet<FrontendKey>>,
 }
 
 impl Claims {
@@ -71,17 +98,103 @@ impl Claims {
             self.touch(frontend_key);
             self.withdraw(frontend_key, key);
             self.claimants.entry(frontend_key.clone()).or_default().insert(rank, frontend.clone());
+            self.index(frontend_key);
         }
     }
 
-    fn winner(&self, key: &FrontendKey) -> Option<&Frontend> {
-        self.claimants.get(key)?.values().next()
+    /// Reserves the controllers' addresses; to be called before the first claim.
+    pub(super) fn reserve_controllers(&mut self, controllers: BTreeSet<SocketAddr>) {
+        self.reserved.set_controllers(controllers);
     }
 
+    /// Replaces the API servers' addresses.
+    pub(super) fn reserve_api_servers(&mut self, api_servers: BTreeSet<SocketAddr>) {
+        let changed: Vec<_> =
+            self.reserved.api_servers().symmetric_difference(&api_servers).copied().collect();
+        for endpoint in changed {
+            let key = FrontendKey {
+                family: wire::family(endpoint.ip()).into(),
+                address: wire::octets(endpoint.ip()),
+                protocol: Protocol::Tcp.into(),
+                port: endpoint.port().into(),
+            };
+            self.touch(&node_port(&key));
+            self.touch(&key);
+        }
+        self.reserved.set_api_servers(api_servers);
+    }
+
+    /// Takes note of a Node's addresses before and after a change.
+    pub(super) fn nodes_changed(&mut self, old: &[IpAddr], new: &[IpAddr]) {
+        let differing = old.iter().filter(|address| !new.contains(address));
+        let differing: Vec<_> =
+            differing.chain(new.iter().filter(|address| !old.contains(address))).collect();
+        for address in &differing {
+            let family = wire::family(**address);
+            for port in self.reserved.node_ports(family) {
+                let (family, protocol) = (family.into(), Protocol::Tcp.into());
+                self.touch(&FrontendKey { family, address: Vec::new(), protocol, port: port.into() });
+            }
+            for key in self.external.get(*address).cloned().unwrap_or_default() {
+                self.touch(&key);
+            }
+        }
+        for address in old.iter().filter(|address| !new.contains(address)) {
+            self.reserved.remove_node(*address);
+        }
+        for address in new.iter().filter(|address| !old.contains(address)) {
+            self.reserved.add_node(*address);
+        }
+        for address in differing {
+            for key in self.external.get(address).cloned().unwrap_or_default() {
+                self.index(&key);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn touched(&self) -> usize {
+        self.touched.len()
+    }
+
+    fn outcome(&self, key: &FrontendKey) -> Option<Outcome<'_>> {
+        let claimants = self.claimants.get(key)?;
+        let (rank, frontend) = claimants.first_key_value()?;
+        if frontend.kind() == FrontendKind::ClusterIp {
+            return Some(Outcome::Served(rank, frontend));
+        }
+        if let Some(owner) = self.reserved.owner(key) {
+            return Some(Outcome::Reserved(owner));
+        }
+        let Some(other) = self.node_port_at(key) else { return Some(Outcome::Served(rank, frontend)) };
+        // The owner of the node port may claim the address too: then both lead to it.
+        let own = claimants.iter().find(|(rank, _)| rank.service == *other);
+        Some(own.map_or(Outcome::NodePort(other), |(rank, frontend)| Outcome::Served(rank, frontend)))
+    }
+
+    /// The Service whose node port is served at an external address, which then is a Node's.
+    fn node_port_at(&self, key: &FrontendKey) -> Option<&ObjectKey> {
+        wire::address(&key.address).filter(|address| self.reserved.is_node(*address))?;
+        let node_port = node_port(key);
+        let (rank, _) = self.claimants.get(&node_port)?.first_key_value()?;
+        self.reserved.owner(&node_port).is_none().then_some(&rank.service)
+    }
+
+    fn winner(&self, key: &FrontendKey) -> Option<&Frontend> {
+        match self.outcome(key)? {
+            Outcome::Served(_, frontend) => Some(frontend),
+            Outcome::NodePort(_) | Outcome::Reserved(_) => None,
+        }
+    }
+
+    /// Remembers what was published for a key whose claims change, and for what depends on them.
     fn touch(&mut self, key: &FrontendKey) {
-        if !self.touched.contains_key(key) {
-            let published = self.winner(key).cloned();
-            self.touched.insert(key.clone(), published);
+        let covered = self.on_nodes.get(key).into_iter().flatten();
+        for key in std::iter::once(key).chain(covered).cloned().collect::<Vec<_>>() {
+            if !self.touched.contains_key(&key) {
+                let published = self.winner(&key).cloned();
+                self.touched.insert(key, published);
+            }
         }
     }
 
@@ -91,7 +204,17 @@ impl Claims {
             if claimants.is_empty() {
                 self.claimants.remove(key);
             }
+            self.index(key);
         }
+    }
+
+    /// Keeps the indexes of external addresses.
+    fn index(&mut self, key: &FrontendKey) {
+        let Some(address) = wire::address(&key.address) else { return };
+        let claimants = self.claimants.get(key).into_iter().flatten();
+        let external = claimants.into_iter().any(|(_, frontend)| frontend.kind() != FrontendKind::ClusterIp);
+        keep(&mut self.external, address, key, external);
+        keep(&mut self.on_nodes, node_port(key), key, external && self.reserved.is_node(address));
     }
 
     /// Publishes the winners of the keys that changed, and tells the losers.
@@ -109,30 +232,64 @@ impl Claims {
     }
 
     fn tell_losers(&mut self, key: &FrontendKey, emitter: &mut Emitter) {
-        let empty = BTreeMap::new();
-        let mut claimants = self.claimants.get(key).unwrap_or(&empty).keys();
-        let Some(winner) = claimants.next() else {
-            self.told.remove(key);
-            return;
+        let (obstacle, winner) = match self.outcome(key) {
+            None => {
+                self.told.remove(key);
+                return;
+            }
+            Some(Outcome::Served(rank, _)) => (Obstacle::Service(rank.service.clone()), Some(&rank.service)),
+            Some(Outcome::NodePort(service)) => (Obstacle::Service(service.clone()), None),
+            Some(Outcome::Reserved(owner)) => (Obstacle::Reserved(owner), None),
         };
-        let losers: BTreeSet<_> = claimants.map(|rank| rank.service.clone()).collect();
+        let claimants = self.claimants.get(key).into_iter().flatten().map(|(rank, _)| &rank.service);
+        let losers: BTreeSet<_> = claimants.filter(|service| Some(*service) != winner).cloned().collect();
         // Who was told of another winner is told again: that Event sends its reader to the wrong Service.
-        let told = self.told.remove(key).filter(|told| told.winner == winner.service);
+        let told = self.told.remove(key).filter(|told| told.obstacle == obstacle);
         let told = told.map(|told| told.losers).unwrap_or_default();
         for loser in losers.difference(&told) {
-            let message = format!(
-                "{} is already used by Service {}/{}, which comes first; this Service takes over when that one \
-                 gives it up",
-                describe(key),
-                winner.service.namespace,
-                winner.service.name
-            );
-            let object = ProblemObject::Service(loser.clone());
-            emitter.problem(Problem { object, reason: ProblemReason::AddressConflict, message });
+            let (reason, message) = explain(key, &obstacle);
+            emitter.problem(Problem { object: ProblemObject::Service(loser.clone()), reason, message });
         }
         if !losers.is_empty() {
-            self.told.insert(key.clone(), Told { winner: winner.service.clone(), losers });
+            self.told.insert(key.clone(), Told { obstacle, losers });
         }
+    }
+}
+
+/// Adds or removes one member of an index.
+fn keep<K: Ord>(index: &mut BTreeMap<K, BTreeSet<FrontendKey>>, at: K, key: &FrontendKey, present: bool) {
+    if present {
+        index.entry(at).or_default().insert(key.clone());
+    } else if let Some(keys) = index.get_mut(&at) {
+        keys.remove(key);
+        if keys.is_empty() {
+            index.remove(&at);
+        }
+    }
+}
+
+/// The key of the node port with the family, protocol and port of `key`.
+fn node_port(key: &FrontendKey) -> FrontendKey {
+    FrontendKey { address: Vec::new(), ..key.clone() }
+}
+
+fn explain(key: &FrontendKey, obstacle: &Obstacle) -> (ProblemReason, String) {
+    let what = describe(key);
+    match obstacle {
+        Obstacle::Service(ObjectKey { namespace, name }) => (
+            ProblemReason::AddressConflict,
+            format!(
+                "{what} is already used by Service {namespace}/{name}, which comes first; this Service takes over \
+                 when that one gives it up"
+            ),
+        ),
+        Obstacle::Reserved(owner) => (
+            ProblemReason::ControlPlaneAddress,
+            format!(
+                "{what} belongs to {owner} and is not served for this Service, or nodes would lose their control \
+                 plane; use another address or port. The rest of the Service is served"
+            ),
+        ),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Nodes: their records, and the items that only one node has.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use switchtower_proto::v1::change::Change as Kind;
@@ -37,6 +38,11 @@ impl Nodes {
 
     pub(super) fn zone(&self, name: &str) -> Option<Arc<str>> {
         self.known.get(name)?.zone.clone()
+    }
+
+    /// The addresses of a Node; none if it does not exist.
+    pub(super) fn addresses(&self, name: &str) -> &[IpAddr] {
+        self.known.get(name).map(|node| node.addresses.as_slice()).unwrap_or_default()
     }
 
     /// Takes note of a Node. Returns the Services that have something for a new one; `None` if nothing changed.

@@ -1,6 +1,8 @@
 //! Services that claim the same address and port, and ports that collide within one Service.
 
 use super::*;
+use crate::compiled::{Problem, ProblemObject};
+use crate::wire;
 
 fn with_external(name: &str, cluster_ip: &str, external: &str, created: i64) -> Service {
     Service { external_ips: vec![external.parse().unwrap()], created, ..mk_service(name, cluster_ip) }
@@ -153,4 +155,142 @@ fn tcp_and_udp_share_a_port() {
     let compiled = compiler.compile();
     assert!(compiled.problems.is_empty());
     assert_eq!(compiled.changes[&LayerId::Cluster].len(), 2);
+}
+
+/// A TCP frontend at an address, or a node port if that is empty.
+fn tcp(address: &str, port: u32) -> FrontendKey {
+    let address = address.parse().map(wire::octets).unwrap_or_default();
+    FrontendKey { family: Family::Ipv4.into(), address, protocol: Protocol::Tcp.into(), port }
+}
+
+fn holder<'a>(world: &'a World, key: &FrontendKey) -> Option<&'a str> {
+    Some(&world.frontends.get(key)?.service_port.as_ref()?.name)
+}
+
+fn at_port(mut service: Service, port: u16) -> Input {
+    service.ports[0].port = port;
+    Input::Service(service)
+}
+
+fn at_node_port(name: &str, cluster_ip: &str, node_port: u16) -> Input {
+    let mut service = mk_service(name, cluster_ip);
+    service.ports[0].node_port = Some(node_port);
+    Input::Service(service)
+}
+
+/// Compiles, and returns the Events' reasons with the Services they are about.
+fn step(compiler: &mut Compiler, world: &mut World, inputs: Vec<Input>) -> Vec<(ProblemReason, ObjectKey)> {
+    inputs.into_iter().for_each(|input| compiler.apply(input));
+    let compiled = compiler.compile();
+    let of_service = |problem: &Problem| match &problem.object {
+        ProblemObject::Service(key) => Some((problem.reason, key.clone())),
+        _ => None,
+    };
+    let problems = compiled.problems.iter().filter_map(of_service).collect();
+    world.apply(compiled);
+    problems
+}
+
+#[test]
+fn the_control_plane_keeps_its_addresses() {
+    let mut compiler = Compiler::new().reserving(["198.51.100.1:9443".parse().unwrap()]);
+    let mut world = World::default();
+    let mut api_server = mk_slice("kubernetes", "kubernetes", &["7 -"]);
+    api_server.ports[0].port = 6_443;
+    let inputs = vec![Input::Node(mk_node("n1", None)), Input::Slice(api_server)];
+    step(&mut compiler, &mut world, inputs);
+    let reserved =
+        [("198.51.100.1", 9_443), ("10.244.0.7", 6_443), ("192.0.2.1", 10_250), ("192.0.2.1", 10_256)];
+    for (number, (address, port)) in reserved.into_iter().enumerate() {
+        let name = format!("taker-{number}");
+        let service = with_external(&name, &format!("10.96.0.{}", number + 1), address, 1);
+        let told = step(&mut compiler, &mut world, vec![at_port(service, port)]);
+        assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object(&name))], "{address}:{port}");
+        assert_eq!(holder(&world, &tcp(address, port.into())), None);
+        let cluster_ip = tcp(&format!("10.96.0.{}", number + 1), port.into());
+        assert_eq!(holder(&world, &cluster_ip), Some(&*name), "the rest is served");
+    }
+    for (address, port) in [("198.51.100.1", 443), ("198.51.100.2", 9_443), ("203.0.113.1", 10_250)] {
+        let service = with_external("other", "10.96.0.9", address, 1);
+        assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, port)]), []);
+        assert_eq!(holder(&world, &tcp(address, port.into())), Some("other"));
+    }
+}
+
+#[test]
+fn a_reservation_ends_with_what_it_is_for() {
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    let service = with_external("web", "10.96.0.1", "192.0.2.1", 1);
+    assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, 10_250)]), []);
+    let kubelet = tcp("192.0.2.1", 10_250);
+    assert_eq!(holder(&world, &kubelet), Some("web"));
+    let told = step(&mut compiler, &mut world, vec![Input::Node(mk_node("n1", None))]);
+    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    assert_eq!(holder(&world, &kubelet), None);
+    step(&mut compiler, &mut world, vec![Input::NodeDeleted("n1".into())]);
+    assert_eq!(holder(&world, &kubelet), Some("web"));
+
+    let mut api_server = mk_slice("kubernetes", "kubernetes", &["7 -"]);
+    api_server.ports[0].port = 6_443;
+    let service = with_external("web", "10.96.0.1", "10.244.0.7", 1);
+    assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, 6_443)]), []);
+    let told = step(&mut compiler, &mut world, vec![Input::Slice(api_server)]);
+    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    step(&mut compiler, &mut world, vec![Input::SliceDeleted(object("kubernetes"))]);
+    assert_eq!(holder(&world, &tcp("10.244.0.7", 6_443)), Some("web"));
+}
+
+#[test]
+fn a_node_port_is_not_captured_by_an_external_address() {
+    let on_node = tcp("192.0.2.1", 30_080);
+    let thief = || at_port(with_external("thief", "10.96.0.1", "192.0.2.1", 1), 30_080);
+    let node = || Input::Node(mk_node("n1", None));
+    let owner = || at_node_port("owner", "10.96.0.2", 30_080);
+    let conflict = (ProblemReason::AddressConflict, object("thief"));
+    for order in [[thief(), node(), owner()], [owner(), thief(), node()], [node(), owner(), thief()]] {
+        let mut compiler = Compiler::new();
+        let mut world = World::default();
+        let mut told = Vec::new();
+        for input in order {
+            told.extend(step(&mut compiler, &mut world, vec![input]));
+        }
+        assert_eq!(told, std::slice::from_ref(&conflict));
+        assert_eq!(holder(&world, &on_node), None, "the node port serves it");
+        assert_eq!(holder(&world, &tcp("", 30_080)), Some("owner"));
+        assert_eq!(step(&mut compiler, &mut world, vec![Input::ServiceDeleted(object("owner"))]), []);
+        assert_eq!(holder(&world, &on_node), Some("thief"), "it takes over");
+        step(&mut compiler, &mut world, vec![owner()]);
+        assert_eq!(holder(&world, &on_node), None);
+        step(&mut compiler, &mut world, vec![Input::NodeDeleted("n1".into())]);
+        assert_eq!(holder(&world, &on_node), Some("thief"), "no node has the address any more");
+    }
+}
+
+#[test]
+fn a_service_may_have_its_node_port_at_a_nodes_address() {
+    let mut service = with_external("web", "10.96.0.1", "192.0.2.1", 1);
+    service.ports[0].port = 30_080;
+    service.ports[0].node_port = Some(30_080);
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    let inputs = vec![Input::Node(mk_node("n1", None)), Input::Service(service)];
+    assert_eq!(step(&mut compiler, &mut world, inputs), []);
+    assert_eq!(holder(&world, &tcp("192.0.2.1", 30_080)), Some("web"));
+}
+
+#[test]
+fn a_node_costs_what_is_claimed_at_its_address() {
+    let mut compiler = Compiler::new();
+    let mut world = World::default();
+    for number in 1..=100_u8 {
+        let service = with_external(&format!("s{number}"), &format!("10.96.0.{number}"), "203.0.113.9", 1);
+        compiler.apply(at_port(service, 1_000 + u16::from(number)));
+    }
+    step(&mut compiler, &mut world, vec![]);
+    compiler.apply(Input::Node(mk_node("n1", None)));
+    assert_eq!(compiler.claims_touched(), 0);
+    let node = Node { addresses: vec!["203.0.113.9".parse().unwrap()], ..mk_node("n2", None) };
+    compiler.apply(Input::Node(node));
+    assert_eq!(compiler.claims_touched(), 100);
 }
