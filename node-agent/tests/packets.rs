@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
 use std::sync::Barrier;
 
 use common::*;
@@ -367,4 +368,181 @@ fn udp_and_settings_of_local_detection() {
     assert!(lab.client.ask_from(Some("192.0.2.2"), "10.96.0.10:80").unwrap().ends_with("192.0.2.2"));
     set(proto::Settings { masquerade_mark: 0x8000, ..detection(proto::LocalDetection::ClusterCidr, "") });
     assert!(from_pod(&lab), "no CIDR: no detection");
+}
+
+/// Asks by TCP, or by UDP.
+fn outcome(from: &Namespace, protocol: proto::Protocol, to: &str) -> &'static str {
+    let answer = match protocol {
+        proto::Protocol::Udp => from.ask_udp(to),
+        _ => from.ask(to),
+    };
+    match answer {
+        Ok(_) => "answer",
+        Err(error) if error.contains("efused") => "refused",
+        Err(error) if error.contains("not permitted") => "not permitted",
+        Err(error) if error.contains("timeout") || error.contains("WouldBlock") => "silence",
+        Err(error) => panic!("{to}: {error}"),
+    }
+}
+
+/// Frontends without an endpoint, for TCP and UDP.
+fn without_endpoints(both_families: bool) -> Vec<KernelChange> {
+    let mut frontends = vec![
+        cluster_ip("empty", "10.96.0.30"),
+        load_balancer("empty", "198.51.100.9"),
+        node_port("empty", proto::Family::Ipv4, 30009),
+    ];
+    if both_families {
+        frontends.extend([
+            cluster_ip("empty", "fd96::30"),
+            load_balancer("empty", "2001:db8:5::9"),
+            node_port("empty", proto::Family::Ipv6, 30009),
+        ]);
+    }
+    let both = frontends.into_iter().flat_map(|frontend| [frontend.clone(), udp(frontend)]);
+    both.map(KernelChange::Frontend).collect()
+}
+
+/// The errors are those of kube-proxy in nftables mode: it refuses connections to ClusterIPs and external addresses
+/// in the output hook, where a datagram's send() fails, and those to node ports in the input hook, where it does not.
+#[test]
+fn who_gets_which_error_without_endpoints() {
+    use proto::Protocol::{Tcp, Udp};
+    let lab = Lab::new();
+    let _nft = program(&lab, &without_endpoints(true));
+    let served = ["10.96.0.30:80", "198.51.100.9:80", "[fd96::30]:80", "[2001:db8:5::9]:80"];
+    let node_ports = ["192.0.2.1:30009", "[2001:db8::1]:30009"];
+    for to in served {
+        assert_eq!(outcome(&lab.node, Tcp, to), "refused", "{to} from the host");
+        assert_eq!(outcome(&lab.node, Udp, to), "not permitted", "{to} from the host");
+    }
+    for to in node_ports {
+        assert_eq!(outcome(&lab.node, Tcp, to), "refused", "{to} from the host");
+        assert_eq!(outcome(&lab.node, Udp, to), "refused", "{to} from the host");
+    }
+    for from in [&lab.pods[0], &lab.client] {
+        for to in served.into_iter().chain(node_ports) {
+            assert_eq!(outcome(from, Tcp, to), "refused", "{to}");
+            assert_eq!(outcome(from, Udp, to), "refused", "{to}");
+        }
+    }
+    // A ClusterIP's other ports, and addresses of the Service range that nobody has.
+    for (from, own) in [(&lab.pods[0], "refused"), (&lab.client, "refused"), (&lab.node, "not permitted")] {
+        assert_eq!(outcome(from, Tcp, "10.96.0.30:81"), "refused");
+        assert_eq!(outcome(from, Udp, "10.96.0.30:81"), own);
+        assert_eq!(outcome(from, Tcp, "10.96.99.99:80"), "silence");
+    }
+    assert_eq!(outcome(&lab.node, Udp, "10.96.99.99:80"), "not permitted");
+}
+
+/// The packet would leave the node for the default router, which is the client here.
+#[test]
+fn an_endpoint_in_the_service_range_is_not_sent_out() {
+    use proto::Protocol::{Tcp, Udp};
+    let lab = Lab::new();
+    let mut view = service("web", "10.96.0.10", &PODS);
+    for (name, address, endpoint) in [
+        ("alias", "10.96.0.40", "10.96.0.10:80"),
+        ("itself", "10.96.0.41", "10.96.0.41:80"),
+        ("nowhere", "10.96.0.42", "10.96.99.99:80"),
+    ] {
+        view.extend([
+            pool(name, Role::Cluster, &[endpoint], &[]),
+            udp_pool(name, Role::Cluster, &[endpoint], &[]),
+            KernelChange::Frontend(cluster_ip(name, address)),
+            KernelChange::Frontend(udp(cluster_ip(name, address))),
+        ]);
+    }
+    view.push(KernelChange::Frontend(node_port("alias", proto::Family::Ipv4, 30040)));
+    let _nft = program(&lab, &view);
+    for (from, own) in [(&lab.pods[0], "refused"), (&lab.client, "refused"), (&lab.node, "not permitted")] {
+        for alias in ["10.96.0.40:80", "10.96.0.41:80"] {
+            assert_eq!(outcome(from, Tcp, alias), "refused", "{alias}");
+            assert_eq!(outcome(from, Udp, alias), own, "{alias}");
+        }
+        assert_eq!(outcome(from, Tcp, "192.0.2.1:30040"), "refused");
+        assert_eq!(outcome(from, Tcp, "10.96.0.42:80"), "silence");
+        assert_eq!(outcome(from, Tcp, "10.96.0.10:80"), "answer", "the Service itself");
+    }
+}
+
+/// Counts first packets that leave the node with a priority, in a table of the test's own.
+const COUNT_PRIORITIES: &str = "
+table inet priorities {
+    chain count {
+        type filter hook postrouting priority 300
+        udp dport 8080 meta priority 6 counter comment \"kept\"
+        udp dport 8080 meta priority 0 counter comment \"none\"
+        udp dport 8080 counter comment \"all\"
+    }
+}";
+
+/// Packets of the table above with a comment.
+fn counted(lab: &Lab, comment: &str) -> u32 {
+    let text = lab.node.nft(&["list", "table", "inet", "priorities"], "");
+    let line = text.lines().find(|line| line.contains(comment)).unwrap();
+    line.split_whitespace().skip_while(|word| *word != "packets").nth(1).unwrap().parse().unwrap()
+}
+
+/// Sends one datagram with a socket option set.
+fn send_with(from: &Namespace, to: &str, level: i32, option: i32, value: i32) {
+    let to: std::net::SocketAddr = to.parse().unwrap();
+    from.run(move || {
+        let socket = std::net::UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+        let length = std::mem::size_of::<i32>() as u32;
+        // SAFETY: the value outlives the call and its length is right.
+        let set =
+            unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+        assert_eq!(set, 0);
+        socket.send_to(b"?", to).unwrap();
+    });
+}
+
+#[test]
+fn packets_keep_their_priority_and_never_get_ours() {
+    let lab = Lab::new();
+    let mut view = service("web", "10.96.0.10", &PODS);
+    view.extend([
+        udp_pool("dns", Role::Cluster, &PODS[..1], &[]),
+        udp_pool("dns", Role::Cluster, &PODS6[..1], &[]),
+        KernelChange::Frontend(udp(cluster_ip("dns", "10.96.0.53"))),
+        KernelChange::Frontend(udp(cluster_ip("dns", "fd96::53"))),
+    ]);
+    let _nft = program(&lab, &view);
+    let cases: [(&Namespace, &str, i32, i32, i32, &str); 8] = [
+        // No Service: the sender's priority stays, and the one that the kernel derives from the type of service.
+        (&lab.node, "10.244.0.2:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "kept"),
+        (&lab.node, "[fd44::2]:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "kept"),
+        (&lab.client, "10.244.0.2:8080", libc::IPPROTO_IP, libc::IP_TOS, 0x10, "kept"),
+        (&lab.client, "[fd44::2]:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 0, "none"),
+        // A Service: nothing of what the rules kept in the priority is left.
+        (&lab.node, "10.96.0.53:80", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "none"),
+        (&lab.node, "[fd96::53]:80", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "none"),
+        (&lab.client, "10.96.0.53:80", libc::IPPROTO_IP, libc::IP_TOS, 0x10, "kept"),
+        (&lab.client, "[fd96::53]:80", libc::SOL_SOCKET, libc::SO_PRIORITY, 0, "none"),
+    ];
+    for (from, to, level, option, value, expected) in cases {
+        lab.node.nft(&["-f", "-"], COUNT_PRIORITIES);
+        send_with(from, to, level, option, value);
+        eventually("the packet passes", || counted(&lab, "\"all\"") == 1);
+        assert_eq!(counted(&lab, expected), 1, "{to} from {}", from.0);
+        lab.node.nft(&["delete", "table", "inet", "priorities"], "");
+    }
+    // Another program's masquerade comes first: our own postrouting chain is not asked.
+    lab.node.nft(
+        &["-f", "-"],
+        "table inet foreign {
+            chain first {
+                type nat hook postrouting priority 90
+                udp dport 8080 masquerade
+            }
+        }",
+    );
+    for to in ["10.96.0.53:80", "[fd96::53]:80"] {
+        lab.node.nft(&["-f", "-"], COUNT_PRIORITIES);
+        send_with(&lab.node, to, libc::SOL_SOCKET, libc::SO_PRIORITY, 6);
+        eventually("the packet passes", || counted(&lab, "\"all\"") == 1);
+        assert_eq!(counted(&lab, "none"), 1, "{to}");
+        lab.node.nft(&["delete", "table", "inet", "priorities"], "");
+    }
 }

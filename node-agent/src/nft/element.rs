@@ -121,6 +121,7 @@ pub(crate) enum Element<const N: usize> {
     ServiceCidr(Range<N>),
     LocalPod(Range<N>),
     Refused(Key<N>),
+    RefusedNodePort(Key<N>),
     Hairpin(Key<N>),
     /// A range of a list of sources.
     Source(u32, Range<N>),
@@ -171,6 +172,7 @@ impl<const N: usize> Element<N> {
             Element::ServiceCidr(_) => "service_cidrs",
             Element::LocalPod(_) => "local_pods",
             Element::Refused(_) => "refused",
+            Element::RefusedNodePort(_) => "refused_node_ports",
             Element::Hairpin(_) => "hairpin",
             Element::Source(list, _) => return source_list_name(*list).into(),
         };
@@ -187,7 +189,8 @@ impl<const N: usize> Element<N> {
             | Element::Inside(at)
             | Element::Outside(at)
             | Element::Guarded(at)
-            | Element::Refused(at) => key_bytes(at, &mut key),
+            | Element::Refused(at)
+            | Element::RefusedNodePort(at) => key_bytes(at, &mut key),
             Element::Slot { pool, index } => {
                 key.extend(pool.to_ne_bytes());
                 key.extend(index.to_ne_bytes());
@@ -282,6 +285,7 @@ pub(crate) fn decode<const N: usize>(set: &str, dumped: &Dumped<'_>) -> Option<(
         "vips" => (Element::Vip(dumped.key.try_into().ok()?), Data::Present),
         "cluster_ips" => (Element::ClusterIp(dumped.key.try_into().ok()?), Data::Present),
         "refused" => (Element::Refused(key_from(dumped.key)?), Data::Present),
+        "refused_node_ports" => (Element::RefusedNodePort(key_from(dumped.key)?), Data::Present),
         "hairpin" => (Element::Hairpin(key_from(dumped.key.get(N..)?)?), Data::Present),
         _ => return None,
     })

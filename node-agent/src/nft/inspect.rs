@@ -92,6 +92,7 @@ fn describe<const N: usize>(element: &Element<N>, data: &Data<N>) -> String {
         | Element::Outside(key)
         | Element::Guarded(key)
         | Element::Refused(key)
+        | Element::RefusedNodePort(key)
         | Element::Hairpin(key) => {
             format!("{}/{}", text::socket_address(&key.address, key.port), text::protocol(key.protocol))
         }

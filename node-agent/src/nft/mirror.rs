@@ -56,6 +56,24 @@ pub(crate) struct Frontend {
     pub(crate) port: u32,
 }
 
+/// Who refuses connections that have no endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refuses {
+    /// The node that the connection comes through or from.
+    Anywhere,
+    /// The node that it is for: its port is a node port.
+    AtTheNode,
+}
+
+impl Refuses {
+    fn element<const N: usize>(self, key: Key<N>) -> Element<N> {
+        match self {
+            Refuses::Anywhere => Element::Refused(key),
+            Refuses::AtTheNode => Element::RefusedNodePort(key),
+        }
+    }
+}
+
 /// What is in the kernel for one address, protocol and port. A value of 0 is absent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Programmed {
@@ -63,7 +81,8 @@ struct Programmed {
     inside: u32,
     outside: u32,
     guarded: u32,
-    refused: bool,
+    /// The element by which connections are refused.
+    refused: Option<Refuses>,
     cluster_ip: bool,
 }
 
@@ -435,8 +454,8 @@ impl<const N: usize> Mirror<N> {
             ];
             let present = values.into_iter().filter(|(_, value)| *value != 0);
             all.extend(present.map(|(element, value)| (element, Data::Value(value))));
-            if programmed.refused {
-                all.insert(Element::Refused(*key), Data::Present);
+            if let Some(refuses) = programmed.refused {
+                all.insert(refuses.element(*key), Data::Present);
             }
         }
         for (address, (_, cluster_ips)) in &self.addresses {

@@ -4,7 +4,7 @@
 //! zero, bits 30..12 the pool (18 bits of service-port number, then one bit of role: 0 Cluster, 1 Local), bits
 //! 11..0 the code: a fixed one, or a [`Pick`], with two bits of masquerading, five of affinity timeout and five of
 //! size class. `meta priority` is the scratch register: marks belong to others, the kernel overwrites the priority
-//! when it forwards IPv4, and postrouting resets it.
+//! when it forwards IPv4, and chain `routed` resets it.
 //!
 //! A packet can cross a commit: each lookup reads the current generation anew, so it may hit the old element of
 //! one map and miss the new one of the next. After a hit in `frontends` a miss is therefore tried once more and
@@ -24,7 +24,7 @@ pub(crate) use sets::SetSpec;
 /// The name of our table in both families.
 pub const TABLE: &str = "switchtower";
 /// Changes when the rules or sets change their meaning; part of the stamp.
-pub const LAYOUT_VERSION: u16 = 3;
+pub const LAYOUT_VERSION: u16 = 4;
 
 /// Only listed sources may use the frontend: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
@@ -174,13 +174,14 @@ impl Layout {
 
     /// The chains that do not depend on Services, in an order in which each only names earlier ones.
     pub(crate) fn chains(self, config: &RuleConfig) -> Vec<Chain> {
-        let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Accept)];
+        let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Goto("refuse".to_owned()))];
         let split = (CODE_SPLIT, Verdict::Jump("split".to_owned()));
         let guarded: Vec<_> = [split.clone()].into_iter().chain(fixed.clone()).collect();
         // The other bits of a restricted frontend's value name its list of sources.
         let restricted = (CODE_RESTRICTED, Verdict::Jump("restricted".to_owned()));
         let all: Vec<_> = [restricted, split].into_iter().chain(fixed.clone()).collect();
-        let mut chains = vec![self.mark_cluster_ip(config)];
+        let refuse = chain("refuse", vec![forget(), verdict(Verdict::Accept)]);
+        let mut chains = vec![refuse, self.mark_cluster_ip(config)];
         chains.extend(self.connect_chains(config));
         chains.extend([
             self.look_up_or_drop("inside", &fixed),
@@ -188,16 +189,17 @@ impl Layout {
             self.split(config),
             self.look_up_or_drop("guarded", &guarded),
             self.restricted(),
-            self.services(&all),
-            self.no_endpoint("no_endpoint_input", false),
-            self.no_endpoint("no_endpoint", true),
+            self.found(&all),
+            self.services(),
+            self.no_endpoint_input(),
+            self.routed(),
             base("nat_prerouting", ("nat", 0, -100), vec![verdict(Verdict::Jump("services".to_owned()))]),
             base("nat_output", ("nat", 3, -100), vec![verdict(Verdict::Jump("services".to_owned()))]),
             self.postrouting(config),
-            base("filter_input", ("filter", 1, -110), vec![new_without_nat("no_endpoint_input")]),
-            base("filter_forward", ("filter", 2, -110), vec![new_without_nat("no_endpoint")]),
+            base("filter_input", ("filter", 1, -110), vec![new("no_endpoint_input", with_nat(false))]),
+            base("filter_forward", ("filter", 2, -110), vec![new("routed", vec![])]),
             // After our nat_output, so that connections to Services with endpoints are known by their NAT.
-            base("filter_output", ("filter", 3, -90), vec![new_without_nat("no_endpoint")]),
+            base("filter_output", ("filter", 3, -90), vec![new("routed", vec![])]),
         ]);
         chains
     }
@@ -235,39 +237,66 @@ impl Layout {
         chain("split", rules)
     }
 
-    fn services(self, fixed: &[(u32, Verdict)]) -> Chain {
-        let connect = || Verdict::Goto("connect".to_owned());
-        let mut rules = vec![forget(), self.look_up_frontend("frontends")];
-        rules.extend(dispatch::dispatch(fixed, connect()));
+    /// Looks every new connection up. The priority of those that are not ours stays as it is.
+    fn services(self) -> Chain {
+        let found = E::Verdict(Verdict::Goto("found".to_owned()));
+        let mut first = self.look_up_frontend("frontends").0;
+        first.push(found.clone());
         // An address of ours without that port, or a lookup that crossed a commit: once more, then it is known.
-        let mut again =
-            vec![self.destination(0), E::Lookup { set: "vips".to_owned(), register: 0, result: None }];
+        let mut again = vec![self.destination(0), lookup("vips")];
         again.extend(self.look_up_frontend("frontends").0);
-        rules.push(Rule(again));
-        rules.extend(dispatch::dispatch(fixed, connect()));
-        // A hit whose chain is missing: its code is newer than this packet's view of the rules.
-        let hit = [
-            E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Compare { equal: false, register: 0, data: vec![0; 4] },
-            E::Verdict(Verdict::Drop),
-        ];
-        rules.push(Rule(hit.to_vec()));
-        chain("services", rules)
+        again.push(found);
+        chain("services", vec![Rule(first), Rule(again)])
     }
 
-    /// New connections that no rule gave a backend.
-    fn no_endpoint(self, name: &str, routed: bool) -> Chain {
-        let code = if self.family == FAMILY_IPV4 { 3 } else { 4 };
-        let lookup = |set: &str| E::Lookup { set: set.to_owned(), register: 0, result: None };
-        let mut refused = self.frontend_key();
-        refused.extend([lookup("refused"), E::Reject { code }]);
-        let mut rules = vec![Rule(refused)];
-        if routed {
-            rules.push(Rule(vec![self.destination(0), lookup("cluster_ips"), E::Reject { code }]));
-            let drop = E::Verdict(Verdict::Drop);
-            rules.push(Rule(vec![self.destination(0), lookup("service_cidrs"), drop]));
-        }
-        chain(name, rules)
+    /// A new connection to a frontend, whose value is in the priority.
+    fn found(self, fixed: &[(u32, Verdict)]) -> Chain {
+        let mut rules = dispatch::dispatch(fixed, Verdict::Goto("connect".to_owned())).to_vec();
+        rules.push(verdict(Verdict::Drop));
+        chain("found", rules)
+    }
+
+    /// `refuse` if the destination's address, protocol and port are in `set`.
+    fn refuse_listed(self, set: &str) -> Vec<E> {
+        let mut rule = self.frontend_key();
+        rule.extend([lookup(set), self.reject()]);
+        rule
+    }
+
+    fn reject(self) -> E {
+        E::Reject { code: if self.family == FAMILY_IPV4 { 3 } else { 4 } }
+    }
+
+    /// New connections to this node that no rule gave a backend. Those to node ports are refused only here, so that
+    /// a process of the node gets the answer that everybody gets: refused in output, its send() would fail instead.
+    fn no_endpoint_input(self) -> Chain {
+        let rules = ["refused", "refused_node_ports"].map(|set| Rule(self.refuse_listed(set)));
+        chain("no_endpoint_input", rules.to_vec())
+    }
+
+    /// New connections that are forwarded or sent by this node.
+    ///
+    /// The id of the chosen backend must not stay in the priority, where queueing disciplines would read it. It is
+    /// reset here and not in postrouting: there the first nat chain that masquerades, which may be another program's,
+    /// is the last one. The kernel itself has done it for forwarded IPv4.
+    ///
+    /// No address of the Service ranges may leave it: with
+    /// a backend in them (an EndpointSlice may name any address) the packet would go to the default router, and
+    /// come back translated anew where the ranges are routed to nodes.
+    fn routed(self) -> Chain {
+        let mut scratch = with_nat(true);
+        scratch.extend(dispatch::is_backend());
+        scratch.extend(forget().0);
+        let mut refused = with_nat(false);
+        refused.extend(self.refuse_listed("refused"));
+        let to = |set: &str, verdict: E| Rule(vec![self.destination(0), lookup(set), verdict]);
+        let rules = vec![
+            Rule(scratch),
+            Rule(refused),
+            to("cluster_ips", self.reject()),
+            to("service_cidrs", E::Verdict(Verdict::Drop)),
+        ];
+        chain("routed", rules)
     }
 
     fn postrouting(self, config: &RuleConfig) -> Chain {
@@ -291,7 +320,7 @@ impl Layout {
             E::Lookup { set: "hairpin".to_owned(), register: 0, result: None },
             E::Masquerade,
         ]);
-        base("nat_postrouting", ("nat", 4, 100), vec![forget(), marked, Rule(hairpin)])
+        base("nat_postrouting", ("nat", 4, 100), vec![marked, Rule(hairpin)])
     }
 }
 
@@ -329,14 +358,19 @@ fn with_nat(wanted: bool) -> Vec<E> {
     ]
 }
 
-/// `ct state new ct status ! dnat jump chain`: connections that have a backend pay no lookup.
-fn new_without_nat(chain: &str) -> Rule {
+/// `ct state new jump chain`, if `test` holds too: other packets pay no lookup.
+fn new(chain: &str, test: Vec<E>) -> Rule {
     let mut rule = vec![
         E::LoadConntrack { key: CT_STATE, register: 0 },
         E::Bitwise { register: 0, mask: 8, xor: 0 },
         E::Compare { equal: false, register: 0, data: vec![0; 4] },
     ];
-    rule.extend(with_nat(false));
+    rule.extend(test);
     rule.push(E::Verdict(Verdict::Jump(chain.to_owned())));
     Rule(rule)
+}
+
+/// Membership of register 0 and the following in a set.
+fn lookup(set: &str) -> E {
+    E::Lookup { set: set.to_owned(), register: 0, result: None }
 }

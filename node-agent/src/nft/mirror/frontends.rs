@@ -2,7 +2,7 @@
 
 use switchtower_proto::v1::{FrontendKind, Role, Verdict};
 
-use super::{Frontend, Mirror, Programmed, Reference, Target, pool_bits, role_index};
+use super::{Frontend, Mirror, Programmed, Reference, Refuses, Target, pool_bits, role_index};
 use crate::nft::element::{Data, Element, Key, LIST_SHIFT, Range};
 use crate::nft::ruleset::{CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, Pick};
 
@@ -42,7 +42,11 @@ impl<const N: usize> Mirror<N> {
         }
         let present = |present: bool| present.then_some(Data::Present);
         if before.refused != wanted.refused {
-            self.put(Element::Refused(key), present(before.refused), present(wanted.refused));
+            for (refuses, old, new) in [(before.refused, true, false), (wanted.refused, false, true)] {
+                if let Some(refuses) = refuses {
+                    self.put(refuses.element(key), present(old), present(new));
+                }
+            }
         }
         self.count_address(key.address, &before, &wanted);
         if wanted.main != 0 {
@@ -89,7 +93,11 @@ impl<const N: usize> Mirror<N> {
             programmed.main = target(self, frontend.outside, Masquerade::Always);
         }
         let values = [programmed.main, programmed.inside, programmed.outside];
-        programmed.refused = values.contains(&CODE_REFUSE);
+        let refuses = match frontend.kind {
+            FrontendKind::NodePort => Refuses::AtTheNode,
+            _ => Refuses::Anywhere,
+        };
+        programmed.refused = values.contains(&CODE_REFUSE).then_some(refuses);
         if frontend.kind == FrontendKind::LoadBalancer {
             let ranges = frontend.ranges.iter();
             let ranges = ranges.filter_map(|range| Range::new(&range.address, range.prefix_length));

@@ -147,7 +147,8 @@ impl<const N: usize> Mirror<N> {
             | Element::Inside(key)
             | Element::Outside(key)
             | Element::Guarded(key)
-            | Element::Refused(key) => self.frontend_item(key),
+            | Element::Refused(key)
+            | Element::RefusedNodePort(key) => self.frontend_item(key),
             Element::SourceList(list) | Element::Source(list, _) => self.list_item(*list),
             Element::Hairpin(key) => {
                 format!("local endpoint {}", text::socket_address(&key.address, key.port))

@@ -140,7 +140,7 @@ fn if_any(mask: u32, verdict: Verdict) -> Rule {
 }
 
 /// The test that the priority is the id of a backend.
-fn is_backend() -> Vec<Expression> {
+pub(super) fn is_backend() -> Vec<Expression> {
     let mut test = bits(BACKEND_BIT);
     test.push(E::Compare { equal: true, register: 0, data: BACKEND_BIT.to_ne_bytes().to_vec() });
     test

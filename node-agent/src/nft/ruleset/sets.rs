@@ -105,6 +105,7 @@ impl Layout {
             set("service_cidrs", FLAG_INTERVAL, (address, length), NETWORK_ORDER),
             set("local_pods", FLAG_INTERVAL, (address, length), NETWORK_ORDER),
             set("refused", 0, frontend, CONCATENATION),
+            set("refused_node_ports", 0, frontend, CONCATENATION),
             set(
                 "hairpin",
                 0,
