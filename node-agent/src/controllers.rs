@@ -3,6 +3,8 @@
 //! Files are read anew for every attempt to connect, so that a rotated CA or token and a moved controller are
 //! found without a restart.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use rustls_pki_types::CertificateDer;
@@ -85,6 +87,8 @@ pub struct Controllers {
     pub state: Option<PathBuf>,
     /// Peers of the last Welcome.
     peers: Vec<String>,
+    /// What names were last resolved to.
+    resolved: BTreeMap<String, Vec<SocketAddr>>,
 }
 
 impl Controllers {
@@ -96,7 +100,15 @@ impl Controllers {
         token_file: PathBuf,
         state: Option<PathBuf>,
     ) -> Self {
-        Controllers { flags, bootstrap, ca_file, token_file, state, peers: Vec::new() }
+        Controllers {
+            flags,
+            bootstrap,
+            ca_file,
+            token_file,
+            state,
+            peers: Vec::new(),
+            resolved: BTreeMap::new(),
+        }
     }
 
     /// `host:port` of all known controllers in order of trust in the source: flag, file, Welcome, disk.
@@ -125,6 +137,22 @@ impl Controllers {
         let listed =
             self.bootstrap.as_ref().map(|path| path.join("controllers")).filter(|path| path.exists());
         Err(listed.map_or(BootstrapError::NoController, |path| BootstrapError::NoAddress { path }))
+    }
+
+    /// Remembers what a `host:port` of [`Controllers::addresses`] was resolved to.
+    pub fn resolved(&mut self, controller: &str, addresses: &[SocketAddr]) {
+        self.resolved.insert(controller.to_owned(), addresses.to_vec());
+    }
+
+    /// The addresses of all known controllers, sorted, as far as they need no name service or were resolved before.
+    #[must_use]
+    pub fn known_addresses(&self) -> Vec<SocketAddr> {
+        let controllers = self.addresses().unwrap_or_default();
+        let known = controllers.iter().flat_map(|controller| match controller.parse() {
+            Ok(address) => vec![address],
+            Err(_) => self.resolved.get(controller).cloned().unwrap_or_default(),
+        });
+        known.collect::<BTreeSet<SocketAddr>>().into_iter().collect()
     }
 
     /// Remembers the peers that a controller told, also on disk.

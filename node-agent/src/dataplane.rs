@@ -2,6 +2,7 @@
 //!
 //! One implementation programs nf_tables; tests of the session use one in memory.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::kernel_change::KernelChange;
@@ -110,6 +111,13 @@ pub trait Dataplane: Send {
     /// # Errors
     /// Nothing was committed, and the kernel still holds the generation before.
     fn commit(&mut self, changes: &[KernelChange], stamp: Stamp) -> Result<Committed, CommitError>;
+
+    /// Takes frontends at these addresses out of the kernel, except ClusterIPs, so that the agent can reach its
+    /// controllers although nothing else may be written yet. Returns how many elements were removed.
+    ///
+    /// # Errors
+    /// The kernel could not be read or written.
+    fn release(&mut self, controllers: &[SocketAddr]) -> Result<usize, CommitError>;
 
     /// Compares the kernel with what it should hold and repairs differences in one transaction. Items that the
     /// kernel refused before are tried again.

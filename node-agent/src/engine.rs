@@ -12,7 +12,7 @@ mod report;
 mod snapshots;
 mod trial;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason, Stamp as WireStamp, View};
@@ -53,6 +53,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The addresses of the node's interfaces now.
     pub host_addresses: Vec<IpAddr>,
+    /// Where the controllers are, as far as known without asking anybody.
+    pub controllers: Vec<SocketAddr>,
     /// Applies the conntrack settings when they change.
     pub sysctls: crate::sysctl::Sysctls,
     /// Changes the level of the log.
@@ -289,6 +291,10 @@ impl Engine {
                 Err(refusal) => self.refuse(end.to, Err(refusal)),
             },
             Command::HostAddresses(addresses) => self.addresses_changed(addresses),
+            Command::Controllers { addresses, done } => {
+                self.controllers_changed(addresses);
+                drop(done);
+            }
             Command::Drift { cause, noticed } => {
                 self.drift.notice(cause, noticed);
                 self.repair_if_due();
@@ -321,6 +327,29 @@ impl Engine {
         }
         if self.hold {
             self.publish_health();
+        }
+        self.queue_and_sync();
+    }
+
+    /// A frontend at a controller's address would cut this agent off, and nobody could tell it that it is gone.
+    fn controllers_changed(&mut self, addresses: Vec<SocketAddr>) {
+        if self.hold {
+            // Whatever the view says, without a controller it never becomes current.
+            match self.parts.dataplane.release(&addresses) {
+                Ok(0) => {}
+                Ok(removed) => {
+                    tracing::warn!(removed, "Services captured the way to the controllers: removed")
+                }
+                Err(error) => tracing::warn!(%error, "the way to the controllers cannot be kept free"),
+            }
+        }
+        if self.parts.controllers == addresses {
+            return;
+        }
+        self.parts.controllers.clone_from(&addresses);
+        if !self.doubt {
+            self.pending.retain(|change| !matches!(change, KernelChange::Controllers(_)));
+            self.pending.push(KernelChange::Controllers(addresses));
         }
         self.queue_and_sync();
     }
@@ -451,6 +480,7 @@ impl Engine {
         let result = if self.doubt {
             let mut view = self.state.view();
             view.insert(0, KernelChange::HostAddresses(self.parts.host_addresses.clone()));
+            view.insert(0, KernelChange::Controllers(self.parts.controllers.clone()));
             self.parts
                 .dataplane
                 .adopt(&view, stamp)

@@ -4,7 +4,7 @@
 //! here is the merged one (the most specific layer's), and only the roles CLUSTER and LOCAL appear: SERVING
 //! is for conntrack and never programmed.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use switchtower_proto::v1::{
     Cidr, Endpoint, Frontend, FrontendKey, LocalEndpoint, NodeRecord, PoolKey, Settings,
@@ -42,4 +42,7 @@ pub enum KernelChange {
     Settings(Settings),
     /// Replaces the addresses of the node's own interfaces, loopback excluded.
     HostAddresses(Vec<IpAddr>),
+    /// Replaces the addresses at which the agent reaches its controllers: no frontend but a ClusterIP is programmed
+    /// there.
+    Controllers(Vec<SocketAddr>),
 }

@@ -119,6 +119,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         health: health.clone(),
         metrics: metrics.clone(),
         host_addresses,
+        controllers: controllers.known_addresses(),
         sysctls: Sysctls::new("/proc/sys".as_ref()),
         log,
         prober: Box::new(TcpProber::new(runtime.handle().clone(), commands.clone())),

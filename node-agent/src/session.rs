@@ -3,6 +3,7 @@
 //! Nothing here touches the kernel: losing the controller changes no packet's fate. Addresses are tried in
 //! turn with a deadline and back-off with full jitter; a GoAway's `retry_after` is honoured.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -182,9 +183,32 @@ pub async fn run(
     }
 }
 
-async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Channel), SessionError> {
-    let addresses = controllers.addresses()?;
-    let address = addresses[turn % addresses.len()].clone();
+/// Resolves a controller's address, and has the kernel let connections to all known ones pass.
+async fn clear_the_way(
+    controllers: &mut Controllers,
+    address: &str,
+    commands: &mpsc::Sender<Command>,
+) -> Result<Vec<SocketAddr>, SessionError> {
+    let unreachable =
+        |reason: String| SessionError::Connect { address: address.to_owned(), reason, distrust: None };
+    let found = timeout(CONNECT_DEADLINE, tokio::net::lookup_host(address)).await;
+    let found = found.map_err(|_| unreachable("the name service does not answer".to_owned()))?;
+    let found: Vec<SocketAddr> = found.map_err(|error| unreachable(chain(&error)))?.collect();
+    controllers.resolved(address, &found);
+    let (done, attempted) = oneshot::channel();
+    let command = Command::Controllers { addresses: controllers.known_addresses(), done };
+    commands.send(command).await.map_err(|_| SessionError::Stopping)?;
+    // An engine that is busy must not keep the agent from connecting: most of the time nothing is in the way.
+    let _ = timeout(CONNECT_DEADLINE, attempted).await;
+    Ok(found)
+}
+
+/// Connects to the controller `address`, which was resolved to `target`.
+async fn connect(
+    controllers: &Controllers,
+    address: &str,
+    target: Vec<SocketAddr>,
+) -> Result<Channel, SessionError> {
     let mut roots = rustls::RootCertStore::empty();
     for certificate in controllers.ca()? {
         roots.add(certificate)?;
@@ -196,11 +220,10 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
         .with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let target = address.clone();
     let dial = tower::service_fn(move |_: tonic::transport::Uri| {
         let (connector, target) = (connector.clone(), target.clone());
         async move {
-            let stream = timeout(TCP_DEADLINE, tokio::net::TcpStream::connect(&target)).await;
+            let stream = timeout(TCP_DEADLINE, tokio::net::TcpStream::connect(&*target)).await;
             let stream = stream.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
             stream.set_nodelay(true)?;
             let name = rustls_pki_types::ServerName::try_from(SERVER_NAME).map_err(std::io::Error::other)?;
@@ -209,7 +232,7 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
         }
     });
     let failed =
-        |reason: String, distrust| SessionError::Connect { address: address.clone(), reason, distrust };
+        |reason: String, distrust| SessionError::Connect { address: address.to_owned(), reason, distrust };
     // TLS is the connector's; tonic must not see https, or it would add its own.
     let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
         .map_err(|error| failed(chain(&error), None))?
@@ -217,7 +240,7 @@ async fn connect(controllers: &Controllers, turn: usize) -> Result<(String, Chan
         .keep_alive_timeout(PING_INTERVAL)
         .keep_alive_while_idle(true);
     match timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(dial)).await {
-        Ok(Ok(channel)) => Ok((address, channel)),
+        Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(failed(chain(&error), Distrust::of(&error))),
         Err(_) => Err(failed(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()), None)),
     }
@@ -265,7 +288,10 @@ async fn open<'a>(
     contact: &Contact,
 ) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
     let token = controllers.token()?;
-    let (address, channel) = connect(controllers, turn).await?;
+    let addresses = controllers.addresses()?;
+    let address = addresses[turn % addresses.len()].clone();
+    let target = clear_the_way(controllers, &address, commands).await?;
+    let channel = connect(controllers, &address, target).await?;
     let (events_sender, events) = mpsc::unbounded_channel();
     let (standing, answer) = oneshot::channel();
     let attach = Command::Attach { events: events_sender, standing };

@@ -1,6 +1,7 @@
 //! Fixtures that several modules' tests share: synthetic views and an in-memory kernel.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use switchtower_proto::v1::*;
@@ -62,6 +63,8 @@ pub(crate) struct Memory {
     pub(crate) commits: Vec<usize>,
     pub(crate) adoptions: usize,
     pub(crate) repairs: usize,
+    /// Controllers that the way was cleared to while nothing else was written.
+    pub(crate) released: Vec<SocketAddr>,
     /// The settings in force.
     pub(crate) settings: Option<Settings>,
     /// Fail everything with this error number.
@@ -154,9 +157,20 @@ impl Dataplane for MemoryKernel {
         let mut memory = self.lock();
         memory.check("commit")?;
         memory.apply(changes);
-        memory.commits.push(changes.len());
+        // Where controllers are changes nothing here.
+        let view = changes.iter().filter(|change| !matches!(change, KernelChange::Controllers(_))).count();
+        if view > 0 {
+            memory.commits.push(view);
+        }
         memory.stamp = Some(stamp);
         Ok(memory.committed(changes.len()))
+    }
+
+    fn release(&mut self, controllers: &[SocketAddr]) -> Result<usize, CommitError> {
+        let mut memory = self.lock();
+        memory.check("release")?;
+        memory.released.extend_from_slice(controllers);
+        Ok(0)
     }
 
     fn repair(&mut self) -> Result<Repaired, CommitError> {

@@ -315,3 +315,74 @@ fn memory_follows_the_view() {
         assert!(resident < 45_000, "{resident} kB resident");
     });
 }
+
+/// A frontend that captures connections to `address`.
+fn captured(address: std::net::SocketAddr) -> Frontend {
+    let std::net::IpAddr::V4(ip) = address.ip() else { panic!("the controller listens on IPv4") };
+    let frontend = fleet::frontend(0);
+    let key =
+        FrontendKey { address: ip.octets().to_vec(), port: address.port().into(), ..frontend.key.unwrap() };
+    Frontend { key: Some(key), kind: FrontendKind::ExternalIp as i32, ..frontend }
+}
+
+fn captures(address: std::net::SocketAddr) -> bool {
+    let listed = shell("nft list map ip switchtower frontends");
+    listed.contains(&format!("{} . tcp . {} ", address.ip(), address.port()))
+}
+
+#[test]
+fn a_service_at_the_controllers_address_locks_no_agent_out() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(3, 2);
+        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
+        // The compiler refuses such a Service; a controller of another version may not.
+        stream.update(fleet.add_frontend(captured(controller.address))).await;
+        let ack = stream.ack().await;
+        let deviations = ack.deviations.expect("the row names it");
+        assert!(format!("{deviations:?}").contains("reaches a controller"), "{deviations:?}");
+        assert!(!captures(controller.address));
+        // The stream ends by itself, the agent ends and reads its snapshot file, the agent is killed.
+        drop(stream);
+        let stream = controller.accept().await;
+        agent.terminate();
+        drop((stream, agent));
+        let mut agent = Agent::start(directory.path());
+        let stream = controller.accept().await;
+        assert_eq!(stream.hello.view.as_ref().unwrap().generation, 2);
+        assert!(!captures(controller.address));
+        agent.kill();
+    });
+}
+
+#[test]
+fn rules_that_captured_the_controller_let_the_agent_out() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(3, 2);
+        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
+        eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
+        // Killed before the file is written: at its start the agent may write nothing but what frees its way.
+        stream.update(fleet.add_endpoint(1, 5)).await;
+        stream.ack().await;
+        agent.kill();
+        drop(stream);
+        let address = controller.address;
+        let key = format!("{} . tcp . {}", address.ip(), address.port());
+        let refuse = format!("nft add element ip switchtower frontends '{{ {key} : 0:4 }}'");
+        for state_is_lost in [false, true] {
+            shell(&refuse);
+            shell(&format!("nft add element ip switchtower refused '{{ {key} }}'"));
+            if state_is_lost {
+                std::fs::remove_dir_all(directory.path().join("state")).unwrap();
+            }
+            assert!(captures(address));
+            assert!(std::net::TcpStream::connect(address).is_err());
+            let mut agent = Agent::start(directory.path());
+            let stream = controller.accept().await;
+            assert_eq!(stream.hello.kernel.as_ref().unwrap().generation, 2);
+            assert!(!captures(address));
+            agent.kill();
+        }
+    });
+}

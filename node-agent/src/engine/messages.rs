@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out of it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use switchtower_proto::v1::{
@@ -31,6 +31,14 @@ pub enum Command {
     End(UpdateEnd),
     /// The addresses of the node's interfaces changed.
     HostAddresses(Vec<IpAddr>),
+    /// Where the controllers are that the session is about to connect to. Dropping `done` says that the kernel lets
+    /// these connections pass, as far as that is possible now.
+    Controllers {
+        /// All that are known.
+        addresses: Vec<SocketAddr>,
+        /// Dropped when it was attempted.
+        done: oneshot::Sender<()>,
+    },
     /// Somebody else changed our tables, or may have.
     Drift {
         /// For the report and the metric.

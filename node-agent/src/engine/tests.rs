@@ -33,6 +33,7 @@ fn probing_engine(
         health: health.clone(),
         metrics: Metrics::register(&prometheus::Registry::new()).unwrap(),
         host_addresses: vec!["192.0.2.1".parse().unwrap()],
+        controllers: Vec::new(),
         sysctls: crate::sysctl::Sysctls::new(directory),
         log: testing::log(),
         prober: Box::new(prober.clone()),
@@ -456,4 +457,24 @@ fn questions_about_the_view_are_answered() {
 #[test]
 fn testing_fixture_and_state_agree() {
     assert_eq!(testing::state(3, 2).digest(), Fleet::new(3, 2).digest);
+}
+
+#[test]
+fn the_way_to_controllers_is_cleared_while_a_view_is_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(2, 2);
+    let mut first = with_a_file(&kernel, directory.path(), &fleet);
+    play(&mut first, fleet.add_endpoint(0, 3));
+    // Killed: the kernel is newer than the file.
+    drop(first);
+    let commits = kernel.lock().commits.len();
+    let (mut second, _) = engine(&kernel, directory.path());
+    assert!(second.hold);
+    let controller: SocketAddr = "192.0.2.9:9443".parse().unwrap();
+    let (done, mut attempted) = oneshot::channel();
+    second.handle(Command::Controllers { addresses: vec![controller], done });
+    assert_eq!(attempted.try_recv(), Err(oneshot::error::TryRecvError::Closed), "the session goes on");
+    assert_eq!(kernel.lock().released, [controller]);
+    assert_eq!((second.hold, kernel.lock().commits.len()), (true, commits), "nothing else is written");
 }

@@ -116,6 +116,12 @@ pub(crate) fn family<const N: usize>(
     encoded
 }
 
+/// Writes the removal of one element.
+pub(crate) fn removal<const N: usize>(batch: &mut Batch, element: Element<N>) {
+    let mut encoded = Encoded { groups: Vec::new(), operations: 0 };
+    write_elements(batch, Layout::new(N), &mut encoded, &[(element, None)], (true, usize::MAX));
+}
+
 /// Creates the table, its constant sets and chains; base chains come at the end.
 fn build(batch: &mut Batch, layout: Layout, chains: &[Chain]) {
     let table = |batch: &mut Batch, kind, flags| {

@@ -123,6 +123,8 @@ pub(crate) struct Facts<const N: usize> {
     pub(crate) primary: Option<[u8; N]>,
     pub(crate) local_pods: Vec<Range<N>>,
     pub(crate) rules: RuleConfig,
+    /// Where the agent reaches its controllers.
+    pub(crate) controllers: BTreeSet<Key<N>>,
 }
 
 use lists::SourceLists;
@@ -364,6 +366,7 @@ impl<const N: usize> Mirror<N> {
             let references: Vec<Reference<N>> = restricted.map(|(reference, _)| *reference).collect();
             references.into_iter().for_each(|reference| self.mark_keys(reference));
         }
+        self.dirty_keys.extend(before.controllers.symmetric_difference(&self.facts.controllers));
         let changed: Vec<[u8; N]> =
             before.node_ports.symmetric_difference(&self.facts.node_ports).copied().collect();
         if !changed.is_empty() {

@@ -17,6 +17,7 @@ mod monitor;
 mod netlink;
 mod plan;
 mod reader;
+mod release;
 mod resolve;
 mod ruleset;
 mod text;
@@ -24,6 +25,7 @@ mod wire;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
@@ -406,6 +408,11 @@ impl Dataplane for Nft {
                 Err(error)
             }
         }
+    }
+
+    fn release(&mut self, controllers: &[SocketAddr]) -> Result<usize, CommitError> {
+        Ok(release::release::<4>(&mut self.socket, controllers)?
+            + release::release::<16>(&mut self.socket, controllers)?)
     }
 
     fn repair(&mut self) -> Result<Repaired, CommitError> {

@@ -1,6 +1,7 @@
 //! Both families together: view changes to mirror changes and their inverses. Pure.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 use switchtower_proto::v1::{
     Cidr, Endpoint, Family, Frontend as ViewFrontend, FrontendKey, LocalDetection, LocalEndpoint, NodeRecord,
@@ -23,6 +24,7 @@ pub(crate) enum Undo {
     Node(Option<NodeRecord>),
     Settings(Option<Settings>),
     HostAddresses(Vec<IpAddr>),
+    Controllers(Vec<SocketAddr>),
 }
 
 /// The desired content of both tables.
@@ -33,6 +35,7 @@ pub(crate) struct Plan {
     node: Option<NodeRecord>,
     settings: Option<Settings>,
     host_addresses: Vec<IpAddr>,
+    controllers: Vec<SocketAddr>,
 }
 
 /// Calls a generic function for the mirror of the family that an address length or family names.
@@ -55,7 +58,14 @@ macro_rules! for_family {
 impl Plan {
     /// Empty tables.
     pub(crate) fn new() -> Self {
-        Plan { v4: Mirror::new(), v6: Mirror::new(), node: None, settings: None, host_addresses: Vec::new() }
+        Plan {
+            v4: Mirror::new(),
+            v6: Mirror::new(),
+            node: None,
+            settings: None,
+            host_addresses: Vec::new(),
+            controllers: Vec::new(),
+        }
     }
 
     /// Applies one change; returns what undoes it, in the order in which that must be applied. What is malformed
@@ -87,6 +97,7 @@ impl Plan {
             KernelChange::HostAddresses(addresses) => {
                 Some(self.replace(Undo::HostAddresses(addresses.clone())))
             }
+            KernelChange::Controllers(addresses) => Some(self.replace(Undo::Controllers(addresses.clone()))),
         };
         undo.into_iter().collect()
     }
@@ -110,6 +121,9 @@ impl Plan {
             Undo::Settings(settings) => Undo::Settings(std::mem::replace(&mut self.settings, settings)),
             Undo::HostAddresses(addresses) => {
                 Undo::HostAddresses(std::mem::replace(&mut self.host_addresses, addresses))
+            }
+            Undo::Controllers(addresses) => {
+                Undo::Controllers(std::mem::replace(&mut self.controllers, addresses))
             }
             Undo::Change(change) => return Undo::Change(change),
         };
@@ -162,7 +176,8 @@ impl Plan {
             masquerade_all: settings.is_some_and(|settings| settings.masquerade_all),
             local_pods,
         };
-        Facts { node_ports, primary: own.first().copied(), local_pods: sources, rules }
+        let controllers = controller_keys(&self.controllers);
+        Facts { node_ports, primary: own.first().copied(), local_pods: sources, rules, controllers }
     }
 
     /// How local pods are recognised. A family without a CIDR has no detection.
@@ -200,6 +215,15 @@ impl Plan {
         all.extend(self.v6.refusals());
         all
     }
+}
+
+/// The frontends of one family that would capture connections to these controllers.
+pub(crate) fn controller_keys<const N: usize>(controllers: &[SocketAddr]) -> BTreeSet<Key<N>> {
+    let keys = controllers.iter().filter_map(|controller| {
+        let address = bytes_of(&controller.ip().to_canonical());
+        key(&address, Protocol::Tcp, controller.port().into())
+    });
+    keys.collect()
 }
 
 fn bytes_of(address: &IpAddr) -> Vec<u8> {

@@ -43,6 +43,7 @@ impl Agent {
             health: Health::default(),
             metrics: metrics.clone(),
             host_addresses: vec!["192.0.2.1".parse().unwrap()],
+            controllers: Vec::new(),
             sysctls: crate::sysctl::Sysctls::new(&path),
             log: testing::log(),
             prober: Box::new(testing::NotingProber::default()),
@@ -250,12 +251,13 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
         let path = directory.path();
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
-        let refused = connect(&controllers, 0).await;
+        let attempt = || connect(&controllers, "controller:9443", vec![controller.address]);
+        let refused = attempt().await;
         let refused = refused.map(|_| ()).unwrap_err();
         assert_eq!(refused.word(), "ControllerUntrusted", "{name}: {refused}");
         // During a rotation the file holds both authorities, and is read anew for each attempt.
         std::fs::write(path.join("ca.crt"), format!("{}{}", other.ca, controller.ca)).unwrap();
-        assert_eq!(connect(&controllers, 0).await.is_ok(), name == SERVER_NAME);
+        assert_eq!(attempt().await.is_ok(), name == SERVER_NAME);
         assert!(
             tokio::time::timeout(Duration::from_millis(50), controller.accept()).await.is_err(),
             "nobody said Hello"
@@ -282,7 +284,8 @@ async fn a_clock_that_is_off_is_named_as_such() {
         let path = directory.path();
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
-        let refused = connect(&controllers, 0).await.map(|_| ()).unwrap_err();
+        let refused =
+            connect(&controllers, "controller:9443", vec![controller.address]).await.map(|_| ()).unwrap_err();
         assert_eq!(refused.word(), "ClockSkew", "{refused}");
         assert!(refused.to_string().contains(text), "{refused}");
     }

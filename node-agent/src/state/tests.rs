@@ -46,7 +46,9 @@ impl Model {
                 KernelChange::ServiceCidrRemoved(cidr) => assert!(self.cidrs.remove(&cidr)),
                 KernelChange::Node(node) => self.node = node,
                 KernelChange::Settings(settings) => self.settings = settings,
-                KernelChange::HostAddresses(_) => unreachable!("the view has no host addresses"),
+                KernelChange::HostAddresses(_) | KernelChange::Controllers(_) => {
+                    unreachable!("the view has nothing of the node's own")
+                }
             }
         }
     }

@@ -19,7 +19,12 @@ impl<const N: usize> Mirror<N> {
     /// Brings one frontend's elements in line.
     pub(super) fn program(&mut self, key: Key<N>) {
         self.overflowed.remove(&key);
-        let frontend = self.frontend_at(&key).cloned();
+        let mut frontend = self.frontend_at(&key).cloned();
+        let external = frontend.as_ref().is_some_and(|frontend| frontend.kind != FrontendKind::ClusterIp);
+        if external && self.facts.controllers.contains(&key) {
+            frontend = None;
+            self.overflowed.insert(key, "the agent reaches a controller at this address and port");
+        }
         let wanted = frontend.map(|frontend| self.values(&key, &frontend)).unwrap_or_default();
         let before = self.programmed.remove(&key).unwrap_or_default();
         let values = |programmed: &Programmed| {
