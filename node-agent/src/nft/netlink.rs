@@ -226,6 +226,18 @@ impl Socket {
         &self.buffer[..length]
     }
 
+    /// Drops everything that is queued.
+    fn discard(&mut self) -> io::Result<()> {
+        loop {
+            match self.receive(false) {
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Sends a batch, unless it is empty. `Ok(failures)` empty: committed; otherwise nothing of it was applied.
     ///
     /// # Errors
@@ -240,9 +252,21 @@ impl Socket {
         let size = i32::try_from(batch.writer.bytes.len() + (1 << 16)).unwrap_or(i32::MAX);
         // Above the default send buffer a batch fails with EMSGSIZE. Without the capability the send says why.
         let _ = self.option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size);
+        // Replies to an earlier transaction carry the same sequence numbers.
+        self.discard()?;
         self.send(&batch.writer.bytes)?;
-        let (mut failures, mut committed) = (Vec::new(), false);
-        while let Some(length) = self.receive(false)? {
+        let (mut failures, mut committed, mut overflow) = (Vec::new(), false, None);
+        loop {
+            let length = match self.receive(false) {
+                Ok(Some(length)) => length,
+                Ok(None) => break,
+                // The replies that fit are still queued.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    overflow = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             for message in Messages(&self.buffer[..length]).filter(|message| message.kind == ERROR) {
                 match failure(&message) {
                     Some(failure) if failure.errno != 0 => failures.push(failure),
@@ -252,6 +276,9 @@ impl Socket {
             }
         }
         if failures.is_empty() && !committed {
+            if let Some(error) = overflow {
+                return Err(error);
+            }
             return Err(io::Error::other("the kernel did not answer the transaction"));
         }
         Ok(failures)
@@ -330,4 +357,31 @@ fn failure(message: &Received<'_>) -> Option<Failure> {
         .flatten()
         .and_then(|value| Some(u32::from_ne_bytes(value.try_into().ok()?) as usize));
     Some(Failure { message: message.sequence as usize, errno, offset })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_that_do_not_fit_are_not_taken_for_later_ones() {
+        let thread = std::thread::spawn(|| {
+            // SAFETY: plain system call; only this thread gets a network namespace of its own.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "this test needs root");
+            let mut socket = Socket::open().unwrap();
+            socket.option(libc::SOL_SOCKET, libc::SO_RCVBUF, 4096).unwrap();
+            let mut refused = Batch::new();
+            for _ in 0..5000 {
+                refused.push(DELETE_TABLE, 0, 2, |writer| writer.string(1, "absent"));
+            }
+            match socket.commit(&mut refused) {
+                Ok(failures) => assert!((1..5000).contains(&failures.len()), "{}", failures.len()),
+                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS)),
+            }
+            let mut batch = Batch::new();
+            batch.push(NEW_TABLE, CREATE, 2, |writer| writer.string(1, "present"));
+            assert_eq!(socket.commit(&mut batch).unwrap(), Vec::new());
+        });
+        thread.join().unwrap();
+    }
 }
