@@ -212,6 +212,22 @@ fn measure_altered(count: u32, alter: impl Fn(u32, &mut switchtower_proto::v1::F
 }
 
 #[test]
+fn a_large_load_is_split_into_transactions() {
+    let node = Namespace::new("parts");
+    let mut nft = node.run(|| Nft::open().unwrap());
+    // As at the start of an agent: the tables are known to be absent.
+    let view = mixed(&pareto(20_000));
+    let before = nft.ruleset_generation().unwrap();
+    let committed = nft.adopt(&view, stamp(7)).unwrap().committed.unwrap();
+    let transactions = nft.ruleset_generation().unwrap() - before;
+    println!("{} operations in {transactions} transactions, {:?}", committed.operations, committed.commit);
+    assert!(transactions > 3, "{transactions} transactions");
+    assert_eq!(nft.stamp().unwrap(), Some(stamp(7)));
+    assert_eq!(nft.repair().unwrap().differences, 0);
+    assert!(node.run(|| Nft::open().unwrap()).adopt(&view, stamp(7)).unwrap().committed.is_none());
+}
+
+#[test]
 fn affinity_timeouts_cost_nobody_anything() {
     let [load, one] = measure_altered(3000, |number, frontend| frontend.affinity_seconds = 1 + number * 28);
     println!("3,000 affinity timeouts: load {load:?}, then one endpoint of another Service {one:?}");

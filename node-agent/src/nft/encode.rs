@@ -28,6 +28,8 @@ type Change<'a, const N: usize> = (&'a Element<N>, &'a (Option<Data<N>>, Option<
 pub(crate) struct Structure {
     /// The table exists as we built it; false: (re)create it in the next transaction.
     pub(crate) built: bool,
+    /// There is no table at all: it may be built in parts, since nothing is taken away meanwhile.
+    pub(crate) absent: bool,
     /// The configuration that the chains in the kernel were written with.
     pub(crate) config: RuleConfig,
     /// Chains whose rules are not ours: rewritten in the next transaction.
@@ -349,11 +351,12 @@ pub(crate) fn compare<const N: usize>(
 ) -> (Structure, u32) {
     let wanted = mirror.elements();
     let mut changes = Changes::default();
+    let absent = dump.is_none();
     let Some(mut dump) = dump.filter(structure_fits::<N>) else {
         let count = wanted.len() as u32 + 1;
         changes.0.extend(wanted.into_iter().map(|(element, data)| (element, (None, Some(data)))));
         mirror.changes = changes;
-        return (Structure::default(), count);
+        return (Structure { absent, ..Structure::default() }, count);
     };
     let config = mirror.facts.rules.clone();
     let mut structure = Structure { built: true, stamp: dump.stamp, config, ..Structure::default() };

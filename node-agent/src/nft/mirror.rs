@@ -7,6 +7,7 @@
 
 mod frontends;
 mod lists;
+mod parts;
 mod pools;
 mod refusal;
 #[cfg(test)]
@@ -176,6 +177,8 @@ pub(crate) struct Mirror<const N: usize> {
     pub(crate) hints: Hints<N>,
     /// What the kernel does not hold yet.
     pub(crate) changes: Changes<N>,
+    /// Parts of it that later transactions write, the last one first.
+    later: Vec<Changes<N>>,
     /// False while a mirror is built that will be compared as a whole.
     pub(crate) recording: bool,
 }
@@ -226,6 +229,7 @@ impl<const N: usize> Mirror<N> {
             freed: false,
             hints: Hints::default(),
             changes: Changes::default(),
+            later: Vec::new(),
             recording: true,
         }
     }

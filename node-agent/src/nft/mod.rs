@@ -46,6 +46,9 @@ pub use ruleset::{LAYOUT_VERSION, TABLE};
 
 /// Attempts of one transaction: each takes out at least one refused element or waits for another writer.
 const ATTEMPTS: usize = 256;
+/// Elements that one transaction changes in a family: it takes about 50 ms, in which nobody else in the network
+/// namespace can change nf_tables.
+const TRANSACTION_LIMIT: usize = 32_768;
 /// How long to wait when another transaction was in the way.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 /// After so many attempts that met something in the way the tables are compared, after twice as many built anew.
@@ -62,6 +65,7 @@ pub struct Nft {
 }
 
 /// What a transaction did.
+#[derive(Default)]
 struct Outcome {
     operations: u32,
     kernel: Duration,
@@ -106,15 +110,38 @@ impl Nft {
 
     /// Sends the pending changes until the kernel takes them.
     fn transact(&mut self, stamp: Stamp) -> Result<Outcome, CommitError> {
-        let entries = stamp_entries(&stamp);
+        let result = self.transact_parts(&stamp_entries(&stamp));
+        self.plan.v4.rejoin();
+        self.plan.v6.rejoin();
+        if result.is_ok() {
+            self.stamp = Some(stamp);
+        }
+        result
+    }
+
+    /// Parts have no stamp: whoever finds the tables between two of them compares.
+    fn transact_parts(&mut self, stamp: &BTreeMap<u32, [u8; 16]>) -> Result<Outcome, CommitError> {
         let mut chunk = usize::MAX;
         let mut healed = (HashSet::new(), HashSet::new());
         let (mut compared, mut busy) = (false, 0);
-        for _ in 0..ATTEMPTS {
-            match self.attempt(&entries, &mut chunk, &mut healed)? {
+        let mut total = Outcome::default();
+        self.split();
+        let mut attempts = ATTEMPTS;
+        while attempts > 0 {
+            attempts -= 1;
+            let last = self.plan.v4.is_last_part() && self.plan.v6.is_last_part();
+            let entries = if last { stamp } else { &BTreeMap::new() };
+            match self.attempt(entries, &mut chunk, &mut healed)? {
                 Next::Done(outcome) => {
-                    self.stamp = Some(stamp);
-                    return Ok(outcome);
+                    total.operations += outcome.operations;
+                    total.kernel += outcome.kernel;
+                    if last {
+                        return Ok(total);
+                    }
+                    self.plan.v4.next_part();
+                    self.plan.v6.next_part();
+                    attempts = ATTEMPTS;
+                    continue;
                 }
                 Next::Again => {}
                 Next::Busy => {
@@ -127,6 +154,8 @@ impl Nft {
                 }
                 Next::Compare => self.compare_or_rebuild(&mut compared)?,
             }
+            // What is due may be something else now.
+            self.split();
         }
         Err(CommitError::Refused {
             operation: "every attempt was refused anew".to_owned(),
@@ -134,8 +163,19 @@ impl Nft {
         })
     }
 
+    /// Sets aside what exceeds one transaction, unless a table is replaced: that leaves no gap.
+    fn split(&mut self) {
+        let whole = |structure: &Structure| structure.built || structure.absent;
+        if whole(&self.structures.0) && whole(&self.structures.1) {
+            self.plan.v4.split(TRANSACTION_LIMIT);
+            self.plan.v6.split(TRANSACTION_LIMIT);
+        }
+    }
+
     /// Compares with a dump. If that was done already and did not help: builds both tables anew.
     fn compare_or_rebuild(&mut self, compared: &mut bool) -> io::Result<()> {
+        self.plan.v4.rejoin();
+        self.plan.v6.rejoin();
         if std::mem::replace(compared, true) {
             self.structures = Default::default();
             self.plan.v4.rebuild();
@@ -162,6 +202,9 @@ impl Nft {
             committed(&mut self.plan.v6, &mut self.structures.1, entries);
             return Ok(Next::Done(Outcome { operations: v4.operations + v6.operations, kernel }));
         }
+        // What is refused may change what is to come.
+        self.plan.v4.rejoin();
+        self.plan.v6.rejoin();
         let mut next = None;
         for failure in &failures {
             let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);

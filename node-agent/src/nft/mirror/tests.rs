@@ -174,6 +174,28 @@ fn reached(model: &Model, value: u32) -> Vec<String> {
     endpoints
 }
 
+/// Between two parts of a change a pool may have more slots than its frontends pick from, never fewer.
+fn leads_somewhere(model: &Model, value: u32) {
+    if value & CODE_MASK == CODE_RESTRICTED {
+        assert!(model.contains_key(&Element::SourceList(value >> LIST_SHIFT)), "no list of {value:#x}");
+    }
+    let Some(pick) = Pick::of(value) else { return };
+    let (least, most) = pick.slots();
+    for index in 0..most {
+        match model.get(&Element::Slot { pool: value & POOL_MASK, index }) {
+            Some(Data::Value(id)) => {
+                let backend = match (pick.affinity, value & ROLE_BIT) {
+                    (0, _) => Element::Backend(*id),
+                    (_, 0) => Element::StickyCluster(*id),
+                    _ => Element::StickyLocal(*id),
+                };
+                assert!(model.contains_key(&backend), "slot {index} of {value:#x} leads to {backend:?}");
+            }
+            other => assert!(index >= least, "slot {index} of {value:#x}: {other:?}"),
+        }
+    }
+}
+
 /// The view that a list of changes leads to, as additions.
 fn view(changes: &[KernelChange]) -> Vec<KernelChange> {
     let mut pools: BTreeMap<String, (PoolKey, BTreeMap<Vec<u8>, Endpoint>)> = BTreeMap::new();
@@ -277,6 +299,34 @@ proptest! {
         take(&mut whole.v4, &mut whole_model);
         prop_assert!(incremental.refusals().is_empty());
         prop_assert_eq!(meaning(&model), meaning(&whole_model));
+    }
+
+    /// However small the transactions that a change is split into, each leaves every frontend with whole targets.
+    #[test]
+    fn every_part_of_a_split_change_is_consistent(
+        batches in prop::collection::vec(prop::collection::vec(change(), 1..20), 1..6),
+        limit in 1..12usize,
+    ) {
+        let (mut plan, mut model) = (Plan::new(), Model::new());
+        for batch in &batches {
+            batch.iter().for_each(|change| drop(plan.apply(change)));
+            plan.settle();
+            plan.v4.split(limit);
+            loop {
+                take(&mut plan.v4, &mut model);
+                for (element, data) in &model {
+                    if let (Element::Frontend(_) | Element::Inside(_) | Element::Outside(_) | Element::Guarded(_),
+                        Data::Value(value)) = (element, data) {
+                        leads_somewhere(&model, *value);
+                    }
+                }
+                if plan.v4.is_last_part() {
+                    break;
+                }
+                plan.v4.next_part();
+            }
+            prop_assert_eq!(&model, &plan.v4.elements());
+        }
     }
 
     /// A mirror built from the view and a dump's hints is the one that made the dump.

@@ -1,0 +1,295 @@
+//! Splits a large set of changes into transactions, each of which leaves every frontend with whole targets.
+//!
+//! A transaction keeps everyone else in the network namespace from changing nf_tables, so its size is limited. First
+//! comes what no packet meets yet (backends, slots, lists of sources), then the frontends that lead there, at last
+//! what nothing leads to any more; and all of this for small service ports before the large ones, so that nobody
+//! waits for somebody else's thousands of elements.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::Mirror;
+use crate::nft::element::{Changes, Data, Element};
+use crate::nft::ruleset::{Pick, STICKY_MASK};
+
+type Change<const N: usize> = (Option<Data<N>>, Option<Data<N>>);
+
+/// When an element changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// Additions that no packet meets yet, of small service ports.
+    Prepare,
+    /// What packets meet, of small service ports and of none.
+    Switch,
+    PrepareLarge,
+    SwitchLarge,
+    /// Removal of what no packet meets any more.
+    Clear,
+}
+
+impl<const N: usize> Mirror<N> {
+    /// Leaves the first part in [`Mirror::changes`] and sets the others aside.
+    pub(crate) fn split(&mut self, limit: usize) {
+        self.rejoin();
+        if self.changes.0.len() <= limit {
+            return;
+        }
+        self.later = parts(std::mem::take(&mut self.changes), limit);
+        self.later.reverse();
+        self.next_part();
+    }
+
+    /// Puts the next part into [`Mirror::changes`], which must be done.
+    pub(crate) fn next_part(&mut self) {
+        self.changes = self.later.pop().unwrap_or_default();
+    }
+
+    /// Whether this is the last part.
+    pub(crate) fn is_last_part(&self) -> bool {
+        self.later.is_empty()
+    }
+
+    /// Puts everything that is still due into [`Mirror::changes`].
+    pub(crate) fn rejoin(&mut self) {
+        for part in self.later.drain(..) {
+            self.changes.0.extend(part.0);
+        }
+    }
+}
+
+/// What is known of service ports from the changes alone.
+struct Owners<const N: usize> {
+    /// Service-port numbers by backend and by frontend.
+    backends: HashMap<u32, u32>,
+    frontends: HashMap<Vec<u8>, u32>,
+    /// Elements by service port.
+    weights: HashMap<u32, usize>,
+    /// Pools with slots that are replaced or removed.
+    modified: HashSet<u32>,
+    /// Addresses at which a small service port has a frontend.
+    small: HashSet<[u8; N]>,
+    limit: usize,
+}
+
+impl<const N: usize> Owners<N> {
+    fn of(changes: &Changes<N>, limit: usize) -> Self {
+        let mut owners = Owners {
+            backends: HashMap::new(),
+            frontends: HashMap::new(),
+            weights: HashMap::new(),
+            modified: HashSet::new(),
+            small: HashSet::new(),
+            limit,
+        };
+        let values = |(before, after): &Change<N>| {
+            let value = |data: &Option<Data<N>>| match data {
+                Some(Data::Value(value)) => Some(*value),
+                _ => None,
+            };
+            [value(before), value(after)].into_iter().flatten().collect::<Vec<u32>>()
+        };
+        for (element, change) in &changes.0 {
+            match element {
+                Element::Slot { pool, .. } => {
+                    owners.backends.extend(values(change).into_iter().map(|id| (id, pool >> 13)));
+                    if change.0.is_some() {
+                        owners.modified.insert(*pool);
+                    }
+                }
+                _ => {
+                    let pools = values(change).into_iter().filter(|value| Pick::of(*value).is_some());
+                    if let (Some(place), Some(value)) = (place(element), pools.last()) {
+                        owners.frontends.insert(place, value >> 13);
+                    }
+                }
+            }
+        }
+        for element in changes.0.keys() {
+            if let Some(number) = owners.number(element) {
+                *owners.weights.entry(number).or_default() += 1;
+            }
+        }
+        let addresses = changes.0.keys().filter(|element| !owners.is_large(element)).filter_map(address);
+        owners.small = addresses.collect();
+        owners
+    }
+
+    fn number(&self, element: &Element<N>) -> Option<u32> {
+        match element {
+            Element::Slot { pool, .. } | Element::StickyPool(pool) => Some(pool >> 13),
+            Element::Backend(id) => self.backends.get(id).copied(),
+            Element::StickyCluster(id) | Element::StickyLocal(id) => Some((id & STICKY_MASK) >> 13),
+            // Large and small service ports may share a list.
+            Element::Source(..) | Element::SourceList(_) => None,
+            _ => self.frontends.get(&place(element)?).copied(),
+        }
+    }
+
+    fn weight(&self, element: &Element<N>) -> usize {
+        let number = self.number(element);
+        number.and_then(|number| self.weights.get(&number)).copied().unwrap_or_default()
+    }
+
+    fn is_large(&self, element: &Element<N>) -> bool {
+        self.weight(element) > self.limit / 8
+    }
+
+    fn stage(&self, element: &Element<N>, (before, after): &Change<N>) -> Stage {
+        // Frontends lead packets to these; they are not looked up by themselves.
+        let led_to = match element {
+            Element::Slot { pool, .. } => after.is_none() || !self.modified.contains(pool),
+            Element::Backend(_) | Element::StickyCluster(_) | Element::StickyLocal(_) => true,
+            Element::SourceList(_) | Element::Source(..) => true,
+            _ => false,
+        };
+        let large = match element {
+            Element::Vip(address) | Element::ClusterIp(address) => !self.small.contains(address),
+            _ => self.is_large(element),
+        };
+        match (led_to, before, after, large) {
+            (true, Some(_), None, _) => Stage::Clear,
+            (true, None, Some(_), false) => Stage::Prepare,
+            (true, None, Some(_), true) => Stage::PrepareLarge,
+            (_, _, _, false) => Stage::Switch,
+            (_, _, _, true) => Stage::SwitchLarge,
+        }
+    }
+}
+
+/// The address of a frontend's element that says where it leads.
+fn address<const N: usize>(element: &Element<N>) -> Option<[u8; N]> {
+    match element {
+        Element::Frontend(key)
+        | Element::Inside(key)
+        | Element::Outside(key)
+        | Element::Guarded(key)
+        | Element::Refused(key) => Some(key.address),
+        _ => None,
+    }
+}
+
+/// What the elements of one frontend have in common.
+fn place<const N: usize>(element: &Element<N>) -> Option<Vec<u8>> {
+    match element {
+        Element::Frontend(key)
+        | Element::Inside(key)
+        | Element::Outside(key)
+        | Element::Guarded(key)
+        | Element::Refused(key) => {
+            let mut place = key.address.to_vec();
+            place.push(key.protocol);
+            place.extend(key.port.to_be_bytes());
+            Some(place)
+        }
+        _ => None,
+    }
+}
+
+/// Elements that change together, in the order in which they change: what packets meet of one address, and otherwise
+/// one element.
+fn group<const N: usize>(element: &Element<N>, stage: Stage) -> Option<[u8; N]> {
+    match element {
+        _ if !matches!(stage, Stage::Switch | Stage::SwitchLarge) => None,
+        Element::Vip(address) | Element::ClusterIp(address) => Some(*address),
+        _ => address(element),
+    }
+}
+
+/// The order within a stage and group: what others need first, and last when it goes.
+fn rank<const N: usize>(element: &Element<N>, stage: Stage) -> u8 {
+    let rank = match element {
+        Element::Backend(_) | Element::StickyCluster(_) | Element::StickyLocal(_) => 0,
+        Element::SourceList(_) => 1,
+        Element::Slot { .. } => 2,
+        _ => 3,
+    };
+    if stage == Stage::Clear { 3 - rank } else { rank }
+}
+
+/// Changes in parts of `limit`, or a little more where an address needs it.
+fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
+    let owners = Owners::of(&changes, limit);
+    let mut stages: BTreeMap<(Stage, Option<[u8; N]>, usize, Option<u32>, u8), Vec<Element<N>>> =
+        BTreeMap::new();
+    for (element, change) in &changes.0 {
+        let stage = owners.stage(element, change);
+        let group = group(element, stage);
+        let (weight, number) = match group {
+            Some(_) => (0, None),
+            None => (owners.weight(element), owners.number(element)),
+        };
+        stages.entry((stage, group, weight, number, rank(element, stage))).or_default().push(*element);
+    }
+    drop(owners);
+    let mut changes = changes.0;
+    let (mut parts, mut last) = (vec![Changes::default()], None);
+    for ((stage, group, ..), elements) in stages {
+        let whole = group.is_some();
+        for element in elements {
+            let full = parts.last().is_none_or(|part: &Changes<N>| part.0.len() >= limit);
+            if full && !(whole && last == Some((stage, group))) {
+                parts.push(Changes::default());
+            }
+            last = Some((stage, group));
+            if let (Some(part), Some(change)) = (parts.last_mut(), changes.remove(&element)) {
+                part.0.insert(element, change);
+            }
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::element::Key;
+    use crate::nft::ruleset::Masquerade;
+
+    fn service(number: u32, members: u32) -> Vec<(Element<4>, Change<4>)> {
+        let pool = number << 13;
+        let value = pool | Pick::new(Masquerade::ClusterIp, 0, members).code();
+        let address = (0x0a60_0000 + number).to_be_bytes();
+        let key = Key { address, port: 80, protocol: 6 };
+        let new = |data| (None, Some(data));
+        let mut all = vec![
+            (Element::Frontend(key), new(Data::Value(value))),
+            (Element::Vip(address), new(Data::Present)),
+        ];
+        for index in 0..members {
+            let id = number * 100_000 + index;
+            all.push((Element::Backend(id), new(Data::Endpoint(id.to_be_bytes(), 80))));
+            all.push((Element::Slot { pool, index }, new(Data::Value(id))));
+        }
+        all
+    }
+
+    #[test]
+    fn small_service_ports_do_not_wait_for_large_ones() {
+        let mut all = service(1, 50_000);
+        (2..2000).for_each(|number| all.extend(service(number, 3)));
+        let count = all.len();
+        let parts = parts(Changes(all.into_iter().collect()), 10_000);
+        assert_eq!(parts.iter().map(|part| part.0.len()).sum::<usize>(), count);
+        assert!(parts.iter().all(|part| part.0.len() <= 10_001));
+        let first_of_large = parts.iter().position(|part| {
+            part.0.keys().any(|element| matches!(element, Element::Slot { pool, .. } if pool >> 13 == 1))
+        });
+        let frontends = |part: &Changes<4>| {
+            part.0.keys().filter(|element| matches!(element, Element::Frontend(_))).count()
+        };
+        let small: usize = parts[..=first_of_large.unwrap()].iter().map(frontends).sum();
+        assert_eq!(small, 1998, "all small ones are there before the large one begins");
+        assert_eq!(frontends(parts.last().unwrap()), 1);
+    }
+
+    #[test]
+    fn what_fits_into_one_transaction_is_not_split() {
+        let mut mirror = Mirror::<4>::new();
+        mirror.changes = Changes(service(1, 10).into_iter().collect());
+        mirror.split(22);
+        assert!(mirror.is_last_part() && mirror.changes.0.len() == 22);
+        mirror.split(5);
+        assert!(!mirror.is_last_part());
+        mirror.rejoin();
+        assert_eq!(mirror.changes.0.len(), 22);
+    }
+}
