@@ -146,7 +146,7 @@ pub struct ProxyStatusStatus {
     /// The last error, kept until the node is in order again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
-    /// Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection.
+    /// Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection, KernelSettings.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

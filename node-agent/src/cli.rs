@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -49,6 +50,9 @@ pub struct AgentArgs {
     /// Where the view and the controllers' addresses are kept across restarts.
     #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
     pub state_dir: PathBuf,
+    /// Hours after which a view on disk that no agent has had in force is not programmed any more; 0: never.
+    #[arg(long, env = "SWITCHTOWER_SNAPSHOT_MAX_AGE_HOURS", default_value_t = 24)]
+    pub snapshot_max_age_hours: u32,
     /// Addresses of /metrics and /proxyMode, several separated by commas; IPv6 with or without brackets.
     #[arg(
         long,
@@ -68,6 +72,15 @@ pub struct AgentArgs {
     pub healthz_bind_address: SocketAddr,
 }
 
+impl AgentArgs {
+    /// The age from which on a view on disk is not programmed; `None`: there is no limit.
+    #[must_use]
+    pub fn snapshot_limit(&self) -> Option<Duration> {
+        let hours = u64::from(self.snapshot_max_age_hours);
+        (hours > 0).then(|| Duration::from_secs(hours * 3600))
+    }
+}
+
 /// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest that is the same on all nodes cannot know the family. What
 /// stands behind the last colon is the port.
 fn address_and_port(text: &str) -> Result<SocketAddr, String> {
@@ -84,8 +97,15 @@ fn address_and_port(text: &str) -> Result<SocketAddr, String> {
 /// Other things that the binary does.
 #[derive(Debug, Subcommand)]
 pub enum Action {
-    /// Deletes our nftables tables of this network namespace; without them Services do not work on this node.
+    /// Deletes the agent's nftables tables of this network namespace and its state files; without the tables Services do
+    /// not work on this node. Fails while an agent is running.
     Cleanup {
+        /// Where the agent kept its files.
+        #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
+        state_dir: PathBuf,
+        /// Wait for SIGTERM afterwards: a DaemonSet's containers must not end.
+        #[arg(long)]
+        stay: bool,
         /// Only say what would be removed.
         #[arg(long)]
         dry_run: bool,
@@ -143,6 +163,6 @@ mod tests {
         let cli = Cli::parse_from(["agent", "--node-name", "n", "--controller", "https://a:1,https://b:2"]);
         assert_eq!(cli.agent.controller, ["https://a:1", "https://b:2"]);
         let cli = Cli::parse_from(["agent", "cleanup", "--dry-run"]);
-        assert!(matches!(cli.command, Some(Action::Cleanup { dry_run: true })));
+        assert!(matches!(cli.command, Some(Action::Cleanup { dry_run: true, stay: false, .. })));
     }
 }

@@ -17,6 +17,7 @@ use crate::rawnetlink::{ACK, DUMP, NESTED, NetlinkSocket, attribute, put};
 const SUBSYSTEM: u16 = 1 << 8;
 const GET: u16 = SUBSYSTEM | 1;
 const DELETE: u16 = SUBSYSTEM | 2;
+const GET_STATISTICS: u16 = SUBSYSTEM | 5;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const ID: u16 = 12;
@@ -61,6 +62,15 @@ impl Conntrack {
     /// No netlink socket can be opened.
     pub fn open() -> io::Result<Self> {
         Ok(Conntrack { socket: NetlinkSocket::open(libc::NETLINK_NETFILTER, 0)? })
+    }
+
+    /// Has the kernel load connection tracking, if that is a module: it does so when it is asked something about it by
+    /// somebody with CAP_NET_ADMIN.
+    ///
+    /// # Errors
+    /// There is no such module, or it may not be loaded.
+    pub fn load(&mut self) -> io::Result<()> {
+        self.socket.request(GET_STATISTICS, ACK, &[libc::AF_UNSPEC as u8, 0, 0, 0], &mut |_| ())
     }
 
     fn family(&mut self, ipv4: bool, judge: Judge<'_>) -> io::Result<usize> {

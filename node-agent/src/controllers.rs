@@ -155,23 +155,16 @@ impl Controllers {
         known.collect::<BTreeSet<SocketAddr>>().into_iter().collect()
     }
 
-    /// Remembers the peers that a controller told, also on disk.
-    pub fn remember(&mut self, peers: &[String]) {
+    /// Remembers the peers that a controller told. Returns the file to keep them in and its content if they are new.
+    pub fn remember(&mut self, peers: &[String]) -> Option<(PathBuf, Vec<u8>)> {
         let peers: Vec<String> =
             peers.iter().filter_map(|peer| normalize(peer)).take(ADDRESS_LIMIT).collect();
         if peers.is_empty() || peers == self.peers {
-            return;
+            return None;
         }
         self.peers = peers;
-        if let Some(directory) = &self.state {
-            let (path, temporary) = (directory.join("controllers"), directory.join("controllers.new"));
-            let written = std::fs::create_dir_all(directory)
-                .and_then(|()| std::fs::write(&temporary, self.peers.join("\n") + "\n"))
-                .and_then(|()| std::fs::rename(&temporary, &path));
-            if let Err(error) = written {
-                tracing::warn!(path = %path.display(), %error, "the controllers' addresses cannot be remembered");
-            }
-        }
+        let content = self.peers.join("\n") + "\n";
+        Some((self.state.as_ref()?.join("controllers"), content.into_bytes()))
     }
 
     /// The CA certificates: one, or two during a rotation.
@@ -238,7 +231,8 @@ mod tests {
         let flags = vec!["https://a:9443/".to_owned(), "no-port".to_owned()];
         let bootstrap = Some(directory.path().to_path_buf());
         let mut controllers = Controllers::new(flags, bootstrap, None, "token".into(), Some(state.clone()));
-        controllers.remember(&["c:9443".into(), "b:9443".into()]);
+        let (path, content) = controllers.remember(&["c:9443".into(), "b:9443".into()]).unwrap();
+        crate::files::replace(&path, &content).unwrap();
         assert_eq!(controllers.addresses().unwrap(), ["a:9443", "b:9443", "[2001:db8::1]:9443", "c:9443"]);
 
         let again = Controllers::new(Vec::new(), None, None, "token".into(), Some(state));

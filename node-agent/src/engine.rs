@@ -1,13 +1,16 @@
 //! The agent's own thread: it holds the view and the kernel, takes updates in, commits, acknowledges.
 //!
-//! Everything that blocks (netlink, the snapshot file) happens here, so that the session and the health
-//! servers answer meanwhile. A commit starts at once when something changed. When it fails nothing is lost:
-//! the same desired state is tried again with back-off, and acknowledged once the kernel holds it.
+//! Netlink requests, which block, happen here, so that the session and the health servers answer meanwhile. Files are
+//! written by yet another thread ([`crate::files`]).
+//!
+//! A commit starts at once when something changed. When it fails nothing is lost: the same
+//! desired state is tried again with back-off, and acknowledged once the kernel holds it.
 
 mod backlog;
 mod drift;
 mod flows;
 mod messages;
+mod progress;
 mod report;
 mod snapshots;
 mod trial;
@@ -19,13 +22,14 @@ use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason, Stamp as WireS
 use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
+use crate::files::StateFiles;
 use crate::health::{Health, HealthTargets};
 use crate::kernel_change::KernelChange;
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
 use crate::snapshot::SnapshotFile;
-use crate::state::{Refusal, State};
+use crate::state::{Refusal, State, UdpChanges};
 use crate::traces::{Applying, Traces};
 use crate::trial_file::TrialFile;
 
@@ -47,6 +51,10 @@ pub struct Parts {
     pub flows: Box<dyn FlowTable>,
     /// The snapshot file, if there is a state directory.
     pub snapshot: Option<SnapshotFile>,
+    /// Writes files without holding up the engine.
+    pub files: StateFiles,
+    /// An older snapshot file is not programmed where the kernel holds nothing; `None`: whatever its age.
+    pub snapshot_limit: Option<Duration>,
     /// Health answers.
     pub health: Health,
     /// Metrics.
@@ -99,6 +107,9 @@ pub struct Engine {
     skipping: bool,
     events: Option<mpsc::UnboundedSender<Event>>,
     dirty: bool,
+    /// The snapshot file is older than its limit: it is not programmed.
+    expired: bool,
+    progress: progress::Progress,
     started: Instant,
     last_command: Instant,
     last_snapshot: Option<Instant>,
@@ -116,16 +127,11 @@ impl Engine {
     /// equal → adopted, no write; no table → the file is programmed; a file older than the kernel, or none →
     /// nothing is written before the first update.
     pub fn start(mut parts: Parts) -> Self {
+        parts.health.busy();
         let stamp = parts.dataplane.stamp();
-        let restored = match parts.snapshot.as_ref().map(SnapshotFile::read).transpose() {
-            Ok(restored) => restored.flatten(),
-            Err(error) => {
-                tracing::warn!(%error, "the snapshot file is ignored");
-                None
-            }
-        };
+        let kept = snapshots::read(&parts);
         let (state, refused) =
-            restored.map(|restored| (restored.state, restored.refused)).unwrap_or((State::new(), Vec::new()));
+            kept.view.map_or((State::new(), Vec::new()), |restored| (restored.state, restored.refused));
         let now = Instant::now();
         let mut engine = Engine {
             parts,
@@ -148,6 +154,8 @@ impl Engine {
             skipping: false,
             events: None,
             dirty: false,
+            expired: kept.expired,
+            progress: progress::Progress::default(),
             started: now,
             last_command: now,
             last_snapshot: None,
@@ -163,12 +171,22 @@ impl Engine {
                 engine.unread = true;
             }
         }
-        engine.remember_trial();
+        if let Some(record) = kept.trial {
+            engine.state.remember(record);
+        }
         engine.start_from_file();
         engine
     }
 
     fn start_from_file(&mut self) {
+        if self.expired && self.kernel.is_none() {
+            tracing::warn!(
+                "the snapshot file is older than --snapshot-max-age-hours and is not programmed: addresses in it may \
+                 belong to other pods by now. Services work on this node once a controller is connected"
+            );
+            (self.state, self.refused) = (State::new(), Vec::new());
+            return;
+        }
         let digest = self.state.digest().0;
         let generation = self.state.generation();
         match self.kernel {
@@ -183,6 +201,7 @@ impl Engine {
                 self.hold = true;
                 // It forwards meanwhile, and load balancers must know.
                 if self.state.is_loaded() {
+                    self.parts.health.held();
                     self.publish_health();
                 }
             }
@@ -198,6 +217,7 @@ impl Engine {
     /// Runs until [`Command::Stop`] or until all senders are gone.
     pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &tokio::runtime::Handle) {
         loop {
+            self.parts.health.idle();
             let wait = self.next_wakeup().map(|at| at.saturating_duration_since(Instant::now()));
             let command = runtime.block_on(async {
                 match wait {
@@ -205,6 +225,7 @@ impl Engine {
                     None => Ok(commands.recv().await),
                 }
             });
+            self.parts.health.busy();
             match command {
                 Ok(None | Some(Command::Stop)) => break,
                 Ok(Some(command)) => {
@@ -217,9 +238,7 @@ impl Engine {
                 Err(()) => self.wake(),
             }
         }
-        if self.dirty {
-            self.write_snapshot();
-        }
+        self.write_last_snapshot();
         self.parts.traces.shut_down();
     }
 
@@ -251,7 +270,7 @@ impl Engine {
         self.probe();
         self.repair_if_due();
         if self.snapshot_due().is_some_and(|at| at <= now) {
-            self.write_snapshot();
+            self.keep_snapshot();
         }
     }
 
@@ -267,7 +286,8 @@ impl Engine {
                 self.events = Some(events);
                 // A receiver that is gone is a session that is gone; the next one attaches anew.
                 let _ = standing.send(self.standing());
-                if self.foreign_proxy || !self.health_check_failures.is_empty() {
+                let unset = !self.parts.sysctls.unset().is_empty();
+                if self.foreign_proxy || unset || !self.health_check_failures.is_empty() {
                     self.tell("", None);
                 }
             }
@@ -325,6 +345,8 @@ impl Engine {
             self.pending.retain(|change| !matches!(change, KernelChange::HostAddresses(_)));
             self.pending.push(KernelChange::HostAddresses(addresses));
         }
+        // Packets to a new address of the node passed without translation until the commit.
+        self.passes.add(UdpChanges::all());
         if self.hold {
             self.publish_health();
         }
@@ -403,14 +425,18 @@ impl Engine {
         if let Some(applying) = &self.applying {
             applying.received();
         }
+        self.expired = false;
         self.backlog.take(&applied.changes, &self.parts.metrics.programming);
+        self.passes.add(applied.udp);
+        if applied.changes.iter().any(concerns_all_flows) {
+            self.passes.add(UdpChanges::all());
+        }
         if self.doubt || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
             self.doubt = true;
             self.pending.clear();
         } else {
             self.pending.extend(applied.changes);
         }
-        self.passes.add(applied.udp);
         self.health_checks_changed |= applied.health_checks;
         self.hold = false;
         self.unacknowledged = true;
@@ -508,6 +534,10 @@ impl Engine {
         if self.doubt {
             release_memory();
         }
+        if self.doubt && committed.operations > 0 || self.refused != committed.refused {
+            // The kernel held something else until now.
+            self.passes.add(UdpChanges::all());
+        }
         self.pending.clear();
         self.backlog.committed(&self.parts.metrics.programming);
         (self.doubt, self.queued, self.retry, self.nacked) = (false, false, None, None);
@@ -523,24 +553,24 @@ impl Engine {
         if health {
             self.publish_health();
         }
+        let mut unset_changed = false;
         if let Some(settings) = self.state.settings() {
-            self.parts.sysctls.apply(&settings.conntrack.unwrap_or_default(), &self.parts.metrics);
-            self.parts.log.apply(&settings.log_level);
+            let conntrack = settings.conntrack.unwrap_or_default();
+            unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
+            if self.parts.log.apply(&settings.log_level) {
+                self.progress.tell_next();
+            }
         }
-        tracing::info!(
-            generation = stamp.generation,
-            operations = committed.operations,
-            plan_us = committed.plan.as_micros() as u64,
-            commit_us = committed.commit.as_micros() as u64,
-            refused = self.refused.len(),
-            "the kernel holds the generation"
-        );
+        self.progress.committed(stamp.generation, committed, Instant::now());
         if std::mem::take(&mut self.unacknowledged) {
             let ack = self.ack(stamp, committed);
             if let Some(applying) = &self.applying {
                 applying.held();
             }
             self.send(Event::Ack(ack));
+        }
+        if unset_changed {
+            self.tell("", None);
         }
         self.look_at_flows();
         self.probe();
@@ -579,6 +609,11 @@ impl Engine {
 /// Health answers depend on it: eligibility, or the addresses that they are given on.
 fn concerns_health(change: &KernelChange) -> bool {
     matches!(change, KernelChange::Node(_) | KernelChange::Settings(_) | KernelChange::HostAddresses(_))
+}
+
+/// Which packets are translated or get another source may depend on it, whatever their Service.
+fn concerns_all_flows(change: &KernelChange) -> bool {
+    matches!(change, KernelChange::Node(_) | KernelChange::Settings(_))
 }
 
 /// Hands freed memory back to the system: a whole view in transit leaves tens of MiB behind otherwise.

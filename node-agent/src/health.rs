@@ -2,9 +2,12 @@
 //!
 //! `/healthz` (200 if the data plane keeps up and the node is eligible) and `/livez` (without eligibility) are
 //! for load balancers and the kubelet; neither depends on the controller. The node is unhealthy only while
-//! its oldest change that is not committed is older than twice the sync period. healthCheckNodePort answers
-//! follow the commit: what is published here is what the kernel holds.
+//! its oldest change that is not committed is older than twice the sync period, or the engine has been at work on one
+//! command, and so has taken no other, for as long.
+//!
+//! healthCheckNodePort answers follow the commit: what is published here is what the kernel holds.
 
+mod bounded;
 mod node_ports;
 mod server;
 
@@ -132,6 +135,12 @@ fn contains(cidr: &Cidr, address: IpAddr) -> bool {
 struct Shared {
     /// Since when the oldest change waits.
     queued: Option<Instant>,
+    /// Since when the engine has been at work on one command.
+    busy: Option<Instant>,
+    /// The kernel holds a view that the agent knows.
+    holds_view: bool,
+    /// [`Health::ready`] was true once.
+    ready: bool,
     applied: Option<SystemTime>,
 }
 
@@ -151,6 +160,8 @@ pub struct Reading {
     pub eligible: bool,
     /// The last commit.
     pub last_updated: Option<SystemTime>,
+    /// The kernel holds a view that the agent knows.
+    pub holds_view: bool,
 }
 
 impl Default for Health {
@@ -171,7 +182,32 @@ impl Health {
 
     /// Nothing waits any more.
     pub fn applied(&self) {
-        *self.lock() = Shared { queued: None, applied: Some(SystemTime::now()) };
+        let mut shared = self.lock();
+        (shared.queued, shared.applied, shared.holds_view) = (None, Some(SystemTime::now()), true);
+    }
+
+    /// The kernel holds a newer generation than the agent's view, and forwards by it.
+    pub fn held(&self) {
+        self.lock().holds_view = true;
+    }
+
+    /// Whether this agent can replace another one: the kernel holds a view, and what the agent was given to find a
+    /// controller with is `usable`. Stays true once it was: a controller that goes away, or files that do, take no
+    /// node out of service.
+    pub fn ready(&self, usable: bool) -> bool {
+        let mut shared = self.lock();
+        shared.ready |= shared.holds_view && usable;
+        shared.ready
+    }
+
+    /// The engine begins to work on a command.
+    pub fn busy(&self) {
+        self.lock().busy = Some(Instant::now());
+    }
+
+    /// The engine waits for the next command.
+    pub fn idle(&self) {
+        self.lock().busy = None;
     }
 
     /// What the kernel holds now; nobody is woken if it is what was published before.
@@ -195,8 +231,10 @@ impl Health {
 
     fn read_at(&self, now: Instant) -> Reading {
         let shared = self.lock();
-        let healthy = shared.queued.is_none_or(|since| now.saturating_duration_since(since) < STALE_AFTER);
-        Reading { healthy, eligible: self.targets.borrow().eligible, last_updated: shared.applied }
+        let fresh = |since: Instant| now.saturating_duration_since(since) < STALE_AFTER;
+        let healthy = shared.queued.into_iter().chain(shared.busy).all(fresh);
+        let eligible = self.targets.borrow().eligible;
+        Reading { healthy, eligible, last_updated: shared.applied, holds_view: shared.holds_view }
     }
 }
 
@@ -217,6 +255,27 @@ mod tests {
         assert!(!health.read_at(now + STALE_AFTER).healthy);
         health.applied();
         assert!(health.read_at(now + 10 * STALE_AFTER).healthy, "idle for long is healthy");
+    }
+
+    #[test]
+    fn an_engine_that_takes_no_command_is_unhealthy() {
+        let health = Health::default();
+        health.busy();
+        let now = Instant::now();
+        assert!(health.read_at(now + STALE_AFTER / 2).healthy);
+        assert!(!health.read_at(now + STALE_AFTER).healthy, "though nothing is queued");
+        health.idle();
+        assert!(health.read_at(now + STALE_AFTER).healthy);
+    }
+
+    #[test]
+    fn ready_needs_a_view_and_usable_files_and_lasts() {
+        let health = Health::default();
+        assert!(!health.ready(true), "the kernel holds nothing");
+        health.applied();
+        assert!(!health.ready(false), "by a file, and no controller can ever be found");
+        assert!(health.ready(true));
+        assert!(health.ready(false), "it worked once");
     }
 
     #[test]

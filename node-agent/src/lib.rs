@@ -4,6 +4,7 @@
 //! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
 
 pub mod backoff;
+pub mod cleanup;
 pub mod cli;
 pub mod conntrack;
 pub mod contact;
@@ -11,6 +12,7 @@ pub mod controllers;
 pub mod dataplane;
 pub mod engine;
 pub mod facts;
+pub mod files;
 pub mod health;
 pub mod kernel_change;
 pub mod log;
@@ -23,6 +25,7 @@ pub mod run;
 pub mod session;
 pub mod snapshot;
 pub mod state;
+pub mod state_lock;
 pub mod sysctl;
 mod time;
 pub mod traces;

@@ -20,25 +20,26 @@ impl LogLevel {
         LogLevel { default: default.to_owned(), current: default.to_owned(), set: Box::new(set) }
     }
 
-    /// Logs at `level` from now on; empty: as the command line says.
-    pub fn apply(&mut self, level: &str) {
+    /// Logs at `level` from now on; empty: as the command line says. Returns whether that is a change.
+    pub fn apply(&mut self, level: &str) -> bool {
         let wanted = if level.is_empty() { &self.default } else { level };
         if self.current == wanted {
-            return;
+            return false;
         }
         let filter = match EnvFilter::try_new(wanted) {
             Ok(filter) => filter,
             Err(error) => {
                 tracing::warn!(level = wanted, %error, "the log level is unknown and stays as it is");
-                return;
+                return false;
             }
         };
         if let Err(error) = (self.set)(filter) {
             tracing::warn!(level = wanted, %error, "the log level cannot be changed");
-            return;
+            return false;
         }
         tracing::info!(level = wanted, "the log level was changed");
         self.current = wanted.to_owned();
+        true
     }
 }
 

@@ -1,6 +1,6 @@
 //! Wiring: from the command line to running parts and back.
 
-use std::io::Write as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -14,6 +14,7 @@ use crate::contact::Contact;
 use crate::controllers::Controllers;
 use crate::engine::{Command, Engine, Parts};
 use crate::facts::{Addresses, kernel_version};
+use crate::files::StateFiles;
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
@@ -22,7 +23,8 @@ use crate::probe::TcpProber;
 use crate::questions::Questions;
 use crate::session::Identity;
 use crate::snapshot::SnapshotFile;
-use crate::sysctl::Sysctls;
+use crate::state_lock::{LockError, StateLock};
+use crate::sysctl::{Sysctls, Unset};
 use crate::traces::Traces;
 use crate::trial_file::TrialFile;
 
@@ -34,6 +36,12 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_millis(20);
 /// Pause before a failed attempt to watch our tables is repeated.
 const REOPEN: Duration = Duration::from_secs(5);
+/// How long the start waits for a disk that does not answer.
+const LOCK_DEADLINE: Duration = Duration::from_secs(10);
+/// Pause between two looks whether the other agent has ended.
+const LOCK_RETRY: Duration = Duration::from_millis(200);
+/// The log says this often that another agent is waited for.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 
 /// Does what the command line says.
 ///
@@ -43,7 +51,10 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     let Some(action) = cli.command else { return agent(cli.agent, &cli.log_level, cli.log_format) };
     crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
     match action {
-        Action::Cleanup { dry_run } => cleanup(dry_run),
+        Action::Cleanup { state_dir, stay, dry_run } => {
+            crate::cleanup::run(&state_dir, dry_run, &mut std::io::stdout().lock())?;
+            if stay { runtime()?.block_on(told_to_stop()) } else { Ok(()) }
+        }
         Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait } => {
             let settings = ConntrackSettings {
                 max_per_core,
@@ -52,41 +63,120 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
                 tcp_close_wait_timeout_seconds: tcp_timeout_close_wait,
                 ..ConntrackSettings::default()
             };
-            let failed = Sysctls::new("/proc/sys".as_ref()).write_all(&settings);
-            anyhow::ensure!(
-                failed == 0,
-                "{failed} kernel settings could not be set; is the container privileged?"
-            );
-            Ok(())
+            sysctl(&settings)
         }
     }
 }
 
-fn cleanup(dry_run: bool) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    let tables = crate::nft::inspect().context("read our nftables tables")?;
-    let verb = if dry_run { "would remove" } else { "remove" };
-    for table in &tables {
-        let (family, chains, elements) = (table.family, table.chains.len(), table.elements.len());
-        let name = crate::nft::TABLE;
-        writeln!(out, "{verb} table {family} {name}: {chains} chains, {elements} elements")?;
+/// Sets the kernel's connection tracking. A setting that does not exist is no failure: the agent must be able to start,
+/// its first commit loads what is missing, and it reports what is not in force.
+fn sysctl(settings: &ConntrackSettings) -> anyhow::Result<()> {
+    if let Err(error) = Conntrack::open().and_then(|mut table| table.load()) {
+        tracing::warn!(%error, "the kernel cannot load connection tracking (the module nf_conntrack_netlink)");
     }
-    if dry_run {
-        return Ok(());
+    let (absent, refused): (Vec<_>, Vec<_>) =
+        Sysctls::new("/proc/sys".as_ref()).write_all(settings).into_iter().partition(Unset::is_absent);
+    if !absent.is_empty() {
+        tracing::warn!(
+            settings = absent.len(),
+            "nf_conntrack is not loaded; its settings stay as the kernel has them"
+        );
     }
-    if !crate::nft::cleanup().context("remove our nftables tables")? {
-        writeln!(out, "there are no tables of ours in this network namespace")?;
+    anyhow::ensure!(
+        refused.is_empty(),
+        "{} kernel settings could not be set; is the container privileged?",
+        refused.len()
+    );
+    Ok(())
+}
+
+/// The runtime of a process that waits for a signal.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")
+}
+
+async fn told_to_stop() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
     Ok(())
 }
 
+/// What became of the wait for the state directory.
+enum Waited {
+    /// This agent may work; without a lock where there can be none.
+    Work(Option<StateLock>),
+    /// A signal came first.
+    Stop,
+}
+
+/// Takes the lock of the state directory, waiting as long as another agent has it: during a rolling update the one
+/// before may still be ending. A directory that cannot be locked, or not in time, is no reason to serve nothing.
+async fn lock(state: PathBuf) -> anyhow::Result<Waited> {
+    let mut told = None;
+    let taken = async {
+        loop {
+            let (sender, receiver) = tokio::sync::oneshot::channel();
+            let directory = state.clone();
+            let attempt = move || drop(sender.send(StateLock::take(&directory)));
+            std::thread::Builder::new().name("state-lock".into()).spawn(attempt).context("start a thread")?;
+            match tokio::time::timeout(LOCK_DEADLINE, receiver).await {
+                Ok(Ok(Ok(lock))) => return Ok::<_, anyhow::Error>(Some(lock)),
+                Ok(Ok(Err(error @ LockError::Held { .. }))) => {
+                    if told.is_none_or(|told: Instant| told.elapsed() >= TELL_AGAIN) {
+                        tracing::warn!(%error, "waiting until it ends; two agents would undo each other's changes");
+                        told = Some(Instant::now());
+                    }
+                    tokio::time::sleep(LOCK_RETRY).await;
+                }
+                Ok(Ok(Err(error @ LockError::Io { .. }))) => {
+                    tracing::warn!(%error, "the state directory is not usable; the agent works without it");
+                    return Ok(None);
+                }
+                Ok(Err(_)) | Err(_) => {
+                    tracing::warn!(directory = %state.display(), "the state directory does not answer; the agent works without a lock");
+                    return Ok(None);
+                }
+            }
+        }
+    };
+    tokio::select! {
+        lock = taken => lock.map(Waited::Work),
+        stop = told_to_stop() => stop.map(|()| Waited::Stop),
+    }
+}
+
+/// The soft limit of descriptors is often 1,024, and hundreds of health check ports take one for each address.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls read or write one rlimit that lives through them.
+    let raised = unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+        } else {
+            -1
+        }
+    };
+    if raised != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
 fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
     bound_memory();
+    let snapshot_limit = args.snapshot_limit();
     let node_name = args.hostname_override.or(args.node_name);
     let node_name = node_name.context("no --node-name; in a pod, take it from spec.nodeName")?;
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    let runtime = runtime()?;
     let (traces, log) = telemetry(&runtime, &node_name, log_level, log_format)?;
+    raise_descriptor_limit();
+    let Waited::Work(_lock) = runtime.block_on(lock(args.state_dir.clone()))? else { return Ok(()) };
     let controllers = Controllers::new(
         args.controller,
         args.bootstrap_dir,
@@ -110,12 +200,15 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         .context("register process metrics")?;
     let health = Health::default();
     let (commands, received) = mpsc::channel(COMMANDS);
+    let files = StateFiles::start().context("start the thread that writes state files")?;
     let parts = Parts {
         dataplane: Box::new(kernel),
         flows: Box::new(
             Reconciler::start(flows, commands.clone()).context("start the thread for conntrack")?,
         ),
         snapshot: Some(SnapshotFile::new(&args.state_dir)),
+        files: files.clone(),
+        snapshot_limit,
         health: health.clone(),
         metrics: metrics.clone(),
         host_addresses,
@@ -136,7 +229,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     follow("foreign-proxy", &commands, move |commands| foreign.follow(commands))?;
     let watched = metrics.drift_watched.clone();
     follow("drift", &commands, move |commands| watch_drift(monitor, own_port, commands, &watched))?;
-    let identity = Identity { node_name, kernel_version: kernel_version() };
+    let identity = Identity { node_name, kernel_version: kernel_version(), files };
     let servers = (args.healthz_bind_address, args.metrics_bind_address);
     let contact = Contact::default();
     let result = runtime.block_on(async {
@@ -159,15 +252,11 @@ async fn until_stopped(
     metrics: Metrics,
     contact: Contact,
 ) -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (stop, stopped) = watch::channel(false);
     let session =
         tokio::spawn(crate::session::run(controllers, identity, commands.clone(), metrics, contact, stopped));
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        signal = told_to_stop() => signal?,
         () = commands.closed() => {
             anyhow::bail!("the engine's thread ended by itself; what it said last is in the log. The kernel keeps what it holds");
         }
@@ -307,7 +396,11 @@ mod tests {
     #[test]
     fn an_engine_that_ends_by_itself_ends_the_agent_with_an_error() {
         let metrics = Metrics::register(&Registry::new()).unwrap();
-        let identity = Identity { node_name: "n".into(), kernel_version: String::new() };
+        let identity = Identity {
+            node_name: "n".into(),
+            kernel_version: String::new(),
+            files: StateFiles::start().unwrap(),
+        };
         let controllers = Controllers::new(Vec::new(), None, None, "/nonexistent".into(), None);
         let (commands, received) = mpsc::channel(1);
         let engine = std::thread::spawn(move || {

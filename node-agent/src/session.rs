@@ -24,9 +24,10 @@ mod answers;
 mod trust;
 
 use crate::backoff::{self, Backoff, Failure, full_jitter};
-use crate::contact::Contact;
+use crate::contact::{Absence, Contact};
 use crate::controllers::{BootstrapError, Controllers};
 use crate::engine::{Command, Event, Standing};
+use crate::files::{Content, StateFiles};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use answers::Answers;
@@ -115,6 +116,29 @@ impl SessionError {
             Self::Stopping => "Stopping",
         }
     }
+
+    /// Whether the controller is away, or this agent will not find one that accepts it.
+    #[must_use]
+    pub fn absence(&self) -> Absence {
+        use tonic::Code;
+        match self {
+            Self::Bootstrap(_)
+            | Self::Tls(_)
+            | Self::Connect { distrust: Some(_), .. }
+            | Self::Protocol(_) => Absence::Unusable,
+            Self::Refused { code, .. } => match code {
+                Code::Unauthenticated
+                | Code::PermissionDenied
+                | Code::InvalidArgument
+                | Code::FailedPrecondition
+                | Code::Unimplemented => Absence::Unusable,
+                _ => Absence::ControllerAway,
+            },
+            Self::Connect { .. } | Self::GoAway { .. } | Self::Ended | Self::Silent | Self::Stopping => {
+                Absence::ControllerAway
+            }
+        }
+    }
 }
 
 impl SessionError {
@@ -130,12 +154,14 @@ impl SessionError {
 }
 
 /// What a session needs to know about this agent.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Identity {
     /// The Node's name; compared with the credential's.
     pub node_name: String,
     /// Release of the running kernel.
     pub kernel_version: String,
+    /// Writes files.
+    pub files: StateFiles,
 }
 
 /// Keeps a session to one of the controllers until `stop` becomes true.
@@ -161,7 +187,7 @@ pub async fn run(
         if matches!(error, SessionError::Stopping) {
             return;
         }
-        contact.lost(error.word(), &error.to_string());
+        contact.lost(error.word(), error.absence(), &error.to_string());
         // Files that are not there yet (the kubelet brings them) cost nobody anything to look for.
         let waiting = matches!(error, SessionError::Bootstrap(_));
         if waiting || began.elapsed() > SILENCE {
@@ -328,7 +354,9 @@ async fn open<'a>(
     tracing::Span::current().record("server.address", address.as_str());
     metrics.connected.set(1);
     contact.made(&address);
-    controllers.remember(&peers);
+    if let Some((path, content)) = controllers.remember(&peers) {
+        identity.files.put(&path, Content::Bytes(content), None);
+    }
     if resumed {
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
     }

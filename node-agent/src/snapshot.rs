@@ -1,12 +1,12 @@
 //! The view on disk: what a restarted or rebooted agent knows before it reaches a controller.
 //!
 //! The file supplies the view only; the kernel's stamp says whether it is current. It is written to a
-//! temporary file, synced and renamed, ends in a checksum, and is ignored with a reason if it is damaged or
-//! of another version.
+//! temporary file, synced and renamed (by [`crate::files`]), ends in a checksum, and is ignored with a reason if
+//! it is damaged or of another version.
 
-use std::fs::{File, rename};
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use prost::Message;
 use switchtower_proto::digest::Digest;
@@ -87,20 +87,25 @@ impl SnapshotFile {
         SnapshotError::Unusable { path: self.path.clone(), reason: reason.into() }
     }
 
-    /// Writes the view. The file is either the old one or the new one, whole.
-    ///
-    /// # Errors
-    /// The directory or the file cannot be written.
-    pub fn write(&self, state: &State, refused: &[Refused]) -> Result<(), SnapshotError> {
-        self.try_write(state, refused).map_err(|error| self.io(error))
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    fn try_write(&self, state: &State, refused: &[Refused]) -> io::Result<()> {
-        let directory = self.path.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(directory)?;
-        let temporary = self.path.with_extension("new");
-        let mut out =
-            Hashed { out: BufWriter::new(File::create(&temporary)?), hasher: blake3::Hasher::new() };
+    /// How long ago the file was written or confirmed; zero if its time is in the future.
+    ///
+    /// # Errors
+    /// There is no file, or its time cannot be read.
+    pub fn age(&self, now: SystemTime) -> io::Result<Duration> {
+        Ok(now.duration_since(std::fs::metadata(&self.path)?.modified()?).unwrap_or_default())
+    }
+
+    /// The content of the file for a view.
+    ///
+    /// # Errors
+    /// A record is too large for the format.
+    pub fn encode(state: &State, refused: &[Refused]) -> io::Result<Vec<u8>> {
+        let mut out = Vec::from(MAGIC);
         let deviations = refused.iter().map(|Refused { item, reason, errno }| Deviation {
             item: item.clone(),
             reason: reason.clone(),
@@ -113,19 +118,15 @@ impl SnapshotFile {
             source: state.source().copied(),
             deviations: deviations.collect(),
         };
-        out.write_all(MAGIC)?;
-        out.record(&header.encode_to_vec())?;
+        put_record(&mut out, &header)?;
         state.export(&mut |layer, change| {
-            out.write_all(&[layer as u8])?;
-            out.record(&change.encode_to_vec())
+            out.push(layer as u8);
+            put_record(&mut out, &change)
         })?;
-        out.write_all(&[END])?;
-        let checksum = out.hasher.finalize();
-        out.out.write_all(checksum.as_bytes())?;
-        let file = out.out.into_inner().map_err(|error| error.into_error())?;
-        file.sync_all()?;
-        rename(&temporary, &self.path)?;
-        File::open(directory)?.sync_all()
+        out.push(END);
+        let checksum = blake3::hash(&out);
+        out.extend_from_slice(checksum.as_bytes());
+        Ok(out)
     }
 
     /// Reads the view; `None` if there is no file.
@@ -205,28 +206,21 @@ fn record<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
     Ok(content)
 }
 
-struct Hashed {
-    out: BufWriter<File>,
-    hasher: blake3::Hasher,
-}
-
-impl Hashed {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hasher.update(bytes);
-        self.out.write_all(bytes)
-    }
-
-    fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let length = u32::try_from(bytes.len()).map_err(|_| io::Error::other("a record is above 4 GiB"))?;
-        self.write_all(&length.to_le_bytes())?;
-        self.write_all(bytes)
-    }
+fn put_record(out: &mut Vec<u8>, message: &impl Message) -> io::Result<()> {
+    let length = message.encoded_len();
+    let prefix = u32::try_from(length).map_err(|_| io::Error::other("a record is above 4 GiB"))?;
+    out.extend_from_slice(&prefix.to_le_bytes());
+    message.encode(out).map_err(io::Error::other)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing;
+
+    fn write(file: &SnapshotFile, state: &State, refused: &[Refused]) {
+        crate::files::replace(file.path(), &SnapshotFile::encode(state, refused).unwrap()).unwrap();
+    }
 
     #[test]
     fn what_was_written_is_read_back() {
@@ -235,7 +229,7 @@ mod tests {
         assert!(file.read().unwrap().is_none());
         let state = testing::state(40, 3);
         let refused = vec![Refused { item: "frontend".into(), reason: "no".into(), errno: 22 }];
-        file.write(&state, &refused).unwrap();
+        write(&file, &state, &refused);
         let restored = file.read().unwrap().unwrap();
         assert_eq!(restored.state.digest(), state.digest());
         assert_eq!(restored.state.generation(), state.generation());
@@ -247,7 +241,7 @@ mod tests {
     fn a_damaged_file_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = SnapshotFile::new(directory.path());
-        file.write(&testing::state(3, 2), &[]).unwrap();
+        write(&file, &testing::state(3, 2), &[]);
         let good = std::fs::read(&file.path).unwrap();
         for at in 0..good.len() {
             let mut bad = good.clone();

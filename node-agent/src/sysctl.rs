@@ -15,6 +15,8 @@ const MAXIMUM: u64 = 1_048_576;
 pub struct Sysctls {
     root: PathBuf,
     applied: Option<ConntrackSettings>,
+    /// Settings that are not in force, for people.
+    unset: Vec<String>,
     /// Values from before this process set them first.
     found: BTreeMap<&'static str, u64>,
 }
@@ -22,15 +24,15 @@ pub struct Sysctls {
 impl Sysctls {
     /// Settings below `root`.
     pub fn new(root: &Path) -> Self {
-        Sysctls { root: root.to_path_buf(), applied: None, found: BTreeMap::new() }
+        Sysctls { root: root.to_path_buf(), applied: None, unset: Vec::new(), found: BTreeMap::new() }
     }
 
     /// Applies `settings` if they are not those of the last time. What they leave alone gets back the value that it
     /// had before. What cannot be written (a read-only `/proc` in an unprivileged container) is a warning and a
-    /// metric, never a failure: an init container does it.
-    pub fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) {
+    /// metric, never a failure: an init container does it. Returns whether [`Sysctls::unset`] changed.
+    pub fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) -> bool {
         if self.applied.as_ref() == Some(settings) {
-            return;
+            return false;
         }
         let wanted = wanted(settings, cores());
         for (name, _) in &wanted {
@@ -44,41 +46,98 @@ impl Sysctls {
             .filter(|(name, _)| !wanted.iter().any(|(other, _)| other == *name))
             .map(|(name, value)| (*name, *value))
             .collect();
-        let failed = wanted.iter().chain(&left).filter(|(name, value)| !self.write(name, *value)).count();
+        let outcome = |&(name, value): &(&'static str, u64)| self.write(name, value).err();
+        let failures: Vec<_> = wanted.iter().chain(&left).filter_map(outcome).collect();
+        failures.iter().for_each(tell);
         self.found.retain(|name, _| !left.iter().any(|(other, _)| other == name));
         self.applied = Some(*settings);
-        metrics.sysctl_failures.set(failed as i64);
+        metrics.sysctl_failures.set(failures.len() as i64);
+        let unset: Vec<_> = failures.iter().map(ToString::to_string).collect();
+        let changed = self.unset != unset;
+        self.unset = unset;
+        changed
     }
 
-    /// Writes what differs; returns how many settings could not be written.
-    pub fn write_all(&self, settings: &ConntrackSettings) -> usize {
-        wanted(settings, cores()).into_iter().filter(|(name, value)| !self.write(name, *value)).count()
+    /// Settings that are not in force: name, value, wanted value and why.
+    pub fn unset(&self) -> &[String] {
+        &self.unset
+    }
+
+    /// Writes what differs; returns what could not be written.
+    pub fn write_all(&self, settings: &ConntrackSettings) -> Vec<Unset> {
+        let wanted = wanted(settings, cores()).into_iter();
+        let failures: Vec<_> = wanted.filter_map(|(name, value)| self.write(name, value).err()).collect();
+        failures.iter().for_each(tell);
+        failures
     }
 
     fn read(&self, name: &str) -> Option<u64> {
         std::fs::read_to_string(self.root.join(name)).ok()?.trim().parse().ok()
     }
 
-    fn write(&self, name: &str, value: u64) -> bool {
-        let path = self.root.join(name);
+    fn write(&self, name: &'static str, wanted: u64) -> Result<(), Unset> {
         let current = self.read(name);
+        let more = current.is_some_and(|current| current > wanted);
         // The number of buckets is only ever raised.
-        if current == Some(value) || (name == HASH_SIZE && current.is_some_and(|current| current > value)) {
-            return true;
+        if current == Some(wanted) || (name == HASH_SIZE && more) {
+            return Ok(());
         }
-        match std::fs::write(&path, value.to_string()) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!(
-                    path = %path.display(), value, %error,
-                    "a kernel setting cannot be written; run `switchtower-node-agent sysctl` in a privileged init container"
-                );
-                false
-            }
+        match std::fs::write(self.root.join(name), wanted.to_string()) {
+            Ok(()) => Ok(()),
+            // More room than wanted, set by somebody who may, is no shortage.
+            Err(_) if may_stay(name, current, wanted) => Ok(()),
+            Err(error) => Err(Unset { name, wanted, current, error }),
         }
     }
 }
 
+/// Whether a value that cannot be changed does no harm.
+fn may_stay(name: &str, current: Option<u64>, wanted: u64) -> bool {
+    name == MAX && current.is_some_and(|current| current > wanted)
+}
+
+/// A kernel setting that is not in force.
+#[derive(Debug)]
+pub struct Unset {
+    name: &'static str,
+    wanted: u64,
+    current: Option<u64>,
+    error: std::io::Error,
+}
+
+impl Unset {
+    /// The setting does not exist: connection tracking is not loaded, or built without it.
+    pub fn is_absent(&self) -> bool {
+        self.error.kind() == std::io::ErrorKind::NotFound
+    }
+}
+
+impl std::fmt::Display for Unset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Unset { name, wanted, current, error } = self;
+        let name = name.rsplit('/').next().unwrap_or(name);
+        match current {
+            _ if self.is_absent() => {
+                write!(f, "{name} does not exist, wanted {wanted}: nf_conntrack is not loaded")
+            }
+            Some(current) => write!(f, "{name} is {current}, wanted {wanted}: {error}"),
+            None => write!(f, "{name} is unknown, wanted {wanted}: {error}"),
+        }
+    }
+}
+
+fn tell(unset: &Unset) {
+    if unset.is_absent() {
+        tracing::warn!(%unset, "a kernel setting does not exist");
+    } else {
+        tracing::warn!(
+            %unset,
+            "a kernel setting cannot be written; run `switchtower-node-agent sysctl` in a privileged init container"
+        );
+    }
+}
+
+const MAX: &str = "net/netfilter/nf_conntrack_max";
 const HASH_SIZE: &str = "net/netfilter/nf_conntrack_buckets";
 
 /// CPUs of the machine that are online, whatever share of them this container may use: as kube-proxy counts them.
@@ -111,7 +170,7 @@ fn wanted(settings: &ConntrackSettings, cores: u64) -> Vec<(&'static str, u64)> 
     let mut wanted = Vec::new();
     if *max_per_core > 0 {
         let scaled = (u64::from(*max_per_core) * cores).min(MAXIMUM).max(u64::from(*min));
-        wanted.push(("net/netfilter/nf_conntrack_max", scaled));
+        wanted.push((MAX, scaled));
         wanted.push((HASH_SIZE, scaled / 4));
     }
     for (name, value) in [
@@ -189,10 +248,41 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let settings = ConntrackSettings { udp_timeout_seconds: 30, ..Default::default() };
         let sysctls = Sysctls::new(directory.path());
-        assert_eq!(sysctls.write_all(&settings), 1);
+        let unset = sysctls.write_all(&settings);
+        assert!(unset.len() == 1 && unset[0].is_absent());
+        assert!(unset[0].to_string().contains("nf_conntrack is not loaded"), "{}", unset[0]);
         std::fs::create_dir_all(directory.path().join("net/netfilter")).unwrap();
-        assert_eq!(sysctls.write_all(&settings), 0);
+        assert!(sysctls.write_all(&settings).is_empty());
         let path = directory.path().join("net/netfilter/nf_conntrack_udp_timeout");
         assert_eq!(std::fs::read_to_string(path).unwrap(), "30");
+    }
+
+    #[test]
+    fn what_is_not_in_force_is_named_until_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        let mut sysctls = Sysctls::new(directory.path());
+        let settings = ConntrackSettings { tcp_be_liberal: true, ..Default::default() };
+        assert!(sysctls.apply(&settings, &metrics));
+        assert_eq!(sysctls.unset().len(), 1);
+        assert!(!sysctls.apply(&settings, &metrics), "nothing new");
+        assert!(sysctls.apply(&ConntrackSettings::default(), &metrics));
+        assert!(sysctls.unset().is_empty());
+    }
+
+    #[test]
+    fn a_higher_limit_that_cannot_be_lowered_is_enough() {
+        assert!(may_stay(MAX, Some(2_000_000), 131_072));
+        assert!(!may_stay(MAX, Some(65_536), 131_072));
+        assert!(!may_stay(MAX, None, 131_072));
+        assert!(!may_stay("net/netfilter/nf_conntrack_udp_timeout", Some(60), 30));
+    }
+
+    #[test]
+    fn what_exists_and_cannot_be_written_is_not_absent() {
+        let directory = tempfile::tempdir().unwrap();
+        // A directory cannot be written as a setting, whoever runs the test.
+        std::fs::create_dir_all(directory.path().join(MAX)).unwrap();
+        assert!(!Sysctls::new(directory.path()).write(MAX, 131_072).unwrap_err().is_absent());
     }
 }

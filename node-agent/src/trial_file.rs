@@ -1,11 +1,10 @@
 //! What is kept of a trial of settings across a restart of the agent.
 //!
-//! A few kilobytes, written whenever a trial's standing changes and before the kernel follows it: whatever
-//! happens to the agent, the next one knows which settings are in force and what failed. The file of the view is
+//! A few kilobytes, written whenever a trial's standing changes and, unless the disk stalls, before the kernel follows
+//! it: whatever happens to the agent, the next one knows which settings are in force and what failed. The file of the view is
 //! written less often, and says nothing about it.
 
-use std::fs::{File, rename};
-use std::io::{self, Write as _};
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -100,34 +99,18 @@ impl TrialFile {
         TrialFileError { path: self.path.clone(), source }
     }
 
-    /// Writes the record, or removes the file if there is none.
-    ///
-    /// # Errors
-    /// The directory or the file cannot be written.
-    pub fn write(&self, record: Option<&TrialRecord>) -> Result<(), TrialFileError> {
-        let result = match record {
-            Some(record) => self.try_write(&content(record)),
-            None => match std::fs::remove_file(&self.path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                result => result,
-            },
-        };
-        result.map_err(|error| self.failed(error))
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    fn try_write(&self, content: &Content) -> io::Result<()> {
-        let directory = self.path.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(directory)?;
+    /// The content of the file for a record.
+    pub fn encode(record: &TrialRecord) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend(content.encode_to_vec());
+        bytes.extend(content(record).encode_to_vec());
         let checksum = blake3::hash(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
-        let temporary = self.path.with_extension("new");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        rename(&temporary, &self.path)?;
-        File::open(directory)?.sync_all()
+        bytes
     }
 
     /// Reads the record; `None` if there is no file.
@@ -244,18 +227,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(&directory.path().join("state"));
         assert!(file.read().unwrap().is_none());
-        file.write(None).unwrap();
-        file.write(Some(&example())).unwrap();
+        crate::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
         assert_eq!(file.read().unwrap(), Some(example()));
-        file.write(None).unwrap();
-        assert!(file.read().unwrap().is_none());
     }
 
     #[test]
     fn a_damaged_file_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(directory.path());
-        file.write(Some(&example())).unwrap();
+        crate::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
         let good = std::fs::read(&file.path).unwrap();
         for at in 0..good.len() {
             let mut bad = good.clone();

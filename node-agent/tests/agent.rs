@@ -386,3 +386,104 @@ fn rules_that_captured_the_controller_let_the_agent_out() {
         }
     });
 }
+
+/// The status and body of an answer on the health port.
+fn health(path: &str) -> (String, String) {
+    let answer = shell(&format!("curl -s -m 5 -w '\\n%{{http_code}}' http://127.0.0.1:10256{path} || true"));
+    let (body, code) = answer.trim_end().rsplit_once('\n').unwrap_or(("", answer.trim_end()));
+    (code.to_owned(), body.to_owned())
+}
+
+#[test]
+fn a_stalled_disk_holds_up_neither_commits_nor_repairs() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(20, 2);
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        // Whoever opens it to write waits, as for a disk that does not answer.
+        shell(&format!("mkfifo {}", state.join("view.new").display()));
+        let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
+        // The file is due after a second of quiet.
+        std::thread::sleep(Duration::from_secs(2));
+        stream.update(fleet.add_endpoint(7, 5)).await;
+        assert_eq!(stream.ack().await.generation, 2);
+        shell("nft delete table ip switchtower");
+        eventually("the table is back", || shell("nft list tables").contains("table ip switchtower"));
+        assert_eq!(health("/livez").0, "200");
+    });
+}
+
+#[test]
+fn an_agent_with_unusable_files_never_becomes_ready() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let fleet = Fleet::new(5, 2);
+        let (controller, mut agent, stream) = programmed(&fleet, directory.path()).await;
+        eventually("ready", || health("/readyz").0 == "200");
+        std::fs::write(directory.path().join("controllers"), "127.0.0.1:1\n").unwrap();
+        drop(stream);
+        drop(controller);
+        let deadline = Instant::now() + DEADLINE;
+        while !health("/connection").1.contains("ControllerUnreachable") {
+            assert!(Instant::now() < deadline, "the controller is still there");
+            // The controller's side of the stream ends in this thread.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(health("/readyz").0, "200", "that takes no working node out");
+        agent.terminate();
+
+        // A restart while the controller is away: the snapshot file is current, and nothing is wrong with the agent.
+        let mut agent = Agent::start(directory.path());
+        eventually("ready by the file", || health("/readyz").0 == "200");
+        agent.terminate();
+
+        // A bad update of the agents: the view is there, and no controller can ever be found.
+        let mut bad = Command::new(BINARY);
+        bad.env("SWITCHTOWER_CA_FILE", directory.path().join("absent"));
+        let _agent = Agent::start_with(&mut bad, directory.path());
+        eventually("it says why", || health("/readyz").1.contains("BootstrapMissing"));
+        assert_eq!(health("/readyz").0, "503");
+        assert_eq!(health("/healthz").0, "200", "the data plane works");
+    });
+}
+
+#[test]
+fn a_second_agent_waits_until_the_first_ends() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let fleet = Fleet::new(5, 2);
+        let (mut controller, mut first, stream) = programmed(&fleet, directory.path()).await;
+        let second = Agent::start(directory.path());
+        eventually("the second says so", || second.log().contains("another node agent"));
+        let cleanup = || {
+            let state = directory.path().join("state");
+            let args = ["cleanup", "--log-level", "error", "--state-dir"];
+            let output = Command::new(BINARY).args(args).arg(state).output().unwrap();
+            (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let (cleaned, why) = cleanup();
+        assert!(!cleaned && why.contains("stop the node agent"), "{why}");
+        drop(stream);
+        first.terminate();
+        let stream = controller.accept().await;
+        assert_eq!(stream.hello.kernel.clone().unwrap().generation, 1);
+        drop((stream, second, first));
+        eventually("the lock is free", || cleanup().0);
+        assert!(!shell("nft list tables").contains("switchtower"));
+        assert!(!directory.path().join("state").exists());
+    });
+}
+
+#[test]
+fn idle_connections_do_not_block_the_health_port() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let (_controller, _agent, _stream) = programmed(&Fleet::new(2, 1), directory.path()).await;
+        let idle: Vec<_> =
+            (0..400).map(|_| std::net::TcpStream::connect("127.0.0.1:10256").unwrap()).collect();
+        for path in ["/livez", "/healthz", "/readyz"] {
+            assert_eq!(health(path).0, "200", "{path} beside {} idle connections", idle.len());
+        }
+    });
+}

@@ -53,6 +53,8 @@ pub struct Observation {
     pub drift_at: Option<Timestamp>,
     /// Rules of kube-proxy exist on the node.
     pub foreign_proxy: bool,
+    /// Kernel settings of the profile that are not in force, each with its values and why.
+    pub unset_kernel_settings: Vec<String>,
     /// Profile and revision of the settings in the view that was acknowledged last; `None` before the first.
     pub settings: Option<(Arc<str>, u64)>,
     /// From the sending of these settings to their acknowledgement; `None` if the stream began with them.

@@ -142,6 +142,7 @@ struct Verdicts {
     consistent: Verdict,
     exclusive: Verdict,
     local_detection: Verdict,
+    kernel_settings: Verdict,
 }
 
 /// Makes the row.
@@ -188,6 +189,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         consistent: consistent(observation, check, now),
         exclusive: exclusive(observation),
         local_detection: local_detection(observation),
+        kernel_settings: kernel_settings(observation),
     };
     let state = derive_state(&verdicts, observation);
     let ready = derive_ready(state, &verdicts);
@@ -314,6 +316,23 @@ fn local_detection(observation: &Observation) -> Verdict {
     Verdict::new(status, reason, message)
 }
 
+/// Limits that are too low are a matter of capacity: what is programmed is right, so Ready does not depend on them.
+fn kernel_settings(observation: &Observation) -> Verdict {
+    let unset = &observation.unset_kernel_settings;
+    if unset.is_empty() {
+        return Verdict::new(
+            "True",
+            "InForce",
+            "The kernel has the connection tracking settings of the profile.",
+        );
+    }
+    let message = format!(
+        "{}. The component conntrack-sysctls sets them at the start of the agent's Pod.",
+        unset.join("; ")
+    );
+    Verdict::new("False", "NotInForce", message)
+}
+
 fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
     if !verdicts.connected.holds() {
         State::Stale
@@ -432,6 +451,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
         consistent: unknown(),
         exclusive: unknown(),
         local_detection: unknown(),
+        kernel_settings: unknown(),
     };
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
@@ -443,7 +463,8 @@ fn absent(inputs: Inputs<'_>) -> Row {
 }
 
 fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Condition> {
-    let Verdicts { connected, programmed, consistent, exclusive, local_detection } = verdicts;
+    let Verdicts { connected, programmed, consistent, exclusive, local_detection, kernel_settings } =
+        verdicts;
     [
         ("Ready", ready),
         ("Connected", connected),
@@ -451,6 +472,7 @@ fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Con
         ("Consistent", consistent),
         ("Exclusive", exclusive),
         ("LocalDetection", local_detection),
+        ("KernelSettings", kernel_settings),
     ]
     .into_iter()
     .map(|(kind, verdict)| merge(kind, verdict, inputs))

@@ -66,12 +66,24 @@ fn check(observation: &Observation, state: &str, ready: &str, reason: &str) -> R
 fn a_healthy_node() {
     let row = check(&healthy(), "Synced", "True", "UpToDate");
     let kinds: Vec<_> = row.status.conditions.iter().map(|condition| condition.type_.as_str()).collect();
-    assert_eq!(kinds, ["Ready", "Connected", "Programmed", "Consistent", "Exclusive", "LocalDetection"]);
+    assert_eq!(
+        kinds,
+        ["Ready", "Connected", "Programmed", "Consistent", "Exclusive", "LocalDetection", "KernelSettings"]
+    );
     assert!(row.status.conditions.iter().all(|c| c.status == "True" && c.observed_generation == Some(1)));
     assert_eq!(row.status.profile.unwrap().revision_name, "builtin@0");
     assert_eq!(row.status.digest.unwrap(), "ab".repeat(16));
     assert_eq!(row.status.connection.unwrap().session, 3);
     assert_eq!(row.check_after, None);
+}
+
+#[test]
+fn limits_that_are_not_in_force_are_a_condition() {
+    let unset = vec!["nf_conntrack_max is 262144, wanted 524288: Read-only file system".to_owned()];
+    let row = check(&Observation { unset_kernel_settings: unset, ..healthy() }, "Synced", "True", "UpToDate");
+    let condition = row.status.conditions.iter().find(|one| one.type_ == "KernelSettings").unwrap();
+    assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "NotInForce"));
+    assert!(condition.message.contains("262144") && condition.message.contains("conntrack-sysctls"));
 }
 
 #[test]

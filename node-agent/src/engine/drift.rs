@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Engine, Event};
 use crate::dataplane::{Committed, Refused, Repaired};
+use crate::state::UdpChanges;
 
 /// After a repair that found something the tables are left alone for this many times its duration ...
 const REST: u32 = 4;
@@ -75,14 +76,7 @@ impl Engine {
     /// Compares and repairs; returns whether there was something to repair.
     fn repair(&mut self, cause: &'static str) -> bool {
         if self.hold {
-            // Only a table that is gone is worth an older view.
-            if let Ok(None) = self.parts.dataplane.stamp()
-                && self.state.is_loaded()
-            {
-                self.hold = false;
-                self.queue_and_sync();
-            }
-            return false;
+            return self.repair_held(cause);
         }
         if !self.state.is_loaded() || self.doubt {
             return false;
@@ -96,9 +90,12 @@ impl Engine {
                     self.drift.repaired += 1;
                     self.parts.metrics.drift.with_label_values(&[cause]).inc();
                     tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
+                    // Flows that began meanwhile may have passed without translation.
+                    self.passes.add(UdpChanges::all());
                     self.tell(cause, None);
                 }
                 self.refusals_changed(refused);
+                self.look_at_flows();
                 differences > 0
             }
             Err(error) => {
@@ -110,12 +107,29 @@ impl Engine {
         }
     }
 
+    /// While the kernel is newer than the view nothing says what it should hold, so whatever somebody else changed
+    /// cannot be told from what belongs there. The view, at most a minute older, is then the best that is known.
+    fn repair_held(&mut self, cause: &'static str) -> bool {
+        if !self.state.is_loaded() || self.expired {
+            return false;
+        }
+        tracing::warn!(cause, "foreign changes of our tables: the view of the snapshot file is programmed");
+        self.hold = false;
+        self.drift.repaired += 1;
+        self.parts.metrics.drift.with_label_values(&[cause]).inc();
+        self.passes.add(UdpChanges::all());
+        self.queue_and_sync();
+        self.tell(cause, None);
+        true
+    }
+
     /// A repair tries again what was refused: what became of it is acknowledged.
     fn refusals_changed(&mut self, refused: Vec<Refused>) {
         if self.refused == refused {
             return;
         }
         self.refused = refused;
+        self.passes.add(UdpChanges::all());
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.dirty = true;
         if let Some(kernel) = self.kernel.filter(|_| !self.queued) {

@@ -42,6 +42,7 @@ impl Engine {
             foreign_proxy: self.foreign_proxy,
             trial,
             health_check_failures: self.health_check_failures.clone(),
+            unset_kernel_settings: self.parts.sysctls.unset().to_vec(),
         };
         self.send(Event::Report(report));
     }

@@ -7,12 +7,28 @@ use super::*;
 use crate::questions::Questions;
 use crate::testing::{self, Fleet, MemoryKernel};
 
+mod damage;
+mod files;
 mod trials;
 
-struct NoFlows;
+/// Notes the passes that are begun; the test ends them.
+#[derive(Clone, Default)]
+struct NotedPasses(std::sync::Arc<std::sync::Mutex<Vec<Families>>>);
 
-impl FlowTable for NoFlows {
-    fn begin(&mut self, _: Families) {}
+impl FlowTable for NotedPasses {
+    fn begin(&mut self, families: Families) {
+        self.0.lock().unwrap().push(families);
+    }
+}
+
+impl NotedPasses {
+    /// Ends the pass that is under way and returns its families; `None`: none was begun.
+    fn end(&self, engine: &mut Engine) -> Option<Families> {
+        let families = self.0.lock().unwrap().pop()?;
+        let done = FlowReport::Done { deleted: Ok(0), took: Duration::ZERO };
+        engine.handle(Command::Flows(done));
+        Some(families)
+    }
 }
 
 fn engine(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, Health) {
@@ -26,10 +42,23 @@ fn probing_engine(
 ) -> (Engine, Health, testing::NotingProber) {
     let health = Health::default();
     let prober = testing::NotingProber::default();
-    let parts = Parts {
+    let parts = parts(kernel, directory, &health, &prober, &NotedPasses::default());
+    (Engine::start(parts), health, prober)
+}
+
+fn parts(
+    kernel: &MemoryKernel,
+    directory: &std::path::Path,
+    health: &Health,
+    prober: &testing::NotingProber,
+    passes: &NotedPasses,
+) -> Parts {
+    Parts {
         dataplane: Box::new(kernel.clone()),
-        flows: Box::new(NoFlows),
+        flows: Box::new(passes.clone()),
         snapshot: Some(SnapshotFile::new(directory)),
+        files: StateFiles::start().unwrap(),
+        snapshot_limit: Some(Duration::from_secs(3600)),
         health: health.clone(),
         metrics: Metrics::register(&prometheus::Registry::new()).unwrap(),
         host_addresses: vec!["192.0.2.1".parse().unwrap()],
@@ -40,8 +69,7 @@ fn probing_engine(
         trial: Some(TrialFile::new(directory)),
         questions: Questions::none(),
         traces: crate::traces::Traces::none(),
-    };
-    (Engine::start(parts), health, prober)
+    }
 }
 
 fn attach(engine: &mut Engine) -> (Standing, mpsc::UnboundedReceiver<Event>) {
@@ -62,7 +90,7 @@ fn play(engine: &mut Engine, (update, parts): (Update, Vec<Part>)) {
 fn with_a_file(kernel: &MemoryKernel, directory: &std::path::Path, fleet: &Fleet) -> Engine {
     let (mut engine, _) = engine(kernel, directory);
     play(&mut engine, fleet.snapshot());
-    engine.write_snapshot();
+    engine.write_last_snapshot();
     engine
 }
 
@@ -391,7 +419,7 @@ fn addresses_wait_for_the_kernel_and_only_the_last_ones_count() {
     let settings =
         Settings { node_port_addresses: vec![everywhere([198, 51, 100, 0], 24)], ..testing::settings() };
     play(&mut first, fleet.replace_settings(settings));
-    first.write_snapshot();
+    first.write_last_snapshot();
     let addresses = |number: u8| Command::HostAddresses(vec![IpAddr::from([198, 51, 100, number])]);
     first.handle(addresses(1));
     assert_eq!(bound(), ["198.51.100.1"]);

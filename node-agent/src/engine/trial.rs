@@ -1,31 +1,28 @@
 //! Trials of settings: keeps and tells where one stands, starts its probes, puts other settings in force.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Engine;
+use crate::files::Content;
 use crate::kernel_change::KernelChange;
-use crate::state::Measured;
+use crate::state::{Measured, UdpChanges};
+use crate::trial_file::TrialFile;
+
+/// How long a change of settings waits for its record to be on disk.
+const RECORDED: Duration = Duration::from_secs(1);
 
 impl Engine {
-    /// Takes what was kept of a trial before a restart. An unusable file leaves the desired settings in force.
-    pub(super) fn remember_trial(&mut self) {
-        let Some(file) = &self.parts.trial else { return };
-        match file.read() {
-            Ok(Some(record)) => {
-                self.state.remember(record);
-            }
-            Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "the trial file is ignored"),
-        }
-    }
-
     /// A trial's standing changed: the next agent and the controller must know it.
     pub(super) fn trial_moved(&mut self) {
         let record = self.state.trial_record();
-        if let Some(file) = &self.parts.trial
-            && let Err(error) = file.write(record)
-        {
-            tracing::warn!(%error, "a trial's standing is not kept across a restart");
+        if let Some(file) = &self.parts.trial {
+            let bytes = record.map(TrialFile::encode);
+            self.parts.files.put(file.path(), bytes.map_or(Content::Removed, Content::Bytes), None);
+            if !self.parts.files.flush(RECORDED) {
+                tracing::warn!(
+                    "a trial's standing is not on disk yet; an agent that starts now does not know it"
+                );
+            }
         }
         let Some(record) = record else { return };
         tracing::info!(
@@ -54,6 +51,7 @@ impl Engine {
             self.trial_moved();
         }
         if moved.settings {
+            self.passes.add(UdpChanges::all());
             let in_force = self.state.settings().cloned().unwrap_or_default();
             self.pending.push(KernelChange::Settings(in_force));
             // The deviations change with the commit, and so does what was acknowledged.

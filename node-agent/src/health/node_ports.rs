@@ -21,6 +21,8 @@ use crate::metrics::Metrics;
 const BIND_RETRY: Duration = Duration::from_secs(5);
 /// Most failures that are told.
 const FAILURES: usize = 16;
+/// Most open connections to one port at one address: there may be hundreds of them.
+const CONNECTIONS: usize = 16;
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
 type Service = (String, String);
@@ -105,9 +107,8 @@ fn listeners(targets: &HealthTargets) -> BTreeSet<(Service, SocketAddr)> {
         .collect()
 }
 
-/// axum's accept loop ends only with its task.
 async fn serve(listener: TcpListener, health: Health, (service, address): (Service, SocketAddr)) {
-    let _ = axum::serve(listener, router(health, service, address.is_ipv6())).await;
+    super::bounded::serve(listener, router(health, service, address.is_ipv6()), CONNECTIONS).await;
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {

@@ -19,12 +19,15 @@ use crate::time::rfc3339;
 
 /// Pause between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
+/// Most open connections to one port.
+const CONNECTIONS: usize = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
 
-/// `/healthz` and `/livez`, and `/connection`, which says whether there is a controller and why not.
+/// `/healthz`, `/livez` and `/readyz`, and `/connection`, which says whether there is a controller and why not.
 pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
-    let (for_healthz, for_livez, contact) = (health.clone(), health.clone(), contact.clone());
+    let (for_healthz, for_livez, for_readyz) = (health.clone(), health.clone(), health.clone());
+    let (contact, for_connection) = (contact.clone(), contact.clone());
     let (healthz_total, livez_total) = (metrics.healthz.clone(), metrics.livez.clone());
     Router::new()
         .route(
@@ -41,7 +44,8 @@ pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> R
                 answer(reading, reading.healthy, None, &livez_total)
             }),
         )
-        .route("/connection", get(async move || Json(contact.state())))
+        .route("/readyz", get(async move || readiness(&for_readyz, &contact)))
+        .route("/connection", get(async move || Json(for_connection.state())))
 }
 
 /// `/metrics`, `/proxyMode`, and `/healthz` as kube-proxy's metrics server has it.
@@ -50,6 +54,27 @@ pub fn metrics_router(registry: Registry) -> Router {
         .route("/metrics", get(async move || exposition(&registry)))
         .route("/proxyMode", get(async || ([(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], "nftables")))
         .route("/healthz", get(async || "ok"))
+}
+
+/// Asked by the kubelet, which replaces the next agent of a rolling update only when this one is ready.
+fn readiness(health: &Health, contact: &Contact) -> impl IntoResponse + use<> {
+    let (reading, state) = (health.read(), contact.state());
+    let latched = health.ready(state.is_usable());
+    let (reason, detail) = if !reading.healthy {
+        ("ProgrammingStuck", "a change has been waiting for the kernel for a minute or more".to_owned())
+    } else if latched {
+        ("", String::new())
+    } else if !state.is_usable() {
+        (state.reason, state.detail)
+    } else {
+        (
+            "NoView",
+            "neither a controller nor the snapshot file has given a view that the kernel holds".to_owned(),
+        )
+    };
+    let ready = reason.is_empty();
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(json!({ "ready": ready, "reason": reason, "detail": detail })))
 }
 
 /// `eligible` is part of what `/healthz` says and not of what `/livez` says.
@@ -122,9 +147,7 @@ pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
         match listen(address) {
             Ok(listener) => {
                 tracing::info!(%address, what, "listening");
-                if let Err(error) = axum::serve(listener, router.clone()).await {
-                    tracing::error!(%address, what, %error, "the server stopped; starting it again");
-                }
+                return super::bounded::serve(listener, router, CONNECTIONS).await;
             }
             Err(error) => {
                 tracing::error!(%address, what, %error, "cannot listen; is another proxy running on this node? trying again");
@@ -145,6 +168,7 @@ mod tests {
             healthy: false,
             eligible: true,
             last_updated: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000)),
+            holds_view: true,
         };
         let body = body(stale, Some(true), now);
         assert_eq!(body["lastUpdated"], "2020-09-13T12:26:40Z");

@@ -35,11 +35,14 @@ impl Agent {
 
     fn start_in(directory: tempfile::TempDir, kernel: MemoryKernel) -> Self {
         let path = directory.path().to_path_buf();
+        let files = StateFiles::start().unwrap();
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
         let parts = Parts {
             dataplane: Box::new(kernel.clone()),
             flows: Box::new(NoFlows),
             snapshot: Some(SnapshotFile::new(&path)),
+            files: files.clone(),
+            snapshot_limit: None,
             health: Health::default(),
             metrics: metrics.clone(),
             host_addresses: vec!["192.0.2.1".parse().unwrap()],
@@ -57,7 +60,7 @@ impl Agent {
         let (stop, stopped) = watch::channel(false);
         let state = Some(path.join("state"));
         let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
-        let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into() };
+        let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into(), files };
         let contact = Contact::default();
         tokio::spawn(run(controllers, identity, commands, metrics.clone(), contact.clone(), stopped));
         Agent { kernel, directory, stop, connected: metrics, contact }

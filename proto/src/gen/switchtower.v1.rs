@@ -580,6 +580,9 @@ pub struct Report {
     /// healthCheckNodePorts that the node cannot listen on now, as long as that lasts; at most 16.
     #[prost(message, repeated, tag = "6")]
     pub health_check_failures: ::prost::alloc::vec::Vec<HealthCheckFailure>,
+    /// Kernel settings that the settings ask for and that are not in force, each with its values and why.
+    #[prost(string, repeated, tag = "7")]
+    pub unset_kernel_settings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthCheckFailure {

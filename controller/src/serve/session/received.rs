@@ -10,6 +10,9 @@ use tokio::time::Instant;
 use super::{End, Pause, Session, bounded, shortened};
 use crate::status::observation::{Failure, nack_word};
 
+/// Most kernel settings that a row names.
+const KERNEL_SETTINGS: usize = 8;
+
 impl Session {
     pub(super) async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
         self.heard = Instant::now();
@@ -156,6 +159,8 @@ impl Session {
             }
             known.drift_repaired = report.drift_repaired;
             known.foreign_proxy = report.foreign_proxy;
+            let unset = report.unset_kernel_settings.iter().take(KERNEL_SETTINGS);
+            known.unset_kernel_settings = unset.map(|one| shortened(one)).collect();
             if let Some(trial) = &report.trial {
                 known.trial = Some(bounded::trial(trial.clone()));
             }

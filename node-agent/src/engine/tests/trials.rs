@@ -69,7 +69,7 @@ impl Node {
     /// Kills the agent and starts the next one; its file of the view is old, or current.
     fn restart(&mut self, current: bool) -> Standing {
         if current {
-            self.engine.write_snapshot();
+            self.engine.write_last_snapshot();
         }
         let (engine, _, prober) = probing_engine(&self.kernel, self.directory.path());
         (self.engine, self.prober) = (engine, prober);
@@ -146,7 +146,7 @@ fn killed_in_any_phase_the_next_agent_goes_on() {
             (&[true, false][..], 0, TrialPhase::RolledBack),
         ] {
             let mut node = Node::new();
-            node.engine.write_snapshot();
+            node.engine.write_last_snapshot();
             node.begin();
             rounds.iter().for_each(|passes| node.round(*passes));
             let commits = node.kernel.lock().commits.len();

@@ -1,0 +1,120 @@
+//! Takes the agent's traces off a node: its nftables tables and its state files, nothing else.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use crate::files;
+use crate::snapshot::SnapshotFile;
+use crate::state_lock::{LockError, StateLock};
+use crate::trial_file::TrialFile;
+
+/// Removes tables and state files, or says what would be removed. What this agent did not make stays: other tables,
+/// connection tracking entries, kernel settings, foreign files in the directory.
+///
+/// # Errors
+/// An agent is running, or something cannot be removed.
+pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    // A running agent would have its tables back within milliseconds.
+    let lock = if state.exists() && !dry_run {
+        match StateLock::take(state) {
+            Ok(lock) => Some(lock),
+            Err(error @ LockError::Held { .. }) => {
+                return Err(anyhow::Error::new(error).context("stop the node agent before the cleanup"));
+            }
+            // Without a lock there can still be tables to remove; the files fail below, with their own error.
+            Err(error @ LockError::Io { .. }) => {
+                tracing::warn!(%error, "whether an agent is running is not known");
+                None
+            }
+        }
+    } else {
+        None
+    };
+    tables(dry_run, out)?;
+    state_files(state, dry_run, out)?;
+    drop(lock);
+    Ok(())
+}
+
+fn tables(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let tables = crate::nft::inspect().context("read our nftables tables")?;
+    for table in &tables {
+        let (family, chains, elements) = (table.family, table.chains.len(), table.elements.len());
+        let name = crate::nft::TABLE;
+        writeln!(out, "{} table {family} {name}: {chains} chains, {elements} elements", verb(dry_run))?;
+    }
+    if !dry_run && !crate::nft::cleanup().context("remove our nftables tables")? {
+        writeln!(out, "there are no tables of ours in this network namespace")?;
+    }
+    Ok(())
+}
+
+fn state_files(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let kept = [
+        SnapshotFile::new(state).path().to_path_buf(),
+        TrialFile::new(state).path().to_path_buf(),
+        state.join("controllers"),
+        state.join("lock"),
+    ];
+    let temporary: Vec<_> = kept.iter().map(|path| files::temporary(path)).collect();
+    for path in kept.iter().chain(&temporary) {
+        if path.symlink_metadata().is_err() {
+            continue;
+        }
+        writeln!(out, "{} {}", verb(dry_run), path.display())?;
+        if !dry_run {
+            files::remove(path).with_context(|| format!("remove {}", path.display()))?;
+        }
+    }
+    if dry_run {
+        return Ok(());
+    }
+    match std::fs::remove_dir(state) {
+        // In a pod it is a mount; and somebody may keep something else in it.
+        Err(error)
+            if !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy
+            ) =>
+        {
+            tracing::warn!(directory = %state.display(), %error, "the state directory is empty and stays");
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn verb(dry_run: bool) -> &'static str {
+    if dry_run { "would remove" } else { "remove" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_agents_own_files_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        let names =
+            ["view.snapshot", "view.new", "trial", "trial.new", "controllers", "controllers.new", "lock"];
+        for name in names.iter().chain(&["foreign"]) {
+            std::fs::write(state.join(name), "").unwrap();
+        }
+        let mut out = Vec::new();
+        state_files(&state, true, &mut out).unwrap();
+        assert_eq!(std::fs::read_dir(&state).unwrap().count(), names.len() + 1, "a dry run removes nothing");
+        assert_eq!(String::from_utf8(out).unwrap().lines().count(), names.len());
+        state_files(&state, false, &mut Vec::new()).unwrap();
+        let left: Vec<_> =
+            std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["foreign"]);
+        std::fs::remove_file(state.join("foreign")).unwrap();
+        state_files(&state, false, &mut Vec::new()).unwrap();
+        assert!(!state.exists());
+        state_files(&state, false, &mut Vec::new()).unwrap();
+    }
+}

@@ -1,0 +1,114 @@
+//! What follows when rules were missing or wrong for a while.
+
+use super::*;
+use crate::state::Measured;
+
+/// An engine that holds a fleet and has no pass over the conntrack table due, with its passes.
+fn settled(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, NotedPasses, Fleet) {
+    let passes = NotedPasses::default();
+    let (health, prober) = (Health::default(), testing::NotingProber::default());
+    let mut engine = Engine::start(parts(kernel, directory, &health, &prober, &passes));
+    let fleet = Fleet::new(5, 2);
+    play(&mut engine, fleet.snapshot());
+    while passes.end(&mut engine).is_some() {
+        engine.wake();
+    }
+    (engine, passes, fleet)
+}
+
+const BOTH: Option<Families> = Some(Families { ipv4: true, ipv6: true });
+
+#[test]
+fn flows_of_a_gap_are_looked_at_after_the_repair() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, passes, _) = settled(&kernel, directory.path());
+    let drift = |engine: &mut Engine| {
+        engine.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
+        engine.wake();
+    };
+    drift(&mut engine);
+    assert_eq!(passes.end(&mut engine), None, "nothing was wrong");
+    kernel.lock().differences = 1;
+    drift(&mut engine);
+    assert_eq!(passes.end(&mut engine), BOTH);
+    // A repair that fails ends in an adoption.
+    kernel.lock().fail = Some(libc::EPERM);
+    std::thread::sleep(Duration::from_millis(150));
+    drift(&mut engine);
+    assert_eq!(passes.end(&mut engine), None, "not while rules are missing");
+    kernel.lock().fail = None;
+    kernel.lock().pools.clear();
+    retry(&mut engine);
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), BOTH);
+}
+
+#[test]
+fn flows_are_looked_at_after_settings_and_addresses_change() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, passes, mut fleet) = settled(&kernel, directory.path());
+    let cidr = Cidr { address: vec![198, 51, 100, 0], prefix_length: 24 };
+    let settings = Settings { node_port_addresses: vec![cidr], ..testing::settings() };
+    play(&mut engine, fleet.replace_settings(settings));
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), BOTH, "settings");
+    engine.handle(Command::HostAddresses(vec!["198.51.100.1".parse().unwrap()]));
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), BOTH, "addresses");
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), None);
+}
+
+#[test]
+fn flows_are_looked_at_after_a_trial_is_rolled_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (passes, prober) = (NotedPasses::default(), testing::NotingProber::default());
+    let mut engine = Engine::start(parts(&kernel, directory.path(), &Health::default(), &prober, &passes));
+    let mut fleet = Fleet::new(5, 2);
+    play(&mut engine, fleet.snapshot());
+    let tried = crate::testing::settings_on_trial(0);
+    play(&mut engine, fleet.replace_settings(tried));
+    let round = |engine: &mut Engine, passes_probe: bool| {
+        let round = prober.take().expect("a round of probes");
+        let outcome = if passes_probe {
+            crate::state::Outcome::Passed { seen: Default::default() }
+        } else {
+            crate::state::Outcome::Failed { errno: libc::ECONNREFUSED, detail: "refused".into() }
+        };
+        let one = |target: &crate::state::Target| Measured {
+            probe: target.probe.name.clone(),
+            address: target.address,
+            outcome: outcome.clone(),
+        };
+        let measured = round.targets.iter().map(one).collect();
+        engine.handle(Command::Probed { number: round.number, measured });
+    };
+    round(&mut engine, true);
+    while passes.end(&mut engine).is_some() {
+        engine.wake();
+    }
+    round(&mut engine, false);
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), BOTH);
+}
+
+#[test]
+fn damage_to_a_newer_kernel_is_repaired_from_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let mut fleet = Fleet::new(5, 2);
+    let mut first = with_a_file(&kernel, directory.path(), &fleet);
+    play(&mut first, fleet.add_endpoint(3, 5));
+    drop(first);
+    let (mut second, _) = engine(&kernel, directory.path());
+    assert!(second.hold);
+    kernel.lock().frontends.clear();
+    second.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
+    assert_eq!(kernel.lock().frontends.len(), 5, "flushed chains are filled again");
+    let (standing, _events) = attach(&mut second);
+    assert_eq!(standing.kernel.unwrap().generation, 1);
+    assert_eq!(standing.view.unwrap().generation, 1);
+}

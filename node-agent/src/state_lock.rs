@@ -1,0 +1,85 @@
+//! One agent per state directory: two that run on a node at the same time would undo each other's work.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+/// Held until it is dropped, or the process ends in any way.
+#[derive(Debug)]
+pub struct StateLock {
+    _file: File,
+}
+
+/// Why the lock is not held.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process has it.
+    #[error("another node agent (process {holder}) runs on this node with the state directory {directory}")]
+    Held {
+        /// The directory.
+        directory: PathBuf,
+        /// What the other process wrote about itself: its id in its own PID namespace.
+        holder: String,
+    },
+    /// The file cannot be opened or locked.
+    #[error("lock {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+}
+
+impl StateLock {
+    /// Takes the lock of `directory`, which is created if it is absent.
+    ///
+    /// # Errors
+    /// Another process has it, or the directory cannot be written.
+    pub fn take(directory: &Path) -> Result<Self, LockError> {
+        let path = directory.join("lock");
+        let failed = |source| LockError::Io { path: path.clone(), source };
+        crate::files::create_directory(directory).map_err(failed)?;
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut file = options.open(&path).map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                // For people only: it may be absent.
+                let _ = file.take(20).read_to_string(&mut holder);
+                let (directory, holder) = (directory.to_path_buf(), holder.trim().to_owned());
+                return Err(LockError::Held { directory, holder });
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(failed)?;
+        Ok(StateLock { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_one_has_it_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        let first = StateLock::take(&state).unwrap();
+        match StateLock::take(&state) {
+            Err(LockError::Held { holder, .. }) => assert_eq!(holder, std::process::id().to_string()),
+            other => panic!("the lock is held, but: {other:?}"),
+        }
+        drop(first);
+        assert!(StateLock::take(&state).is_ok());
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        assert!(matches!(StateLock::take(&directory.path().join("file/state")), Err(LockError::Io { .. })));
+    }
+}
