@@ -72,7 +72,7 @@ pub struct ServeArgs {
         value_name = "SELECTOR"
     )]
     pub node_selector: String,
-    /// Where /metrics, /healthz and /readyz answer (plain HTTP).
+    /// Where /metrics, /livez, /healthz and /readyz answer (plain HTTP).
     #[arg(
         long,
         env = "SWITCHTOWER_METRICS_LISTEN",

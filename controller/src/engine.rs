@@ -14,6 +14,7 @@ use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, watch};
 
 use crate::events::EventSink;
+use crate::metrics::health::Busy;
 use crate::propagation::unix_nanoseconds;
 use crate::status::NodeEvent;
 use crate::watch::Batch;
@@ -55,6 +56,8 @@ pub struct Outputs {
     pub nodes: Vec<mpsc::UnboundedSender<NodeEvent>>,
     /// Problems of objects.
     pub events: EventSink,
+    /// Since when it has been working, for the liveness probe.
+    pub busy: Busy,
 }
 
 /// Measures of the engine.
@@ -111,6 +114,7 @@ pub async fn run(
     mut new_trace: impl FnMut() -> TraceContext + Send + 'static,
     mut batches: mpsc::Receiver<Batch>,
 ) {
+    let busy = outputs.busy.clone();
     let mut engine =
         Engine { intake: Intake::default(), outputs, metrics, head: Head::default(), missing: String::new() };
     let mut buffer = Vec::new();
@@ -118,6 +122,7 @@ pub async fn run(
         for batch in buffer.drain(..) {
             engine.intake.absorb(batch, &mut new_trace);
         }
+        let _busy = busy.begin();
         engine.step(&mut pipeline);
     }
 }

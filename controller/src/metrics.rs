@@ -21,7 +21,10 @@ use crate::serve::metrics::ServeMetrics;
 use crate::serve::tls::{self, Accepted};
 
 mod exemplars;
+pub mod health;
 mod open_metrics;
+
+use health::Health;
 
 pub use exemplars::{Exemplar, Exemplars};
 
@@ -75,7 +78,7 @@ pub async fn bind(
     address: SocketAddr,
     registry: Registry,
     exemplars: Exemplars,
-    readiness: Readiness,
+    health: Health,
     serve_metrics: ServeMetrics,
 ) -> Result<impl Future<Output = ()>, MetricsError> {
     let listener =
@@ -84,8 +87,9 @@ pub async fn bind(
     let one_scrape = GlobalConcurrencyLimitLayer::new(1);
     let router = Router::new()
         .route("/metrics", get(metrics).with_state((registry, exemplars)).layer(one_scrape))
-        .route("/healthz", get(|| async { "ok" }))
-        .route("/readyz", get(ready).with_state(readiness));
+        .route("/livez", get(health::live).with_state(health.clone()))
+        .route("/healthz", get(health::live).with_state(health.clone()))
+        .route("/readyz", get(health::ready).with_state(health));
     Ok(async move {
         tokio::select! {
             () = http1::serve(connections(listener, gate.clone()), router) => {}
@@ -124,13 +128,5 @@ async fn metrics(State((registry, exemplars)): State<(Registry, Exemplars)>, hea
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, format!("encoding metrics: {error}\n")).into_response()
         }
-    }
-}
-
-async fn ready(State(readiness): State<Readiness>) -> (StatusCode, &'static str) {
-    if readiness.get() {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not serving: watches are not synced, or the controller drains\n")
     }
 }

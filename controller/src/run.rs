@@ -49,8 +49,9 @@ use crate::builtin::{self, BuiltinError};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
+use crate::metrics::health::{Busy, Health};
 use crate::metrics::{self, Exemplars, Readiness};
-use crate::process::{host_name, raise_descriptor_limit};
+use crate::process::{Signals, host_name, raise_descriptor_limit};
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::Server;
@@ -148,6 +149,8 @@ async fn serve(
     replica: String,
     traces: Option<(Traces, Sampled)>,
 ) -> anyhow::Result<()> {
+    // From here on no signal is lost, whatever is waited for.
+    let mut signals = Signals::listen()?;
     let config = kube_config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
     let client = Client::try_from(config).context("setting up the client of the API server")?;
@@ -155,8 +158,9 @@ async fn serve(
         .context("finding the address that agents can reach; name it with --advertise")?;
     args.advertise.clone_from(&controllers);
     let registry = metrics::registry()?;
-    let measured = Measured { serve: ServeMetrics::new(&registry)?, registry };
-    let Measured { registry, serve: serve_metrics } = &measured;
+    let serve = ServeMetrics::new(&registry)?;
+    let measured = Measured { serve, registry, busy: Busy::default(), upstream: Arc::default() };
+    let Measured { registry, serve: serve_metrics, .. } = &measured;
     let readiness = Readiness::default();
     // What can be refused at once is refused before anything is started.
     let agents = Agents::default();
@@ -167,7 +171,7 @@ async fn serve(
         args.metrics_listen,
         registry.clone(),
         exemplars.clone(),
-        readiness.clone(),
+        measured.health(&readiness),
         serve_metrics.clone(),
     );
     tasks.spawn("metrics", metrics.await?);
@@ -180,7 +184,7 @@ async fn serve(
     };
     let (ca, parts) = tokio::select! {
         started = starting => started?,
-        signal = wait_for_signal() => return signal,
+        () = signals.next() => return Ok(()),
     };
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
     tasks.spawn("the bootstrap ConfigMap", keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
@@ -196,7 +200,7 @@ async fn serve(
     let listener = tokio::select! {
         listener = compiled_and_listening => listener?,
         ended = tasks.ended() => return Err(ended.into()),
-        signal = wait_for_signal() => return signal,
+        () = signals.next() => return Ok(()),
     };
     let callers = AdminAuthenticator::new(client.clone(), &args.namespace);
     let admin = Admin::new(fleet.clone(), callers, &replica);
@@ -219,7 +223,7 @@ async fn serve(
     tokio::select! {
         ended = &mut running => return ended?.context("serving agents"),
         ended = tasks.ended() => return Err(ended.into()),
-        signal = wait_for_signal() => signal?,
+        () = signals.next() => {}
     }
     readiness.set(false);
     let _ = stop.send(());
@@ -274,6 +278,19 @@ async fn listen_in_the_end(address: SocketAddr, agents: &Agents) -> anyhow::Resu
 struct Measured {
     registry: Registry,
     serve: ServeMetrics,
+    busy: Busy,
+    upstream: Arc<Upstream>,
+}
+
+impl Measured {
+    fn health(&self, readiness: &Readiness) -> Health {
+        let upstream = self.upstream.clone();
+        Health {
+            readiness: readiness.clone(),
+            busy: self.busy.clone(),
+            upstream: Arc::new(move || upstream.age()),
+        }
+    }
 }
 
 /// What the streams need of the parts that run by themselves.
@@ -293,8 +310,7 @@ async fn start_parts(
     followed: Followed,
     tasks: &mut Background,
 ) -> anyhow::Result<Parts> {
-    let Measured { registry, serve: serve_metrics } = measured;
-    let upstream = Arc::new(Upstream::default());
+    let Measured { registry, serve: serve_metrics, upstream, .. } = measured;
     registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
     let floors = Floors::default();
     let age = upstream.clone();
@@ -345,13 +361,13 @@ async fn start_parts(
     let (more_nodes, node_events) = mpsc::unbounded_channel();
     tasks.spawn("rollouts", rollouts.run(node_events, upstream.restores()));
 
-    let batches = start_watches(client, args, &upstream, registry, tasks)?;
+    let batches = start_watches(client, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
     let pipeline = FleetPipeline {
         compiler: Compiler::new().reserving(bootstrap::resolve(&args.advertise).await),
         fleet: fleet.clone(),
     };
-    let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events };
+    let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events, busy: measured.busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
     tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));
     Ok(Parts { fleet, head: head_seen, traces })
@@ -571,17 +587,6 @@ impl Start<'_> {
         let watch = watch::run::<K>(api, selectors, (*upstream).clone(), (*metrics).clone(), (*sink).clone());
         tasks.spawn(K::RESOURCE.name(), watch);
     }
-}
-
-async fn wait_for_signal() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -189,9 +189,9 @@ fn compress(kind: LayerKind, raw: Vec<u8>) -> Part {
 pub struct Layers {
     layers: HashMap<LayerId, Layer>,
     revision: u64,
-    /// Revision of the last removal of a layer: of layers that are absent since then it is known that they
-    /// were empty.
-    last_removal: u64,
+    /// Revision of the last removal of a layer, by kind: of layers of that kind that are absent since then it is
+    /// known that they were empty.
+    last_removal: [u64; KINDS.len()],
     source: Source,
     limits: LogLimits,
     /// Entries in the logs of layers other than CLUSTER, oldest first, as far as they were not dropped before. A node
@@ -207,7 +207,7 @@ impl Layers {
         Self {
             layers: HashMap::new(),
             revision: 0,
-            last_removal: 0,
+            last_removal: [0; KINDS.len()],
             source: Source::default(),
             limits,
             logged: VecDeque::new(),
@@ -246,13 +246,13 @@ impl Layers {
         let mut gone = HashSet::new();
         for id in removed {
             if self.layers.remove(id).is_some() {
-                self.last_removal = self.revision;
+                self.last_removal[position(id)] = self.revision;
                 applied.touched.push(id.clone());
                 gone.insert(id);
             }
         }
         for (id, changes) in changes {
-            let floor = self.last_removal;
+            let floor = self.last_removal[position(&id)];
             let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
             let (dropped, touched) = layer.apply(self.revision, changes, &infos, &self.limits);
             applied.dropped += dropped;
@@ -260,7 +260,7 @@ impl Layers {
             let empty = matches!(id, LayerId::Zone(_)) && layer.items.digest() == Digest::default();
             if empty {
                 self.layers.remove(&id);
-                self.last_removal = self.revision;
+                self.last_removal[position(&id)] = self.revision;
             }
             if touched && !empty && id != LayerId::Cluster {
                 self.logged.push_back((self.revision, id.clone()));
@@ -346,7 +346,7 @@ impl Layers {
                 let Some(id) = id else { continue };
                 *slot = match self.layers.get(&id) {
                     Some(layer) => layer.digest_at(revision)?,
-                    None if revision >= self.last_removal => Digest::default(),
+                    None if revision >= self.last_removal[position(&id)] => Digest::default(),
                     None => return None,
                 };
             }
@@ -459,6 +459,12 @@ fn note<'a>(infos: &mut Vec<ChangeInfo>, entries: impl ExactSizeIterator<Item = 
     }
     let excess = infos.len().saturating_sub(INFOS);
     infos.drain(..excess);
+}
+
+/// Where a layer's kind stands in [`KINDS`].
+fn position(id: &LayerId) -> usize {
+    let kind = kind(id);
+    KINDS.iter().position(|other| *other == kind).unwrap_or_default()
 }
 
 fn kind(id: &LayerId) -> LayerKind {

@@ -454,7 +454,9 @@ impl Session {
         // An agent that was killed before it saved its view lacks what its kernel has: the same content keeps its
         // number, and nothing is written.
         let held = self.standing.take() == Some((self.highest, after.digest()));
-        let to = if held && self.generation < self.highest { self.highest } else { self.highest + changes };
+        let keeps = held && self.generation < self.highest;
+        // Even without a change: the highest number may have been sent with other content and not be acknowledged.
+        let to = if keeps { self.highest } else { self.highest + changes.max(1) };
         self.highest = to;
         let metrics = self.fleet.metrics();
         metrics.updated(if whole {

@@ -458,3 +458,34 @@ fn a_revision_that_touches_many_layers_lists_each_once() {
     let applied = layers.apply(changes, &[id(&nodes[0])], Vec::new(), Source::default());
     assert_eq!(applied.touched, nodes.iter().map(id).collect::<Vec<_>>());
 }
+
+#[test]
+fn a_deleted_node_keeps_nobody_else_from_resuming() {
+    let mut layers = Layers::new(LogLimits::default());
+    let mut apply = |changes: Vec<(LayerId, Op)>, removed: &[LayerId]| {
+        let changes = changes.into_iter().map(|(id, op)| (id, vec![change(op)])).collect();
+        layers.apply(changes, removed, Vec::new(), Source::default()).revision
+    };
+    let record = |name: &str| Op::Node(NodeRecord { name: name.to_owned(), ..NodeRecord::default() });
+    let node = |name: &str| LayerId::Node(name.into());
+    let first = vec![
+        (LayerId::Cluster, Op::Frontend(frontend(1, 0))),
+        (node("a"), record("a")),
+        (node("b"), record("b")),
+    ];
+    let before = apply(first, &[]);
+    apply(vec![(LayerId::Cluster, Op::Frontend(frontend(2, 0)))], &[node("b")]);
+    let of =
+        |name: &str| Subscription { node: name.into(), zone: Some("z".into()), settings: ("".into(), 0) };
+    let digest_at = |name: &str| {
+        let mut then = Layers::new(LogLimits::default());
+        let changes = BTreeMap::from([
+            (LayerId::Cluster, vec![change(Op::Frontend(frontend(1, 0)))]),
+            (node(name), vec![change(record(name))]),
+        ]);
+        then.apply(changes, &[], Vec::new(), Source::default());
+        then.head(&of(name)).digest()
+    };
+    assert!(layers.resume(&of("a"), Some(before), digest_at("a")).is_some());
+    assert!(layers.resume(&of("b"), Some(before), digest_at("b")).is_none(), "it was removed itself");
+}

@@ -51,7 +51,12 @@ impl Session {
             // Deviations of what it holds may change by themselves, as when held removals are released.
             if ack.generation == self.generation {
                 // Until the agent has a place in the log, what it holds is about to be replaced.
-                if self.cursor.is_some() {
+                if let Some(cursor) = &self.cursor {
+                    if ack.digest != cursor.digest().to_bytes() {
+                        let detail =
+                            format!("generation {} was acknowledged with another digest", ack.generation);
+                        return Err(End::GoAway(GoAwayReason::Malformed, detail));
+                    }
                     self.unproven = false;
                     self.note_ack(ack, None);
                 }

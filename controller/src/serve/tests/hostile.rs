@@ -414,3 +414,26 @@ impl rustls::time_provider::TimeProvider for LongAgo {
         Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(now - 24 * 3_600)))
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generation_once_sent_is_never_used_again() {
+    let lab = Lab::start(Limits::default()).await;
+    let (mut agent, first) = Agent::settled(&lab, "n1").await;
+    lab.change(1);
+    let (second, _) = agent.update().await;
+    // Sent, and never acknowledged; then the content is the first one again.
+    drop(agent);
+    lab.until("n1", |known| known.lost_since.is_some()).await;
+    let cidr = Cidr { address: vec![10, 1, 0, 0], prefix_length: 16 };
+    lab.publish(LayerId::Cluster, Op::ServiceCidrRemoved(cidr));
+    let mut agent = lab.agent("n1").await;
+    let view = View { resume: None, ..view(&first) };
+    assert!(agent.welcome(Hello { view: Some(view), ..hello("n1") }).await);
+    let (third, parts) = agent.update().await;
+    assert!(third.to > second.to && parts.is_empty(), "{} after {}", third.to, second.to);
+    agent.ack(&third).await;
+    lab.until("n1", |known| known.applied == third.to).await;
+    // An acknowledgement of the same number for other content is false.
+    agent.ack(&Update { digest: second.digest, ..third }).await;
+    assert_eq!(agent.sent_away().await, GoAwayReason::Malformed);
+}
