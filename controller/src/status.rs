@@ -110,6 +110,9 @@ impl StatusMetrics {
         )?;
         registry.register(Box::new(nodes.clone()))?;
         registry.register(Box::new(writes.clone()))?;
+        for outcome in requests::OUTCOMES {
+            writes.with_label_values(&[outcome]);
+        }
         for state in row::State::ALL {
             nodes.with_label_values(&[state.word()]).set(0);
         }

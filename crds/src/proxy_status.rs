@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
     shortname = "pxs",
     category = "switchtower",
     status = "ProxyStatusStatus",
+    selectable = ".status.state",
+    selectable = ".status.profile.revisionName",
     derive = "Default",
     derive = "PartialEq",
     doc = "What one node's proxy should hold and what its kernel holds. One for every Node.",
@@ -41,6 +43,7 @@ use serde::{Deserialize, Serialize};
         type_ = "date",
         json_path = r#".status.conditions[?(@.type=="Ready")].lastTransitionTime"#
     ),
+    printcolumn(name = "Reported", type_ = "date", json_path = ".status.reportedAt"),
     printcolumn(
         name = "Reason",
         type_ = "string",
@@ -108,9 +111,17 @@ pub struct ProxyStatusStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// One word, derived from the conditions: Synced, Progressing, Stale, ApplyFailed, Deviating, Drifted,
-    /// PodsNotLocal, NotExclusive, Absent.
+    /// PodsNotLocal, NotExclusive, Unknown, Absent.
     #[serde(default)]
     pub state: String,
+    /// When a controller last confirmed this status. It is renewed although nothing changes, at an interval that grows
+    /// with the number of nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported_at: Option<Time>,
+    /// After this time the status is out of date: no controller has confirmed it for too long, and the conditions may no
+    /// longer be true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_after: Option<Time>,
     /// The node's generations. They count changes that concern this node; those of two nodes cannot be
     /// compared.
     #[serde(default)]

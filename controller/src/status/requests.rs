@@ -73,6 +73,9 @@ pub(super) enum Outcome {
     Failed(kube::Error),
 }
 
+/// The labels of all outcomes.
+pub(super) const OUTCOMES: [&str; 4] = ["ok", "conflict", "missing", "failed"];
+
 impl Outcome {
     /// The metric label.
     pub(super) fn label(&self) -> &'static str {

@@ -45,6 +45,8 @@ pub enum State {
     PodsNotLocal,
     /// Another service proxy's rules exist beside the agent's.
     NotExclusive,
+    /// The controller restarted and has not heard from the agent yet.
+    Unknown,
     /// There has been no agent on this node.
     Absent,
 }
@@ -60,6 +62,7 @@ impl State {
         Self::Drifted,
         Self::PodsNotLocal,
         Self::NotExclusive,
+        Self::Unknown,
         Self::Absent,
     ];
 
@@ -75,9 +78,21 @@ impl State {
             Self::Drifted => "Drifted",
             Self::PodsNotLocal => "PodsNotLocal",
             Self::NotExclusive => "NotExclusive",
+            Self::Unknown => "Unknown",
             Self::Absent => "Absent",
         }
     }
+}
+
+/// What it means that no agent of a node has connected to this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absence {
+    /// Nothing: the process has just started, and for this long the row keeps what it said.
+    Expected(Duration),
+    /// The agent should be back by now, but a busy fleet takes longer: the row must not claim that the node is ready.
+    Overdue,
+    /// Streams were accepted, or could not be, for long enough: the agent is gone.
+    Certain,
 }
 
 /// What a row is made of.
@@ -93,8 +108,8 @@ pub struct Inputs<'a> {
     pub row_generation: Option<i64>,
     /// Name of this replica.
     pub replica: &'a str,
-    /// This process has accepted streams, or been kept from it, for long enough that a missing agent is news.
-    pub settled: bool,
+    /// What the absence of an agent means.
+    pub absence: Absence,
     /// Now.
     pub now: Timestamp,
 }
@@ -108,6 +123,8 @@ pub struct Row {
     pub state: State,
     /// The row has to be looked at again after this time, whether or not anything happens.
     pub check_after: Option<Duration>,
+    /// This process vouches for the status. If not, the row is only carried over and must not be renewed.
+    pub confirmed: bool,
 }
 
 /// One condition before it is merged with the previous one.
@@ -145,20 +162,31 @@ struct Verdicts {
     kernel_settings: Verdict,
 }
 
-/// Makes the row.
+/// Makes the row. The times of its last renewal are those of the previous one: they are set when it is written.
 #[must_use]
 pub fn row(inputs: Inputs<'_>) -> Row {
     let mut check = CheckAfter(None);
-    match (inputs.observation, inputs.previous) {
-        (Some(observation), _) => observed(observation, inputs, &mut check),
-        (None, Some(previous)) if previous.connection.is_some() && !inputs.settled => {
-            // The agents of a restarted controller need a moment to come back.
-            check.after(DISCONNECT_GRACE);
-            let state = State::ALL.into_iter().find(|state| state.word() == previous.state);
-            Row { status: previous.clone(), state: state.unwrap_or(State::Stale), check_after: check.0 }
-        }
-        (None, Some(previous)) if previous.connection.is_some() => gone(previous, inputs),
-        (None, _) => absent(inputs),
+    let came_before = inputs.previous.filter(|previous| previous.connection.is_some());
+    let mut row = match (inputs.observation, came_before, inputs.absence) {
+        (Some(observation), ..) => observed(observation, inputs, &mut check),
+        (None, Some(previous), Absence::Expected(rest)) => carried_over(previous, rest),
+        (None, Some(previous), Absence::Overdue) => awaited(previous, inputs),
+        (None, Some(previous), Absence::Certain) => gone(previous, inputs),
+        (None, None, _) => absent(inputs),
+    };
+    row.status.reported_at = inputs.previous.and_then(|previous| previous.reported_at.clone());
+    row.status.stale_after = inputs.previous.and_then(|previous| previous.stale_after.clone());
+    row
+}
+
+/// The row as it was read: the agents of a restarted controller need a moment to come back.
+fn carried_over(previous: &ProxyStatusStatus, rest: Duration) -> Row {
+    let state = State::ALL.into_iter().find(|state| state.word() == previous.state);
+    Row {
+        status: previous.clone(),
+        state: state.unwrap_or(State::Unknown),
+        check_after: Some(rest),
+        confirmed: false,
     }
 }
 
@@ -227,8 +255,9 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         drift_repaired: Some(to_api(observation.drift_repaired)),
         last_error: last_error(observation, state, inputs.previous),
         conditions: conditions(ready, verdicts, inputs),
+        ..ProxyStatusStatus::default()
     };
-    Row { status, state, check_after: check.0 }
+    Row { status, state, check_after: check.0, confirmed: true }
 }
 
 fn shows(since: Timestamp, limit: Duration, now: Timestamp) -> bool {
@@ -364,6 +393,7 @@ fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
         State::Synced => ("True", &verdicts.programmed),
         State::PodsNotLocal => ("True", &verdicts.local_detection),
         State::NotExclusive => ("True", &verdicts.exclusive),
+        State::Unknown => ("Unknown", &verdicts.connected),
         State::Stale | State::Absent => ("False", &verdicts.connected),
         State::Drifted => ("False", &verdicts.consistent),
         State::Progressing | State::ApplyFailed | State::Deviating => ("False", &verdicts.programmed),
@@ -431,14 +461,38 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     {
         agent.since = Some(api_time(inputs.now));
     }
-    for (kind, verdict) in [("Ready", ready), ("Connected", lost)] {
+    replace_conditions(&mut status, [("Ready", ready), ("Connected", lost)], inputs);
+    Row { status, state: State::Stale, check_after: None, confirmed: true }
+}
+
+/// The agent has not come back yet. A row that says the node is ready would claim more than is known; one that already
+/// says what is wrong stays.
+fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
+    let ready = previous.conditions.iter().find(|condition| condition.type_ == "Ready");
+    if ready.is_some_and(|ready| ready.status == "False") {
+        return carried_over(previous, DISCONNECT_GRACE);
+    }
+    let message = "The controller restarted and has not heard from the agent yet; the kernel keeps what it held.";
+    let unknown = || Verdict::new("Unknown", "AwaitingAgent", message);
+    let mut status = previous.clone();
+    status.observed_generation = inputs.row_generation;
+    State::Unknown.word().clone_into(&mut status.state);
+    replace_conditions(&mut status, [("Ready", unknown()), ("Connected", unknown())], inputs);
+    Row { status, state: State::Unknown, check_after: Some(DISCONNECT_GRACE), confirmed: true }
+}
+
+fn replace_conditions<const N: usize>(
+    status: &mut ProxyStatusStatus,
+    verdicts: [(&str, Verdict); N],
+    inputs: Inputs<'_>,
+) {
+    for (kind, verdict) in verdicts {
         let condition = merge(kind, verdict, inputs);
         match status.conditions.iter_mut().find(|known| known.type_ == kind) {
             Some(known) => *known = condition,
             None => status.conditions.push(condition),
         }
     }
-    Row { status, state: State::Stale, check_after: None }
 }
 
 fn absent(inputs: Inputs<'_>) -> Row {
@@ -459,7 +513,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
         conditions: conditions(not_connected(), verdicts, inputs),
         ..ProxyStatusStatus::default()
     };
-    Row { status, state: State::Absent, check_after: None }
+    Row { status, state: State::Absent, check_after: None, confirmed: true }
 }
 
 fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Condition> {
@@ -497,7 +551,7 @@ fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
 }
 
 /// The API keeps whole seconds; finer times would make every row differ from what was read back.
-fn api_time(time: Timestamp) -> Time {
+pub(super) fn api_time(time: Timestamp) -> Time {
     Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
 }
 

@@ -6,7 +6,7 @@ use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
 use super::observation::{Failure, Observation};
-use super::row::{DISCONNECT_GRACE, Inputs, Row, row};
+use super::row::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
 use crate::agents::Obstacle;
 
 fn now() -> Timestamp {
@@ -44,8 +44,18 @@ fn make_with(
     previous: Option<&ProxyStatusStatus>,
     settled: bool,
 ) -> Row {
+    let absence = if settled { Absence::Certain } else { Absence::Expected(DISCONNECT_GRACE) };
+    make_absent(observation, obstacle, previous, absence)
+}
+
+fn make_absent(
+    observation: Option<&Observation>,
+    obstacle: Option<&Obstacle>,
+    previous: Option<&ProxyStatusStatus>,
+    absence: Absence,
+) -> Row {
     let row_generation = Some(1);
-    row(Inputs { observation, obstacle, previous, row_generation, replica: "tower-0", settled, now: now() })
+    row(Inputs { observation, obstacle, previous, row_generation, replica: "tower-0", absence, now: now() })
 }
 
 /// STATE, Ready and its reason.
@@ -146,10 +156,30 @@ fn after_a_restart_of_the_controller_rows_stay_until_agents_had_time_to_return()
     let before = make(Some(&healthy()), None, true).status;
     let early = make(None, Some(&before), false);
     assert_eq!((early.status.clone(), early.check_after), (before.clone(), Some(DISCONNECT_GRACE)));
+    assert!(!early.confirmed, "nobody has seen the agent");
     let late = make(None, Some(&before), true);
     assert_eq!(columns(&late), ("Stale".into(), "False".into(), "AgentDisconnected".into()));
     assert_eq!(late.status.generation, before.generation, "what the kernel held is kept");
     assert_eq!(late.status.agent.unwrap().connected_to, None);
+}
+
+#[test]
+fn an_overdue_agent_makes_readiness_unknown() {
+    let overdue = |before: &ProxyStatusStatus| make_absent(None, None, Some(before), Absence::Overdue);
+    let before = make(Some(&healthy()), None, true).status;
+    let row = overdue(&before);
+    assert_eq!(columns(&row), ("Unknown".into(), "Unknown".into(), "AwaitingAgent".into()));
+    assert_eq!(row.status.generation, before.generation);
+    assert_eq!(columns(&overdue(&row.status)), columns(&row), "and stays so");
+    let migrating = Observation { foreign_proxy: true, ..healthy() };
+    assert_eq!(overdue(&make(Some(&migrating), None, true).status).status.state, "Unknown");
+    // What is wrong stays said.
+    let failed = Observation { drift_at: Some(ago(5)), ..healthy() };
+    let failed = make(Some(&failed), None, true).status;
+    let row = overdue(&failed);
+    assert_eq!((row.status, row.confirmed), (failed, false));
+    // A node without any agent ever is not awaited.
+    assert_eq!(make_absent(None, None, None, Absence::Overdue).status.state, "Absent");
 }
 
 #[test]

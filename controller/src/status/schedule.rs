@@ -18,6 +18,21 @@ pub(super) fn minimum_interval(nodes: usize) -> Duration {
     Duration::from_secs(1).max(Duration::from_secs(1) * nodes / WRITES_PER_SECOND)
 }
 
+/// Writes per second that may do nothing but renew rows; the rest of the budget is left for news.
+const RENEWALS_PER_SECOND: u32 = 20;
+
+/// How often an unchanged row is renewed: every 10 seconds up to 200 nodes, and beyond that as often as its share of
+/// the budget allows (250 seconds at 5,000 nodes).
+pub(super) fn renewal_interval(nodes: usize) -> Duration {
+    let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
+    Duration::from_secs(10).max(Duration::from_secs(1) * nodes / RENEWALS_PER_SECOND)
+}
+
+/// A row that has not been renewed for this long is out of date: two renewals were missed, with time for one retry.
+pub(super) fn validity(nodes: usize) -> Duration {
+    renewal_interval(nodes) * 2 + Duration::from_secs(10)
+}
+
 /// Names in the order in which they are to be written, and dates at which to look at others again.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
@@ -131,6 +146,16 @@ mod tests {
     fn small_clusters_write_every_second_large_ones_within_the_budget() {
         for (nodes, seconds) in [(0, 1), (3, 1), (50, 1), (500, 10), (5_000, 100)] {
             assert_eq!(minimum_interval(nodes), Duration::from_secs(seconds), "{nodes}");
+        }
+    }
+
+    #[test]
+    fn renewals_leave_most_of_the_budget_to_news() {
+        for (nodes, interval, valid) in [(0, 10, 30), (200, 10, 30), (1_000, 50, 110), (5_000, 250, 510)] {
+            assert_eq!(renewal_interval(nodes), Duration::from_secs(interval), "{nodes}");
+            assert_eq!(validity(nodes), Duration::from_secs(valid), "{nodes}");
+            let rate = nodes as f64 / renewal_interval(nodes).as_secs_f64();
+            assert!(rate <= f64::from(WRITES_PER_SECOND) * 0.4, "{rate} per second for {nodes} nodes");
         }
     }
 

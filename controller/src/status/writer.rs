@@ -15,16 +15,19 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::requests::{self, Outcome, Stored};
-use super::row::{Inputs, Row, State, row};
-use super::schedule::{ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval};
+use super::row::{Absence, Inputs, Row, State, row};
+use super::schedule::{ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval};
 use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::agents::Agents;
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 use crate::watch::Restores;
 
-/// An unchanged row is written again after about this time, so that foreign edits do not last.
-const REFRESH: Duration = Duration::from_secs(300);
+/// After a start, rows of nodes whose agent has not come keep what they said for this long, plus [`GRACE_PER_NODE`]:
+/// a restart of the controller is no transition of the whole fleet.
+const GRACE: Duration = Duration::from_secs(10);
+/// Every node adds this to the time that a fleet needs to come back.
+const GRACE_PER_NODE: Duration = Duration::from_millis(10);
 /// A controller that cannot accept agents says so on their rows after this time: the one before it may be leaving.
 const CLOSED: Duration = Duration::from_secs(20);
 /// Between two transitions of a row that are written before other rows' news: one that flaps holds up nobody.
@@ -62,8 +65,8 @@ struct Entry {
     kept: Option<(String, ProfileAssignment)>,
     state: Option<State>,
     last_write: Option<Instant>,
-    /// When the row is written again although nothing changed.
-    refresh_at: Option<Instant>,
+    /// When the row is renewed although nothing changed.
+    renew_at: Option<Instant>,
     /// When a transition was last due at once.
     urgent_at: Option<Instant>,
     in_flight: bool,
@@ -363,7 +366,9 @@ impl<R: Registry> Writer<R> {
         } else if before.as_ref().is_some_and(|before| is_transition(before, &row.status)) {
             self.transition(name, now);
         } else if before.as_ref() == Some(&row.status) {
-            self.refresh(name, now);
+            if row.confirmed {
+                self.renew(name, now);
+            }
         } else {
             match last_write.map(|at| at + interval).filter(|date| *date > now) {
                 Some(date) => self.schedule.at(name, date),
@@ -383,11 +388,12 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// An unchanged row. Those of a controller that just started are refreshed in the course of the first
-    /// minutes, not all at once.
-    fn refresh(&mut self, name: &Arc<str>, now: Instant) {
+    /// An unchanged row, renewed so that its readers can tell it from one that nobody writes any more; foreign edits do
+    /// not last either. Those of a controller that just started are spread over the first interval.
+    fn renew(&mut self, name: &Arc<str>, now: Instant) {
+        let interval = renewal_interval(self.entries.len());
         let Some(entry) = self.entries.get_mut(name) else { return };
-        let date = *entry.refresh_at.get_or_insert_with(|| now + REFRESH.mul_f64(rand::random()));
+        let date = *entry.renew_at.get_or_insert_with(|| now + interval.mul_f64(rand::random()));
         if date > now {
             self.schedule.at(name, date);
         } else {
@@ -397,6 +403,7 @@ impl<R: Registry> Writer<R> {
 
     /// The row as it should be. `None`: another replica has the node.
     fn make(&mut self, name: &Arc<str>) -> Option<Row> {
+        let nodes = self.entries.len();
         let entry = self.entries.get_mut(name)?;
         let observation = self.registry.observe(name);
         match (entry.yielded, &observation) {
@@ -404,8 +411,9 @@ impl<R: Registry> Writer<R> {
             (Some(_), _) => return None,
             (None, _) => {}
         }
-        let closed = || self.settings.agents.are_kept_out() && self.started.elapsed() >= CLOSED;
-        let settled = self.registry.settled() || closed();
+        let closed = self.settings.agents.are_kept_out() && self.started.elapsed() >= CLOSED;
+        let settled = self.registry.settled() || closed;
+        let absence = if settled { Absence::Certain } else { awaited(self.started.elapsed(), nodes) };
         let kubelet = entry.node.as_ref().and_then(|node| node.kubelet_lost.as_deref());
         let agents = &self.settings.agents;
         let stored = entry.stored.as_ref();
@@ -422,7 +430,7 @@ impl<R: Registry> Writer<R> {
             previous: stored.and_then(|stored| stored.status.as_ref()),
             row_generation: stored.and_then(|stored| stored.generation),
             replica: &self.settings.replica,
-            settled,
+            absence,
             now: Timestamp::now(),
         });
         self.metrics.moved(entry.state, Some(row.state));
@@ -500,6 +508,15 @@ impl<R: Registry> Writer<R> {
         } else {
             tracing::warn!(%error, "writing ProxyStatus failed; agents are served meanwhile, and it is tried again");
         }
+    }
+}
+
+/// What a missing agent means before streams have been accepted for long.
+fn awaited(elapsed: Duration, nodes: usize) -> Absence {
+    let grace = GRACE + GRACE_PER_NODE * u32::try_from(nodes).unwrap_or(u32::MAX);
+    match grace.checked_sub(elapsed) {
+        Some(rest) if !rest.is_zero() => Absence::Expected(rest),
+        _ => Absence::Overdue,
     }
 }
 

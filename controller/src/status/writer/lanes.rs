@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::super::Registry;
 use super::super::requests::Request;
-use super::{REFRESH, Writer};
+use super::super::row::{Row, api_time};
+use super::super::schedule::{renewal_interval, validity};
+use super::Writer;
 
 /// Requests under way at once, but for those that assign.
 const CONCURRENCY: usize = 8;
@@ -40,6 +43,7 @@ impl<R: Registry> Writer<R> {
     }
 
     fn start_writes(&mut self) -> Option<Instant> {
+        let interval = renewal_interval(self.entries.len());
         while self.schedule.has_work() && self.running.len() - self.assigning < CONCURRENCY {
             if let Err(date) = self.budget.take(Instant::now()) {
                 return Some(date);
@@ -49,7 +53,7 @@ impl<R: Registry> Writer<R> {
             if let Some(entry) = self.entries.get_mut(&name) {
                 let now = Instant::now();
                 entry.last_write = Some(now);
-                entry.refresh_at = Some(now + REFRESH.mul_f64(0.9 + 0.2 * rand::random::<f64>()));
+                entry.renew_at = Some(now + interval.mul_f64(0.9 + 0.2 * rand::random::<f64>()));
             }
             self.start(name, request);
         }
@@ -91,8 +95,14 @@ impl<R: Registry> Writer<R> {
             (Some(_), Some(_)) if !entry.is_known() => Some(Request::Read(name.clone())),
             (Some(_), Some(stored)) => {
                 let stored = stored.clone();
-                let row = self.make(name)?;
-                Some(Request::Write(name.clone(), Box::new(stored), Box::new(row.status)))
+                let Row { mut status, confirmed, .. } = self.make(name)?;
+                if !confirmed && stored.status.as_ref() == Some(&status) {
+                    return None;
+                }
+                let now = Timestamp::now();
+                status.reported_at = Some(api_time(now));
+                status.stale_after = now.checked_add(validity(self.entries.len())).ok().map(api_time);
+                Some(Request::Write(name.clone(), Box::new(stored), Box::new(status)))
             }
         }
     }
