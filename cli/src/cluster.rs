@@ -4,12 +4,15 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
+use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::fmt::rfc2822;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Api, Client, Config};
+use kube::{Api, Client, Config, Resource as _};
 use serde_json::Value;
 use switchtower_core::{admin, codes};
-use switchtower_crds::{ProxyRollout, ProxyStatus};
+use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 
 use crate::args::Global;
 use crate::error::{CliError, chain};
@@ -56,11 +59,37 @@ impl Cluster {
         &self.system_namespace
     }
 
+    /// The API server's time, which the rows' times are compared with; this machine's clock if it does not tell.
+    pub(crate) async fn now(&self) -> Timestamp {
+        let told = async {
+            let request = http::Request::get("/version").body(kube::client::Body::empty()).ok()?;
+            let response = self.client.send(request).await.ok()?;
+            let date = response.headers().get(http::header::DATE)?.to_str().ok()?;
+            Some(rfc2822::parse(date).ok()?.timestamp())
+        };
+        told.await.unwrap_or_else(Timestamp::now)
+    }
+
+    /// The custom resources that the API server knows.
+    pub(crate) async fn kinds(&self) -> Result<Kinds, CliError> {
+        match self.client.list_api_group_resources(ProxyStatus::api_version(&()).as_ref()).await {
+            Ok(list) => Ok(Kinds::new(&list)),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(Kinds::default()),
+            Err(error) => Err(explained("list the kinds of switchtower.dev", &error)),
+        }
+    }
+
     /// All rows.
     pub(crate) async fn rows(&self) -> Result<Vec<ProxyStatus>, CliError> {
         let api: Api<ProxyStatus> = Api::all(self.client.clone());
         let rows = api.list(&ListParams::default()).await;
         Ok(rows.map_err(|error| explained("list ProxyStatus", &error))?.items)
+    }
+
+    pub(crate) async fn profiles(&self) -> Result<Vec<ProxyProfile>, CliError> {
+        let api: Api<ProxyProfile> = Api::all(self.client.clone());
+        let profiles = api.list(&ListParams::default()).await;
+        Ok(profiles.map_err(|error| explained("list ProxyProfiles", &error))?.items)
     }
 
     pub(crate) async fn rollouts(&self) -> Result<Vec<ProxyRollout>, CliError> {
@@ -183,19 +212,23 @@ impl Cluster {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
         let of = ListParams::default().labels("app.kubernetes.io/name=switchtower-controller");
         let pods = api.list(&of).await.map_err(|error| explained("list the controller's pods", &error))?;
-        let ready = |pod: &&Pod| {
-            let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-            conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
-        };
-        let pod = pods.items.iter().find(ready).or(pods.items.first());
-        pod.and_then(|pod| pod.metadata.name.clone()).ok_or_else(|| {
+        let Some(pod) = pods.items.iter().find(|pod| is_ready(pod)).or(pods.items.first()) else {
             let message = format!(
                 "there is no pod of the controller in namespace {}; is Switchtower installed in another \
                  (--system-namespace)?",
                 self.system_namespace
             );
-            CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
-        })
+            return Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message));
+        };
+        let name = pod.metadata.name.clone().unwrap_or_default();
+        match why_not_running(pod) {
+            Some(why) => {
+                let message =
+                    format!("the controller's pod {}/{name} does not run: {why}", self.system_namespace);
+                Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message))
+            }
+            None => Ok(name),
+        }
     }
 
     /// The CA of the controller's certificate.
@@ -231,6 +264,66 @@ impl Cluster {
     }
 }
 
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+/// What keeps a pod from running, in the kubelet's or the scheduler's words; `None`: it runs.
+fn why_not_running(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let sentence = |reason: Option<&String>, message: Option<&String>| {
+        let parts: Vec<&str> = [reason, message].into_iter().flatten().map(String::as_str).collect();
+        parts.join(": ")
+    };
+    let containers = status.container_statuses.iter().flatten();
+    let states = containers.filter_map(|container| container.state.as_ref());
+    for state in states {
+        if let Some(waiting) = &state.waiting {
+            return Some(sentence(waiting.reason.as_ref(), waiting.message.as_ref()));
+        }
+        if let Some(end) = &state.terminated {
+            let why = sentence(end.reason.as_ref(), end.message.as_ref());
+            return Some(format!("it ended with exit code {}: {why}", end.exit_code));
+        }
+    }
+    let conditions = status.conditions.iter().flatten();
+    let unscheduled =
+        conditions.into_iter().find(|known| known.type_ == "PodScheduled" && known.status == "False");
+    match (unscheduled, status.phase.as_deref()) {
+        (Some(condition), _) => Some(sentence(condition.reason.as_ref(), condition.message.as_ref())),
+        (None, None | Some("Running")) => None,
+        (None, Some(phase)) => Some(format!("it is {phase}")),
+    }
+}
+
+/// The state of each of our custom resources, by its plural name.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kinds {
+    pub(crate) served: Vec<String>,
+    pub(crate) terminating: Vec<String>,
+}
+
+impl Kinds {
+    /// The names of all.
+    pub(crate) const ALL: [&str; 3] = ["proxystatuses", "proxyprofiles", "proxyrollouts"];
+
+    /// Discovery is open to everybody. Of a definition that is being deleted it lists the kind without the verb `create`.
+    fn new(list: &APIResourceList) -> Self {
+        let mut kinds = Self::default();
+        for resource in list.resources.iter().filter(|resource| Self::ALL.contains(&&*resource.name)) {
+            let creatable = resource.verbs.iter().any(|verb| verb == "create");
+            if creatable { &mut kinds.served } else { &mut kinds.terminating }.push(resource.name.clone());
+        }
+        kinds
+    }
+
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
+        let known = |name: &&str| self.served.iter().chain(&self.terminating).any(|known| known == name);
+        Self::ALL.into_iter().filter(|name| !known(name)).collect()
+    }
+}
+
 /// A resourceVersion as a number (KEP-5504); 0 if it is none.
 pub(crate) fn version(text: Option<String>) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
@@ -249,5 +342,56 @@ fn explained(what: &str, error: &kube::Error) -> CliError {
         other => {
             CliError::new(format!("cannot {what}: {}; does the API server answer kubectl?", chain(other)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn kinds_by_what_discovery_says() {
+        let list: APIResourceList = serde_json::from_value(json!({
+            "groupVersion": "switchtower.dev/v1alpha1",
+            "resources": [
+                {"name": "proxystatuses", "kind": "ProxyStatus", "namespaced": false, "singularName": "",
+                 "verbs": ["get", "list", "create", "patch"]},
+                {"name": "proxystatuses/status", "kind": "ProxyStatus", "namespaced": false, "singularName": "",
+                 "verbs": ["get", "patch"]},
+                {"name": "proxyprofiles", "kind": "ProxyProfile", "namespaced": false, "singularName": "",
+                 "verbs": ["get", "list", "delete"]},
+            ],
+        }))
+        .unwrap();
+        let kinds = Kinds::new(&list);
+        assert_eq!(
+            (&*kinds.served, &*kinds.terminating),
+            (&["proxystatuses".to_owned()][..], &["proxyprofiles".to_owned()][..])
+        );
+        assert_eq!(kinds.missing(), ["proxyrollouts"]);
+        assert_eq!(Kinds::default().missing(), Kinds::ALL);
+    }
+
+    #[test]
+    fn a_controller_that_does_not_run_says_why() {
+        let pod = |status: Value| -> Pod { serde_json::from_value(json!({"status": status})).unwrap() };
+        let container = |state: Value| json!([{"name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state}]);
+        let waits = container(json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}));
+        let ended =
+            container(json!({"terminated": {"exitCode": 1, "reason": "Error", "message": "no kubeconfig"}}));
+        let runs = container(json!({"running": {"startedAt": null}}));
+        let why = |status| why_not_running(&pod(status));
+        let waits = why(json!({"phase": "Pending", "containerStatuses": waits}));
+        assert_eq!(waits.as_deref(), Some("ImagePullBackOff: no such image"));
+        let ended = why(json!({"phase": "Running", "containerStatuses": ended}));
+        assert_eq!(ended.as_deref(), Some("it ended with exit code 1: Error: no kubeconfig"));
+        let nowhere = json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+            "message": "0/3 nodes are available"}]);
+        let nowhere = why(json!({"phase": "Pending", "conditions": nowhere}));
+        assert_eq!(nowhere.as_deref(), Some("Unschedulable: 0/3 nodes are available"));
+        assert_eq!(why(json!({"phase": "Running", "containerStatuses": runs})), None);
+        assert_eq!(why(json!({"phase": "Failed"})).as_deref(), Some("it is Failed"));
     }
 }

@@ -11,6 +11,7 @@ pub mod args;
 mod cluster;
 mod commands;
 mod controller;
+mod diagnosis;
 mod error;
 mod forward;
 mod output;

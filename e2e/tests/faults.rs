@@ -256,9 +256,12 @@ fn kubectl_shows_and_waits_for_every_node() {
     let table = control_plane.kubectl(&["get", "switchtower"]).unwrap();
     let mut lines = table.lines();
     let columns: Vec<_> = lines.next().unwrap().split_whitespace().collect();
-    let wanted = ["NAME", "READY", "STATE", "DESIRED", "APPLIED", "PROFILE", "SINCE", "REASON"];
+    let wanted = ["NAME", "READY", "STATE", "DESIRED", "APPLIED", "PROFILE", "SINCE", "REPORTED", "REASON"];
     assert_eq!(columns, wanted);
     assert_eq!(lines.filter(|line| line.contains("True")).count(), 3, "{table}");
+    let selected = |selector| control_plane.kubectl(&["get", "pxs", "-o", "name", selector]).unwrap();
+    assert_eq!(selected("--field-selector=status.state=Synced").lines().count(), 3);
+    assert_eq!(selected("--field-selector=status.state=Stale"), "");
 }
 
 #[test]

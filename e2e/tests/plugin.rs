@@ -306,13 +306,21 @@ fn the_stages_of_the_last_change() {
 }
 
 #[test]
-fn without_a_controller_status_shows_the_rows() {
+fn without_a_controller_rows_say_that_they_are_old() {
     let _alone = alone();
     let (scene, _) = scene("no-controller", &json!({}));
     scene.fleet.stop_controller(libc::SIGTERM).unwrap();
     let status = ask(&["status"]);
     let explained = ask(&["explain", "no-controller/web"]);
     let waited = ask(&["wait", "no-controller/web", "--timeout", "1s"]);
+    // Nobody renews the rows: they still say Ready, and everybody can see that this is old.
+    let outdated = wait::until("the rows are out of date", Duration::from_secs(60), || {
+        let answer = ask(&["check", "--post"]);
+        let named = "3 of 3 nodes (alpha, beta, gamma)";
+        ensure!(answer.text.contains("FAILED   ST0116") && answer.text.contains(named), "{}", answer.text);
+        Ok(answer)
+    });
+    let old = ask(&["status"]);
     scene.fleet.start_controller().unwrap();
     assert_eq!((status.code, explained.code, waited.code), (1, 2, 2));
     assert!(status.text.contains("ST0301") && status.text.contains("nodes       3"), "{}", status.text);
@@ -321,7 +329,17 @@ fn without_a_controller_status_shows_the_rows() {
         "{}",
         explained.errors
     );
+    let outdated = outdated.unwrap();
+    assert!(outdated.code == 1 && outdated.text.contains("FAILED   ST0301"), "{}", outdated.text);
+    assert!(!outdated.text.contains("every kernel holds what it should"), "{}", outdated.text);
+    assert!(old.text.contains("not renewed for"), "{}", old.text);
     scene.fleet.settled(Duration::from_secs(30)).unwrap();
+    wait::until("the rows are renewed", Duration::from_secs(30), || {
+        let answer = ask(&["check", "--post"]);
+        ensure!(answer.code == 0, "{}", answer.text);
+        Ok(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -6,18 +6,17 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use switchtower_core::admin::{ControllerInfo, VIEWER};
 use switchtower_core::codes::{self, Code};
-use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+use switchtower_crds::ProxyStatus;
 
 use crate::args::{Global, StatusArgs};
 use crate::cluster::Cluster;
 use crate::controller::Controller;
+use crate::diagnosis::{self, Diagnosis};
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, age, count, names, table, wrapped};
 
 /// Most nodes that are listed one by one.
 const LISTED: usize = 20;
-/// Older than this, the API server has been silent for too long: every watch hears something every ten seconds.
-const UPSTREAM_MILLISECONDS: u64 = 30_000;
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -27,25 +26,8 @@ struct Found {
     #[serde(skip_serializing_if = "Option::is_none")]
     controller_error: Option<String>,
     states: BTreeMap<String, usize>,
-    nodes: Vec<NodeLine>,
+    nodes: Vec<Diagnosis>,
     problems: Vec<Problem>,
-}
-
-/// One node.
-#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
-struct NodeLine {
-    node: String,
-    ready: bool,
-    state: String,
-    desired: i64,
-    applied: i64,
-    since_seconds: Option<i64>,
-    reason: String,
-    message: String,
-    agent: String,
-    kernel: String,
-    drift_repaired: i64,
 }
 
 /// One code and where it holds.
@@ -64,16 +46,16 @@ pub(crate) async fn run(global: &Global, args: &StatusArgs, style: Style) -> Res
     let asked = async {
         Controller::connect(global, &cluster, VIEWER).await?.get::<ControllerInfo>("/v1/controller").await
     };
-    let found = found(&rows, asked.await, Timestamp::now());
+    let found = found(&rows, asked.await, cluster.now().await);
     let exit = if found.problems.is_empty() { Exit::Ok } else { Exit::Wrong };
     Report::new(text(&found, args.all, style), &found, exit)
 }
 
 fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now: Timestamp) -> Found {
-    let mut nodes: Vec<NodeLine> = rows.iter().map(|row| line(row, now)).collect();
+    let mut nodes: Vec<Diagnosis> = rows.iter().map(|row| Diagnosis::new(row, now)).collect();
     // The worst first, and among equals those that have been so for longest.
     nodes.sort_by_key(|node| {
-        (severity(&node.state), std::cmp::Reverse(node.since_seconds), node.node.clone())
+        (severity(&node.state), !node.outdated, std::cmp::Reverse(node.since_seconds), node.node.clone())
     });
     let mut states = BTreeMap::new();
     for node in &nodes {
@@ -85,26 +67,6 @@ fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now
         Err(error) => (None, Some(error.message)),
     };
     Found { controller, controller_error, states, nodes, problems }
-}
-
-fn line(row: &ProxyStatus, now: Timestamp) -> NodeLine {
-    let empty = ProxyStatusStatus::default();
-    let status = row.status.as_ref().unwrap_or(&empty);
-    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
-    let agent = status.agent.as_ref();
-    NodeLine {
-        node: row.metadata.name.clone().unwrap_or_default(),
-        ready: ready.is_some_and(|ready| ready.status == "True"),
-        state: if status.state.is_empty() { "Unknown".to_owned() } else { status.state.clone() },
-        desired: status.generation.desired,
-        applied: status.generation.applied,
-        since_seconds: ready.map(|ready| now.duration_since(ready.last_transition_time.0).as_secs()),
-        reason: ready.map(|ready| ready.reason.clone()).unwrap_or_default(),
-        message: ready.map(|ready| ready.message.clone()).unwrap_or_default(),
-        agent: agent.map(|agent| agent.version.clone()).unwrap_or_default(),
-        kernel: status.kernel.clone().unwrap_or_default(),
-        drift_repaired: status.drift_repaired.unwrap_or_default(),
-    }
 }
 
 /// 0 is the worst.
@@ -123,51 +85,26 @@ fn severity(state: &str) -> u8 {
     }
 }
 
-fn code_of(state: &str) -> Option<Code> {
-    Some(match state {
-        "Absent" | "Unknown" => codes::AGENT_ABSENT,
-        "Stale" => codes::AGENT_DISCONNECTED,
-        "ApplyFailed" => codes::APPLY_FAILED,
-        "Deviating" => codes::DEVIATING,
-        "Drifted" => codes::FOREIGN_CHANGE,
-        "NotExclusive" => codes::NOT_EXCLUSIVE,
-        "PodsNotLocal" => codes::PODS_NOT_LOCAL,
-        "Synced" => return None,
-        _ => codes::NODE_BEHIND,
-    })
-}
-
-fn problems(nodes: &[NodeLine], controller: Result<&ControllerInfo, &CliError>) -> Vec<Problem> {
+fn problems(nodes: &[Diagnosis], asked: Result<&ControllerInfo, &CliError>) -> Vec<Problem> {
     let problem = |code: Code, nodes: Vec<String>| Problem {
         code: code.code,
         title: code.title,
         action: code.action,
         nodes,
     };
-    let mut problems = Vec::new();
-    match controller {
-        Err(error) => problems.push(problem(error.code.unwrap_or(codes::CONTROLLER_UNREACHABLE), Vec::new())),
-        Ok(info) if info.upstream_age_milliseconds.is_none_or(|age| age > UPSTREAM_MILLISECONDS) => {
-            problems.push(problem(codes::UPSTREAM_STALE, Vec::new()));
-        }
-        Ok(_) => {}
-    }
-    // Nodes are sorted: so are their problems.
-    for node in nodes {
-        let Some(code) = code_of(&node.state) else { continue };
-        match problems.iter_mut().find(|known| known.code == code.code) {
-            Some(known) => known.nodes.push(node.node.clone()),
-            None => problems.push(problem(code, vec![node.node.clone()])),
+    let about_controller = diagnosis::controller(nodes, asked);
+    let mut problems: Vec<Problem> =
+        about_controller.into_iter().map(|code| problem(code, Vec::new())).collect();
+    // Nodes are sorted: so are their problems. The table has their reasons.
+    for cause in diagnosis::causes(nodes) {
+        let named = cause.nodes.into_iter().map(str::to_owned);
+        match problems.iter_mut().find(|known| known.code == cause.code.code) {
+            Some(known) => known.nodes.extend(named),
+            None => problems.push(problem(cause.code, named.collect())),
         }
     }
     if nodes.is_empty() {
         problems.push(problem(codes::NO_NODE_CONNECTED, Vec::new()));
-    }
-    // Rows say which node it is some seconds later, so that a short interruption is no transition.
-    let known = [codes::AGENT_ABSENT.code, codes::AGENT_DISCONNECTED.code];
-    let told = problems.iter().any(|problem| known.contains(&problem.code));
-    if controller.is_ok_and(|info| info.connected < info.nodes) && !told {
-        problems.push(problem(codes::AGENT_DISCONNECTED, Vec::new()));
     }
     problems
 }
@@ -178,8 +115,8 @@ fn text(found: &Found, all: bool, style: Style) -> String {
     let states: Vec<String> = states.collect();
     text += &format!("nodes       {}: {}\n", found.nodes.len(), states.join(", "));
     text += &versions(&found.nodes);
-    let shown: Vec<&NodeLine> =
-        found.nodes.iter().filter(|node| all || code_of(&node.state).is_some()).collect();
+    let shown: Vec<&Diagnosis> =
+        found.nodes.iter().filter(|node| all || node.outdated || node.code.is_some()).collect();
     if !shown.is_empty() {
         let most = if all { usize::MAX } else { LISTED };
         let rows: Vec<Vec<String>> = shown.iter().take(most).map(|node| row(node)).collect();
@@ -228,8 +165,8 @@ fn controller_line(found: &Found, style: Style) -> String {
     }
 }
 
-fn versions(nodes: &[NodeLine]) -> String {
-    let list = |of: fn(&NodeLine) -> &String| {
+fn versions(nodes: &[Diagnosis]) -> String {
+    let list = |of: fn(&Diagnosis) -> &String| {
         let mut counts: BTreeMap<&String, usize> = BTreeMap::new();
         for node in nodes.iter().filter(|node| !of(node).is_empty()) {
             *counts.entry(of(node)).or_default() += 1;
@@ -247,7 +184,7 @@ fn versions(nodes: &[NodeLine]) -> String {
     format!("versions    agents {agents}; kernels {}\n", wrapped(&kernels, 30))
 }
 
-fn row(node: &NodeLine) -> Vec<String> {
+fn row(node: &Diagnosis) -> Vec<String> {
     let behind = match node.desired - node.applied {
         0 => "-".to_owned(),
         behind => behind.to_string(),
@@ -257,7 +194,12 @@ fn row(node: &NodeLine) -> Vec<String> {
         node.state.clone(),
         behind,
         node.since_seconds.map_or("-".to_owned(), age),
-        format!("{}: {}", node.reason, node.message),
+        match (node.outdated, node.reported_seconds) {
+            (true, Some(seconds)) => {
+                format!("not renewed for {}; then {}: {}", age(seconds), node.reason, node.message)
+            }
+            _ => format!("{}: {}", node.reason, node.message),
+        },
     ]
 }
 

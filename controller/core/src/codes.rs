@@ -60,6 +60,27 @@ codes! {
          NetworkPolicies that select them stop matching, and externalTrafficPolicy Local has no short cut for them.",
         "Set localDetection in a ProxyProfile to what the CNI uses: the cluster's CIDRs (mode ClusterCIDR) or the \
          beginning of its interfaces' names (mode InterfaceNamePrefix). The row's condition LocalDetection names addresses.";
+    AGENT_AWAITED = "ST0111", "the controller has not heard from the agent yet",
+        "The controller or the row is new. The kernel keeps the rules it has; what it holds is not known.",
+        "Agents reconnect within seconds; after 45 seconds the row says what keeps this one away.";
+    NODE_DOWN = "ST0112", "the node itself does not report",
+        "Its kubelet and its agent are both gone: the machine is down, or cut off from the control plane.",
+        "kubectl describe node NODE. Nothing is to be done in Switchtower.";
+    SETTINGS_ON_TRIAL = "ST0113", "the node is trying new settings",
+        "A rollout gave it a revision; the node keeps it only if its probes pass.",
+        "kubectl switchtower rollout status shows how far the rollout is.";
+    SETTINGS_ROLLED_BACK = "ST0114", "the node went back to earlier settings",
+        "It refused the assigned revision or its probes failed under it; the settings before are in force.",
+        "kubectl switchtower rollout status shows what failed on the node.";
+    DELETIONS_HELD = "ST0115", "the agent holds back removals",
+        "An update would have removed more than the delete budget allows; frontends and endpoints that should be gone \
+         are still programmed.",
+        "If the removal is right, release it: kubectl patch pxs NODE --type=merge -p \
+         '{\"spec\":{\"releaseHeldBefore\":GENERATION}}', with a generation above status.generation.desired.";
+    ROW_OUTDATED = "ST0116", "the row is out of date",
+        "No controller has renewed it in time: it shows what was true then. Nodes keep their rules.",
+        "Is a controller running? kubectl -n switchtower-system get pods. If one is, its log says why it cannot write \
+         ProxyStatus; a wrong clock on its node looks the same.";
     NO_ENDPOINTS = "ST0201", "the Service has no usable endpoint",
         "New connections are refused at once, on every node.",
         "Does the selector match pods (kubectl get pods -l ...), are they Ready, and does targetPort name a port of theirs?";
@@ -94,12 +115,24 @@ codes! {
         "kubectl -n switchtower-system rollout status daemonset/switchtower-node-agent";
     NO_NODE_CONNECTED = "ST0304", "no node is connected",
         "Nothing can be said to have reached the fleet: 0 of 0 is not all.",
-        "kubectl switchtower status says why each node is away.";
+        "If kubectl get proxystatus shows rows, they say why each agent is away. If there are none, see the controller's \
+         log and whether its --node-selector matches any Node.";
     NOT_REACHED = "ST0305", "some nodes have not applied the change in time",
         "They still use what they had before.",
         "kubectl switchtower status lists them with the reason.";
-    NOT_INSTALLED = "ST0401", "the custom resources are not installed",
-        "There is no ProxyStatus: nothing of Switchtower shows in this cluster.",
+    CONTROLLER_NOT_LISTENING = "ST0306", "the controller cannot accept agents",
+        "No agent can connect; all nodes keep the rules they have.",
+        "The row's message names the address and the error; another process on the controller's node may have the port.";
+    PROFILE_STALLED = "ST0307", "a profile's settings are not in force",
+        "Its rollout failed, was aborted or does not get on; nodes have the settings before, or a part has the new ones.",
+        "kubectl switchtower rollout status names the nodes that failed and why. Correct the profile: each change of its \
+         spec starts a new rollout.";
+    PROFILES_OVERLAP = "ST0308", "profiles select the same nodes",
+        "Of two profiles for a node the one with the higher priority wins; at equal priority the older one.",
+        "Give them different priorities, or selectors that do not overlap.";
+    NOT_INSTALLED = "ST0401", "a custom resource is not installed",
+        "Without ProxyStatus nothing of Switchtower shows in this cluster; without ProxyProfile and ProxyRollout no \
+         settings can be changed.",
         "kubectl apply -k manifests/";
     KUBE_PROXY_RUNS = "ST0402", "kube-proxy is installed in this cluster",
         "Both would program Services on the same nodes.",
@@ -155,6 +188,10 @@ codes! {
     LOCALHOST_NODE_PORTS = "ST0416", "NodePorts on 127.0.0.1 will end",
         "Host processes that reach a NodePort through localhost are refused.",
         "Let them use the node's address or the ClusterIP.";
+    CRD_TERMINATING = "ST0417", "a custom resource is being deleted",
+        "Somebody deleted its definition. Objects can no longer be made, and all of them vanish with it.",
+        "Let the deletion end, then install again: kubectl apply -k manifests/. If it does not end, objects with a \
+         finalizer are left: manifests/README.md, section Uninstalling.";
 }
 
 /// The code of this name, however it is written.

@@ -472,7 +472,8 @@ fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     if ready.is_some_and(|ready| ready.status == "False") {
         return carried_over(previous, DISCONNECT_GRACE);
     }
-    let message = "The controller restarted and has not heard from the agent yet; the kernel keeps what it held.";
+    let message =
+        "The controller restarted and has not heard from the agent yet; the kernel keeps what it held.";
     let unknown = || Verdict::new("Unknown", "AwaitingAgent", message);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
