@@ -3,7 +3,7 @@
 .PHONY: help demo test alerts audit bench kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1 leaves it running, SVG=FILE draws it)
 	@KEEP="$(KEEP)" SVG="$(SVG)" hack/demo.sh

@@ -23,6 +23,7 @@ pub struct Cli {
 
 /// Flags of every command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
 pub struct Global {
     /// Kubeconfig file; by default KUBECONFIG or ~/.kube/config, as kubectl.
     #[arg(long, global = true, value_name = "FILE")]
@@ -74,25 +75,44 @@ pub enum Color {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// The whole fleet on one screen, the worst first.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower status\n  kubectl switchtower status --all -o json"
+    )]
     Status(StatusArgs),
     /// Why a Service's packets go where they go, or what a message code means.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower explain shop/cart:http\n  kubectl switchtower explain shop/cart --node alpha --from pod/shop/client\n  kubectl switchtower explain ST0203"
+    )]
     Explain(ExplainArgs),
     /// What the controller wants on a node, what its agent acknowledged, and what its kernel holds.
     Diff(DiffArgs),
     /// A node's chains and map elements, read from its kernel.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower rules alpha shop/cart\n  kubectl switchtower rules alpha --filter 10.96.0.10"
+    )]
     Rules(RulesArgs),
     /// How long a Service's last changes took to reach the nodes, stage by stage.
     Trace(TraceArgs),
     /// Waits until every connected node holds a change.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower wait shop/cart --timeout 20s\n  kubectl switchtower wait --percent 95"
+    )]
     Wait(WaitArgs),
     /// Rollouts of settings.
     Rollout(RolloutArgs),
     /// Checks a cluster before Switchtower is installed, or after.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower check --pre\n  kubectl switchtower check --post"
+    )]
     Check(CheckArgs),
     /// The catalogue of message codes.
     Codes(CodesArgs),
-    /// Prints a completion script.
+    /// Prints a completion script. `kubectl switchtower` itself is completed by kubectl, if the file
+    /// kubectl_complete-switchtower is in PATH.
     Completion(CompletionArgs),
+    /// Completes a command line for kubectl.
+    #[command(name = "__complete", hide = true, disable_help_flag = true)]
+    Complete(CompleteArgs),
 }
 
 /// Flags of `status`.
@@ -245,6 +265,14 @@ pub struct CompletionArgs {
     /// The shell.
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
+}
+
+/// Words of `__complete`.
+#[derive(Debug, Args)]
+pub struct CompleteArgs {
+    /// What was typed after `kubectl switchtower`; the last one is incomplete.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<String>,
 }
 
 /// `500ms`, `30s`, `2m`, `1h`.

@@ -59,5 +59,6 @@ async fn run(cli: &Cli, style: Style) -> Result<Report, CliError> {
         Command::Check(args) => commands::check::run(global, args, style).await,
         Command::Codes(args) => commands::codes::run(args),
         Command::Completion(args) => Ok(commands::completion::run(args)),
+        Command::Complete(args) => Ok(commands::completion::complete(global, args).await),
     }
 }

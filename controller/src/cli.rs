@@ -94,6 +94,10 @@ pub struct ServeArgs {
     /// This replica's name in ProxyStatus; by default the host's name.
     #[arg(long, env = "SWITCHTOWER_REPLICA", value_name = "NAME")]
     pub replica: Option<String>,
+    /// Level or filter of the log, for example `debug` or `info,switchtower_controller::rollout=debug`; RUST_LOG
+    /// overrides it.
+    #[arg(long, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
+    pub log_level: String,
     /// How logs are written.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -110,6 +114,14 @@ fn address_and_port(text: &str) -> Result<SocketAddr, String> {
     parsed.ok_or_else(|| {
         "an IP address and a port are expected, such as 192.0.2.1:9443 or [2001:db8::1]:9443".to_owned()
     })
+}
+
+/// A filter that can be understood.
+fn log_filter(text: &str) -> Result<String, String> {
+    match tracing_subscriber::EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(format!("{error}; write a level such as debug, or TARGET=LEVEL,...")),
+    }
 }
 
 /// Flags of `render`.

@@ -118,7 +118,7 @@ fn start(args: ServeArgs) -> anyhow::Result<()> {
         Traces::from_environment(&replica)
     };
     let layer = exported.as_ref().ok().and_then(Option::as_ref).map(|(traces, _)| traces.layer());
-    set_up_log(args.log_format, layer);
+    set_up_log(&args.log_level, args.log_format, layer);
     // Traces tell what happens; that they cannot be exported must not keep the cluster from being served.
     let traces = exported.unwrap_or_else(|error| {
         tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "traces are not exported");
@@ -127,12 +127,14 @@ fn start(args: ServeArgs) -> anyhow::Result<()> {
     runtime.block_on(serve(args, replica, traces))
 }
 
-/// RUST_LOG chooses levels. The default leaves out kube's own line for every failed request: each failure is
-/// logged where it is handled, with what follows from it.
-const LOG_LEVELS: &str = "info,kube_client::client::builder=off";
+/// Leaves out kube's own line for every failed request: each failure is logged where it is handled, with what follows
+/// from it.
+const WITHOUT_KUBE: &str = "kube_client::client::builder=off";
 
-fn set_up_log(format: LogFormat, spans: Option<BoxedLayer>) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_LEVELS));
+/// RUST_LOG, if it is set, chooses instead of `level`.
+fn set_up_log(level: &str, format: LogFormat, spans: Option<BoxedLayer>) {
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new(format!("{WITHOUT_KUBE},{level}")));
     let filter = spans::in_log(filter);
     let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let log = log.with_ansi(std::io::stderr().is_terminal());
