@@ -145,18 +145,30 @@ fn findings(explanation: &Explanation) -> impl Iterator<Item = &Finding> {
 }
 
 fn is_well(explanation: &Explanation) -> bool {
-    let well = |finding: &Finding| {
-        finding.outcome == Outcome::Forwarded && !matches!(finding.kernel, Some(KernelCheck::Differs(_)))
-    };
-    findings(explanation).all(well)
+    findings(explanation).all(works)
+}
+
+fn works(finding: &Finding) -> bool {
+    finding.outcome == Outcome::Forwarded && !matches!(finding.kernel, Some(KernelCheck::Differs(_)))
 }
 
 fn text(found: &Found, all: bool, style: Style) -> String {
     let explanation = &found.explanation;
     let mut text = String::new();
-    for group in &explanation.groups {
-        let shown = if all { group.findings.iter().collect() } else { notable(&group.findings) };
-        for finding in &shown {
+    let groups: Vec<(&NodeGroup, Vec<&Finding>)> = explanation
+        .groups
+        .iter()
+        .map(|group| (group, if all { group.findings.iter().collect() } else { notable(&group.findings) }))
+        .collect();
+    // What fails anywhere comes before what works everywhere else.
+    for (group, shown) in &groups {
+        for finding in shown.iter().filter(|finding| !works(finding)) {
+            text += &paragraph(explanation, group, finding, style);
+            text.push('\n');
+        }
+    }
+    for (group, shown) in &groups {
+        for finding in shown.iter().filter(|finding| works(finding)) {
             text += &paragraph(explanation, group, finding, style);
             text.push('\n');
         }
@@ -184,7 +196,6 @@ fn notable(findings: &[Finding]) -> Vec<&Finding> {
             shown.push(finding);
         }
     }
-    shown.sort_by_key(|finding| finding.outcome == Outcome::Forwarded);
     shown
 }
 
@@ -207,9 +218,21 @@ fn paragraph(explanation: &Explanation, group: &NodeGroup, finding: &Finding, st
     };
     line("from", &finding.from);
     line("why", &finding.why);
-    line("path", &finding.path.join(" -> "));
+    if !finding.path.is_empty() {
+        line("path", &finding.path.join(" -> "));
+    }
     if !finding.endpoints.is_empty() {
         line("to", &names(&finding.endpoints, finding.endpoints.len(), ENDPOINTS));
+    }
+    if let Some(example) = &finding.example {
+        let to = match example.endpoints.as_slice() {
+            [] => String::new(),
+            endpoints => format!(" to {}", names(endpoints, endpoints.len(), ENDPOINTS)),
+        };
+        line(
+            "such as",
+            &format!("on {}: {}{to}; {}", example.node, example.frontend, example.path.join(" -> ")),
+        );
     }
     if let Some(own) = &finding.hairpin {
         line("itself", &format!("{own} is the source; a connection to itself is masqueraded"));

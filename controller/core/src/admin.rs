@@ -53,7 +53,7 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Finding {
-    /// `10.96.0.10:80/TCP`.
+    /// `10.96.0.10:80/TCP`; a NodePort of several nodes has `NODE` in place of the address.
     pub frontend: String,
     /// `namespace/name:port`.
     pub service_port: String,
@@ -61,8 +61,9 @@ pub struct Finding {
     pub kind: String,
     /// Who connects.
     pub from: String,
-    /// The source address that was tried.
-    pub source: IpAddr,
+    /// The source address that was tried; absent where the nodes of a group have different ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpAddr>,
     /// What becomes of it.
     pub outcome: Outcome,
     /// The message code, unless it is forwarded.
@@ -70,7 +71,7 @@ pub struct Finding {
     pub code: Option<String>,
     /// Why, in a sentence.
     pub why: String,
-    /// Where it may go.
+    /// Where it may go. Empty where the nodes of a group have different endpoints: `example` has those of one.
     pub endpoints: Vec<String>,
     /// The endpoint sees the node's address.
     pub masquerade: bool,
@@ -79,11 +80,33 @@ pub struct Finding {
     pub hairpin: Option<String>,
     /// A client stays with its endpoint for this long; 0: it does not.
     pub affinity_seconds: u32,
-    /// The steps through the maps.
+    /// The steps through the maps. Empty where they differ between the nodes of a group.
     pub path: Vec<String>,
+    /// One node of a group, where its nodes differ in frontend, source, endpoints, hairpin or path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub example: Option<Example>,
     /// What the kernel holds; absent where no node was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelCheck>,
+}
+
+/// What holds on one node of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Example {
+    /// The node.
+    pub node: String,
+    /// Its frontend.
+    pub frontend: String,
+    /// The source address that was tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpAddr>,
+    /// Why, in a sentence.
+    pub why: String,
+    /// Where it may go.
+    pub endpoints: Vec<String>,
+    /// The steps through its maps.
+    pub path: Vec<String>,
 }
 
 /// Whether a kernel agrees.
@@ -123,7 +146,7 @@ pub struct NodeGroup {
     pub nodes: usize,
     /// Names of the first of them.
     pub names: Vec<String>,
-    /// What holds there, by a node of the group.
+    /// What holds on every node of the group.
     pub findings: Vec<Finding>,
 }
 
@@ -135,7 +158,7 @@ pub struct Explanation {
     pub service: String,
     /// The node asked for; `null`: all.
     pub node: Option<String>,
-    /// Groups of nodes; one with one node where one was asked for. Larger groups first.
+    /// Groups of nodes; one with one node where one was asked for. Those with the worst outcome first, then larger ones.
     pub groups: Vec<NodeGroup>,
     /// Nodes on which this may not be in force: not connected, behind, or refusing. At most 50.
     pub not_current: Vec<NodeStanding>,

@@ -16,8 +16,10 @@ use crate::tracer::{Cause, Fate, Packet, Source, Trace, trace};
 use crate::view::View;
 use crate::wire;
 
+mod group;
 mod kernel;
 
+pub use group::{Signature, join, signature};
 pub use kernel::{Forward, Held, Side, differences, expected, found, rules};
 
 /// Stands for a client outside the cluster where none is named (RFC 5737, RFC 3849).
@@ -150,7 +152,7 @@ fn finding(view: &View, frontend: &Frontend, destination: IpAddr, source: Source
         service_port: names::service_port(&service_port),
         kind: names::kind(frontend.kind()).to_owned(),
         from: who,
-        source: source.address(),
+        source: Some(source.address()),
         outcome,
         code: code.map(|code| code.code.to_owned()),
         why,
@@ -159,6 +161,7 @@ fn finding(view: &View, frontend: &Frontend, destination: IpAddr, source: Source
         hairpin,
         affinity_seconds: programmed_timeout(frontend.affinity_seconds),
         path,
+        example: None,
         kernel: None,
     }
 }

@@ -161,7 +161,7 @@ impl Tracer<'_> {
             };
             self.path.push(format!("{}: the source is {who}", if inside { "inside" } else { "outside" }));
         }
-        let masquerade = self.masquerades(frontend, detected, local_pod);
+        let masquerade = self.masquerades(frontend, local_pod);
         self.pick(frontend, &target, masquerade)
     }
 
@@ -215,22 +215,16 @@ impl Tracer<'_> {
 
     /// Whether local pods can be told from other sources in this family.
     fn detection(&self) -> bool {
-        let Some(settings) = self.view.settings() else { return false };
-        let of_family = |cidrs: &[Cidr]| {
-            cidrs.iter().filter_map(net).any(|net| net.addr().is_ipv6() == self.packet.destination.is_ipv6())
-        };
-        match settings.local_detection() {
-            LocalDetection::NodeCidr => self.view.node().is_some_and(|node| of_family(&node.pod_cidrs)),
-            LocalDetection::ClusterCidr => of_family(&settings.cluster_cidrs),
-            LocalDetection::BridgeInterface | LocalDetection::InterfaceNamePrefix => true,
-            LocalDetection::None | LocalDetection::Unspecified => false,
-        }
+        detects_local_pods(self.view, self.family())
     }
 
-    fn masquerades(&self, frontend: &Frontend, detected: bool, local_pod: bool) -> bool {
-        let all = self.view.settings().is_some_and(|settings| settings.masquerade_all);
+    fn masquerades(&self, frontend: &Frontend, local_pod: bool) -> bool {
         if frontend.kind() == FrontendKind::ClusterIp {
-            return all || (detected && !local_pod);
+            return match cluster_ip_masquerade(self.view, self.family()) {
+                ClusterIpMasquerade::All => true,
+                ClusterIpMasquerade::NotLocalPods => !local_pod,
+                ClusterIpMasquerade::Nobody => false,
+            };
         }
         match frontend.outside.unwrap_or_default().role() {
             Role::Local => matches!(self.packet.source, Source::Host(_)),
@@ -264,5 +258,41 @@ impl Tracer<'_> {
                 Fate::Reject(Cause::NoEndpoints)
             }
         }
+    }
+}
+
+/// Whose connections to a ClusterIP are masqueraded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClusterIpMasquerade {
+    /// All.
+    All,
+    /// Those that do not come from a pod of the node.
+    NotLocalPods,
+    /// None, because local pods cannot be told from others.
+    Nobody,
+}
+
+/// What a node's settings say about connections to a ClusterIP of a family.
+#[must_use]
+pub fn cluster_ip_masquerade(view: &View, family: Family) -> ClusterIpMasquerade {
+    if view.settings().is_some_and(|settings| settings.masquerade_all) {
+        ClusterIpMasquerade::All
+    } else if detects_local_pods(view, family) {
+        ClusterIpMasquerade::NotLocalPods
+    } else {
+        ClusterIpMasquerade::Nobody
+    }
+}
+
+fn detects_local_pods(view: &View, family: Family) -> bool {
+    let Some(settings) = view.settings() else { return false };
+    let of_family = |cidrs: &[Cidr]| {
+        cidrs.iter().filter_map(net).any(|net| net.addr().is_ipv6() == (family == Family::Ipv6))
+    };
+    match settings.local_detection() {
+        LocalDetection::NodeCidr => view.node().is_some_and(|node| of_family(&node.pod_cidrs)),
+        LocalDetection::ClusterCidr => of_family(&settings.cluster_cidrs),
+        LocalDetection::BridgeInterface | LocalDetection::InterfaceNamePrefix => true,
+        LocalDetection::None | LocalDetection::Unspecified => false,
     }
 }

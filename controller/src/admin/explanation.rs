@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use switchtower_core::admin::{Explanation, Finding, KernelCheck, NodeGroup, NodeStanding, Outcome};
-use switchtower_core::explain::{self, Subject};
+use switchtower_core::admin::{Explanation, Finding, KernelCheck, NodeGroup, NodeStanding};
+use switchtower_core::explain::{self, Signature, Subject};
 use switchtower_core::names;
 use switchtower_core::view::View;
 use switchtower_proto::v1::FrontendKey;
@@ -103,22 +103,6 @@ async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>
     }
 }
 
-/// What makes findings of two nodes the same for people.
-type Signature = Vec<(String, String, Outcome, Option<String>)>;
-
-fn signature(findings: &[Finding]) -> Signature {
-    let one = |finding: &Finding| {
-        let from = if finding.kind == "NodePort" { String::new() } else { finding.frontend.clone() };
-        (
-            format!("{} {from}", finding.service_port),
-            finding.from.clone(),
-            finding.outcome,
-            finding.code.clone(),
-        )
-    };
-    findings.iter().map(one).collect()
-}
-
 pub(super) async fn on_all(fleet: &Arc<Fleet>, question: Question) -> Result<Explanation, AdminError> {
     let fleet = fleet.clone();
     // A cluster of thousands of nodes takes a while.
@@ -143,17 +127,21 @@ fn grouped(fleet: &Fleet, question: &Question) -> Result<Explanation, AdminError
             }
         }
         let findings = explain::explain(&view, question.subject(), question.from);
-        let index = *known.entry(signature(&findings)).or_insert_with(|| {
-            groups.push(NodeGroup { nodes: 0, names: Vec::new(), findings });
+        let index = *known.entry(explain::signature(&findings)).or_insert_with(|| {
+            groups.push(NodeGroup { nodes: 0, names: Vec::new(), findings: findings.clone() });
             groups.len() - 1
         });
         let group = &mut groups[index];
+        if let Some(first) = group.names.first() {
+            explain::join(&mut group.findings, first, &findings);
+        }
         group.nodes += 1;
         if group.names.len() < NAMES {
             group.names.push(node.to_string());
         }
     }
-    groups.sort_by_key(|group| std::cmp::Reverse(group.nodes));
+    let worst = |group: &NodeGroup| group.findings.iter().map(|finding| finding.outcome).max();
+    groups.sort_by_key(|group| std::cmp::Reverse((worst(group), group.nodes)));
     if groups.iter().all(|group| group.findings.is_empty()) {
         return Err(AdminError::UnknownService(question.full_name()));
     }

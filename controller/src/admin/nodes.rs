@@ -109,7 +109,7 @@ pub(super) async fn rules_of(
     Ok(NodeRules {
         node: node.to_owned(),
         kernel: table.stamp.as_ref().map(stage),
-        services: table.frontends.iter().flat_map(explain::rules).collect(),
+        services: table.frontends.iter().flat_map(|frontend| explain::rules(&view, frontend)).collect(),
         chains: Vec::new(),
         elements: Vec::new(),
         elements_total: 0,

@@ -1,7 +1,7 @@
 //! Explanations as text.
 
 use serde_json::json;
-use switchtower_core::admin::NodeStanding;
+use switchtower_core::admin::{Example, NodeStanding};
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn finding(kind: &str, from: &str, outcome: Outcome, code: Option<&str>) -> Find
         service_port: "shop/cart:http".into(),
         kind: kind.into(),
         from: from.into(),
-        source: [10, 244, 1, 7].into(),
+        source: Some([10, 244, 1, 7].into()),
         outcome,
         code: code.map(str::to_owned),
         why: "because".into(),
@@ -26,6 +26,7 @@ fn finding(kind: &str, from: &str, outcome: Outcome, code: Option<&str>) -> Find
             "frontends 10.96.4.2:80/TCP (ClusterIP)".into(),
             "slots shop/cart:http Local: none".into(),
         ],
+        example: None,
         kernel: None,
     }
 }
@@ -85,6 +86,30 @@ fn what_fails_comes_first_and_what_is_alike_once() {
     assert!(first[0].starts_with("DROPPED  LoadBalancer") && first[1].starts_with("FORWARDED  ClusterIP"));
     assert!(text.contains("1 more combination the same way"), "{text}");
     assert!(text.contains("beta (agent not connected)"), "{text}");
+}
+
+#[test]
+fn what_fails_on_one_node_comes_before_what_works_on_others() {
+    let works = finding("ClusterIP", "a pod on the node", Outcome::Forwarded, None);
+    let fails = finding("LoadBalancer", "a client outside", Outcome::Dropped, Some("ST0203"));
+    let example = Example {
+        node: "alpha".into(),
+        frontend: "10.96.4.2:80/TCP".into(),
+        source: None,
+        why: String::new(),
+        endpoints: vec!["10.244.1.11:8080".into()],
+        path: vec!["slots".into()],
+    };
+    let differs = Finding { endpoints: vec![], path: vec![], example: Some(example), ..works.clone() };
+    let mut explanation = explanation(None, vec![works.clone(), differs]);
+    explanation.groups.push(NodeGroup {
+        nodes: 1,
+        names: vec!["gamma".into()],
+        findings: vec![works, fails],
+    });
+    let text = text(&found(explanation), false, Style::PLAIN);
+    assert!(text.starts_with("DROPPED  LoadBalancer 10.96.4.2:80/TCP on 1 node (gamma)"), "{text}");
+    assert!(text.contains(" such as on alpha: 10.96.4.2:80/TCP to 10.244.1.11:8080; slots\n"), "{text}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use switchtower_proto::v1::{
 };
 
 use crate::names;
+use crate::tracer::{self, ClusterIpMasquerade};
 use crate::view::View;
 use crate::wire;
 
@@ -237,14 +238,17 @@ fn seen(masquerade: &str) -> &str {
     }
 }
 
-/// A frontend of a kernel as rules in the manner of nft, without the maps that they are spread over.
-pub fn rules(frontend: &KernelFrontend) -> Vec<String> {
+/// A frontend of a node's kernel as rules in the manner of nft, without the maps that they are spread over. Whose
+/// connections to a ClusterIP are masqueraded follows from the settings of `view`, which are chains in the kernel.
+pub fn rules(view: &View, frontend: &KernelFrontend) -> Vec<String> {
     let key = frontend.key.clone().unwrap_or_default();
     let family = if key.family() == Family::Ipv6 { "ip6" } else { "ip" };
     let address = wire::address(&key.address).map(|address| address.to_string()).unwrap_or_default();
     let protocol = names::protocol(key.protocol()).to_lowercase();
     let head = format!("{family} daddr {address} {protocol} dport {}", key.port);
     let Held { outside, inside, sources } = found(frontend);
+    let rest = tracer::cluster_ip_masquerade(view, key.family());
+    let action = |side: &Side| action(side, rest);
     let mut lines = Vec::new();
     if !sources.is_empty() {
         lines.push(format!("{head} {family} saddr != {{ {} }} drop", who(&sources)));
@@ -258,7 +262,7 @@ pub fn rules(frontend: &KernelFrontend) -> Vec<String> {
     lines
 }
 
-fn action(side: &Side) -> String {
+fn action(side: &Side, cluster_ip: ClusterIpMasquerade) -> String {
     let Side::Forward(forward) = side else {
         return match side {
             Side::Reject => "reject",
@@ -268,7 +272,11 @@ fn action(side: &Side) -> String {
     };
     let mark = match forward.masquerade.as_str() {
         ALWAYS => " masquerade",
-        CLUSTER_IP => " masquerade unless from a local pod",
+        CLUSTER_IP => match cluster_ip {
+            ClusterIpMasquerade::All => " masquerade",
+            ClusterIpMasquerade::NotLocalPods => " masquerade unless from a local pod",
+            ClusterIpMasquerade::Nobody => "",
+        },
         _ => "",
     };
     let stay = match forward.affinity_seconds {

@@ -238,12 +238,23 @@ fn a_frontend_reads_as_rules() {
     let lines = |view: &View, kind| -> Vec<String> {
         let frontends = frontends(view, SHOP);
         let of_kind = frontends.iter().copied().filter(|frontend| frontend.kind() == kind);
-        expected(view, of_kind).iter().flat_map(|(key, held)| rules(&kernel_of(key, held))).collect()
+        expected(view, of_kind).iter().flat_map(|(key, held)| rules(view, &kernel_of(key, held))).collect()
     };
     let plain = view(service(), &[(5, "n1"), (6, "n2")]);
-    let wanted = "ip daddr 10.96.0.10 tcp dport 80 dnat to { 10.244.1.5:8080, 10.244.2.6:8080 } masquerade unless from \
-                  a local pod";
-    assert_eq!(lines(&plain, FrontendKind::ClusterIp), [wanted]);
+    let forwarded = "ip daddr 10.96.0.10 tcp dport 80 dnat to { 10.244.1.5:8080, 10.244.2.6:8080 }";
+    let with = |settings: Settings| {
+        let mut view = plain.clone();
+        view.apply(LayerKind::Settings, &Change { change: Some(Kind::Settings(settings)) });
+        lines(&view, FrontendKind::ClusterIp)
+    };
+    assert_eq!(
+        lines(&plain, FrontendKind::ClusterIp),
+        [format!("{forwarded} masquerade unless from a local pod")]
+    );
+    let all = Settings { masquerade_all: true, ..Settings::default() };
+    assert_eq!(with(all), [format!("{forwarded} masquerade")]);
+    let undetected = Settings { local_detection: LocalDetection::None.into(), ..Settings::default() };
+    assert_eq!(with(undetected), [forwarded]);
     assert_eq!(
         lines(&view(service(), &[]), FrontendKind::ClusterIp),
         ["ip daddr 10.96.0.10 tcp dport 80 reject"]
