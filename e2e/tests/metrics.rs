@@ -141,7 +141,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
     assert_eq!(alerts, runbooks);
     for alert in &alerts {
         assert!(
-            rules().contains(&format!("runbook: docs/runbooks/{alert}.md")),
+            rules().contains(&format!("runbook_url: https://switchtower.dev/docs/runbooks/{alert}.md")),
             "{alert} does not name its runbook"
         );
         let tests = fs::read_to_string(root().join("manifests/components/alerts/rules_test.yaml")).unwrap();

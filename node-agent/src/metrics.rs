@@ -42,6 +42,19 @@ pub struct Metrics {
     pub(crate) health_check_bind_failures: IntCounter,
 }
 
+/// Registers the gauge that names the node which this agent's series belong to.
+///
+/// # Errors
+/// The name is registered already.
+pub fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
+    let info = GaugeVec::new(
+        Opts::new("switchtower_agent_info", "Always 1: the node and the version of the agent."),
+        &["node", "version"],
+    )?;
+    info.with_label_values(&[node, env!("CARGO_PKG_VERSION")]).set(1.0);
+    registry.register(Box::new(info))
+}
+
 impl Metrics {
     /// Registers everything with `registry`.
     ///
