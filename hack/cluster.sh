@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
 #
-#   hack/cluster.sh up|down|install|demo|installed|plugin|faults|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh up|down|install|demo|installed|plugin|faults|uninstall|conformance [ARGUMENTS of the program `cluster`]
 #   hack/cluster.sh prepare     only installs and builds what the others need
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ACTION=${1:?use: hack/cluster.sh up|down|install|demo|installed|plugin|faults|conformance}
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|installed|plugin|faults|uninstall|conformance}
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then

@@ -41,7 +41,7 @@ fn overlay(images: &Value, components: &[&str]) -> Value {
 
 fn named<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     let wanted = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
-    objects.iter().find(wanted).unwrap_or_else(|| panic!("no {kind} {name}"))
+    objects.iter().find(wanted).ok_or_else(|| format!("no {kind} {name}")).unwrap()
 }
 
 #[test]

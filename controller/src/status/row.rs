@@ -53,7 +53,7 @@ pub enum State {
 
 impl State {
     /// All words.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Synced,
         Self::Progressing,
         Self::Stale,

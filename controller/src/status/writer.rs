@@ -16,7 +16,9 @@ use tokio::time::Instant;
 
 use super::requests::{self, Outcome, Stored};
 use super::row::{Absence, Inputs, Row, State, row};
-use super::schedule::{ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval};
+use super::schedule::{
+    ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval,
+};
 use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::agents::Agents;
 use crate::errors::is_missing_kind;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchtower_e2e::cluster::interrupt::{self, Then};
 use switchtower_e2e::cluster::{
-    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, shell, up,
+    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, shell, uninstall, up,
 };
 
 #[derive(Parser)]
@@ -61,6 +61,13 @@ enum Action {
     },
     /// Every command of `kubectl switchtower` that reads, with a kubeconfig and nothing else
     Plugin {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// The documented uninstall leaves nothing; then installs again
+    Uninstall {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
@@ -201,6 +208,7 @@ fn main() -> Result<()> {
         Action::Faults { place, programs } => faults::check(&place.existing()?, &programs.tools()?),
         Action::Installed { place, programs } => installed::check(&place.existing()?, &programs.tools()?),
         Action::Plugin { place, programs } => plugin::check(&place.existing()?, &programs.tools()?),
+        Action::Uninstall { place, programs } => uninstall::check(&place.existing()?, &programs.tools()?),
         Action::Conformance { place, programs, label, part, focus, processes, out } => {
             let run = conformance::Run { label, part, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)

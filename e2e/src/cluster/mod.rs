@@ -29,6 +29,7 @@ pub mod node;
 pub mod pki;
 pub mod plugin;
 pub mod shell;
+pub mod uninstall;
 pub mod up;
 
 pub use layout::{Layout, Tools};

@@ -5,23 +5,32 @@ use crate::codes;
 
 /// What makes a Service behave in the same way on two nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Signature(Vec<(String, String, String, Outcome, Option<String>, bool, bool)>);
+pub struct Signature(Vec<Line>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Line {
+    service_port: String,
+    frontend: Option<String>,
+    from: String,
+    outcome: Outcome,
+    code: Option<String>,
+    masquerade: bool,
+    hairpin: bool,
+}
 
 /// The signature of a node's findings. Addresses of the node and which endpoints are its own do not count.
 #[must_use]
 pub fn signature(findings: &[Finding]) -> Signature {
-    let one = |finding: &Finding| {
-        (
-            finding.service_port.clone(),
-            if finding.kind == NODE_PORT { String::new() } else { finding.frontend.clone() },
-            finding.from.clone(),
-            finding.outcome,
-            finding.code.clone(),
-            finding.masquerade,
-            finding.hairpin.is_some(),
-        )
+    let line = |finding: &Finding| Line {
+        service_port: finding.service_port.clone(),
+        frontend: (finding.kind != NODE_PORT).then(|| finding.frontend.clone()),
+        from: finding.from.clone(),
+        outcome: finding.outcome,
+        code: finding.code.clone(),
+        masquerade: finding.masquerade,
+        hairpin: finding.hairpin.is_some(),
     };
-    Signature(findings.iter().map(one).collect())
+    Signature(findings.iter().map(line).collect())
 }
 
 const NODE_PORT: &str = "NodePort";
