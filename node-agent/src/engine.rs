@@ -360,7 +360,7 @@ impl Engine {
             match self.parts.dataplane.release(&addresses) {
                 Ok(0) => {}
                 Ok(removed) => {
-                    tracing::warn!(removed, "Services captured the way to the controllers: removed")
+                    tracing::warn!(removed, "Services captured the way to the controllers: removed");
                 }
                 Err(error) => tracing::warn!(%error, "the way to the controllers cannot be kept free"),
             }

@@ -96,8 +96,8 @@ impl<const N: usize> Owners<N> {
                     }
                 }
                 _ => {
-                    let pools = values(change).into_iter().filter(|value| Pick::of(*value).is_some());
-                    if let (Some(place), Some(value)) = (place(element), pools.last()) {
+                    let value = values(change).into_iter().rfind(|value| Pick::of(*value).is_some());
+                    if let (Some(place), Some(value)) = (place(element), value) {
                         owners.frontends.insert(place, value >> 13);
                     }
                 }
@@ -205,11 +205,13 @@ fn rank<const N: usize>(element: &Element<N>, stage: Stage) -> u8 {
     if stage == Stage::Clear { 3 - rank } else { rank }
 }
 
+/// In what order elements are committed: by stage, address, weight of their service port, its number, and rank.
+type Order<const N: usize> = (Stage, Option<[u8; N]>, usize, Option<u32>, u8);
+
 /// Changes in parts of `limit`, or a little more where an address needs it.
 fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
     let owners = Owners::of(&changes, limit);
-    let mut stages: BTreeMap<(Stage, Option<[u8; N]>, usize, Option<u32>, u8), Vec<Element<N>>> =
-        BTreeMap::new();
+    let mut stages: BTreeMap<Order<N>, Vec<Element<N>>> = BTreeMap::new();
     for (element, change) in &changes.0 {
         let stage = owners.stage(element, change);
         let group = group(element, stage);
