@@ -17,12 +17,18 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client};
 use serde_json::json;
 
+use crate::errors::Chain;
+
 /// The Secret that holds the CA.
 pub const CA_SECRET: &str = "switchtower-ca";
 /// The ConfigMap that agents mount.
 pub const BOOTSTRAP_CONFIG_MAP: &str = "switchtower-bootstrap";
 /// Field manager of everything that is applied.
 const MANAGER: &str = "switchtower-controller";
+/// Timeout of a request.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Minimum interval between two writes of the ConfigMap: another writer is not fought.
+const INTERVAL: Duration = Duration::from_secs(2);
 
 /// A CA as PEM texts.
 #[derive(Clone, PartialEq, Eq)]
@@ -254,6 +260,28 @@ fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
     let socket = std::net::UdpSocket::bind((any, 0))?;
     socket.connect(peer)?;
     Ok(socket.local_addr()?.ip())
+}
+
+/// Keeps the ConfigMap as it should be, for as long as the process runs. Agents that are already running know the
+/// controller; a missing ConfigMap only keeps new ones waiting.
+pub async fn keep(client: Client, namespace: String, bootstrap: Bootstrap) {
+    loop {
+        match tokio::time::timeout(TIMEOUT, bootstrap.publish(&client, &namespace)).await {
+            Ok(Ok(())) => {
+                let controllers = &bootstrap.controllers;
+                tracing::info!(?controllers, %namespace, "wrote the ConfigMap switchtower-bootstrap");
+                bootstrap.is_lost(&client, &namespace).await;
+                tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; writing it again");
+            }
+            Err(_) => {
+                tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap timed out; retrying");
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(error = %Chain(&error), %namespace, "failed to write the ConfigMap switchtower-bootstrap; new agents wait for it; retrying");
+            }
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
 }
 
 #[cfg(test)]

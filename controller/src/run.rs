@@ -75,12 +75,10 @@ const SLICE_SELECTOR: &str = "!service.kubernetes.io/headless";
 const BATCHES: usize = 1_024;
 /// Between attempts to reach the API server while starting.
 const RETRY: Duration = Duration::from_secs(5);
-/// Longest request about the CA or the bootstrap ConfigMap.
+/// Timeout of a request about the CA.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longest look at what the built-in settings are decided from.
 const LONG_PATIENCE: Duration = Duration::from_secs(120);
-/// Between two writes of the bootstrap ConfigMap.
-const BOOTSTRAP_PAUSE: Duration = Duration::from_secs(2);
 /// How long agents have to leave when the controller ends.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Between two renewals of the server's certificate.
@@ -146,11 +144,7 @@ fn set_up_log(level: &str, format: LogFormat, spans: Option<BoxedLayer>) {
     let _ = spans::subscriber(log, spans).try_init();
 }
 
-async fn serve(
-    mut args: ServeArgs,
-    replica: String,
-    traces: Option<(Traces, Sampled)>,
-) -> anyhow::Result<()> {
+async fn serve(args: ServeArgs, replica: String, traces: Option<(Traces, Sampled)>) -> anyhow::Result<()> {
     // From here on no signal is lost, whatever is waited for.
     let mut signals = Signals::listen()?;
     let config = kube_config(&args).await?;
@@ -158,7 +152,7 @@ async fn serve(
     let client = Client::try_from(config).context("setting up the client of the API server")?;
     let controllers = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
-    args.advertise.clone_from(&controllers);
+    let args = ServeArgs { advertise: controllers.clone(), ..args };
     let registry = metrics::registry()?;
     let serve = ServeMetrics::new(&registry)?;
     let measured = Measured { serve, registry, busy: Busy::default(), upstream: Arc::default() };
@@ -189,7 +183,8 @@ async fn serve(
         () = signals.next() => return Ok(()),
     };
     let bootstrap = Bootstrap { ca_certificate: ca.certificate.clone(), controllers: controllers.clone() };
-    tasks.spawn("the bootstrap ConfigMap", keep_bootstrap(client.clone(), args.namespace.clone(), bootstrap));
+    tasks
+        .spawn("the bootstrap ConfigMap", bootstrap::keep(client.clone(), args.namespace.clone(), bootstrap));
     let Parts { fleet, traces, mut head } = parts;
     let compiled_and_listening = async {
         let compiled = engine::first_head(&mut head).await;
@@ -365,10 +360,8 @@ async fn start_parts(
 
     let batches = start_watches(client, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
-    let pipeline = FleetPipeline {
-        compiler: Compiler::new().reserving(bootstrap::resolve(&args.advertise).await),
-        fleet: fleet.clone(),
-    };
+    let compiler = Compiler::new().reserving(bootstrap::resolve(&args.advertise).await);
+    let pipeline = FleetPipeline { compiler, fleet: fleet.clone() };
     let outputs = Outputs { head, nodes: vec![nodes, more_nodes], events, busy: measured.busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
     tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, new_trace, batches));
@@ -530,28 +523,6 @@ async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Res
             Err(_) => tracing::error!("no CA yet: the API server does not answer; it is tried again"),
         }
         tokio::time::sleep(RETRY).await;
-    }
-}
-
-/// Agents that are already running know the controller; a missing ConfigMap only keeps new ones waiting.
-async fn keep_bootstrap(client: Client, namespace: String, bootstrap: Bootstrap) {
-    loop {
-        match tokio::time::timeout(PATIENCE, bootstrap.publish(&client, &namespace)).await {
-            Ok(Ok(())) => {
-                let controllers = &bootstrap.controllers;
-                tracing::info!(?controllers, %namespace, "ConfigMap switchtower-bootstrap written");
-                bootstrap.is_lost(&client, &namespace).await;
-                tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; it is written again");
-            }
-            Err(_) => {
-                tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap took too long; it is tried again");
-            }
-            Ok(Err(error)) => {
-                tracing::warn!(error = %Chain(&error), %namespace, "writing the ConfigMap switchtower-bootstrap failed; new agents wait for it; it is tried again");
-            }
-        }
-        // Somebody who keeps changing it is not to be outrun.
-        tokio::time::sleep(BOOTSTRAP_PAUSE).await;
     }
 }
 

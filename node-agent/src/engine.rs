@@ -7,6 +7,7 @@
 //! desired state is tried again with back-off, and acknowledged once the kernel holds it.
 
 mod backlog;
+mod controllers;
 mod drift;
 mod flows;
 mod messages;
@@ -18,7 +19,7 @@ mod trial;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
-use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason, Stamp as WireStamp, View};
+use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason};
 use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
@@ -351,52 +352,6 @@ impl Engine {
             self.publish_health();
         }
         self.queue_and_sync();
-    }
-
-    /// A frontend at a controller's address would cut this agent off, and nobody could tell it that it is gone.
-    fn controllers_changed(&mut self, addresses: Vec<SocketAddr>) {
-        if self.hold {
-            // Whatever the view says, without a controller it never becomes current.
-            match self.parts.dataplane.release(&addresses) {
-                Ok(0) => {}
-                Ok(removed) => {
-                    tracing::warn!(removed, "Services captured the way to the controllers: removed");
-                }
-                Err(error) => tracing::warn!(%error, "the way to the controllers cannot be kept free"),
-            }
-        }
-        if self.parts.controllers == addresses {
-            return;
-        }
-        self.parts.controllers.clone_from(&addresses);
-        if !self.doubt {
-            self.pending.retain(|change| !matches!(change, KernelChange::Controllers(_)));
-            self.pending.push(KernelChange::Controllers(addresses));
-        }
-        self.queue_and_sync();
-    }
-
-    fn standing(&mut self) -> Standing {
-        // Whoever cannot read the kernel must not be resumed: nothing says that it holds the view.
-        let view = (self.state.is_loaded() && !self.unread).then(|| View {
-            digest: self.state.digest().to_bytes().to_vec(),
-            generation: self.state.generation(),
-            resume: self.state.resume().cloned(),
-            source: self.state.source().copied(),
-        });
-        let kernel = self.kernel.map(|stamp| WireStamp {
-            generation: stamp.generation,
-            digest: stamp.digest.to_le_bytes().to_vec(),
-        });
-        // A view that the kernel does not hold yet is acknowledged once it does.
-        self.unacknowledged |= self.queued;
-        Standing {
-            kernel,
-            view,
-            addresses: self.parts.host_addresses.clone(),
-            deviations: self.kernel.and_then(|stamp| self.deviations(stamp.digest)),
-            trial: self.state.trial_status(),
-        }
     }
 
     fn refuse(&mut self, to: u64, result: Result<(), Refusal>) {

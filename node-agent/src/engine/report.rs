@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use switchtower_proto::v1::{Ack, ApplyTimings, Deviation, Deviations, Query, Report, TrialStatus};
+use switchtower_proto::v1::{
+    Ack, ApplyTimings, Deviation, Deviations, Query, Report, Stamp as WireStamp, TrialStatus, View,
+};
 
-use super::{Engine, Event};
+use super::{Engine, Event, Standing};
 use crate::dataplane::{Committed, Refused, Stamp};
 use crate::questions::Reply;
 use crate::traces::Applying;
@@ -13,6 +15,30 @@ use crate::traces::Applying;
 const SAMPLES: usize = 16;
 
 impl Engine {
+    /// What a controller is told at the beginning of a stream.
+    pub(super) fn standing(&mut self) -> Standing {
+        // Whoever cannot read the kernel must not be resumed: nothing says that it holds the view.
+        let view = (self.state.is_loaded() && !self.unread).then(|| View {
+            digest: self.state.digest().to_bytes().to_vec(),
+            generation: self.state.generation(),
+            resume: self.state.resume().cloned(),
+            source: self.state.source().copied(),
+        });
+        let kernel = self.kernel.map(|stamp| WireStamp {
+            generation: stamp.generation,
+            digest: stamp.digest.to_le_bytes().to_vec(),
+        });
+        // A view that the kernel does not hold yet is acknowledged once it does.
+        self.unacknowledged |= self.queued;
+        Standing {
+            kernel,
+            view,
+            addresses: self.parts.host_addresses.clone(),
+            deviations: self.kernel.and_then(|stamp| self.deviations(stamp.digest)),
+            trial: self.state.trial_status(),
+        }
+    }
+
     pub(super) fn ack(&self, stamp: Stamp, committed: &Committed) -> Ack {
         let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let counts = self.state.counts();
