@@ -75,8 +75,7 @@ codes! {
     DELETIONS_HELD = "ST0115", "the agent holds back removals",
         "An update would have removed more than the delete budget allows; frontends and endpoints that should be gone \
          are still programmed.",
-        "If the removal is right, release it: kubectl patch pxs NODE --type=merge -p \
-         '{\"spec\":{\"releaseHeldBefore\":GENERATION}}', with a generation above status.generation.desired.";
+        "kubectl get pxs NODE -o yaml names them under status.deviations; the agent's log says what held them back.";
     ROW_OUTDATED = "ST0116", "the row is out of date",
         "No controller has renewed it in time: it shows what was true then. Nodes keep their rules.",
         "Is a controller running? kubectl -n switchtower-system get pods. If one is, its log says why it cannot write \
