@@ -526,8 +526,9 @@ async fn two_writers_leave_each_other_what_they_serve() {
     }
     one.writes();
     one.wait(600_000).await;
+    // Each row is renewed every ten seconds, by the one replica that serves its node.
     let writes = one.writes().len();
-    assert!(writes <= 12, "{writes} writes in ten minutes without news");
+    assert!((100..=140).contains(&writes), "{writes} writes in ten minutes without news");
     // The agent moves: its row follows the new session.
     other.fleet.set("n1", observed(7, 2));
     one.wait(60_000).await;

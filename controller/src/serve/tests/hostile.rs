@@ -124,7 +124,7 @@ impl Field {
         tokio_rustls::TlsConnector::from(self.config.clone()).connect(name, self.connect(from).await?).await
     }
 
-    /// Opens a stream; as an agent does, without a second try.
+    /// Opens a stream.
     async fn stream(self: &Arc<Self>, from: IpAddr, token: &str) -> Result<Agent, String> {
         let field = self.clone();
         let dial = tower::service_fn(move |_: http::Uri| {
@@ -143,7 +143,16 @@ impl Field {
 
     async fn agent(self: &Arc<Self>, number: usize) -> Result<Agent, String> {
         let token = self.signer.sign(&claims(&node_name(number)));
-        let mut agent = self.stream(node_address(number), &token).await?;
+        // As an agent does: an attempt that ends early is followed by the next.
+        let mut agent = loop {
+            match self.stream(node_address(number), &token).await {
+                Ok(agent) => break agent,
+                Err(error) if error.contains("transport error") => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        };
         agent.welcome(hello(&node_name(number))).await;
         Ok(agent)
     }
