@@ -162,11 +162,10 @@ fn a_thousand_endpoints_do_not_stop_the_rest() {
     let service = scene.service("web", &json!({}));
     let (pod, node) = scene.fleet.pod("c1").unwrap();
     for slice in 0..10 {
-        // Addresses that nobody has: this is about programming them.
+        // Addresses that nobody has, of no node: this is about programming them.
         let endpoints: Vec<_> = (0..100)
             .map(|index| {
-                json!({"addresses": [format!("10.99.{slice}.{index}")], "nodeName": "gamma",
-                "conditions": {"ready": true}})
+                json!({"addresses": [format!("10.99.{slice}.{index}")], "conditions": {"ready": true}})
             })
             .collect();
         let name = format!("web-{slice}");
