@@ -49,9 +49,10 @@ fn run_commands(layout: &Layout, tools: &Tools) -> Result<()> {
     let block = text.split_once(MARK).and_then(|(_, rest)| rest.split("```sh\n").nth(1)?.split("```").next());
     let block =
         block.with_context(|| format!("{} has no block of commands to uninstall", readme.display()))?;
-    ensure!(block.contains("delete -k manifests\n"), "the commands do not delete the manifests: {block}");
+    let delete = "delete -k manifests --ignore-not-found\n";
+    ensure!(block.contains(delete), "the commands do not delete the manifests: {block}");
     let overlay = install::write_overlay(layout, tools, "overlay", &[])?;
-    let script = block.replace("delete -k manifests\n", &format!("delete -k {overlay} --timeout=120s\n"));
+    let script = block.replace(delete, &format!("delete -k {overlay} --ignore-not-found --timeout=120s\n"));
     let folder = fs::canonicalize(&tools.manifests).context("resolving the manifests' folder")?;
     let root = folder.parent().context("the manifests' folder has no parent")?;
     let path = format!("{}:{}", tools.control_plane.display(), std::env::var("PATH").unwrap_or_default());
