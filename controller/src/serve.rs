@@ -1,6 +1,6 @@
 //! Serves the node agents: TLS, who may connect as which node, and one stream per node.
 //!
-//! The way of a stream: [`tls`] accepts the connection, [`gate`] bounds what nobody is authenticated on, [`auth`]
+//! The way of a stream: [`tls`] accepts the connection, `gate` bounds what nobody is authenticated on, [`auth`]
 //! takes the node from the credential, [`session`] runs the protocol's state machine on what [`fleet`] holds.
 //!
 //! What holds: a node gets only its own view; at most one update per node is unacknowledged and nothing else

@@ -1,7 +1,7 @@
 //! Pauses between attempts to connect: full jitter below a ceiling that grows with the outage.
 //!
 //! A controller that restarts or moves is back within seconds, so agents look for it often at first: with 5,000 of
-//! them that is [`SHORT_CEILING`] for about 3,300 attempts a second, which cost a connection each and which the
+//! them that is `SHORT_CEILING` for about 3,300 attempts a second, which cost a connection each and which the
 //! controller admits at its own rate. A long outage is not found sooner by looking often.
 
 use std::time::Duration;
