@@ -83,7 +83,7 @@ fn is_ordinary(metadata: &Metadata<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::sync::{Arc, Mutex};
+    use std::sync::{Arc, Mutex, PoisonError};
 
     use opentelemetry::trace::{SpanId, Status, TracerProvider as _};
     use opentelemetry_sdk::error::OTelSdkResult;
@@ -116,8 +116,13 @@ mod tests {
         }
     }
 
-    /// What is exported and what is logged of `work`.
+    /// Serializes the tests: tracing caches whether a span is wanted per process, not per subscriber. A span that
+    /// only the exporting subscriber of another test wants counts as enabled here as well.
+    static ONE_SUBSCRIBER: Mutex<()> = Mutex::new(());
+
+    /// Returns the spans that `work` exports and the lines that it logs.
     fn told(export: bool, work: impl FnOnce()) -> (Vec<SpanData>, String) {
+        let _alone = ONE_SUBSCRIBER.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, lines) = (Kept::default(), Lines::default());
         let provider = SdkTracerProvider::builder().with_simple_exporter(kept.clone()).build();
         let layer = export.then(|| exported(provider.tracer("test")));
