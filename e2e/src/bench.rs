@@ -13,10 +13,10 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::commits::Commits;
-use crate::oracle::KubeProxy;
+use crate::lab::kube_proxy::KubeProxy;
+use crate::lab::wait;
+use crate::observe::commits::Commits;
 use crate::switchtower::{Fleet, FleetNode, NodeSpec};
-use crate::wait;
 use load::Load;
 use resources::{cpu_time, peak_of_children, resident};
 

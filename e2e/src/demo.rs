@@ -16,9 +16,10 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::lab::cleanup;
+use crate::lab::objects;
 use crate::lab::{NodeNet, PodNet};
 use crate::switchtower::{Fleet, NodeSpec};
-use crate::{cleanup, objects};
 
 use terminal::Terminal;
 

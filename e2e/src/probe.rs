@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::namespace::Namespace;
+use crate::lab::namespace::Namespace;
 
 pub mod sctp;
 pub mod volley;

@@ -1,14 +1,18 @@
 //! The product in the laboratory: the real controller with the rights of the manifests, the real agents in their
 //! nodes' namespaces with pod-bound tokens of the real TokenRequest API.
 
+pub mod metrics;
+pub mod plugin;
+mod settled;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
 use kube::Api;
@@ -16,12 +20,13 @@ use kube::api::PostParams;
 use serde_json::json;
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 
-use crate::api::Kube;
-use crate::control_plane::ControlPlane;
+use crate::lab::api::Kube;
+use crate::lab::control_plane::ControlPlane;
+use crate::lab::objects;
+use crate::lab::process::Process;
+use crate::lab::programs;
+use crate::lab::wait;
 use crate::lab::{Lab, NodeNet, PodNet};
-use crate::process::Process;
-use crate::progress::Barrier;
-use crate::{kernel_reader, objects, programs, wait};
 
 /// The namespace of the product.
 pub const NAMESPACE: &str = "switchtower-system";
@@ -429,65 +434,6 @@ impl Fleet {
     /// The folder that a node's agent finds its controller by: `ca.crt` and `controllers`.
     pub fn bootstrap_directory(&self, node: &FleetNode) -> PathBuf {
         node.directory.join("bootstrap")
-    }
-
-    /// Waits until all Services and EndpointSlices of this moment are in force, and every node's row, agent and
-    /// kernel agree: Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
-    /// generation and digest. Returns how long it took.
-    ///
-    /// # Errors
-    /// They do not agree in time; the message names the node and what differs.
-    pub fn settled(&self, deadline: Duration) -> Result<Duration> {
-        let start = Instant::now();
-        let mut barrier = None;
-        let mut passed = false;
-        wait::until("every node's row and kernel agree", deadline, || {
-            self.check_controller()?;
-            if !passed {
-                let barrier = match &mut barrier {
-                    Some(barrier) => barrier,
-                    none => none.insert(Barrier::now(self)?),
-                };
-                barrier.passed(self)?;
-                passed = true;
-            }
-            self.nodes.iter().try_for_each(|node| self.agrees(node))
-        })?;
-        Ok(start.elapsed())
-    }
-
-    /// Whether a node's row and its kernel agree.
-    ///
-    /// # Errors
-    /// They do not; the message says in what.
-    pub fn agrees(&self, node: &FleetNode) -> Result<()> {
-        let name = &node.net.name;
-        if let Some(agent) = lock(&node.agent).as_ref() {
-            agent.check_running()?;
-        }
-        let row = self.row(name)?;
-        let generation = row.generation;
-        ensure!(
-            generation.desired == generation.applied && generation.applied > 0,
-            "{name}: desired {}, applied {} ({})",
-            generation.desired,
-            generation.applied,
-            row.state
-        );
-        let stamp = kernel_reader::stamp(&node.net.namespace)?;
-        ensure!(
-            i64::try_from(stamp.generation)? == generation.applied,
-            "{name}: the kernel holds {}, the row says {}",
-            stamp.generation,
-            generation.applied
-        );
-        // The row has the digest in the order of the wire, which is little-endian.
-        let kernel: String = stamp.digest.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-        let digest = row.digest.unwrap_or_default();
-        ensure!(digest == kernel, "{name}: the kernel's digest is {kernel}, the row's {digest}");
-        // A repaired foreign change is shown for half a minute, while all agrees again.
-        ensure!(["Synced", "Drifted"].contains(&row.state.as_str()), "{name}: state {}", row.state);
-        Ok(())
     }
 
     /// Writes the Node object of a node.

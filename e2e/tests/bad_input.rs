@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
@@ -15,11 +13,12 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
+use switchtower_e2e::lab::http::http_get;
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{Outcome, Transport};
-use switchtower_e2e::scrape::http_get;
-use switchtower_e2e::{objects, wait};
 
-use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
+use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// Another Service answers, and follows a change: the controller and the agents go on.
 fn others_work(scene: &Scene) {

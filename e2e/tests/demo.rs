@@ -6,8 +6,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::ensure;
-use switchtower_e2e::process::Process;
-use switchtower_e2e::{programs, wait};
+use switchtower_e2e::lab::process::Process;
+use switchtower_e2e::lab::programs;
+use switchtower_e2e::lab::wait;
 
 /// Runs the demonstration with `--keep` until it waits for Ctrl-C.
 fn kept_demo(log: &std::path::Path) -> Process {

@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,11 +12,13 @@ use std::time::Duration;
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::Node;
 use serde_json::json;
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
+use switchtower_e2e::observe::kernel;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::FleetNode;
-use switchtower_e2e::{kernel_reader, objects, wait};
 
-use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
+use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// How long rows and kernels may take to agree. An agent comes back when its pause is over, a lost stream shows after
 /// ten seconds and a repaired change of others for thirty.
@@ -40,7 +40,7 @@ fn content(node: &FleetNode) -> BTreeMap<String, std::collections::BTreeSet<Stri
     let mut content = BTreeMap::new();
     for family in ["ip", "ip6"] {
         for set in ["frontends", "inside", "outside", "backends", "slots", "refused", "vips", "cluster_ips"] {
-            let elements = kernel_reader::elements(&node.net.namespace, family, set).unwrap();
+            let elements = kernel::elements(&node.net.namespace, family, set).unwrap();
             content.insert(format!("{family} {set}"), elements);
         }
     }
@@ -73,7 +73,7 @@ fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
     let mut connection = LongConnection::open(scene.pod("a2"), to).unwrap();
     scene.fleet.stop_agent(alpha, libc::SIGKILL).unwrap();
     answered_by("without agent", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
-    let before = kernel_reader::transactions(&alpha.net.namespace).unwrap();
+    let before = kernel::transactions(&alpha.net.namespace).unwrap();
     let content_before = content(alpha);
     scene.fleet.run_agent(alpha).unwrap();
     wait::until("the agent is connected again", AGREED, || {
@@ -81,7 +81,7 @@ fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
         scene.fleet.agrees(alpha)
     })
     .unwrap();
-    let after = kernel_reader::transactions(&alpha.net.namespace).unwrap();
+    let after = kernel::transactions(&alpha.net.namespace).unwrap();
     assert_eq!(after, before, "the agent wrote something; it says:\n{}", scene.fleet.agent_log(alpha));
     assert_eq!(content(alpha), content_before);
     connection.exchange().unwrap();
@@ -207,7 +207,7 @@ fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
     let _alone = alone();
     let (scene, to) = scene("kill-controller");
     let generation = scene.fleet.row("alpha").unwrap().generation.applied;
-    let transactions = kernel_reader::transactions(&scene.node("alpha").net.namespace).unwrap();
+    let transactions = kernel::transactions(&scene.node("alpha").net.namespace).unwrap();
     let mut connection = LongConnection::open(scene.pod("a2"), to).unwrap();
     scene.fleet.stop_controller(libc::SIGKILL).unwrap();
     answered_by("no controller", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
@@ -221,7 +221,7 @@ fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
     .unwrap();
     scene.fleet.settled(AGREED).unwrap();
     connection.exchange().unwrap();
-    assert_eq!(kernel_reader::transactions(&scene.node("alpha").net.namespace).unwrap(), transactions);
+    assert_eq!(kernel::transactions(&scene.node("alpha").net.namespace).unwrap(), transactions);
     assert!(scene.fleet.row("alpha").unwrap().generation.applied >= generation, "a generation went back");
     scene.endpoints("web", &["b1"]);
     answered_by("changed", scene.pod("a2"), Transport::Tcp, to, &["b1"]);

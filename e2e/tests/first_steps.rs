@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use anyhow::ensure;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::switchtower::{Fleet, NodeSpec};
-use switchtower_e2e::wait;
 
 #[test]
 fn without_its_crds_the_controller_says_which_command_installs_them_and_serves_once_they_are_there() {

@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,11 +12,12 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::{Value, json};
-use switchtower_e2e::control_plane::ISSUER;
+use switchtower_e2e::lab::control_plane::ISSUER;
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::switchtower::{AGENT_ACCOUNT, AUDIENCE, Fleet, NAMESPACE};
-use switchtower_e2e::{objects, wait};
 
-use common::{SOON, alone, fleet, node};
+use switchtower_e2e::scene::{SOON, alone, fleet, node};
 
 const REFUSALS: &str = "switchtower_refusals_total";
 

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Namespace;
-use switchtower_e2e::control_plane::ControlPlane;
 use switchtower_e2e::lab::Lab;
+use switchtower_e2e::lab::control_plane::ControlPlane;
 use switchtower_e2e::probe::{self, Outcome, Transport};
 
 #[test]
@@ -21,7 +21,7 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
             for (from, to) in [(&a, &c), (&c, &a), (&a, &b)] {
                 let address = SocketAddr::new(to.address(ipv6), 8080);
                 let expected = Outcome::Reply { backend: to.name.clone(), source: from.address(ipv6) };
-                switchtower_e2e::wait::until("the pod answers", Duration::from_secs(5), || {
+                switchtower_e2e::lab::wait::until("the pod answers", Duration::from_secs(5), || {
                     let outcome = probe::send(&from.namespace, transport, address)?;
                     anyhow::ensure!(outcome == expected, "{outcome}");
                     Ok(())

@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -14,11 +12,12 @@ use k8s_openapi::api::core::v1::{ConfigMap, Event, Node};
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{Outcome, Transport};
 use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
-use switchtower_e2e::{objects, wait};
 
-use common::{Scene, cluster_ip, eventually, node, nodes};
+use switchtower_e2e::scene::{Scene, cluster_ip, eventually, node, nodes};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const RECORD: &str = "switchtower-builtin-settings";

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use switchtower_e2e::programs;
+use switchtower_e2e::lab::programs;
 
 fn root() -> PathBuf {
     // Cargo runs a test in its package's folder.

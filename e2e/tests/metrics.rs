@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
@@ -15,9 +13,11 @@ use std::time::{Duration, SystemTime};
 use anyhow::ensure;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
-use switchtower_e2e::{objects, programs, wait};
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::programs;
+use switchtower_e2e::lab::wait;
 
-use common::{SOON, Scene, alone, fleet, node};
+use switchtower_e2e::scene::{SOON, Scene, alone, fleet, node};
 
 fn root() -> PathBuf {
     // Cargo runs a test in its package's folder.

@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::fs;
 use std::net::TcpListener;
 use std::time::Duration;
@@ -15,10 +13,11 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::switchtower::{AGENT_ACCOUNT, Fleet, FleetNode, NAMESPACE};
-use switchtower_e2e::{objects, wait};
 
-use common::{alone, fleet, node};
+use switchtower_e2e::scene::{alone, fleet, node};
 
 /// A lost stream shows after ten seconds, and an agent is asked every five.
 const SHOWN: Duration = Duration::from_secs(45);

@@ -3,19 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::json;
+use switchtower_e2e::lab::http::http_get;
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
-use switchtower_e2e::scrape::http_get;
-use switchtower_e2e::{objects, wait};
 
-use common::{SOON, Scene, WAYS, answered_by, cluster_ip, eventually, node_port};
+use switchtower_e2e::scene::{SOON, Scene, WAYS, answered_by, cluster_ip, eventually, node_port};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()

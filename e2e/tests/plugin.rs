@@ -8,20 +8,18 @@
 #![allow(clippy::print_stdout, reason = "what the plugin says is shown where a test fails")]
 
 #[cfg(test)]
-mod common;
-
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::{Value, json};
-use switchtower_e2e::plugin::{self, Answer};
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{Outcome, Transport};
 use switchtower_e2e::switchtower::NAMESPACE;
-use switchtower_e2e::wait;
+use switchtower_e2e::switchtower::plugin::{self, Answer};
 
-use common::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
+use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
 /// Runs the plugin; prints what it said if the test fails.
 fn ask(arguments: &[&str]) -> Answer {

@@ -5,8 +5,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::MutexGuard;
 use std::time::Duration;
@@ -16,11 +14,11 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{LongConnection, Transport};
 use switchtower_e2e::switchtower::FleetNode;
-use switchtower_e2e::wait;
 
-use common::{Scene, alone, answered_by, cluster_ip, fleet};
+use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip, fleet};
 
 /// How long a rollout may take on a machine that builds something else beside. Agents whose controllers die one after
 /// another come back later and later.

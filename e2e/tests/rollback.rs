@@ -5,8 +5,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::net::SocketAddr;
 use std::sync::MutexGuard;
 use std::time::Duration;
@@ -14,10 +12,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{self, Transport};
-use switchtower_e2e::wait;
 
-use common::{Scene, alone, cluster_ip, fleet};
+use switchtower_e2e::scene::{Scene, alone, cluster_ip, fleet};
 
 /// How long a rollout may take on a machine that builds something else beside.
 const PATIENCE: Duration = Duration::from_secs(120);

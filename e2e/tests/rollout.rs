@@ -4,8 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,11 +13,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
 use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
-use switchtower_e2e::wait;
 
-use common::{Scene, alone, cluster_ip, node_port};
+use switchtower_e2e::scene::{self, Scene, alone, cluster_ip, node_port};
 
 /// A whole rollout, on a machine that builds something else beside. Agents whose controllers die one after another
 /// come back later and later.
@@ -195,7 +193,7 @@ impl Trip {
     }
 
     fn node(&self, name: &str) -> &'static FleetNode {
-        common::node(self.scene.fleet, name)
+        scene::node(self.scene.fleet, name)
     }
 
     /// The nodes whose kernel masquerades every connection to a ClusterIP.
@@ -238,7 +236,7 @@ fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
             if !endpoints_changed && touched == &canary() {
                 endpoints_changed = true;
                 trip.scene.endpoints("web", &["a1"]);
-                common::answered_by(
+                scene::answered_by(
                     "during the rollout",
                     trip.scene.pod("a1"),
                     Transport::Tcp,
@@ -334,7 +332,7 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
     trip.scene.fleet.start_controller().unwrap();
     trip.scene.fleet.settled(ROLLOUT).unwrap();
     assert_eq!(trip.touched(&target), BTreeSet::new());
-    common::eventually("again", &node.net.client, Transport::Tcp, to, |outcome| {
+    scene::eventually("again", &node.net.client, Transport::Tcp, to, |outcome| {
         matches!(outcome, Outcome::Reply { .. })
     });
 }
@@ -415,7 +413,7 @@ fn too_many_agents_that_are_gone_freeze_it_until_they_are_back() {
     // Not even an approval moves it.
     trip.patch(&json!({"approvedStep": 1}));
     trip.scene.endpoints("web", &["a1"]);
-    common::answered_by("while it is frozen", trip.scene.pod("a1"), Transport::Tcp, trip.vip, &["a1"]);
+    scene::answered_by("while it is frozen", trip.scene.pod("a1"), Transport::Tcp, trip.vip, &["a1"]);
     assert_eq!(trip.touched(&target), canary());
     for node in gone {
         fleet.run_agent(node).unwrap();

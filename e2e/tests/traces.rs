@@ -5,8 +5,6 @@
 #![allow(clippy::print_stdout, reason = "the spans that came are shown where a test fails")]
 
 #[cfg(test)]
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,11 +13,14 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use switchtower_crds::ProxyStatus;
-use switchtower_e2e::collector::{Collector, Span};
+use switchtower_e2e::lab::objects;
+use switchtower_e2e::lab::wait;
+use switchtower_e2e::observe::collector::{Collector, Span};
+use switchtower_e2e::observe::promtool;
 use switchtower_e2e::switchtower::Fleet;
-use switchtower_e2e::{objects, plugin, scrape, wait};
+use switchtower_e2e::switchtower::plugin;
 
-use common::{SOON, Scene, alone, fleet, node};
+use switchtower_e2e::scene::{SOON, Scene, alone, fleet, node};
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
@@ -188,7 +189,7 @@ fn a_change_made_with_kubectl_is_one_trace() {
 /// The metrics of changes name traces that the collector has, in a text that Prometheus' own parser takes.
 fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
     let text = fleet.open_metrics().unwrap();
-    scrape::parse_open_metrics(&text, fleet.lab().directory()).unwrap();
+    promtool::parse_open_metrics(&text, fleet.lab().directory()).unwrap();
     let of = |family: &str| -> BTreeSet<String> {
         let buckets = text.lines().filter(|line| line.starts_with(&format!("{family}_bucket{{")));
         let named = buckets.filter_map(|line| line.split_once(" # {trace_id=\"")?.1.split_once('"'));

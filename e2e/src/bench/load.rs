@@ -13,7 +13,7 @@ use kube::api::{Patch, PatchParams, PostParams, WatchEvent, WatchParams};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::api::Kube;
+use crate::lab::api::Kube;
 
 /// Requests under way at once.
 const CONCURRENCY: usize = 32;

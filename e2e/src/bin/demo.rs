@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use switchtower_e2e::{cleanup, demo};
+use switchtower_e2e::demo;
+use switchtower_e2e::lab::cleanup;
 
 /// Shows what Switchtower does on a real control plane with three nodes and real packets.
 #[derive(Parser)]

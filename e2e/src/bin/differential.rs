@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use switchtower_e2e::differential::{Verdict, World, case::Case, explain, generate, report, run, shrink};
+use switchtower_e2e::parity::{Verdict, World, case::Case, explain, generate, report, run, shrink};
 
 /// Compares Switchtower with the real kube-proxy on random cluster states.
 #[derive(Parser)]

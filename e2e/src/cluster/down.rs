@@ -1,15 +1,14 @@
 //! Removes a cluster, whole or half started, from what its layout says.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::layout::Layout;
+use super::layout::{Layout, STARTER, cgroup_hierarchies};
 use super::shell::{run, run_line, say, wait_until};
-use super::up::STARTER;
-use crate::cleanup;
+use crate::lab::cleanup;
 
 /// How often it is looked again for what an interrupted start was making at that moment.
 const ROUNDS: u8 = 3;
@@ -127,25 +126,6 @@ pub fn remove_cgroups(layout: &Layout) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The roots of the control groups: one with version 2, one per controller with version 1, both if mixed.
-pub fn cgroup_hierarchies() -> Result<Vec<PathBuf>> {
-    let root = Path::new("/sys/fs/cgroup");
-    if root.join("cgroup.procs").exists() {
-        return Ok(vec![root.to_owned()]);
-    }
-    let mut found = Vec::new();
-    for entry in fs::read_dir(root).context("reading /sys/fs/cgroup")? {
-        let path = entry.context("reading /sys/fs/cgroup")?.path();
-        if path.join("cgroup.procs").exists() && !path.is_symlink() {
-            found.push(path);
-        }
-    }
-    if found.is_empty() {
-        bail!("no control groups at /sys/fs/cgroup: mount them and try again");
-    }
-    Ok(found)
 }
 
 fn remove_group(group: &Path) -> Result<()> {

@@ -10,7 +10,7 @@ use super::control_plane::Kubectl;
 use super::install::{NAMESPACE, write_overlay};
 use super::layout::{Layout, Tools};
 use super::shell::{Results, say};
-use crate::scrape::http_get;
+use crate::lab::http::http_get;
 
 /// Prints a line for each test and the total.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {

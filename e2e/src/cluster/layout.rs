@@ -1,7 +1,10 @@
 //! Names, paths and addresses: everything about a cluster that is known before it exists.
 
+use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
 
 /// The address of a node's pods when no one else decided: nothing outside the cluster routes to it.
 pub const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
@@ -13,6 +16,9 @@ pub const DNS_IP: &str = "10.96.0.10";
 pub const API_SERVER_VIP: &str = "10.96.0.1";
 /// Port of the API server on the hub's address.
 pub const API_SERVER_PORT: u16 = 6443;
+
+/// File in the cluster's folder with the id of the process that starts it.
+pub(super) const STARTER: &str = "starter";
 
 /// [`Layout::pki`] as the hub sees it.
 pub const HUB_PKI: &str = "/var/pki";
@@ -135,4 +141,23 @@ impl Tools {
     pub fn cluster(&self, program: &str) -> PathBuf {
         self.cluster.join(program)
     }
+}
+
+/// The roots of the control groups: one with version 2, one per controller with version 1, both if mixed.
+pub fn cgroup_hierarchies() -> Result<Vec<PathBuf>> {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("cgroup.procs").exists() {
+        return Ok(vec![root.to_owned()]);
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).context("reading /sys/fs/cgroup")? {
+        let path = entry.context("reading /sys/fs/cgroup")?.path();
+        if path.join("cgroup.procs").exists() && !path.is_symlink() {
+            found.push(path);
+        }
+    }
+    if found.is_empty() {
+        bail!("no control groups at /sys/fs/cgroup: mount them and try again");
+    }
+    Ok(found)
 }

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::layout::Layout;
 use super::shell::{run_line, say};
-use crate::api::Kube;
+use crate::lab::api::Kube;
 
 const INTERVAL: Duration = Duration::from_millis(500);
 /// How long a node's health check may take; longer counts as unhealthy.

@@ -8,9 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::control_plane::Kubectl;
-use super::down::cgroup_hierarchies;
 use super::images::{self, PAUSE};
-use super::layout::{DNS_IP, Layout, Tools};
+use super::layout::{DNS_IP, Layout, Tools, cgroup_hierarchies};
 use super::machine::Machine;
 use super::shell::{finish, wait_until};
 

@@ -9,17 +9,14 @@ use anyhow::{Context, Result, bail};
 use super::control_plane::{self, Kubectl};
 use super::down::down;
 use super::interrupt::{self, Then};
-use super::layout::{Layout, Tools};
+use super::layout::{Layout, STARTER, Tools};
 use super::machine::Machine;
 use super::shell::{on_each, say, wait_until};
 use super::{addons, images, network, node, pki};
-use crate::cleanup;
+use crate::lab::cleanup;
 
 /// File in the cluster's folder with its number of nodes.
 const NODES: &str = "nodes";
-
-/// File in the cluster's folder with the id of the process that starts it.
-pub(super) const STARTER: &str = "starter";
 
 /// How many nodes a started cluster has.
 pub fn recorded_nodes(layout: &Layout) -> Result<u8> {

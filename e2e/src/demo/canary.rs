@@ -10,9 +10,10 @@ use switchtower_crds::ProxyRollout;
 
 use super::packets::{apply_service, eventually};
 use super::terminal::Terminal;
+use crate::lab::wait;
 use crate::probe::{self, Transport};
+use crate::switchtower::plugin;
 use crate::switchtower::{Fleet, FleetNode};
-use crate::{plugin, wait};
 
 const PROFILE: &str = "\
 apiVersion: switchtower.dev/v1alpha1

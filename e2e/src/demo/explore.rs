@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use super::packets::{cluster_ip_of, service};
 use super::terminal::Terminal;
-use crate::programs;
+use crate::lab::programs;
 use crate::switchtower::Fleet;
 
 /// Writes a file with the environment and prints commands to try.

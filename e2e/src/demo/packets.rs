@@ -8,9 +8,11 @@ use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
 use super::terminal::Terminal;
+use crate::lab::objects;
+use crate::lab::wait;
 use crate::probe::{self, Outcome, Transport};
+use crate::switchtower::plugin;
 use crate::switchtower::{Fleet, FleetNode};
-use crate::{objects, plugin, wait};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 

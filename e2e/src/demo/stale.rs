@@ -7,8 +7,9 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::packets::{cluster_ip_of, service, wait_for_backends};
 use super::terminal::Terminal;
+use crate::lab::wait;
+use crate::switchtower::plugin;
 use crate::switchtower::{Fleet, FleetNode};
-use crate::{plugin, wait};
 
 /// Deletes a pod and shows when all kernels hold the change, stage by stage.
 pub(super) fn one_change(terminal: &Terminal, fleet: &Fleet) -> Result<()> {

@@ -6,15 +6,15 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use switchtower_e2e::differential::case::{Families, Protocol, Service, Step};
-use switchtower_e2e::differential::{Kind, Origin};
+use switchtower_e2e::parity::case::{Families, Protocol, Service, Step};
+use switchtower_e2e::parity::{Kind, Origin};
 
 use crate::support::{
     P1, P2, P3, P5, REFUSED, SILENCE, agree, agree_in, balancer, cluster_ip, port, ready, terminating, then,
     unready, world,
 };
 
-fn sticky(endpoints: Vec<switchtower_e2e::differential::case::Endpoint>) -> Service {
+fn sticky(endpoints: Vec<switchtower_e2e::parity::case::Endpoint>) -> Service {
     Service { affinity_seconds: Some(60), ..balancer(endpoints) }
 }
 
@@ -91,7 +91,7 @@ fn a_client_whose_pod_is_gone_moves_and_sticks_again() {
     assert_eq!(states[2].pods(Origin::LocalPod, Kind::ClusterIP), ["p1"]);
 }
 
-fn udp(endpoints: Vec<switchtower_e2e::differential::case::Endpoint>) -> Service {
+fn udp(endpoints: Vec<switchtower_e2e::parity::case::Endpoint>) -> Service {
     let mut service = balancer(endpoints);
     service.ports = vec![port(Protocol::UDP, 80, 8080)];
     service.ports[0].node_port = Some(30_080);

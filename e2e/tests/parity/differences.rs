@@ -6,9 +6,9 @@ use anyhow::ensure;
 use k8s_openapi::api::core::v1;
 use kube::api::DeleteParams;
 use serde_json::json;
-use switchtower_e2e::differential::case::{Families, Protocol, Service};
-use switchtower_e2e::differential::{Kind, Origin, Probe, World, essence};
-use switchtower_e2e::wait;
+use switchtower_e2e::lab::wait;
+use switchtower_e2e::parity::case::{Families, Protocol, Service};
+use switchtower_e2e::parity::{Kind, Origin, Probe, World, essence};
 
 use crate::support::{P1, REFUSED, agree_in, balancer, cluster_ip, port, ready, unready, world};
 

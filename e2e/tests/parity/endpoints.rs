@@ -1,6 +1,6 @@
 //! Which endpoints a Service uses.
 
-use switchtower_e2e::differential::{Kind, Origin};
+use switchtower_e2e::parity::{Kind, Origin};
 
 use crate::support::{
     P1, P2, P3, P4, P5, REFUSED, SILENCE, agree, agreed, balancer, cluster_ip, nodes, ready, terminating,

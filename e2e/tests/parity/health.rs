@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::ensure;
 use k8s_openapi::api::core::v1;
 use serde_json::{Value, json};
-use switchtower_e2e::differential::case::{Endpoint, Step};
-use switchtower_e2e::differential::{Kind, Origin, World, essence};
-use switchtower_e2e::wait;
+use switchtower_e2e::lab::wait;
+use switchtower_e2e::parity::case::{Endpoint, Step};
+use switchtower_e2e::parity::{Kind, Origin, World, essence};
 
 use crate::support::{P1, P2, P3, P5, agree_in, balancer, ready, terminating, world, zones};
 

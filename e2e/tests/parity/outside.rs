@@ -1,6 +1,6 @@
 //! External addresses: policies, sources, ranges, node ports.
 
-use switchtower_e2e::differential::{Kind, Origin};
+use switchtower_e2e::parity::{Kind, Origin};
 
 use crate::support::{
     P1, P2, P3, P5, REFUSED, SILENCE, agree, agree_in, agreed, balancer, ready, terminating, then, world,
@@ -21,7 +21,7 @@ fn external_policy_cluster_uses_all_endpoints_and_masquerades() {
 }
 
 /// A Service with external policy Local, two endpoints here and two elsewhere.
-fn local() -> switchtower_e2e::differential::case::Service {
+fn local() -> switchtower_e2e::parity::case::Service {
     let mut service = balancer(vec![ready(P1), ready(P2), ready(P3), ready(P5)]);
     service.external_local = true;
     service

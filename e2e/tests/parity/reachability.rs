@@ -1,7 +1,7 @@
 //! Services are reached, or not, in the way that kube-proxy has it.
 
-use switchtower_e2e::differential::case::{Families, Protocol, ServiceType, Step};
-use switchtower_e2e::differential::{Kind, ORIGINS, Origin};
+use switchtower_e2e::parity::case::{Families, Protocol, ServiceType, Step};
+use switchtower_e2e::parity::{Kind, ORIGINS, Origin};
 
 use crate::support::{P1, P3, P5, REFUSED, SILENCE, agree, agreed, balancer, cluster_ip, port, ready, then};
 

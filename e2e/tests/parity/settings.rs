@@ -1,8 +1,8 @@
 //! Settings: kube-proxy by its configuration file, Switchtower by a ProxyProfile.
 
-use switchtower_e2e::differential::case::{Service, Step};
-use switchtower_e2e::differential::settings::{Detection, Settings};
-use switchtower_e2e::differential::{Kind, Origin};
+use switchtower_e2e::parity::case::{Service, Step};
+use switchtower_e2e::parity::settings::{Detection, Settings};
+use switchtower_e2e::parity::{Kind, Origin};
 
 use crate::support::{P1, P3, P5, REFUSED, SILENCE, State, agree_with, balancer, ready, then, world};
 

@@ -3,11 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use switchtower_e2e::differential::case::{
-    Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step,
-};
-use switchtower_e2e::differential::settings::Settings;
-use switchtower_e2e::differential::{Agreed, Kind, Origin, Probe, Verdict, World, explain, run};
+use switchtower_e2e::parity::case::{Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step};
+use switchtower_e2e::parity::settings::Settings;
+use switchtower_e2e::parity::{Agreed, Kind, Origin, Probe, Verdict, World, explain, run};
 
 /// Pods by their place: two on the node under test (zone a), two on a node of the same zone, two in zone b.
 pub(crate) const P1: usize = 0;

@@ -5,7 +5,7 @@
 //! from a pod of another node, from a host process and from an off-cluster client, to every address of every
 //! Service. Compared are who answered, the source that they saw, and whether others were refused or met silence.
 
-mod by_hand;
+mod both;
 pub mod case;
 mod compare;
 mod flows;
@@ -13,26 +13,23 @@ pub mod generate;
 mod health;
 mod manifests;
 mod plan;
+mod probes;
 mod report;
 pub mod settings;
 mod world;
 
 use anyhow::Result;
 
-pub use by_hand::Both;
+pub use both::Both;
 pub use compare::{Agreed, Answers, Difference, Disagreement};
 pub use health::essence;
-pub use plan::{Kind, ORIGINS, Origin, Probe};
+pub use probes::{Kind, ORIGINS, Origin, Probe};
 pub use report::{explain, report};
 pub use world::World;
 
 use case::{Case, Step};
 use flows::Flows;
 use world::Side;
-
-/// Sources that the off-cluster client's range of a Service can name.
-pub(crate) const CLIENT_RANGE_V4: &str = "198.18.0.0/16";
-pub(crate) const CLIENT_RANGE_V6: &str = "fd18::/16";
 
 /// What a case showed.
 #[derive(Debug, Clone)]

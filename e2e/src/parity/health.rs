@@ -7,11 +7,11 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1;
 use serde_json::Value;
 
-use super::by_hand::Both;
+use super::both::Both;
 use super::case::{Families, Service, ServiceType};
 use super::compare::{Answers, Difference};
 use super::world::World;
-use crate::wait;
+use crate::lab::wait;
 
 /// How long both have for an answer after the rules are there.
 const DEADLINE: Duration = Duration::from_secs(15);

@@ -10,6 +10,10 @@ use self::endpoints::endpoints;
 use super::case::{Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
 use super::settings::{Detection, Settings};
 
+/// Sources that the off-cluster client's range of a Service can name.
+pub(crate) const CLIENT_RANGE_V4: &str = "198.18.0.0/16";
+pub(crate) const CLIENT_RANGE_V6: &str = "fd18::/16";
+
 mod endpoints;
 #[cfg(test)]
 mod tests;
@@ -185,7 +189,7 @@ fn addresses(first: u8, index: usize) -> Vec<IpAddr> {
 }
 
 fn ranges(rng: &mut StdRng) -> Vec<String> {
-    let all = [super::CLIENT_RANGE_V4, super::CLIENT_RANGE_V6, "10.244.1.0/24", "10.99.0.0/16", "fd99::/64"];
+    let all = [CLIENT_RANGE_V4, CLIENT_RANGE_V6, "10.244.1.0/24", "10.99.0.0/16", "fd99::/64"];
     all.iter().filter(|_| rng.random_bool(0.4)).map(|range| (*range).to_owned()).collect()
 }
 

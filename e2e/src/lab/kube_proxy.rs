@@ -10,11 +10,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::control_plane::ControlPlane;
+use crate::lab::control_plane::ControlPlane;
+use crate::lab::http::http_get;
+use crate::lab::process::Process;
+use crate::lab::programs;
+use crate::lab::wait;
 use crate::lab::{Lab, NodeNet};
-use crate::process::Process;
-use crate::scrape::http_get;
-use crate::{programs, wait};
 
 /// A running kube-proxy (`--proxy-mode=nftables`) with the API server's door that it uses.
 #[derive(Debug)]

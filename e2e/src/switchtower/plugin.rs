@@ -9,8 +9,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::programs;
-use crate::switchtower::Fleet;
+use super::Fleet;
+use crate::lab::programs;
 
 /// What a run of the plugin gave.
 #[derive(Debug, Clone)]

@@ -116,9 +116,9 @@ const SITUATIONS: &[Situation] = &[
         outside(s) && s.external_local && usable(s) && !ready(s).any(here) && !fallback(s).any(here)
     }),
     ("external Local, none anywhere", |s| outside(s) && s.external_local && !usable(s)),
-    ("ranges that hold the node", |s| usable(s) && guards(s, crate::differential::CLIENT_RANGE_V4)),
+    ("ranges that hold the node", |s| usable(s) && guards(s, CLIENT_RANGE_V4)),
     ("ranges that hold a pod and not the node", |s| {
-        usable(s) && guards(s, "10.244.1.0/24") && !guards(s, crate::differential::CLIENT_RANGE_V4)
+        usable(s) && guards(s, "10.244.1.0/24") && !guards(s, CLIENT_RANGE_V4)
     }),
     ("ranges of one family only", |s| {
         usable(s)

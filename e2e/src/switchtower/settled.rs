@@ -1,6 +1,8 @@
 //! The barrier between a write to the API and what is asked of the fleet afterwards: without it a test that asks at
 //! once may be told, truly, of the state before its write.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use http::Uri;
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
@@ -11,13 +13,76 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use switchtower_core::admin::{AUDIENCE, Progress, SERVER_NAME, VIEWER};
 
-use crate::switchtower::{Fleet, NAMESPACE};
+use super::{Fleet, FleetNode, NAMESPACE, lock};
+use crate::lab::wait;
+use crate::observe::kernel;
 
 /// How long a token for the admin API lasts, in seconds.
 const TOKEN_SECONDS: i64 = 3_600;
 
+impl Fleet {
+    /// Waits until all Services and EndpointSlices of this moment are in force, and every node's row, agent and
+    /// kernel agree: Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
+    /// generation and digest. Returns how long it took.
+    ///
+    /// # Errors
+    /// They do not agree in time; the message names the node and what differs.
+    pub fn settled(&self, deadline: Duration) -> Result<Duration> {
+        let start = Instant::now();
+        let mut barrier = None;
+        let mut passed = false;
+        wait::until("every node's row and kernel agree", deadline, || {
+            self.check_controller()?;
+            if !passed {
+                let barrier = match &mut barrier {
+                    Some(barrier) => barrier,
+                    none => none.insert(Barrier::now(self)?),
+                };
+                barrier.passed(self)?;
+                passed = true;
+            }
+            self.nodes.iter().try_for_each(|node| self.agrees(node))
+        })?;
+        Ok(start.elapsed())
+    }
+
+    /// Whether a node's row and its kernel agree.
+    ///
+    /// # Errors
+    /// They do not; the message says in what.
+    pub fn agrees(&self, node: &FleetNode) -> Result<()> {
+        let name = &node.net.name;
+        if let Some(agent) = lock(&node.agent).as_ref() {
+            agent.check_running()?;
+        }
+        let row = self.row(name)?;
+        let generation = row.generation;
+        ensure!(
+            generation.desired == generation.applied && generation.applied > 0,
+            "{name}: desired {}, applied {} ({})",
+            generation.desired,
+            generation.applied,
+            row.state
+        );
+        let stamp = kernel::stamp(&node.net.namespace)?;
+        ensure!(
+            i64::try_from(stamp.generation)? == generation.applied,
+            "{name}: the kernel holds {}, the row says {}",
+            stamp.generation,
+            generation.applied
+        );
+        // The row has the digest in the order of the wire, which is little-endian.
+        let kernel: String = stamp.digest.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = row.digest.unwrap_or_default();
+        ensure!(digest == kernel, "{name}: the kernel's digest is {kernel}, the row's {digest}");
+        // A repaired foreign change is shown for half a minute, while all agrees again.
+        ensure!(["Synced", "Drifted"].contains(&row.state.as_str()), "{name}: state {}", row.state);
+        Ok(())
+    }
+}
+
 /// All that the API server held at a moment, and whom to ask about it.
-pub(crate) struct Barrier {
+struct Barrier {
     admin: Option<Client>,
     path: String,
 }
@@ -27,7 +92,7 @@ impl Barrier {
     ///
     /// # Errors
     /// The API server refuses.
-    pub(crate) fn now(fleet: &Fleet) -> Result<Self> {
+    fn now(fleet: &Fleet) -> Result<Self> {
         let services = newest::<Service>(fleet)?;
         let slices = newest::<EndpointSlice>(fleet)?;
         let path = format!("/v1/progress?services={services}&endpointSlices={slices}");
@@ -38,7 +103,7 @@ impl Barrier {
     ///
     /// # Errors
     /// It is not there yet, or the controller does not answer.
-    pub(crate) fn passed(&mut self, fleet: &Fleet) -> Result<()> {
+    fn passed(&mut self, fleet: &Fleet) -> Result<()> {
         // Taken: after an error the controller may be another one, with other certificates.
         let admin = match self.admin.take() {
             Some(admin) => admin,

@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::compare::PATIENCE;
-use super::plan::{Origin, Probe};
+use super::probes::{Origin, Probe};
 use super::world::{Side, World};
+use crate::lab::wait;
 use crate::probe::Outcome;
 use crate::probe::volley::{Flow, volley};
-use crate::wait;
 
 /// The same of both worlds.
 #[derive(Debug, Clone, PartialEq, Eq)]

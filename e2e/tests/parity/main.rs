@@ -5,34 +5,23 @@
 //! origins, at every address of every Service, and any difference from the real kube-proxy fails; beside that, a
 //! test says what its scenario is about.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends where something it needs is missing"
+)]
 
-#[cfg(test)]
-#[path = "parity/affinity_and_flows.rs"]
 mod affinity_and_flows;
-#[cfg(test)]
-#[path = "parity/differences.rs"]
 mod differences;
-#[cfg(test)]
-#[path = "parity/endpoints.rs"]
 mod endpoints;
-#[cfg(test)]
-#[path = "parity/health.rs"]
 mod health;
-#[cfg(test)]
-#[path = "parity/outside.rs"]
 mod outside;
-#[cfg(test)]
-#[path = "parity/reachability.rs"]
 mod reachability;
-#[cfg(test)]
-#[path = "parity/settings.rs"]
 mod settings;
-#[cfg(test)]
-#[path = "parity/support.rs"]
 mod support;
 
-use switchtower_e2e::differential::{Verdict, explain, generate, run, shrink};
+use switchtower_e2e::parity::{Verdict, explain, generate, run, shrink};
 
 #[test]
 fn random_clusters_and_changes_agree_with_kube_proxy() {

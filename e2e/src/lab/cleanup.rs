@@ -1,7 +1,7 @@
 //! Removes what a laboratory made: on drop, at the end of the process, and on SIGINT, SIGTERM or SIGHUP.
 //!
 //! Every namespace, process and directory is registered before it is used. Child processes die with this one
-//! in any case (see [`crate::process`]); [`sweep`] removes the namespaces and directories of a process that was
+//! in any case (see [`crate::lab::process`]); [`sweep`] removes the namespaces and directories of a process that was
 //! killed with SIGKILL.
 
 use std::collections::BTreeMap;

@@ -1,30 +1,30 @@
 //! One fleet for all tests of a test program: three nodes in two zones. Each test has its own namespace of the
 //! API, its own Services and virtual addresses.
 
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use crate::lab::namespace::Namespace;
+use crate::lab::objects;
+use crate::lab::wait;
+use crate::probe::{self, Outcome, Transport};
+use crate::switchtower::{Fleet, FleetNode, NodeSpec};
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
-use switchtower_e2e::namespace::Namespace;
-use switchtower_e2e::objects;
-use switchtower_e2e::probe::{self, Outcome, Transport};
-use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
-use switchtower_e2e::wait;
 
 /// How long a change may take until packets show it, on a machine that builds something else beside.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(20);
 /// Every transport with every family.
-pub(crate) const WAYS: [(Transport, bool); 4] =
+pub const WAYS: [(Transport, bool); 4] =
     [(Transport::Tcp, false), (Transport::Udp, false), (Transport::Tcp, true), (Transport::Udp, true)];
 
 /// The nodes of a fleet: alpha and beta in zone east, gamma in west.
-pub(crate) fn nodes() -> [NodeSpec; 3] {
+pub fn nodes() -> [NodeSpec; 3] {
     [
         NodeSpec::new("alpha", "east", &["a1", "a2"]),
         NodeSpec::new("beta", "east", &["b1"]),
@@ -33,41 +33,45 @@ pub(crate) fn nodes() -> [NodeSpec; 3] {
 }
 
 /// The fleet; started by the test that comes first.
-pub(crate) fn fleet() -> &'static Fleet {
+pub fn fleet() -> &'static Fleet {
     static FLEET: OnceLock<Fleet> = OnceLock::new();
     FLEET.get_or_init(|| Fleet::start(&nodes()).unwrap_or_else(|error| panic!("{error:#}")))
 }
 
 /// The turn of a test that disturbs the fleet, or counts what happens in it. One that failed is none of the next one's.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
+pub fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A node of a fleet.
-pub(crate) fn node<'a>(fleet: &'a Fleet, name: &str) -> &'a FleetNode {
+pub fn node<'a>(fleet: &'a Fleet, name: &str) -> &'a FleetNode {
     fleet.nodes().iter().find(|node| node.net.name == name).unwrap()
 }
 
 /// A test's own namespace of the API.
-pub(crate) struct Scene {
-    pub(crate) fleet: &'static Fleet,
-    pub(crate) namespace: String,
+pub struct Scene {
+    /// The fleet.
+    pub fleet: &'static Fleet,
+    /// The namespace's name.
+    pub namespace: String,
 }
 
 impl Scene {
-    pub(crate) fn new(namespace: &str) -> Self {
+    /// Creates the namespace on the shared fleet.
+    pub fn new(namespace: &str) -> Self {
         Self::of(fleet(), namespace)
     }
 
-    pub(crate) fn of(fleet: &'static Fleet, namespace: &str) -> Self {
+    /// Creates the namespace on another fleet.
+    pub fn of(fleet: &'static Fleet, namespace: &str) -> Self {
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
         fleet.kube().apply(&object).unwrap();
         Self { fleet, namespace: namespace.to_owned() }
     }
 
     /// A dual-stack Service without selector, with port 80 for TCP and UDP; `extra` goes over the defaults.
-    pub(crate) fn service(&self, name: &str, extra: &Value) -> Service {
+    pub fn service(&self, name: &str, extra: &Value) -> Service {
         let mut spec = json!({
             "ipFamilyPolicy": "RequireDualStack",
             "ports": [
@@ -83,7 +87,7 @@ impl Scene {
     }
 
     /// Gives a LoadBalancer Service its addresses.
-    pub(crate) fn load_balancer(&self, name: &str, extra: &Value, addresses: &[&str]) -> Service {
+    pub fn load_balancer(&self, name: &str, extra: &Value, addresses: &[&str]) -> Service {
         let mut spec = json!({"type": "LoadBalancer"});
         for (key, value) in extra.as_object().into_iter().flatten() {
             spec[key] = value.clone();
@@ -97,12 +101,12 @@ impl Scene {
     }
 
     /// Ready endpoints on pods, for both families.
-    pub(crate) fn endpoints(&self, service: &str, pods: &[&str]) {
+    pub fn endpoints(&self, service: &str, pods: &[&str]) {
         self.endpoints_with(service, pods, |_, endpoint| endpoint);
     }
 
     /// Endpoints on pods, each changed by `change`, for both families.
-    pub(crate) fn endpoints_with(&self, service: &str, pods: &[&str], change: impl Fn(&str, Value) -> Value) {
+    pub fn endpoints_with(&self, service: &str, pods: &[&str], change: impl Fn(&str, Value) -> Value) {
         let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
         for ipv6 in [false, true] {
             let endpoint = |name: &&str| {
@@ -117,30 +121,30 @@ impl Scene {
     }
 
     /// A pod's namespace.
-    pub(crate) fn pod(&self, name: &str) -> &'static Namespace {
+    pub fn pod(&self, name: &str) -> &'static Namespace {
         &self.fleet.pod(name).unwrap().0.namespace
     }
 
     /// A pod's address.
-    pub(crate) fn pod_address(&self, name: &str, ipv6: bool) -> IpAddr {
+    pub fn pod_address(&self, name: &str, ipv6: bool) -> IpAddr {
         self.fleet.pod(name).unwrap().0.address(ipv6)
     }
 
     /// A node.
-    pub(crate) fn node(&self, name: &str) -> &'static FleetNode {
+    pub fn node(&self, name: &str) -> &'static FleetNode {
         node(self.fleet, name)
     }
 }
 
 /// The ClusterIP of a family, with port 80.
-pub(crate) fn cluster_ip(service: &Service, ipv6: bool) -> SocketAddr {
+pub fn cluster_ip(service: &Service, ipv6: bool) -> SocketAddr {
     let all = service.spec.as_ref().unwrap().cluster_ips.iter().flatten();
     let mut all = all.map(|text| text.parse::<IpAddr>().unwrap());
     SocketAddr::new(all.find(|address| address.is_ipv6() == ipv6).unwrap(), 80)
 }
 
 /// The NodePort of a transport.
-pub(crate) fn node_port(service: &Service, transport: Transport) -> u16 {
+pub fn node_port(service: &Service, transport: Transport) -> u16 {
     let name = match transport {
         Transport::Tcp => "TCP",
         Transport::Udp => "UDP",
@@ -152,7 +156,7 @@ pub(crate) fn node_port(service: &Service, transport: Transport) -> u16 {
 }
 
 /// Waits until a probe has the outcome that `wanted` accepts.
-pub(crate) fn eventually(
+pub fn eventually(
     what: &str,
     from: &Namespace,
     transport: Transport,
@@ -169,7 +173,7 @@ pub(crate) fn eventually(
 }
 
 /// Waits until exactly these pods answer, each of them, and none else in a run of probes.
-pub(crate) fn answered_by(what: &str, from: &Namespace, transport: Transport, to: SocketAddr, pods: &[&str]) {
+pub fn answered_by(what: &str, from: &Namespace, transport: Transport, to: SocketAddr, pods: &[&str]) {
     let what = format!("{what}: {transport:?} from {} to {to}", from.name());
     let wanted: BTreeSet<_> = pods.iter().map(|&pod| pod.to_owned()).collect();
     wait::until(&what, SOON, || {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use crate::cleanup::{self, Registered, Resource};
+use crate::lab::cleanup::{self, Registered, Resource};
 
 /// A running program; killed when dropped.
 #[derive(Debug)]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::case::Case;
-use super::plan::{ORIGINS, Origin, Probe};
-use super::world::{Side, World};
+use super::probes::{ORIGINS, Origin, Probe};
+use super::world::{OWN, Side, World};
 use crate::probe::Outcome;
 use crate::probe::volley::{Shot, volley};
 
@@ -123,9 +123,6 @@ fn agree(probe: &Probe, ours: &Answers, theirs: &Answers) -> bool {
     };
     ours.len() == theirs.len() && kinds(ours) == kinds(theirs)
 }
-
-/// The client's own address, as a backend sees it.
-pub(super) const OWN: &str = "the client's own address";
 
 /// All probes, those of each origin on a thread in its namespace.
 fn all(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Answers>> {

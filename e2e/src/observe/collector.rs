@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::process::Process;
-use crate::{programs, wait};
+use crate::lab::process::Process;
+use crate::lab::programs;
+use crate::lab::wait;
 
 /// One span, as it was received.
 #[derive(Debug, Clone)]

@@ -12,18 +12,17 @@ use serde_json::json;
 use switchtower_crds::ProxyProfile;
 
 use super::case::{PODS, Service, ServiceType};
-use super::compare::OWN;
 use super::manifests;
-use super::plan::{ORIGINS, Origin, Probe};
+use super::probes::{ORIGINS, Origin, Probe};
 use super::settings::Settings;
-use crate::api::Kube;
+use crate::lab::api::Kube;
+use crate::lab::kube_proxy::KubeProxy;
+use crate::lab::namespace::Namespace;
+use crate::lab::wait;
 use crate::lab::{Lab, NodeNet, PodNet};
-use crate::namespace::Namespace;
-use crate::oracle::KubeProxy;
 use crate::probe::Outcome;
 use crate::probe::volley::Shot;
 use crate::switchtower::{Fleet, NodeSpec};
-use crate::wait;
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +52,8 @@ const REMOTE_POD: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(10, 244, 2, 13), Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 13));
 /// The profile of node n1's settings.
 const PROFILE: &str = "differential";
+/// The client's own address, as a backend sees it.
+pub(super) const OWN: &str = "the client's own address";
 /// How long both have for a change, and for new settings, on a busy machine.
 const SETTLED: Duration = Duration::from_secs(60);
 /// A free address of each Service that [`World::settle`] makes, and one for its endpoint.

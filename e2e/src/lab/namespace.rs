@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cleanup::{self, Registered, Resource};
+use crate::lab::cleanup::{self, Registered, Resource};
 
 /// A network namespace; it goes when the last clone is dropped.
 #[derive(Debug, Clone)]

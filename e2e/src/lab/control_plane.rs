@@ -13,10 +13,11 @@ use anyhow::{Context as _, Result};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
-use crate::api::Kube;
-use crate::cleanup::{self, PREFIX, Registered, Resource};
-use crate::process::Process;
-use crate::{programs, wait};
+use crate::lab::api::Kube;
+use crate::lab::cleanup::{self, PREFIX, Registered, Resource};
+use crate::lab::process::Process;
+use crate::lab::programs;
+use crate::lab::wait;
 
 /// The range of ClusterIPs.
 pub const SERVICE_CIDRS: &str = "10.96.0.0/16,fd96::/112";
@@ -153,7 +154,8 @@ fn until_ready(what: &str, processes: &[&Process], mut ready: impl FnMut() -> Re
         }
     });
     result.and_then(|outcome| outcome).with_context(|| {
-        let log = processes.last().map(|process| crate::process::tail(process.log(), 10)).unwrap_or_default();
+        let log =
+            processes.last().map(|process| crate::lab::process::tail(process.log(), 10)).unwrap_or_default();
         format!("the control plane did not become ready; the last log ends:\n{log}")
     })
 }

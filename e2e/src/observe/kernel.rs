@@ -6,7 +6,7 @@ use std::net::Ipv6Addr;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::namespace::Namespace;
+use crate::lab::namespace::Namespace;
 
 /// What the stamp of the tables says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

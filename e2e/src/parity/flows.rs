@@ -12,7 +12,7 @@ use anyhow::Result;
 use super::case::Service;
 use super::compare::{Agreed, Answers, Difference, PATIENCE};
 use super::manifests;
-use super::plan::{Kind, ORIGINS, Origin, Probe};
+use super::probes::{Kind, ORIGINS, Origin, Probe};
 use super::world::{Side, World};
 use crate::probe::Transport;
 use crate::probe::volley::Flow;
