@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
-use crate::files;
-use crate::snapshot::SnapshotFile;
-use crate::state_lock::{LockError, StateLock};
-use crate::trial_file::TrialFile;
+use crate::storage::files;
+use crate::storage::snapshot::SnapshotFile;
+use crate::storage::state_lock::{LockError, StateLock};
+use crate::storage::trial_file::TrialFile;
 
 /// Removes tables and state files, or says what would be removed. What this agent did not make stays: other tables,
 /// connection tracking entries, kernel settings, foreign files in the directory.

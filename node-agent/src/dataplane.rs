@@ -1,4 +1,4 @@
-//! What the agent asks of the kernel: the seam between [`crate::session`] and [`crate::nft`].
+//! What the agent asks of the kernel: the seam between [`crate::controller::session`] and [`crate::nft`].
 //!
 //! One implementation programs nf_tables; tests of the session use one in memory.
 

@@ -1,7 +1,7 @@
 //! The agent's own thread: it holds the view and the kernel, takes updates in, commits, acknowledges.
 //!
 //! Netlink requests, which block, happen here, so that the session and the health servers answer meanwhile. Files are
-//! written by yet another thread ([`crate::files`]).
+//! written by yet another thread ([`crate::storage::files`]).
 //!
 //! A commit starts at once when something changed. When it fails nothing is lost: the same
 //! desired state is tried again with back-off, and acknowledged once the kernel holds it.
@@ -23,16 +23,16 @@ use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason};
 use tokio::sync::mpsc;
 
 use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
-use crate::files::StateFiles;
 use crate::health::{Health, HealthTargets};
 use crate::kernel_change::KernelChange;
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
-use crate::snapshot::SnapshotFile;
 use crate::state::{Refusal, State, UdpChanges};
+use crate::storage::files::StateFiles;
+use crate::storage::snapshot::SnapshotFile;
+use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
-use crate::trial_file::TrialFile;
 
 pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
 pub use messages::{Command, Event, Standing};
@@ -535,7 +535,7 @@ impl Engine {
         let (errno, generation) = (error.errno(), self.state.generation());
         self.parts.metrics.failed(errno);
         let attempt = self.retry.map_or(0, |(_, attempt)| attempt + 1);
-        let pause = crate::backoff::full_jitter(Duration::from_millis(500), RETRY_LIMIT, attempt);
+        let pause = crate::controller::backoff::full_jitter(Duration::from_millis(500), RETRY_LIMIT, attempt);
         self.retry = Some((Instant::now() + pause, attempt));
         tracing::error!(generation, attempt, %error, "nothing was committed; trying again");
         if self.pending.len() > PENDING_LIMIT {

@@ -10,23 +10,23 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::conntrack::{Conntrack, Reconciler};
-use crate::contact::Contact;
-use crate::controllers::Controllers;
+use crate::controller::bootstrap::Controllers;
+use crate::controller::link::Contact;
+use crate::controller::session::Identity;
 use crate::engine::{Command, Engine, Parts};
 use crate::facts::{Addresses, kernel_version};
-use crate::files::StateFiles;
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::nft::{ForeignProxy, KernelReader, Monitor, Nft, Notice};
 use crate::probe::TcpProber;
 use crate::questions::Questions;
-use crate::session::Identity;
-use crate::snapshot::SnapshotFile;
-use crate::state_lock::{LockError, StateLock};
+use crate::storage::files::StateFiles;
+use crate::storage::snapshot::SnapshotFile;
+use crate::storage::state_lock::{LockError, StateLock};
+use crate::storage::trial_file::TrialFile;
 use crate::sysctl::{Sysctls, Unset};
 use crate::traces::Traces;
-use crate::trial_file::TrialFile;
 
 /// Commands that wait for the engine; a session that is faster than the kernel waits here.
 const COMMANDS: usize = 16;
@@ -253,8 +253,14 @@ async fn until_stopped(
     contact: Contact,
 ) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
-    let session =
-        tokio::spawn(crate::session::run(controllers, identity, commands.clone(), metrics, contact, stopped));
+    let session = tokio::spawn(crate::controller::session::run(
+        controllers,
+        identity,
+        commands.clone(),
+        metrics,
+        contact,
+        stopped,
+    ));
     tokio::select! {
         signal = told_to_stop() => signal?,
         () = commands.closed() => {

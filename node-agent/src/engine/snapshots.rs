@@ -7,10 +7,10 @@ use switchtower_telemetry::{span, spans};
 
 use super::Engine;
 use crate::engine::Parts;
-use crate::files::{self, Content};
-use crate::snapshot::{Restored, SnapshotFile};
 use crate::state::TrialRecord;
-use crate::trial_file::TrialFile;
+use crate::storage::files::{self, Content};
+use crate::storage::snapshot::{Restored, SnapshotFile};
+use crate::storage::trial_file::TrialFile;
 
 /// It is written after this time without a command ...
 const QUIET: Duration = Duration::from_secs(1);

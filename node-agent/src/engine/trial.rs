@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::Engine;
-use crate::files::Content;
 use crate::kernel_change::KernelChange;
 use crate::state::{Measured, UdpChanges};
-use crate::trial_file::TrialFile;
+use crate::storage::files::Content;
+use crate::storage::trial_file::TrialFile;
 
 /// How long a change of settings waits for its record to be on disk.
 const RECORDED: Duration = Duration::from_secs(1);

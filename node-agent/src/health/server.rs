@@ -8,14 +8,14 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
+use jiff::Timestamp;
 use prometheus::{Encoder as _, Registry, TextEncoder};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::{Health, Reading};
-use crate::contact::Contact;
+use crate::controller::link::Contact;
 use crate::metrics::Metrics;
-use crate::time::rfc3339;
 
 /// Pause between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
@@ -105,6 +105,12 @@ fn body(reading: Reading, eligible: Option<bool>, now: SystemTime) -> Value {
         body["nodeEligible"] = json!(eligible);
     }
     body
+}
+
+/// RFC 3339 in UTC with whole seconds; the epoch stands for times out of jiff's range.
+fn rfc3339(time: SystemTime) -> String {
+    let time = Timestamp::try_from(time).unwrap_or_default();
+    Timestamp::from_second(time.as_second()).unwrap_or_default().to_string()
 }
 
 fn exposition(registry: &Registry) -> impl IntoResponse + use<> {

@@ -23,13 +23,13 @@ use tracing::Instrument as _;
 mod answers;
 mod trust;
 
-use crate::backoff::{self, Backoff, Failure, full_jitter};
-use crate::contact::{Absence, Contact};
-use crate::controllers::{BootstrapError, Controllers};
+use crate::controller::backoff::{self, Backoff, Failure, full_jitter};
+use crate::controller::bootstrap::{BootstrapError, Controllers};
+use crate::controller::link::{Absence, Contact};
 use crate::engine::{Command, Event, Standing};
-use crate::files::{Content, StateFiles};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
+use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
 pub use trust::Distrust;
 

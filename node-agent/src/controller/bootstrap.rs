@@ -232,7 +232,7 @@ mod tests {
         let bootstrap = Some(directory.path().to_path_buf());
         let mut controllers = Controllers::new(flags, bootstrap, None, "token".into(), Some(state.clone()));
         let (path, content) = controllers.remember(&["c:9443".into(), "b:9443".into()]).unwrap();
-        crate::files::replace(&path, &content).unwrap();
+        crate::storage::files::replace(&path, &content).unwrap();
         assert_eq!(controllers.addresses().unwrap(), ["a:9443", "b:9443", "[2001:db8::1]:9443", "c:9443"]);
 
         let again = Controllers::new(Vec::new(), None, None, "token".into(), Some(state));

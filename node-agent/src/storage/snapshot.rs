@@ -1,7 +1,7 @@
 //! The view on disk: what a restarted or rebooted agent knows before it reaches a controller.
 //!
 //! The file supplies the view only; the kernel's stamp says whether it is current. It is written to a
-//! temporary file, synced and renamed (by [`crate::files`]), ends in a checksum, and is ignored with a reason if
+//! temporary file, synced and renamed (by [`crate::storage::files`]), ends in a checksum, and is ignored with a reason if
 //! it is damaged or of another version.
 
 use std::io;
@@ -219,7 +219,7 @@ mod tests {
     use crate::testing;
 
     fn write(file: &SnapshotFile, state: &State, refused: &[Refused]) {
-        crate::files::replace(file.path(), &SnapshotFile::encode(state, refused).unwrap()).unwrap();
+        crate::storage::files::replace(file.path(), &SnapshotFile::encode(state, refused).unwrap()).unwrap();
     }
 
     #[test]

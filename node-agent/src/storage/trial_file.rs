@@ -227,7 +227,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(&directory.path().join("state"));
         assert!(file.read().unwrap().is_none());
-        crate::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
+        crate::storage::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
         assert_eq!(file.read().unwrap(), Some(example()));
     }
 
@@ -235,7 +235,7 @@ mod tests {
     fn a_damaged_file_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(directory.path());
-        crate::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
+        crate::storage::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();
         let good = std::fs::read(&file.path).unwrap();
         for at in 0..good.len() {
             let mut bad = good.clone();

@@ -6,8 +6,8 @@ use switchtower_proto::v1::*;
 use super::*;
 use crate::engine::{Engine, Families, FlowTable, Parts};
 use crate::health::Health;
-use crate::snapshot::SnapshotFile;
 use crate::state::limits;
+use crate::storage::snapshot::SnapshotFile;
 use crate::testing::controller::FakeController;
 use crate::testing::{self, Fleet, MemoryKernel, deflate, frontend};
 

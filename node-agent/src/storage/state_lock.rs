@@ -40,7 +40,7 @@ impl StateLock {
     pub fn take(directory: &Path) -> Result<Self, LockError> {
         let path = directory.join("lock");
         let failed = |source| LockError::Io { path: path.clone(), source };
-        crate::files::create_directory(directory).map_err(failed)?;
+        crate::storage::files::create_directory(directory).map_err(failed)?;
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut file = options.open(&path).map_err(failed)?;
