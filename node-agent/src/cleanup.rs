@@ -39,13 +39,13 @@ pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<(
 }
 
 fn tables(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let tables = crate::nft::inspect().context("read our nftables tables")?;
+    let tables = crate::kernel::nft::inspect().context("read our nftables tables")?;
     for table in &tables {
         let (family, chains, elements) = (table.family, table.chains.len(), table.elements.len());
-        let name = crate::nft::TABLE;
+        let name = crate::kernel::nft::TABLE;
         writeln!(out, "{} table {family} {name}: {chains} chains, {elements} elements", verb(dry_run))?;
     }
-    if !dry_run && !crate::nft::cleanup().context("remove our nftables tables")? {
+    if !dry_run && !crate::kernel::nft::cleanup().context("remove our nftables tables")? {
         writeln!(out, "there are no tables of ours in this network namespace")?;
     }
     Ok(())

@@ -22,9 +22,9 @@ use std::time::{Duration, Instant, SystemTime};
 use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason};
 use tokio::sync::mpsc;
 
-use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
 use crate::health::{Health, HealthTargets};
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
+use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
@@ -65,7 +65,7 @@ pub struct Parts {
     /// Where the controllers are, as far as known without asking anybody.
     pub controllers: Vec<SocketAddr>,
     /// Applies the conntrack settings when they change.
-    pub sysctls: crate::sysctl::Sysctls,
+    pub sysctls: crate::kernel::sysctl::Sysctls,
     /// Changes the level of the log.
     pub log: LogLevel,
     /// Runs the probes of a trial of settings.
@@ -73,7 +73,7 @@ pub struct Parts {
     /// Keeps a trial's standing across a restart, if there is a state directory.
     pub trial: Option<TrialFile>,
     /// Answers what is asked about the kernel, without holding up the engine.
-    pub questions: crate::questions::Questions,
+    pub questions: crate::kernel::inspector::Questions,
     /// Where spans of updates and repairs go.
     pub traces: Traces,
 }

@@ -5,23 +5,16 @@
 
 pub mod cleanup;
 pub mod cli;
-pub mod conntrack;
 pub mod controller;
-pub mod dataplane;
 pub mod engine;
-pub mod facts;
 pub mod health;
-pub mod kernel_change;
+pub mod kernel;
 pub mod log;
 pub mod metrics;
-pub mod nft;
 pub mod probe;
-pub mod questions;
-mod rawnetlink;
 pub mod run;
 pub mod state;
 pub mod storage;
-pub mod sysctl;
 pub mod traces;
 
 #[cfg(test)]

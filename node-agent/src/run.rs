@@ -9,23 +9,23 @@ use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
 use crate::cli::{Action, AgentArgs, Cli, LogFormat};
-use crate::conntrack::{Conntrack, Reconciler};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
 use crate::controller::session::Identity;
 use crate::engine::{Command, Engine, Parts};
-use crate::facts::{Addresses, kernel_version};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
+use crate::kernel::addresses::{Addresses, kernel_version};
+use crate::kernel::conntrack::{Conntrack, Reconciler};
+use crate::kernel::inspector::Questions;
+use crate::kernel::nft::{ForeignProxy, KernelReader, Monitor, Nft, Notice};
+use crate::kernel::sysctl::{Sysctls, Unset};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
-use crate::nft::{ForeignProxy, KernelReader, Monitor, Nft, Notice};
 use crate::probe::TcpProber;
-use crate::questions::Questions;
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
 use crate::storage::trial_file::TrialFile;
-use crate::sysctl::{Sysctls, Unset};
 use crate::traces::Traces;
 
 /// Commands that wait for the engine; a session that is faster than the kernel waits here.

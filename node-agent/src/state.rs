@@ -24,7 +24,7 @@ use switchtower_proto::v1::{
     TrialStatus,
 };
 
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 pub use evidence::{Measured, Outcome, Seen};
 use layer::Layer;
 pub(crate) use locality::WithoutLocal;

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use switchtower_proto::v1::*;
 
-use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp as KernelStamp};
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
+use crate::kernel::dataplane::{
+    Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp as KernelStamp,
+};
 use crate::probe::Prober;
 use crate::state::{Round, State};
 

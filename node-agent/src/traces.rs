@@ -31,7 +31,7 @@ use switchtower_telemetry::TelemetryError;
 use switchtower_telemetry::names::{APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON};
 use switchtower_telemetry::spans::{self, BoxedLayer};
 
-use crate::dataplane::{CommitError, Committed, Repaired};
+use crate::kernel::dataplane::{CommitError, Committed, Repaired};
 
 /// How long the last spans may take when the agent ends.
 const SHUTDOWN: Duration = Duration::from_secs(2);

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
-use switchtower_node_agent::dataplane::Dataplane;
-use switchtower_node_agent::kernel_change::KernelChange;
-use switchtower_node_agent::nft::Nft;
+use switchtower_node_agent::kernel::change::KernelChange;
+use switchtower_node_agent::kernel::dataplane::Dataplane;
+use switchtower_node_agent::kernel::nft::Nft;
 use switchtower_proto::v1::{self as proto, Role};
 
 /// How long connections are made.

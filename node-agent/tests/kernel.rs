@@ -8,9 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::*;
-use switchtower_node_agent::dataplane::{CommitError, Dataplane};
-use switchtower_node_agent::kernel_change::KernelChange;
-use switchtower_node_agent::nft::{self, Monitor, Nft, Notice};
+use switchtower_node_agent::kernel::change::KernelChange;
+use switchtower_node_agent::kernel::dataplane::{CommitError, Dataplane};
+use switchtower_node_agent::kernel::nft::{self, Monitor, Nft, Notice};
 use switchtower_proto::v1::{self as proto, Role};
 
 fn open(namespace: &Namespace) -> Nft {

@@ -10,9 +10,9 @@ use std::os::fd::AsRawFd as _;
 use std::sync::Barrier;
 
 use common::*;
-use switchtower_node_agent::dataplane::Dataplane;
-use switchtower_node_agent::kernel_change::KernelChange;
-use switchtower_node_agent::nft::Nft;
+use switchtower_node_agent::kernel::change::KernelChange;
+use switchtower_node_agent::kernel::dataplane::Dataplane;
+use switchtower_node_agent::kernel::nft::Nft;
 use switchtower_proto::v1::{self as proto, Role};
 
 /// Opens the dataplane in the laboratory's node and commits `view`.

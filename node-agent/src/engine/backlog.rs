@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use switchtower_proto::v1::Update;
 
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 use crate::metrics::Programming;
 
 /// Trigger times that are kept while nothing can be committed; later ones are not measured.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::Engine;
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 
 impl Engine {
     /// A frontend at a controller's address would cut this agent off, and nobody could tell it that it is gone.

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Engine, Event};
-use crate::dataplane::{Committed, Refused, Repaired};
+use crate::kernel::dataplane::{Committed, Refused, Repaired};
 use crate::state::UdpChanges;
 
 /// After a repair that found something the tables are left alone for this many times its duration ...

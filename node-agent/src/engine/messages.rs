@@ -64,7 +64,7 @@ pub enum Command {
         /// The question.
         query: Query,
         /// Gets the answer or why there is none.
-        answer: crate::questions::Reply,
+        answer: crate::kernel::inspector::Reply,
     },
     /// Write the snapshot file and stop. The kernel is left as it is.
     Stop,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::dataplane::Committed;
+use crate::kernel::dataplane::Committed;
 
 /// At most one summary in this time: a line per commit would be gigabytes a day on each node of a busy cluster.
 const INTERVAL: Duration = Duration::from_secs(60);

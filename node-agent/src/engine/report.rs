@@ -7,8 +7,8 @@ use switchtower_proto::v1::{
 };
 
 use super::{Engine, Event, Standing};
-use crate::dataplane::{Committed, Refused, Stamp};
-use crate::questions::Reply;
+use crate::kernel::dataplane::{Committed, Refused, Stamp};
+use crate::kernel::inspector::Reply;
 use crate::traces::Applying;
 
 /// Most deviations that an Ack names.

@@ -4,7 +4,7 @@ use switchtower_proto::v1::{Ack, Cidr, HealthCheck, HealthCheckKey, Part, Settin
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::questions::Questions;
+use crate::kernel::inspector::Questions;
 use crate::testing::{self, Fleet, MemoryKernel};
 
 mod damage;
@@ -63,7 +63,7 @@ fn parts(
         metrics: Metrics::register(&prometheus::Registry::new()).unwrap(),
         host_addresses: vec!["192.0.2.1".parse().unwrap()],
         controllers: Vec::new(),
-        sysctls: crate::sysctl::Sysctls::new(directory),
+        sysctls: crate::kernel::sysctl::Sysctls::new(directory),
         log: testing::log(),
         prober: Box::new(prober.clone()),
         trial: Some(TrialFile::new(directory)),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Engine;
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 use crate::state::{Measured, UdpChanges};
 use crate::storage::files::Content;
 use crate::storage::trial_file::TrialFile;

@@ -9,7 +9,7 @@ use super::layer::{Layer, staged_members};
 use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
 use super::update::StagedLayer;
 use super::{Applied, State, position};
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 
 /// What the conntrack reconciler has to look at after an update.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -313,7 +313,7 @@ pub(crate) enum Flow {
 }
 
 impl State {
-    /// The whole merged view as additions, for [`crate::dataplane::Dataplane::adopt`].
+    /// The whole merged view as additions, for [`crate::kernel::dataplane::Dataplane::adopt`].
     pub fn view(&self) -> Vec<KernelChange> {
         let mut changes = Vec::new();
         changes.extend(self.settings().cloned().map(KernelChange::Settings));

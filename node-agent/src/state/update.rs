@@ -10,7 +10,7 @@ use switchtower_proto::v1::{
 use super::layer::{Layer, Overlay};
 use super::pack::{Malformed, PoolRole};
 use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, wire};
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 
 /// A layer as it will be.
 pub(super) enum StagedLayer {

@@ -12,7 +12,7 @@ use prost::Message;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Change, Deviation, LayerKind, Resume, Source, Update};
 
-use crate::dataplane::Refused;
+use crate::kernel::dataplane::Refused;
 use crate::state::{Refusal, State};
 
 /// Name and version of the format; another one is a foreign file.

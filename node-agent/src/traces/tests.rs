@@ -34,8 +34,8 @@ fn update(from: Option<u64>, parents: &[&str]) -> Update {
 const UNSAMPLED: &str = "00-00000000000000000000000000000001-0000000000000001-00";
 const SAMPLED: &str = "00-00000000000000000000000000000002-0000000000000009-01";
 
-fn differing(differences: u32) -> crate::dataplane::Repaired {
-    crate::dataplane::Repaired { differences, ..Default::default() }
+fn differing(differences: u32) -> crate::kernel::dataplane::Repaired {
+    crate::kernel::dataplane::Repaired { differences, ..Default::default() }
 }
 
 #[test]

@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use switchtower_node_agent::dataplane::Stamp;
-use switchtower_node_agent::kernel_change::KernelChange;
+use switchtower_node_agent::kernel::change::KernelChange;
+use switchtower_node_agent::kernel::dataplane::Stamp;
 use switchtower_proto::v1 as proto;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);

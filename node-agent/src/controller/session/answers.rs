@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::engine::Command;
-use crate::questions::QuestionError;
+use crate::kernel::inspector::QuestionError;
 
 /// Most bytes of payload in one part.
 const PART: usize = 128 << 10;

@@ -47,11 +47,11 @@ impl Agent {
             metrics: metrics.clone(),
             host_addresses: vec!["192.0.2.1".parse().unwrap()],
             controllers: Vec::new(),
-            sysctls: crate::sysctl::Sysctls::new(&path),
+            sysctls: crate::kernel::sysctl::Sysctls::new(&path),
             log: testing::log(),
             prober: Box::new(testing::NotingProber::default()),
             trial: None,
-            questions: crate::questions::Questions::none(),
+            questions: crate::kernel::inspector::Questions::none(),
             traces: crate::traces::Traces::none(),
         };
         let (commands, received) = mpsc::channel(16);

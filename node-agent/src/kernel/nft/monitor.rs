@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
+use super::layout::TABLE;
 use super::netlink::{DELETE_TABLE, SUBSYSTEM, Socket};
-use super::ruleset::TABLE;
 use super::wire::{Messages, find_string};
 
 /// `NFNLGRP_NFTABLES`.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::engine::Command;
-use crate::rawnetlink::{DUMP, NetlinkSocket, attribute};
+use crate::kernel::netlink::{DUMP, NetlinkSocket, attribute};
 
 const NEW_ADDRESS: u16 = 20;
 const GET_ADDRESS: u16 = 22;

@@ -1,6 +1,6 @@
 //! The kernel's side: nf_tables over netlink, tables `ip switchtower` and `ip6 switchtower`.
 //!
-//! `ruleset` says what the tables look like, `mirror` and `plan` derive their content from the view
+//! `layout` says what the tables look like, `mirror` and `plan` derive their content from the view
 //! without touching the kernel, `encode` writes a transaction, `dump` reads the tables back. `Nft` puts
 //! them together as a `Dataplane`. One transaction covers both tables and carries the stamp. No process is
 //! started, and only the own tables are read or written.
@@ -12,6 +12,7 @@ mod encode;
 mod expression;
 mod foreign;
 mod inspect;
+mod layout;
 mod mirror;
 mod monitor;
 mod netlink;
@@ -19,7 +20,6 @@ mod plan;
 mod reader;
 mod release;
 mod resolve;
-mod ruleset;
 mod text;
 mod wire;
 
@@ -28,21 +28,21 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
+use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
 use dump::TableDump;
 use element::{Data, Element, Range};
 use encode::{Encoded, Structure};
+use layout::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 use mirror::Mirror;
 use netlink::{Batch, Failure, Socket};
 use plan::Plan;
-use ruleset::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 
 pub use foreign::ForeignProxy;
 pub use inspect::{TableSummary, cleanup, inspect};
+pub use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
 pub use reader::{FrontendQuery, KernelReader};
-pub use ruleset::{LAYOUT_VERSION, TABLE};
 
 /// Attempts of one transaction: each takes out at least one refused element or waits for another writer.
 const ATTEMPTS: usize = 256;

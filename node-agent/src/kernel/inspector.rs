@@ -12,7 +12,7 @@ use switchtower_proto::v1::{KernelTable, Query};
 use switchtower_telemetry::{span, spans};
 use tokio::sync::oneshot;
 
-use crate::nft::{FrontendQuery, KernelReader};
+use crate::kernel::nft::{FrontendQuery, KernelReader};
 
 /// Frontends or elements in an answer, if the question does not say.
 const DEFAULT_LIMIT: usize = 1_000;

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 
 use super::expression::Verdict;
-use super::ruleset::{source_list_name, source_list_of};
+use super::layout::{source_list_name, source_list_of};
 use super::wire::Writer;
 
 /// Where the number of a source list begins in a frontend's value.

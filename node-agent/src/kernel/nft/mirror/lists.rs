@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Mirror, QUARANTINE};
-use crate::nft::allocate::Allocator;
-use crate::nft::element::{Data, Element, Range};
+use crate::kernel::nft::allocate::Allocator;
+use crate::kernel::nft::element::{Data, Element, Range};
 
 /// List numbers are the upper bits of a value, as pools are.
 const LISTS: u32 = (1 << 19) - 1;

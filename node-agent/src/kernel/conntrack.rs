@@ -12,7 +12,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Families, FlowReport, FlowTable, UdpFlow};
-use crate::rawnetlink::{ACK, DUMP, NESTED, NetlinkSocket, attribute, put};
+use crate::kernel::netlink::{ACK, DUMP, NESTED, NetlinkSocket, attribute, put};
 
 const SUBSYSTEM: u16 = 1 << 8;
 const GET: u16 = SUBSYSTEM | 1;

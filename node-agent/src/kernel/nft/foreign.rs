@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use super::layout::{FAMILY_IPV4, FAMILY_IPV6};
 use super::netlink::{GET_CHAIN, GET_TABLE, Socket};
-use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6};
 use super::wire::Writer;
 use crate::engine::Command;
 

@@ -9,10 +9,10 @@ use switchtower_proto::v1::{
 };
 
 use super::element::{Key, Range};
+use super::layout::{LocalPods, RuleConfig};
 use super::mirror::{Facts, Frontend, Mirror, Reference, Refusal, Target, role_index};
-use super::ruleset::{LocalPods, RuleConfig};
 use super::text::SEPARATOR;
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 
 /// kube-proxy's masquerade bit.
 const DEFAULT_MARK: u32 = 0x4000;

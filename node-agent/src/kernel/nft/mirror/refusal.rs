@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use super::{Member, Mirror, Port};
-use crate::nft::element::{Changes, Data, Element, Key};
-use crate::nft::text;
+use crate::kernel::nft::element::{Changes, Data, Element, Key};
+use crate::kernel::nft::text;
 
 /// Why an item is not in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]

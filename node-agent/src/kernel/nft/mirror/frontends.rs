@@ -3,8 +3,10 @@
 use switchtower_proto::v1::{FrontendKind, Role, Verdict};
 
 use super::{Frontend, Mirror, Programmed, Reference, Refuses, Target, pool_bits, role_index};
-use crate::nft::element::{Data, Element, Key, LIST_SHIFT, Range};
-use crate::nft::ruleset::{CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, Pick};
+use crate::kernel::nft::element::{Data, Element, Key, LIST_SHIFT, Range};
+use crate::kernel::nft::layout::{
+    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, Pick,
+};
 
 impl<const N: usize> Mirror<N> {
     /// The frontend that an address, protocol and port belongs to: an explicit one before a NodePort.

@@ -12,9 +12,9 @@ use switchtower_proto::v1::{KernelChain, KernelFrontend, KernelTable, Stamp as W
 use super::dump::{self, TableDump};
 use super::element::{Data, Element, Key};
 use super::inspect;
+use super::layout::{FAMILY_IPV4, FAMILY_IPV6, Pick, source_list_name};
 use super::netlink::Socket;
 use super::resolve::{self, Lookup};
-use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6, Pick, source_list_name};
 use super::stamp_from;
 
 /// What a lookup asks for.

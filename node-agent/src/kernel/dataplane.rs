@@ -1,11 +1,11 @@
-//! What the agent asks of the kernel: the seam between [`crate::controller::session`] and [`crate::nft`].
+//! What the agent asks of the kernel: the seam between [`crate::controller::session`] and [`crate::kernel::nft`].
 //!
 //! One implementation programs nf_tables; tests of the session use one in memory.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::kernel_change::KernelChange;
+use crate::kernel::change::KernelChange;
 
 /// What the kernel holds, written in the same transaction as the content, in both tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::dump::{DumpedHook, TableDump};
 use super::element::{Changes, Data, Element};
+use super::layout::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::mirror::Mirror;
 use super::netlink::{
     Batch, CREATE, DELETE_CHAIN, DELETE_ELEMENT, DELETE_RULE, DELETE_SET, DELETE_TABLE, NEW_CHAIN,
     NEW_ELEMENT, NEW_SET, NEW_TABLE,
 };
-use super::ruleset::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::wire::Writer;
 
 /// Bytes of elements per message: a nest holds less than 64 KiB.

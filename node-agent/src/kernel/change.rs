@@ -1,6 +1,6 @@
 //! The boundary between the pure state and the kernel: what changed in the merged view.
 //!
-//! [`crate::state`] merges the layers and says what changed; [`crate::nft`] turns it into one batch. A pool
+//! [`crate::state`] merges the layers and says what changed; [`crate::kernel::nft`] turns it into one batch. A pool
 //! here is the merged one (the most specific layer's), and only the roles CLUSTER and LOCAL appear: SERVING
 //! is for conntrack and never programmed.
 

@@ -4,8 +4,8 @@ use std::io;
 
 use super::dump::{self, TableDump};
 use super::element::{Data, Element};
+use super::layout::{FAMILY_IPV4, FAMILY_IPV6, Layout, TABLE};
 use super::netlink::{Batch, CREATE, DELETE_TABLE, NEW_TABLE, Socket};
-use super::ruleset::{FAMILY_IPV4, FAMILY_IPV6, Layout, TABLE};
 use super::text;
 
 /// What one table holds.

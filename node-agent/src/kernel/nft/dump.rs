@@ -5,8 +5,8 @@ use std::io;
 
 use super::element::{Data, Dumped, Element, Range, decode, decode_intervals};
 use super::expression::fingerprint_of;
+use super::layout::{Layout, SetSpec, TABLE, source_list_of};
 use super::netlink::{GET_CHAIN, GET_ELEMENT, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, Socket};
-use super::ruleset::{Layout, SetSpec, TABLE, source_list_of};
 use super::wire::{Attributes, Received, find, find_number, find_path, find_string};
 
 /// Where a dumped chain is hooked: type, hook number, priority, policy.

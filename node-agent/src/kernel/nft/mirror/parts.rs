@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::Mirror;
-use crate::nft::element::{Changes, Data, Element};
-use crate::nft::ruleset::{Pick, STICKY_MASK};
+use crate::kernel::nft::element::{Changes, Data, Element};
+use crate::kernel::nft::layout::{Pick, STICKY_MASK};
 
 type Change<const N: usize> = (Option<Data<N>>, Option<Data<N>>);
 
@@ -243,8 +243,8 @@ fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nft::element::Key;
-    use crate::nft::ruleset::Masquerade;
+    use crate::kernel::nft::element::Key;
+    use crate::kernel::nft::layout::Masquerade;
 
     fn service(number: u32, members: u32) -> Vec<(Element<4>, Change<4>)> {
         let pool = number << 13;

@@ -12,7 +12,7 @@ use switchtower_proto::v1::{
 
 use super::dump::TableDump;
 use super::element::{Data, Element, Key, LIST_SHIFT};
-use super::ruleset::{
+use super::layout::{
     CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick, ROLE_BIT,
 };
 
@@ -167,7 +167,7 @@ fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pool: u32) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nft::element::Range;
+    use crate::kernel::nft::element::Range;
 
     const KEY: Key<4> = Key { address: [10, 96, 0, 1], port: 80, protocol: 6 };
     const POOL: u32 = 1 << 13;

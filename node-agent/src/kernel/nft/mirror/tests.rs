@@ -9,13 +9,13 @@ use switchtower_proto::v1::{
 };
 
 use super::Mirror;
-use crate::kernel_change::KernelChange;
-use crate::nft::dump::TableDump;
-use crate::nft::element::LIST_SHIFT;
-use crate::nft::element::{Data, Element};
-use crate::nft::hint;
-use crate::nft::plan::Plan;
-use crate::nft::ruleset::{CODE_MASK, CODE_RESTRICTED, POOL_MASK, Pick, ROLE_BIT};
+use crate::kernel::change::KernelChange;
+use crate::kernel::nft::dump::TableDump;
+use crate::kernel::nft::element::LIST_SHIFT;
+use crate::kernel::nft::element::{Data, Element};
+use crate::kernel::nft::hint;
+use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, POOL_MASK, Pick, ROLE_BIT};
+use crate::kernel::nft::plan::Plan;
 
 type Model = HashMap<Element<4>, Data<4>>;
 

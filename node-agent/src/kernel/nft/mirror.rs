@@ -20,7 +20,7 @@ use switchtower_proto::v1::{Cidr, FrontendKind, Role, Verdict};
 
 use super::allocate::Allocator;
 use super::element::{Changes, Data, Element, Key, Range};
-use super::ruleset::{BACKEND_BIT, RuleConfig};
+use super::layout::{BACKEND_BIT, RuleConfig};
 
 /// Service-port numbers without affinity: those below 2^18 that are no multiples of 8.
 const PLAIN_NUMBERS: u32 = (1 << 18) / 8 * 7;

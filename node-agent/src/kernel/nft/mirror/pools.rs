@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Member, Mirror, Pool, Reference, STICKY_MEMBERS, index_of, number_of, pool_bits};
-use crate::nft::element::{Data, Element, Key};
-use crate::nft::ruleset::{BACKEND_BIT, Masquerade, POOL_MASK, Pick};
+use crate::kernel::nft::element::{Data, Element, Key};
+use crate::kernel::nft::layout::{BACKEND_BIT, Masquerade, POOL_MASK, Pick};
 
 impl<const N: usize> Mirror<N> {
     /// Creates a pool if it is absent; returns whether it was.
