@@ -1,8 +1,8 @@
-//! First figures beside the real kube-proxy: the same API server, the same Services, the same events.
+//! Measures Switchtower and the real kube-proxy with the same API server, Services and events.
 //!
-//! Both proxies are watched from outside: the kernel's own notice that a transaction was committed, and /proc.
-//! Every change is also seen by a plain watch of the same API server (write → watch event), which is the part
-//! that no proxy can be faster than. The machine is shared and noisy: compare within one run.
+//! Both are observed from outside: through the kernel's notification of committed transactions, and through /proc. A
+//! plain watch on the same API server sees every change too (write → watch event), which is the lower bound for any
+//! proxy. The machine is shared and noisy: compare only within one run.
 
 mod load;
 mod resources;
@@ -20,53 +20,51 @@ use crate::switchtower::{Fleet, FleetNode, NodeSpec};
 use load::Load;
 use resources::{cpu_time, peak_of_children, resident};
 
-/// How large the measurement is.
+/// Size of the measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Size {
     /// Services, each with three endpoints.
     pub services: usize,
-    /// Changes of one endpoint that Switchtower is measured with.
+    /// Endpoint changes measured with Switchtower.
     pub changes: usize,
-    /// The same for kube-proxy, which takes seconds for each.
+    /// Endpoint changes measured with kube-proxy, which takes seconds for each; 0 skips kube-proxy.
     pub oracle_changes: usize,
 }
 
-/// What was measured; durations in milliseconds, memory in MiB.
+/// Results; durations in milliseconds, memory in MiB.
 #[derive(Debug, Serialize)]
 pub struct Figures {
     /// Services, each with three endpoints.
     pub services: usize,
-    /// Switchtower.
     pub switchtower: Proxy,
-    /// The real kube-proxy; absent if it was left out.
+    /// The real kube-proxy, unless skipped.
     pub kube_proxy: Option<Proxy>,
-    /// The controller's CPU time for one change.
+    /// CPU time of the controller per change.
     pub controller_cpu_per_change: f64,
-    /// The controller's resident memory.
+    /// Resident memory of the controller.
     pub controller_memory: f64,
 }
 
-/// Figures of one proxy.
+/// Results of one proxy.
 #[derive(Debug, Serialize)]
 pub struct Proxy {
-    /// From the start of its process to the last commit of the first programming.
+    /// Time from process start to the last commit of the first programming.
     pub first_programming: f64,
-    /// From the API write to the kernel's commit.
+    /// Time from the API write to the kernel's commit.
     pub write_to_kernel: Percentiles,
-    /// From the API write to a plain watch's event, for the same writes.
+    /// Time from the API write to a plain watch's event, for the same writes.
     pub write_to_watch: Percentiles,
-    /// From the plain watch's event to the kernel's commit.
+    /// Time from the plain watch's event to the kernel's commit.
     pub watch_to_kernel: Percentiles,
     /// Resident memory of the process on the node.
     pub memory: f64,
-    /// Largest resident memory of the processes that it starts; 0 if it starts none.
+    /// Peak resident memory of its child processes; 0 without children.
     pub children_memory: f64,
 }
 
 /// Median and 99th percentile.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Percentiles {
-    /// Median.
     pub p50: f64,
     /// 99th percentile; the maximum of fewer than 100 samples.
     pub p99: f64,
@@ -77,22 +75,21 @@ impl Percentiles {
         samples.sort_by(f64::total_cmp);
         let at = |share: f64| {
             let index = (samples.len() as f64 * share).ceil() as usize;
-            samples.get(index.saturating_sub(1)).copied().context("no change was measured")
+            samples.get(index.saturating_sub(1)).copied().context("no changes were measured")
         };
         Ok(Self { p50: at(0.5)?, p99: at(0.99)? })
     }
 }
 
-/// Measures. `tell` is called with what is being done.
+/// Runs the measurement; `progress` receives one line per step.
 ///
-/// # Errors
-/// Something does not start, or a change does not reach the kernel in time.
-pub fn run(size: Size, tell: &dyn Fn(&str)) -> Result<Figures> {
-    tell("a control plane and two nodes");
+/// # Errors A part does not start, or a change does not reach the kernel in time.
+pub fn run(size: Size, progress: &dyn Fn(&str)) -> Result<Figures> {
+    progress("a control plane and two nodes");
     let specs = [NodeSpec::new("n1", "a", &[]), NodeSpec::new("n2", "a", &[])];
     let fleet = Fleet::build(&specs)?;
     fleet.install()?;
-    tell(&format!("creating {} Services with three endpoints each", size.services));
+    progress(&format!("creating {} Services with three endpoints each", size.services));
     let load = Load::create(fleet.kube(), size.services)?;
     fleet.start_controller()?;
     wait::until("the controller has compiled everything", Duration::from_secs(60), || {
@@ -101,15 +98,15 @@ pub fn run(size: Size, tell: &dyn Fn(&str)) -> Result<Figures> {
         Ok(())
     })?;
     let controller = fleet.controller_id().context("the controller is not running")?;
-    let [ours, theirs] = fleet.nodes() else { anyhow::bail!("two nodes were asked for") };
+    let [ours, theirs] = fleet.nodes() else { anyhow::bail!("expected two nodes") };
 
-    tell("Switchtower programs everything");
+    progress("Switchtower programs everything");
     let commits = Commits::listen(&ours.net.namespace)?;
     let started = Instant::now();
     fleet.start_agent(ours)?;
     let first = commits.last(Duration::from_secs(60), Duration::from_secs(3));
     let first_programming = since(started, first.context("the agent commits nothing")?);
-    tell(&format!("{} changes of one endpoint", size.changes));
+    progress(&format!("{} changes of one endpoint", size.changes));
     let cpu = cpu_time(controller)?;
     let changes = measure(&load, &commits, size.changes, Duration::ZERO, Duration::from_secs(10))?;
     let controller_cpu_per_change = (cpu_time(controller)? - cpu) / size.changes as f64;
@@ -120,7 +117,7 @@ pub fn run(size: Size, tell: &dyn Fn(&str)) -> Result<Figures> {
 
     let kube_proxy = match size.oracle_changes {
         0 => None,
-        changes => Some(oracle(&fleet, theirs, &load, changes, tell)?),
+        changes => Some(oracle(&fleet, theirs, &load, changes, progress)?),
     };
     Ok(Figures {
         services: size.services,
@@ -136,17 +133,17 @@ fn oracle(
     node: &FleetNode,
     load: &Load<'_>,
     count: usize,
-    tell: &dyn Fn(&str),
+    progress: &dyn Fn(&str),
 ) -> Result<Proxy> {
-    tell("kube-proxy programs everything");
+    progress("kube-proxy programs everything");
     let commits = Commits::listen(&node.net.namespace)?;
     let started = Instant::now();
     let proxy = KubeProxy::start(fleet.control_plane(), fleet.lab(), &node.net, &json!({}))?;
     let first = commits.last(Duration::from_secs(180), Duration::from_secs(10));
     proxy.process().check_running()?;
     let first_programming = since(started, first.context("kube-proxy commits nothing")?);
-    tell(&format!("{count} changes of one endpoint"));
-    // It waits a second between two syncs and cleans up in transactions of its own: measure from rest.
+    progress(&format!("{count} changes of one endpoint"));
+    // kube-proxy waits a second between syncs and cleans up in separate transactions: start each change from rest.
     let rest = Duration::from_secs(4);
     let children = peak_of_children(proxy.process().id());
     let changes = measure(load, &commits, count, rest, Duration::from_secs(60))?;
@@ -161,7 +158,7 @@ struct Changes {
 impl Changes {
     fn figures(self, first_programming: f64, memory: f64, children_memory: f64) -> Result<Proxy> {
         let both = self.write_to_kernel.iter().zip(&self.write_to_watch);
-        // The proxy's own watch may hear a change before the plain one does.
+        // The proxy's own watch may deliver a change before the plain one does.
         let watch_to_kernel = both.map(|(kernel, watch)| (kernel - watch).max(0.0)).collect();
         Ok(Proxy {
             first_programming,
@@ -179,7 +176,7 @@ fn measure(
     commits: &Commits,
     count: usize,
     rest: Duration,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Changes> {
     let mut changes = Changes { write_to_kernel: Vec::new(), write_to_watch: Vec::new() };
     let watch = load.watch()?;
@@ -188,8 +185,8 @@ fn measure(
         commits.forget();
         let written = Instant::now();
         let version = load.change()?;
-        let seen = watch.wait_for(&version, patience).context("the plain watch does not see the change")?;
-        let committed = commits.next(patience).context("a change does not reach the kernel")?;
+        let seen = watch.wait_for(&version, timeout).context("the plain watch does not see the change")?;
+        let committed = commits.next(timeout).context("a change does not reach the kernel")?;
         changes.write_to_kernel.push(since(written, committed));
         changes.write_to_watch.push(since(written, seen));
     }

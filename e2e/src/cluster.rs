@@ -1,13 +1,14 @@
 //! A real Kubernetes cluster on one machine: kubelets, containers, CoreDNS, installed as a user would.
 //!
-//! Each machine of the cluster (one *hub* with the control plane, and the nodes) is a set of Linux
-//! namespaces: network, mounts, host name and processes. The hub holds a bridge that joins them. Inside
-//! a machine `/run` and `/var` are its own, so that the kubelet and containerd work with their default
-//! paths and leave nothing outside the cluster's folder.
+//! Each machine of the cluster (one *hub* with the control plane, and the nodes) is a set of Linux namespaces:
+//! network, mounts, host name and processes. A bridge in the hub connects them. Inside a machine `/run` and `/var`
+//! are private, so that the kubelet and containerd use their default paths and leave nothing outside the cluster's
+//! folder.
 //!
-//! Holds throughout: whatever exists of a cluster can be found from its [`Layout`] alone, and
-//! [`down::down`] removes it, wherever a start was interrupted; a start that is told to end removes it by
-//! itself. Killing the first process of a machine ends all of its processes, the containers included.
+//! Invariants:
+//! - The [`Layout`] determines every resource of a cluster, and [`down::down`] removes them even after an interrupted
+//!   start; an interrupted start calls it.
+//! - Killing the first process of a machine ends all its processes, including containers.
 //!
 //! No service proxy runs until one is installed.
 

@@ -1,7 +1,6 @@
 //! The demonstration behind `make demo`: a real control plane, three nodes in two zones, real packets.
 //!
-//! Invariant: every scene checks what it shows. A scene that shows something else than the text claims fails, and with
-//! it the demonstration.
+//! Invariant: every scene checks what it shows, and fails the demonstration if its text does not match the facts.
 
 mod canary;
 mod explore;
@@ -23,14 +22,14 @@ use crate::switchtower::{Fleet, NodeSpec};
 
 use terminal::Terminal;
 
-/// Runs the demonstration. With `keep` it then waits for Ctrl-C; with `svg` the output goes to that file too.
+/// Runs the demonstration. `keep` then waits for Ctrl-C; `svg` also writes the output to that file.
 pub fn main(keep: bool, svg: Option<&Path>) -> ExitCode {
     let terminal = Terminal::default();
     let shown = run(&terminal, keep, svg);
     match shown {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // An interrupted run fails somewhere because its parts are being removed: that is no failure.
+            // An interrupted run fails because its parts are being removed; this is not an error.
             cleanup::check_interrupted();
             terminal.failure(&format!("The demonstration failed: {error:#}"));
             ExitCode::FAILURE

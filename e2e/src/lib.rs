@@ -14,6 +14,8 @@
 //!   [`lab::cleanup::sweep`] removes the remains of killed processes.
 //! - Several laboratories can run at the same time.
 
+#![allow(missing_docs, reason = "the only users are tests, and names carry the meaning")]
+
 pub mod bench;
 pub mod cluster;
 pub mod demo;

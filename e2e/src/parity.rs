@@ -1,9 +1,9 @@
-//! The differential test: the same cluster state through the real kube-proxy and through Switchtower.
+//! Differential test: the same cluster state through the real kube-proxy and through Switchtower.
 //!
-//! One API server; two laboratories with the same nodes and pods. kube-proxy programs node n1 of one, an agent
-//! node n1 of the other, and the same probes run through both: from a local pod, from a pod that is an endpoint,
-//! from a pod of another node, from a host process and from an off-cluster client, to every address of every
-//! Service. Compared are who answered, the source that they saw, and whether others were refused or met silence.
+//! There are one API server and two laboratories with the same nodes and pods. In one, kube-proxy programs node n1;
+//! in the other, an agent does. The same probes run through both, to every address of every Service: from a local
+//! pod, a pod that is an endpoint, a pod of another node, a host process and an off-cluster client. The test compares
+//! the backend, the source address that it saw, and whether other probes were refused or got no answer.
 
 mod both;
 pub mod case;
@@ -31,14 +31,14 @@ use case::{Case, Step};
 use flows::Flows;
 use world::Side;
 
-/// What a case showed.
+/// Result of a case.
 #[derive(Debug, Clone)]
 pub enum Verdict {
     /// The proxies agree in every state.
     Agreement {
-        /// What was agreed on in each, the first state first.
+        /// Results that both proxies agree on, one entry per state.
         states: Vec<Vec<Agreed>>,
-        /// What kube-proxy did otherwise once, and not when it was looked at again.
+        /// Results of kube-proxy that differed once and agreed on a second attempt.
         wavered: Vec<Difference>,
     },
     /// The first state in which they disagree.
@@ -47,8 +47,7 @@ pub enum Verdict {
 
 /// Runs a case until the proxies disagree.
 ///
-/// # Errors
-/// The laboratory fails, which says nothing about the proxies.
+/// # Errors The laboratory fails, which proves nothing about the proxies.
 pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     let mut services = case.services.clone();
     let (mut agreements, mut wavered) = (Vec::new(), Vec::new());
@@ -91,10 +90,9 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     }
 }
 
-/// Makes a case that disagrees as small as it gets within `attempts` runs.
+/// Shrinks a disagreeing case as far as possible within `attempts` runs.
 ///
-/// # Errors
-/// As [`run`].
+/// # Errors As [`run`].
 pub fn shrink(world: &mut World, found: Disagreement, mut attempts: usize) -> Result<Disagreement> {
     let mut smallest = found;
     'smaller: loop {

@@ -1,4 +1,4 @@
-//! Packets, and what came back: the only proof that counts.
+//! Probes: single packets or connections, and their outcome.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,11 +13,10 @@ use crate::lab::namespace::Namespace;
 pub mod sctp;
 pub mod volley;
 
-/// How long a probe waits before it says that nothing came back. More than a second: where the ICMP error comes
-/// back while `connect` still holds the socket, Linux forgets it, and only the second SYN is refused.
-pub const PATIENCE: Duration = Duration::from_millis(1500);
+/// Timeout of a probe. More than a second: if the ICMP error arrives while `connect` still holds the socket, Linux
+/// drops it, and only the second SYN is refused.
+pub const TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// The transport of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
     /// A new connection.
@@ -28,24 +27,22 @@ pub enum Transport {
     Sctp,
 }
 
-/// What a client sees.
+/// The outcome as the client sees it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
     /// A backend answered.
     Reply {
-        /// The backend's name.
         backend: String,
         /// The client's address as the backend sees it.
         source: IpAddr,
     },
-    /// The network or the host refused, at once.
+    /// The network or the host refused immediately.
     Refused,
-    /// Nothing came back in time.
+    /// No answer within the timeout.
     Silence,
 }
 
 impl Outcome {
-    /// The backend that answered, if one did.
     pub fn backend(&self) -> Option<&str> {
         match self {
             Self::Reply { backend, .. } => Some(backend),
@@ -53,7 +50,7 @@ impl Outcome {
         }
     }
 
-    /// The client's address as the backend saw it, if one answered.
+    /// The client's address as the backend saw it.
     pub fn source(&self) -> Option<IpAddr> {
         match self {
             Self::Reply { source, .. } => Some(*source),
@@ -77,26 +74,25 @@ impl fmt::Display for Outcome {
 /// # Errors
 /// The namespace cannot be entered, or the answer is not a pod's.
 pub fn send(from: &Namespace, transport: Transport, to: SocketAddr) -> Result<Outcome> {
-    send_patiently(from, transport, to, PATIENCE)
+    send_with_timeout(from, transport, to, TIMEOUT)
 }
 
-/// Sends one probe and waits for `patience`.
+/// Sends one probe with a timeout.
 ///
-/// # Errors
-/// As [`send`].
-pub fn send_patiently(
+/// # Errors As [`send`].
+pub fn send_with_timeout(
     from: &Namespace,
     transport: Transport,
     to: SocketAddr,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Outcome> {
-    from.run(|| once(transport, to, patience))?
+    from.run(|| once(transport, to, timeout))?
 }
 
-/// Sends `count` probes one after another and counts who answered; `refused` and `no answer` count too.
+/// Sends `count` probes one after another and counts the backends that answered; `refused` and `no answer` are
+/// counted too.
 ///
-/// # Errors
-/// As [`send`].
+/// # Errors As [`send`].
 pub fn spread(
     from: &Namespace,
     transport: Transport,
@@ -106,7 +102,7 @@ pub fn spread(
     from.run(|| {
         let mut counts = BTreeMap::new();
         for _ in 0..count {
-            let outcome = once(transport, to, PATIENCE)?;
+            let outcome = once(transport, to, TIMEOUT)?;
             let name = outcome.backend().map_or_else(|| outcome.to_string(), str::to_owned);
             *counts.entry(name).or_default() += 1;
         }
@@ -116,15 +112,14 @@ pub fn spread(
 
 /// Sends one probe from the calling thread's namespace.
 ///
-/// # Errors
-/// The answer is not a pod's, or a socket fails in a way that says nothing about the network.
-pub fn once(transport: Transport, to: SocketAddr, patience: Duration) -> Result<Outcome> {
+/// # Errors The answer is not a pod's, or a socket fails for a reason unrelated to the network.
+pub fn once(transport: Transport, to: SocketAddr, timeout: Duration) -> Result<Outcome> {
     let answer = match transport {
-        Transport::Tcp => tcp(to, patience),
-        Transport::Udp => udp(to, patience),
+        Transport::Tcp => tcp(to, timeout),
+        Transport::Udp => udp(to, timeout),
         Transport::Sctp => {
             let shot = volley::Shot { transport, to, source_port: rand::random_range(33_000..=u16::MAX) };
-            let outcome = volley::volley(&[shot], patience)?.pop();
+            let outcome = volley::volley(&[shot], timeout)?.pop();
             return Ok(outcome.unwrap_or(Outcome::Silence));
         }
     };
@@ -142,13 +137,13 @@ fn parse(text: &str) -> Result<Outcome> {
     let fields: Vec<_> = text.split_whitespace().collect();
     match fields[..] {
         [backend, source] => Ok(Outcome::Reply { backend: backend.to_owned(), source: source.parse()? }),
-        _ => bail!("an answer that no pod gives: {text:?}"),
+        _ => bail!("not an answer of a pod: {text:?}"),
     }
 }
 
-fn tcp(to: SocketAddr, patience: Duration) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&to, patience)?;
-    stream.set_read_timeout(Some(patience))?;
+fn tcp(to: SocketAddr, timeout: Duration) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
     let mut text = String::new();
     let mut byte = [0];
     while stream.read(&mut byte)? == 1 && byte != *b"\n" {
@@ -157,14 +152,14 @@ fn tcp(to: SocketAddr, patience: Duration) -> io::Result<String> {
     Ok(text)
 }
 
-fn udp(to: SocketAddr, patience: Duration) -> io::Result<String> {
+fn udp(to: SocketAddr, timeout: Duration) -> io::Result<String> {
     let any: SocketAddr = if to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
     let socket = UdpSocket::bind(any)?;
     socket.connect(to)?;
-    socket.set_read_timeout(Some(patience))?;
+    socket.set_read_timeout(Some(timeout))?;
     match socket.send(b"?\n") {
         Ok(_) => (),
-        // The output hook dropped or refused it; what follows, an ICMP error or nothing, tells which.
+        // The output hook dropped or rejected it; an ICMP error or its absence shows which.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => (),
         Err(error) => return Err(error),
     }
@@ -181,32 +176,30 @@ pub struct LongConnection {
 }
 
 impl LongConnection {
-    /// Opens it from a namespace.
+    /// Opens the connection from a namespace.
     ///
-    /// # Errors
-    /// It cannot be opened, or the answer is not a pod's.
+    /// # Errors It cannot be opened, or the answer is not a pod's.
     pub fn open(from: &Namespace, to: SocketAddr) -> Result<Self> {
-        let stream = from.run(|| TcpStream::connect_timeout(&to, PATIENCE))??;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = from.run(|| TcpStream::connect_timeout(&to, TIMEOUT))??;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let mut connection = Self { stream, backend: String::new() };
         connection.backend = connection.line()?.split_whitespace().next().unwrap_or_default().to_owned();
         Ok(connection)
     }
 
-    /// Who answered when it was opened.
+    /// The backend that accepted the connection.
     pub fn backend(&self) -> &str {
         &self.backend
     }
 
     /// Sends a line and waits for its echo.
     ///
-    /// # Errors
-    /// The connection is broken, or the echo does not come or is another.
+    /// # Errors The connection is broken, or the echo is missing or differs.
     pub fn exchange(&mut self) -> Result<()> {
         self.stream.write_all(b"still there?\n")?;
         let line = self.line()?;
         if line != "still there?" {
-            bail!("the echo is another: {line:?}");
+            bail!("unexpected echo: {line:?}");
         }
         Ok(())
     }

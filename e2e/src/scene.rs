@@ -17,7 +17,7 @@ use anyhow::ensure;
 use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
-/// How long a change may take until packets show it, on a machine that builds something else beside.
+/// Timeout for a change to show in packets, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(20);
 /// Every transport with every family.
 pub const WAYS: [(Transport, bool); 4] =
@@ -32,28 +32,25 @@ pub fn nodes() -> [NodeSpec; 3] {
     ]
 }
 
-/// The fleet; started by the test that comes first.
+/// The shared fleet, started on first use.
 pub fn fleet() -> &'static Fleet {
     static FLEET: OnceLock<Fleet> = OnceLock::new();
     FLEET.get_or_init(|| Fleet::start(&nodes()).unwrap_or_else(|error| panic!("{error:#}")))
 }
 
-/// The turn of a test that disturbs the fleet, or counts what happens in it. One that failed is none of the next one's.
+/// Serializes tests that disturb the fleet or count events in it. A failed test does not poison the lock.
 pub fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A node of a fleet.
 pub fn node<'a>(fleet: &'a Fleet, name: &str) -> &'a FleetNode {
     fleet.nodes().iter().find(|node| node.net.name == name).unwrap()
 }
 
-/// A test's own namespace of the API.
+/// A test's own API namespace.
 pub struct Scene {
-    /// The fleet.
     pub fleet: &'static Fleet,
-    /// The namespace's name.
     pub namespace: String,
 }
 
@@ -70,7 +67,7 @@ impl Scene {
         Self { fleet, namespace: namespace.to_owned() }
     }
 
-    /// A dual-stack Service without selector, with port 80 for TCP and UDP; `extra` goes over the defaults.
+    /// Applies a dual-stack Service without a selector, with port 80 for TCP and UDP; `extra` overrides the defaults.
     pub fn service(&self, name: &str, extra: &Value) -> Service {
         let mut spec = json!({
             "ipFamilyPolicy": "RequireDualStack",
@@ -86,7 +83,7 @@ impl Scene {
         self.fleet.kube().get(&self.namespace, name).unwrap().unwrap()
     }
 
-    /// Gives a LoadBalancer Service its addresses.
+    /// Applies a LoadBalancer Service and sets the addresses in its status.
     pub fn load_balancer(&self, name: &str, extra: &Value, addresses: &[&str]) -> Service {
         let mut spec = json!({"type": "LoadBalancer"});
         for (key, value) in extra.as_object().into_iter().flatten() {
@@ -100,12 +97,12 @@ impl Scene {
         service
     }
 
-    /// Ready endpoints on pods, for both families.
+    /// Applies ready endpoints on pods, for both families.
     pub fn endpoints(&self, service: &str, pods: &[&str]) {
         self.endpoints_with(service, pods, |_, endpoint| endpoint);
     }
 
-    /// Endpoints on pods, each changed by `change`, for both families.
+    /// Applies endpoints on pods, each modified by `change`, for both families.
     pub fn endpoints_with(&self, service: &str, pods: &[&str], change: impl Fn(&str, Value) -> Value) {
         let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
         for ipv6 in [false, true] {
@@ -120,30 +117,26 @@ impl Scene {
         }
     }
 
-    /// A pod's namespace.
     pub fn pod(&self, name: &str) -> &'static Namespace {
         &self.fleet.pod(name).unwrap().0.namespace
     }
 
-    /// A pod's address.
     pub fn pod_address(&self, name: &str, ipv6: bool) -> IpAddr {
         self.fleet.pod(name).unwrap().0.address(ipv6)
     }
 
-    /// A node.
     pub fn node(&self, name: &str) -> &'static FleetNode {
         node(self.fleet, name)
     }
 }
 
-/// The ClusterIP of a family, with port 80.
+/// The ClusterIP of a family, port 80.
 pub fn cluster_ip(service: &Service, ipv6: bool) -> SocketAddr {
     let all = service.spec.as_ref().unwrap().cluster_ips.iter().flatten();
     let mut all = all.map(|text| text.parse::<IpAddr>().unwrap());
     SocketAddr::new(all.find(|address| address.is_ipv6() == ipv6).unwrap(), 80)
 }
 
-/// The NodePort of a transport.
 pub fn node_port(service: &Service, transport: Transport) -> u16 {
     let name = match transport {
         Transport::Tcp => "TCP",
@@ -172,7 +165,7 @@ pub fn eventually(
     .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-/// Waits until exactly these pods answer, each of them, and none else in a run of probes.
+/// Waits until a run of probes is answered by exactly these pods.
 pub fn answered_by(what: &str, from: &Namespace, transport: Transport, to: SocketAddr, pods: &[&str]) {
     let what = format!("{what}: {transport:?} from {} to {to}", from.name());
     let wanted: BTreeSet<_> = pods.iter().map(|&pod| pod.to_owned()).collect();
@@ -186,7 +179,7 @@ pub fn answered_by(what: &str, from: &Namespace, transport: Transport, to: Socke
 }
 
 fn eventually_backend(from: &Namespace, transport: Transport, to: SocketAddr) -> anyhow::Result<()> {
-    let outcome = probe::send_patiently(from, transport, to, Duration::from_millis(300))?;
+    let outcome = probe::send_with_timeout(from, transport, to, Duration::from_millis(300))?;
     ensure!(outcome.backend().is_some(), "{outcome}");
     Ok(())
 }

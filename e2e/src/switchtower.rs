@@ -1,5 +1,5 @@
-//! The product in the laboratory: the real controller with the rights of the manifests, the real agents in their
-//! nodes' namespaces with pod-bound tokens of the real TokenRequest API.
+//! Runs the product in a laboratory: the real controller with the RBAC of the manifests, and real agents in their
+//! nodes' namespaces, with pod-bound tokens from the real TokenRequest API.
 
 pub mod metrics;
 pub mod plugin;
@@ -28,43 +28,36 @@ use crate::lab::programs;
 use crate::lab::wait;
 use crate::lab::{Lab, NodeNet, PodNet};
 
-/// The namespace of the product.
+/// Namespace of the product.
 pub const NAMESPACE: &str = "switchtower-system";
-/// The agents' ServiceAccount.
+/// ServiceAccount of the agents.
 pub const AGENT_ACCOUNT: &str = "switchtower-node-agent";
-/// The audience of the agents' tokens.
+/// Audience of the agents' tokens.
 pub const AUDIENCE: &str = "switchtower";
-/// How long a laboratory's tokens last, in seconds: longer than any laboratory.
+/// Lifetime of a laboratory's tokens in seconds, longer than any laboratory runs.
 const TOKEN_SECONDS: i64 = 24 * 3600;
 const CONTROLLER_PORT: u16 = 9443;
 
-/// What a fleet is to be made of.
+/// Specification of one node of a fleet.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
-    /// The Node's name.
     pub name: String,
-    /// Its zone.
     pub zone: String,
-    /// Names of its pods.
+    /// Names of the node's pods.
     pub pods: Vec<String>,
 }
 
 impl NodeSpec {
-    /// A node with pods.
     pub fn new(name: &str, zone: &str, pods: &[&str]) -> Self {
         let pods = pods.iter().map(|&pod| pod.to_owned()).collect();
         Self { name: name.to_owned(), zone: zone.to_owned(), pods }
     }
 }
 
-/// One node of the fleet.
 #[derive(Debug)]
 pub struct FleetNode {
-    /// Its namespaces and addresses.
     pub net: NodeNet,
-    /// Its zone.
     pub zone: String,
-    /// Its pods.
     pub pods: Vec<PodNet>,
     agent: Mutex<Option<Process>>,
     directory: PathBuf,
@@ -79,7 +72,7 @@ fn owned(variables: &[(&str, &str)]) -> Vec<(String, String)> {
 /// A control plane, a controller, nodes with agents, and pods.
 #[derive(Debug)]
 pub struct Fleet {
-    // The agents and the controller end first, the control plane last.
+    // Drop order: the agents and the controller end first, the control plane last.
     nodes: Vec<FleetNode>,
     controller: Mutex<Option<Process>>,
     metrics: SocketAddr,
@@ -91,11 +84,10 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Builds everything and starts the controller and the agents; returns when every agent has applied its
-    /// first view.
+    /// Builds the fleet, starts the controller and the agents, and returns when every agent has applied its first
+    /// view.
     ///
-    /// # Errors
-    /// Something does not start; the message says what, with the end of its log.
+    /// # Errors A part does not start; the message names it and quotes the end of its log.
     pub fn start(specs: &[NodeSpec]) -> Result<Self> {
         let fleet = Self::build(specs)?;
         fleet.install()?;
@@ -107,10 +99,9 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Builds the control plane, nodes and pods, and starts nothing of the product, not even its CRDs.
+    /// Builds the control plane, nodes and pods. Starts and installs nothing of the product.
     ///
-    /// # Errors
-    /// As [`Fleet::start`].
+    /// # Errors As [`Fleet::start`].
     pub fn build(specs: &[NodeSpec]) -> Result<Self> {
         let (control_plane, network) = std::thread::scope(|scope| {
             let control_plane = scope.spawn(ControlPlane::start);
@@ -135,19 +126,17 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Installs the CRDs, the namespace, ServiceAccounts and rights, from the manifests that users apply.
+    /// Installs the CRDs, the namespace, ServiceAccounts and RBAC from the manifests that users apply.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn install(&self) -> Result<()> {
         self.install_rights()?;
         self.install_crds()
     }
 
-    /// Installs all but the CRDs.
+    /// Installs everything except the CRDs.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn install_rights(&self) -> Result<()> {
         let directory = self.lab.directory();
         let files = [
@@ -181,54 +170,49 @@ impl Fleet {
         Ok(())
     }
 
-    /// The API as administrator.
+    /// The API client, with administrator rights.
     pub fn kube(&self) -> &Kube {
         self.control_plane.kube()
     }
 
-    /// The control plane.
     pub fn control_plane(&self) -> &ControlPlane {
         &self.control_plane
     }
 
-    /// The network.
     pub fn lab(&self) -> &Lab {
         &self.lab
     }
 
-    /// All nodes.
     pub fn nodes(&self) -> &[FleetNode] {
         &self.nodes
     }
 
-    /// A pod by name, with its node.
+    /// Returns a pod and its node.
     ///
-    /// # Errors
-    /// There is no such pod.
+    /// # Errors There is no such pod.
     pub fn pod(&self, name: &str) -> Result<(&PodNet, &FleetNode)> {
         let all = self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (pod, node)));
         all.into_iter().find(|(pod, _)| pod.name == name).with_context(|| format!("no pod {name}"))
     }
 
-    /// Where agents reach the controller.
+    /// Address that agents connect to.
     pub fn controller_address(&self) -> SocketAddr {
         (self.lab.root_address(), CONTROLLER_PORT).into()
     }
 
-    /// Where the controller's metrics are.
+    /// Address of the controller's metrics.
     pub fn metrics_address(&self) -> SocketAddr {
         self.metrics
     }
 
-    /// Where the controller's admin API listens.
+    /// Address of the controller's admin API.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Starts the controller as its ServiceAccount; waits until it listens.
+    /// Starts the controller as its ServiceAccount and waits until it listens.
     ///
-    /// # Errors
-    /// It ends, or does not listen in time.
+    /// # Errors It exits, or does not listen in time.
     pub fn start_controller(&self) -> Result<()> {
         let kubeconfig = self.controller_kubeconfig()?;
         let mut command = Command::new(programs::workspace("switchtower-controller")?);
@@ -244,20 +228,19 @@ impl Fleet {
         Ok(())
     }
 
-    /// Environment variables of the controllers that are started from now on.
+    /// Sets environment variables for controllers started from now on.
     pub fn set_controller_environment(&self, variables: &[(&str, &str)]) {
         *lock(&self.environment) = owned(variables);
     }
 
-    /// Environment variables of the agents that are started from now on.
+    /// Sets environment variables for agents started from now on.
     pub fn set_agent_environment(&self, variables: &[(&str, &str)]) {
         *lock(&self.agent_environment) = owned(variables);
     }
 
-    /// Waits until the controller publishes where it listens and accepts connections.
+    /// Waits until the controller publishes its address and accepts connections.
     ///
-    /// # Errors
-    /// It ends, or does not do so in time.
+    /// # Errors It exits, or does not do so in time.
     pub fn controller_listens(&self, deadline: Duration) -> Result<()> {
         wait::until("the controller listens", deadline, || {
             self.check_controller()?;
@@ -267,38 +250,35 @@ impl Fleet {
         .map(drop)
     }
 
-    /// Fails if the controller has ended.
+    /// Checks that the controller is running.
     ///
-    /// # Errors
-    /// It has ended, or was never started.
+    /// # Errors It has exited, or was never started.
     pub fn check_controller(&self) -> Result<()> {
         lock(&self.controller).as_ref().context("the controller is not started")?.check_running()
     }
 
-    /// All that the controller has logged.
+    /// Everything the controller has logged.
     pub fn controller_log(&self) -> String {
         fs::read_to_string(self.lab.directory().join("controller.log")).unwrap_or_default()
     }
 
-    /// The controller's process id.
     pub fn controller_id(&self) -> Option<u32> {
         lock(&self.controller).as_ref().map(Process::id)
     }
 
-    /// Ends the controller with a signal and waits for it.
+    /// Signals the controller and waits until it exits.
     ///
-    /// # Errors
-    /// It does not end.
+    /// # Errors It does not exit.
     pub fn stop_controller(&self, signal: i32) -> Result<()> {
         let Some(process) = lock(&self.controller).take() else { return Ok(()) };
         process.signal(signal);
         process.wait(Duration::from_secs(10)).map(drop)
     }
 
-    /// Starts a node's agent: its Pod, a token bound to the Pod, and the program in the node's namespace.
+    /// Starts a node's agent: creates its Pod and a token bound to the Pod, and runs the program in the node's
+    /// namespace.
     ///
-    /// # Errors
-    /// The API server refuses, or the program does not start.
+    /// # Errors The API server refuses, or the program does not start.
     pub fn start_agent(&self, node: &FleetNode) -> Result<()> {
         let pod = self.agent_pod(&node.net.name)?;
         let token = self.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], TOKEN_SECONDS)?;
@@ -309,21 +289,19 @@ impl Fleet {
         self.run_agent(node)
     }
 
-    /// Starts a node's agent again with the files that it has.
+    /// Restarts a node's agent with its existing files.
     ///
-    /// # Errors
-    /// The program does not start.
+    /// # Errors The program does not start.
     pub fn run_agent(&self, node: &FleetNode) -> Result<()> {
         let process = self.agent_process(node, &node.net.name, &node.directory.join("token"))?;
         *lock(&node.agent) = Some(process);
         Ok(())
     }
 
-    /// Starts an agent in a node's namespace that says it is `name`, with a token file. It is not the node's own:
-    /// it has its own state and its own ports, and ends when the returned process is dropped.
+    /// Starts a second agent in a node's namespace, which claims to be `name` and uses the given token file. It has
+    /// its own state and ports, and ends when the returned process is dropped.
     ///
-    /// # Errors
-    /// The program does not start.
+    /// # Errors The program does not start.
     pub fn stranger(&self, node: &FleetNode, name: &str, token: &str) -> Result<Process> {
         let id = rand::random::<u32>();
         let directory = self.lab.directory().join(format!("stranger-{id:08x}"));
@@ -351,17 +329,16 @@ impl Fleet {
         Process::start(&format!("switchtower-node-agent of {}", node.net.name), command, &log)
     }
 
-    /// Makes (or finds) the Pod of a node's agent.
+    /// Creates the Pod of a node's agent unless it exists.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn agent_pod(&self, node: &str) -> Result<Pod> {
         let name = format!("{AGENT_ACCOUNT}-{node}");
         self.kube().apply(&objects::pod(NAMESPACE, &name, node, AGENT_ACCOUNT))?;
-        self.kube().get(NAMESPACE, &name)?.context("the agent's Pod was made and is not there")
+        self.kube().get(NAMESPACE, &name)?.context("the agent's Pod disappeared after its creation")
     }
 
-    /// The Pod of a node's agent as a kubelet would report it once the agent is up.
+    /// Reports the Pod of a node's agent as running, as a kubelet would.
     fn running_agent_pod(&self, node: &FleetNode) -> serde_json::Value {
         let name = format!("{AGENT_ACCOUNT}-{}", node.net.name);
         let mut pod = objects::pod(NAMESPACE, &name, &node.net.name, AGENT_ACCOUNT);
@@ -369,10 +346,9 @@ impl Fleet {
         pod
     }
 
-    /// Asks the TokenRequest API for a token, bound to a Pod if one is given.
+    /// Requests a token from the TokenRequest API, optionally bound to a Pod.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn token(
         &self,
         account: &str,
@@ -401,58 +377,53 @@ impl Fleet {
         Ok(answer.status.context("a TokenRequest without status")?.token)
     }
 
-    /// Kills a node's agent with a signal and waits for its end.
+    /// Signals a node's agent and waits until it exits.
     ///
-    /// # Errors
-    /// It does not end.
+    /// # Errors It does not exit.
     pub fn stop_agent(&self, node: &FleetNode, signal: i32) -> Result<()> {
         let Some(process) = lock(&node.agent).take() else { return Ok(()) };
         process.signal(signal);
         process.wait(Duration::from_secs(10)).map(drop)
     }
 
-    /// A node's agent's process id.
     pub fn agent_id(&self, node: &FleetNode) -> Option<u32> {
         lock(&node.agent).as_ref().map(Process::id)
     }
 
-    /// All that a node's agent has logged.
+    /// Everything a node's agent has logged.
     pub fn agent_log(&self, node: &FleetNode) -> String {
         let path = self.lab.directory().join(format!("agent-{}.log", node.net.name));
         fs::read_to_string(path).unwrap_or_default()
     }
 
-    /// The status of a node's row.
+    /// Status of a node's ProxyStatus object.
     ///
-    /// # Errors
-    /// There is no row, or it has no status.
+    /// # Errors The object or its status is missing.
     pub fn row(&self, node: &str) -> Result<ProxyStatusStatus> {
         let row: Option<ProxyStatus> = self.kube().get_cluster(node)?;
-        row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("a row without status")
+        row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("the ProxyStatus has no status")
     }
 
-    /// The folder that a node's agent finds its controller by: `ca.crt` and `controllers`.
+    /// Directory in which a node's agent finds `ca.crt` and `controllers`.
     pub fn bootstrap_directory(&self, node: &FleetNode) -> PathBuf {
         node.directory.join("bootstrap")
     }
 
-    /// Writes the Node object of a node.
+    /// Applies the Node object of a node.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn register(&self, node: &FleetNode) -> Result<()> {
         self.kube().apply(&objects::node(&node.net, &node.zone)).map(drop)
     }
 
-    /// What a kubelet does with the ConfigMap that the controller writes: files.
+    /// Writes the controller's ConfigMap to files, as a kubelet mounts it.
     ///
-    /// # Errors
-    /// The controller does not write it, or a file cannot be written.
+    /// # Errors The controller does not write it, or a file cannot be written.
     pub fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
         let data = wait::until("the controller writes its ConfigMap", Duration::from_secs(20), || {
             self.check_controller()?;
             let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;
-            map.context("the ConfigMap switchtower-bootstrap is not there")?.data.context("it is empty")
+            map.context("the ConfigMap switchtower-bootstrap does not exist")?.data.context("it is empty")
         })?;
         let directory = node.directory.join("bootstrap");
         fs::create_dir_all(&directory)?;

@@ -35,7 +35,7 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
             let nobody: SocketAddr =
                 if ipv6 { "[fd99::1]:9".parse().unwrap() } else { "203.0.113.99:9".parse().unwrap() };
             let patience = Duration::from_millis(300);
-            let outcome = probe::send_patiently(&one.namespace, transport, nobody, patience).unwrap();
+            let outcome = probe::send_with_timeout(&one.namespace, transport, nobody, patience).unwrap();
             assert_eq!(outcome, Outcome::Silence, "what no one answers leaves no trace and no refusal");
         }
     }

@@ -464,7 +464,7 @@ impl Watcher {
         let (stopped, state) = (stop.clone(), answering.clone());
         let answers = move || {
             let outcome =
-                probe::send_patiently(&node.net.client, Transport::Tcp, to, Duration::from_millis(300));
+                probe::send_with_timeout(&node.net.client, Transport::Tcp, to, Duration::from_millis(300));
             matches!(outcome, Ok(Outcome::Reply { .. }))
         };
         wait::until("the NodePort answers at first", ROLLOUT, || {

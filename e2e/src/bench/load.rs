@@ -1,4 +1,4 @@
-//! Many Services, one endpoint's change, and a plain watch that sees it.
+//! Many Services, changes of one endpoint, and a plain watch on them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::lab::api::Kube;
 
-/// Requests under way at once.
+/// Maximum number of concurrent requests.
 const CONCURRENCY: usize = 32;
 const NAMESPACE: &str = "default";
 
@@ -23,7 +23,7 @@ const NAMESPACE: &str = "default";
 pub(super) struct Load<'a> {
     kube: &'a Kube,
     services: usize,
-    /// Every change brings an address that was never there.
+    /// Counter that gives every change a new address.
     changes: AtomicUsize,
 }
 
@@ -44,14 +44,14 @@ impl<'a> Load<'a> {
         ]))?);
         let api: Api<EndpointSlice> = Api::namespaced(self.kube.client(), NAMESPACE);
         let changed = self.kube.block_on(api.patch(&name, &PatchParams::default(), &patch))?;
-        changed.metadata.resource_version.context("an object without resourceVersion")
+        changed.metadata.resource_version.context("the object has no resourceVersion")
     }
 
-    /// A watch that does nothing but look.
+    /// Starts a watch that only records events.
     pub(super) fn watch(&self) -> Result<PlainWatch> {
         let api: Api<EndpointSlice> = Api::namespaced(self.kube.client(), NAMESPACE);
         let list = self.kube.block_on(api.list_metadata(&Default::default()))?;
-        let version = list.metadata.resource_version.context("a list without resourceVersion")?;
+        let version = list.metadata.resource_version.context("the list has no resourceVersion")?;
         let (tell, seen) = channel();
         self.kube.runtime().spawn(async move {
             let parameters = WatchParams::default().timeout(290);
@@ -70,15 +70,15 @@ impl<'a> Load<'a> {
     }
 }
 
-/// What the plain watch saw and when.
+/// Events of the plain watch, with the time of arrival.
 pub(super) struct PlainWatch {
     seen: Receiver<(String, Instant)>,
 }
 
 impl PlainWatch {
-    pub(super) fn wait_for(&self, version: &str, patience: Duration) -> Result<Instant> {
+    pub(super) fn wait_for(&self, version: &str, timeout: Duration) -> Result<Instant> {
         loop {
-            let (seen, when) = self.seen.recv_timeout(patience)?;
+            let (seen, when) = self.seen.recv_timeout(timeout)?;
             if seen == version {
                 return Ok(when);
             }

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-/// Resident memory in MiB.
 pub(super) fn resident(process: u32) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
@@ -16,32 +15,32 @@ pub(super) fn resident(process: u32) -> Result<f64> {
     Ok(kibibytes / 1024.0)
 }
 
-/// CPU time of all threads so far, in milliseconds, from the scheduler's own count (nanoseconds).
+/// CPU time of all threads in milliseconds, from the scheduler's nanosecond counters.
 pub(super) fn cpu_time(process: u32) -> Result<f64> {
     let mut total = 0.0;
     for task in fs::read_dir(format!("/proc/{process}/task"))?.flatten() {
-        // A thread may end meanwhile.
+        // A thread may have ended since it was listed.
         let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
         total += text.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).unwrap_or(0.0);
     }
     Ok(total / 1_000_000.0)
 }
 
-/// Looks at the children of a process until it is stopped.
+/// Samples the memory of a process's children until stopped.
 pub(super) struct Peak {
     end: Arc<AtomicBool>,
     thread: JoinHandle<f64>,
 }
 
 impl Peak {
-    /// The largest resident memory of a child, in MiB.
+    /// Stops and returns the peak resident memory of a child, in MiB.
     pub(super) fn stop(self) -> f64 {
         self.end.store(true, Ordering::Relaxed);
         self.thread.join().unwrap_or(0.0)
     }
 }
 
-/// Starts to look.
+/// Starts sampling.
 pub(super) fn peak_of_children(process: u32) -> Peak {
     let end = Arc::new(AtomicBool::new(false));
     let ended = end.clone();

@@ -1,4 +1,4 @@
-//! `make bench`: figures of Switchtower beside the real kube-proxy.
+//! `make bench`: measures Switchtower and the real kube-proxy.
 
 use clap::Parser;
 use switchtower_e2e::bench::{Figures, Percentiles, Proxy, Size, run};
@@ -12,7 +12,7 @@ struct Arguments {
     /// Changes of one endpoint for Switchtower.
     #[arg(long, default_value_t = 200)]
     changes: usize,
-    /// Changes of one endpoint for kube-proxy; 0 leaves it out.
+    /// Changes of one endpoint for kube-proxy; 0 skips kube-proxy.
     #[arg(long, default_value_t = 8)]
     oracle_changes: usize,
     /// Prints JSON only.

@@ -22,7 +22,7 @@ enum Action {
     Up {
         #[command(flatten)]
         place: Place,
-        /// Number of nodes with a kubelet; upstream's tests of topology want three
+        /// Number of nodes with a kubelet; upstream's topology tests require three
         #[arg(long, default_value_t = 3, env = "SWITCHTOWER_CLUSTER_NODES", value_parser = clap::value_parser!(u8).range(1..=99))]
         nodes: u8,
         #[command(flatten)]
@@ -38,35 +38,35 @@ enum Action {
         #[command(flatten)]
         programs: Programs,
     },
-    /// A Deployment behind a Service: scaled, emptied, an agent killed
+    /// Runs a Deployment behind a Service: scales it, empties it, kills an agent
     Demo {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
         programs: Programs,
     },
-    /// Agents that cannot do their work: each fault shows on its node's row, and on no other
+    /// Breaks agents in several ways; each fault must show on its node's ProxyStatus and on no other
     Faults {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
         programs: Programs,
     },
-    /// What is installed is what the manifests promise
+    /// Checks that the installation matches the manifests
     Installed {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
         programs: Programs,
     },
-    /// Every command of `kubectl switchtower` that reads, with a kubeconfig and nothing else
+    /// Runs every read-only command of `kubectl switchtower` with only a kubeconfig
     Plugin {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
         programs: Programs,
     },
-    /// The documented uninstall leaves nothing; then installs again
+    /// Runs the documented uninstall, checks that nothing remains, and installs again
     Uninstall {
         #[command(flatten)]
         place: Place,
@@ -79,27 +79,27 @@ enum Action {
         place: Place,
         #[command(flatten)]
         programs: Programs,
-        /// The service proxy under test; it names the report
+        /// Service proxy under test; names the report
         #[arg(long, default_value = "switchtower")]
         label: String,
-        /// Which of them
+        /// Part of the suite to run
         #[arg(long, value_enum, default_value = "all")]
         part: conformance::Part,
         /// Regular expression of the tests' names
         #[arg(long)]
         focus: Option<String>,
-        /// Tests at once
+        /// Number of parallel tests
         #[arg(long, default_value_t = 6)]
         processes: u8,
         /// Folder for the reports
         #[arg(long, default_value = "target/conformance")]
         out: PathBuf,
     },
-    /// Removes the cluster, whatever is left of it
+    /// Removes the cluster, including incomplete ones
     Down {
         #[command(flatten)]
         place: Place,
-        /// A start was interrupted: ends with the exit code that says so
+        /// Exits with the code of an interrupted start
         #[arg(long, hide = true)]
         interrupted: bool,
     },
@@ -115,10 +115,10 @@ enum Action {
 
 #[derive(Args)]
 struct Place {
-    /// Prefix of everything the cluster makes
+    /// Prefix of everything the cluster creates
     #[arg(long, default_value = "st", env = "SWITCHTOWER_CLUSTER_NAME", value_parser = short_name)]
     name: String,
-    /// Folder for the cluster's state; it is removed with the cluster
+    /// Folder for the cluster's state, removed with the cluster
     #[arg(long, default_value = "/var/lib/switchtower-cluster", env = "SWITCHTOWER_CLUSTER_DIR")]
     dir: PathBuf,
 }
@@ -131,13 +131,13 @@ struct Programs {
     /// Folder with kubelet, kube-scheduler, coredns, pause and the test image's files
     #[arg(long, env = "SWITCHTOWER_CLUSTER_TOOLS")]
     tools: PathBuf,
-    /// Folder that keeps assembled images between runs
+    /// Cache of assembled images
     #[arg(long, env = "SWITCHTOWER_CLUSTER_IMAGES")]
     images: PathBuf,
     /// Folder with the manifests that install Switchtower
     #[arg(long, env = "SWITCHTOWER_MANIFESTS", default_value = "manifests")]
     manifests: PathBuf,
-    /// Folder with switchtower-controller and switchtower-node-agent; by default this program's own
+    /// Folder with switchtower-controller and switchtower-node-agent [default: folder of this program]
     #[arg(long, env = "SWITCHTOWER_PROGRAMS")]
     switchtower: Option<PathBuf>,
 }
@@ -148,7 +148,7 @@ enum ProxyName {
     KubeProxy,
 }
 
-/// Device names hold 15 bytes, and `-node-99` follows.
+/// Validates a cluster name: device names hold 15 bytes, and `-node-99` is appended.
 fn short_name(text: &str) -> Result<String, String> {
     let fits = (1..=9).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
@@ -160,7 +160,7 @@ impl Place {
         Layout { dir: self.dir.join(&self.name), name: self.name.clone(), nodes }
     }
 
-    /// Of a cluster that an earlier run started.
+    /// Layout of a cluster that an earlier run started.
     fn existing(&self) -> Result<Layout> {
         let mut layout = self.layout(0);
         layout.nodes = up::recorded_nodes(&layout)?;
@@ -185,7 +185,7 @@ impl Programs {
 fn main() -> Result<()> {
     let action = Arguments::parse().command;
     match &action {
-        // `up` knows from when on there is something to remove; a removal is not interrupted half way; and the
+        // `up` installs the handler once there is something to remove; a removal must not be interrupted; and the
         // first process of a machine outlives its parent.
         Action::Up { .. } | Action::Down { .. } | Action::MachineInit { .. } => {}
         _ => interrupt::watch(Then::Leave)?,

@@ -1,4 +1,4 @@
-//! `make demo`: runs the demonstration, or removes what killed runs left behind.
+//! `make demo`: runs the demonstration, or removes the remains of killed runs.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ struct Arguments {
     /// Write the output as an SVG image as well.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// Only remove what killed runs left behind.
+    /// Only remove the remains of killed runs.
     #[arg(long, conflicts_with_all = ["keep", "svg"])]
     sweep: bool,
 }

@@ -1,4 +1,4 @@
-//! The same cluster states through the real kube-proxy and through Switchtower, with packets.
+//! Differential test: the same cluster states and packets through the real kube-proxy and through Switchtower.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -10,22 +10,22 @@ use switchtower_e2e::parity::{Verdict, World, case::Case, explain, generate, rep
 /// Compares Switchtower with the real kube-proxy on random cluster states.
 #[derive(Parser)]
 struct Arguments {
-    /// The same seed gives the same cases.
+    /// Seed of the random cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How many cases.
+    /// Number of cases.
     #[arg(long, default_value_t = 30)]
     cases: u64,
-    /// Runs the case of a file instead.
+    /// Replay the case in this file instead.
     #[arg(long)]
     replay: Option<PathBuf>,
-    /// Runs spent on making a disagreeing case smaller.
+    /// Maximum number of runs to shrink a disagreeing case.
     #[arg(long, default_value_t = 40)]
     shrink: usize,
-    /// Goes on after a disagreement.
+    /// Continue after a disagreement.
     #[arg(long)]
     keep_going: bool,
-    /// The folder for cases that disagree, each as a file for --replay.
+    /// Folder for disagreeing cases, each as a file for --replay.
     #[arg(long, default_value = "/tmp")]
     save: PathBuf,
 }
@@ -37,11 +37,11 @@ fn main() -> Result<()> {
         Some(path) => {
             let text =
                 std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-            vec![serde_json::from_str(&text).with_context(|| format!("{} is no case", path.display()))?]
+            vec![serde_json::from_str(&text).with_context(|| format!("{} is not a case", path.display()))?]
         }
         None => (0..cases).map(|number| generate::case(seed, number)).collect(),
     };
-    println!("==> one control plane, two laboratories, both proxies");
+    println!("==> starting one control plane, two laboratories, both proxies");
     let start = Instant::now();
     let mut world = World::start()?;
     println!("started in {:.1} s", start.elapsed().as_secs_f64());
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
                     before.elapsed().as_secs_f64()
                 );
                 for once in &wavered {
-                    println!("    kube-proxy did otherwise once\n{once}");
+                    println!("    kube-proxy differed once\n{once}");
                 }
                 continue;
             }
@@ -68,11 +68,11 @@ fn main() -> Result<()> {
         disagreements += 1;
         println!("{}", report(&found));
         let smallest = shrink(&mut world, found, attempts)?;
-        println!("==> the smallest form found\n{}", explain(&smallest));
+        println!("==> smallest case found\n{}", explain(&smallest));
         let file = save.join(format!("switchtower-{}.json", smallest.case.name.replace(' ', "-")));
         std::fs::write(&file, serde_json::to_string_pretty(&smallest.case)?)
             .with_context(|| format!("writing {}", file.display()))?;
-        println!("==> again: --replay {}", file.display());
+        println!("==> replay with: --replay {}", file.display());
         if !keep_going {
             break;
         }

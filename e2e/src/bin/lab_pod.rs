@@ -1,5 +1,5 @@
-//! A pod's server. To each TCP connection, each UDP datagram and each SCTP INIT it answers with one line: its own
-//! name and the client's address as it sees it. What a TCP client sends after that is echoed.
+//! Server of a laboratory pod. It answers each TCP connection, UDP datagram and SCTP INIT with one line: its name and
+//! the client's address as it sees it. Further data of a TCP client is echoed.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,7 +11,7 @@ use switchtower_e2e::probe::sctp;
 
 #[derive(Parser)]
 struct Arguments {
-    /// The name to answer with.
+    /// Name to answer with.
     #[arg(long)]
     name: String,
     /// TCP ports.
@@ -65,7 +65,7 @@ fn answer(name: &str, client: SocketAddr) -> String {
 fn serve_tcp(listener: &TcpListener, name: &Arc<str>) {
     for stream in listener.incoming().flatten() {
         let name = Arc::clone(name);
-        // A client that went away is none of the server's business.
+        // The client may have gone away.
         std::thread::spawn(move || drop(converse(stream, &name)));
     }
 }

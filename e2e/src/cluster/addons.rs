@@ -1,4 +1,4 @@
-//! What is installed on the cluster's API: DNS, and the real kube-proxy where the baseline is wanted.
+//! Add-ons of the cluster: DNS, and the real kube-proxy for baseline runs.
 
 use std::time::Duration;
 
@@ -10,19 +10,19 @@ use super::layout::{DNS_IP, Layout, POD_CIDRS, Tools};
 use super::machine::Machine;
 use super::shell::wait_until;
 
-/// CoreDNS as on any cluster: pods that reach the API server through a Service, behind a Service.
-/// They become ready once a service proxy runs.
+/// CoreDNS as on any cluster: pods that reach the API server through a Service, behind a Service. They become ready
+/// once a service proxy runs.
 const COREDNS_MANIFESTS: &str = include_str!("coredns.yaml");
 
 const KUBE_PROXY_CONFIG: &str = "/var/lib/kube-proxy/config.yaml";
 
-/// Applies CoreDNS; does not wait, because it cannot work before there is a service proxy.
+/// Applies CoreDNS without waiting, because it needs a service proxy.
 pub fn apply_coredns(kubectl: &Kubectl) -> Result<()> {
     let manifests = COREDNS_MANIFESTS.replace("COREDNS_IMAGE", COREDNS).replace("DNS_IP", DNS_IP);
     kubectl.apply(&manifests).map(|_| ())
 }
 
-/// Waits for CoreDNS, the sign that Services work.
+/// Waits for CoreDNS, which proves that Services work.
 pub fn wait_for_coredns(kubectl: &Kubectl) -> Result<()> {
     wait_until("CoreDNS", Duration::from_secs(90), || {
         kubectl.run("--namespace kube-system rollout status deployment/coredns --timeout=5s")
@@ -41,7 +41,7 @@ pub fn start_kube_proxy(layout: &Layout, tools: &Tools, node: &Machine) -> Resul
         "clusterCIDR": POD_CIDRS,
         "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig"},
         "hostnameOverride": node.name,
-        // The machine's own limits stay as they are.
+        // 0 keeps the machine's own limits.
         "conntrack": {"maxPerCore": 0, "min": 0},
     });
     node.write_var(layout, KUBE_PROXY_CONFIG, &format!("{config:#}\n"))?;

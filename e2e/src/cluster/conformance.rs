@@ -1,4 +1,4 @@
-//! Upstream's own e2e suite, run against the cluster, and its result beside that of kube-proxy.
+//! Runs upstream's e2e suite on the cluster and compares the results with kube-proxy's.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,15 +16,15 @@ use super::load_balancer::LoadBalancer;
 use super::machine::Machine;
 use super::shell::{print, say};
 
-/// Everything of sig-network, less [`SKIP`].
+/// All of sig-network; [`SKIP`] excludes some.
 const FOCUS: &str = r"\[sig-network\]";
-/// For `make test`: the fast tests that hold for every kind of Service.
+/// For `make test`: fast tests of every kind of Service.
 const SMALL: &str = concat!(
     r"\[sig-network\] (Services should (serve a basic endpoint|serve multiport endpoints|serve endpoints on same port|",
     r"be able to (change the type|create a functioning NodePort|switch session affinity for service)|",
     r"have session affinity work for|be rejected when no|respect internalTrafficPolicy)|EndpointSlice should)",
 );
-/// A part of it that ends within minutes and touches each kind of Service.
+/// A part of the suite that takes minutes and covers each kind of Service.
 const QUICK: &str = concat!(
     r"\[sig-network\] (Services should (serve a basic|serve multiport|serve endpoints on same port|be able to ",
     r"(change the type|create a functioning|switch session)|have session affinity work|be rejected when no|allow pods ",
@@ -32,38 +32,38 @@ const QUICK: &str = concat!(
     r"Services should function for (pod|node)-Service|Conntrack should be able to preserve UDP traffic when server pod ",
     r"cycles for a NodePort)",
 );
-/// What has nothing to do with a service proxy (network policies, ingress, performance of DNS), what this
+/// Excluded: tests unrelated to a service proxy (network policies, ingress, performance of DNS), tests of what this
 /// laboratory lacks (a cloud that cleans up load balancers, the Internet, a resolver outside the cluster), and
-/// what is off by default.
+/// features that are off by default.
 const SKIP: &str = concat!(
     r"\[(Alpha|Provider:GCE)\]|Netpol|NetworkPolic|Ingress|load balancer cleanup finalizer|",
     r"\[Feature:(PerformanceDNS|Networking-|KubeProxy|SCTP)|DNS configMap nameserver",
 );
 
-/// Tests of a Service's VIP: slow, so they are a run of their own.
+/// Load balancer tests: slow, so they are a separate run.
 const LOAD_BALANCERS: &str = "LoadBalancer";
-/// Tests that bear no others beside them are a run of their own too.
+/// Tests that cannot run in parallel: a separate run.
 const SERIAL: &str = r"\[sig-network\].*\[(Serial|Disruptive)\]";
-/// SCTP sockets, which kernels without the module lack.
+/// Tests with SCTP sockets, which kernels without the module lack.
 const SCTP: &str = "SCTP|sctp";
 
-/// Which of upstream's tests.
+/// Selection of upstream's tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Part {
-    /// All that can run beside each other.
+    /// All tests that can run in parallel.
     All,
-    /// Some that touch each kind of Service, within minutes.
+    /// Some tests of each kind of Service, within minutes.
     Quick,
-    /// The fast ones.
+    /// The fast tests.
     Small,
-    /// Those of load balancers.
+    /// The load balancer tests.
     LoadBalancers,
-    /// Those that run alone.
+    /// The tests that run serially.
     Serial,
 }
 
 impl Part {
-    /// Regular expressions of names: what to run, and what of that to leave out.
+    /// Regular expressions of the test names to run and to skip.
     fn filters(self) -> (&'static str, String) {
         let alone = r"\[(Serial|Disruptive)\]";
         match self {
@@ -75,7 +75,7 @@ impl Part {
         }
     }
 
-    /// The name of the report for a proxy.
+    /// Name of the report for a proxy.
     fn report(self, label: &str) -> String {
         match self {
             Self::All => label.to_owned(),
@@ -87,45 +87,43 @@ impl Part {
     }
 }
 
-/// How to run it.
+/// Parameters of a run.
 #[derive(Debug, Clone)]
 pub struct Run {
-    /// The service proxy under test, which names the report.
+    /// Service proxy under test, which names the report.
     pub label: String,
-    /// Which tests.
     pub part: Part,
-    /// Another regular expression for the names of tests.
+    /// Additional regular expression for test names.
     pub focus: Option<String>,
-    /// How many tests at once.
+    /// Number of parallel processes.
     pub processes: u8,
-    /// Folder for reports and the log.
     pub out: PathBuf,
 }
 
-/// How a test ended.
+/// Outcome of a test.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// It passed.
     Passed,
-    /// It failed, with the reason's first line.
+    /// Failure with the first line of the reason.
     Failed(String),
-    /// It decided not to run, and says why.
+    /// Skipped by the test itself, with its reason.
     Skipped(String),
 }
 
-/// Results by test name.
+/// Outcomes by test name.
 pub type Outcomes = BTreeMap<String, Outcome>;
 
-/// A run of the suite.
+/// Result of a run.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// How each test ended.
     pub outcomes: Outcomes,
-    /// How long all of it took.
+    /// Duration of the whole run.
     pub duration: Duration,
 }
 
-/// Runs the tests and prints the report. An error if a test failed that does not fail with kube-proxy too.
+/// Runs the tests and prints the report.
+///
+/// # Errors A test failed that passes with kube-proxy.
 pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     fs::create_dir_all(&run.out).with_context(|| format!("making {}", run.out.display()))?;
     let out = fs::canonicalize(&run.out).context("resolving the report's folder")?;
@@ -133,7 +131,7 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     let json = format!("{name}.json");
     let _ = fs::remove_file(out.join(&json));
     let log = out.join(format!("{name}.log"));
-    say(&format!("upstream's tests run; what they say goes to {}", log.display()));
+    say(&format!("running upstream's tests; log: {}", log.display()));
     let (focus, skip) = run.part.filters();
     let focus = run.focus.as_deref().unwrap_or(focus);
     let status = run_suite(layout, tools, run, (focus, &skip), &out, &json, &log)?;
@@ -146,14 +144,14 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     print(&text)?;
     let worse = worse_than(&report.outcomes, &baseline.outcomes);
     if !worse.is_empty() {
-        bail!("{} tests failed that do not fail with kube-proxy, or have no result there", worse.len());
+        bail!("{} tests failed that pass with kube-proxy or have no result there", worse.len());
     }
     Ok(())
 }
 
-/// Ginkgo, in the hub's network, which reaches pods, nodes and VIPs, but with the host's files. Services of
-/// type LoadBalancer get addresses meanwhile. In a namespace of processes of its own: the suite's processes end
-/// with this one, however it ends.
+/// Starts ginkgo in the hub's network, from which pods, nodes and VIPs are reachable, but with the host's files. A
+/// load balancer assigns addresses during the run. The suite has its own PID namespace, so that all its processes end
+/// with this one.
 fn run_suite(
     layout: &Layout,
     tools: &Tools,
@@ -196,7 +194,7 @@ fn run_suite(
     let balancer = LoadBalancer::new(layout)?;
     std::thread::scope(|scope| {
         scope.spawn(|| balancer.run(&stop));
-        let status = command.status().context("ginkgo could not be started");
+        let status = command.status().context("failed to start ginkgo");
         stop.store(true, Ordering::Relaxed);
         status
     })
@@ -208,11 +206,11 @@ fn worse_than<'a>(outcomes: &'a Outcomes, baseline: &Outcomes) -> Vec<&'a String
     mine.map(|(name, _)| name).filter(|name| !baseline.get(*name).is_some_and(failed)).collect()
 }
 
-/// Reads ginkgo's JSON report; tests that the filters left out are not in the result.
+/// Parses ginkgo's JSON report without the tests that the filters excluded.
 pub fn read(path: &Path) -> Result<Report> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let suites: Vec<Suite> = serde_json::from_str(&text)
-        .with_context(|| format!("{} is no report of ginkgo's", path.display()))?;
+    let suites: Vec<Suite> =
+        serde_json::from_str(&text).with_context(|| format!("{} is not a ginkgo report", path.display()))?;
     let duration = Duration::from_nanos(suites.iter().map(|suite| suite.run_time).sum());
     let specs = suites.into_iter().flat_map(|suite| suite.spec_reports.unwrap_or_default());
     let outcomes = specs.filter(|spec| spec.leaf_node_type == "It").filter_map(Spec::outcome).collect();
@@ -222,7 +220,6 @@ pub fn read(path: &Path) -> Result<Report> {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Suite {
-    /// Nanoseconds.
     #[serde(default)]
     run_time: u64,
     spec_reports: Option<Vec<Spec>>,
@@ -256,7 +253,7 @@ impl Spec {
         let reason = reason.lines().next().unwrap_or_default().chars().take(160).collect::<String>();
         let outcome = match self.state.as_str() {
             "passed" => Outcome::Passed,
-            // Without a reason it was the filter.
+            // Without a reason, the filter excluded the test.
             "skipped" | "pending" if reason.is_empty() => return None,
             "skipped" | "pending" => Outcome::Skipped(reason),
             _ => Outcome::Failed(reason),
@@ -267,7 +264,7 @@ impl Spec {
     }
 }
 
-/// A table of counts, then every test that did not pass, in Markdown.
+/// Formats a table of counts, then every test that did not pass, in Markdown.
 pub fn render(label: &str, report: &Report, baseline: &Report) -> String {
     let head = "| proxy | passed | failed | skipped | duration |\n|---|---|---|---|---|\n";
     let mut text = format!("{head}{}", row(label, report));
@@ -335,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_kube_proxy_passes_counts_against_us() {
+    fn only_tests_that_kube_proxy_passes_count() {
         let mut baseline = report().outcomes;
         assert!(worse_than(&report().outcomes, &baseline).is_empty());
         baseline.insert("[sig-network] Services b".into(), Outcome::Passed);

@@ -1,4 +1,4 @@
-//! etcd, API server, controller manager and scheduler, inside the hub.
+//! Starts etcd, API server, controller manager and scheduler inside the hub.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +10,7 @@ use super::layout::{API_SERVER_PORT, HUB_PKI, Layout, POD_CIDRS, SERVICE_CIDRS, 
 use super::machine::Machine;
 use super::shell::{finish, finish_with_input, wait_until};
 
-/// `kubectl` as the cluster's administrator, from the host.
+/// `kubectl` on the host with administrator rights.
 #[derive(Debug, Clone)]
 pub struct Kubectl {
     program: std::path::PathBuf,
@@ -18,7 +18,6 @@ pub struct Kubectl {
 }
 
 impl Kubectl {
-    /// For this cluster.
     pub fn new(layout: &Layout, tools: &Tools) -> Self {
         Self { program: tools.control_plane("kubectl"), kubeconfig: layout.kubeconfig() }
     }
@@ -29,14 +28,14 @@ impl Kubectl {
         command
     }
 
-    /// Runs a line of words and returns what it printed.
+    /// Runs kubectl with arguments split at blanks and returns its output.
     pub fn run(&self, line: &str) -> Result<String> {
         finish(&mut self.command(line))
     }
 
-    /// The same for words that hold blanks.
-    pub fn run_words(&self, words: &[&str]) -> Result<String> {
-        finish(self.command("").args(words))
+    /// Runs kubectl with arguments that may contain blanks.
+    pub fn run_arguments(&self, arguments: &[&str]) -> Result<String> {
+        finish(self.command("").args(arguments))
     }
 
     /// Applies manifests given as text.
@@ -45,7 +44,7 @@ impl Kubectl {
     }
 }
 
-/// Starts all of it, and returns when the API server is ready.
+/// Starts the control plane and returns when the API server is ready.
 pub fn start(layout: &Layout, tools: &Tools, hub: &Machine, kubectl: &Kubectl) -> Result<()> {
     spawn(hub, &tools.control_plane("etcd"), &etcd())?;
     spawn(hub, &tools.control_plane("kube-apiserver"), &api_server(layout))?;
@@ -65,13 +64,13 @@ fn spawn(hub: &Machine, program: &Path, arguments: &[String]) -> Result<()> {
     hub.spawn(&label, command)
 }
 
-fn words(lines: &[&str]) -> Vec<String> {
+fn flags(lines: &[&str]) -> Vec<String> {
     lines.iter().map(|&line| line.to_owned()).collect()
 }
 
 fn etcd() -> Vec<String> {
-    // Losing power loses the laboratory anyway, so it need not wait for the disk.
-    words(&["--data-dir=/var/lib/etcd", "--unsafe-no-fsync", "--log-level=warn"])
+    // The laboratory need not survive a power loss, so etcd need not sync to disk.
+    flags(&["--data-dir=/var/lib/etcd", "--unsafe-no-fsync", "--log-level=warn"])
 }
 
 fn api_server(layout: &Layout) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! The demonstration on a real cluster: a Deployment behind a Service, shown with plain kubectl.
 //!
-//! Every step states what must hold and fails if it does not.
+//! Every step checks what it states.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::layout::{Layout, Tools};
 use super::shell::{print, say, wait_until};
 
 const MANIFESTS: &str = include_str!("demo.yaml");
-/// Connections in one look at a Service: with 6 pods, missing one of them by chance happens once in 10,000.
+/// Connections per check of a Service: with 6 pods, one of them is missed with a probability of 1 in 10,000.
 const CONNECTIONS: u32 = 60;
 
 struct Demo {
@@ -21,7 +21,7 @@ struct Demo {
     layout: Layout,
 }
 
-/// Runs it and removes what it made, also after a failure.
+/// Runs the demonstration and removes its objects, also after a failure.
 pub fn demo(layout: &Layout, tools: &Tools) -> Result<()> {
     let start = Instant::now();
     let demo = Demo { kubectl: Kubectl::new(layout, tools), layout: layout.clone() };
@@ -55,7 +55,7 @@ impl Demo {
         self.show("get proxystatus")
     }
 
-    /// Runs kubectl and shows the command and what it printed.
+    /// Runs kubectl and prints the command with its output.
     fn show(&self, line: &str) -> Result<()> {
         print(&format!("$ kubectl {line}"))?;
         print(self.kubectl.run(line)?.trim_end())
@@ -82,9 +82,9 @@ impl Demo {
         ))
     }
 
-    /// Names of the pods that answered connections to the Service by its DNS name; all must be answered.
+    /// Connects to the Service by its DNS name and returns the names of the pods; every connection must be answered.
     fn backends(&self, connections: u32) -> Result<BTreeSet<String>> {
-        // One program that closes its connection after each answer. It ends with the first that fails.
+        // One client process that closes its connection after each answer and exits at the first failure.
         let script = format!(
             "curl --silent --show-error --fail --fail-early --max-time 2 --header 'Connection: close' \
              --write-out '\\n' 'http://web.demo.svc.cluster.local/hostname?[1-{connections}]'"
@@ -94,7 +94,7 @@ impl Demo {
     }
 
     fn in_client(&self, script: &str) -> Result<String> {
-        self.kubectl.run_words(&["exec", "--namespace=demo", "client", "--", "sh", "-c", script])
+        self.kubectl.run_arguments(&["exec", "--namespace=demo", "client", "--", "sh", "-c", script])
     }
 
     fn refused(&self) -> Result<()> {
@@ -109,21 +109,21 @@ impl Demo {
 
     fn kill_an_agent(&self) -> Result<()> {
         let Some(node) = self.layout.node_names().pop() else { bail!("the cluster has no nodes") };
-        say(&format!("the agent of {node} is killed: connections go on, and it comes back"));
+        say(&format!("the agent of {node} is killed: connections keep working, and the agent restarts"));
         let agents =
             format!("--namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-node-agent");
         let selector = format!("{agents} --field-selector spec.nodeName={node}");
         self.show(&format!("delete pod {selector} --grace-period=0 --force --wait=false"))?;
         let mut looks = 0;
         let start = Instant::now();
-        wait_until("the agent's return", Duration::from_secs(60), || {
+        wait_until("the agent's restart", Duration::from_secs(60), || {
             self.backends(20)?;
             looks += 1;
             self.kubectl.run(&format!("wait {agents} pod --for=condition=Ready --timeout=1s"))?;
             self.kubectl.run(&format!("wait proxystatus/{node} --for=condition=Ready --timeout=1s"))
         })?;
         print(&format!(
-            "  back after {:.1} s; {} connections meanwhile, none failed",
+            "  running again after {:.1} s; {} connections in that time, none failed",
             start.elapsed().as_secs_f32(),
             looks * 20
         ))

@@ -1,4 +1,4 @@
-//! Removes a cluster, whole or half started, from what its layout says.
+//! Removes a cluster, complete or not, by its layout.
 
 use std::fs;
 use std::path::Path;
@@ -10,11 +10,10 @@ use super::layout::{Layout, STARTER, cgroup_hierarchies};
 use super::shell::{run, run_line, say, wait_until};
 use crate::lab::cleanup;
 
-/// How often it is looked again for what an interrupted start was making at that moment.
+/// Maximum number of passes: an interrupted start may still create resources during a pass.
 const ROUNDS: u8 = 3;
 
-/// Removes processes, mounts, control groups, namespaces, links and the folder. Removing what is not
-/// there is no error, so it can be repeated.
+/// Removes processes, mounts, control groups, namespaces, links and the folder. Idempotent.
 pub fn down(layout: &Layout) -> Result<()> {
     let mut found = false;
     for _ in 0..ROUNDS {
@@ -24,16 +23,16 @@ pub fn down(layout: &Layout) -> Result<()> {
         found = true;
     }
     if found {
-        say(&format!("cluster {} is gone", layout.name));
+        say(&format!("removed cluster {}", layout.name));
     }
     Ok(())
 }
 
-/// Returns whether there was a machine or the folder.
+/// Returns whether a machine or the folder existed.
 fn remove_all(layout: &Layout) -> Result<bool> {
     end_starter(layout)?;
     let machines = existing_machines(layout)?;
-    // Nodes first: a hub that is gone makes them retry.
+    // Nodes first: without the hub they would only retry.
     for machine in machines.iter().rev() {
         end_processes(machine).with_context(|| format!("ending the processes of {machine}"))?;
     }
@@ -52,21 +51,21 @@ fn remove_all(layout: &Layout) -> Result<bool> {
     Ok(folder || !machines.is_empty())
 }
 
-/// Kills a start that still goes on, for example because only the `make` before it was killed. It may be this process,
-/// which an interrupt turned from a start into a removal.
+/// Kills a running start of this cluster, which survives, for example, when only its `make` is killed. This process
+/// may be that start, turned into a removal by an interrupt.
 fn end_starter(layout: &Layout) -> Result<()> {
     let Ok(id) = fs::read_to_string(layout.dir.join(STARTER)) else { return Ok(()) };
     if id == cleanup::run_id() || cleanup::running(&id).is_none() {
         return Ok(());
     }
-    wait_until("the end of the start that goes on", Duration::from_secs(10), || {
+    wait_until("the end of the running start", Duration::from_secs(10), || {
         let Some(process) = cleanup::running(&id) else { return Ok(()) };
         let _ = run("kill", ["-KILL", &process.to_string()]);
-        bail!("process {process} is left")
+        bail!("process {process} still runs")
     })
 }
 
-/// Network namespaces that carry the cluster's names, whatever number of nodes it had.
+/// Network namespaces with the cluster's names, for any number of nodes.
 fn existing_machines(layout: &Layout) -> Result<Vec<String>> {
     let mut names = Vec::new();
     let Ok(entries) = fs::read_dir("/run/netns") else { return Ok(names) };
@@ -84,22 +83,22 @@ fn existing_machines(layout: &Layout) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Kills what lives in the machine's network namespace. Its first process is among them, and takes
-/// the containers (which have network namespaces of their own) with it.
+/// Kills all processes in the machine's network namespace. The machine's first process is one of them; the
+/// containers, which have their own network namespaces, end with it.
 fn end_processes(machine: &str) -> Result<()> {
-    wait_until("the end of its processes", Duration::from_secs(20), || {
+    wait_until("the end of the machine's processes", Duration::from_secs(20), || {
         let pids = run_line(&format!("ip netns pids {machine}"))?;
         let pids: Vec<&str> = pids.split_whitespace().collect();
         if pids.is_empty() {
             return Ok(());
         }
-        // Those that ended meanwhile make kill fail.
+        // kill fails if a process has exited since it was listed.
         let _ = run("kill", ["-KILL"].iter().chain(&pids));
-        bail!("{} are left", pids.len())
+        bail!("{} still run", pids.len())
     })
 }
 
-/// Mounts in the host's own tree: none are made on purpose, so what is found was inherited.
+/// Unmounts everything in the host's mount namespace: mounts there are not intended and were inherited.
 fn unmount_below(dir: &Path) -> Result<()> {
     let table = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
     let dir = dir.to_string_lossy();
@@ -112,8 +111,8 @@ fn unmount_below(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The cluster's folder in every hierarchy of control groups, children first. The shared parent goes
-/// when the last cluster does.
+/// Removes the cluster's group in every cgroup hierarchy, children first, and the shared parent with the last
+/// cluster.
 pub fn remove_cgroups(layout: &Layout) -> Result<()> {
     for hierarchy in cgroup_hierarchies()? {
         let group = hierarchy.join(layout.cgroup());
@@ -121,7 +120,7 @@ pub fn remove_cgroups(layout: &Layout) -> Result<()> {
             wait_until("removing control groups", Duration::from_secs(10), || remove_group(&group))?;
         }
         if let Some(parent) = group.parent() {
-            // Fails while another cluster has its groups there, or if it never was.
+            // Fails while another cluster has its groups there, or if it does not exist.
             let _ = fs::remove_dir(parent);
         }
     }

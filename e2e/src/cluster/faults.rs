@@ -1,8 +1,8 @@
-//! Nodes on which the agent cannot do its work, on a real cluster: the reason is on that node's row, and the
-//! other nodes go on.
+//! Breaks agents on a real cluster: the affected node's ProxyStatus must report the reason, and the other nodes keep
+//! working.
 //!
-//! The DaemonSet is changed so that only a Pod that is deleted gets the fault; afterwards it is what it was. Another
-//! node has no kubelet meanwhile: its agent must go on, and the cluster takes a minute until it calls the node lost.
+//! The DaemonSet is changed so that only a deleted Pod gets the fault, and restored afterwards. Another node loses
+//! its kubelet: its agent must keep working, and it takes the cluster a minute to consider the node lost.
 
 use std::time::Duration;
 
@@ -17,21 +17,21 @@ use super::shell::{Results, say, wait_until};
 use super::{node, pki};
 
 const DAEMON_SET: &str = "daemonset/switchtower-node-agent";
-/// A lost stream shows after ten seconds; a crashed container must have been started again twice.
+/// Timeout: a lost stream is reported after ten seconds, and a crashed container must have restarted twice.
 const SHOWN: Duration = Duration::from_secs(90);
-/// ConfigMaps in place of the one that the controller writes.
+/// ConfigMaps that replace the one written by the controller.
 const FOREIGN: &str = "test-foreign-authority";
 const GARBAGE: &str = "test-garbage";
 
-/// One thing that is wrong with an agent's Pod.
+/// A fault of an agent's Pod.
 struct Fault {
     name: &'static str,
-    /// Over the Pod's template, as a strategic merge patch.
+    /// Strategic merge patch of the Pod's template.
     template: Value,
-    /// Any of these reasons on the row.
+    /// Accepted reasons on the ProxyStatus.
     reasons: &'static [&'static str],
-    /// The row's message holds it.
-    words: &'static str,
+    /// Text that the ProxyStatus message must contain.
+    message: &'static str,
 }
 
 fn faults() -> Vec<Fault> {
@@ -47,37 +47,37 @@ fn faults() -> Vec<Fault> {
             name: "an image that does not exist",
             template: container(json!({"image": "switchtower.invalid/no-such-image:1"})),
             reasons: &["ErrImagePull", "ImagePullBackOff"],
-            words: "switchtower.invalid/no-such-image:1",
+            message: "switchtower.invalid/no-such-image:1",
         },
         Fault {
             name: "an agent that crashes",
             template: container(json!({"args": ["--no-such-flag"]})),
             reasons: &["CrashLoopBackOff"],
-            words: "--no-such-flag",
+            message: "--no-such-flag",
         },
         Fault {
             name: "no capability NET_ADMIN",
             template: container(json!({"securityContext": {"capabilities": {"add": []}}})),
             reasons: &["KernelRefused"],
-            words: "not permitted",
+            message: "not permitted",
         },
         Fault {
             name: "no bootstrap ConfigMap",
             template: bootstrap("no-such-map"),
             reasons: &["BootstrapMissing"],
-            words: "ca.crt",
+            message: "ca.crt",
         },
         Fault {
             name: "garbage in the bootstrap ConfigMap",
             template: bootstrap(GARBAGE),
             reasons: &["BootstrapInvalid"],
-            words: "ca.crt",
+            message: "ca.crt",
         },
         Fault {
             name: "another authority in the bootstrap ConfigMap",
             template: bootstrap(FOREIGN),
             reasons: &["ControllerUntrusted"],
-            words: ":9443",
+            message: ":9443",
         },
     ]
 }
@@ -86,7 +86,9 @@ fn bootstrap(map: &str) -> Value {
     json!({"spec": {"volumes": [{"name": "bootstrap", "configMap": {"name": map, "optional": true}}]}})
 }
 
-/// Tries each fault on the last node, and prints a line for each and the total. An error if one did not show.
+/// Applies each fault to the last node, and prints a line for each and the total.
+///
+/// # Errors A fault was not reported.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     let Some(node) = layout.node_names().pop() else { bail!("the cluster has no nodes") };
@@ -97,7 +99,7 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     for fault in faults() {
         results.add(fault.name, || bench.try_one(&fault))?;
     }
-    results.add("a kubelet that is gone, and the agent after it", || bench.lost(silent))?;
+    results.add("a killed kubelet, then its agent", || bench.lost(silent))?;
     bench.kubectl.run(&format!("delete configmap --namespace {NAMESPACE} {FOREIGN} {GARBAGE}"))?;
     results.end("faults")
 }
@@ -123,7 +125,7 @@ impl Bench {
         self.kubectl.apply(&map(GARBAGE, json!({"ca.crt": "garbage", "controllers": "garbage"}))).map(drop)
     }
 
-    /// Kills the kubelet of a node on which neither the faults nor the controller are; returns the node's number.
+    /// Kills the kubelet of a node that runs neither the faults nor the controller; returns the node's number.
     fn kill_a_kubelet(&self) -> Result<u8> {
         let controllers = self.object(&format!(
             "get pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-controller"
@@ -134,13 +136,13 @@ impl Bench {
         };
         let numbered = (1..).zip(self.layout.node_names());
         let (number, name) =
-            numbered.into_iter().find(|(_, name)| !taken(name)).context("no node is free")?;
-        say(&format!("the kubelet of {name} is killed; its agent goes on"));
+            numbered.into_iter().find(|(_, name)| !taken(name)).context("no node is left for the fault")?;
+        say(&format!("killed the kubelet of {name}; its agent keeps running"));
         Machine::find(&self.layout, &name)?.kill("kubelet")?;
         Ok(number)
     }
 
-    /// The node whose kubelet is gone loses its agent too; then the kubelet returns and starts both again.
+    /// Also kills the agent of the node without a kubelet; then restarts the kubelet, which must start the agent.
     fn lost(&self, number: u8) -> Result<()> {
         let name = self.layout.node_names().swap_remove(usize::from(number) - 1);
         let machine = Machine::find(&self.layout, &name)?;
@@ -149,7 +151,7 @@ impl Bench {
         node::start_kubelet(&self.layout, &self.tools, &machine, number)?;
         let restored = self.all_ready();
         shown?;
-        restored.context("after the kubelet was back")
+        restored.context("after the kubelet's restart")
     }
 
     fn try_one(&self, fault: &Fault) -> Result<()> {
@@ -161,18 +163,18 @@ impl Bench {
         }});
         let shown = self
             .change("strategic", &broken)
-            .and_then(|()| self.shows(&self.node, fault.reasons, fault.words));
+            .and_then(|()| self.shows(&self.node, fault.reasons, fault.message));
         let whole = json!({"spec": {"template": spec["template"], "updateStrategy": spec["updateStrategy"]}});
         let restored = self.change("merge", &whole).and_then(|()| self.all_ready());
         shown?;
-        restored.context("after the fault was gone")
+        restored.context("after the fault was removed")
     }
 
     /// Patches the DaemonSet and replaces the node's Pod.
     fn change(&self, kind: &str, patch: &Value) -> Result<()> {
         let (kind, patch) = (format!("--type={kind}"), patch.to_string());
         let namespace = format!("--namespace={NAMESPACE}");
-        self.kubectl.run_words(&["patch", &namespace, DAEMON_SET, &kind, "--patch", &patch])?;
+        self.kubectl.run_arguments(&["patch", &namespace, DAEMON_SET, &kind, "--patch", &patch])?;
         self.kubectl
             .run(&format!(
                 "delete pod --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-node-agent \
@@ -182,17 +184,18 @@ impl Bench {
             .map(drop)
     }
 
-    /// Waits for one of these reasons with these words on the node's row, and looks that the others are in order.
-    fn shows(&self, node: &str, reasons: &[&str], words: &str) -> Result<()> {
-        wait_until("the reason on the row", SHOWN, || {
+    /// Waits until the node's ProxyStatus has one of these reasons and the message text; the other nodes must be
+    /// Ready.
+    fn shows(&self, node: &str, reasons: &[&str], text: &str) -> Result<()> {
+        wait_until("the reason in the ProxyStatus", SHOWN, || {
             let (ready, reason, message) = self.ready(node)?;
             ensure!(ready == "False" && reasons.contains(&reason.as_str()), "{ready} {reason} {message}");
-            ensure!(message.contains(words), "{message:?} lacks {words:?}");
+            ensure!(message.contains(text), "{message:?} lacks {text:?}");
             Ok(())
         })?;
         for other in self.layout.node_names().iter().filter(|other| *other != node) {
             let (ready, reason, message) = self.ready(other)?;
-            ensure!(ready == "True", "{other} is affected: {reason} {message}");
+            ensure!(ready == "True", "{other} is affected too: {reason} {message}");
         }
         Ok(())
     }
@@ -207,18 +210,18 @@ impl Bench {
         })
     }
 
-    /// Status, reason and message of the Ready condition of a node's row.
+    /// Status, reason and message of the Ready condition in a node's ProxyStatus.
     fn ready(&self, node: &str) -> Result<(String, String, String)> {
         let row = self.object(&format!("get proxystatus {node}"))?;
         let conditions = row.pointer("/status/conditions").and_then(Value::as_array);
         let ready = conditions.into_iter().flatten().find(|known| known["type"] == "Ready");
-        let ready = ready.with_context(|| format!("the row of {node} has no condition Ready"))?;
+        let ready = ready.with_context(|| format!("the ProxyStatus of {node} has no condition Ready"))?;
         let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
         Ok((text("status"), text("reason"), text("message")))
     }
 
     fn object(&self, line: &str) -> Result<Value> {
         let text = self.kubectl.run(&format!("{line} --output json"))?;
-        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` printed no JSON"))
+        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` did not print JSON"))
     }
 }

@@ -1,5 +1,5 @@
-//! Container images assembled without an engine: a tar of one layer, a config and a manifest, in the
-//! format that `docker save` writes and `ctr image import` reads.
+//! Builds container images without a container engine: a tar of one layer, a config and a manifest, in the format of
+//! `docker save` and `ctr image import`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
@@ -14,64 +14,61 @@ use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{finish, on_each, run};
 
-/// The image of every pod's sandbox.
+/// Sandbox image of every pod.
 pub const PAUSE: &str = "switchtower.dev/cluster/pause:1";
-/// The same image by the name that upstream's suite in v1.36 uses.
+/// The same image under the name that upstream's suite in v1.36 uses.
 const UPSTREAM_PAUSE: &str = "registry.k8s.io/pause:3.10.2";
-/// A server that answers with packets of an invalid connection state; a conntrack test of the suite.
+/// Server that answers with packets of an invalid connection state, for a conntrack test of the suite.
 const UPSTREAM_INVALID_STATE: &str = "registry.k8s.io/e2e-test-images/regression-issue-74839:1.4";
-/// The cluster's DNS server.
 pub const COREDNS: &str = "switchtower.dev/cluster/coredns:1";
-/// The controller, as the manifests name it.
+/// The controller, as named in the manifests.
 pub const CONTROLLER: &str = "switchtower.dev/switchtower-controller:dev";
-/// The node agent, as the manifests name it.
+/// The node agent, as named in the manifests.
 pub const NODE_AGENT: &str = "switchtower.dev/switchtower-node-agent:dev";
-/// The test image, first by the name that the demo uses, then by those of upstream's suite in v1.36.
+/// The test image: first the name that the demo uses, then those of upstream's suite in v1.36.
 const TEST_IMAGE_TAGS: [&str; 6] = [
     "switchtower.dev/cluster/agnhost:1",
     "registry.k8s.io/e2e-test-images/agnhost:2.63.0",
     "registry.k8s.io/e2e-test-images/agnhost:2.55",
     "registry.k8s.io/e2e-test-images/busybox:1.37.0-1",
     "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0",
-    // Of this one the suite wants the program `conntrack`.
+    // The suite uses the program `conntrack` of this image.
     "registry.k8s.io/build-image/distroless-iptables:v0.9.6",
 ];
 
-/// Start of the names of folders in which images are assembled.
+/// Name prefix of temporary build folders.
 const UNFINISHED: &str = ".unfinished-";
 
-/// Counts up when archives are made in another way.
+/// Version of the archive layout; increment it when archives are built differently.
 const FORMAT: u8 = 1;
-/// Another run may still import an archive of this age.
+/// Minimum age for deletion: another run may still be importing a younger archive.
 const YOUNG: Duration = Duration::from_secs(600);
 
-/// What an image is made of.
+/// Contents of an image.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// File name of the archive, without its ending.
+    /// File name of the archive, without extension.
     pub name: &'static str,
-    /// Names that it gets when imported.
+    /// Names of the image after import.
     pub tags: Vec<String>,
-    /// The only layer.
     pub layer: Layer,
-    /// What runs.
     pub entrypoint: Vec<String>,
-    /// Arguments, unless the container gives its own.
+    /// Default arguments of the container.
     pub arguments: Vec<String>,
     /// Numeric user, empty for root.
     pub user: &'static str,
 }
 
-/// Where the layer's files come from.
+/// Source of the layer's files.
 #[derive(Debug, Clone)]
 pub enum Layer {
-    /// A tar made before.
+    /// An existing tar.
     Tar(PathBuf),
-    /// One program, and the shared libraries that it needs.
+    /// A program and its shared libraries.
     Program(PathBuf),
 }
 
-/// The images that a cluster has before anything is installed on it.
+/// Images that a cluster has before anything is installed on it.
 pub fn base_images(tools: &Tools) -> Vec<Image> {
     let test_tags = TEST_IMAGE_TAGS.iter().map(|&tag| tag.to_owned()).collect();
     let mut pause = program("pause", PAUSE, &tools.cluster("pause"), "65535:65535");
@@ -92,7 +89,7 @@ pub fn base_images(tools: &Tools) -> Vec<Image> {
     ]
 }
 
-/// The images that the manifests install; the programs are those of this build.
+/// Images that the manifests install, with the programs of this build.
 pub fn switchtower_images(programs: &Path) -> Vec<Image> {
     vec![
         program(
@@ -118,7 +115,7 @@ fn program(name: &'static str, tag: &str, path: &Path, user: &'static str) -> Im
 
 /// Writes the archive into the folder and returns its path.
 ///
-/// An archive that was made from the same files before is kept: its name says which.
+/// An archive built from the same files is reused: its name contains their fingerprint.
 pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
     let archive = folder.join(format!("{}-{}.tar", image.name, fingerprint(image)?));
     if archive.exists() {
@@ -127,7 +124,7 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
     let work = tempfile::Builder::new()
         .prefix(UNFINISHED)
         .tempdir_in(folder)
-        .context("making a folder to work in")?;
+        .context("creating a temporary folder")?;
     let layer = match &image.layer {
         Layer::Tar(path) => path.clone(),
         Layer::Program(path) => program_layer(image.name, path, work.path())?,
@@ -162,8 +159,8 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// What an archive depends on. Size and time of change stand for a file's content: reading 300 MB at every start
-/// takes seconds.
+/// Fingerprint of an archive's inputs. Size and modification time stand for a file's content: reading 300 MB at every
+/// start takes seconds.
 fn fingerprint(image: &Image) -> Result<String> {
     let inputs = match &image.layer {
         Layer::Tar(path) => vec![path.clone()],
@@ -183,8 +180,7 @@ fn fingerprint(image: &Image) -> Result<String> {
     Ok(format!("{:x}", Sha256::digest(text.as_bytes())))
 }
 
-/// Archives of other builds of the same image: each build makes one, and nobody comes back to them. One that is
-/// being imported now is young.
+/// Removes archives of other builds of the same image, except young ones, which may be in use.
 fn remove_older(name: &str, kept: &Path, folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
         let entry = entry.with_context(|| format!("reading {}", folder.display()))?;
@@ -199,13 +195,13 @@ fn remove_older(name: &str, kept: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Assembles images and imports them on all of these nodes, all nodes at once.
+/// Builds images and imports them on all given nodes in parallel.
 pub fn deliver(layout: &Layout, tools: &Tools, images: &[Image], nodes: &[Machine]) -> Result<()> {
     let archives = assemble_all(tools, images)?;
     on_each(nodes, |node| archives.iter().try_for_each(|archive| import(layout, node, archive)))
 }
 
-/// Assembles images in turn. A second run at the same time waits.
+/// Builds images, serialized with other runs by a lock.
 pub fn assemble_all(tools: &Tools, images: &[Image]) -> Result<Vec<PathBuf>> {
     let folder = &tools.images;
     fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -218,7 +214,7 @@ pub fn assemble_all(tools: &Tools, images: &[Image]) -> Result<Vec<PathBuf>> {
     assembled.collect()
 }
 
-/// What interrupted runs left; nobody else holds the lock.
+/// Removes the remains of interrupted runs; the caller holds the lock.
 fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
         let path = entry.with_context(|| format!("reading {}", folder.display()))?.path();
@@ -231,7 +227,7 @@ fn remove_unfinished(folder: &Path) -> Result<()> {
 
 /// Imports an archive into a node's container runtime.
 pub fn import(layout: &Layout, node: &Machine, archive: &Path) -> Result<()> {
-    // Inside the node, /var is its own: the archive is handed over there.
+    // The node has its own /var: copy the archive there.
     let inbox = layout.machine_var(&node.name).join("tmp");
     let name = archive.file_name().context("an archive without a name")?;
     let copy = inbox.join(name);
@@ -250,7 +246,7 @@ fn program_layer(name: &str, program: &Path, work: &Path) -> Result<PathBuf> {
     let root = work.join("root");
     fs::create_dir(&root).context("making the layer's folder")?;
     fs::copy(program, root.join(name)).with_context(|| format!("copying {}", program.display()))?;
-    // Three quarters of an unoptimised build are for debuggers. Without `strip` the image is larger.
+    // Strips debug information, three quarters of a debug build. Without `strip` the image is larger.
     let _ = run("strip", [Path::new("--strip-debug"), &root.join(name)]);
     for library in shared_libraries(program)? {
         let target = root.join(library.strip_prefix("/").unwrap_or(&library));
@@ -264,17 +260,17 @@ fn program_layer(name: &str, program: &Path, work: &Path) -> Result<PathBuf> {
     Ok(layer)
 }
 
-/// Shared libraries with their loader, as `ldd` finds them; none for a static program.
+/// Shared libraries with their loader, as listed by `ldd`; none for a static program.
 fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let Ok(listing) = run("ldd", [program]) else {
-        // `ldd` fails on a static program. A program that is not there fails when it is copied.
+        // `ldd` fails for a static program. A missing program fails later, when it is copied.
         return Ok(Vec::new());
     };
     let words = listing.split_whitespace();
     Ok(words.filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// The same files give the same bytes.
+/// Writes a reproducible tar: equal files give equal bytes.
 fn tar(folder: &Path, archive: &Path, members: &[&str]) -> Result<()> {
     let mut command = std::process::Command::new("tar");
     command.args(["--create", "--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
@@ -287,7 +283,7 @@ fn sha256(path: &Path) -> Result<String> {
     Ok(line.split_whitespace().next().context("sha256sum printed nothing")?.to_owned())
 }
 
-/// The name that images use for this machine's processor.
+/// Name of this machine's processor architecture in images.
 fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -302,7 +298,7 @@ mod tests {
 
     const DOCKERFILE: &str = include_str!("../../../manifests/Dockerfile");
 
-    /// The lines of a stage, from its FROM to the next one.
+    /// Lines of a stage, from its FROM to the next one.
     fn stage(name: &str) -> Vec<&'static str> {
         let lines = DOCKERFILE.lines().skip_while(|line| !line.ends_with(&format!(" AS {name}")));
         let (first, rest) = (lines.clone().take(1), lines.skip(1));

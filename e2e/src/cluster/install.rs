@@ -1,6 +1,6 @@
 //! Installs Switchtower as a user does: images, one ConfigMap, `kubectl apply -k` of an overlay.
 //!
-//! The overlay has the component for connection tracking, because kube-proxy sets those limits too.
+//! The overlay includes the component for connection tracking, because kube-proxy sets those limits too.
 
 use std::fs;
 use std::path::Path;
@@ -15,11 +15,10 @@ use super::machine::Machine;
 use super::shell::{say, wait_until};
 use super::{addons, images};
 
-/// The namespace of the manifests.
 pub const NAMESPACE: &str = "switchtower-system";
 
-/// Delivers this build's images, applies the manifests, and waits until every node is Ready and CoreDNS,
-/// which needs Services, works. Repeated, it replaces the running images with this build's.
+/// Delivers this build's images, applies the manifests, and waits until every node is Ready and CoreDNS, which needs
+/// Services, works. A repeated call replaces the running images with this build's.
 pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     let start = Instant::now();
     let kubectl = Kubectl::new(layout, tools);
@@ -34,14 +33,14 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     kubectl.apply(&prerequisites(layout))?;
     kubectl.run(&format!("apply -k {overlay}"))?;
     if installed {
-        // The tag is the same, so nothing but this makes the new images run.
+        // The tag is unchanged, so only a restart runs the new images.
         kubectl.run(&format!(
             "rollout restart --namespace {NAMESPACE} deployment/switchtower-controller daemonset/switchtower-node-agent"
         ))?;
     }
     wait_for_rollout(&kubectl)?;
-    // A change of the pod makes the kubelet look at its volumes now; otherwise an agent that started before
-    // the controller wrote switchtower-bootstrap gets it within about a minute and a half.
+    // A change of the Pod makes the kubelet refresh its volumes now; otherwise an agent that started before the
+    // controller wrote switchtower-bootstrap gets it after up to a minute and a half.
     kubectl.run(&format!(
         "annotate pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-node-agent \
          switchtower.dev/look-again=yes --overwrite"
@@ -59,8 +58,8 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     Ok(())
 }
 
-/// Writes an overlay and returns its folder: the manifests, the component for connection tracking with the one setting
-/// left out that only the first network namespace of a machine may change, and these components too.
+/// Writes an overlay and returns its folder: the manifests, these components, and the component for connection
+/// tracking without the setting that only a machine's initial network namespace may change.
 pub(super) fn write_overlay(
     layout: &Layout,
     tools: &Tools,
@@ -95,7 +94,7 @@ pub(super) fn write_overlay(
     Ok(folder.to_str().context("the overlay's path is not UTF-8")?.to_owned())
 }
 
-/// The way from one absolute folder to another, because kustomize takes no absolute paths.
+/// The relative path from one absolute folder to another, because kustomize rejects absolute paths.
 fn relative(from: &Path, to: &Path) -> Option<String> {
     let up = "../".repeat(from.components().count().saturating_sub(1));
     Some(format!("{up}{}", to.strip_prefix("/").ok()?.to_str()?))
@@ -110,7 +109,7 @@ fn wait_for_rollout(kubectl: &Kubectl) -> Result<()> {
     Ok(())
 }
 
-/// What the manifests' README tells the user to make first: the API server's real address.
+/// The ConfigMap that the manifests' README asks users to create first: the API server's real address.
 fn prerequisites(layout: &Layout) -> String {
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
     let address = json!({

@@ -1,5 +1,5 @@
-//! What is installed on a cluster is what the manifests promise: applied again they change nothing, the components
-//! apply, and a monitoring system finds every pod behind the metrics Services.
+//! Checks that the installation matches the manifests: applying them again changes nothing, the components apply, and
+//! a monitoring system finds every pod through the metrics Services.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,9 +12,9 @@ use super::layout::{Layout, Tools};
 use super::shell::{Results, say};
 use crate::lab::http::http_get;
 
-/// Prints a line for each test and the total.
+/// Runs the checks; prints a line for each and the total.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
-    say("what is installed");
+    say("the installation");
     let installed = Installed { kubectl: Kubectl::new(layout, tools), layout, tools };
     let mut results = Results::default();
     results.add("manifests applied again change nothing", || installed.apply_again())?;
@@ -30,7 +30,7 @@ struct Installed<'a> {
 }
 
 impl Installed<'_> {
-    /// Neither their own objects nor what the controller has written.
+    /// Applying the manifests again changes neither their objects nor those that the controller wrote.
     fn apply_again(&self) -> Result<()> {
         let version = |kubectl: &Kubectl| {
             kubectl.run(&format!(
@@ -47,7 +47,7 @@ impl Installed<'_> {
         Ok(())
     }
 
-    /// The API server takes them; nothing is left of it.
+    /// The API server accepts the components in a dry run.
     fn components(&self) -> Result<()> {
         let overlay = write_overlay(self.layout, self.tools, "components", &["alerts", "dashboards"])?;
         let applied = self.kubectl.run(&format!("apply -k {overlay} --dry-run=server"))?;
@@ -64,19 +64,19 @@ impl Installed<'_> {
                 "get endpointslices --namespace {NAMESPACE} --selector kubernetes.io/service-name={service}-metrics \
                  --output json"
             ))?;
-            let slices: Value = serde_json::from_str(&text).context("the EndpointSlices are no JSON")?;
+            let slices: Value = serde_json::from_str(&text).context("the EndpointSlices are not JSON")?;
             let addresses = addresses(&slices);
             ensure!(addresses.len() == pods, "{service}: {addresses:?}, expected {pods}");
             for address in addresses {
                 let metrics = http_get(address, "/metrics")?;
-                ensure!(metrics.contains("switchtower_"), "{address} has no metrics of ours");
+                ensure!(metrics.contains("switchtower_"), "{address} does not serve Switchtower's metrics");
             }
         }
         Ok(())
     }
 }
 
-/// Where the ready endpoints are.
+/// Addresses of the ready endpoints.
 fn addresses(slices: &Value) -> Vec<SocketAddr> {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let mut found = Vec::new();

@@ -1,7 +1,7 @@
-//! What an interrupt does: SIGINT, SIGTERM, SIGHUP, or the end of the program that started this one.
+//! Handles interrupts: SIGINT, SIGTERM, SIGHUP, or the end of the parent process.
 //!
-//! A cluster that is being started is removed: the process becomes `cluster down`, which ends its threads at
-//! once, so nothing is made any more. A running cluster stays.
+//! A cluster that is being started is removed: the process executes `cluster down`, which ends its threads
+//! immediately, so that nothing more is created. A running cluster stays.
 
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
@@ -11,32 +11,31 @@ use anyhow::{Context, Result};
 use super::layout::Layout;
 use super::shell::say;
 
-/// The exit code of a program that an interrupt ended.
+/// Exit code of an interrupted program.
 pub const EXIT_CODE: i32 = 130;
 
-/// What is left to do when an interrupt comes.
+/// Action on an interrupt.
 #[derive(Debug, Clone)]
 pub enum Then {
     /// Removes this cluster.
     Remove(Layout),
-    /// Leaves the cluster as it is, and says how to remove it.
+    /// Keeps the cluster and prints how to remove it.
     Leave,
 }
 
-/// From now on an interrupt ends this process so. Its parent's end is one: whoever kills `make` with SIGKILL
-/// has not asked for a cluster either.
+/// Installs the handlers, which run the action and end this process. The end of the parent counts as an interrupt: if
+/// `make` is killed with SIGKILL, the cluster is no longer wanted.
 ///
-/// # Errors
-/// The handlers cannot be installed.
+/// # Errors The handlers cannot be installed.
 pub fn watch(then: Then) -> Result<()> {
     // SAFETY: prctl with these arguments touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } != 0 {
-        return Err(std::io::Error::last_os_error()).context("asking for a signal at the parent's end");
+        return Err(std::io::Error::last_os_error()).context("requesting a signal at the parent's end");
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("making the runtime that waits for signals")?;
+        .context("creating the runtime for signals")?;
     let signals = {
         let _entered = runtime.enter();
         Signals::install()?
@@ -75,25 +74,25 @@ fn end(then: &Then) -> ! {
     match then {
         Then::Remove(layout) => {
             ignore_more();
-            say("interrupted: what was started of the cluster is removed");
+            say("interrupted: removing the incomplete cluster");
             let error = become_down(layout);
-            say(&format!("{error:#}: `make cluster-down` removes it"));
+            say(&format!("{error:#}: remove the cluster with `make cluster-down`"));
         }
-        Then::Leave => say("interrupted; a running cluster stays, `make cluster-down` removes it"),
+        Then::Leave => say("interrupted; the cluster keeps running, `make cluster-down` removes it"),
     }
     std::process::exit(EXIT_CODE)
 }
 
-/// The removal is not to be interrupted: a second signal often follows the first (`timeout` sends one to the process and
-/// one to its group), and the program that this process becomes has no handlers. What is ignored stays so.
+/// Ignores signals during the removal: a second signal often follows the first (`timeout` signals the process and its
+/// group), and the executed program has no handlers. Ignored signals stay ignored across exec.
 fn ignore_more() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: a plain system call; no handler of ours runs afterwards.
+        // SAFETY: a plain system call; none of our handlers runs afterwards.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
 }
 
-/// Returns only if it fails.
+/// Returns only on failure.
 fn become_down(layout: &Layout) -> anyhow::Error {
     let parent = layout.dir.parent().unwrap_or(&layout.dir);
     let program = match std::env::current_exe() {

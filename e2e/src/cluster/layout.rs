@@ -1,4 +1,4 @@
-//! Names, paths and addresses: everything about a cluster that is known before it exists.
+//! Names, paths and addresses of a cluster, all determined before it exists.
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-/// The address of a node's pods when no one else decided: nothing outside the cluster routes to it.
+/// Pod CIDRs of both families; not routed outside the cluster.
 pub const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
-/// The range of ClusterIPs, both families.
+/// ClusterIP ranges of both families.
 pub const SERVICE_CIDRS: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// ClusterIP of the cluster's DNS, the kubelets' `clusterDNS`.
 pub const DNS_IP: &str = "10.96.0.10";
@@ -20,28 +20,28 @@ pub const API_SERVER_PORT: u16 = 6443;
 /// File in the cluster's folder with the id of the process that starts it.
 pub(super) const STARTER: &str = "starter";
 
-/// [`Layout::pki`] as the hub sees it.
+/// Path of [`Layout::pki`] inside the hub.
 pub const HUB_PKI: &str = "/var/pki";
 
-/// Names, paths and addresses of one cluster.
+/// Parameters of one cluster, from which all names, paths and addresses follow.
 #[derive(Debug, Clone)]
 pub struct Layout {
     /// Prefix of the namespaces and control groups, at most 9 characters (it becomes part of a device name).
     pub name: String,
-    /// The folder that holds all of the cluster's state.
+    /// Folder of the cluster's whole state.
     pub dir: PathBuf,
-    /// How many nodes with a kubelet, 1 to 99.
+    /// Number of nodes with a kubelet, 1 to 99.
     pub nodes: u8,
 }
 
-/// Where the programs come from: folders that the set-up script filled.
+/// Folders with programs, filled by the set-up script.
 #[derive(Debug, Clone)]
 pub struct Tools {
     /// etcd, kube-apiserver, kube-controller-manager, kube-proxy, kubectl.
     pub control_plane: PathBuf,
     /// kubelet, kube-scheduler, agnhost, e2e.test, ginkgo, coredns, pause, and the test image's root.
     pub cluster: PathBuf,
-    /// Where assembled images are kept between runs.
+    /// Cache of assembled images.
     pub images: PathBuf,
     /// The manifests that install Switchtower.
     pub manifests: PathBuf,
@@ -50,27 +50,25 @@ pub struct Tools {
 }
 
 impl Layout {
-    /// The name of the hub's machine.
     pub fn hub(&self) -> String {
         format!("{}-hub", self.name)
     }
 
-    /// The names of the nodes, which are also their host names and Node objects.
+    /// Names of the nodes, which are also their host names and Node objects.
     pub fn node_names(&self) -> Vec<String> {
         (1..=self.nodes).map(|number| format!("{}-node-{number}", self.name)).collect()
     }
 
-    /// Folder of one machine.
     pub fn machine_dir(&self, machine: &str) -> PathBuf {
         self.dir.join(machine)
     }
 
-    /// What the machine sees as `/var`.
+    /// The machine's `/var` on the host.
     pub fn machine_var(&self, machine: &str) -> PathBuf {
         self.machine_dir(machine).join("var")
     }
 
-    /// The administrator's kubeconfig, usable from the host.
+    /// Administrator's kubeconfig, usable from the host.
     pub fn kubeconfig(&self) -> PathBuf {
         self.dir.join("kubeconfig")
     }
@@ -110,18 +108,18 @@ impl Layout {
         Ipv4Addr::new(10, 203, 0, 254)
     }
 
-    /// Addresses of the node with this number (from 1).
+    /// Addresses of a node by its number (from 1).
     pub fn node_ips(&self, number: u8) -> (Ipv4Addr, Ipv6Addr) {
         let host = 10 + number;
         (Ipv4Addr::new(10, 203, 0, host), Ipv6Addr::new(0xfd00, 0x203, 0, 0, 0, 0, 0, u16::from(host)))
     }
 
-    /// The API server's address as programs reach it.
+    /// URL of the API server.
     pub fn api_server(&self) -> String {
         format!("https://{}:{API_SERVER_PORT}", self.hub_ip())
     }
 
-    /// The zone of the node with this number: three zones, in turn.
+    /// Zone of a node by its number: three zones, in turn.
     pub fn zone(&self, number: u8) -> &'static str {
         match number % 3 {
             1 => "zone-a",
@@ -137,13 +135,13 @@ impl Tools {
         self.control_plane.join(program)
     }
 
-    /// Path of a program that the cluster needs beside the control plane.
+    /// Path of a program outside the control plane.
     pub fn cluster(&self, program: &str) -> PathBuf {
         self.cluster.join(program)
     }
 }
 
-/// The roots of the control groups: one with version 2, one per controller with version 1, both if mixed.
+/// Roots of the control groups: one with version 2, one per controller with version 1, both if mixed.
 pub fn cgroup_hierarchies() -> Result<Vec<PathBuf>> {
     let root = Path::new("/sys/fs/cgroup");
     if root.join("cgroup.procs").exists() {
@@ -157,7 +155,7 @@ pub fn cgroup_hierarchies() -> Result<Vec<PathBuf>> {
         }
     }
     if found.is_empty() {
-        bail!("no control groups at /sys/fs/cgroup: mount them and try again");
+        bail!("no control groups at /sys/fs/cgroup: mount them and retry");
     }
     Ok(found)
 }

@@ -1,11 +1,10 @@
-//! The cloud's part of a Service of type LoadBalancer, as small as it can be: an address in the Service's
-//! status, and a route for it in the hub to the nodes that may take its traffic.
+//! A minimal cloud load balancer for Services of type LoadBalancer: an address in the Service's status, and a route
+//! for it in the hub to eligible nodes.
 //!
-//! Packets pass as they are: neither address is translated. Nodes are chosen as a cloud does: all of them, or
-//! with externalTrafficPolicy Local those whose health check port answers 200. Connections are spread over them
-//! by addresses and ports; with session affinity all connections of a client go to one node, here the same for
-//! every client, because the hub is the only one. Its address is outside the nodes' network, as a client's in
-//! the Internet. Address family: IPv4.
+//! Packets are forwarded without address translation. Nodes are selected as a cloud does: all of them, or with
+//! externalTrafficPolicy Local those whose health check port answers 200. Connections are spread by addresses and
+//! ports; with session affinity all connections go to one node, the same for every client, because the hub is the
+//! only client. Its address is outside the nodes' network, like an Internet client's. IPv4 only.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -26,42 +25,41 @@ use super::shell::{run_line, say};
 use crate::lab::api::Kube;
 
 const INTERVAL: Duration = Duration::from_millis(500);
-/// How long a node's health check may take; longer counts as unhealthy.
+/// Timeout of a node's health check; longer counts as unhealthy.
 const HEALTH_LIMIT: Duration = Duration::from_millis(500);
-/// The hub's address as a client of VIPs: of a block for documentation, no part of any network here.
+/// The hub's address as a client of VIPs, from a documentation block that no network here uses.
 const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 
-/// Gives addresses to Services, until it is stopped.
+/// Assigns addresses to Services until stopped.
 #[derive(Debug)]
 pub struct LoadBalancer {
     layout: Layout,
     kube: Kube,
-    /// Address of each Service, by namespace and name.
+    /// Assigned addresses by namespace and name of the Service.
     addresses: BTreeMap<(String, String), Ipv4Addr>,
-    /// The nodes that each address is routed to.
+    /// Nodes to which each address is routed.
     routes: BTreeMap<Ipv4Addr, Vec<Ipv4Addr>>,
 }
 
-/// What the balancer does for one address.
+/// Load balancer parameters of one address.
 struct Frontend {
     address: Ipv4Addr,
-    /// Asks every node at this port whether it takes traffic; without it all do.
+    /// Health check port of every node; without it all nodes are healthy.
     check_port: Option<u16>,
     /// Keeps a client's connections on one node.
     affinity: bool,
 }
 
 impl LoadBalancer {
-    /// For this cluster; nothing is changed yet.
+    /// Creates a load balancer for this cluster without changing anything.
     ///
-    /// # Errors
-    /// The kubeconfig is unusable.
+    /// # Errors The kubeconfig is unusable.
     pub fn new(layout: &Layout) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
-            .context("making the load balancer's runtime")?;
+            .context("creating the load balancer's runtime")?;
         let kubeconfig =
             Kubeconfig::read_from(layout.kubeconfig()).context("reading the cluster's kubeconfig")?;
         let config =
@@ -74,7 +72,7 @@ impl LoadBalancer {
         })
     }
 
-    /// Works until told to stop. What fails is said once and tried again.
+    /// Runs until stopped. Failures are printed once and retried.
     pub fn run(mut self, stop: &AtomicBool) {
         let mut said = String::new();
         if let Err(error) = self.prepare() {
@@ -92,8 +90,8 @@ impl LoadBalancer {
         }
     }
 
-    /// The client's address. And what is sent to an address that no Service has vanishes, as with a cloud's: an
-    /// error would be another answer than the tests expect. That gateway is an address that no one has.
+    /// Configures the client's address and a blackhole for unassigned addresses: as with a cloud, packets to them
+    /// vanish, whereas the tests would not expect an ICMP error. The gateway is an unused address.
     fn prepare(&self) -> Result<()> {
         let hub = self.layout.hub();
         run_line(&format!("ip -n {hub} address replace {CLIENT}/32 dev lo"))?;
@@ -197,7 +195,7 @@ impl Frontend {
     }
 }
 
-/// The nodes that take the traffic. With affinity it is one, the same as before while it is healthy.
+/// Nodes that receive the traffic. With affinity it is one, the same as before while it is healthy.
 fn targets(healthy: Vec<Ipv4Addr>, affinity: bool, before: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
     if !affinity {
         return healthy;
@@ -223,11 +221,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clients_connections_stay_on_one_healthy_node() {
+    fn affinity_keeps_one_healthy_node() {
         let [a, b, c] = [1, 2, 3].map(|host| Ipv4Addr::new(192, 0, 2, host));
         assert_eq!(targets(vec![a, b, c], false, &[b]), [a, b, c]);
         assert_eq!(targets(vec![a, b, c], true, &[b]), [b]);
-        assert_eq!(targets(vec![a, c], true, &[b]), [a], "its node is not healthy any more");
+        assert_eq!(targets(vec![a, c], true, &[b]), [a], "its node is no longer healthy");
         assert!(targets(vec![], true, &[b]).is_empty());
     }
 }

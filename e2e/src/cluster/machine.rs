@@ -1,4 +1,4 @@
-//! One machine of the cluster: a set of namespaces, held by a first process that reaps orphans.
+//! A machine of the cluster: a set of namespaces, held by a first process that reaps orphans.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -12,24 +12,23 @@ use anyhow::{Context, Result, bail};
 use super::layout::Layout;
 use super::shell::{run, run_line, wait_until};
 
-/// Folders under a machine's `/var` that programs expect.
+/// Folders below a machine's `/var` that programs expect.
 const VAR_FOLDERS: [&str; 6] = ["lib/kubelet", "lib/containerd", "lib/cni/net.d", "log", "tmp", "cache"];
 
-/// File in the machine's folder with the process id of its first process.
+/// File in the machine's folder with the id of its first process.
 const INIT: &str = "init";
 
-/// A running machine.
 #[derive(Debug, Clone)]
 pub struct Machine {
     /// Name of the network namespace, the host name, and the folder.
     pub name: String,
-    /// Process id of the first process, as the host sees it.
+    /// Id of the first process on the host.
     init: u32,
     logs: std::path::PathBuf,
 }
 
 impl Machine {
-    /// Makes the namespaces and starts the first process, which gives the machine its own `/var` and `/run`.
+    /// Creates the namespaces and starts the first process, which mounts the machine's own `/var` and `/run`.
     pub fn start(layout: &Layout, name: &str) -> Result<Self> {
         fs::create_dir_all(layout.logs()).context("making the log folder")?;
         let var = layout.machine_var(name);
@@ -59,22 +58,22 @@ impl Machine {
         Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
     }
 
-    /// A machine that an earlier run started.
+    /// Finds a machine that an earlier run started.
     pub fn find(layout: &Layout, name: &str) -> Result<Self> {
         let record = layout.machine_dir(name).join(INIT);
         let init =
             fs::read_to_string(&record).with_context(|| format!("{name} does not run: `make cluster`"))?;
         let init: u32 = init.parse().with_context(|| format!("{} holds no process id", record.display()))?;
-        // The number may belong to another process by now; its network namespace tells.
+        // The id may have been reused: check the process's network namespace.
         let theirs = fs::metadata(format!("/proc/{init}/ns/net")).map(|file| file.ino()).ok();
         let ours = fs::metadata(format!("/run/netns/{name}")).map(|file| file.ino()).ok();
         if theirs.is_none() || theirs != ours {
-            bail!("{name} does not run any more: `make cluster-down`, then `make cluster`");
+            bail!("{name} no longer runs: `make cluster-down`, then `make cluster`");
         }
         Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
     }
 
-    /// A command that will run inside the machine.
+    /// Prepares a command that runs inside the machine.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
         command
@@ -84,14 +83,16 @@ impl Machine {
         command
     }
 
-    /// Starts a program that outlives this one; what it prints goes to `MACHINE-LABEL.log`.
+    /// Starts a program that outlives this one; its output goes to `MACHINE-LABEL.log`.
     pub fn spawn(&self, label: &str, mut command: Command) -> Result<()> {
         detach(&mut command, &self.logs.join(format!("{}-{label}.log", self.name)))?;
         Ok(())
     }
 
-    /// Kills with SIGKILL what runs this program in the machine's network namespace, containers of the node's
-    /// network included. An error if nothing does.
+    /// Kills with SIGKILL all processes of this program in the machine's network namespace, including containers in
+    /// the host network.
+    ///
+    /// # Errors There is none.
     pub fn kill(&self, program: &str) -> Result<()> {
         let pids = run_line(&format!("ip netns pids {}", self.name))?;
         let runs = |pid: &&str| {
@@ -105,13 +106,13 @@ impl Machine {
         run("kill", ["-KILL"].iter().chain(&found)).map(drop)
     }
 
-    /// Runs a line of words inside the machine's network namespace.
+    /// Runs a command line, split at blanks, in the machine's network namespace.
     pub fn net(&self, line: &str) -> Result<String> {
         let words = ["netns", "exec", &self.name].into_iter().chain(line.split_whitespace());
         run("ip", words)
     }
 
-    /// Writes a file under the machine's own `/var`; the path is given as seen inside.
+    /// Writes a file below the machine's own `/var`; the path is the one inside the machine.
     pub fn write_var(&self, layout: &Layout, path: &str, content: &str) -> Result<()> {
         let inside = path.strip_prefix("/var/").with_context(|| format!("{path} is not under /var"))?;
         let outside = layout.machine_var(&self.name).join(inside);
@@ -122,7 +123,7 @@ impl Machine {
     }
 }
 
-/// Starts a program in a process group of its own, so that an interrupt at the terminal spares it.
+/// Starts a program in its own process group, so that an interrupt at the terminal does not reach it.
 fn detach(command: &mut Command, log: &Path) -> Result<u32> {
     let output = File::create(log).with_context(|| format!("making {}", log.display()))?;
     let errors = output.try_clone().context("duplicating the log's descriptor")?;
@@ -133,7 +134,7 @@ fn detach(command: &mut Command, log: &Path) -> Result<u32> {
         .stderr(errors)
         .process_group(0)
         .spawn()
-        .with_context(|| format!("{program} could not be started"))?;
+        .with_context(|| format!("failed to start {program}"))?;
     Ok(child.id())
 }
 
@@ -144,12 +145,12 @@ fn child_of(parent: u32) -> Result<u32> {
     first.parse().with_context(|| format!("{path} holds no process id"))
 }
 
-/// The first process of a machine: prepares mounts and the host name, then reaps orphans for ever.
+/// Main function of the first process of a machine: prepares mounts and the host name, then reaps orphans forever.
 ///
 /// Runs inside the new namespaces. `/run` becomes a fresh tmpfs and `/var` the given folder.
 pub fn machine_init(host_name: &str, var: &Path) -> Result<()> {
     fs::write("/proc/sys/kernel/hostname", host_name).context("setting the host name")?;
-    // What the kubelet mounts must be seen by containers with mount propagation.
+    // Containers with mount propagation must see the kubelet's mounts.
     run_line("mount --make-rshared /")?;
     let var = var.to_str().context("the folder's name is not UTF-8")?;
     run("mount", ["--bind", var, "/var"])?;
@@ -157,11 +158,11 @@ pub fn machine_init(host_name: &str, var: &Path) -> Result<()> {
     for folder in ["/run/netns", "/run/lock"] {
         fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
     }
-    fs::write("/var/tmp/ready", "").context("telling that the mounts are done")?;
+    fs::write("/var/tmp/ready", "").context("reporting that the mounts are done")?;
     reap()
 }
 
-/// Waits for children that others orphaned. Without this they stay as zombies.
+/// Reaps orphans, which would otherwise stay as zombies.
 fn reap() -> Result<()> {
     loop {
         // SAFETY: a null status pointer is allowed; no memory is touched.

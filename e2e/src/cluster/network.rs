@@ -1,4 +1,4 @@
-//! The network that joins the machines: a bridge in the hub, a link per node, a link for the host.
+//! The network between the machines: a bridge in the hub, a link per node, a link for the host.
 
 use anyhow::Result;
 
@@ -6,8 +6,8 @@ use super::layout::Layout;
 use super::machine::Machine;
 use super::shell::run_line;
 
-/// Settings of every machine: it forwards, its refusals are not rate-limited (they would look like
-/// time-outs), and it neither sends nor believes redirects (a client would learn a route past the proxy).
+/// Sysctls of every machine: it forwards, its ICMP errors are not rate-limited (missing ones would look like
+/// timeouts), and it neither sends nor accepts redirects (a client would learn a route past the proxy).
 const SYSCTLS: [&str; 13] = [
     "net.ipv4.ip_forward=1",
     "net.ipv6.conf.all.forwarding=1",
@@ -21,11 +21,11 @@ const SYSCTLS: [&str; 13] = [
     "net.ipv6.conf.all.accept_redirects=0",
     "net.ipv6.conf.default.accept_redirects=0",
     "net.ipv6.conf.default.accept_dad=0",
-    // Connections of one client are spread over the nodes that a VIP is routed to.
+    // Spreads a client's connections over the nodes to which a VIP is routed.
     "net.ipv4.fib_multipath_hash_policy=1",
 ];
 
-/// The bridge in the hub, and the host's link to it.
+/// Creates the bridge in the hub, and the host's link to it.
 pub fn prepare_hub(layout: &Layout, hub: &Machine) -> Result<()> {
     settings(hub)?;
     let name = &hub.name;
@@ -41,7 +41,7 @@ pub fn prepare_hub(layout: &Layout, hub: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// A node's link to the hub, with its addresses and default routes.
+/// Creates a node's link to the hub, with its addresses and default routes.
 pub fn prepare_node(layout: &Layout, hub: &Machine, node: &Machine, number: u8) -> Result<()> {
     settings(node)?;
     let (ip, ip6) = layout.node_ips(number);
@@ -56,7 +56,7 @@ pub fn prepare_node(layout: &Layout, hub: &Machine, node: &Machine, number: u8) 
     Ok(())
 }
 
-/// Routes to the pods of one node, on every other machine.
+/// Adds routes to the pods of one node on every other machine.
 pub fn route_pods(
     layout: &Layout,
     machines: &[Machine],

@@ -1,4 +1,4 @@
-//! A node: containerd, the kubelet, and the pods' network.
+//! Starts a node: containerd, the kubelet, and the pods' network.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use super::layout::{DNS_IP, Layout, Tools, cgroup_hierarchies};
 use super::machine::Machine;
 use super::shell::{finish, wait_until};
 
-/// Where the node's container runtime looks for its network configuration.
+/// Folder of the container runtime's network configuration.
 const CNI_CONFIG: &str = "/var/lib/cni/net.d";
 const CONTAINERD_CONFIG: &str = "/var/lib/containerd.toml";
 const KUBELET_CONFIG: &str = "/var/lib/kubelet/config.yaml";
@@ -21,8 +21,8 @@ const KUBELET_KUBECONFIG: &str = "/var/lib/kubelet/kubeconfig";
 const KUBELET_CA: &str = "/var/lib/kubelet/ca.crt";
 const RESOLV_CONF: &str = "/var/lib/kubelet/resolv.conf";
 
-/// Starts containerd and the kubelet, and imports the images. The first of them, which the kubelet wants, before
-/// it starts, the others while it registers the node.
+/// Starts containerd and the kubelet, and imports the images: the first, which the kubelet needs, before it starts,
+/// the others while it registers the node.
 pub fn start(layout: &Layout, tools: &Tools, node: &Machine, number: u8, archives: &[PathBuf]) -> Result<()> {
     let group = prepare_cgroups(layout, &node.name)?;
     write_files(layout, node, &group)?;
@@ -38,14 +38,14 @@ pub fn start(layout: &Layout, tools: &Tools, node: &Machine, number: u8, archive
     others.iter().try_for_each(|archive| images::import(layout, node, archive))
 }
 
-/// Writes the pods' network configuration once the node knows its pod ranges, and returns them.
+/// Writes the pods' network configuration once the node has its pod ranges, and returns them.
 pub fn configure_pod_network(layout: &Layout, kubectl: &Kubectl, node: &Machine) -> Result<Vec<String>> {
     let cidrs = wait_until(&format!("the pod ranges of {}", node.name), Duration::from_secs(60), || {
         let printed =
             kubectl.run(&format!("get node {} --output jsonpath={{.spec.podCIDRs[*]}}", node.name))?;
         let cidrs: Vec<String> = printed.split_whitespace().map(str::to_owned).collect();
         if cidrs.is_empty() {
-            bail!("the controller manager has not given any");
+            bail!("the controller manager has not assigned any");
         }
         Ok(cidrs)
     })?;
@@ -53,13 +53,13 @@ pub fn configure_pod_network(layout: &Layout, kubectl: &Kubectl, node: &Machine)
     Ok(cidrs)
 }
 
-/// Makes the node's control group in every hierarchy; the kubelet wants to find it.
+/// Creates the node's control group, which the kubelet expects, in every hierarchy.
 fn prepare_cgroups(layout: &Layout, node: &str) -> Result<PathBuf> {
     let group = layout.cgroup().join(node);
     for hierarchy in cgroup_hierarchies()? {
         let path = hierarchy.join(&group);
         fs::create_dir_all(&path).with_context(|| format!("making the control group {}", path.display()))?;
-        // A cpuset of version 1 starts empty and refuses processes until it is filled, from the top down.
+        // A cpuset of version 1 starts empty and rejects processes until it is filled, from the top down.
         for folder in [hierarchy.join("switchtower-cluster"), hierarchy.join(layout.cgroup()), path] {
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 let (Some(parent), target) = (folder.parent(), folder.join(file)) else { continue };
@@ -81,7 +81,7 @@ fn write_files(layout: &Layout, node: &Machine, group: &Path) -> Result<()> {
     let kubeconfig = fs::read_to_string(kubeconfig).context("reading the node's kubeconfig")?;
     node.write_var(layout, KUBELET_CA, &ca)?;
     node.write_var(layout, KUBELET_KUBECONFIG, &kubeconfig)?;
-    // Nothing outside the cluster is there to be asked.
+    // There is no resolver outside the cluster.
     node.write_var(layout, RESOLV_CONF, "nameserver 127.0.0.1\n")?;
     node.write_var(layout, CONTAINERD_CONFIG, &containerd_config())?;
     node.write_var(layout, KUBELET_CONFIG, &format!("{:#}\n", kubelet_config(group)))
@@ -126,15 +126,15 @@ fn kubelet_config(group: &Path) -> serde_json::Value {
         "clusterDNS": [DNS_IP],
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "resolvConf": RESOLV_CONF,
-        // The disk is shared with everything else on this machine.
+        // The disk is shared with the rest of the machine.
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
-        // Imported images cannot be fetched again.
+        // Imported images cannot be pulled again.
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
     })
 }
 
-/// Starts the kubelet; again, if it was killed.
+/// Starts the kubelet, or restarts a killed one.
 pub fn start_kubelet(layout: &Layout, tools: &Tools, node: &Machine, number: u8) -> Result<()> {
     let (ip, ip6) = layout.node_ips(number);
     let zone = layout.zone(number);

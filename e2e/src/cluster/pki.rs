@@ -13,7 +13,7 @@ use rcgen::{
 
 use super::layout::{API_SERVER_VIP, Layout};
 
-/// Who gets a token: user, groups. The names are upstream's, its built-in roles are bound to them.
+/// Users that get a token, with groups. The names are upstream's, to which its built-in roles are bound.
 const COMPONENTS: [(&str, &str, &str); 4] = [
     ("admin", "switchtower-cluster-admin", "system:masters"),
     ("kube-controller-manager", "system:kube-controller-manager", ""),
@@ -21,7 +21,7 @@ const COMPONENTS: [(&str, &str, &str); 4] = [
     ("kube-proxy", "system:kube-proxy", ""),
 ];
 
-/// Writes everything into the folder: `ca.crt`, `apiserver.{crt,key}`, `kubelet-client.{crt,key}`,
+/// Writes all credentials into the folder: `ca.crt`, `apiserver.{crt,key}`, `kubelet-client.{crt,key}`,
 /// `service-account.{key,pub}`, `tokens.csv`, and a kubeconfig for each component and node.
 pub fn write(layout: &Layout) -> Result<()> {
     let dir = layout.pki();
@@ -60,7 +60,7 @@ pub fn write(layout: &Layout) -> Result<()> {
     put(&dir.join("tokens.csv"), &tokens)
 }
 
-/// The certificate of an authority that nobody in the cluster knows, PEM.
+/// Certificate of an authority unknown to the cluster, PEM.
 pub(super) fn foreign_authority() -> Result<String> {
     Ok(authority()?.pem())
 }
@@ -108,7 +108,7 @@ fn token() -> String {
 }
 
 fn kubeconfig(layout: &Layout, ca: &str, token: &str) -> String {
-    // serde_json is enough: YAML contains JSON.
+    // JSON is valid YAML.
     let value = serde_json::json!({
         "apiVersion": "v1",
         "kind": "Config",

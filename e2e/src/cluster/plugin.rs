@@ -1,5 +1,5 @@
-//! `kubectl switchtower` as a user has it on a real cluster: found by kubectl in PATH, a kubeconfig and nothing
-//! else, and a port-forward through API server, kubelet and container runtime to the controller's pod.
+//! `kubectl switchtower` as users run it on a real cluster: found by kubectl in PATH, with only a kubeconfig, and a
+//! port-forward through API server, kubelet and container runtime to the controller's pod.
 
 use std::env;
 use std::path::PathBuf;
@@ -12,15 +12,16 @@ use super::control_plane::Kubectl;
 use super::layout::{DNS_IP, Layout, Tools};
 use super::shell::{Results, say, wait_until};
 
-/// A Service of its own: the controller remembers only the latest changes.
+/// A dedicated Service: the controller remembers only the latest changes.
 const SERVICE: &str = "default/plugin-test";
 const MANIFEST: &str = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "plugin-test", "namespace": "default"},
     "spec": {"ports": [{"port": 80}]}}"#;
 
-/// How long a command may meet changes that are still under way: upstream's tests have just been tidied up.
+/// Timeout of a command while changes are still in progress after upstream's tests.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Runs the commands, and prints a line for each and the total. Each must end with code 0 and say the words.
+/// Runs the commands, and prints a line for each and the total. Each must exit with code 0 and print the expected
+/// text.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     say("kubectl switchtower");
     let node = layout.node_names().pop().context("the cluster has no nodes")?;
@@ -38,21 +39,21 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     kubectl.apply(MANIFEST)?;
     let mut results = Results::default();
-    for (words, expected) in commands {
-        let name = format!("kubectl switchtower {}", words.join(" "));
-        results.add(&name, || wait_until(&name, PATIENCE, || run(layout, tools, words, expected)))?;
+    for (arguments, expected) in commands {
+        let name = format!("kubectl switchtower {}", arguments.join(" "));
+        results.add(&name, || wait_until(&name, PATIENCE, || run(layout, tools, arguments, expected)))?;
     }
     kubectl.run("delete --namespace default service/plugin-test")?;
     results.end("plugin")
 }
 
-fn run(layout: &Layout, tools: &Tools, words: &[&str], expected: &str) -> Result<()> {
+fn run(layout: &Layout, tools: &Tools, arguments: &[&str], expected: &str) -> Result<()> {
     let mut path = vec![tools.control_plane.clone(), tools.switchtower.clone()];
     let known = env::var_os("PATH").unwrap_or_default();
     path.extend(env::split_paths(&known).collect::<Vec<PathBuf>>());
     let output = Command::new(tools.control_plane("kubectl"))
         .arg("switchtower")
-        .args(words)
+        .args(arguments)
         .env("PATH", env::join_paths(path).context("a folder's name in PATH")?)
         .env("KUBECONFIG", layout.kubeconfig())
         .stdin(Stdio::null())

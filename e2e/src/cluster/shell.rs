@@ -1,4 +1,4 @@
-//! Running programs to their end, with errors that name the program and repeat its last words.
+//! Runs programs to completion, with errors that name the program and quote the end of its output.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// One line of progress on the standard error stream.
+/// Prints a line of progress to standard error.
 pub fn say(line: &str) {
     // A closed stream is no reason to stop.
     let _ = writeln!(std::io::stderr(), "==> {line}");
 }
 
-/// One line of result on the standard output stream.
+/// Prints a line of results to standard output.
 pub fn print(line: &str) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").context("writing to the standard output")
 }
 
-/// Runs a program and returns what it printed; its failure is an error with its last words.
+/// Runs a program and returns its output; an error quotes the end of its standard error.
 pub fn run<I, S>(program: &str, arguments: I) -> Result<String>
 where
     I: IntoIterator<Item = S>,
@@ -29,14 +29,14 @@ where
     finish(&mut command)
 }
 
-/// Splits a line at blanks and runs it: for commands whose arguments hold none.
+/// Splits a line at blanks and runs it.
 pub fn run_line(line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
     let program = words.next().context("an empty command line")?;
     run(program, words)
 }
 
-/// Runs a prepared command to its end.
+/// Runs a prepared command to completion.
 pub fn finish(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
@@ -79,7 +79,7 @@ fn describe(command: &Command) -> String {
     format!("`{text}`")
 }
 
-/// Does something for all at once, each in a thread of its own; the first error is returned when all ended.
+/// Calls `work` for all items in parallel, each on its own thread; returns the first error after all have ended.
 pub fn on_each<T: Sync>(all: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
     let work = &work;
     std::thread::scope(|scope| {
@@ -92,7 +92,7 @@ pub fn on_each<T: Sync>(all: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Re
     })
 }
 
-/// Results of tests, printed as they come.
+/// Results of tests, printed as they arrive.
 #[derive(Debug, Default)]
 pub struct Results {
     passed: u32,
@@ -100,7 +100,7 @@ pub struct Results {
 }
 
 impl Results {
-    /// Runs a test and prints how it ended.
+    /// Runs a test and prints its result.
     pub fn add(&mut self, name: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
         let start = Instant::now();
         match test() {
@@ -115,7 +115,9 @@ impl Results {
         }
     }
 
-    /// Prints the total under this label. An error if a test failed.
+    /// Prints the total under this label.
+    ///
+    /// # Errors A test failed.
     pub fn end(self, label: &str) -> Result<()> {
         print(&format!("{label}: {} passed, {} failed", self.passed, self.failed))?;
         if self.failed > 0 {
@@ -125,7 +127,7 @@ impl Results {
     }
 }
 
-/// Polls until the check succeeds; at the deadline its last error is the reason given.
+/// Polls until the check succeeds; after the deadline, returns its last error.
 pub fn wait_until<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -144,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_program_is_named_with_its_last_words() {
+    fn error_names_program_and_quotes_its_output() {
         let error = run("sh", ["-c", "echo useful >&2; exit 3"]).unwrap_err().to_string();
         assert!(error.contains("`sh -c") && error.contains("useful"), "{error}");
     }

@@ -1,5 +1,5 @@
-//! The uninstall that the manifests' README describes, with its own commands, after which nothing is left: no object, no
-//! definition, no finalizer, no table and no file. Then it is installed again.
+//! Runs the uninstall commands of the manifests' README, checks that no object, definition, finalizer, table or file
+//! remains, and installs again.
 
 use std::fs;
 use std::path::Path;
@@ -13,13 +13,13 @@ use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{Results, finish, say, wait_until};
 
-/// A profile that is in force when everything is removed: its finalizer is what held up the removal.
+/// A profile in use during the removal, whose finalizer must not block it.
 const PROFILE: &str = r#"{"apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "leaving"},
     "spec": {"strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}}}}"#;
-/// The block of commands in the README comes after this line.
+/// Marks the block of commands in the README.
 const MARK: &str = "<!-- A test runs the commands of the next block on a real cluster. -->";
 
-/// Prints a line for each test and the total.
+/// Runs the tests, and prints a line for each and the total.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     say("uninstall");
     let kubectl = Kubectl::new(layout, tools);
@@ -42,7 +42,7 @@ fn profile_in_force(kubectl: &Kubectl) -> Result<()> {
     Ok(())
 }
 
-/// The commands as they are written, with the overlay that was installed in place of the manifests.
+/// The documented commands, with the installed overlay in place of the manifests.
 fn run_commands(layout: &Layout, tools: &Tools) -> Result<()> {
     let readme = tools.manifests.join("README.md");
     let text = fs::read_to_string(&readme).with_context(|| format!("reading {}", readme.display()))?;
@@ -67,8 +67,8 @@ fn nothing_in_the_api_server(kubectl: &Kubectl) -> Result<()> {
     let all = kubectl
         .run("get customresourcedefinitions,clusterroles,clusterrolebindings,namespaces --output name")?;
     let left: Vec<&str> = all.lines().filter(|line| line.contains("switchtower")).collect();
-    ensure!(left.is_empty(), "{left:?} is left");
-    ensure!(kubectl.run(&format!("get namespace {NAMESPACE}")).is_err(), "the namespace is left");
+    ensure!(left.is_empty(), "{left:?} remains");
+    ensure!(kubectl.run(&format!("get namespace {NAMESPACE}")).is_err(), "the namespace remains");
     Ok(())
 }
 
@@ -83,7 +83,7 @@ fn nothing_on_nodes(nodes: &[Machine]) -> Result<()> {
             "-name",
             "switchtower",
         ]))?;
-        ensure!(files.trim().is_empty(), "{files} is left");
+        ensure!(files.trim().is_empty(), "{files} remains");
     }
     Ok(())
 }

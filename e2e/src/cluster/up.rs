@@ -18,26 +18,25 @@ use crate::lab::cleanup;
 /// File in the cluster's folder with its number of nodes.
 const NODES: &str = "nodes";
 
-/// How many nodes a started cluster has.
+/// Number of nodes of a started cluster.
 pub fn recorded_nodes(layout: &Layout) -> Result<u8> {
     let path = layout.dir.join(NODES);
     let text = fs::read_to_string(&path).with_context(|| {
         format!("there is no cluster in {}: `make cluster` starts one", layout.dir.display())
     })?;
-    text.trim().parse().with_context(|| format!("{} holds no number", path.display()))
+    text.trim().parse().with_context(|| format!("{} does not contain a number", path.display()))
 }
 
-/// The service proxy that a new cluster gets.
+/// Service proxy of a new cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proxy {
-    /// None: it will be installed later.
+    /// None; it is installed later.
     None,
     /// The real kube-proxy, the baseline.
     KubeProxy,
 }
 
-/// Brings the cluster up; what an interrupted or ended one left behind is removed first. An interrupt removes
-/// what was started.
+/// Starts the cluster; removes the remains of an interrupted one first. An interrupt removes the incomplete cluster.
 pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     if layout.dir.exists() && kubectl.run("get --raw /readyz --request-timeout=2s").is_ok() {
@@ -51,10 +50,10 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
         );
     }
     interrupt::watch(Then::Remove(layout.clone()))?;
-    down(layout).context("removing what was left of an earlier cluster")?;
+    down(layout).context("removing the remains of an earlier cluster")?;
     let start = Instant::now();
     fs::create_dir_all(&layout.dir).with_context(|| format!("making {}", layout.dir.display()))?;
-    fs::write(layout.dir.join(STARTER), cleanup::run_id()).context("recording who starts the cluster")?;
+    fs::write(layout.dir.join(STARTER), cleanup::run_id()).context("recording the starting process")?;
     fs::write(layout.dir.join(NODES), layout.nodes.to_string()).context("recording the number of nodes")?;
     say("images");
     let archives = images::assemble_all(tools, &images::base_images(tools))?;
@@ -82,7 +81,7 @@ pub fn up(layout: &Layout, tools: &Tools, proxy: Proxy) -> Result<()> {
     Ok(())
 }
 
-/// The name of another cluster whose hub exists.
+/// Name of another cluster whose hub exists.
 fn other_cluster(layout: &Layout) -> Result<Option<String>> {
     let Ok(entries) = fs::read_dir("/run/netns") else { return Ok(None) };
     for entry in entries {
@@ -94,7 +93,7 @@ fn other_cluster(layout: &Layout) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// All nodes at once: importing images is most of the time.
+/// Starts all nodes in parallel: importing images takes the most time.
 fn start_nodes(layout: &Layout, tools: &Tools, hub: &Machine, archives: &[PathBuf]) -> Result<Vec<Machine>> {
     let mut nodes = Vec::new();
     for (number, name) in (1..).zip(layout.node_names()) {

@@ -1,4 +1,4 @@
-//! A change of settings that breaks its canary: it reaches one node, fails a probe there and is rolled back.
+//! A harmful change of settings: it reaches one canary node, fails a probe there and is rolled back.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,16 +33,16 @@ spec:
         service: {namespace: default, name: web-port, port: tcp}
 ";
 
-/// What one node's off-cluster client saw of the NodePort during the rollout.
+/// Results of one node's off-cluster client during the rollout.
 #[derive(Debug, Default, Clone, Copy)]
 struct Seen {
     sent: usize,
     failed: usize,
-    /// Between the first failed probe and the next answer.
+    /// Time from the first failed probe to the next answer.
     outage: Duration,
 }
 
-/// Applies a bad profile and shows how far it gets.
+/// Applies a harmful profile and shows the affected nodes.
 pub(super) fn bad_change(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     terminal.title("A bad change of settings stops at one node");
     let service = apply_service(fleet, "web-port", &json!({"type": "NodePort"}))?;
@@ -88,7 +88,7 @@ fn show(terminal: &Terminal, fleet: &Fleet, port: u16, seen: &[Seen]) -> Result<
     ensure!(hit <= 1, "the change reached {hit} nodes: {seen:?}");
     let failed = seen.iter().map(|seen| seen.outage).max().unwrap_or_default();
     terminal.checked(&format!(
-        "two nodes never had the change; the canary took {:.1} s to find out and return by itself",
+        "two nodes never got the change; the canary detected it and rolled back within {:.1} s",
         failed.as_secs_f64()
     ));
     Ok(())
@@ -98,7 +98,7 @@ fn node_port(node: &FleetNode, port: u16) -> SocketAddr {
     SocketAddr::new(node.net.address(false), port)
 }
 
-/// Probes the NodePort of every node while `action` runs and a little longer.
+/// Probes the NodePort of every node while `action` runs, and shortly afterwards.
 fn during_rollout<T>(fleet: &Fleet, port: u16, action: impl FnOnce() -> Result<T>) -> Result<(Vec<Seen>, T)> {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -124,7 +124,7 @@ fn probe_until(over: &AtomicBool, node: &FleetNode, to: SocketAddr) -> Result<Se
     while !over.load(Ordering::Relaxed) {
         let start = Instant::now();
         let outcome =
-            probe::send_patiently(&node.net.client, Transport::Tcp, to, Duration::from_millis(300))?;
+            probe::send_with_timeout(&node.net.client, Transport::Tcp, to, Duration::from_millis(300))?;
         seen.sent += 1;
         if outcome.backend().is_none() {
             seen.failed += 1;

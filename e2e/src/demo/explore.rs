@@ -1,4 +1,4 @@
-//! `make demo KEEP=1`: how to explore the cluster that is left running.
+//! `make demo KEEP=1`: commands to explore the running cluster.
 
 use anyhow::{Context as _, Result};
 

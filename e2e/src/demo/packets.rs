@@ -1,4 +1,4 @@
-//! Scenes with packets: a ClusterIP spreads connections; a packet is dropped and the reason is named.
+//! Scenes with packets: a ClusterIP spreads connections; `explain` names the reason of a dropped packet.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::switchtower::{Fleet, FleetNode};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Creates or changes a dual-stack Service with ports `tcp` and `udp` on port 80; kube-controller-manager makes the
+/// Applies a dual-stack Service with ports `tcp` and `udp` on port 80; kube-controller-manager creates the
 /// EndpointSlices.
 pub(super) fn apply_service(fleet: &Fleet, name: &str, spec: &Value) -> Result<Service> {
     let mut full = json!({
@@ -34,20 +34,20 @@ pub(super) fn apply_service(fleet: &Fleet, name: &str, spec: &Value) -> Result<S
     service(fleet, name)
 }
 
-/// A Service of namespace `default`.
+/// Reads a Service of namespace `default`.
 pub(super) fn service(fleet: &Fleet, name: &str) -> Result<Service> {
     fleet.kube().get("default", name)?.with_context(|| format!("there is no Service {name}"))
 }
 
-/// The Service's ClusterIP of a family, with port 80.
+/// The Service's ClusterIP of a family, port 80.
 pub(super) fn cluster_ip_of(service: &Service, ipv6: bool) -> Result<SocketAddr> {
-    let spec = service.spec.as_ref().context("a Service without spec")?;
+    let spec = service.spec.as_ref().context("the Service has no spec")?;
     let mut addresses = spec.cluster_ips.iter().flatten().filter_map(|text| text.parse::<IpAddr>().ok());
     let address = addresses.find(|address| address.is_ipv6() == ipv6);
-    Ok(SocketAddr::new(address.context("a Service without an address of the family")?, 80))
+    Ok(SocketAddr::new(address.context("the Service has no address of the family")?, 80))
 }
 
-/// Waits until exactly `count` pods answer at `to`, seen from `pod`.
+/// Waits until exactly `count` pods answer probes from `pod` to `to`.
 pub(super) fn wait_for_backends(fleet: &Fleet, pod: &str, to: SocketAddr, count: usize) -> Result<()> {
     let (from, _) = fleet.pod(pod)?;
     wait::until(&format!("{to} answers from {count} pods"), TIMEOUT, || {
@@ -57,7 +57,7 @@ pub(super) fn wait_for_backends(fleet: &Fleet, pod: &str, to: SocketAddr, count:
     })
 }
 
-/// Waits until a probe of the node's off-cluster client has the wanted outcome.
+/// Waits until a probe of the node's off-cluster client has the expected outcome.
 pub(super) fn eventually(
     node: &FleetNode,
     to: SocketAddr,
@@ -88,7 +88,7 @@ pub(super) fn cluster_ip(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// A load balancer's address with externalTrafficPolicy Local: one node has no endpoint, and `explain` says so.
+/// A load balancer's address with externalTrafficPolicy Local: one node has no endpoint, which `explain` reports.
 pub(super) fn dropped_packet(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     terminal.title("Why does this packet get no answer?");
     let to = load_balancer(fleet)?;
@@ -110,11 +110,11 @@ pub(super) fn dropped_packet(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
         answer.text.contains("DROPPED") && answer.code == 1,
         "explain does not name the drop: {answer:?}"
     );
-    terminal.checked("the reason comes from the view that was sent and from the kernel that holds it");
+    terminal.checked("the reason comes from the node's view and from its kernel");
     Ok(())
 }
 
-/// Makes `web-lb` with two endpoints, on alpha and beta, and returns its address.
+/// Creates `web-lb` with two endpoints, on alpha and beta, and returns its address.
 fn load_balancer(fleet: &Fleet) -> Result<SocketAddr> {
     for name in ["web-a1", "web-b1"] {
         let mut labelled = objects::pod("default", name, &fleet.pod(name)?.1.net.name, "default");

@@ -1,4 +1,4 @@
-//! Scenes about acknowledgements: when every kernel holds a change, and which node does not.
+//! Scenes about acknowledgements: when every kernel holds a change, and which node is stale.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::lab::wait;
 use crate::switchtower::plugin;
 use crate::switchtower::{Fleet, FleetNode};
 
-/// Deletes a pod and shows when all kernels hold the change, stage by stage.
+/// Deletes a pod and shows stage by stage when all kernels hold the change.
 pub(super) fn one_change(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     terminal.title("When did the last node stop sending to a deleted pod?");
     fleet.settled(Duration::from_secs(10))?;
@@ -30,7 +30,7 @@ pub(super) fn one_change(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// Stops one agent, makes a change, and shows that the node is recognised.
+/// Stops one agent, makes a change, and shows that the node is reported as stale.
 pub(super) fn stopped_agent(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     terminal.title("Which node is stale?");
     let gamma = fleet.nodes().last().context("no nodes")?;

@@ -1,6 +1,6 @@
-//! Output for people: titles, commands and their output, in colour where the terminal shows it.
+//! Terminal output: titles, commands and their output, in colour if the terminal supports it.
 //!
-//! Everything printed is also kept, so that a run can be written as an SVG image.
+//! All output is recorded, so that a run can be written as an SVG image.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -14,7 +14,7 @@ const COMMAND: Style = Style::new().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
 const BAD: Style = AnsiColor::BrightRed.on_default();
 
-/// Words that carry the message of a table, and how they are shown.
+/// Highlighted table values and their styles.
 const WORDS: [(&str, Style); 14] = [
     ("Synced", GOOD),
     ("UpToDate", GOOD),
@@ -32,14 +32,14 @@ const WORDS: [(&str, Style); 14] = [
     ("ProbeFailed", BAD),
 ];
 
-/// Standard output, and a copy of what went there.
+/// Standard output with a recorded copy.
 #[derive(Debug, Default)]
 pub(super) struct Terminal {
     copy: RefCell<String>,
 }
 
 impl Terminal {
-    /// Prints a line as it is.
+    /// Prints a line unchanged.
     pub(super) fn line(&self, text: &str) {
         anstream::println!("{text}");
         let mut copy = self.copy.borrow_mut();
@@ -47,7 +47,7 @@ impl Terminal {
         copy.push('\n');
     }
 
-    /// Begins a scene.
+    /// Prints the title of a scene.
     pub(super) fn title(&self, text: &str) {
         let rule = "─".repeat(WIDTH.saturating_sub(text.chars().count() + 4));
         self.line(&format!("\n{TITLE}── {text} {rule}{TITLE:#}"));
@@ -58,27 +58,25 @@ impl Terminal {
         self.line(&format!("\n  {COMMAND}$ {command}{COMMAND:#}"));
     }
 
-    /// Prints a command's output, indented, with the words that matter in colour.
+    /// Prints a command's output, indented and highlighted.
     pub(super) fn output(&self, text: &str) {
         for line in text.trim_end().lines() {
             self.line(format!("  {}", coloured(line)).trim_end());
         }
     }
 
-    /// Prints a statement that was checked.
+    /// Prints a verified statement.
     pub(super) fn checked(&self, text: &str) {
         self.line(&format!("  {GOOD}✓{GOOD:#} {text}"));
     }
 
-    /// Prints a failure.
     pub(super) fn failure(&self, text: &str) {
         self.line(&format!("\n{BAD}{text}{BAD:#}"));
     }
 
-    /// Writes everything printed so far as an SVG image.
+    /// Writes all recorded output as an SVG image.
     ///
-    /// # Errors
-    /// The file cannot be written.
+    /// # Errors The file cannot be written.
     pub(super) fn write_svg(&self, path: &Path) -> Result<()> {
         let image = anstyle_svg::Term::new().min_width_px(880).render_svg(&self.copy.borrow());
         std::fs::write(path, image).with_context(|| format!("writing {}", path.display()))

@@ -1,4 +1,4 @@
-//! The API server from synchronous code: tests read top to bottom and poll.
+//! Synchronous access to the API server, so that tests read top to bottom and poll.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-/// A client of the API server as an administrator.
+/// Client of the API server with administrator rights.
 #[derive(Clone)]
 pub struct Kube {
     client: Client,
@@ -27,43 +27,38 @@ impl Debug for Kube {
 }
 
 impl Kube {
-    /// A client for a configuration.
+    /// Creates a client for a configuration.
     ///
-    /// # Errors
-    /// The configuration is unusable.
+    /// # Errors The configuration is unusable.
     pub fn new(config: Config, runtime: Arc<Runtime>) -> Result<Self> {
         let client = {
             let _entered = runtime.enter();
-            Client::try_from(config).context("making a client of the API server")?
+            Client::try_from(config).context("creating a client for the API server")?
         };
         Ok(Self { client, runtime })
     }
 
-    /// The asynchronous client.
     pub fn client(&self) -> Client {
         self.client.clone()
     }
 
-    /// The runtime in which the client lives.
     pub fn runtime(&self) -> &Arc<Runtime> {
         &self.runtime
     }
 
-    /// Runs a future to its end.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
     }
 
-    /// Creates or changes an object, given as JSON with apiVersion and kind, by server-side apply; a `status` in
-    /// it is written through the status subresource.
+    /// Creates or changes an object by server-side apply. The object is JSON with apiVersion and kind; a `status` is
+    /// written through the status subresource.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn apply(&self, object: &Value) -> Result<DynamicObject> {
         let parsed: DynamicObject =
-            serde_json::from_value(object.clone()).context("an object without kind")?;
-        let name = parsed.metadata.name.clone().context("an object without metadata.name")?;
-        let types = parsed.types.clone().context("an object without apiVersion and kind")?;
+            serde_json::from_value(object.clone()).context("the object has no kind")?;
+        let name = parsed.metadata.name.clone().context("the object has no metadata.name")?;
+        let types = parsed.types.clone().context("the object has no apiVersion or kind")?;
         let kind = kube::core::GroupVersionKind::try_from(&types).context("apiVersion")?;
         let resource = kube::core::ApiResource::from_gvk(&kind);
         let api: Api<DynamicObject> = match &parsed.metadata.namespace {
@@ -96,10 +91,9 @@ impl Kube {
         self.block_on(api.create(&PostParams::default(), object)).context("creating an object")
     }
 
-    /// Reads an object; `None` if there is none.
+    /// Reads an object; `None` if it does not exist.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn get<K>(&self, namespace: &str, name: &str) -> Result<Option<K>>
     where
         K: Resource<Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
@@ -109,10 +103,9 @@ impl Kube {
         self.block_on(api.get_opt(name)).with_context(|| format!("reading {namespace}/{name}"))
     }
 
-    /// Reads a cluster-scoped object; `None` if there is none.
+    /// Reads a cluster-scoped object; `None` if it does not exist.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn get_cluster<K>(&self, name: &str) -> Result<Option<K>>
     where
         K: Resource<Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
@@ -122,10 +115,9 @@ impl Kube {
         self.block_on(api.get_opt(name)).with_context(|| format!("reading {name}"))
     }
 
-    /// Deletes an object at once; one that is not there is fine.
+    /// Deletes an object immediately; a missing object is not an error.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn delete<K>(&self, namespace: &str, name: &str) -> Result<()>
     where
         K: Resource<Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
@@ -135,10 +127,9 @@ impl Kube {
         not_found_is_fine(self.block_on(api.delete(name, &now()))).with_context(|| format!("deleting {name}"))
     }
 
-    /// Deletes a cluster-scoped object; one that is not there is fine.
+    /// Deletes a cluster-scoped object; a missing object is not an error.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn delete_cluster<K>(&self, name: &str) -> Result<()>
     where
         K: Resource<Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
@@ -148,10 +139,9 @@ impl Kube {
         not_found_is_fine(self.block_on(api.delete(name, &now()))).with_context(|| format!("deleting {name}"))
     }
 
-    /// Whether the API server says that it is ready.
+    /// Checks that the API server is ready.
     ///
-    /// # Errors
-    /// It does not, or does not answer.
+    /// # Errors It is not ready, or does not answer.
     pub fn ready(&self) -> Result<()> {
         let request = http::Request::get("/readyz").body(Vec::new())?;
         let answer = self.client.request_text(request);

@@ -1,8 +1,8 @@
-//! Removes what a laboratory made: on drop, at the end of the process, and on SIGINT, SIGTERM or SIGHUP.
+//! Removes everything a laboratory created: on drop, at the end of the process, and on SIGINT, SIGTERM or SIGHUP.
 //!
-//! Every namespace, process and directory is registered before it is used. Child processes die with this one
-//! in any case (see [`crate::lab::process`]); [`sweep`] removes the namespaces and directories of a process that was
-//! killed with SIGKILL.
+//! Every namespace, process and directory is registered before it is used. Child processes always die with this one
+//! (see [`crate::lab::process`]); [`sweep`] removes the namespaces and directories of processes that were killed with
+//! SIGKILL.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,18 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The prefix of everything that a laboratory names, the agent's kernel tests included.
+/// Prefix of every name that a laboratory uses, including those of the agent's kernel tests.
 pub const PREFIX: &str = "stlab-";
 const NAMESPACE_DIRECTORY: &str = "/run/netns";
 
-/// Something to remove.
+/// A resource to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resource {
-    /// A process group, by its leader's id.
+    /// A process group, identified by its leader.
     ProcessGroup(i32),
-    /// A named network namespace.
     Namespace(String),
-    /// A directory and all in it.
+    /// A directory with its contents.
     Directory(PathBuf),
 }
 
@@ -29,7 +28,7 @@ static REGISTRY: Mutex<BTreeMap<u64, Resource>> = Mutex::new(BTreeMap::new());
 static INSTALL: Once = Once::new();
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// A registered resource; it is removed when this is dropped.
+/// A registered resource, removed on drop.
 #[derive(Debug)]
 pub struct Registered(u64);
 
@@ -42,40 +41,39 @@ impl Drop for Registered {
     }
 }
 
-/// Registers a resource for removal. Does not return once the process is interrupted: nothing is made any more.
+/// Registers a resource for removal. Never returns once the process is interrupted, so that nothing new is created.
 pub fn register(resource: Resource) -> Registered {
     INSTALL.call_once(install);
     let mut registry = registry();
     if INTERRUPTED.load(Ordering::Relaxed) {
         drop(registry);
-        wait_for_the_end();
+        wait_forever();
     }
     let id = registry.last_key_value().map_or(0, |(id, _)| id + 1);
     registry.insert(id, resource);
     Registered(id)
 }
 
-/// Does not return if a signal is ending this process: what fails then fails because everything is taken away.
+/// Never returns while a signal ends this process: errors at that time are consequences of the removal.
 pub fn check_interrupted() {
     if INTERRUPTED.load(Ordering::Relaxed) {
-        wait_for_the_end();
+        wait_forever();
     }
 }
 
-fn wait_for_the_end() -> ! {
+fn wait_forever() -> ! {
     loop {
         std::thread::park();
     }
 }
 
-/// The name of this process in everything it makes: its id and its start time, so that a process that gets the
-/// same id later is not taken for it.
+/// Identifies this process in everything it creates: its id and start time, since process ids are reused.
 pub fn run_id() -> String {
     let process = std::process::id();
     format!("{process}x{:x}", start_time(process).unwrap_or(0))
 }
 
-/// The process that calls itself so ([`run_id`]), if it still runs.
+/// The running process with this [`run_id`].
 pub fn running(run_id: &str) -> Option<u32> {
     let (process, start) = run_id.split_once('x')?;
     let process = process.parse::<u32>().ok()?;
@@ -83,7 +81,7 @@ pub fn running(run_id: &str) -> Option<u32> {
     (start_time(process) == Some(start)).then_some(process)
 }
 
-/// Removes namespaces and directories of laboratories whose process is gone. Returns how many.
+/// Removes namespaces and directories of processes that no longer run. Returns their number.
 pub fn sweep() -> usize {
     let mut removed = 0;
     for name in entries(Path::new(NAMESPACE_DIRECTORY)) {
@@ -116,7 +114,7 @@ fn entries(directory: &Path) -> Vec<String> {
 /// Start time of a process in clock ticks since boot; `None` if there is no such process.
 fn start_time(process: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The second field is the program's name in parentheses and may contain spaces.
+    // The second field is the program's name in parentheses, which may contain spaces.
     let after_name = stat.rsplit_once(')')?.1;
     after_name.split_whitespace().nth(19)?.parse().ok()
 }
@@ -134,7 +132,7 @@ fn remove(resource: &Resource) {
 }
 
 fn kill_group(leader: i32) {
-    // SAFETY: kill has no memory effects; the group is one that this process made.
+    // SAFETY: kill has no memory effects; the group was created by this process.
     unsafe { libc::kill(-leader, libc::SIGKILL) };
 }
 
@@ -147,9 +145,9 @@ fn remove_namespace(name: &str) {
     drop(std::fs::remove_file(path));
 }
 
-/// Processes first, so that nothing keeps a namespace or writes into a directory; then the rest.
+/// Removes processes first, so that nothing keeps a namespace busy or writes into a directory; then the rest.
 fn remove_all() {
-    // Whoever comes second, the end of `main` or a signal, waits until all is gone.
+    // Both the end of `main` and a signal may call this: the second caller waits until everything is removed.
     static REMOVING: Mutex<()> = Mutex::new(());
     let _removing = REMOVING.lock().unwrap_or_else(PoisonError::into_inner);
     let resources: Vec<_> = std::mem::take(&mut *registry()).into_values().collect();
@@ -158,7 +156,7 @@ fn remove_all() {
     let deadline = Instant::now() + Duration::from_millis(500);
     for resource in resources.iter().filter(is_process) {
         let Resource::ProcessGroup(leader) = resource else { continue };
-        // SAFETY: as in `kill_group`; signal 0 only asks whether the group still exists. waitpid reaps.
+        // SAFETY: as in `kill_group`; signal 0 only checks whether the group exists. waitpid reaps.
         while unsafe { libc::waitpid(*leader, std::ptr::null_mut(), libc::WNOHANG) } == 0
             && Instant::now() < deadline
         {
@@ -167,7 +165,7 @@ fn remove_all() {
     }
     resources.iter().filter(|resource| !is_process(resource)).for_each(remove);
     if INTERRUPTED.load(Ordering::Relaxed) {
-        // What was being made at that moment.
+        // Lets creations that were under way finish.
         std::thread::sleep(Duration::from_millis(50));
         let own = format!("{PREFIX}{}-", run_id());
         let made_late =
@@ -188,7 +186,7 @@ fn install() {
         runtime.block_on(wait_for_signal());
         INTERRUPTED.store(true, Ordering::Relaxed);
         remove_all();
-        // SAFETY: ends the process at once; nothing of it is used afterwards.
+        // SAFETY: ends the process immediately; nothing of it is used afterwards.
         unsafe { libc::_exit(130) };
     });
 }
@@ -215,7 +213,7 @@ mod tests {
     fn only_names_of_dead_processes_are_leftovers() {
         assert!(!is_leftover(&format!("{PREFIX}{}-a", run_id())));
         assert!(is_leftover(&format!("{PREFIX}{}x1-a", std::process::id())), "same id, other start time");
-        assert!(!is_leftover("cni-1234"), "a name that is not ours");
+        assert!(!is_leftover("cni-1234"), "a foreign name");
         assert!(!is_leftover(&format!("{PREFIX}what")));
     }
 }

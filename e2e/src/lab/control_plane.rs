@@ -1,5 +1,5 @@
-//! A Kubernetes control plane on loopback: etcd, kube-apiserver, kube-controller-manager, each the real program,
-//! on free ports, with its own certificates, in a directory of its own.
+//! A Kubernetes control plane on loopback: the real etcd, kube-apiserver and kube-controller-manager, on free ports,
+//! with their own certificates and directory.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -19,17 +19,17 @@ use crate::lab::process::Process;
 use crate::lab::programs;
 use crate::lab::wait;
 
-/// The range of ClusterIPs.
+/// ClusterIP ranges of both families.
 pub const SERVICE_CIDRS: &str = "10.96.0.0/16,fd96::/112";
-/// The issuer of ServiceAccount tokens, and an audience of the API server itself.
+/// Issuer of ServiceAccount tokens, and audience of the API server.
 pub const ISSUER: &str = "https://kubernetes.default.svc";
 
-/// A running control plane; it ends when this is dropped.
+/// A running control plane, which ends on drop.
 #[derive(Debug)]
 pub struct ControlPlane {
     kube: Kube,
     directory: PathBuf,
-    // Dropped in this order: the API server before etcd, the directory last.
+    // Drop order: the API server before etcd, the directory last.
     controller_manager: Process,
     api_server: Process,
     _etcd: Process,
@@ -48,8 +48,7 @@ impl ControlPlane {
     /// Starts a control plane and waits until the API server is ready and the namespace `default` has its
     /// ServiceAccount. Takes about five seconds.
     ///
-    /// # Errors
-    /// A program is missing or does not become ready; the message has the end of its log.
+    /// # Errors A program is missing or does not become ready; the message contains the end of its log.
     pub fn start() -> Result<Self> {
         drop(rustls::crypto::ring::default_provider().install_default());
         cleanup::sweep();
@@ -72,7 +71,7 @@ impl ControlPlane {
         let config = runtime.block_on(kube::Config::from_custom_kubeconfig(kubeconfig, &options))?;
         let kube = Kube::new(config, runtime)?;
         wait_for_api_server(&kube, &etcd, &api_server)?;
-        // Not earlier: kube-controller-manager exits when the API server takes longer than its own start-up timeout.
+        // Not earlier: kube-controller-manager exits if the API server takes longer than its own start-up timeout.
         let controller_manager = start_controller_manager(&directory, &ports)?;
         let control_plane = Self {
             kube,
@@ -87,40 +86,39 @@ impl ControlPlane {
         Ok(control_plane)
     }
 
-    /// A client as administrator.
+    /// Client with administrator rights.
     pub fn kube(&self) -> &Kube {
         &self.kube
     }
 
-    /// Where the API server listens: on loopback.
+    /// Loopback address of the API server.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Kubeconfig of an administrator.
+    /// Kubeconfig with administrator rights.
     pub fn kubeconfig(&self) -> PathBuf {
         self.directory.join("kubeconfig")
     }
 
-    /// The directory of everything that belongs to this control plane, logs included.
+    /// Directory of everything that belongs to this control plane, including logs.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The key that signs ServiceAccount tokens (PKCS #8, ECDSA P-256), to make tokens that the API would not.
+    /// Key that signs ServiceAccount tokens (PKCS #8, ECDSA P-256), for tokens that the API would not issue.
     pub fn service_account_key(&self) -> PathBuf {
         self.directory.join("service-account.key")
     }
 
-    /// The API server's process, to stop and continue it.
+    /// Process of the API server, for tests that stop and continue it.
     pub fn api_server(&self) -> &Process {
         &self.api_server
     }
 
-    /// Runs kubectl and returns what it printed.
+    /// Runs kubectl and returns its output.
     ///
-    /// # Errors
-    /// It failed; the message has its standard error.
+    /// # Errors It failed; the message contains its standard error.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(programs::control_plane("kubectl")?);
         command.arg("--kubeconfig").arg(self.kubeconfig()).args(arguments);
@@ -141,11 +139,11 @@ impl ControlPlane {
 }
 
 fn wait_for_api_server(kube: &Kube, etcd: &Process, api_server: &Process) -> Result<()> {
-    // The last process is the one whose log explains a failure.
+    // The log of the last process explains a failure.
     until_ready("the API server is ready", &[etcd, api_server], || kube.ready())
 }
 
-/// Waits up to a minute for `ready`; fails at once when one of `processes` exits.
+/// Waits up to a minute for `ready`; fails immediately when one of `processes` exits.
 fn until_ready(what: &str, processes: &[&Process], mut ready: impl FnMut() -> Result<()>) -> Result<()> {
     let result = wait::until(what, Duration::from_secs(60), || {
         match processes.iter().try_for_each(|process| process.check_running()) {
@@ -161,7 +159,7 @@ fn until_ready(what: &str, processes: &[&Process], mut ready: impl FnMut() -> Re
 }
 
 fn free_ports<const N: usize>() -> Result<[u16; N]> {
-    // All are held at the same time, so that they differ.
+    // All are bound at the same time, so that they differ.
     let mut listeners = Vec::new();
     let mut ports = [0; N];
     for port in &mut ports {
@@ -221,7 +219,7 @@ fn start_etcd(directory: &Path, ports: &Ports) -> Result<Process> {
         format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
         format!("--initial-advertise-peer-urls=http://127.0.0.1:{peer}"),
         format!("--initial-cluster=default=http://127.0.0.1:{peer}"),
-        // The data lives as long as the test.
+        // The data lives only as long as the test.
         "--unsafe-no-fsync".to_owned(),
         "--log-level=warn".to_owned(),
         "--quota-backend-bytes=4294967296".to_owned(),
@@ -246,7 +244,7 @@ fn start_api_server(directory: &Path, ports: &Ports) -> Result<Process> {
         format!("--token-auth-file={}", file("tokens.csv")),
         "--authorization-mode=Node,RBAC".to_owned(),
         "--endpoint-reconciler-type=none".to_owned(),
-        // The laboratory writes thousands of objects in a row; fairness between users is not its subject.
+        // The laboratory writes thousands of objects in a row; API priority and fairness is not under test.
         "--max-requests-inflight=2000".to_owned(),
         "--max-mutating-requests-inflight=1000".to_owned(),
     ];
@@ -267,7 +265,7 @@ fn start_controller_manager(directory: &Path, ports: &Ports) -> Result<Process> 
         format!("--service-account-private-key-file={}", file("service-account.key")),
         format!("--root-ca-file={}", file("ca.crt")),
         "--leader-elect=false".to_owned(),
-        // Nodes have no kubelet here: without heartbeats pods and their bound tokens would go after minutes.
+        // Nodes have no kubelet here: without heartbeats, their pods and bound tokens would be deleted after minutes.
         "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller".to_owned(),
         "--kube-api-qps=200".to_owned(),
         "--kube-api-burst=400".to_owned(),

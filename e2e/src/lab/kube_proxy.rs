@@ -1,4 +1,4 @@
-//! The real kube-proxy in a node's namespace: what Switchtower is measured against and compared with.
+//! The real kube-proxy in a node's namespace, as reference for behaviour and performance.
 
 use std::fs;
 use std::io;
@@ -17,7 +17,7 @@ use crate::lab::programs;
 use crate::lab::wait;
 use crate::lab::{Lab, NodeNet};
 
-/// A running kube-proxy (`--proxy-mode=nftables`) with the API server's door that it uses.
+/// A running kube-proxy (`--proxy-mode=nftables`).
 #[derive(Debug)]
 pub struct KubeProxy {
     process: Process,
@@ -26,27 +26,25 @@ pub struct KubeProxy {
 }
 
 impl KubeProxy {
-    /// Starts it in a node's namespace as that node. `settings` are fields of its configuration.
+    /// Starts kube-proxy in a node's namespace as that node. `settings` are fields of its configuration.
     ///
-    /// # Errors
-    /// It cannot be started.
+    /// # Errors It cannot be started.
     pub fn start(control_plane: &ControlPlane, lab: &Lab, node: &NodeNet, settings: &Value) -> Result<Self> {
         let directory = lab.directory().to_owned();
-        let door = open_door(control_plane, lab)?;
+        let forwarded = forward_api_server(control_plane, lab)?;
         let mut text: Value =
             serde_json::from_slice(&fs::read(control_plane.kubeconfig())?).context("the kubeconfig")?;
         let cluster = &mut text["clusters"][0]["cluster"];
-        *cluster = json!({"server": format!("https://{door}"), "insecure-skip-tls-verify": true});
+        *cluster = json!({"server": format!("https://{forwarded}"), "insecure-skip-tls-verify": true});
         let kubeconfig = directory.join(format!("kube-proxy-{}.kubeconfig", node.name));
         fs::write(&kubeconfig, text.to_string())?;
         let process = run(&directory, &kubeconfig, node, settings)?;
         Ok(Self { process, kubeconfig, directory })
     }
 
-    /// Ends it and starts it again with other settings, as an operator changes them.
+    /// Restarts kube-proxy with other settings.
     ///
-    /// # Errors
-    /// It cannot be started.
+    /// # Errors It cannot be started.
     pub fn restart(&mut self, node: &NodeNet, settings: &Value) -> Result<()> {
         self.process.signal(libc::SIGTERM);
         self.process.wait(Duration::from_secs(10))?;
@@ -54,28 +52,26 @@ impl KubeProxy {
         Ok(())
     }
 
-    /// Whether it has written all that it has heard, by its own metrics.
+    /// Checks in its metrics that kube-proxy has written every change that it received.
     ///
-    /// # Errors
-    /// It has not, or does not answer.
+    /// # Errors It has not, or does not answer.
     pub fn is_idle(&self, node: &NodeNet) -> Result<()> {
         let metrics = node.namespace.run(|| http_get(METRICS.into(), "/metrics"))??;
         check_idle(&metrics)
     }
 
-    /// Its process.
     pub fn process(&self) -> &Process {
         &self.process
     }
 }
 
-/// Where kube-proxy tells its metrics, in its node's namespace.
+/// Address of kube-proxy's metrics in its node's namespace.
 const METRICS: ([u8; 4], u16) = ([127, 0, 0, 1], 10_249);
-/// When a change was last handed to kube-proxy's writer, and when the writer last finished; by family.
+/// Time when a change was last queued for kube-proxy's writer, and when the writer last finished; by family.
 const QUEUED: &str = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds";
 const WRITTEN: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
 
-/// Whether both families' writers have finished what they were handed.
+/// Checks that both families' writers have processed their queue.
 fn check_idle(metrics: &str) -> Result<()> {
     let of = |name: &str, family: &str| -> Option<f64> {
         let series = format!("{name}{{ip_family=\"{family}\"}} ");
@@ -85,26 +81,26 @@ fn check_idle(metrics: &str) -> Result<()> {
         let (queued, written) = (of(QUEUED, family), of(WRITTEN, family));
         ensure!(
             written.is_some() && written >= queued,
-            "{family}: changes of {queued:?}, written {written:?}"
+            "{family}: last change queued at {queued:?}, last written at {written:?}"
         );
     }
     Ok(())
 }
 
-/// What kube-proxy logs when it has its handlers for Nodes, and when it has learned its node's zone.
+/// kube-proxy's log lines when its Node handlers are registered, and when it knows its node's zone.
 const NODE_HANDLERS: &str = "Starting node config controller";
 const ZONE_KNOWN: &str = "Calling handler.OnTopologyChange";
-/// Starts until it knows its zone; one of many starts misses it.
+/// Maximum number of starts until kube-proxy knows its zone; one of many starts misses it.
 const STARTS: usize = 5;
 
-/// Starts it, until it knows its node's zone. kube-proxy 1.36.3 watches its Node before it registers the handler of
-/// the Node's labels: where the first event is faster, it ignores zone hints until the labels change.
+/// Starts kube-proxy until it knows its node's zone. kube-proxy 1.36.3 watches its Node before it registers the
+/// handler for the Node's labels: if the first event is faster, it ignores zone hints until the labels change.
 fn run(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) -> Result<Process> {
     for _ in 0..STARTS {
         let logged = fs::read_to_string(log_path(directory, node)).unwrap_or_default().len();
         let process = start(directory, kubeconfig, node, settings)?;
         let says = |what: &str, deadline| {
-            wait::until(&format!("kube-proxy says '{what}'"), deadline, || {
+            wait::until(&format!("kube-proxy logs '{what}'"), deadline, || {
                 process.check_running()?;
                 let text = process.log_text();
                 ensure!(text.get(logged..).is_some_and(|text| text.contains(what)), "not yet");
@@ -112,7 +108,7 @@ fn run(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) ->
             })
         };
         says(NODE_HANDLERS, Duration::from_secs(60))?;
-        // At once, if at all; the rest is for a busy machine.
+        // It happens immediately or never; the rest of the timeout is for a busy machine.
         if says(ZONE_KNOWN, Duration::from_secs(3)).is_ok() {
             return Ok(process);
         }
@@ -129,7 +125,7 @@ fn start(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) 
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
         "mode": "nftables", "hostnameOverride": node.name, "detectLocalMode": "NodeCIDR",
         "clientConnection": {"kubeconfig": kubeconfig, "qps": 1000, "burst": 1000},
-        // These belong to the whole machine.
+        // These settings are global to the machine.
         "conntrack": {
             "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s",
         },
@@ -145,17 +141,18 @@ fn start(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) 
     Process::start("kube-proxy", command, &log_path(directory, node))
 }
 
-/// The API server listens on loopback, which the nodes cannot reach: connections to the laboratory's own
-/// address are handed through, for as long as this process lives.
-fn open_door(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
+/// Forwards connections from the laboratory's own address to the API server on loopback, which nodes cannot reach,
+/// for the lifetime of this process.
+fn forward_api_server(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
     let server = control_plane.address();
-    let listener = TcpListener::bind((lab.root_address(), 0)).context("opening a door for kube-proxy")?;
+    let listener =
+        TcpListener::bind((lab.root_address(), 0)).context("listening for connections of kube-proxy")?;
     let address = listener.local_addr()?;
     std::thread::spawn(move || {
         for client in listener.incoming().flatten() {
             let Ok(server) = TcpStream::connect(server) else { continue };
             for stream in [&client, &server] {
-                // Only latency is lost where it fails.
+                // Failure only costs latency.
                 let _ = stream.set_nodelay(true);
             }
             let (Ok(client2), Ok(server2)) = (client.try_clone(), server.try_clone()) else { continue };
@@ -167,7 +164,7 @@ fn open_door(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
 }
 
 fn carry(mut from: TcpStream, mut to: TcpStream) {
-    // Whichever side ends, the other is told.
+    // Shut down one side after the other ends.
     let _ = io::copy(&mut from, &mut to);
     let _ = to.shutdown(std::net::Shutdown::Write);
 }
@@ -177,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_idle_when_both_families_are_written() {
+    fn idle_when_both_families_are_written() {
         let metrics = |queued: [&str; 2], written: [&str; 2]| {
             let line =
                 |name: &str, family: &str, value: &str| format!("{name}{{ip_family=\"{family}\"}} {value}\n");

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::lab::cleanup::{self, Registered, Resource};
 
-/// A network namespace; it goes when the last clone is dropped.
+/// A network namespace, deleted when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Namespace(Arc<Inner>);
 
@@ -23,10 +23,9 @@ struct Inner {
 }
 
 impl Namespace {
-    /// Makes a namespace with its loopback up.
+    /// Creates a namespace with its loopback device up.
     ///
-    /// # Errors
-    /// `ip` could not make it.
+    /// # Errors `ip` could not create it.
     pub fn create(name: &str) -> Result<Self> {
         let registered = cleanup::register(Resource::Namespace(name.to_owned()));
         run_ip(&["netns", "add", name])?;
@@ -37,23 +36,21 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Its name for `ip netns exec`.
+    /// Name for `ip netns exec`.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// Runs lines of `ip -batch` in it.
+    /// Runs lines of `ip -batch` in the namespace.
     ///
-    /// # Errors
-    /// A line was refused.
+    /// # Errors A line was rejected.
     pub fn ip(&self, lines: &str) -> Result<()> {
         ip_batch(Some(&self.0.name), lines)
     }
 
-    /// Runs `work` on a thread of its own inside the namespace. Sockets that it opens stay there.
+    /// Runs `work` on a new thread inside the namespace. Sockets that it opens stay there.
     ///
-    /// # Errors
-    /// The namespace could not be entered.
+    /// # Errors The namespace could not be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let worker = scope.spawn(|| -> Result<T> {
@@ -67,14 +64,13 @@ impl Namespace {
     /// Makes `command` start inside the namespace.
     pub fn wrap(&self, command: &mut Command) {
         let inner = Arc::clone(&self.0);
-        // SAFETY: setns is async-signal-safe, and the closure allocates nothing on its way to success.
+        // SAFETY: setns is async-signal-safe, and the closure allocates nothing unless it fails.
         unsafe { command.pre_exec(move || enter(inner.file.as_raw_fd())) };
     }
 
-    /// Sets sysctls, given as (path below /proc/sys with dots, value). One that does not exist is an error.
+    /// Sets sysctls, given as (path below /proc/sys with dots, value).
     ///
-    /// # Errors
-    /// One could not be written.
+    /// # Errors A sysctl does not exist or could not be written.
     pub fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
         self.run(|| {
             for (key, value) in settings {
@@ -85,10 +81,9 @@ impl Namespace {
         })?
     }
 
-    /// Runs a command in the namespace and returns what it printed.
+    /// Runs a command in the namespace and returns its output.
     ///
-    /// # Errors
-    /// It could not be started, or failed; the message has its standard error.
+    /// # Errors It could not be started, or failed; the message contains its standard error.
     pub fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(program);
         command.args(arguments);
@@ -110,10 +105,9 @@ fn enter(descriptor: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs lines of `ip -batch`, in a namespace or in the one of this process.
+/// Runs lines of `ip -batch` in a namespace, or in this process's own.
 ///
-/// # Errors
-/// A line was refused.
+/// # Errors A line was rejected.
 pub fn ip_batch(namespace: Option<&str>, lines: &str) -> Result<()> {
     use std::io::Write as _;
     let mut command = Command::new("ip");

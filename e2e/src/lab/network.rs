@@ -8,10 +8,10 @@
 //!                                            +---------- client of node 1: eth0 .101, routes by node 1
 //! ```
 //!
-//! Each pod hangs on its node by a point-to-point veth, not by a bridge, so that answers between pods of one node
-//! pass the node's connection tracking whether or not the kernel has br_netfilter. The default route of a node
-//! leads to the switch, which forwards nothing: what no one answers there meets silence, and never leaves the
-//! laboratory. N is free on this machine; everything has an IPv6 twin.
+//! Each pod is connected to its node by a point-to-point veth instead of a bridge, so that answers between pods of one
+//! node pass the node's connection tracking regardless of br_netfilter. The default route of a node points to the
+//! switch, which forwards nothing: unanswered packets are dropped there and never leave the laboratory. N is a free
+//! number on this machine; every address has an IPv6 counterpart.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::Command;
@@ -41,13 +41,11 @@ pub struct Lab {
 /// A node's namespaces: its own, and that of a client whose routes lead through it.
 #[derive(Debug)]
 pub struct NodeNet {
-    /// The Node's name.
     pub name: String,
-    /// Position, from 1; part of its addresses.
+    /// Position from 1, part of the node's addresses.
     pub index: u8,
-    /// Its namespace.
     pub namespace: Namespace,
-    /// An off-cluster client that reaches virtual addresses through this node.
+    /// Off-cluster client that reaches virtual addresses through this node.
     pub client: Namespace,
     lab_number: u8,
 }
@@ -55,37 +53,32 @@ pub struct NodeNet {
 /// A pod's namespace and server.
 #[derive(Debug)]
 pub struct PodNet {
-    /// The pod's name, which its servers answer with.
+    /// The pod's name, which its server sends as answer.
     pub name: String,
-    /// Its namespace.
     pub namespace: Namespace,
-    /// Its IPv4 address.
     pub ipv4: Ipv4Addr,
-    /// Its IPv6 address.
     pub ipv6: Ipv6Addr,
-    /// Its server.
     pub server: Process,
 }
 
 impl PodNet {
-    /// Its address of a family.
     pub fn address(&self, ipv6: bool) -> IpAddr {
         if ipv6 { self.ipv6.into() } else { self.ipv4.into() }
     }
 }
 
 impl NodeNet {
-    /// Its address of a family on the laboratory's network.
+    /// Address on the laboratory's network.
     pub fn address(&self, ipv6: bool) -> IpAddr {
         lan_address(self.lab_number, 10 + self.index, ipv6)
     }
 
-    /// The client's address of a family.
+    /// Address of the node's client.
     pub fn client_address(&self, ipv6: bool) -> IpAddr {
         lan_address(self.lab_number, 100 + self.index, ipv6)
     }
 
-    /// Its pod CIDRs, IPv4 first.
+    /// Pod CIDRs, IPv4 first.
     pub fn pod_cidrs(&self) -> [String; 2] {
         [format!("10.244.{}.0/24", self.index), format!("fd00:244:{:x}::/64", self.index)]
     }
@@ -100,10 +93,9 @@ fn lan_address(number: u8, host: u8, ipv6: bool) -> IpAddr {
 }
 
 impl Lab {
-    /// Makes the switch and joins this machine to it.
+    /// Creates the switch and connects this machine to it.
     ///
-    /// # Errors
-    /// Namespaces or devices cannot be made.
+    /// # Errors Namespaces or devices cannot be created.
     pub fn create() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         cleanup::sweep();
@@ -123,26 +115,25 @@ impl Lab {
         Ok(Self { id, number, switch, directory, members: AtomicU32::new(0), _registered: registered })
     }
 
-    /// The prefix of its namespaces' names.
+    /// Prefix of the names of the laboratory's namespaces.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// A directory that goes with the laboratory: logs and the state of agents.
+    /// Directory for logs and the state of agents, removed with the laboratory.
     pub fn directory(&self) -> &std::path::Path {
         &self.directory
     }
 
-    /// This machine's own address on the laboratory's network: where the controller listens. IPv4 only: the
-    /// machine itself may have no IPv6 (a container, say) where its namespaces do.
+    /// This machine's address on the laboratory's network, on which the controller listens. IPv4 only: the machine
+    /// (for example a container) may lack IPv6 although its namespaces have it.
     pub fn root_address(&self) -> IpAddr {
         lan_address(self.number, 1, false)
     }
 
-    /// Makes a node, with a client behind it, and routes between its pods and those of `others`.
+    /// Creates a node with a client behind it, and routes between its pods and those of `others`.
     ///
-    /// # Errors
-    /// Namespaces or devices cannot be made.
+    /// # Errors Namespaces or devices cannot be created.
     pub fn add_node(&self, name: &str, index: u8, others: &[&NodeNet]) -> Result<NodeNet> {
         let namespace = Namespace::create(&format!("{}-{name}", self.id))?;
         harden(&namespace)?;
@@ -159,10 +150,9 @@ impl Lab {
         Ok(node)
     }
 
-    /// Makes a pod on a node, the `index`th (from 1), and starts its server.
+    /// Creates the `index`th pod (from 1) of a node and starts its server.
     ///
-    /// # Errors
-    /// Namespaces or devices cannot be made, or the server does not start.
+    /// # Errors Namespaces or devices cannot be created, or the server does not start.
     pub fn add_pod(&self, node: &NodeNet, name: &str, index: u8) -> Result<PodNet> {
         let namespace = Namespace::create(&format!("{}-pod-{name}", self.id))?;
         harden(&namespace)?;
@@ -193,10 +183,9 @@ impl Lab {
         Ok(PodNet { name: name.to_owned(), namespace, ipv4, ipv6, server })
     }
 
-    /// Starts a pod's server in a namespace, which may be a node's own: a pod of the host network.
+    /// Starts a pod's server in a namespace; a node's namespace makes it a pod of the host network.
     ///
-    /// # Errors
-    /// It does not start.
+    /// # Errors It does not start.
     pub fn start_server(&self, namespace: &Namespace, name: &str) -> Result<Process> {
         let ports: Vec<_> = POD_PORTS.iter().map(u16::to_string).collect();
         let ports = ports.join(",");
@@ -206,7 +195,7 @@ impl Lab {
         Process::start(&format!("pod {name}"), command, &self.directory.join(format!("pod-{name}.log")))
     }
 
-    /// Plugs a namespace into the switch as `eth0` with a host number and a default route by another.
+    /// Connects a namespace to the switch as `eth0`, with a host number and a default route through another.
     fn plug(&self, namespace: &Namespace, host: u8, gateway: u8) -> Result<()> {
         let port = format!("p{}", self.members.fetch_add(1, Ordering::Relaxed));
         self.switch.ip(&format!(
@@ -228,8 +217,8 @@ impl Lab {
     }
 }
 
-/// Finds a free number and joins the root namespace to the switch. The device's name is the claim: only one
-/// laboratory of the machine can have it.
+/// Finds a free number and connects the root namespace to the switch. The name of the device reserves the number: it
+/// is unique on the machine.
 fn join_root(switch: &Namespace) -> Result<u8> {
     let first: u8 = rand::random();
     let mut last = None;
@@ -256,7 +245,7 @@ fn join_root(switch: &Namespace) -> Result<u8> {
     }
     match last {
         Some(error) => Err(error.context("all 256 laboratory networks of this machine are taken")),
-        None => bail!("no laboratory network could be made"),
+        None => bail!("failed to create a laboratory network"),
     }
 }
 
@@ -269,12 +258,12 @@ fn pod_routes(to: &NodeNet) -> String {
     )
 }
 
-/// No surprise from the host's stack: refusals are never rate-limited, no redirect teaches a client a short cut,
-/// no packet is dropped for the way it came, IPv6 addresses are usable at once.
+/// Disables parts of the host's network stack that would disturb tests: rate limits for ICMP errors, redirects,
+/// reverse path filters and duplicate address detection.
 fn harden(namespace: &Namespace) -> Result<()> {
     namespace.sysctl(&[
         ("net.ipv4.icmp_ratelimit", "0"),
-        // Of both families together, whatever the line above says.
+        // Despite its name, this applies to both families together.
         ("net.ipv4.icmp_msgs_per_sec", "1000000"),
         ("net.ipv4.icmp_msgs_burst", "1000000"),
         ("net.ipv6.icmp.ratelimit", "0"),

@@ -1,10 +1,10 @@
-//! API objects as JSON, as short as a test wants to read them.
+//! Concise builders of API objects as JSON.
 
 use serde_json::{Value, json};
 
 use crate::lab::{NodeNet, PodNet};
 
-/// A Service; `spec` is its spec.
+/// A Service with the given spec.
 pub fn service(namespace: &str, name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service",
@@ -13,7 +13,7 @@ pub fn service(namespace: &str, name: &str, spec: &Value) -> Value {
     })
 }
 
-/// The status of a LoadBalancer Service that got virtual addresses.
+/// Status of a LoadBalancer Service with virtual addresses.
 pub fn load_balancer_status(addresses: &[&str]) -> Value {
     let ingress: Vec<_> = addresses.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
     json!({"loadBalancer": {"ingress": ingress}})
@@ -53,27 +53,27 @@ pub fn endpoint(pod: &PodNet, node: &NodeNet, ipv6: bool) -> Value {
     })
 }
 
-/// The same endpoint while its pod shuts down: not ready, terminating, still serving or not.
+/// The endpoint during its pod's shutdown: not ready and terminating, optionally still serving.
 pub fn terminating(mut endpoint: Value, serving: bool) -> Value {
     endpoint["conditions"] = json!({"ready": false, "serving": serving, "terminating": true});
     endpoint
 }
 
-/// The same endpoint with a hint for zones.
+/// The endpoint with zone hints.
 pub fn hinted(mut endpoint: Value, zones: &[&str]) -> Value {
     let zones: Vec<_> = zones.iter().map(|zone| json!({"name": zone})).collect();
     endpoint["hints"] = json!({"forZones": zones});
     endpoint
 }
 
-/// The same endpoint with a hint for nodes.
+/// The endpoint with node hints.
 pub fn hinted_for_nodes(mut endpoint: Value, nodes: &[&str]) -> Value {
     let nodes: Vec<_> = nodes.iter().map(|node| json!({"name": node})).collect();
     endpoint["hints"] = json!({"forNodes": nodes});
     endpoint
 }
 
-/// A Node with addresses and pod CIDRs, as a kubelet would register it.
+/// A Node with addresses and pod CIDRs, as a kubelet registers it.
 pub fn node(node: &NodeNet, zone: &str) -> Value {
     let cidrs = node.pod_cidrs();
     json!({
@@ -89,7 +89,7 @@ pub fn node(node: &NodeNet, zone: &str) -> Value {
                 {"type": "InternalIP", "address": node.address(false).to_string()},
                 {"type": "InternalIP", "address": node.address(true).to_string()},
             ],
-            // What the EndpointSlice controller shares zone hints by.
+            // Input of the EndpointSlice controller's zone hints.
             "allocatable": {"cpu": "2", "memory": "4Gi", "pods": "110"},
             "capacity": {"cpu": "2", "memory": "4Gi", "pods": "110"},
             "conditions": [{"type": "Ready", "status": "True", "reason": "Laboratory"}],
@@ -112,7 +112,7 @@ pub fn pod(namespace: &str, name: &str, node: &str, service_account: &str) -> Va
     })
 }
 
-/// The status of a Pod that runs and is ready, with the addresses of its namespace.
+/// Status of a running, ready Pod with the addresses of its namespace.
 pub fn running(pod: &PodNet, node: &NodeNet) -> Value {
     let mut status = running_on_host(node);
     status["podIP"] = json!(pod.ipv4.to_string());
@@ -120,7 +120,7 @@ pub fn running(pod: &PodNet, node: &NodeNet) -> Value {
     status
 }
 
-/// The status of a Pod of the host network that runs and is ready.
+/// Status of a running, ready Pod of the host network.
 pub fn running_on_host(node: &NodeNet) -> Value {
     let address = node.address(false).to_string();
     json!({

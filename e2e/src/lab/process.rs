@@ -1,4 +1,4 @@
-//! Child processes that die with this one, in process groups of their own, with their output in a log file.
+//! Child processes that die with this one, each in its own process group and with its output in a log file.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::lab::cleanup::{self, Registered, Resource};
 
-/// A running program; killed when dropped.
+/// A running program, killed on drop.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -50,50 +50,46 @@ impl Process {
         })
     }
 
-    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child().id()
     }
 
-    /// Where it logs.
+    /// Path of the log file.
     pub fn log(&self) -> &Path {
         &self.log
     }
 
-    /// All that it wrote.
+    /// Everything the program has logged.
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Fails if it has ended, with the last lines of its log.
+    /// Checks that the process is running.
     ///
-    /// # Errors
-    /// It has ended.
+    /// # Errors It has exited; the message contains the last lines of its log.
     pub fn check_running(&self) -> Result<()> {
-        match self.child().try_wait().with_context(|| format!("asking after {}", self.name))? {
+        match self.child().try_wait().with_context(|| format!("checking on {}", self.name))? {
             None => Ok(()),
             Some(status) => bail!("{} ended ({status}); its log ends:\n{}", self.name, tail(&self.log, 20)),
         }
     }
 
-    /// Sends a signal.
     pub fn signal(&self, signal: i32) {
         let Ok(process) = i32::try_from(self.id()) else { return };
         // SAFETY: kill has no memory effects; the process is a child of this one.
         unsafe { libc::kill(process, signal) };
     }
 
-    /// Kills it with SIGKILL and waits for its end.
+    /// Kills the process with SIGKILL and waits until it exits.
     pub fn kill(&self) {
         let mut child = self.child();
         drop(child.kill());
         drop(child.wait());
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits.
     ///
-    /// # Errors
-    /// It still runs after `deadline`.
+    /// # Errors It still runs after `deadline`.
     pub fn wait(&self, deadline: Duration) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {
@@ -118,7 +114,7 @@ impl Drop for Process {
     }
 }
 
-/// How a program ended, for people: `exit code 1`, `signal 9`.
+/// Formats an exit status: `exit code 1`, `signal 9`.
 pub fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
@@ -127,7 +123,6 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The last lines of a file.
 pub fn tail(path: &Path, lines: usize) -> String {
     let mut text = String::new();
     if let Ok(mut file) = File::open(path) {
@@ -139,8 +134,8 @@ pub fn tail(path: &Path, lines: usize) -> String {
 
 type Job = (Command, Sender<std::io::Result<Child>>);
 
-/// Spawns on a thread that lives as long as the process: the kernel sends the parent-death signal when the
-/// *thread* that spawned a child ends, and a test's thread ends before the laboratory that it shares.
+/// Spawns on a thread that lives as long as this process: the kernel sends the parent-death signal when the *thread*
+/// that spawned a child ends, and a test's thread ends before the laboratory that it shares.
 fn spawn(command: Command) -> Result<Child> {
     static SPAWNER: OnceLock<Mutex<Sender<Job>>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {

@@ -1,16 +1,15 @@
-//! Where the programs are that the laboratory starts.
+//! Paths of the programs that the laboratory starts.
 
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-/// Names the folder with etcd, kube-apiserver and the others; `make` sets it.
+/// Environment variable with the folder of etcd, kube-apiserver and the others; `make` sets it.
 pub const CONTROL_PLANE_VARIABLE: &str = "SWITCHTOWER_CONTROL_PLANE";
 
-/// A program of the control plane, built by `make setup`.
+/// Path of a program of the control plane, built by `make setup`.
 ///
-/// # Errors
-/// It is not there; the message says what to run.
+/// # Errors It does not exist; the message names the command to run.
 pub fn control_plane(name: &str) -> Result<PathBuf> {
     let path = match std::env::var_os(CONTROL_PLANE_VARIABLE) {
         Some(folder) => PathBuf::from(folder).join(name),
@@ -22,11 +21,10 @@ pub fn control_plane(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A program that `make setup` builds from a folder of `e2e/tools`. `SWITCHTOWER_TOOL_` and its name name the file,
-/// which `make` sets; without it (`cargo test` by hand) the newest in the cache serves.
+/// Path of a program that `make setup` builds from a folder of `e2e/tools`. `make` sets the variable
+/// `SWITCHTOWER_TOOL_<NAME>`; without it (plain `cargo test`), the newest build in the cache is used.
 ///
-/// # Errors
-/// It is not there; the message says what to run.
+/// # Errors It does not exist; the message names the command to run.
 pub fn tool(name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(format!("SWITCHTOWER_TOOL_{}", name.to_uppercase())) {
         return Ok(path.into());
@@ -49,7 +47,7 @@ fn cache() -> Result<PathBuf> {
     }
 }
 
-/// Without the variable (`cargo test` by hand) the newest build in the cache serves.
+/// The newest build in the cache, used if the variable is unset (plain `cargo test`).
 fn newest_build() -> Result<PathBuf> {
     let folder = cache()?.join("control-plane");
     let builds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -60,11 +58,9 @@ fn newest_build() -> Result<PathBuf> {
     })
 }
 
-/// A program of this workspace, from the folder in which cargo puts programs: the one of this program, or, for
-/// a test, the folder above it.
+/// Path of a program of this workspace: in the folder of the running program or, for a test, the folder above it.
 ///
-/// # Errors
-/// It is not there; the message says what to run.
+/// # Errors It does not exist; the message names the command to run.
 pub fn workspace(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding the path of this program")?;
     let folders = own.ancestors().skip(1).take(2);

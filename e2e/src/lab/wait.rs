@@ -1,4 +1,4 @@
-//! Waiting for something to become true, with a deadline and the last reason why it was not.
+//! Polling with a deadline, which reports the last error.
 
 use std::time::{Duration, Instant};
 
@@ -6,8 +6,7 @@ use anyhow::{Result, anyhow};
 
 /// Calls `attempt` every 20 ms until it succeeds.
 ///
-/// # Errors
-/// The deadline passed; the message names `what` and the last error.
+/// # Errors The deadline passed; the message contains `what` and the last error.
 pub fn until<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     loop {

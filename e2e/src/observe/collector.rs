@@ -1,4 +1,4 @@
-//! A real OpenTelemetry Collector that writes what it gets to a file.
+//! A real OpenTelemetry Collector that writes received spans to a file.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -13,31 +13,30 @@ use crate::lab::process::Process;
 use crate::lab::programs;
 use crate::lab::wait;
 
-/// One span, as it was received.
+/// A span as received.
 #[derive(Debug, Clone)]
 pub struct Span {
-    /// The trace, hexadecimal.
+    /// Trace id, hexadecimal.
     pub trace: String,
-    /// The span, hexadecimal.
+    /// Span id, hexadecimal.
     pub id: String,
-    /// Its parent, empty for a root.
+    /// Parent span id, empty for a root.
     pub parent: String,
-    /// Its name.
     pub name: String,
-    /// When it began, in nanoseconds since 1970.
+    /// Start in nanoseconds since 1970.
     pub start: u64,
-    /// When it ended.
+    /// End in nanoseconds since 1970.
     pub end: u64,
-    /// Attributes, those of the resource among them.
+    /// Attributes, including those of the resource.
     pub attributes: Vec<(String, Value)>,
     /// Names and times of events.
     pub events: Vec<(String, u64)>,
-    /// Traces of links.
+    /// Trace ids of links.
     pub links: Vec<String>,
 }
 
 impl Span {
-    /// An attribute as text; empty if it is not there.
+    /// An attribute as text; empty if absent.
     pub fn attribute(&self, name: &str) -> String {
         let value = self.attributes.iter().find(|(key, _)| key == name).map(|(_, value)| value);
         let text = value.and_then(|value| value.as_object()?.values().next());
@@ -45,7 +44,7 @@ impl Span {
     }
 }
 
-/// A running collector; it ends when this is dropped.
+/// A running collector, which ends on drop.
 #[derive(Debug)]
 pub struct Collector {
     process: Process,
@@ -54,10 +53,9 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts it on a port of an address, with its files in a directory, and waits until it listens.
+    /// Starts a collector on a port of an address, with its files in a directory, and waits until it listens.
     ///
-    /// # Errors
-    /// It is not built, or does not listen in time.
+    /// # Errors It is not built, or does not listen in time.
     pub fn start(address: IpAddr, directory: &Path) -> Result<Self> {
         let address = TcpListener::bind((address, 0))?.local_addr()?;
         let file = directory.join(format!("spans-{}.json", address.port()));
@@ -80,19 +78,18 @@ impl Collector {
         Ok(collector)
     }
 
-    /// Where it takes OTLP over gRPC.
+    /// Endpoint for OTLP over gRPC.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
     /// All spans so far.
     ///
-    /// # Errors
-    /// It has ended, or writes something else than OTLP as JSON.
+    /// # Errors The collector has exited, or its file is not OTLP as JSON.
     pub fn spans(&self) -> Result<Vec<Span>> {
         self.process.check_running()?;
         let text = fs::read_to_string(&self.file).unwrap_or_default();
-        // The last line may not be whole yet.
+        // The last line may be incomplete.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let mut spans = Vec::new();
         for line in whole.lines() {
@@ -116,7 +113,7 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// Times are numbers in strings: JSON's own are not large enough.
+/// Parses a time: they are strings, since JSON numbers are not precise enough.
 fn time(value: &Value) -> u64 {
     value.as_str().and_then(|text| text.parse().ok()).unwrap_or_default()
 }

@@ -1,6 +1,6 @@
-//! When the kernel commits: the end of every nf_tables transaction in a namespace, as the kernel tells it.
+//! Commit times of nf_tables transactions in a namespace, from the kernel's notifications.
 //!
-//! Both proxies are measured by the same events, from outside.
+//! Both proxies are measured by the same external events.
 
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -14,7 +14,7 @@ const NFNLGRP_NFTABLES: u32 = 7;
 /// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` (linux/netfilter/nf_tables.h): the last message of a transaction.
 const NEW_GENERATION: u16 = 10 << 8 | 15;
 
-/// Hears the commits in one namespace.
+/// Listener for the commits in one namespace.
 #[derive(Debug)]
 pub struct Commits {
     heard: Receiver<Instant>,
@@ -23,21 +23,20 @@ pub struct Commits {
 impl Commits {
     /// Starts to listen.
     ///
-    /// # Errors
-    /// The socket cannot be opened in the namespace.
+    /// # Errors The socket cannot be opened in the namespace.
     pub fn listen(namespace: &Namespace) -> Result<Self> {
         let socket = namespace.run(open)?.context("listening to nf_tables")?;
         let (tell, heard) = channel();
         std::thread::spawn(move || {
             let mut buffer = vec![0u8; 1 << 20];
             loop {
-                // SAFETY: the buffer is as long as the call is told.
+                // SAFETY: the length passed is the buffer's length.
                 let length =
                     unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
                 let now = Instant::now();
                 match usize::try_from(length) {
                     Ok(length) if ends_a_transaction(&buffer[..length]) && tell.send(now).is_err() => return,
-                    // An overflow loses element messages of a huge transaction; the next one is heard.
+                    // An overflow loses element messages of a huge transaction; a later NEWGEN message still arrives.
                     _ => {}
                 }
             }
@@ -45,19 +44,19 @@ impl Commits {
         Ok(Self { heard })
     }
 
-    /// Forgets what was heard so far.
+    /// Discards the commits received so far.
     pub fn forget(&self) {
         while self.heard.try_recv().is_ok() {}
     }
 
-    /// The next commit, or `None` if none comes in time.
-    pub fn next(&self, patience: Duration) -> Option<Instant> {
-        self.heard.recv_timeout(patience).ok()
+    /// The next commit, or `None` after the timeout.
+    pub fn next(&self, timeout: Duration) -> Option<Instant> {
+        self.heard.recv_timeout(timeout).ok()
     }
 
-    /// The last commit before `quiet` passes without one; `None` if there is none within `patience`.
-    pub fn last(&self, patience: Duration, quiet: Duration) -> Option<Instant> {
-        let mut last = self.next(patience)?;
+    /// The last commit before a pause of `quiet`; `None` without a commit within `timeout`.
+    pub fn last(&self, timeout: Duration, quiet: Duration) -> Option<Instant> {
+        let mut last = self.next(timeout)?;
         loop {
             match self.heard.recv_timeout(quiet) {
                 Ok(later) => last = later,

@@ -8,14 +8,13 @@ use serde_json::Value;
 
 use crate::lab::namespace::Namespace;
 
-/// What the stamp of the tables says.
+/// The stamp that both tables contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
-    /// The node's generation.
     pub generation: u64,
     /// Digest of the view.
     pub digest: u128,
-    /// Items that are not in the kernel on purpose.
+    /// Number of items that are deliberately not in the kernel.
     pub deviations: u32,
 }
 
@@ -78,12 +77,12 @@ pub fn table(namespace: &Namespace, family: &str) -> Result<String> {
 /// transaction, so that an equal number proves that nothing was written.
 ///
 /// # Errors
-/// It cannot be asked.
+/// The query fails.
 pub fn transactions(namespace: &Namespace) -> Result<u32> {
     namespace.run(ask_generation)?
 }
 
-/// NFT_MSG_GETGEN by hand: `nft` does not print it.
+/// Sends NFT_MSG_GETGEN: `nft` does not print the generation.
 fn ask_generation() -> Result<u32> {
     use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
     const GET_GENERATION: u16 = 10 << 8 | 16;

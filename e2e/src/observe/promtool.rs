@@ -8,10 +8,9 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::lab::programs;
 
-/// Has Prometheus' own parser of OpenMetrics read a text, in a directory for its files.
+/// Parses a text with Prometheus' own parser; `directory` receives its files.
 ///
-/// # Errors
-/// It does not take it; the message is the parser's.
+/// # Errors The parser rejects it; the message is the parser's.
 pub fn parse_open_metrics(text: &str, directory: &Path) -> Result<()> {
     let (file, blocks) = (directory.join("metrics.txt"), directory.join("metrics-blocks"));
     fs::write(&file, with_times(text)).with_context(|| format!("writing {}", file.display()))?;
@@ -24,7 +23,7 @@ pub fn parse_open_metrics(text: &str, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// With a time in every sample: promtool makes blocks of a database of them, a scraper brings its own.
+/// Adds a timestamp to every sample: promtool writes blocks of a database, for which a scraper would supply the time.
 fn with_times(text: &str) -> String {
     let line = |line: &str| match line.split_once(" # {") {
         _ if line.starts_with('#') => format!("{line}\n"),

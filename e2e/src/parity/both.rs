@@ -1,32 +1,30 @@
-//! What a test asks of both worlds beside the states of a case: one thing at a time, without comparing.
+//! Single operations on both worlds, for tests that need more than the states of a case; nothing is compared.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::compare::PATIENCE;
+use super::compare::TIMEOUT;
 use super::probes::{Origin, Probe};
 use super::world::{Side, World};
 use crate::lab::wait;
 use crate::probe::Outcome;
 use crate::probe::volley::{Flow, volley};
 
-/// The same of both worlds.
+/// Results of the same operation in both worlds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Both<T> {
-    /// Where kube-proxy programs the node.
     pub kube_proxy: T,
-    /// Where Switchtower does.
     pub switchtower: T,
 }
 
-fn word(outcome: &Outcome) -> String {
+fn outcome_text(outcome: &Outcome) -> String {
     outcome.backend().map_or_else(|| outcome.to_string(), str::to_owned)
 }
 
 impl World {
-    /// In both worlds at the same time.
+    /// Runs `work` in both worlds at the same time.
     fn both<T: Send>(&self, work: impl Fn(Side) -> Result<T> + Sync) -> Result<Both<T>> {
         let (kube_proxy, switchtower) = std::thread::scope(|scope| {
             let theirs = scope.spawn(|| work(Side::KubeProxy));
@@ -37,16 +35,15 @@ impl World {
         Ok(Both { kube_proxy, switchtower: switchtower? })
     }
 
-    /// Sends one packet of a probe's kind after each pause: the pods that answered, or what came back instead.
+    /// Sends one packet of a probe's kind after each pause. Returns the backends, or the outcomes without one.
     ///
-    /// # Errors
-    /// A probe could not be sent.
+    /// # Errors A probe could not be sent.
     pub fn ask_with_pauses(&self, probe: &Probe, pauses: &[Duration]) -> Result<Both<Vec<String>>> {
         self.both(|side| {
             let once = |pause: &Duration| {
                 std::thread::sleep(*pause);
-                let outcome = volley(&[self.shot(side, probe)], PATIENCE)?.pop().context("no outcome")?;
-                Ok(word(&outcome))
+                let outcome = volley(&[self.shot(side, probe)], TIMEOUT)?.pop().context("no outcome")?;
+                Ok(outcome_text(&outcome))
             };
             self.namespace(side, probe.origin).run(|| pauses.iter().map(once).collect::<Result<Vec<_>>>())?
         })
@@ -63,29 +60,26 @@ impl World {
         })
     }
 
-    /// Sends a datagram on a flow: the pod that answered, or what came back instead.
+    /// Sends a datagram on a flow. Returns the backend, or the outcome without one.
     ///
-    /// # Errors
-    /// It could not be sent.
+    /// # Errors It could not be sent.
     pub fn ask_flow(&self, flow: &Both<Flow>) -> Result<Both<String>> {
         self.both(|side| {
             let flow = if side == Side::KubeProxy { &flow.kube_proxy } else { &flow.switchtower };
-            Ok(word(Flow::ask_all(&[flow], PATIENCE)?.first().context("no outcome")?))
+            Ok(outcome_text(Flow::ask_all(&[flow], TIMEOUT)?.first().context("no outcome")?))
         })
     }
 
     /// Runs lines of `ip -batch` on node n1.
     ///
-    /// # Errors
-    /// A line was refused.
+    /// # Errors A line was rejected.
     pub fn on_node(&self, lines: &str) -> Result<()> {
         self.both(|side| self.namespace(side, Origin::Host).ip(lines)).map(drop)
     }
 
-    /// What node n1 answers to `GET path` on one of its addresses. An error is a text too.
+    /// Response of node n1 to `GET path` on one of its addresses. An error is returned as text too.
     ///
-    /// # Errors
-    /// A namespace could not be entered.
+    /// # Errors A namespace could not be entered.
     pub fn ask_node(&self, to: SocketAddr, path: &str) -> Result<Both<String>> {
         let url = format!("http://{to}{path}");
         self.both(|side| {
@@ -98,11 +92,10 @@ impl World {
         })
     }
 
-    /// Writes the Node n1, which was deleted, again. The agent's Pod was bound to the old one: its DaemonSet would make
-    /// a new one.
+    /// Creates the deleted Node n1 again. The agent's Pod was bound to the old Node: its DaemonSet would create a new
+    /// Pod.
     ///
-    /// # Errors
-    /// The API server refuses, or the agent does not start or gets no view.
+    /// # Errors The API server refuses, or the agent does not start or gets no view.
     pub fn make_node_again(&self) -> Result<()> {
         let node = self.fleet.nodes().first().context("no node")?;
         self.fleet.register(node)?;
@@ -119,10 +112,9 @@ impl World {
         self.both(|side| self.ruleset(side))
     }
 
-    /// Deletes the proxies' IPv4 tables on node n1, as somebody else might.
+    /// Deletes the proxies' IPv4 tables on node n1, as a foreign program might.
     ///
-    /// # Errors
-    /// A table is not there.
+    /// # Errors A table does not exist.
     pub fn delete_tables(&self) -> Result<()> {
         self.both(|side| {
             let table = if side == Side::KubeProxy { "kube-proxy" } else { "switchtower" };
@@ -131,10 +123,9 @@ impl World {
         .map(drop)
     }
 
-    /// Brings kube-proxy back to order after [`World::delete_tables`].
+    /// Restores kube-proxy after [`World::delete_tables`].
     ///
-    /// # Errors
-    /// It does not start.
+    /// # Errors It does not start.
     pub fn repair_kube_proxy(&mut self) -> Result<()> {
         self.restart_kube_proxy(&self.settings().clone())
     }

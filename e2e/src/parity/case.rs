@@ -1,7 +1,7 @@
-//! One case of the differential test: a cluster state and changes to it, as plain data.
+//! A case of the differential test: a cluster state and changes to it, as plain data.
 //!
-//! A case is generated from a seed, written to a file when both proxies disagree, shrunk, and read again with
-//! `--replay`. Everything is named by small numbers so that a shrunk case reads well.
+//! A case is generated from a seed, written to a file if the proxies disagree, shrunk, and replayed with `--replay`.
+//! Small numbers serve as names, so that a shrunk case is readable.
 
 use std::net::IpAddr;
 
@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::settings::Settings;
 
-/// The pods of the laboratory that can be endpoints: two on the node under test (zone a), two on another node
-/// of the same zone, two on a node of zone b.
+/// Pods of the laboratory that can be endpoints: two on the node under test (zone a), two on another node of the same
+/// zone, two on a node of zone b.
 pub const PODS: [Pod; 6] = [
     Pod { name: "p1", node: "n1", number: 11 },
     Pod { name: "p2", node: "n1", number: 12 },
@@ -20,42 +20,39 @@ pub const PODS: [Pod; 6] = [
     Pod { name: "p6", node: "n3", number: 12 },
 ];
 
-/// A pod of the laboratory.
 #[derive(Debug, Clone, Copy)]
 pub struct Pod {
-    /// Its name, and what its servers answer.
+    /// Name, which the pod's servers send as answer.
     pub name: &'static str,
-    /// The node it is on.
     pub node: &'static str,
-    /// The last part of its addresses.
+    /// Last part of the pod's addresses.
     pub number: u8,
 }
 
-/// Ports on which every pod serves, over TCP, UDP and SCTP.
+/// Ports on which every pod serves TCP, UDP and SCTP.
 pub const TARGET_PORTS: [u16; 2] = [8080, 8081];
 
-/// A cluster state and the changes that follow it.
+/// A cluster state and subsequent changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Case {
-    /// Where it came from, for people.
+    /// Origin of the case, for reports.
     pub name: String,
-    /// What both proxies are told.
+    /// Settings of both proxies.
     #[serde(default)]
     pub settings: Settings,
-    /// Services at the start.
+    /// Services of the initial state.
     pub services: Vec<Service>,
-    /// Changes, one after the other; probes run after each.
+    /// Changes, one after the other, with probes after each.
     #[serde(default)]
     pub steps: Vec<Step>,
 }
 
-/// A change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Step {
-    /// Creates the Service, or replaces the one with its name (and its endpoints).
+    /// Creates a Service, or replaces the Service of that name and its endpoints.
     Apply(Service),
-    /// Deletes the Service with its endpoints.
+    /// Deletes a Service with its endpoints.
     Delete(String),
 }
 
@@ -63,9 +60,7 @@ pub enum Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Families {
-    /// IPv4 only.
     Ipv4,
-    /// IPv6 only.
     Ipv6,
     /// Both, IPv4 first.
     Dual,
@@ -74,11 +69,8 @@ pub enum Families {
 /// Service types that have a ClusterIP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServiceType {
-    /// ClusterIP.
     ClusterIP,
-    /// NodePort.
     NodePort,
-    /// LoadBalancer.
     LoadBalancer,
 }
 
@@ -88,11 +80,8 @@ pub enum ServiceType {
 pub struct Service {
     /// Name; the namespace is `default`.
     pub name: String,
-    /// Type.
     pub service_type: ServiceType,
-    /// Families.
     pub families: Families,
-    /// Ports.
     pub ports: Vec<Port>,
     /// internalTrafficPolicy Local.
     #[serde(default)]
@@ -109,7 +98,7 @@ pub struct Service {
     /// Addresses in the status; only with type LoadBalancer.
     #[serde(default)]
     pub load_balancer_ips: Vec<IpAddr>,
-    /// The addresses in the status have ipMode Proxy: they are the load balancer's own affair.
+    /// The addresses in the status have ipMode Proxy: only the load balancer handles them.
     #[serde(default)]
     pub load_balancer_proxy: bool,
     /// loadBalancerSourceRanges; only with type LoadBalancer.
@@ -125,66 +114,52 @@ pub struct Service {
     pub endpoints: Vec<Endpoint>,
 }
 
-/// A port of a Service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Port {
-    /// Name.
     pub name: String,
-    /// `TCP`, `UDP` or `SCTP`.
     pub protocol: Protocol,
-    /// The Service's port.
     pub port: u16,
     /// The node port, for types that have one.
     #[serde(default)]
     pub node_port: Option<u16>,
-    /// The endpoints' port; the slices leave this port out if it is absent.
+    /// The endpoints' port; omitted from the slices if absent.
     #[serde(default)]
     pub target: Option<u16>,
 }
 
-/// Transport protocols.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Protocol {
-    /// TCP.
     TCP,
-    /// UDP.
     UDP,
-    /// SCTP.
     SCTP,
 }
 
-/// An endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Endpoint {
     /// Index into [`PODS`].
     pub pod: usize,
-    /// Condition.
     pub ready: bool,
-    /// Condition.
     pub serving: bool,
-    /// Condition.
     pub terminating: bool,
-    /// Zone hints.
     #[serde(default)]
     pub zones: Vec<String>,
-    /// Node hints.
     #[serde(default)]
     pub nodes: Vec<String>,
-    /// The slice does not say on which node it is.
+    /// Omits the node name from the slice.
     #[serde(default)]
     pub nowhere: bool,
-    /// Conditions that are what their absence means are left out.
+    /// Omits conditions whose value equals the default.
     #[serde(default)]
     pub bare: bool,
-    /// It stands in the second slice.
+    /// Puts the endpoint into the second slice.
     #[serde(default)]
     pub second: bool,
 }
 
 impl Case {
-    /// Smaller cases, one piece less each, the coarsest first. A case that cannot get smaller gives none.
+    /// Smaller cases with one piece less each, the coarsest first; empty if the case cannot be shrunk.
     pub fn shrink(&self) -> Vec<Case> {
         let mut smaller = Vec::new();
         for index in (0..self.steps.len()).rev() {

@@ -1,4 +1,4 @@
-//! Sends probes through both worlds and compares what came back.
+//! Sends probes through both worlds and compares the answers.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -11,63 +11,56 @@ use super::world::{OWN, Side, World};
 use crate::probe::Outcome;
 use crate::probe::volley::{Shot, volley};
 
-/// How long the first round waits. A refusal comes at once and an answer within milliseconds; where a busy
-/// machine is slower, the worlds differ and are looked at again with [`PATIENCE`].
-const HASTE: Duration = Duration::from_millis(350);
-/// How long a second look waits.
-pub(super) const PATIENCE: Duration = Duration::from_millis(2500);
-/// Probes for each backend of a set, and one more: with `k` backends the last one is missed with a probability
-/// below 2 %, and then the second look finds it.
+/// Timeout of the first attempt. Refusals are immediate and answers take milliseconds; if a busy machine is slower,
+/// the worlds differ and a second attempt with [`TIMEOUT`] follows.
+const FIRST_TIMEOUT: Duration = Duration::from_millis(350);
+/// Timeout of a second attempt.
+pub(super) const TIMEOUT: Duration = Duration::from_millis(2500);
+/// Probes for each backend of a set plus one: with `k` backends, the last one is missed with a probability below 2 %,
+/// and then a second attempt finds it.
 const TRIES_PER_BACKEND: usize = 4;
-/// Probes of a second look.
+/// Probes of a second attempt.
 const MORE: usize = 120;
-/// Of these the first, which tell whether anybody answers.
+/// The first probes of a second attempt, which show whether any backend answers.
 const FIRST: usize = 16;
-/// Shots of one volley.
+/// Maximum number of shots in one volley.
 const VOLLEY: usize = 256;
 
-/// What came back to one kind of packet: all answers, in words that are the same in both worlds.
+/// All answers to one kind of packet, formatted so that both worlds' answers compare equal.
 pub type Answers = BTreeSet<String>;
 
-/// Both worlds' answers to one probe.
+/// The answers of both worlds to one probe.
 #[derive(Debug, Clone)]
 pub struct Difference {
-    /// What was sent, for people.
+    /// Description of the probe.
     pub what: String,
-    /// What kube-proxy made of it.
     pub kube_proxy: Answers,
-    /// What Switchtower made of it.
     pub switchtower: Answers,
 }
 
-/// A case in which the proxies disagree.
 #[derive(Debug, Clone)]
 pub struct Disagreement {
-    /// The case.
     pub case: Case,
-    /// After how many of its steps.
+    /// Number of steps of the case that were applied.
     pub after: usize,
-    /// In what.
     pub differences: Vec<Difference>,
-    /// Both rulesets of node n1 at that moment: kube-proxy's, Switchtower's.
+    /// Rulesets of node n1 at that moment: kube-proxy's, Switchtower's.
     pub rulesets: [String; 2],
 }
 
-/// A probe and what Switchtower made of it; kube-proxy agrees.
+/// A probe with the answers that both proxies agree on.
 #[derive(Debug, Clone)]
 pub struct Agreed {
-    /// What was sent.
     pub probe: Probe,
-    /// What came back.
     pub answers: Answers,
 }
 
-/// What the probes of one state showed.
+/// Results of the probes of one state.
 #[derive(Debug, Default)]
 pub(super) struct Compared {
     pub(super) agreed: Vec<Agreed>,
     pub(super) differences: Vec<Difference>,
-    /// What kube-proxy did otherwise once, and not again; Switchtower did the same each time.
+    /// Results of kube-proxy that differed only once; Switchtower's were the same each time.
     pub(super) wavered: Vec<Difference>,
 }
 
@@ -81,7 +74,7 @@ pub(super) fn compare(world: &World, probes: &[Probe]) -> Result<Compared> {
     let (ours, theirs) = (ours.map_err(panicked)??, theirs.map_err(panicked)??);
     let mut compared = Compared::default();
     for ((probe, mut switchtower), mut kube_proxy) in probes.iter().zip(ours).zip(theirs) {
-        if !agree(probe, &switchtower, &kube_proxy) || doubtful(&switchtower) || doubtful(&kube_proxy) {
+        if !agree(probe, &switchtower, &kube_proxy) || ambiguous(&switchtower) || ambiguous(&kube_proxy) {
             // Chance, a busy machine, or a real difference?
             switchtower = again(world, Side::Switchtower, probe)?;
             kube_proxy = again(world, Side::KubeProxy, probe)?;
@@ -101,20 +94,20 @@ pub(super) fn compare(world: &World, probes: &[Probe]) -> Result<Compared> {
     Ok(compared)
 }
 
-/// Answered, and not: on a busy machine an answer comes late, in both worlds at the same time.
-fn doubtful(answers: &Answers) -> bool {
+/// Both answers and silence: on a busy machine an answer is late, in both worlds at the same time.
+fn ambiguous(answers: &Answers) -> bool {
     answers.len() > 1 && answers.contains(&Outcome::Silence.to_string())
 }
 
-/// With affinity only the kind of answer can be compared: which pod it is, is up to chance, and with the pod
-/// whether it is the client itself.
+/// With affinity, only the kind of answer can be compared: the choice of the pod is random, and so is whether the pod
+/// is the client itself.
 fn agree(probe: &Probe, ours: &Answers, theirs: &Answers) -> bool {
     if !probe.sticky {
         return ours == theirs;
     }
     let kinds = |answers: &Answers| -> Answers {
         let kind = |text: &String| match text.split_once(" sees ") {
-            // The node's own address may be what it masquerades with, and a pod may have reached itself.
+            // The host may masquerade with its own address, and a pod may have reached itself.
             Some(_) if matches!(probe.origin, Origin::EndpointPod | Origin::Host) => "answered".to_owned(),
             Some((_, source)) => format!("answered, sees {}", if source == OWN { OWN } else { "another" }),
             None => text.clone(),
@@ -124,7 +117,7 @@ fn agree(probe: &Probe, ours: &Answers, theirs: &Answers) -> bool {
     ours.len() == theirs.len() && kinds(ours) == kinds(theirs)
 }
 
-/// All probes, those of each origin on a thread in its namespace.
+/// Sends all probes, those of each origin on a thread in its namespace.
 fn all(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Answers>> {
     let mut answers = vec![Answers::new(); probes.len()];
     std::thread::scope(|scope| {
@@ -144,7 +137,7 @@ fn all(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Answers>> {
     })
 }
 
-/// The probes of one origin: each once, then those that somebody answered until the set of backends is known.
+/// Sends the probes of one origin: each once, then repeats those with answers until the set of backends is known.
 fn from(world: &World, side: Side, origin: Origin, probes: &[Probe]) -> Result<Vec<(usize, Answers)>> {
     let mine: Vec<usize> = (0..probes.len()).filter(|index| probes[*index].origin == origin).collect();
     let mut seen: Vec<(usize, Answers)> = mine.iter().map(|index| (*index, Answers::new())).collect();
@@ -154,7 +147,7 @@ fn from(world: &World, side: Side, origin: Origin, probes: &[Probe]) -> Result<V
     while !due.is_empty() {
         for chunk in due.chunks(VOLLEY) {
             let shots: Vec<_> = chunk.iter().map(|at| world.shot(side, &probes[mine[*at]])).collect();
-            for (at, outcome) in chunk.iter().zip(volley(&shots, HASTE)?) {
+            for (at, outcome) in chunk.iter().zip(volley(&shots, FIRST_TIMEOUT)?) {
                 tries[*at] += 1;
                 answered[*at] |= outcome.backend().is_some();
                 seen[*at].1.insert(world.describe(side, &probes[mine[*at]], &outcome));
@@ -166,43 +159,44 @@ fn from(world: &World, side: Side, origin: Origin, probes: &[Probe]) -> Result<V
         };
         due = (0..mine.len()).flat_map(|at| std::iter::repeat_n(at, missing(at))).collect();
     }
-    // First packets of one client at the same time may meet different backends with kube-proxy, which remembers
-    // all of them. Affinity is for those that follow each other.
+    // kube-proxy may send simultaneous first packets of one client to different backends, and remembers all of them.
+    // Affinity applies to consecutive ones.
     for at in (0..mine.len()).filter(|at| answered[*at] && probes[mine[*at]].sticky) {
-        seen[at].1 = one_by_one(world, side, &probes[mine[at]], TRIES_PER_BACKEND, HASTE)?;
+        seen[at].1 = one_by_one(world, side, &probes[mine[at]], TRIES_PER_BACKEND, FIRST_TIMEOUT)?;
     }
     Ok(seen)
 }
 
-fn one_by_one(world: &World, side: Side, probe: &Probe, tries: usize, patience: Duration) -> Result<Answers> {
+fn one_by_one(world: &World, side: Side, probe: &Probe, tries: usize, timeout: Duration) -> Result<Answers> {
     let mut seen = Answers::new();
     for _ in 0..tries {
-        let outcomes = volley(&[world.shot(side, probe)], patience)?;
+        let outcomes = volley(&[world.shot(side, probe)], timeout)?;
         seen.extend(outcomes.iter().map(|outcome| world.describe(side, probe, outcome)));
     }
     Ok(seen)
 }
 
-/// A second look at one probe, with patience.
+/// A second attempt at one probe, with the longer timeout.
 fn again(world: &World, side: Side, probe: &Probe) -> Result<Answers> {
     world.namespace(side, probe.origin).run(|| {
-        // One of several backends may be silent, as a pod that meets itself and that no slice names the node of.
+        // One of several backends may be silent, for example a pod that reaches itself and has no node name in its
+        // slice.
         let first = if probe.sticky { 1 } else { FIRST };
         let shots: Vec<Shot> = (0..first).map(|_| world.shot(side, probe)).collect();
-        let first = volley(&shots, PATIENCE)?;
+        let first = volley(&shots, TIMEOUT)?;
         let mut seen: Answers = first.iter().map(|outcome| world.describe(side, probe, outcome)).collect();
         if !first.iter().any(|outcome| matches!(outcome, Outcome::Reply { .. })) {
-            // Without an answer there is nothing to spread. The kernel may lose an ICMP error (its one socket for
-            // them is taken); no rule refuses now and drops then.
-            seen.extend(one_by_one(world, side, probe, 2, PATIENCE)?);
+            // Without an answer there are no backends to find. The kernel may lose an ICMP error (its one socket for
+            // them is busy); no rule alternates between refusing and dropping.
+            seen.extend(one_by_one(world, side, probe, 2, TIMEOUT)?);
             if seen.contains(&Outcome::Refused.to_string()) {
                 seen.remove(&Outcome::Silence.to_string());
             }
         } else if probe.sticky {
-            seen.extend(one_by_one(world, side, probe, MORE, PATIENCE)?);
+            seen.extend(one_by_one(world, side, probe, MORE, TIMEOUT)?);
         } else {
             let shots: Vec<Shot> = (0..MORE).map(|_| world.shot(side, probe)).collect();
-            let outcomes = volley(&shots, PATIENCE)?;
+            let outcomes = volley(&shots, TIMEOUT)?;
             seen.extend(outcomes.iter().map(|outcome| world.describe(side, probe, outcome)));
         }
         Ok(seen)

@@ -1,8 +1,8 @@
-//! UDP flows that exist while the cluster changes: who answers the same socket before and after.
+//! UDP flows that exist while the cluster changes: the backend of the same socket before and after.
 //!
-//! Which backend a flow has is up to chance and differs between the worlds. Compared is what becomes of a flow by
-//! the backend that it had: it stays, it moves to another one, or nobody answers it any more. Pods answer with
-//! their names, so where a port of the same pod took over, staying and moving cannot be told apart.
+//! The choice of a flow's backend is random and differs between the worlds. Flows are therefore compared by their
+//! previous backend: a flow stays, moves to another backend, or gets no answer. Pods answer with their names, so
+//! staying and moving are indistinguishable if another port of the same pod takes over.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -10,40 +10,39 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::case::Service;
-use super::compare::{Agreed, Answers, Difference, PATIENCE};
+use super::compare::{Agreed, Answers, Difference, TIMEOUT};
 use super::manifests;
 use super::probes::{Kind, ORIGINS, Origin, Probe};
 use super::world::{Side, World};
 use crate::probe::Transport;
 use crate::probe::volley::Flow;
 
-/// Flows to each destination.
+/// Number of flows to each destination.
 const FLOWS: usize = 6;
-/// How long both proxies have for their connection tracking after the rules are there.
+/// Timeout of both proxies' connection tracking updates after the rules are in place.
 const DEADLINE: Duration = Duration::from_secs(15);
-/// Between two questions.
+/// Interval between two queries.
 const PAUSE: Duration = Duration::from_millis(50);
-const HASTE: Duration = Duration::from_millis(350);
-/// The backend is the same as before.
+const FIRST_TIMEOUT: Duration = Duration::from_millis(350);
 const STAYS: &str = "stays";
 
 /// An open flow and the backend that answered it.
 type Open = (Flow, String);
 
-/// The flows of both worlds by their probes' numbers.
+/// The flows of both worlds, by the index of their probe.
 #[derive(Debug)]
 pub(super) struct Flows {
     probes: Vec<Probe>,
-    /// What stood behind each probe's destination when its flows were opened.
+    /// The targets behind each probe's destination when its flows were opened.
     targets: Vec<BTreeSet<Target>>,
-    /// Whether each probe's Service had two slices then.
+    /// Set for each probe whose Service had two slices at that time.
     split: Vec<bool>,
     switchtower: Vec<Vec<Open>>,
     kube_proxy: Vec<Vec<Open>>,
 }
 
 impl Flows {
-    /// Opens flows to every UDP destination that somebody answers; `services` are what is there.
+    /// Opens flows to every UDP destination with an answer; `services` is the current state.
     pub(super) fn open(world: &World, agreed: &[Agreed], services: &[Service]) -> Result<Self> {
         let answered = |agreed: &&Agreed| {
             let Probe { transport, sticky, origin, .. } = agreed.probe;
@@ -60,8 +59,8 @@ impl Flows {
         Ok(Self { probes, targets, split, switchtower, kube_proxy })
     }
 
-    /// Asks every flow again, until both worlds agree or have had their time.
-    /// `probes` and `services` are what is there now.
+    /// Queries every flow repeatedly until both worlds agree or the deadline passes. `probes` and `services` are the
+    /// current state.
     pub(super) fn differences(
         &self,
         world: &World,
@@ -70,7 +69,7 @@ impl Flows {
     ) -> Result<Vec<Difference>> {
         let start = Instant::now();
         let served: Vec<_> = self.probes.iter().map(|probe| is_served(probe, probes, services)).collect();
-        // Where nobody serves now nothing can have taken over.
+        // Without a serving endpoint, nothing can have taken over.
         let same_port = |at: usize| {
             let before = &self.targets[at];
             !served[at] || before.len() == 1 && targets(&self.probes[at], probes, services) == *before
@@ -79,8 +78,8 @@ impl Flows {
         let renamed = |at: usize| {
             served[at] && renamed(&self.targets[at], &targets(&self.probes[at], probes, services))
         };
-        // Flows to a node port stay when no endpoint is left, and end when theirs goes: where two slices lose their
-        // endpoints one after the other, it is up to the moment which of the two a proxy sees.
+        // Flows to a node port stay when no endpoint is left, and end when their own endpoint is removed. If two
+        // slices lose their endpoints one after the other, timing decides which of the two a proxy sees.
         let in_parts = |at: usize| {
             let probe = &self.probes[at];
             let split = self.split[at] || is_split(probe, services);
@@ -88,8 +87,8 @@ impl Flows {
         };
         let up_to_chance: Vec<_> = (0..self.probes.len()).map(|at| renamed(at) || in_parts(at)).collect();
         loop {
-            let patience = if start.elapsed() < DEADLINE / 2 { HASTE } else { PATIENCE };
-            let ask = |side, opened| fates(world, side, opened, &self.probes, &same_port, patience);
+            let timeout = if start.elapsed() < DEADLINE / 2 { FIRST_TIMEOUT } else { TIMEOUT };
+            let ask = |side, opened| fates(world, side, opened, &self.probes, &same_port, timeout);
             let ours = ask(Side::Switchtower, &self.switchtower)?;
             let theirs = ask(Side::KubeProxy, &self.kube_proxy)?;
             let mut differences = compare(&self.probes, &served, &ours, &theirs);
@@ -112,7 +111,7 @@ fn open(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Vec<Open>>> {
         let (flows, outcomes) = world.namespace(side, origin).run(|| {
             let open = |at: &usize| Flow::open(probes[*at].to, world.source_port(side, origin));
             let flows = all.iter().map(open).collect::<Result<Vec<_>>>()?;
-            let outcomes = Flow::ask_all(&flows.iter().collect::<Vec<_>>(), HASTE)?;
+            let outcomes = Flow::ask_all(&flows.iter().collect::<Vec<_>>(), FIRST_TIMEOUT)?;
             Ok::<_, anyhow::Error>((flows, outcomes))
         })??;
         for ((at, flow), outcome) in all.iter().zip(flows).zip(outcomes) {
@@ -124,7 +123,7 @@ fn open(world: &World, side: Side, probes: &[Probe]) -> Result<Vec<Vec<Open>>> {
     Ok(opened)
 }
 
-/// By backend before: what became of its flows.
+/// Outcomes of flows by their previous backend.
 type Fates = BTreeMap<String, BTreeSet<String>>;
 
 fn fates(
@@ -133,7 +132,7 @@ fn fates(
     opened: &[Vec<Open>],
     probes: &[Probe],
     same_port: &[bool],
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Vec<Fates>> {
     let mut fates = vec![Fates::new(); probes.len()];
     for origin in ORIGINS {
@@ -143,7 +142,7 @@ fn fates(
             .flat_map(|at| opened[at].iter().map(move |open| (at, open)))
             .collect();
         let flows: Vec<&Flow> = mine.iter().map(|(_, (flow, _))| flow).collect();
-        let outcomes = world.namespace(side, origin).run(|| Flow::ask_all(&flows, patience))??;
+        let outcomes = world.namespace(side, origin).run(|| Flow::ask_all(&flows, timeout))??;
         for ((at, (_, before)), outcome) in mine.into_iter().zip(outcomes) {
             let fate = match outcome.backend() {
                 Some(_) if !same_port[at] => "is answered".to_owned(),
@@ -160,8 +159,8 @@ fn fates(
 /// Name of a Service, name of its port, target port.
 type Target = (String, String, Option<u16>);
 
-/// Whether the port of a Service has another name now. Between the change of the Service and that of its slices such
-/// a port has no endpoint: where flows end with the last endpoint, they end in that moment, and go on as new ones.
+/// Checks whether the port of a Service was renamed. Between the change of the Service and that of its slices, such a
+/// port has no endpoint: destinations whose flows end with the last endpoint then start new flows.
 fn renamed(before: &BTreeSet<Target>, now: &BTreeSet<Target>) -> bool {
     let other_name = |(service, port, _): &Target| {
         let of_service = |target: &&Target| target.0 == *service;
@@ -171,7 +170,7 @@ fn renamed(before: &BTreeSet<Target>, now: &BTreeSet<Target>) -> bool {
     before.iter().any(other_name)
 }
 
-/// The targets of all that claim a probe's destination.
+/// The targets of all Services that claim a probe's destination.
 fn targets(flow: &Probe, probes: &[Probe], services: &[Service]) -> BTreeSet<Target> {
     let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
     let target = |probe: &Probe| {
@@ -186,12 +185,12 @@ fn is_split(probe: &Probe, services: &[Service]) -> bool {
     services.iter().any(|service| service.name == probe.service && manifests::has_second(service))
 }
 
-/// Whether a destination is one that flows stay with: it has an endpoint that serves, or is a node port.
+/// Checks whether flows stay with a destination: it has a serving endpoint, or is a node port.
 fn is_served(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
     flow.kind.of_node() || has_endpoint(flow, probes, services)
 }
 
-/// Whether a destination has an endpoint that serves, now.
+/// Checks whether a destination has a serving endpoint now.
 fn has_endpoint(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
     let same = |probe: &&Probe| probe.transport == flow.transport && probe.to == flow.to;
     let serves = |probe: &Probe| {
@@ -206,7 +205,7 @@ fn has_endpoint(flow: &Probe, probes: &[Probe], services: &[Service]) -> bool {
     probes.iter().filter(same).any(serves)
 }
 
-/// By the number of the probe. Backends that flows of one world only had say nothing.
+/// Compares flows by the index of their probe. Backends that only one world's flows had are ignored.
 fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) -> Vec<(usize, Difference)> {
     let mut differences = Vec::new();
     for (at, (((probe, served), ours), theirs)) in probes.iter().zip(served).zip(ours).zip(theirs).enumerate()
@@ -256,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn only_backends_that_flows_of_both_worlds_had_are_compared() {
+    fn flows_compared_by_common_previous_backends() {
         let to = ([10, 96, 0, 1], 80).into();
         let probes = [Probe {
             origin: Origin::Client,
@@ -273,7 +272,7 @@ mod tests {
         assert_eq!(compare(true, &[("p1", "moves"), ("p3", "moves")]), 0);
         assert_eq!(compare(true, &[("p1", "stays"), ("p2", "stays")]), 1);
         assert_eq!(compare(true, &[("p2", &Outcome::Silence.to_string())]), 1);
-        // Nobody serves any more: p2 stayed, which it must not.
+        // No endpoint serves any more: p2 stayed, which it must not.
         assert_eq!(compare(false, &[("p1", "stays"), ("p2", "stays")]), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! Random cases from a seed. The same seed and number give the same case.
+//! Random cases from a seed. The same seed and number always produce the same case.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ use self::endpoints::endpoints;
 use super::case::{Case, Endpoint, Families, Port, Protocol, Service, ServiceType, Step, TARGET_PORTS};
 use super::settings::{Detection, Settings};
 
-/// Sources that the off-cluster client's range of a Service can name.
+/// Source ranges of a Service that contain the off-cluster client.
 pub(crate) const CLIENT_RANGE_V4: &str = "198.18.0.0/16";
 pub(crate) const CLIENT_RANGE_V6: &str = "fd18::/16";
 
@@ -18,13 +18,13 @@ mod endpoints;
 #[cfg(test)]
 mod tests;
 
-/// The seed and the number of cases of the random test: of many seeds, one whose few cases meet every rule.
+/// Seed and number of cases of the random test, chosen so that few cases cover every rule.
 pub const TESTED: (u64, u64) = (21_231, 30);
 
-/// Services per case at most, and steps at most.
+/// Maximum number of Services, and of steps, per case.
 const SERVICES: usize = 5;
 const STEPS: usize = 3;
-/// Cases in a row that have the same settings: changing them takes as long as a case.
+/// Consecutive cases with the same settings: changing settings takes as long as a case.
 const GROUP: u64 = 5;
 
 /// The case `number` of `seed`.
@@ -38,10 +38,10 @@ pub fn case(seed: u64, number: u64) -> Case {
     Case { name: format!("seed {seed} case {number}"), settings, services, steps }
 }
 
-/// The settings of the `group`th cases of `seed`. They are drawn apart from the cases.
+/// The settings of the `group`th cases of `seed`, drawn independently of the cases.
 fn settings(seed: u64, group: u64) -> Settings {
     let mut rng = StdRng::seed_from_u64(!seed ^ group.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    // Each pod of node n1 hangs on a device of its own; the client pod's is pod3.
+    // Each pod of node n1 has its own device; the client pod's is pod3.
     let detection = match rng.random_range(0..8) {
         0..3 => Detection::NodeCidr,
         3 | 4 => Detection::ClusterCidr,
@@ -66,7 +66,7 @@ fn settings(seed: u64, group: u64) -> Settings {
     }
 }
 
-/// One change of what is there now.
+/// A random change of the current state.
 fn step(rng: &mut StdRng, now: &mut [Option<Service>]) -> Step {
     let index = rng.random_range(0..now.len());
     match now[index].take() {
@@ -82,7 +82,7 @@ fn step(rng: &mut StdRng, now: &mut [Option<Service>]) -> Step {
     }
 }
 
-/// A Service after one of the changes that users and controllers make.
+/// The Service after a change as users and controllers make it.
 fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
     match rng.random_range(0..11) {
         0 | 1 if !service.endpoints.is_empty() => {
@@ -110,7 +110,7 @@ fn changed(rng: &mut StdRng, mut service: Service, index: usize) -> Service {
     valid(service, index)
 }
 
-/// One of some endpoints, the only one of its address: of two that do not terminate, kube-proxy takes any.
+/// An endpoint whose address is unique: of two non-terminating ones with the same address, kube-proxy picks any.
 fn any_endpoint(rng: &mut StdRng, endpoints: &mut Vec<Endpoint>) -> usize {
     let chosen = endpoints[rng.random_range(0..endpoints.len())].clone();
     endpoints.retain(|endpoint| endpoint.pod != chosen.pod);
@@ -118,7 +118,7 @@ fn any_endpoint(rng: &mut StdRng, endpoints: &mut Vec<Endpoint>) -> usize {
     endpoints.len() - 1
 }
 
-/// Takes out what the type does not have, and puts in what it needs.
+/// Removes what the type does not support, and adds what it requires.
 fn valid(mut service: Service, index: usize) -> Service {
     let balancer = service.service_type == ServiceType::LoadBalancer;
     service.load_balancer_ips = if balancer { addresses(198, index) } else { Vec::new() };
@@ -147,7 +147,7 @@ fn any_type(rng: &mut StdRng) -> ServiceType {
     *types.choose(rng).unwrap_or(&ServiceType::ClusterIP)
 }
 
-/// Labels that tell a service proxy to leave the Service alone.
+/// Labels that make a service proxy ignore the Service.
 fn foreign_label(rng: &mut StdRng) -> Vec<(String, String)> {
     let labels =
         [("service.kubernetes.io/service-proxy-name", "other"), ("service.kubernetes.io/headless", "")];
@@ -155,8 +155,8 @@ fn foreign_label(rng: &mut StdRng) -> Vec<(String, String)> {
     chosen.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
-/// Addresses and node ports follow from the Service's index: who wins where two Services claim one address
-/// is up to map order in kube-proxy, and tested elsewhere.
+/// Addresses and node ports follow from the Service's index: if two Services claim one address, kube-proxy picks the
+/// winner by map order; conflicts are tested elsewhere.
 fn service(rng: &mut StdRng, index: usize) -> Service {
     let service_type = any_type(rng);
     let families = *[Families::Ipv4, Families::Ipv6, Families::Dual].choose(rng).unwrap_or(&Families::Dual);

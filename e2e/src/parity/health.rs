@@ -1,4 +1,4 @@
-//! Health check node ports: what both proxies tell load balancers over HTTP.
+//! Compares the responses of health check node ports.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use super::compare::{Answers, Difference};
 use super::world::World;
 use crate::lab::wait;
 
-/// How long both have for an answer after the rules are there.
+/// Timeout for the same response after the rules are in place.
 const DEADLINE: Duration = Duration::from_secs(15);
 
-/// Status line, the headers that load balancers read, and the body without times. Empty where nobody answers.
+/// Status line, the headers that load balancers read, and the body without timestamps; empty without a response.
 pub fn essence(answer: &str) -> Vec<String> {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or(("", ""));
     let mut lines = head.lines();
@@ -44,14 +44,15 @@ fn forget_times(value: &mut Value) {
     }
 }
 
-/// The answers of all health check node ports, on the Node's addresses of the Service's families.
+/// Differences on all health check node ports, on the Node's addresses of the Service's families.
 pub(super) fn differences(world: &World, services: &[Service]) -> Result<Vec<Difference>> {
     let mut differences = Vec::new();
     let checked =
         |service: &&Service| service.service_type == ServiceType::LoadBalancer && service.external_local;
     for service in services.iter().filter(checked) {
         let object: v1::Service = world.kube().get("default", &service.name)?.context("no Service")?;
-        let number = object.spec.and_then(|spec| spec.health_check_node_port).context("no health check")?;
+        let number =
+            object.spec.and_then(|spec| spec.health_check_node_port).context("no health check port")?;
         let families: &[bool] = match service.families {
             Families::Ipv4 => &[false],
             Families::Ipv6 => &[true],
@@ -76,7 +77,7 @@ fn difference(world: &World, service: &str, to: SocketAddr) -> Result<Option<Dif
         Ok(())
     });
     let words = |lines: Vec<String>| -> Answers {
-        [if lines.is_empty() { "nobody answers".to_owned() } else { lines.join("; ") }].into()
+        [if lines.is_empty() { "no response".to_owned() } else { lines.join("; ") }].into()
     };
     Ok(match (agreed, last) {
         (Ok(()), _) => None,

@@ -1,4 +1,4 @@
-//! A case's Services as API objects.
+//! API objects for a case's Services.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ fn protocol(port: &Port) -> &'static str {
     }
 }
 
-/// Everything of a state as one object for `kubectl apply`; the load balancers' addresses stand in the status.
+/// All objects of a state as one list for `kubectl apply`; the status contains the load balancers' addresses.
 pub(super) fn list<'a>(services: impl Iterator<Item = &'a Service>) -> Value {
     let objects = |one: &'a Service| {
         let mut object = service(one);
@@ -80,7 +80,7 @@ pub(super) fn service(service: &Service) -> Value {
     })
 }
 
-/// What a load balancer's controller would write.
+/// The status that a load balancer controller writes.
 pub(super) fn status(service: &Service) -> Value {
     let mode = if service.load_balancer_proxy { "Proxy" } else { "VIP" };
     let one = |ip| json!({"ip": ip, "ipMode": mode});
@@ -88,7 +88,7 @@ pub(super) fn status(service: &Service) -> Value {
     json!({"status": {"loadBalancer": {"ingress": ingress}}})
 }
 
-/// The Service's slices: one or two for each family.
+/// The Service's slices: one or two per family.
 pub(super) fn slices(service: &Service) -> Vec<Value> {
     let of = |ipv6: bool, second: bool| {
         let ports: Vec<_> = service
@@ -126,12 +126,11 @@ pub(super) fn slices(service: &Service) -> Vec<Value> {
     families.iter().flat_map(|ipv6| parts.iter().map(|second| of(*ipv6, *second))).collect()
 }
 
-/// Whether the Service has two slices for each family.
+/// Checks whether the Service has two slices per family.
 pub(super) fn has_second(service: &Service) -> bool {
     service.endpoints.iter().any(|endpoint| endpoint.second)
 }
 
-/// The name of one of a Service's slices.
 pub(super) fn slice_name(service: &str, ipv6: bool, second: bool) -> String {
     format!("{service}-{}{}", if ipv6 { "v6" } else { "v4" }, if second { "-second" } else { "" })
 }

@@ -1,4 +1,4 @@
-//! Which packets are sent in a state.
+//! Selects the probes of a state.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -10,7 +10,7 @@ use super::probes::{Kind, ORIGINS, Origin, Probe};
 use super::world::World;
 use crate::probe::Transport;
 
-/// An address of the ServiceCIDR that is never given out.
+/// An address of the ServiceCIDR that is never allocated.
 const UNUSED_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 96, 255, 254);
 
 pub(super) fn probes(world: &World, services: &[Service]) -> Result<Vec<Probe>> {
@@ -48,7 +48,7 @@ pub(super) fn probes(world: &World, services: &[Service]) -> Result<Vec<Probe>> 
                     let loopback: IpAddr =
                         if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
                     add(&ORIGINS, Kind::NodePort, world.node_address(ipv6), number);
-                    // The others differ from these in nothing that an address could change.
+                    // The other origins would exercise the same rules as these.
                     let few = [Origin::LocalPod, Origin::Host, Origin::Client];
                     add(&few, Kind::SecondaryNodePort, world.secondary_address(ipv6), number);
                     add(&few, Kind::GatewayNodePort, world.gateway_address(ipv6), number);
@@ -61,7 +61,7 @@ pub(super) fn probes(world: &World, services: &[Service]) -> Result<Vec<Probe>> 
     Ok(probes)
 }
 
-/// Addresses, ports and protocols that nobody defined.
+/// Probes to addresses, ports and protocols that no Service defines.
 fn unused(service: &Service, all: &[Service], cluster_ips: &[IpAddr]) -> Vec<Probe> {
     let probe = |origin, kind, transport, to| Probe {
         origin,
@@ -79,7 +79,7 @@ fn unused(service: &Service, all: &[Service], cluster_ips: &[IpAddr]) -> Vec<Pro
     let Some(ip) = cluster_ips.first() else { return probes };
     let defined =
         |number, protocol| service.ports.iter().any(|port| port.port == number && protocol == port.protocol);
-    // One that no Service has, and one of another Service.
+    // A port that no Service has, and a port of another Service.
     let others = all.iter().flat_map(|other| &other.ports).map(|port| port.port);
     let foreign = others.filter(|number| !service.ports.iter().any(|port| port.port == *number)).min();
     for number in [Some(9), foreign].into_iter().flatten() {
@@ -101,11 +101,13 @@ fn unused(service: &Service, all: &[Service], cluster_ips: &[IpAddr]) -> Vec<Pro
 
 fn cluster_ips(world: &World, service: &Service) -> Result<Vec<IpAddr>> {
     let object: Option<v1::Service> = world.kube().get("default", &service.name)?;
-    let spec = object.context("a Service of the case is gone")?.spec.context("a Service without spec")?;
+    let spec =
+        object.context("a Service of the case does not exist")?.spec.context("the Service has no spec")?;
     Ok(spec.cluster_ips.unwrap_or_default().iter().filter_map(|ip| ip.parse().ok()).collect())
 }
 
-/// Addresses of a family that the Service does not have meet nobody, in both worlds: one of them is enough.
+/// Filters addresses by family: one in a family that the Service lacks gets no answer in both worlds, and one probe
+/// of those is enough.
 fn served(service: &Service, ip: IpAddr) -> bool {
     match service.families {
         Families::Ipv4 => ip.is_ipv4(),

@@ -1,37 +1,33 @@
-//! One kind of packet: origin, transport, destination.
+//! A kind of packet: origin, transport, destination.
 
 use std::fmt;
 use std::net::SocketAddr;
 
 use crate::probe::Transport;
 
-/// Where probes come from, as seen from node n1.
+/// Origin of a probe, relative to node n1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// A pod on the node that is no endpoint.
+    /// A pod on the node that is not an endpoint.
     LocalPod,
-    /// A pod on the node that may be an endpoint: it may reach itself.
+    /// A pod on the node that may be an endpoint and thus reach itself.
     EndpointPod,
-    /// A pod of another node, whose traffic comes through this one.
+    /// A pod of another node, whose traffic passes n1.
     RemotePod,
-    /// A process of the node.
+    /// A process on the node.
     Host,
     /// A client outside the cluster.
     Client,
 }
 
-/// All origins.
 pub const ORIGINS: [Origin; 5] =
     [Origin::LocalPod, Origin::EndpointPod, Origin::RemotePod, Origin::Host, Origin::Client];
 
-/// What kind of address a probe goes to.
+/// Kind of destination address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// The Service's own address.
     ClusterIP,
-    /// spec.externalIPs.
     ExternalIP,
-    /// An address of the load balancer.
     LoadBalancer,
     /// A node port on the Node's own address.
     NodePort,
@@ -41,16 +37,16 @@ pub enum Kind {
     GatewayNodePort,
     /// A node port on a loopback address of the node.
     LoopbackNodePort,
-    /// A port of the Service's own address that it does not define.
+    /// A port of the ClusterIP that the Service does not define.
     UnusedPort,
-    /// A port of the Service's own address that it defines for another protocol.
+    /// A port of the ClusterIP that the Service defines for another protocol.
     OtherProtocol,
-    /// An address of the ServiceCIDR that no Service has.
+    /// An address of the ServiceCIDR without a Service.
     UnusedAddress,
 }
 
 impl Kind {
-    /// Whether it is a node port.
+    /// Checks whether the kind is a node port.
     pub(super) fn of_node(self) -> bool {
         matches!(
             self,
@@ -59,22 +55,17 @@ impl Kind {
     }
 }
 
-/// One kind of packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// Source.
     pub origin: Origin,
-    /// Transport.
     pub transport: Transport,
-    /// Destination.
     pub to: SocketAddr,
-    /// The Service's name.
+    /// Name of the Service.
     pub service: String,
-    /// What kind of address.
     pub kind: Kind,
-    /// The port's name.
+    /// Name of the port.
     pub port: String,
-    /// The Service has affinity: one client sees one backend, and which is up to chance.
+    /// The Service has affinity: one client reaches one backend, chosen at random.
     pub sticky: bool,
 }
 

@@ -1,26 +1,26 @@
-//! Data-plane settings of a case: as kube-proxy's configuration, and as the settings of a ProxyProfile.
+//! Data-plane settings of a case, as configuration of kube-proxy and as settings of a ProxyProfile.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// The networks of all pods of the laboratory.
+/// Networks of all pods of the laboratory.
 const CLUSTER_CIDRS: [&str; 2] = ["10.244.0.0/16", "fd00:244::/32"];
 
-/// What operators set on both proxies; the default is both proxies' default on a cluster whose Nodes have pod CIDRs.
+/// Settings of both proxies; the default is both proxies' default on a cluster whose Nodes have pod CIDRs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Settings {
-    /// How local pods are told from others.
+    /// Detection of local pods.
     pub detection: Detection,
-    /// Networks of the addresses on which node ports are served; none: the Node's primary addresses.
+    /// Networks of the addresses on which node ports are served; empty: the Node's primary addresses.
     pub node_port_addresses: Vec<String>,
-    /// Everything to a ClusterIP is masqueraded.
+    /// Masquerade all traffic to ClusterIPs.
     pub masquerade_all: bool,
 }
 
-/// How a connection of one of the node's own pods is told from others (kube-proxy: detectLocalMode).
+/// Detection of connections from the node's own pods (kube-proxy: detectLocalMode).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Detection {
@@ -29,9 +29,9 @@ pub enum Detection {
     NodeCidr,
     /// The source is in the networks of all pods.
     ClusterCidr,
-    /// The packet comes in through this interface.
+    /// The packet arrives through this interface.
     BridgeInterface(String),
-    /// The packet comes in through an interface whose name begins so.
+    /// The packet arrives through an interface whose name has this prefix.
     InterfaceNamePrefix(String),
     /// No connection counts as a local pod's; kube-proxy: ClusterCIDR without a CIDR.
     None,
@@ -48,7 +48,7 @@ impl fmt::Display for Settings {
 }
 
 impl Settings {
-    /// As kube-proxy's configuration has them.
+    /// As fields of kube-proxy's configuration.
     pub(super) fn kube_proxy(&self) -> Value {
         let (mode, detect, cluster) = match &self.detection {
             Detection::NodeCidr => ("NodeCIDR", json!({}), String::new()),
@@ -70,7 +70,7 @@ impl Settings {
         })
     }
 
-    /// As a ProxyProfile has them.
+    /// As settings of a ProxyProfile.
     pub(super) fn profile(&self) -> Value {
         let detection = match &self.detection {
             Detection::NodeCidr => json!({"mode": "NodeCIDR"}),
@@ -88,7 +88,7 @@ impl Settings {
         })
     }
 
-    /// With one setting less each.
+    /// Simpler settings, with one setting less each.
     pub(super) fn shrink(&self) -> Vec<Settings> {
         let less = [
             Settings::default(),

@@ -24,16 +24,14 @@ use crate::probe::Outcome;
 use crate::probe::volley::Shot;
 use crate::switchtower::{Fleet, NodeSpec};
 
-/// Which of the two.
+/// One of the two laboratories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
-    /// kube-proxy programs the node.
     KubeProxy,
-    /// Switchtower does.
     Switchtower,
 }
 
-/// Networks of virtual addresses and of n1's secondary address, which other nodes send through n1.
+/// Networks of virtual addresses and of n1's secondary address, which other nodes route through n1.
 const VIRTUAL: [&str; 8] = [
     "203.0.113.0/24",
     "198.51.100.0/24",
@@ -44,26 +42,25 @@ const VIRTUAL: [&str; 8] = [
     "fd96::/112",
     "fd00:77::/64",
 ];
-/// The first of the source ports that probes use, above those of node ports; each is used once in 32,000 probes
-/// of an origin, long after the kernel has forgotten the connection before.
+/// First source port of probes, above those of node ports. Each port recurs after 32,000 probes of an origin, long
+/// after the kernel has forgotten the earlier connection.
 const FIRST_SOURCE_PORT: u16 = 33_000;
-/// The client pod of node n2.
+/// Addresses of the client pod of node n2.
 const REMOTE_POD: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(10, 244, 2, 13), Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 13));
-/// The profile of node n1's settings.
+/// ProxyProfile with node n1's settings.
 const PROFILE: &str = "differential";
 /// The client's own address, as a backend sees it.
 pub(super) const OWN: &str = "the client's own address";
-/// How long both have for a change, and for new settings, on a busy machine.
+/// Timeout of both proxies for a change or new settings, on a busy machine.
 const SETTLED: Duration = Duration::from_secs(60);
-/// A free address of each Service that [`World::settle`] makes, and one for its endpoint.
+/// Prefixes of the addresses of each Service that [`World::settle`] creates, and of its endpoint.
 const SETTLE: [[&str; 2]; 2] = [["192.0.2.", "10.99.0."], ["fd00:c0::", "fd00:99::"]];
 
-/// Both laboratories.
 #[derive(Debug)]
 pub struct World {
     pub(super) fleet: Fleet,
-    // In the order of dropping: the proxy, pods, nodes, the laboratory.
+    // Drop order: the proxy, pods, nodes, the laboratory.
     proxy: KubeProxy,
     pods: Vec<PodNet>,
     nodes: Vec<NodeNet>,
@@ -75,10 +72,9 @@ pub struct World {
 }
 
 impl World {
-    /// Builds both and starts both proxies on their node n1.
+    /// Builds both laboratories and starts a proxy on each node n1.
     ///
-    /// # Errors
-    /// Something does not start.
+    /// # Errors A part does not start.
     pub fn start() -> Result<Self> {
         let specs = specs();
         let fleet = Fleet::build(&specs)?;
@@ -94,8 +90,8 @@ impl World {
             nodes.push(node);
         }
         let first = fleet.nodes().first().context("no node")?;
-        // The Node object has the addresses of one laboratory: the other's node has them too, on loopback, so
-        // that none is chosen as a source.
+        // The Node object has the addresses of one laboratory. The other's node gets them too, on loopback, so that
+        // neither is chosen as a source.
         let twin = nodes.first().context("no node")?;
         for ipv6 in [false, true] {
             let (address, length) = (first.net.address(ipv6), if ipv6 { 128 } else { 32 });
@@ -123,7 +119,7 @@ impl World {
         Ok(Self { fleet, proxy, pods, nodes, _lab: lab, services, settings, settled: 0, source_ports })
     }
 
-    /// Gives both proxies these settings: kube-proxy by its configuration file and a restart, Switchtower by a
+    /// Applies settings to both proxies: to kube-proxy by its configuration file and a restart, to Switchtower by a
     /// ProxyProfile.
     pub(super) fn set(&mut self, settings: &Settings) -> Result<()> {
         if self.settings == *settings {
@@ -143,7 +139,10 @@ impl World {
         wait::until("node n1 has the new settings", SETTLED, || {
             let profile: ProxyProfile = self.kube().get_cluster(PROFILE)?.context("no profile")?;
             let status = profile.status.unwrap_or_default();
-            ensure!(status.observed_generation == profile.metadata.generation, "not looked at yet");
+            ensure!(
+                status.observed_generation == profile.metadata.generation,
+                "its revision is not in force yet"
+            );
             ensure!(status.stable_revision == status.target_revision, "rolling out {}", status.target_name);
             let revision = self.fleet.row("n1")?.profile.map(|profile| profile.revision_name);
             ensure!(revision.as_ref() == Some(&status.stable_name), "n1 has {revision:?}");
@@ -153,27 +152,27 @@ impl World {
         Ok(())
     }
 
-    /// Starts kube-proxy again, which writes everything anew.
+    /// Restarts kube-proxy, which then writes all its rules again.
     pub(super) fn restart_kube_proxy(&mut self, settings: &Settings) -> Result<()> {
         self.proxy.restart(self.nodes.first().context("no node")?, &settings.kube_proxy())
     }
 
-    /// What both proxies were told last.
+    /// The current settings of both proxies.
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// The address of node n1 in both worlds.
+    /// Address of node n1 in both worlds.
     pub fn node_address(&self, ipv6: bool) -> IpAddr {
         self.fleet.nodes()[0].net.address(ipv6)
     }
 
-    /// Another address of node n1, which the Node object does not name.
+    /// Another address of node n1, not in the Node object.
     pub(super) fn secondary_address(&self, ipv6: bool) -> IpAddr {
         secondary_address(ipv6)
     }
 
-    /// The address of node n1 that its pods have as their gateway.
+    /// Address of node n1 that is its pods' gateway.
     pub(super) fn gateway_address(&self, ipv6: bool) -> IpAddr {
         if ipv6 {
             Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 1).into()
@@ -182,7 +181,7 @@ impl World {
         }
     }
 
-    /// Replaces what the case before left.
+    /// Replaces the state of the previous case.
     pub(super) fn reset(&mut self, services: &[Service]) -> Result<()> {
         let old = std::mem::take(&mut self.services);
         let this = &*self;
@@ -192,10 +191,9 @@ impl World {
         Ok(())
     }
 
-    /// Creates or changes a Service with its slices; nothing is compared.
+    /// Creates or changes a Service with its slices, without comparing.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     pub fn apply(&mut self, service: &Service) -> Result<()> {
         self.write(self.services.get(&service.name), service)?;
         self.services.insert(service.name.clone(), service.clone());
@@ -208,7 +206,7 @@ impl World {
     }
 
     fn write(&self, old: Option<&Service>, service: &Service) -> Result<()> {
-        // The families of a Service cannot be changed in place.
+        // The families of a Service are immutable.
         if old.is_some_and(|old| old.families != service.families) {
             self.remove(&service.name)?;
         }
@@ -237,11 +235,11 @@ impl World {
         delete(true)
     }
 
-    /// Waits until both kernels hold everything that was written so far: a Service of its own changes last, and
-    /// its addresses and endpoints of both families are looked for in both rulesets. Services and slices come by
-    /// separate watches, each in order, and kube-proxy writes each family in transactions of its own. Then kube-proxy
-    /// must have nothing left to write: what else it learned meanwhile, as its zone, makes it write everything anew,
-    /// and packets that pass then may meet half of it.
+    /// Waits until both kernels hold everything written so far. A dedicated Service changes last; its addresses and
+    /// endpoints of both families must appear in both rulesets. Services and slices arrive through separate watches,
+    /// each in order, and kube-proxy writes each family in separate transactions. Then kube-proxy's queue must be
+    /// empty: other input that it received, such as its zone, makes it write all rules again, and packets in between
+    /// may match only half of them.
     pub(super) fn settle(&mut self) -> Result<()> {
         self.settled = self.settled % 250 + 1;
         let marks = SETTLE.map(|prefixes| prefixes.map(|prefix| format!("{prefix}{}", self.settled)));
@@ -262,29 +260,28 @@ impl World {
             }))?;
         }
         for side in [Side::KubeProxy, Side::Switchtower] {
-            wait::until(&format!("{side:?} programs what was written"), SETTLED, || {
+            wait::until(&format!("{side:?} programs all changes"), SETTLED, || {
                 self.proxy.process().check_running()?;
                 let rules = self.ruleset(side)?;
                 let missing = marks.iter().flatten().find(|mark| !rules.contains(&format!("{mark} ")));
-                ensure!(missing.is_none(), "{missing:?} is not there");
+                ensure!(missing.is_none(), "{missing:?} is missing");
                 Ok(())
             })?;
         }
         let twin = self.nodes.first().context("no node")?;
-        wait::until("kube-proxy has nothing left to write", SETTLED, || self.proxy.is_idle(twin))
+        wait::until("kube-proxy's queue is empty", SETTLED, || self.proxy.is_idle(twin))
     }
 
-    /// The API as administrator.
     pub fn kube(&self) -> &Kube {
         self.fleet.kube()
     }
 
-    /// All of nf_tables on node n1, as `nft` prints it.
+    /// All nf_tables objects on node n1, as `nft` prints them.
     pub(super) fn ruleset(&self, side: Side) -> Result<String> {
         self.namespace(side, Origin::Host).output("nft", &["list", "ruleset"])
     }
 
-    /// The next shot of a probe: from a source port that was not used for long.
+    /// The next shot of a probe, from the least recently used source port.
     pub(super) fn shot(&self, side: Side, probe: &Probe) -> Shot {
         let Probe { origin, transport, to, .. } = *probe;
         Shot { transport, to, source_port: self.source_port(side, origin) }
@@ -317,7 +314,7 @@ impl World {
         }
     }
 
-    /// An outcome in words that are the same in both worlds.
+    /// Formats an outcome so that both worlds' outcomes compare equal.
     pub(super) fn describe(&self, side: Side, probe: &Probe, outcome: &Outcome) -> String {
         let Outcome::Reply { backend, source } = outcome else { return outcome.to_string() };
         let seen = if self.own_address(side, probe.origin, source.is_ipv6()) == Some(*source) {
@@ -328,7 +325,7 @@ impl World {
         format!("{backend} sees {seen}")
     }
 
-    /// The address of a client that is not on the node itself.
+    /// Address of a client that is not on the node itself.
     fn own_address(&self, side: Side, origin: Origin, ipv6: bool) -> Option<IpAddr> {
         let pod = |name: &str| match side {
             Side::Switchtower => self.fleet.pod(name).ok().map(|(pod, _)| pod.address(ipv6)),
@@ -346,7 +343,7 @@ impl World {
         }
     }
 
-    /// The laboratory's own number is taken out of an address.
+    /// Removes the laboratory's own number from an address.
     fn common(&self, side: Side, address: IpAddr) -> String {
         let node = match side {
             Side::Switchtower => self.fleet.nodes()[0].net.address(address.is_ipv6()),
@@ -373,7 +370,7 @@ fn secondary_address(ipv6: bool) -> IpAddr {
     }
 }
 
-/// Runs all at the same time; the first error of any counts.
+/// Runs all closures in parallel and returns the first error.
 fn in_parallel<W: FnOnce() -> Result<()> + Send>(work: impl Iterator<Item = W>) -> Result<()> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = work.map(|work| scope.spawn(work)).collect();
@@ -400,7 +397,7 @@ fn specs() -> Vec<NodeSpec> {
     ]
 }
 
-/// Only n1 has a proxy: virtual addresses are reached through it from everywhere.
+/// Routes virtual addresses of all nodes through n1, the only node with a proxy.
 fn send_through_first<'a>(mut nodes: impl Iterator<Item = &'a NodeNet>) -> Result<()> {
     let first = nodes.next().context("no node")?;
     for node in nodes {
@@ -412,8 +409,8 @@ fn send_through_first<'a>(mut nodes: impl Iterator<Item = &'a NodeNet>) -> Resul
     Ok(())
 }
 
-/// Endpoints of other nodes answer clients by the way that they came, also where nothing is masqueraded: through
-/// n1, which alone knows how the packets were translated.
+/// Routes answers of endpoints on other nodes through n1, even without masquerading: only n1 can reverse the
+/// translation.
 fn answer_through_first(nodes: &[&NodeNet]) -> Result<()> {
     let (first, others) = nodes.split_first().context("no node")?;
     for (ipv6, family) in [(false, "-4"), (true, "-6")] {

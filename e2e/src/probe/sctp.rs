@@ -1,8 +1,8 @@
-//! SCTP without the kernel's help: the first two packets of an association over raw sockets.
+//! The first two packets of an SCTP association, over raw sockets.
 //!
-//! The laboratory's kernel forwards, translates and tracks SCTP and has no SCTP sockets. A client sends INIT, a
-//! pod answers INIT ACK with its line of text as the state cookie, and nothing follows. The layout of the
-//! packets is RFC 9260, sections 3.1 and 3.3.
+//! The laboratory's kernel forwards, translates and tracks SCTP but has no SCTP sockets. A client sends INIT, a pod
+//! answers INIT ACK with its line of text as the state cookie, and nothing follows. The layout of the packets is in
+//! RFC 9260, sections 3.1 and 3.3.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -13,10 +13,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
 const STATE_COOKIE: u16 = 7;
-/// Common header, and the fixed part of an INIT chunk.
+/// Length of the common header, and of the fixed part of an INIT chunk.
 const HEADER: usize = 12;
 const CHUNK: usize = 20;
-/// Any value but zero; the same everywhere, since an association ends with its first answer.
+/// Initiate tag: any value except zero. It may be constant, since an association ends with its first answer.
 const TAG: u32 = 0x5eed_5eed;
 
 pub(super) fn socket(ipv6: bool) -> io::Result<Socket> {
@@ -24,12 +24,12 @@ pub(super) fn socket(ipv6: bool) -> io::Result<Socket> {
     Socket::new(domain, Type::from(libc::SOCK_RAW), Some(Protocol::from(libc::IPPROTO_SCTP)))
 }
 
-/// The first packet of an association.
+/// Encodes the first packet of an association.
 pub(super) fn init(source_port: u16, port: u16) -> Vec<u8> {
     packet(source_port, port, 0, INIT, &[])
 }
 
-/// The text of an INIT ACK for `port` of the receiver; `None` for any other packet.
+/// The text of an INIT ACK for the receiver's `port`; `None` for any other packet.
 pub(super) fn answer(mut packet: &[u8], ipv6: bool, port: u16) -> Option<String> {
     if !ipv6 {
         packet = without_header(packet)?;
@@ -42,15 +42,14 @@ pub(super) fn answer(mut packet: &[u8], ipv6: bool, port: u16) -> Option<String>
     Some(String::from_utf8_lossy(text).into_owned())
 }
 
-/// Opens the socket that [`serve`] answers from, in a pod.
+/// Opens the socket from which [`serve`] answers, in a pod.
 ///
-/// # Errors
-/// The process may not open one, or the kernel has none.
+/// # Errors The process lacks the right, or the kernel lacks raw SCTP sockets.
 pub fn listen(ipv6: bool) -> io::Result<Socket> {
     socket(ipv6)
 }
 
-/// Answers every INIT to one of `ports` with the line that `text` makes of the client's address.
+/// Answers every INIT to one of `ports` with the line that `text` returns for the client's address.
 pub fn serve(socket: &Socket, ipv6: bool, ports: &[u16], text: impl Fn(SocketAddr) -> String) -> ! {
     let mut buffer = [MaybeUninit::uninit(); 2048];
     loop {
@@ -58,7 +57,7 @@ pub fn serve(socket: &Socket, ipv6: bool, ports: &[u16], text: impl Fn(SocketAdd
         let Some(client) = client.as_socket() else { continue };
         let received: Vec<u8> = initialized(&buffer[..length]);
         if let Some(reply) = reply(&received, ipv6, ports, || text(client)) {
-            // A client that went away is none of the pod's business.
+            // The client may have gone away.
             drop(socket.send_to(&reply, &SocketAddr::new(client.ip(), 0).into()));
         }
     }
@@ -90,13 +89,13 @@ fn packet(source_port: u16, port: u16, tag: u32, kind: u8, parameters: &[u8]) ->
     packet.extend([kind, 0]);
     packet.extend(((CHUNK + parameters.len()) as u16).to_be_bytes());
     packet.extend(TAG.to_be_bytes());
-    // The receiver's window in bytes, streams out and in, the first sequence number.
+    // Receive window in bytes, outbound and inbound streams, initial sequence number.
     packet.extend(65_536u32.to_be_bytes());
     packet.extend(1u16.to_be_bytes());
     packet.extend(1u16.to_be_bytes());
     packet.extend(1u32.to_be_bytes());
     packet.extend(parameters);
-    // The checksum is the one field in little-endian order.
+    // The checksum is the only little-endian field.
     let checksum = checksum(&packet).to_le_bytes();
     packet[8..12].copy_from_slice(&checksum);
     packet
@@ -114,7 +113,7 @@ fn checksum(packet: &[u8]) -> u32 {
     !crc
 }
 
-/// A raw IPv4 socket delivers the IP header too.
+/// Strips the IP header, which a raw IPv4 socket delivers too.
 fn without_header(packet: &[u8]) -> Option<&[u8]> {
     packet.get(usize::from(*packet.first()? & 0xf) * 4..)
 }

@@ -1,8 +1,7 @@
-//! Many probes at once: non-blocking sockets of one thread, one wait for all of them.
+//! Sends many probes at once: non-blocking sockets on one thread, with a single wait for all of them.
 //!
-//! A thousand silent destinations cost as much patience as one. Each shot has a source port of its own, chosen by
-//! the caller: a port that is used again would meet the connection tracking entry of an earlier shot, and with it
-//! an earlier choice of backend.
+//! A thousand silent destinations take as long as one. Each shot has its own source port, chosen by the caller: a
+//! reused port would match the connection tracking entry of an earlier shot, and thus an earlier choice of backend.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -16,28 +15,26 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Outcome, Transport, parse, sctp};
 
-/// Ports for shots whose own is in use, below those of node ports. Each is used once in ten thousand such shots; a
-/// port of the kernel's choice may have been used a moment ago, for the same destination.
+/// Spare ports for shots whose own port is in use, below those of node ports. Each is used once in ten thousand such
+/// shots; an ephemeral port may have been used a moment ago for the same destination.
 const SPARE_PORTS: std::ops::Range<u16> = 20_000..30_000;
-/// Spare ports that are tried for one shot.
+/// Maximum number of spare ports tried for one shot.
 const SPARES: usize = 32;
-/// How many times longer than the slowest answer the others are waited for.
+/// Factor by which the timeout exceeds the slowest answer.
 const SLOWEST: u32 = 4;
-/// The longest wait that a slow answer leads to.
+/// Maximum timeout after slow answers.
 const LONGEST: Duration = Duration::from_secs(3);
 
 /// One probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shot {
-    /// How.
     pub transport: Transport,
-    /// Where to.
     pub to: SocketAddr,
-    /// Its source port; another one is taken if this one is in use.
+    /// Source port; a spare one is used if this one is in use.
     pub source_port: u16,
 }
 
-/// A shot under way.
+/// A shot whose outcome is pending.
 struct Flight {
     index: usize,
     shot: Shot,
@@ -46,14 +43,13 @@ struct Flight {
     answer: Vec<u8>,
 }
 
-/// Sends all shots from the calling thread's namespace and waits until each has an outcome; what is open after
-/// `patience` is silence. Where other answers are slow, because the machine is busy, the wait is longer.
+/// Sends all shots from the calling thread's namespace and waits until each has an outcome; shots still pending after
+/// `timeout` count as silence. Slow answers, a sign of a busy machine, extend the timeout.
 ///
-/// # Errors
-/// A socket fails in a way that says nothing about the network, or an answer is not a pod's.
-pub fn volley(shots: &[Shot], patience: Duration) -> Result<Vec<Outcome>> {
+/// # Errors A socket fails for a reason unrelated to the network, or an answer is not a pod's.
+pub fn volley(shots: &[Shot], timeout: Duration) -> Result<Vec<Outcome>> {
     let start = Instant::now();
-    let mut deadline = start + patience;
+    let mut deadline = start + timeout;
     let mut outcomes = vec![Outcome::Silence; shots.len()];
     let mut flying = Vec::new();
     for (index, shot) in shots.iter().enumerate() {
@@ -64,7 +60,7 @@ pub fn volley(shots: &[Shot], patience: Duration) -> Result<Vec<Outcome>> {
     }
     while !flying.is_empty() {
         let ready = wait(&flying, deadline)?;
-        // Backwards, so that a removal moves only what was looked at.
+        // In reverse, so that swap_remove only moves shots that were already visited.
         for at in (0..flying.len()).rev().filter(|at| ready[*at]) {
             let to = flying[at].shot.to;
             if let Some(outcome) = flying[at].step().with_context(|| format!("a probe of {to}"))? {
@@ -80,15 +76,14 @@ pub fn volley(shots: &[Shot], patience: Duration) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-/// A connected UDP socket that is asked more than once: an existing flow.
+/// A connected UDP socket that sends repeatedly: an existing flow.
 #[derive(Debug)]
 pub struct Flow(Socket);
 
 impl Flow {
-    /// Opens it in the calling thread's namespace.
+    /// Opens the flow in the calling thread's namespace.
     ///
-    /// # Errors
-    /// The socket cannot be opened.
+    /// # Errors The socket cannot be opened.
     pub fn open(to: SocketAddr, source_port: u16) -> Result<Self> {
         let shot = Shot { transport: Transport::Udp, to, source_port };
         let socket = bound(shot).with_context(|| format!("a flow to {to}"))?;
@@ -100,15 +95,15 @@ impl Flow {
     ///
     /// # Errors
     /// As [`volley`].
-    pub fn ask_all(flows: &[&Self], patience: Duration) -> Result<Vec<Outcome>> {
-        let deadline = Instant::now() + patience;
+    pub fn ask_all(flows: &[&Self], timeout: Duration) -> Result<Vec<Outcome>> {
+        let deadline = Instant::now() + timeout;
         let mut outcomes = vec![Outcome::Silence; flows.len()];
         let mut flying = Vec::new();
         for (index, Flow(socket)) in flows.iter().enumerate() {
             let socket = socket.try_clone()?;
-            let to = socket.peer_addr()?.as_socket().context("a flow without peer")?;
+            let to = socket.peer_addr()?.as_socket().context("the flow has no peer")?;
             let shot = Shot { transport: Transport::Udp, to, source_port: 0 };
-            // What is left from before is not the answer.
+            // Discard late answers to earlier datagrams.
             while socket.recv(&mut [MaybeUninit::uninit(); 256]).is_ok() {}
             drop(socket.take_error());
             let mut flight = Flight { index, shot, socket, connected: true, answer: Vec::new() };
@@ -130,7 +125,7 @@ impl Flow {
     }
 }
 
-/// Which flights have something to tell. Returns after the deadline at the latest.
+/// Flights that have an event. Returns after the deadline at the latest.
 fn wait(flying: &[Flight], deadline: Instant) -> Result<Vec<bool>> {
     let wanted = |flight: &Flight| if flight.connected { libc::POLLIN } else { libc::POLLOUT };
     let mut polled: Vec<_> = flying
@@ -139,7 +134,7 @@ fn wait(flying: &[Flight], deadline: Instant) -> Result<Vec<bool>> {
         .collect();
     let left = deadline.saturating_duration_since(Instant::now());
     let milliseconds = libc::c_int::try_from(left.as_millis() + 1)?;
-    // SAFETY: the array is as long as the call is told.
+    // SAFETY: the length passed is the array's length.
     let count = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, milliseconds) };
     if count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
         bail!("waiting for answers: {}", io::Error::last_os_error());
@@ -147,7 +142,7 @@ fn wait(flying: &[Flight], deadline: Instant) -> Result<Vec<bool>> {
     Ok(polled.iter().map(|polled| polled.revents != 0).collect())
 }
 
-/// Opens a shot's socket and sends its first packet. The inner error is an outcome that is known at once.
+/// Opens a shot's socket and sends its first packet. The inner error is an immediate outcome.
 fn open(index: usize, shot: Shot) -> io::Result<Result<Flight, Outcome>> {
     let socket = bound(shot)?;
     let connected = match socket.connect(&target(shot).into()) {
@@ -163,7 +158,7 @@ fn open(index: usize, shot: Shot) -> io::Result<Result<Flight, Outcome>> {
     })
 }
 
-/// A raw socket knows addresses only.
+/// The address without a port for raw sockets, which have none.
 fn target(shot: Shot) -> SocketAddr {
     let port = if shot.transport == Transport::Sctp { 0 } else { shot.to.port() };
     SocketAddr::new(shot.to.ip(), port)
@@ -180,7 +175,7 @@ fn bound(shot: Shot) -> io::Result<Socket> {
     socket.set_nonblocking(true)?;
     match shot.transport {
         Transport::Tcp => {
-            // Closed by RST: nothing of the connection is left on either side.
+            // Closes with RST, which leaves no connection on either side.
             socket.set_linger(Some(Duration::ZERO))?;
             queue_errors(&socket, ipv6)?;
         }
@@ -210,8 +205,8 @@ fn spare_port() -> u16 {
     SPARE_PORTS.start + USED.fetch_add(1, Ordering::Relaxed) % (SPARE_PORTS.end - SPARE_PORTS.start)
 }
 
-/// Asks the kernel to keep ICMP errors in a queue. A refusal that comes back while `connect` still holds the
-/// socket is otherwise forgotten, and only the second SYN, a second later, is refused.
+/// Makes the kernel queue ICMP errors. An error that arrives while `connect` still holds the socket is otherwise
+/// lost, and only the second SYN, a second later, is refused.
 fn queue_errors(socket: &Socket, ipv6: bool) -> io::Result<()> {
     let (level, option) =
         if ipv6 { (libc::SOL_IPV6, libc::IPV6_RECVERR) } else { (libc::SOL_IP, libc::IP_RECVERR) };
@@ -224,7 +219,7 @@ fn queue_errors(socket: &Socket, ipv6: bool) -> io::Result<()> {
 }
 
 impl Flight {
-    /// Sends what starts the conversation; TCP has sent it already.
+    /// Sends the first data; TCP has already sent its SYN.
     fn ask(&mut self) -> io::Result<Option<Outcome>> {
         let sent = match self.shot.transport {
             Transport::Tcp => return Ok(None),
@@ -234,7 +229,7 @@ impl Flight {
         match sent {
             Ok(_) => Ok(None),
             Err(error) => match error.kind() {
-                // The output hook dropped or refused it: what follows, an ICMP error or nothing, tells which.
+                // The output hook dropped or rejected it; an ICMP error or its absence shows which.
                 io::ErrorKind::PermissionDenied => Ok(None),
                 io::ErrorKind::ConnectionRefused => Ok(Some(Outcome::Refused)),
                 _ => Err(error),
@@ -242,7 +237,7 @@ impl Flight {
         }
     }
 
-    /// Takes in what has come; `None` while there is no outcome.
+    /// Processes what has arrived; `None` while the outcome is open.
     fn step(&mut self) -> Result<Option<Outcome>> {
         match self.shot.transport {
             Transport::Sctp => self.step_sctp(),
@@ -254,7 +249,7 @@ impl Flight {
     fn step_tcp(&mut self) -> Result<Option<Outcome>> {
         if !self.connected {
             if let Some(error) = self.socket.take_error()? {
-                // The connection is over, whatever the error.
+                // Any error ends the connection.
                 return Ok(refused(error)?.or(Some(Outcome::Silence)));
             }
             if let Some((error, _)) = queued_error(&self.socket)? {
@@ -279,7 +274,7 @@ impl Flight {
         }
     }
 
-    /// Every raw socket of the namespace hears every answer and every error from its peer: ports tell whose it is.
+    /// Every raw socket of the namespace receives every answer and error from its peer: the ports identify the shot.
     fn step_sctp(&mut self) -> Result<Option<Outcome>> {
         drop(self.socket.take_error());
         while let Some((error, packet)) = queued_error(&self.socket)? {
@@ -298,10 +293,10 @@ impl Flight {
     }
 }
 
-/// What an error says about the network: refused, or nothing yet (a router knows no way at the moment).
+/// Interprets a socket error: refused, or no outcome yet (a router has no route at the moment).
 fn refused(error: io::Error) -> Result<Option<Outcome>> {
     match error.raw_os_error() {
-        // The host has no such port, or no such protocol.
+        // The host has no such port or protocol.
         Some(libc::ECONNREFUSED | libc::ENOPROTOOPT | libc::EPROTO) => Ok(Some(Outcome::Refused)),
         Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ETIMEDOUT) => Ok(None),
         _ => Err(error.into()),
@@ -311,7 +306,7 @@ fn refused(error: io::Error) -> Result<Option<Outcome>> {
 /// The next ICMP error in a socket's queue, and the packet that caused it from its transport header on.
 fn queued_error(socket: &Socket) -> io::Result<Option<(io::Error, Vec<u8>)>> {
     let mut packet = [0u8; 256];
-    // Aligned as control messages must be.
+    // Aligned as required for control messages.
     let mut control = [0u64; 64];
     let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
     // SAFETY: an all-zero msghdr is valid.

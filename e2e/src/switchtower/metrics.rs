@@ -5,22 +5,20 @@ use anyhow::{Context as _, Result, ensure};
 use super::{Fleet, FleetNode};
 use crate::lab::http::{get, http_get};
 
-/// The address of an agent's metrics, in its node's namespace.
+/// Address of an agent's metrics in its node's namespace.
 const AGENT: ([u8; 4], u16) = ([127, 0, 0, 1], 10249);
 
 impl Fleet {
-    /// The sum of a metric of the controller over the series that have `labels` (as written, `reason="expired"`).
+    /// Sum of a controller metric over the series that contain `labels` (as exposed, for example `reason="expired"`).
     ///
-    /// # Errors
-    /// The controller does not answer.
+    /// # Errors The controller does not answer.
     pub fn controller_metric(&self, name: &str, labels: &str) -> Result<f64> {
         Ok(sum_metric(&http_get(self.metrics_address(), "/metrics")?, name, labels))
     }
 
-    /// All metrics of the controller and of all agents, as they print them.
+    /// All metrics of the controller and of all agents, as exposed.
     ///
-    /// # Errors
-    /// One of them does not answer.
+    /// # Errors One of them does not answer.
     pub fn metrics(&self) -> Result<String> {
         let mut text = http_get(self.metrics_address(), "/metrics")?;
         for node in self.nodes() {
@@ -29,26 +27,27 @@ impl Fleet {
         Ok(text)
     }
 
-    /// The sum of a metric of a node's agent.
+    /// Sum of a metric of a node's agent.
     ///
-    /// # Errors
-    /// The agent does not answer.
+    /// # Errors The agent does not answer.
     pub fn agent_metric(&self, node: &FleetNode, name: &str, labels: &str) -> Result<f64> {
         let text = node.net.namespace.run(|| http_get(AGENT.into(), "/metrics"))??;
         Ok(sum_metric(&text, name, labels))
     }
 
-    /// The controller's metrics as OpenMetrics, asked for as Prometheus does.
+    /// The controller's metrics in the OpenMetrics format, requested with Prometheus' Accept header.
     ///
-    /// # Errors
-    /// The controller does not answer, or with another type of text.
+    /// # Errors The controller does not answer, or answers in another format.
     pub fn open_metrics(&self) -> Result<String> {
         let accept = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
              application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.3";
         let answer = get(self.metrics_address(), "/metrics", &format!("Accept: {accept}\r\n"))?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a body")?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no body")?;
         let wanted = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8";
-        ensure!(head.lines().any(|line| line.eq_ignore_ascii_case(wanted)), "the answer is another: {head}");
+        ensure!(
+            head.lines().any(|line| line.eq_ignore_ascii_case(wanted)),
+            "unexpected content type: {head}"
+        );
         Ok(body.to_owned())
     }
 }

@@ -1,7 +1,7 @@
 //! `kubectl switchtower` in the laboratory: the real plugin against the real API server and controller.
 //!
-//! There is no kubelet here that could forward a port, so the plugin is told where the controller's admin API is;
-//! token, CA and TLS are as everywhere.
+//! No kubelet can forward a port here, so the plugin gets the address of the admin API as an argument. Token, CA and
+//! TLS are as in a cluster.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,22 +12,18 @@ use serde_json::Value;
 use super::Fleet;
 use crate::lab::programs;
 
-/// What a run of the plugin gave.
+/// Result of one run of the plugin.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// Its exit code.
     pub code: i32,
-    /// Standard output.
     pub text: String,
-    /// Standard error.
     pub errors: String,
 }
 
 impl Answer {
-    /// The output as JSON.
+    /// Parses the output as JSON.
     ///
-    /// # Errors
-    /// It is none.
+    /// # Errors The output is not JSON.
     pub fn json(&self) -> Result<Value> {
         serde_json::from_str(&self.text).with_context(|| format!("{self:?} is not JSON"))
     }

@@ -1,5 +1,5 @@
-//! The barrier between a write to the API and what is asked of the fleet afterwards: without it a test that asks at
-//! once may be told, truly, of the state before its write.
+//! Waits until the fleet has applied everything written to the API so far. Without this barrier, a test may read the
+//! state from before its own write.
 
 use std::time::{Duration, Instant};
 
@@ -17,16 +17,15 @@ use super::{Fleet, FleetNode, NAMESPACE, lock};
 use crate::lab::wait;
 use crate::observe::kernel;
 
-/// How long a token for the admin API lasts, in seconds.
+/// Lifetime of a token for the admin API, in seconds.
 const TOKEN_SECONDS: i64 = 3_600;
 
 impl Fleet {
-    /// Waits until all Services and EndpointSlices of this moment are in force, and every node's row, agent and
-    /// kernel agree: Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
-    /// generation and digest. Returns how long it took.
+    /// Waits until all current Services and EndpointSlices are in force, and every node's row, agent and kernel
+    /// agree: the row is Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
+    /// generation and digest. Returns the time that it took.
     ///
-    /// # Errors
-    /// They do not agree in time; the message names the node and what differs.
+    /// # Errors They do not agree in time; the message names the node and the difference.
     pub fn settled(&self, deadline: Duration) -> Result<Duration> {
         let start = Instant::now();
         let mut barrier = None;
@@ -46,10 +45,9 @@ impl Fleet {
         Ok(start.elapsed())
     }
 
-    /// Whether a node's row and its kernel agree.
+    /// Checks that a node's row and its kernel agree.
     ///
-    /// # Errors
-    /// They do not; the message says in what.
+    /// # Errors They differ; the message says in what.
     pub fn agrees(&self, node: &FleetNode) -> Result<()> {
         let name = &node.net.name;
         if let Some(agent) = lock(&node.agent).as_ref() {
@@ -67,31 +65,30 @@ impl Fleet {
         let stamp = kernel::stamp(&node.net.namespace)?;
         ensure!(
             i64::try_from(stamp.generation)? == generation.applied,
-            "{name}: the kernel holds {}, the row says {}",
+            "{name}: the kernel holds {}, the row reports {}",
             stamp.generation,
             generation.applied
         );
-        // The row has the digest in the order of the wire, which is little-endian.
+        // The row contains the digest in wire order, which is little-endian.
         let kernel: String = stamp.digest.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         let digest = row.digest.unwrap_or_default();
         ensure!(digest == kernel, "{name}: the kernel's digest is {kernel}, the row's {digest}");
-        // A repaired foreign change is shown for half a minute, while all agrees again.
+        // A repaired foreign change is reported for half a minute, while everything agrees again.
         ensure!(["Synced", "Drifted"].contains(&row.state.as_str()), "{name}: state {}", row.state);
         Ok(())
     }
 }
 
-/// All that the API server held at a moment, and whom to ask about it.
+/// The objects in the API server at one moment, and the client that queries progress on them.
 struct Barrier {
     admin: Option<Client>,
     path: String,
 }
 
 impl Barrier {
-    /// Everything so far.
+    /// Captures the newest resourceVersions.
     ///
-    /// # Errors
-    /// The API server refuses.
+    /// # Errors The API server refuses.
     fn now(fleet: &Fleet) -> Result<Self> {
         let services = newest::<Service>(fleet)?;
         let slices = newest::<EndpointSlice>(fleet)?;
@@ -99,19 +96,18 @@ impl Barrier {
         Ok(Self { admin: None, path })
     }
 
-    /// Fails until the controller has processed it and the kernel of every node holds it.
+    /// Checks that the controller has processed them and the kernel of every node holds them.
     ///
-    /// # Errors
-    /// It is not there yet, or the controller does not answer.
+    /// # Errors Not yet, or the controller does not answer.
     fn passed(&mut self, fleet: &Fleet) -> Result<()> {
-        // Taken: after an error the controller may be another one, with other certificates.
+        // Taken: after an error, another controller with other certificates may have taken over.
         let admin = match self.admin.take() {
             Some(admin) => admin,
             None => admin_client(fleet)?,
         };
         let request = http::Request::get(&self.path).body(Vec::new())?;
         let progress: Progress =
-            fleet.kube().block_on(admin.request(request)).context("asking the controller how far it is")?;
+            fleet.kube().block_on(admin.request(request)).context("querying the controller's progress")?;
         self.admin = Some(admin);
         ensure!(progress.revision.is_some(), "the controller has not processed the latest objects");
         for node in fleet.nodes() {
@@ -123,7 +119,7 @@ impl Barrier {
     }
 }
 
-/// The resourceVersion of the object that was written last, 0 if there is none.
+/// The newest resourceVersion of a resource, 0 if there are no objects.
 fn newest<K>(fleet: &Fleet) -> Result<u64>
 where
     K: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
@@ -137,7 +133,8 @@ where
 
 fn admin_client(fleet: &Fleet) -> Result<Client> {
     let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
-    let authority = map.and_then(|map| map.data?.remove("ca.crt")).context("the controller wrote no CA")?;
+    let authority =
+        map.and_then(|map| map.data?.remove("ca.crt")).context("the controller published no CA")?;
     let authority = CertificateDer::from_pem_slice(authority.as_bytes()).context("the controller's CA")?;
     let uri = Uri::builder().scheme("https").authority(fleet.admin_address().to_string());
     let mut config = Config::new(uri.path_and_query("/").build()?);
@@ -145,5 +142,5 @@ fn admin_client(fleet: &Fleet) -> Result<Client> {
     config.tls_server_name = Some(SERVER_NAME.to_owned());
     config.auth_info.token = Some(fleet.token(VIEWER, None, &[AUDIENCE], TOKEN_SECONDS)?.into());
     let _entered = fleet.kube().runtime().enter();
-    Client::try_from(config).context("making a client of the admin API")
+    Client::try_from(config).context("creating a client for the admin API")
 }

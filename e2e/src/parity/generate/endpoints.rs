@@ -1,4 +1,4 @@
-//! Random endpoints of a Service: mostly in the shapes for which kube-proxy has a rule, which chance alone hardly meets.
+//! Random endpoints of a Service, mostly in shapes that match a rule of kube-proxy and are unlikely by chance.
 
 use rand::Rng as _;
 use rand::rngs::StdRng;
@@ -6,38 +6,37 @@ use rand::seq::IndexedRandom as _;
 
 use super::super::case::{Endpoint, PODS};
 
-/// Which endpoints are ready, terminate, or neither.
+/// Conditions of the endpoints.
 #[derive(Debug, Clone, Copy)]
 enum Health {
-    /// All are ready.
     Ready,
-    /// Some are.
+    /// Some are ready.
     Mixed,
-    /// None is; those that terminate may serve.
+    /// None is ready; terminating ones may serve.
     Ending,
     /// Those on the node under test terminate and serve, the others are ready.
     EndingHere,
-    /// Those of the node's zone are not ready.
+    /// Those in the node's zone are not ready.
     ZoneDown,
-    /// None is, and none terminates.
+    /// None is ready or terminating.
     Unready,
 }
 
-/// Which hints the slices have.
+/// Hints in the slices.
 #[derive(Debug, Clone, Copy)]
 enum Hints {
     None,
-    /// Each its own zone.
+    /// Each endpoint's own zone.
     Zones,
-    /// Several zones each.
+    /// Several zones for each endpoint.
     MoreZones,
-    /// Zones that the node is not in.
+    /// Zones other than the node's.
     OtherZones,
-    /// Each its own node, and its zone.
+    /// Each endpoint's own node and zone.
     Nodes,
-    /// Each its own node only.
+    /// Each endpoint's own node only.
     OnlyNodes,
-    /// Nodes other than the one under test, and each its own zone.
+    /// Nodes other than the one under test, and each endpoint's own zone.
     OtherNodes,
 }
 
@@ -81,12 +80,13 @@ pub(super) fn endpoints(rng: &mut StdRng, index: usize) -> Vec<Endpoint> {
         })
         .collect();
     forget_hint(rng, &mut endpoints);
-    // Some Services have a second slice. A pod is always in the same one: it would be gone for a moment while it
-    // moves, and what becomes of its flows then is up to chance.
+    // Some Services have a second slice. A pod is always in the same slice: while it moves, it would be absent for a
+    // moment, with a random effect on its flows.
     let second = |pod: usize| index % 3 == 1 && pod >= 3;
     for endpoint in &mut endpoints {
         endpoint.second = second(endpoint.pod);
-        // The first pod sends probes too: without its node it would meet itself, unmasqueraded and in vain, by chance.
+        // The first pod sends probes too: without a node name it would sometimes reach itself, without masquerading
+        // and without an answer.
         endpoint.nowhere = rng.random_bool(0.03) && endpoint.pod != 0;
         endpoint.bare = rng.random_bool(0.3);
     }
@@ -140,7 +140,7 @@ fn hinted(rng: &mut StdRng, mut endpoint: Endpoint, hints: Hints) -> Endpoint {
     endpoint
 }
 
-/// One endpoint without a hint undoes those of all others, if it is ready.
+/// Removes the hint of one endpoint, which disables all others if the endpoint is ready.
 fn forget_hint(rng: &mut StdRng, endpoints: &mut [Endpoint]) {
     if endpoints.is_empty() || !rng.random_bool(0.35) {
         return;
@@ -152,8 +152,7 @@ fn forget_hint(rng: &mut StdRng, endpoints: &mut [Endpoint]) {
     }
 }
 
-/// The address of a pod that ends is that of a new one already: the same address twice. Of two that do not terminate,
-/// kube-proxy takes any.
+/// Reuses the address of a terminating pod for a new one. Of two non-terminating ones, kube-proxy picks any.
 fn again(endpoints: &[Endpoint]) -> Option<Endpoint> {
     let old = endpoints.iter().find(|endpoint| endpoint.terminating)?;
     let conditions = Endpoint { ready: true, serving: true, terminating: false, ..old.clone() };

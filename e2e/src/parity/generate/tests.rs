@@ -1,4 +1,4 @@
-//! What random cases are, and that the tested ones meet every rule.
+//! Properties of random cases; the tested cases cover every rule.
 
 use super::super::case::PODS;
 use super::*;
@@ -22,7 +22,7 @@ fn shrinking_ends() {
     assert!(current.services.is_empty() && current.steps.is_empty());
 }
 
-/// What kube-proxy's rules tell apart, and which Services of a state are on which side.
+/// A distinction that kube-proxy's rules make, and the predicate for Services of a state.
 type Situation = (&'static str, fn(&Service) -> bool);
 
 fn ready(service: &Service) -> impl Iterator<Item = &Endpoint> {
@@ -92,7 +92,7 @@ const SITUATIONS: &[Situation] = &[
     }),
     ("hints and a Local policy", |s| outside(s) && zones_hold(s) && s.external_local && ready(s).any(here)),
     ("only terminating endpoints serve", |s| ready(s).next().is_none() && fallback(s).count() > 0),
-    ("a terminating endpoint beside ready ones", |s| ready(s).count() > 0 && fallback(s).count() > 0),
+    ("a terminating endpoint among ready ones", |s| ready(s).count() > 0 && fallback(s).count() > 0),
     ("endpoints end and none serves", |s| {
         !usable(s) && s.endpoints.iter().any(|endpoint| endpoint.terminating)
     }),
