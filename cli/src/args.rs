@@ -6,64 +6,63 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Says what the service proxy of every node does, why, and what to do about it.
+/// Inspect and operate the Switchtower service proxy.
 ///
-/// Exit codes: 0 all is well, 1 something is wrong and was named, 2 it cannot be told (wrong usage, no connection,
-/// a missing right).
+/// Exit codes: 0 no problem found, 1 a problem was found and reported, 2 the command could not be completed (usage
+/// error, no connection, missing permission).
 #[derive(Debug, Parser)]
 #[command(name = "kubectl-switchtower", bin_name = "kubectl switchtower", version)]
 pub struct Cli {
-    /// Flags of every command.
+    /// Global flags.
     #[command(flatten)]
     pub global: Global,
-    /// What to do.
+    /// Subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// Flags of every command.
+/// Flags that every command accepts.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// Kubeconfig file; by default KUBECONFIG or ~/.kube/config, as kubectl.
+    /// Path of the kubeconfig file [default: KUBECONFIG or ~/.kube/config]
     #[arg(long, global = true, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
-    /// Context of the kubeconfig.
+    /// Kubeconfig context to use
     #[arg(long, global = true, value_name = "NAME")]
     pub context: Option<String>,
-    /// Namespace of Services and pods; by default the context's.
+    /// Namespace of Services and pods [default: the namespace of the context]
     #[arg(short, long, global = true, value_name = "NAME")]
     pub namespace: Option<String>,
-    /// Namespace in which Switchtower is installed.
+    /// Namespace in which Switchtower is installed
     #[arg(long, global = true, default_value = "switchtower-system", value_name = "NAME")]
     pub system_namespace: String,
-    /// Where the controller's admin API is, if it can be reached directly; by default through a port-forward to its
-    /// pod.
+    /// Address of the controller's admin API [default: port-forward to the controller pod]
     #[arg(long, global = true, env = "SWITCHTOWER_ADMIN_CONTROLLER", value_name = "HOST:PORT")]
     pub controller: Option<String>,
-    /// How to print.
+    /// Output format
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Text)]
     pub output: Format,
-    /// Colours; NO_COLOR turns them off too.
+    /// Use of colours; NO_COLOR also disables them
     #[arg(long, global = true, value_enum, default_value_t = Color::Auto)]
     pub color: Color,
 }
 
-/// Form of the output.
+/// Output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Human-readable text.
     Text,
-    /// For programs.
+    /// JSON.
     Json,
-    /// For programs.
+    /// YAML.
     Yaml,
 }
 
-/// When colours are used.
+/// Use of colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Color {
-    /// On a terminal.
+    /// Only on a terminal.
     Auto,
     /// Always.
     Always,
@@ -71,46 +70,47 @@ pub enum Color {
     Never,
 }
 
-/// The commands.
+/// Subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The whole fleet on one screen, the worst first.
+    /// Show the state of all nodes, problems first
     #[command(
         after_help = "Examples:\n  kubectl switchtower status\n  kubectl switchtower status --all -o json"
     )]
     Status(StatusArgs),
-    /// Why a Service's packets go where they go, or what a message code means.
+    /// Explain where a Service's packets go, or what a message code means
     #[command(
         after_help = "Examples:\n  kubectl switchtower explain shop/cart:http\n  kubectl switchtower explain shop/cart --node alpha --from pod/shop/client\n  kubectl switchtower explain ST0203"
     )]
     Explain(ExplainArgs),
-    /// What the controller wants on a node, what its agent acknowledged, and what its kernel holds.
+    /// Compare a node's desired, acknowledged and programmed state
     Diff(DiffArgs),
-    /// A node's chains and map elements, read from its kernel.
+    /// Show chains and map elements read from a node's kernel
     #[command(
         after_help = "Examples:\n  kubectl switchtower rules alpha shop/cart\n  kubectl switchtower rules alpha --filter 10.96.0.10"
     )]
     Rules(RulesArgs),
-    /// How long a Service's last changes took to reach the nodes, stage by stage.
+    /// Show how long a Service's latest changes took to reach the nodes
     Trace(TraceArgs),
-    /// Waits until every connected node holds a change.
+    /// Wait until all connected nodes have applied a change
     #[command(
         after_help = "Examples:\n  kubectl switchtower wait shop/cart --timeout 20s\n  kubectl switchtower wait --percent 95"
     )]
     Wait(WaitArgs),
-    /// Rollouts of settings.
+    /// Show and control rollouts of settings
     Rollout(RolloutArgs),
-    /// Checks a cluster before Switchtower is installed, or after.
+    /// Check the cluster before or after the installation of Switchtower
     #[command(
         after_help = "Examples:\n  kubectl switchtower check --pre\n  kubectl switchtower check --post"
     )]
     Check(CheckArgs),
-    /// The catalogue of message codes.
+    /// List message codes
     Codes(CodesArgs),
-    /// Prints a completion script. `kubectl switchtower` itself is completed by kubectl, if the file
-    /// kubectl_complete-switchtower is in PATH.
+    /// Print a shell completion script
+    ///
+    /// kubectl completes `kubectl switchtower` if the file kubectl_complete-switchtower is in PATH.
     Completion(CompletionArgs),
-    /// Completes a command line for kubectl.
+    /// Complete a command line for kubectl
     #[command(name = "__complete", hide = true, disable_help_flag = true)]
     Complete(CompleteArgs),
 }
@@ -118,7 +118,7 @@ pub enum Command {
 /// Flags of `status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Also list nodes that are in order.
+    /// List healthy nodes too
     #[arg(long)]
     pub all: bool,
 }
@@ -126,18 +126,18 @@ pub struct StatusArgs {
 /// Flags of `explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// `[svc/][NAMESPACE/]NAME[:PORT]`, or a code such as ST0202.
+    /// `[svc/][NAMESPACE/]NAME[:PORT]`, or a message code such as ST0202
     pub subject: String,
-    /// On this node, checked against its kernel; by default all nodes, without asking their kernels.
+    /// Explain for this node and compare with its kernel [default: all nodes, without their kernels]
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
-    /// From this pod: pod/[NAMESPACE/]NAME. Without --node, on the pod's node.
+    /// Source pod: pod/[NAMESPACE/]NAME. Implies the pod's node if --node is absent
     #[arg(long, value_name = "POD", conflicts_with = "from_ip")]
     pub from: Option<String>,
-    /// From this address.
+    /// Source address
     #[arg(long, value_name = "ADDRESS")]
     pub from_ip: Option<IpAddr>,
-    /// Print every address and kind of source, not only what differs from the ordinary.
+    /// Print every address and kind of source, not only exceptions
     #[arg(long)]
     pub all: bool,
 }
@@ -145,22 +145,22 @@ pub struct ExplainArgs {
 /// Flags of `diff`.
 #[derive(Debug, Args)]
 pub struct DiffArgs {
-    /// The node.
+    /// Node name
     pub node: String,
 }
 
 /// Flags of `rules`.
 #[derive(Debug, Args)]
 pub struct RulesArgs {
-    /// The node.
+    /// Node name
     pub node: String,
-    /// `[svc/][NAMESPACE/]NAME[:PORT]`: only what the kernel does with this Service's packets
+    /// `[svc/][NAMESPACE/]NAME[:PORT]`: only the rules for this Service
     #[arg(conflicts_with_all = ["filter", "limit"])]
     pub service: Option<String>,
-    /// Only elements whose line contains this: an address, a set's name.
+    /// Only elements whose line contains this text, such as an address or the name of a set
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub filter: String,
-    /// Most elements, 1 to 100000.
+    /// Maximum number of elements, 1 to 100000
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub limit: u32,
 }
@@ -170,7 +170,7 @@ pub struct RulesArgs {
 pub struct TraceArgs {
     /// `[svc/][NAMESPACE/]NAME`
     pub service: String,
-    /// How many of its last changes, 1 to 100.
+    /// Number of latest changes, 1 to 100
     #[arg(long, default_value_t = 1, num_args = 0..=1, default_missing_value = "1",
         value_parser = clap::value_parser!(u8).range(1..=100), value_name = "NUMBER")]
     pub last: u8,
@@ -179,60 +179,60 @@ pub struct TraceArgs {
 /// Flags of `wait`.
 #[derive(Debug, Args)]
 pub struct WaitArgs {
-    /// `[svc/][NAMESPACE/]NAME`: its last change and that of its endpoints. By default everything so far.
+    /// `[svc/][NAMESPACE/]NAME`: wait for the latest change of this Service and its endpoints [default: all changes]
     pub service: Option<String>,
-    /// What to wait for.
+    /// Event to wait for
     #[arg(long = "for", value_enum, default_value_t = WaitFor::Change)]
     pub wait_for: WaitFor,
-    /// How long, as in 30s or 2m.
+    /// Maximum time to wait, such as 30s or 2m
     #[arg(long, default_value = "30s", value_parser = duration, value_name = "DURATION")]
     pub timeout: Duration,
-    /// Percentage of the connected nodes that is enough, 1 to 100.
+    /// Percentage of connected nodes that must have applied the change, 1 to 100
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub percent: u8,
 }
 
-/// What `wait` waits for.
+/// Event that `wait` waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WaitFor {
-    /// The change is in the kernels of all connected nodes.
+    /// The kernels of the connected nodes hold the change.
     Change,
 }
 
 /// Flags of `rollout`.
 #[derive(Debug, Args)]
 pub struct RolloutArgs {
-    /// What to do.
+    /// Subcommand.
     #[command(subcommand)]
     pub action: RolloutAction,
 }
 
-/// What can be done with rollouts.
+/// Subcommands of `rollout`.
 #[derive(Debug, Subcommand)]
 pub enum RolloutAction {
-    /// Where rollouts stand. Exit code 1 if one failed.
+    /// Show the progress of rollouts; exit code 1 if one failed
     Status {
-        /// The rollout; by default all.
+        /// Name of the rollout [default: all]
         name: Option<String>,
     },
-    /// Touches no further node.
+    /// Pause a rollout: no further node is updated
     Pause {
-        /// The rollout.
+        /// Name of the rollout
         name: String,
     },
-    /// Goes on after a pause.
+    /// Resume a paused rollout
     Resume {
-        /// The rollout.
+        /// Name of the rollout
         name: String,
     },
-    /// Approves the step that waits for it.
+    /// Approve the step that waits for approval
     Approve {
-        /// The rollout.
+        /// Name of the rollout
         name: String,
     },
-    /// Ends it and returns its nodes to the stable revision. Final.
+    /// Abort a rollout and return its nodes to the stable revision; cannot be undone
     Abort {
-        /// The rollout.
+        /// Name of the rollout
         name: String,
     },
 }
@@ -241,10 +241,10 @@ pub enum RolloutAction {
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("when").required(true)))]
 pub struct CheckArgs {
-    /// Before the installation: is anything in the way?
+    /// Check that Switchtower can be installed
     #[arg(long, group = "when")]
     pub pre: bool,
-    /// After the installation: does everything work together?
+    /// Check that the installation works
     #[arg(long, group = "when")]
     pub post: bool,
 }
@@ -252,9 +252,9 @@ pub struct CheckArgs {
 /// Flags of `codes`.
 #[derive(Debug, Args)]
 pub struct CodesArgs {
-    /// One code; by default all.
+    /// Message code [default: all]
     pub code: Option<String>,
-    /// As the page docs/codes.md.
+    /// Print docs/codes.md
     #[arg(long)]
     pub markdown: bool,
 }
@@ -262,24 +262,24 @@ pub struct CodesArgs {
 /// Flags of `completion`.
 #[derive(Debug, Args)]
 pub struct CompletionArgs {
-    /// The shell.
+    /// Shell
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
 }
 
-/// Words of `__complete`.
+/// Arguments of `__complete`.
 #[derive(Debug, Args)]
 pub struct CompleteArgs {
-    /// What was typed after `kubectl switchtower`; the last one is incomplete.
+    /// Arguments typed after `kubectl switchtower`; the last one may be incomplete
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub words: Vec<String>,
 }
 
-/// `500ms`, `30s`, `2m`, `1h`.
+/// Parses a duration such as `500ms`, `30s`, `2m` or `1h`.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let wrong = || format!("{text:?} is no duration: write 500ms, 30s, 2m or 1h");
+    let wrong = || format!("{text:?} is not a duration such as 500ms, 30s, 2m or 1h");
     let number: u64 = number.parse().map_err(|_| wrong())?;
     let milliseconds = match unit {
         "ms" => 1,
@@ -291,24 +291,24 @@ fn duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(wrong)
 }
 
-/// A Service as people write it.
+/// A Service on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceName {
-    /// `None`: the namespace in force.
+    /// `None` for the current namespace.
     pub namespace: Option<String>,
-    /// Its name.
+    /// Name of the Service.
     pub name: String,
-    /// A port's number or name.
+    /// Number or name of a port.
     pub port: Option<String>,
 }
 
 impl ServiceName {
-    /// Reads `[svc/][NAMESPACE/]NAME[:PORT]`.
+    /// Parses `[svc/][NAMESPACE/]NAME[:PORT]`.
     ///
     /// # Errors
-    /// It is not of this form; the text says of which it is.
+    /// Returns a message that names the expected form.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no Service: write [svc/][NAMESPACE/]NAME[:PORT]");
+        let wrong = || format!("{text:?} is not a Service: expected [svc/][NAMESPACE/]NAME[:PORT]");
         let (path, port) = match text.split_once(':') {
             Some((path, port)) if !port.is_empty() => (path, Some(port.to_owned())),
             Some(_) => return Err(wrong()),
@@ -341,12 +341,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn services_as_people_write_them() {
+    fn service_names_parse() {
         let of = |namespace: Option<&str>, name: &str, port: Option<&str>| ServiceName {
             namespace: namespace.map(str::to_owned),
             name: name.to_owned(),
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn durations() {
+    fn durations_parse() {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
         for text in ["", "2", "s", "2 m", "-1s", "1.5s", "99999999999999999999s"] {

@@ -79,7 +79,7 @@ pub async fn load(client: &Client, namespace: &str) -> Result<Record, BuiltinErr
     let record = decide::decide(look(client).await?);
     match api.create(&PostParams::default(), &record.config_map()).await {
         Ok(_) => {
-            tracing::info!(origin = record.origin.word(), explanation = record.explanation, %namespace,
+            tracing::info!(origin = record.origin.as_str(), explanation = record.explanation, %namespace,
                 "built-in settings decided; the ConfigMap {CONFIG_MAP} keeps them");
             Ok(record)
         }

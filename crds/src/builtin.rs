@@ -1,11 +1,11 @@
-//! The record of the built-in settings: a ConfigMap that the controller writes at the installation and everybody reads.
+//! Record of the built-in settings: a ConfigMap that the controller writes during installation.
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::ObjectMeta;
 
 use crate::ProxySettings;
 
-/// The ConfigMap that keeps the decision.
+/// Name of the ConfigMap that holds the record.
 pub const CONFIG_MAP: &str = "switchtower-builtin-settings";
 
 const SETTINGS: &str = "settings";
@@ -13,27 +13,27 @@ const ORIGIN: &str = "origin";
 const EXPLANATION: &str = "explanation";
 const PROBLEM: &str = "problem";
 
-/// Where the built-in settings come from.
+/// Source of the built-in settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// kube-proxy's configuration.
+    /// The configuration of kube-proxy.
     KubeProxy,
-    /// Nothing was known of kube-proxy, and pods contradict the default.
+    /// No kube-proxy configuration was found, and pod addresses contradict the default.
     Pods,
-    /// Nothing was known of kube-proxy: the defaults.
+    /// No kube-proxy configuration was found: the defaults.
     Defaults,
-    /// What an earlier version had.
+    /// The settings of an earlier version.
     EarlierVersion,
-    /// Somebody wrote the record.
+    /// The record was written by hand.
     Other,
 }
 
 impl Origin {
     const ALL: [Self; 4] = [Self::KubeProxy, Self::Pods, Self::Defaults, Self::EarlierVersion];
 
-    /// The word in the record.
+    /// Returns the value in the record.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::KubeProxy => "KubeProxy",
             Self::Pods => "Pods",
@@ -44,39 +44,39 @@ impl Origin {
     }
 }
 
-/// Why a record cannot be used.
+/// Reason why a record cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// There are no settings in it.
+    /// The record has no settings.
     #[error("it has no key {SETTINGS}")]
     Missing,
-    /// They cannot be read.
-    #[error("its key {SETTINGS} does not hold settings of a ProxyProfile: {0}")]
+    /// The settings cannot be parsed.
+    #[error("its key {SETTINGS} does not contain valid ProxyProfile settings: {0}")]
     Settings(String),
 }
 
-/// What was decided.
+/// Built-in settings and their source.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
-    /// What differs from the defaults, as a ProxyProfile would say it.
+    /// Differences from the defaults, as in a ProxyProfile.
     pub settings: ProxySettings,
-    /// Where it comes from.
+    /// Source of the settings.
     pub origin: Origin,
-    /// Why, for people.
+    /// Human-readable explanation.
     pub explanation: String,
-    /// What of kube-proxy's configuration could not be understood.
+    /// Parts of kube-proxy's configuration that could not be converted.
     pub problem: Option<String>,
 }
 
 impl Record {
-    /// The ConfigMap; immutable, because an edit would change every node at the next start.
+    /// Returns the ConfigMap. It is immutable because an edit would change all nodes at the next start.
     #[must_use]
     pub fn config_map(&self) -> ConfigMap {
-        // As a ProxyProfile has them, to be pasted into one. Plain data always can be written.
+        // In the form of a ProxyProfile, so that users can copy it. Serialising plain data cannot fail.
         let settings = serde_saphyr::to_string(&self.settings).unwrap_or_default();
         let mut data = vec![
             (SETTINGS, settings),
-            (ORIGIN, self.origin.word().to_owned()),
+            (ORIGIN, self.origin.as_str().to_owned()),
             (EXPLANATION, self.explanation.clone()),
         ];
         data.extend(self.problem.clone().map(|problem| (PROBLEM, problem)));
@@ -88,17 +88,17 @@ impl Record {
         }
     }
 
-    /// Reads it back.
+    /// Parses the ConfigMap.
     ///
     /// # Errors
-    /// It has no settings, or they cannot be read.
+    /// Returns an error if the settings are missing or invalid.
     pub fn read(map: &ConfigMap) -> Result<Self, RecordError> {
         let text = |key: &str| map.data.as_ref().and_then(|data| data.get(key)).cloned();
         let settings = text(SETTINGS).ok_or(RecordError::Missing)?;
         let settings =
             serde_saphyr::from_str(&settings).map_err(|error| RecordError::Settings(error.to_string()))?;
         let origin = text(ORIGIN).unwrap_or_default();
-        let origin = Origin::ALL.into_iter().find(|known| known.word() == origin).unwrap_or(Origin::Other);
+        let origin = Origin::ALL.into_iter().find(|known| known.as_str() == origin).unwrap_or(Origin::Other);
         Ok(Self {
             settings,
             origin,
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_read_back() {
+    fn record_survives_round_trip() {
         let text = "mode: ipvs\nclusterCIDR: 10.0.0.0/8,fd00::/8\nconntrack: {maxPerCore: 0}\nnodePortAddresses: [::/0]";
         for settings in [ProxySettings::default(), kube_proxy::parse(text).unwrap().settings] {
             let record = record(settings);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_record_is_an_error() {
+    fn damaged_record_is_an_error() {
         let mut map = record(ProxySettings::default()).config_map();
         for bad in ["{", "masqueradeAll: perhaps", "- a list"] {
             map.data.as_mut().unwrap().insert(SETTINGS.to_owned(), bad.to_owned());

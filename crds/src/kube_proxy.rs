@@ -1,7 +1,7 @@
-//! What a kube-proxy configuration (`kubeproxy.config.k8s.io/v1alpha1`) says, as settings of ours.
+//! Conversion of a kube-proxy configuration (`kubeproxy.config.k8s.io/v1alpha1`) to [`ProxySettings`].
 //!
-//! Read by the controller when it is installed beside kube-proxy, and by `kubectl switchtower check`. Defaults and
-//! precedence are those of kube-proxy 1.36 (`pkg/proxy/apis/config/v1alpha1`, `cmd/kube-proxy/app/server_linux.go`).
+//! Used by the controller during installation and by `kubectl switchtower check`. Defaults and precedence are those of
+//! kube-proxy 1.36 (`pkg/proxy/apis/config/v1alpha1`, `cmd/kube-proxy/app/server_linux.go`).
 
 use std::net::IpAddr;
 
@@ -13,13 +13,13 @@ use crate::{Cidr, Conntrack, LocalDetection, LocalDetectionMode, NodePortAddress
 pub const NAMESPACE: &str = "kube-system";
 /// Name of that ConfigMap.
 pub const CONFIG_MAP: &str = "kube-proxy";
-/// Its key with the configuration.
+/// Key of the ConfigMap that holds the configuration.
 pub const CONFIG_KEY: &str = "config.conf";
 
-const LONGEST_TIMEOUT_SECONDS: i64 = 2_147_483;
-const MOST_PER_CORE: i32 = 1_048_576;
+const MAXIMUM_TIMEOUT_SECONDS: i64 = 2_147_483;
+const MAXIMUM_PER_CORE: i32 = 1_048_576;
 
-/// Which backend kube-proxy programs; decides defaults that differ between them.
+/// Backend that kube-proxy programs. Some defaults depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// The default on Linux.
@@ -30,41 +30,41 @@ pub enum Backend {
     NfTables,
 }
 
-/// A configuration that was understood.
+/// A converted configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KubeProxy {
-    /// The backend.
+    /// Backend of kube-proxy.
     pub backend: Backend,
-    /// Every setting that has an equivalent, written out, kube-proxy's defaults included.
+    /// All settings that have an equivalent, including kube-proxy's defaults.
     pub settings: ProxySettings,
-    /// NodePorts also answer on 127.0.0.1 (iptables mode only), which Switchtower does not do.
+    /// NodePorts also answer on 127.0.0.1 (iptables mode only), which Switchtower does not support.
     pub localhost_node_ports: bool,
-    /// What could not be taken over exactly, one sentence each.
+    /// Values that could not be converted exactly, one sentence each.
     pub notes: Vec<String>,
 }
 
-/// Why a configuration cannot be used.
+/// Reason why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KubeProxyError {
-    /// It is not YAML, or a field has another type.
+    /// The text is not YAML, or a field has the wrong type.
     #[error("it is not a KubeProxyConfiguration: {0}")]
     Syntax(String),
-    /// It is some other kind of object.
+    /// The object is of another kind.
     #[error("its kind is {0:?}, not KubeProxyConfiguration")]
     Kind(String),
-    /// A field has a value that kube-proxy would refuse too.
+    /// A field has a value that kube-proxy would also reject.
     #[error("{field}: {value:?} is {problem}")]
     Value {
-        /// The field's path.
+        /// Path of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: String,
-        /// What is wrong with it.
+        /// Predicate that describes the error, such as `not a CIDR`.
         problem: &'static str,
     },
 }
 
-/// Explicit nulls, which kubeadm writes for everything that was not set, count as absent.
+/// Treats explicit nulls as absent: kubeadm writes them for all unset fields.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Configuration {
@@ -107,12 +107,12 @@ struct Tracking {
     udp_stream_timeout: Option<String>,
 }
 
-/// Reads a configuration file of kube-proxy. Unknown fields are ignored, as they are by an older kube-proxy.
+/// Parses a configuration file of kube-proxy. Unknown fields are ignored, as in older versions of kube-proxy.
 ///
 /// # Errors
-/// It is not such a file, or holds a value that kube-proxy refuses.
+/// Returns an error if the text is not a KubeProxyConfiguration or has a value that kube-proxy rejects.
 pub fn parse(text: &str) -> Result<KubeProxy, KubeProxyError> {
-    // An empty file is the empty configuration: all defaults.
+    // An empty file means all defaults.
     let parsed: Option<Configuration> = serde_saphyr::from_str(text)
         .map_err(|error| KubeProxyError::Syntax(first_line(&error.to_string())))?;
     let from = parsed.unwrap_or_default();
@@ -173,14 +173,14 @@ fn is_ipv6(text: &str) -> Option<bool> {
     (length <= if address.is_ipv6() { 128 } else { 32 }).then_some(address.is_ipv6())
 }
 
-/// kube-proxy uses the first CIDR of each family.
+/// Returns the first CIDR of each family, which kube-proxy uses.
 fn cluster_cidrs(text: &str, notes: &mut Vec<String>) -> Result<Vec<Cidr>, KubeProxyError> {
     let mut kept: Vec<(bool, Cidr)> = Vec::new();
     for cidr in text.split(',').map(str::trim).filter(|cidr| !cidr.is_empty()) {
         let ipv6 = is_ipv6(cidr).ok_or_else(|| invalid("clusterCIDR", cidr, "not a CIDR"))?;
         if kept.iter().any(|(family, _)| *family == ipv6) {
             notes.push(format!(
-                "clusterCIDR {cidr} is left out: kube-proxy uses the first of each family only."
+                "clusterCIDR {cidr} is ignored: kube-proxy uses only the first of each family."
             ));
         } else {
             kept.push((ipv6, Cidr(cidr.to_owned())));
@@ -206,8 +206,8 @@ fn local_detection(
     match mode {
         "" | "ClusterCIDR" if cluster_cidrs.is_empty() => {
             notes.push(
-                "clusterCIDR is empty: like kube-proxy, no connection counts as one of a local pod, so nothing that \
-                 goes to a ClusterIP is masqueraded."
+                "clusterCIDR is empty: as with kube-proxy, no connection counts as local, and connections to \
+                 ClusterIPs are not masqueraded."
                     .to_owned(),
             );
             Ok(LocalDetection { mode: LocalDetectionMode::None, ..LocalDetection::default() })
@@ -226,11 +226,12 @@ fn local_detection(
             "detectLocal.interfaceNamePrefix",
             &interfaces.interface_name_prefix,
         ),
-        other => Err(invalid("detectLocalMode", other, "no mode that kube-proxy knows")),
+        other => Err(invalid("detectLocalMode", other, "not a mode of kube-proxy")),
     }
 }
 
-/// Without any, the iptables and IPVS backends serve every address of the node, the nftables backend the primary ones.
+/// Converts `nodePortAddresses`. An empty list selects all addresses of the node with the iptables and IPVS backends, and
+/// the primary addresses with the nftables backend.
 fn node_port_addresses(from: &[String], backend: Backend) -> Result<Vec<NodePortAddress>, KubeProxyError> {
     let all = ["0.0.0.0/0", "::/0"];
     let texts: Vec<&str> = match (from, backend) {
@@ -242,9 +243,9 @@ fn node_port_addresses(from: &[String], backend: Backend) -> Result<Vec<NodePort
     let bad = |text: &&&str| **text != NodePortAddress::PRIMARY && is_ipv6(text).is_none();
     let mixed = texts.len() > 1 && texts.contains(&NodePortAddress::PRIMARY);
     if let Some(text) = texts.iter().find(bad).or(texts.first().filter(|_| mixed)) {
-        return Err(invalid("nodePortAddresses", *text, "not a list of CIDRs, and not \"primary\" alone"));
+        return Err(invalid("nodePortAddresses", *text, "neither a list of CIDRs nor only \"primary\""));
     }
-    if texts.len() > NodePortAddress::MOST {
+    if texts.len() > NodePortAddress::MAXIMUM {
         return Err(invalid("nodePortAddresses", texts.len().to_string(), "more entries than 64"));
     }
     Ok(texts.into_iter().map(|text| NodePortAddress(text.to_owned())).collect())
@@ -258,13 +259,14 @@ fn conntrack(from: &Tracking, notes: &mut Vec<String>) -> Result<Conntrack, Kube
     let mut seconds = |field: &'static str, text: &Option<String>| {
         let Some(text) = text.as_deref() else { return Ok(None) };
         let seconds = go_duration_seconds(text).ok_or_else(|| invalid(field, text, "not a duration"))?;
-        if seconds > LONGEST_TIMEOUT_SECONDS {
-            notes.push(format!("{field} {text} is limited to {LONGEST_TIMEOUT_SECONDS} seconds."));
+        if seconds > MAXIMUM_TIMEOUT_SECONDS {
+            notes.push(format!("{field} {text} is limited to {MAXIMUM_TIMEOUT_SECONDS} seconds."));
         }
-        Ok(Some(seconds.min(LONGEST_TIMEOUT_SECONDS)))
+        Ok(Some(seconds.min(MAXIMUM_TIMEOUT_SECONDS)))
     };
     Ok(Conntrack {
-        max_per_core: count("conntrack.maxPerCore", from.max_per_core)?.map(|value| value.min(MOST_PER_CORE)),
+        max_per_core: count("conntrack.maxPerCore", from.max_per_core)?
+            .map(|value| value.min(MAXIMUM_PER_CORE)),
         min: count("conntrack.min", from.min)?,
         tcp_established_timeout_seconds: seconds(
             "conntrack.tcpEstablishedTimeout",
@@ -280,7 +282,7 @@ fn conntrack(from: &Tracking, notes: &mut Vec<String>) -> Result<Conntrack, Kube
     })
 }
 
-/// Whole seconds of a duration as Go prints it (`24h0m0s`, `1m30s`, `500ms`); `None` for a negative one.
+/// Parses a Go duration (`24h0m0s`, `1m30s`, `500ms`) to whole seconds. Returns `None` for negative durations.
 fn go_duration_seconds(text: &str) -> Option<i64> {
     if text == "0" {
         return Some(0);
@@ -307,8 +309,11 @@ fn go_duration_seconds(text: &str) -> Option<i64> {
         nanoseconds += number * unit;
         rest = &rest[end..];
     }
-    // Saturates: a duration beyond the range is limited by the caller.
-    #[allow(clippy::cast_possible_truncation, reason = "saturates, and fractions of a second are cut off")]
+    // The caller limits durations beyond the range.
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "the cast saturates, and fractions are discarded on purpose"
+    )]
     Some((nanoseconds / 1e9) as i64)
 }
 
@@ -414,7 +419,7 @@ winkernel:
     }
 
     #[test]
-    fn a_config_of_kind_and_one_with_own_values() {
+    fn configurations_of_kind_and_with_own_values() {
         let read = parse(
             "kind: KubeProxyConfiguration\nmode: nftables\nclusterCIDR: 10.244.0.0/16\n\
              conntrack: {maxPerCore: 0, min: 7, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 1h30m0s, \
@@ -443,7 +448,7 @@ winkernel:
     }
 
     #[test]
-    fn without_a_cluster_cidr_nothing_is_local() {
+    fn nothing_is_local_without_cluster_cidr() {
         for text in ["", "---\n", "clusterCIDR: \"\"\n", "detectLocalMode: ClusterCIDR", "clusterCIDR: ' , '"]
         {
             assert_eq!(detection(text).mode, LocalDetectionMode::None, "{text:?}");
@@ -452,7 +457,7 @@ winkernel:
     }
 
     #[test]
-    fn only_the_first_cluster_cidr_of_a_family_counts() {
+    fn first_cluster_cidr_of_each_family_is_used() {
         let read = parse("clusterCIDR: 10.1.0.0/16, 10.2.0.0/16,fd00::/48").unwrap();
         let detection = read.settings.local_detection.unwrap();
         let cidrs: Vec<_> = detection.cluster_cidrs.iter().map(|Cidr(text)| text.as_str()).collect();
@@ -461,7 +466,7 @@ winkernel:
     }
 
     #[test]
-    fn every_way_of_detection_is_known() {
+    fn all_detection_modes_are_converted() {
         assert_eq!(
             detection("detectLocalMode: NodeCIDR\nclusterCIDR: 10.0.0.0/8").mode,
             LocalDetectionMode::NodeCidr
@@ -489,7 +494,7 @@ winkernel:
     }
 
     #[test]
-    fn what_kube_proxy_refuses_is_an_error() {
+    fn values_that_kube_proxy_rejects_are_errors() {
         for (text, expected) in [
             ("kind: Kubelet", "kind"),
             ("clusterCIDR: [10.0.0.0/8]", "not a KubeProxyConfiguration"),
@@ -518,7 +523,7 @@ winkernel:
     }
 
     #[test]
-    fn durations_of_go() {
+    fn go_durations_parse() {
         for (text, expected) in [
             ("24h0m0s", Some(86_400)),
             ("1m30.5s", Some(90)),

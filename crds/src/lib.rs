@@ -1,6 +1,6 @@
 //! API types of the group `switchtower.dev`, version `v1alpha1`.
 //!
-//! The CRDs in `yaml/` are printed from these types by the program `crdgen`; a test keeps them fresh.
+//! The program `crdgen` generates the CRDs in `yaml/` from these types; a test fails if they are out of date.
 
 pub mod builtin;
 pub mod kube_proxy;
@@ -19,7 +19,7 @@ pub use strategy::*;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
 
-/// All CRDs of the group, in the order in which they are installed, with the file name of each.
+/// Returns all CRDs of the group with their file names, in installation order.
 pub fn all() -> Vec<(&'static str, CustomResourceDefinition)> {
     vec![
         ("proxystatuses.yaml", ProxyStatus::crd()),
@@ -28,15 +28,15 @@ pub fn all() -> Vec<(&'static str, CustomResourceDefinition)> {
     ]
 }
 
-/// A definition could not be written as YAML.
+/// A CRD could not be serialised as YAML.
 #[derive(Debug, thiserror::Error)]
-#[error("writing the CRD as YAML: {0}")]
+#[error("serialise the CRD as YAML: {0}")]
 pub struct YamlError(String);
 
-/// The YAML of a CRD as it is committed.
+/// Returns the YAML of a CRD as committed in `yaml/`.
 ///
 /// # Errors
-/// The definition cannot be serialised.
+/// Returns an error if serialisation fails.
 pub fn yaml(definition: &CustomResourceDefinition) -> Result<String, YamlError> {
     let yaml = serde_saphyr::to_string(definition).map_err(|error| YamlError(error.to_string()))?;
     Ok(format!("# Generated from crds/src by `cargo run -p switchtower-crds --bin crdgen`.\n{yaml}"))

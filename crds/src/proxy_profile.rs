@@ -1,9 +1,6 @@
-//! `ProxyProfile`: settings for a set of nodes, and how a change of them goes through the fleet.
+//! `ProxyProfile`: settings for a set of nodes, and the strategy for rolling out changes.
 
-#![allow(
-    clippy::duplicated_attributes,
-    reason = "one printcolumn for each column, told apart by their names"
-)]
+#![allow(clippy::duplicated_attributes, reason = "one printcolumn per column; their names differ")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
@@ -12,11 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{NodeSelector, ProxySettings, RolloutStrategy};
 
-/// Settings of the data plane for a set of nodes.
+/// Data-plane settings for a set of nodes.
 ///
-/// A change of settings, nodeSelector or changeCause makes a new revision, and the controller creates a ProxyRollout
-/// that takes it through the nodes step by step. To undo a change, apply the previous spec. Nothing in spec is ever
-/// filled in or changed by the controller.
+/// A change of settings, nodeSelector or changeCause creates a new revision, and the controller creates a ProxyRollout
+/// that rolls it out in steps. To undo a change, apply the previous spec. The controller never modifies spec.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "switchtower.dev",
@@ -29,12 +25,12 @@ use crate::{NodeSelector, ProxySettings, RolloutStrategy};
     status = "ProxyProfileStatus",
     derive = "Default",
     derive = "PartialEq",
-    doc = "Settings of the data plane for a set of nodes. A change goes through the nodes as a ProxyRollout.",
-    // A revision's name has to fit a label value.
+    doc = "Data-plane settings for a set of nodes. Changes are rolled out by a ProxyRollout.",
+    // The name of a revision must be a valid label value.
     validation = Rule::new("size(self.metadata.name) <= 52")
-        .message("the name of a ProxyProfile has at most 52 characters: a rollout's name is made of it"),
+        .message("the name of a ProxyProfile must have at most 52 characters because rollout names contain it"),
     validation = Rule::new("self.metadata.name != 'builtin'")
-        .message("builtin is the name of the settings that hold without any ProxyProfile"),
+        .message("the name builtin is reserved for the settings that apply without a ProxyProfile"),
     printcolumn(
         name = "Ready",
         type_ = "string",
@@ -55,56 +51,58 @@ use crate::{NodeSelector, ProxySettings, RolloutStrategy};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyProfileSpec {
-    /// Of several profiles that select a node the one with the highest priority counts; then the oldest; then the
-    /// first by name. The others get the condition Overlapping. Default: 0.
+    /// If several profiles select a Node, the one with the highest priority applies, then the oldest, then the first by
+    /// name. The others get the condition Overlapping. Default: 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<i32>,
-    /// Which Nodes the profile is for. Absent or empty: all. A Node that comes under the profile by a change of its
-    /// labels keeps its settings until the next rollout of the profile.
+    /// Selects the Nodes that use the profile. Absent or empty: all Nodes. A Node that starts to match because its
+    /// labels change keeps its settings until the next rollout of the profile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_selector: Option<NodeSelector>,
-    /// The settings.
+    /// Data-plane settings.
     #[serde(default)]
     pub settings: ProxySettings,
-    /// How a new revision goes through the nodes. A change counts from the next rollout on.
+    /// Strategy for rolling out a new revision. A change takes effect with the next rollout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<RolloutStrategy>,
-    /// Why the profile was changed last, for people. Changing it starts a new rollout, also of unchanged settings: to
-    /// try again what failed, or to take in nodes that came under the profile by their labels.
+    /// Reason for the last change of the profile. Changing it starts a new rollout even if the settings are unchanged:
+    /// use this to retry a failed rollout, or to include nodes that started to match nodeSelector. At most 256
+    /// characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256))]
     pub change_cause: Option<String>,
 }
 
-/// Where the profile stands.
+/// Observed state of the profile.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyProfileStatus {
-    /// The generation of spec that the status reflects.
+    /// Generation of `spec` that the status reflects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// The last revision that was rolled out completely; every rollback returns to it. Counted from 1; absent: none was.
+    /// Last completed revision, which every rollback returns to. Counted from 1; absent before the first completed
+    /// rollout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub stable_revision: Option<i64>,
-    /// `name@revision` that every rollback returns to, but for nodes that had something else of another profile before;
-    /// of another profile, or the built-in settings, before any revision was rolled out completely.
+    /// Revision that rollbacks return to, `name@revision`, except for nodes that used another profile before. Names
+    /// another profile or the built-in settings before the first completed rollout.
     #[serde(default)]
     pub stable_name: String,
-    /// The revision that spec stands for, counted from 1.
+    /// Revision that corresponds to `spec`, counted from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub target_revision: Option<i64>,
-    /// `name@revision` of it, for the column.
+    /// Target revision, `name@revision`.
     #[serde(default)]
     pub target_name: String,
-    /// The latest ProxyRollout.
+    /// Name of the latest ProxyRollout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<String>,
-    /// How many Nodes the profile is for, after others with precedence.
+    /// Number of Nodes that use the profile, excluding Nodes of profiles with precedence.
     #[serde(default)]
     pub nodes: i64,
-    /// Ready, Reconciling, Stalled, Overlapping.
+    /// Conditions: Ready, Reconciling, Stalled, Overlapping.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

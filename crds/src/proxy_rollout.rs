@@ -1,9 +1,6 @@
-//! `ProxyRollout`: one revision of a profile on its way through the fleet.
+//! `ProxyRollout`: the rollout of one revision of a profile.
 
-#![allow(
-    clippy::duplicated_attributes,
-    reason = "one printcolumn for each column, told apart by their names"
-)]
+#![allow(clippy::duplicated_attributes, reason = "one printcolumn per column; their names differ")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
@@ -12,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ProxySettings, RolloutStrategy};
 
-/// One revision of a profile on its way through the fleet.
+/// Rollout of one revision of a ProxyProfile.
 ///
-/// Created by the controller for each new revision of a ProxyProfile. Settings and strategy are copies that never
-/// change. People change three fields, with `kubectl patch` or `kubectl edit`: paused, approvedStep and abort.
+/// The controller creates one for each new revision of a ProxyProfile. Settings and strategy are copies that never
+/// change. Three fields can be changed, with `kubectl patch` or `kubectl edit`: paused, approvedStep and abort.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "switchtower.dev",
@@ -28,7 +25,7 @@ use crate::{ProxySettings, RolloutStrategy};
     status = "ProxyRolloutStatus",
     derive = "Default",
     derive = "PartialEq",
-    doc = "One revision of a ProxyProfile on its way through the fleet. Created by the controller.",
+    doc = "Rollout of one revision of a ProxyProfile. Created by the controller.",
     printcolumn(
         name = "Ready",
         type_ = "string",
@@ -54,173 +51,176 @@ use crate::{ProxySettings, RolloutStrategy};
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "!has(self.approvedStep) || self.approvedStep <= size(self.strategy.steps)",
-     "message": "approvedStep is beyond the last step"},
+     "message": "approvedStep must not exceed the number of steps"},
     {"rule": "!has(oldSelf.approvedStep) || (has(self.approvedStep) && self.approvedStep >= oldSelf.approvedStep)",
-     "message": "approvedStep only grows; to stop the rollout set abort"},
+     "message": "approvedStep cannot be decreased; to stop the rollout set abort"},
     {"rule": "!has(oldSelf.abort) || !oldSelf.abort || (has(self.abort) && self.abort)",
-     "message": "an abort is final; to roll the revision out again change changeCause of the ProxyProfile"},
+     "message": "abort cannot be reverted; to roll out the revision again, change changeCause of the ProxyProfile"},
 ]))]
 pub struct ProxyRolloutSpec {
-    /// The ProxyProfile's name.
+    /// Name of the ProxyProfile.
     #[schemars(length(min = 1, max = 52), extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "profile never changes"}
+        {"rule": "self == oldSelf", "message": "profile is immutable"}
     ]))]
     pub profile: String,
-    /// The revision of the profile, counted from 1.
+    /// Revision of the profile, counted from 1.
     #[schemars(range(min = 1), extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "revision never changes"}
+        {"rule": "self == oldSelf", "message": "revision is immutable"}
     ]))]
     pub revision: i64,
-    /// Hash of what makes the revision: equal settings, node selector and change cause give an equal hash.
+    /// Hash of the revision's content: settings, node selector and change cause.
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "hash never changes"}
+        {"rule": "self == oldSelf", "message": "hash is immutable"}
     ]))]
     pub hash: String,
-    /// The profile's change cause.
+    /// Copy of the profile's change cause.
     #[serde(default)]
     #[schemars(length(max = 256), extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "changeCause never changes"}
+        {"rule": "self == oldSelf", "message": "changeCause is immutable"}
     ]))]
     pub change_cause: String,
-    /// The settings: a copy of the profile's.
+    /// Copy of the profile's settings.
     #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "settings never change; change the ProxyProfile"}
+        {"rule": "self == oldSelf", "message": "settings are immutable; change the ProxyProfile"}
     ]))]
     pub settings: ProxySettings,
-    /// What was stable when the rollout was created; before any revision of the profile was complete, what most of its
-    /// nodes had. A node whose probes fail returns to it by itself, or to what it had of another profile.
+    /// Revision that was stable when the rollout was created or, if no revision of the profile has been completed, the
+    /// revision that the majority of its nodes used. A node whose probes fail returns to it automatically, or to the
+    /// revision of another profile that it used before.
     #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "fallback never changes"}
+        {"rule": "self == oldSelf", "message": "fallback is immutable"}
     ]))]
     pub fallback: RolloutFallback,
-    /// The strategy: a copy of the profile's, with the default steps if that has none.
+    /// Copy of the profile's strategy; contains the default steps if the profile has none.
     #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "strategy never changes; change the ProxyProfile"}
+        {"rule": "self == oldSelf", "message": "strategy is immutable; change the ProxyProfile"}
     ]))]
     pub strategy: RolloutStrategy,
-    /// Set while the profile is being deleted: its nodes get the settings of this revision here, and afterwards the
-    /// revision itself.
+    /// Revision that the nodes of a deleted profile move to. Its settings are rolled out here before the nodes are
+    /// assigned the revision itself. Set only while the profile is being deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "self == oldSelf", "message": "handover never changes"}
+        {"rule": "self == oldSelf", "message": "handover is immutable"}
     ]))]
     pub handover: Option<Handover>,
-    /// No further node is touched while this is true. Setting it back to false starts the soak of the current step
-    /// anew.
+    /// Pauses the rollout: no further node is updated while this is true. Setting it back to false restarts the soak
+    /// of the current step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,
-    /// Approves all steps up to this one, counted from 1, at most 16: those with a manual approval, and those that wait
-    /// for nodes that got the revision and cannot be reached. Only grows.
+    /// Approves all steps up to this one, counted from 1, at most 16: steps with manual approval, and steps that wait
+    /// for unreachable nodes that were assigned the revision. Cannot be decreased.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 16))]
     pub approved_step: Option<i32>,
-    /// Ends the rollout and returns its nodes to the stable revision. Final.
+    /// Aborts the rollout and returns its nodes to the stable revision. Cannot be reverted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abort: Option<bool>,
 }
 
-/// The revision that nodes of a deleted profile are given.
+/// Revision that the nodes of a deleted profile move to.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Handover {
-    /// Its profile; `builtin` for the built-in settings.
+    /// Name of the profile; `builtin` for the built-in settings.
     #[schemars(length(min = 1, max = 52))]
     pub profile: String,
-    /// Its revision; 0 for the built-in settings.
+    /// Revision of the profile; 0 for the built-in settings.
     #[schemars(range(min = 0))]
     pub revision: i64,
 }
 
-/// Settings to return to.
+/// Settings that nodes return to after a failure.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutFallback {
-    /// Their profile; `builtin` for the built-in settings.
+    /// Name of the profile; `builtin` for the built-in settings.
     #[schemars(length(min = 1, max = 52))]
     pub profile: String,
-    /// Their revision; 0 for the built-in settings.
+    /// Revision of the profile; 0 for the built-in settings.
     #[schemars(range(min = 0))]
     pub revision: i64,
-    /// The settings: a copy.
+    /// Copy of the settings.
     #[serde(default)]
     pub settings: ProxySettings,
 }
 
-/// Where the rollout stands. Numbers are counted anew at each write.
+/// Progress of the rollout. All numbers are recomputed at each write.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyRolloutStatus {
-    /// The generation of spec that the status reflects.
+    /// Generation of `spec` that the status reflects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Pending, Progressing, Soaking, Paused, Frozen, RollingBack; at the end Complete, Failed, Aborted or Superseded.
-    /// Ignored: not created by the controller.
+    /// Pending, Progressing, Soaking, Paused, Frozen or RollingBack; finally Complete, Failed, Aborted or Superseded.
+    /// Ignored: the object was not created by the controller. Later versions may add values.
     #[serde(default)]
     pub state: String,
-    /// `name@revision` that is rolled out.
+    /// Target revision, `name@revision`.
     #[serde(default)]
     pub target: String,
-    /// `name@revision` that nodes return to, but for those that had something else of another profile before.
+    /// Stable revision, `name@revision`, that nodes return to, except for nodes that used another profile before.
     #[serde(default)]
     pub stable: String,
-    /// How far it is.
+    /// Progress in steps and nodes.
     #[serde(default)]
     pub progress: RolloutProgress,
-    /// What has to happen before it goes on: Nodes, Soak, Approval, Resume, CanaryNodes, EligibleNodes, HealthyNodes,
-    /// Stable, UnreachableNodes.
+    /// Event that the rollout needs to continue: Nodes, Soak, Approval, Resume, CanaryNodes, EligibleNodes,
+    /// HealthyNodes, Stable or UnreachableNodes. Later versions may add values.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_on: Option<String>,
-    /// How many nodes failed.
+    /// Number of nodes that failed.
     #[serde(default)]
     pub failed: i64,
-    /// Nodes that failed, at most 16, the first ones.
+    /// The first 16 nodes that failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failures: Vec<NodeFailure>,
-    /// Nodes of the profile that are left out for now.
+    /// Nodes of the profile that are currently excluded.
     #[serde(default)]
     pub excluded: ExcludedNodes,
-    /// How long nodes took to acknowledge the revision. Reported only: a slow node does not stop a rollout before its
+    /// Time that nodes took to acknowledge the revision. Informational: a slow node stops a rollout only at its
     /// deadline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acknowledgements: Option<RolloutAcknowledgements>,
-    /// Ready: the rollout is complete. Reconciling: it is under way. Stalled: it failed, was aborted, or does not get on.
+    /// Ready: the rollout is complete. Reconciling: it is in progress. Stalled: it failed, was aborted, or makes no
+    /// progress.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// How far a rollout is.
+/// Progress of a rollout.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutProgress {
-    /// How many steps are done.
+    /// Number of completed steps.
     #[serde(default)]
     pub steps_done: i32,
-    /// The current step, counted from 1; 0 before the first.
+    /// Current step, counted from 1; 0 before the first.
     #[serde(default)]
     pub current_step: i32,
-    /// `current/all`, for the column.
+    /// Current step and number of steps, `current/all`.
     #[serde(default)]
     pub step: String,
-    /// How many nodes have the revision assigned.
+    /// Number of nodes that are assigned the revision.
     #[serde(default)]
     pub touched_nodes: i64,
-    /// How many nodes hold the revision and have passed the gates.
+    /// Number of nodes that hold the revision and have passed the gates.
     #[serde(default)]
     pub updated_nodes: i64,
-    /// How many nodes can take part: those of the profile whose agent is connected, and those touched.
+    /// Number of nodes that can take part: nodes of the profile whose agent is connected, and nodes that are already
+    /// assigned the revision.
     #[serde(default)]
     pub eligible_nodes: i64,
-    /// `updated/eligible`, for the column.
+    /// Updated and eligible nodes, `updated/eligible`.
     #[serde(default)]
     pub updated: String,
-    /// When the first node of the current step got the revision.
+    /// Time at which the first node of the current step was assigned the revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step_began_at: Option<Time>,
-    /// Since when all nodes of the current step hold the revision.
+    /// Time since which all nodes of the current step have held the revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub soaking_since: Option<Time>,
-    /// When a node or a step advanced last.
+    /// Time of the last progress of a node or step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advanced_at: Option<Time>,
 }
@@ -229,42 +229,42 @@ pub struct RolloutProgress {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeFailure {
-    /// The node.
+    /// Name of the node.
     pub node: String,
-    /// One CamelCase word.
+    /// Reason in CamelCase.
     pub reason: String,
-    /// What happened.
+    /// Description of the failure.
     pub message: String,
-    /// The kernel's error number, 0 if there is none.
+    /// Error number of the kernel; 0 if there is none.
     #[serde(default)]
     pub errno: i32,
-    /// Trace of the change, 32 hexadecimal digits.
+    /// Trace ID of the change, 32 hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none", rename = "traceID")]
     pub trace_id: Option<String>,
 }
 
-/// How long nodes took from being sent the revision to acknowledging it.
+/// Time from sending the revision to a node to its acknowledgement.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutAcknowledgements {
-    /// Of how many nodes that is known.
+    /// Number of nodes measured.
     pub nodes: i64,
-    /// Half of them took no longer, in milliseconds.
+    /// Median, in milliseconds.
     pub median_milliseconds: i64,
-    /// None took longer, in milliseconds.
+    /// Maximum, in milliseconds.
     pub slowest_milliseconds: i64,
-    /// The node that took longest.
+    /// Name of the slowest node.
     pub slowest_node: String,
 }
 
-/// Nodes that are left out.
+/// Excluded nodes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ExcludedNodes {
-    /// How many.
+    /// Number of excluded nodes.
     #[serde(default)]
     pub count: i64,
-    /// The first 16 of them by name, with the reason: `edge-4 (Disconnected)`.
+    /// The first 16 excluded nodes by name, with the reason: `edge-4 (Disconnected)`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<String>,
 }

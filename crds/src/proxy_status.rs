@@ -1,19 +1,16 @@
-//! `ProxyStatus`: one row per Node, absent agents included.
+//! `ProxyStatus`: one row per Node, including Nodes without an agent.
 
-#![allow(
-    clippy::duplicated_attributes,
-    reason = "one printcolumn for each column, told apart by their names"
-)]
+#![allow(clippy::duplicated_attributes, reason = "one printcolumn per column; their names differ")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What one node's proxy should hold and what its kernel holds.
+/// Desired and actual state of the proxy on one node.
 ///
-/// `spec` is written by the elected controller replica, `status` by the replica that serves the node.
-/// Rows lag by about a second: a row's Ready is not a barrier for one change.
+/// `spec` is written by the elected controller replica, `status` by the replica that serves the node. Rows lag by
+/// about a second: do not use the Ready condition of a row as a barrier for a single change.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "switchtower.dev",
@@ -28,7 +25,7 @@ use serde::{Deserialize, Serialize};
     selectable = ".status.profile.revisionName",
     derive = "Default",
     derive = "PartialEq",
-    doc = "What one node's proxy should hold and what its kernel holds. One for every Node.",
+    doc = "Desired and actual state of the proxy on one node. The controller creates one for every Node.",
     printcolumn(
         name = "Ready",
         type_ = "string",
@@ -63,7 +60,7 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyStatusSpec {
-    /// The profile revision assigned to this node. Absent: the built-in settings.
+    /// Profile revision assigned to this node. Absent: the built-in settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileAssignment>,
 }
@@ -72,21 +69,21 @@ pub struct ProxyStatusSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProfileAssignment {
-    /// The ProxyProfile's name.
+    /// Name of the ProxyProfile.
     pub name: String,
-    /// Its revision.
+    /// Revision of the profile.
     #[schemars(range(min = 0))]
     pub revision: i64,
-    /// When it was assigned.
+    /// Time of the assignment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assigned_at: Option<Time>,
-    /// Trace of the assignment, 32 hexadecimal digits. Nodes that got the revision together have the same.
+    /// Trace ID of the assignment, 32 hexadecimal digits. Nodes assigned together share one trace.
     #[serde(default, skip_serializing_if = "Option::is_none", rename = "traceID")]
     #[schemars(length(max = 32))]
     pub trace_id: Option<String>,
-    /// What the node had of another profile before a rollout gave it this revision. It returns to it if the rollout
-    /// fails, is aborted or is superseded, as long as that profile is there. Absent: it returns to what the rollout
-    /// says is stable.
+    /// Revision of another profile that the node used before this assignment. The node returns to it if the rollout
+    /// fails, is aborted or is superseded, provided that the other profile still exists. Absent: the node returns to
+    /// the stable revision of the rollout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<PreviousRevision>,
 }
@@ -95,69 +92,68 @@ pub struct ProfileAssignment {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PreviousRevision {
-    /// The profile's name; `builtin` for the built-in settings.
+    /// Name of the profile; `builtin` for the built-in settings.
     #[schemars(length(min = 1, max = 52))]
     pub name: String,
-    /// Its revision; 0 for the built-in settings.
+    /// Revision of the profile; 0 for the built-in settings.
     #[schemars(range(min = 0))]
     pub revision: i64,
 }
 
-/// What the controller knows of the node.
+/// Observed state of the proxy on the node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyStatusStatus {
-    /// The generation of this object's spec that the status reflects.
+    /// Generation of `spec` that the status reflects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// One word, derived from the conditions: Synced, Progressing, Stale, ApplyFailed, Deviating, Drifted,
-    /// PodsNotLocal, NotExclusive, Unknown, Absent.
+    /// Summary of the conditions: Synced, Progressing, Stale, ApplyFailed, Deviating, Drifted, PodsNotLocal,
+    /// NotExclusive, Unknown or Absent. Later versions may add values.
     #[serde(default)]
     pub state: String,
-    /// When a controller last confirmed this status. It is renewed although nothing changes, at an interval that grows
-    /// with the number of nodes.
+    /// Time at which a controller last confirmed this status. Renewed periodically even if nothing changes; the
+    /// interval grows with the number of nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reported_at: Option<Time>,
-    /// After this time the status is out of date: no controller has confirmed it for too long, and the conditions may no
-    /// longer be true.
+    /// Time after which the status is out of date: no controller has confirmed it, and the conditions may no longer be
+    /// true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stale_after: Option<Time>,
-    /// The node's generations. They count changes that concern this node; those of two nodes cannot be
-    /// compared.
+    /// Generations of the node's view. They count changes that affect this node; generations of different nodes cannot
+    /// be compared.
     #[serde(default)]
     pub generation: Generations,
-    /// Digest of what the agent acknowledged last, 32 hexadecimal digits.
+    /// Digest of the view that the agent acknowledged last, 32 hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
-    /// Since when the node is behind what it should hold.
+    /// Time since which the node has been behind its desired generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub behind_since: Option<Time>,
-    /// The settings in force.
+    /// Settings in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileInForce>,
-    /// Which replica writes this status, and for which session: a replica that sees a higher session stops
-    /// writing for the node.
+    /// Replica and session that write this status. A replica that observes a higher session stops writing the row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection: Option<Connection>,
-    /// The agent.
+    /// Agent of the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<Agent>,
-    /// The node's kernel release.
+    /// Kernel release of the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
-    /// What the node's view holds.
+    /// Number of Services and endpoints in the node's view.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counts: Option<Counts>,
-    /// Where the kernel differs from the view on purpose.
+    /// Intentional differences between the kernel and the view.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deviations: Option<DeviationCounts>,
-    /// How often foreign changes of the agent's tables were repaired since the agent started.
+    /// Number of repaired foreign changes of the agent's tables since the agent started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drift_repaired: Option<i64>,
-    /// The last error, kept until the node is in order again.
+    /// Last error, kept until the node is healthy again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
-    /// Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection, KernelSettings.
+    /// Conditions: Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection, KernelSettings.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -167,88 +163,88 @@ pub struct ProxyStatusStatus {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Generations {
-    /// What the node should hold.
+    /// Latest generation, which the node is to hold.
     #[schemars(range(min = 0))]
     pub desired: i64,
-    /// What was sent last.
+    /// Generation that was sent last.
     #[schemars(range(min = 0))]
     pub sent: i64,
-    /// What the kernel holds.
+    /// Generation that the kernel holds, as acknowledged by the agent.
     #[schemars(range(min = 0))]
     pub applied: i64,
 }
 
-/// Settings in force on the node.
+/// Settings in force on a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProfileInForce {
-    /// The profile's name; `builtin` before any ProxyProfile applies.
+    /// Name of the profile; `builtin` before any ProxyProfile applies.
     pub name: String,
-    /// Its revision.
+    /// Revision of the profile.
     #[schemars(range(min = 0))]
     pub revision: i64,
-    /// `name@revision`, for the column.
+    /// Display name, `name@revision`.
     pub revision_name: String,
 }
 
-/// The stream that the status comes from.
+/// Session that the status comes from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Connection {
-    /// The controller replica.
+    /// Name of the controller replica.
     pub replica: String,
-    /// Grows by one with every stream of the node.
+    /// Number of the node's session; increases by one with every session.
     #[schemars(range(min = 0))]
     pub session: i64,
 }
 
-/// The node's agent.
+/// Agent of a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Agent {
-    /// Its version.
+    /// Version of the agent.
     pub version: String,
-    /// The replica it is connected to; absent while it is not.
+    /// Replica that the agent is connected to; absent while it is disconnected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connected_to: Option<String>,
-    /// Since when it is connected, or disconnected.
+    /// Time since which the agent has been connected or disconnected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Time>,
 }
 
-/// Sizes of the node's view.
+/// Sizes of a node's view.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Counts {
-    /// Services.
+    /// Number of Services.
     pub services: i64,
-    /// Endpoints.
+    /// Number of endpoints.
     pub endpoints: i64,
 }
 
-/// Deviations of the kernel from the view.
+/// Intentional differences between the kernel and the view.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviationCounts {
-    /// Items refused by the kernel or by the agent's limits.
+    /// Number of items refused by the kernel or by the agent's limits.
     pub refused: i64,
-    /// At most 16, for people: item and reason.
+    /// Sample of at most 16 deviations: item and reason.
     #[serde(default)]
     pub samples: Vec<String>,
 }
 
-/// The last failure on the node.
+/// Last failure on a node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LastError {
-    /// One CamelCase word.
+    /// Reason in CamelCase.
     pub reason: String,
-    /// What happened and what to do.
+    /// Description of the failure and instructions.
     pub message: String,
-    /// The kernel's error number, 0 if it was not the kernel.
+    /// Error number of the kernel; 0 if the failure did not occur in the kernel.
     #[serde(default)]
     pub errno: i32,
-    /// The generation that failed; 0 if none was being applied.
+    /// Generation that failed; 0 if none was being applied.
     #[serde(default)]
     pub generation: i64,
 }

@@ -1,50 +1,49 @@
-//! Data-plane settings, and selectors of Nodes: what profiles and rollouts have in common.
+//! Data-plane settings and Node selectors, shared by profiles and rollouts.
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Settings of the data plane. What is left out has its built-in value: what the controller took over from kube-proxy
-/// when it was installed (ConfigMap switchtower-builtin-settings in its namespace), or else the default named here.
-/// Every change takes effect without a restart of the agent and without a lost connection.
+/// Data-plane settings. An absent field has its built-in value: the value that the controller took over from kube-proxy
+/// during installation (ConfigMap switchtower-builtin-settings in its namespace), or the default documented here. Every
+/// change takes effect without a restart of the agent and without losing connections.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxySettings {
-    /// How a connection of one of the node's own pods is told from others. Default: the Node's pod CIDRs.
+    /// Method for recognising connections from the node's own pods. Default: the pod CIDRs of the Node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_detection: Option<LocalDetection>,
-    /// Masquerade every connection to a ClusterIP, also those of the node's own pods. Default: false.
+    /// Masquerade all connections to ClusterIPs, including connections from the node's own pods. Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub masquerade_all: Option<bool>,
-    /// Which bit of the packet mark tells packets that are to be masqueraded, 0 to 31. Default: 14.
+    /// Bit of the packet mark that selects packets for masquerading, 0 to 31. Default: 14.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31))]
     pub masquerade_bit: Option<i32>,
-    /// NodePorts are served on the node's addresses inside these CIDRs, at most 64. The word primary, alone, stands for
-    /// the primary addresses of the Node. 0.0.0.0/0 and ::/0 stand for all addresses but loopback; so does leaving out
-    /// a family, where the other is named. Default: primary.
+    /// CIDRs of the node addresses on which NodePorts are served, at most 64. The single entry primary selects the
+    /// primary addresses of the Node. 0.0.0.0/0 and ::/0 select all addresses except loopback. If only one family is
+    /// listed, all addresses of the other family except loopback are selected. Default: primary.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = [
         {"rule": "size(self) == 1 || !self.exists(address, address == 'primary')",
          "message": "primary cannot be combined with CIDRs"}
     ]))]
     pub node_port_addresses: Vec<NodePortAddress>,
-    /// Connection tracking of the node's kernel. What the agent may not write is counted by its metric
-    /// switchtower_sysctl_failures and named in its log; the init container of the manifests writes it.
+    /// Connection tracking settings of the node's kernel. Values that the agent has no permission to write are counted
+    /// by its metric switchtower_sysctl_failures and named in its log; the init container of the manifests writes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conntrack: Option<Conntrack>,
-    /// The shortest time between two changes of the kernel, in milliseconds, 0 to 1000. Default: 0, each change
-    /// at once.
+    /// Minimum interval between two kernel transactions, in milliseconds, 0 to 1000. Default: 0, no delay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000))]
     pub minimum_interval_milliseconds: Option<i32>,
-    /// Level of the agent's log. Default: as its command line says.
+    /// Log level of the agent. Default: the level on its command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_level: Option<LogLevel>,
 }
 
-/// An IPv4 or IPv6 network, such as 10.0.0.0/8.
+/// IPv4 or IPv6 network, such as 10.0.0.0/8.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 #[schemars(extend(
@@ -53,7 +52,7 @@ pub struct ProxySettings {
 ))]
 pub struct Cidr(pub String);
 
-/// An IPv4 or IPv6 network such as 192.0.2.0/24, or the word primary.
+/// IPv4 or IPv6 network such as 192.0.2.0/24, or primary.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 #[schemars(extend(
@@ -64,107 +63,107 @@ pub struct Cidr(pub String);
 pub struct NodePortAddress(pub String);
 
 impl NodePortAddress {
-    /// The Node's primary addresses.
+    /// Selects the primary addresses of the Node.
     pub const PRIMARY: &str = "primary";
-    /// The most entries of a list.
-    pub const MOST: usize = 64;
+    /// Maximum number of entries in a list.
+    pub const MAXIMUM: usize = 64;
 }
 
-/// How a connection of one of the node's own pods is told from others (kube-proxy: detectLocalMode).
+/// Method for recognising connections from the node's own pods (kube-proxy: detectLocalMode).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "(self.mode == 'ClusterCIDR') == (has(self.clusterCIDRs) && size(self.clusterCIDRs) > 0)",
-     "message": "clusterCIDRs is required with mode ClusterCIDR, and has no meaning with another"},
+     "message": "clusterCIDRs is required with mode ClusterCIDR and forbidden with other modes"},
     {"rule": "(self.mode in ['BridgeInterface', 'InterfaceNamePrefix']) == has(self.interface)",
-     "message": "interface is required with mode BridgeInterface or InterfaceNamePrefix, and has no meaning with another"},
+     "message": "interface is required with modes BridgeInterface and InterfaceNamePrefix and forbidden with other modes"},
 ]))]
 pub struct LocalDetection {
-    /// NodeCIDR: the source is inside the Node's pod CIDRs. ClusterCIDR: inside clusterCIDRs. BridgeInterface: the
-    /// packet comes in through the interface. InterfaceNamePrefix: through an interface whose name begins so.
-    /// None: no connection counts as one of the node's own pods.
+    /// NodeCIDR: the source is in the pod CIDRs of the Node. ClusterCIDR: the source is in clusterCIDRs.
+    /// BridgeInterface: the packet arrives on the interface. InterfaceNamePrefix: the packet arrives on an interface
+    /// whose name has this prefix. None: no connection counts as local.
     pub mode: LocalDetectionMode,
-    /// The pods' networks, for mode ClusterCIDR; at most 16.
+    /// Networks of the pods, for mode ClusterCIDR; at most 16.
     #[serde(default, rename = "clusterCIDRs", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub cluster_cidrs: Vec<Cidr>,
-    /// Name of an interface or beginning of names, for modes BridgeInterface and InterfaceNamePrefix.
+    /// Interface name for mode BridgeInterface, or name prefix for mode InterfaceNamePrefix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[A-Za-z0-9_.@-]{1,15}$"))]
     pub interface: Option<String>,
 }
 
-/// Where "local pod" is decided from.
+/// Mode of local detection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum LocalDetectionMode {
-    /// The source is inside the Node's pod CIDRs.
+    /// The source is in the pod CIDRs of the Node.
     #[default]
     #[serde(rename = "NodeCIDR")]
     NodeCidr,
-    /// The source is inside the cluster's CIDRs.
+    /// The source is in the configured cluster CIDRs.
     #[serde(rename = "ClusterCIDR")]
     ClusterCidr,
-    /// The packet comes in through one interface.
+    /// The packet arrives on the named interface.
     BridgeInterface,
-    /// The packet comes in through an interface with such a name.
+    /// The packet arrives on an interface whose name has the prefix.
     InterfaceNamePrefix,
-    /// Nothing is local.
+    /// No connection is local.
     None,
 }
 
-/// Connection tracking of the node's kernel. A value of 0 leaves the kernel's own setting alone.
+/// Connection tracking settings of the node's kernel. A value of 0 keeps the kernel's setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Conntrack {
-    /// Connections per CPU core, 0 to 1048576. Default: 32768. 0: leave nf_conntrack_max alone.
+    /// Maximum number of connections per CPU core, 0 to 1048576. Default: 32768. 0: do not change nf_conntrack_max.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_048_576))]
     pub max_per_core: Option<i32>,
-    /// The fewest connections, whatever the number of cores; 0 or more. Default: 131072.
+    /// Lower bound of nf_conntrack_max, independent of the number of cores; 0 or more. Default: 131072.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub min: Option<i32>,
-    /// How long an idle established TCP connection is remembered, in seconds, 0 to 2147483. Default: 86400.
+    /// Timeout of idle established TCP connections, in seconds, 0 to 2147483. Default: 86400.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub tcp_established_timeout_seconds: Option<i64>,
-    /// How long a TCP connection in CLOSE_WAIT is remembered, in seconds, 0 to 2147483. Default: 3600.
+    /// Timeout of TCP connections in state CLOSE_WAIT, in seconds, 0 to 2147483. Default: 3600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub tcp_close_wait_timeout_seconds: Option<i64>,
-    /// Do not mark TCP packets outside of the window as invalid. Default: false.
+    /// Do not mark TCP packets outside the window as invalid. Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp_be_liberal: Option<bool>,
-    /// How long an unanswered UDP flow is remembered, in seconds, 0 to 2147483. Default: 0, as the kernel has it.
+    /// Timeout of unanswered UDP flows, in seconds, 0 to 2147483. Default: 0, the kernel's setting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub udp_timeout_seconds: Option<i64>,
-    /// How long an answered UDP flow is remembered, in seconds, 0 to 2147483. Default: 0, as the kernel has it.
+    /// Timeout of answered UDP flows, in seconds, 0 to 2147483. Default: 0, the kernel's setting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 2_147_483))]
     pub udp_stream_timeout_seconds: Option<i64>,
 }
 
-/// Level of the agent's log.
+/// Log level of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
-    /// Failures.
+    /// Errors only.
     Error,
-    /// And what may become one.
+    /// Errors and warnings.
     Warn,
-    /// And what happens.
+    /// Also regular events.
     Info,
-    /// And how.
+    /// Also details for debugging.
     Debug,
-    /// Everything.
+    /// All messages.
     Trace,
 }
 
 impl LogLevel {
-    /// The word.
+    /// Returns the name of the level.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Error => "error",
             Self::Warn => "warn",
@@ -175,48 +174,48 @@ impl LogLevel {
     }
 }
 
-/// Selects Nodes by their labels: all of matchLabels and all of matchExpressions must hold. Empty: every Node.
+/// Selects Nodes by labels: all of matchLabels and matchExpressions must match. Empty: all Nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeSelector {
-    /// Labels that a Node must have, with these values; at most 32.
+    /// Required labels with their values; at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
     pub match_labels: BTreeMap<String, String>,
-    /// Further requirements, at most 32.
+    /// Further label requirements; at most 32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     pub match_expressions: Vec<NodeSelectorRequirement>,
 }
 
-/// One requirement on a Node's labels.
+/// Requirement on the labels of a Node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "(self.operator in ['In', 'NotIn']) == (has(self.values) && size(self.values) > 0)",
-     "message": "values is required with operator In or NotIn, and has no meaning with another"},
+     "message": "values is required with operators In and NotIn and forbidden with other operators"},
 ]))]
 pub struct NodeSelectorRequirement {
-    /// The label's key.
+    /// Label key.
     #[schemars(length(min = 1, max = 317))]
     pub key: String,
-    /// In, NotIn, Exists or DoesNotExist. NotIn also holds where the label is absent.
+    /// In, NotIn, Exists or DoesNotExist. NotIn also matches Nodes without the label.
     pub operator: SelectorOperator,
-    /// The values, for In and NotIn; at most 64.
+    /// Values for operators In and NotIn; at most 64.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 63)))]
     pub values: Vec<String>,
 }
 
-/// How a label is compared.
+/// Operator of a label requirement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SelectorOperator {
     /// The label has one of the values.
     In,
-    /// It has none of them, or is absent.
+    /// The label has none of the values, or is absent.
     NotIn,
-    /// It is there.
+    /// The label exists.
     Exists,
-    /// It is absent.
+    /// The label does not exist.
     DoesNotExist,
 }

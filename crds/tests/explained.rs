@@ -1,5 +1,4 @@
-//! `kubectl explain` shows a field's description and nothing of its bounds: so every field has a description, which
-//! tells units and bounds.
+//! Every field has a description that states its unit and bounds, because `kubectl explain` shows nothing else.
 
 use serde_json::Value;
 
@@ -9,14 +8,14 @@ struct Findings {
     wrong: Vec<String>,
 }
 
-/// Numbers that a description has to name.
+/// Returns the bounds that a description must contain.
 fn bounds(field: &Value) -> Vec<String> {
     let keys = ["minimum", "maximum", "minItems", "maxItems", "maxProperties"];
     let numbers = keys.iter().filter_map(|key| field.get(key)?.as_f64()).filter(|number| *number != 0.0);
     numbers.map(|number| format!("{number}")).collect()
 }
 
-/// Whether a text has a number as a word of its own.
+/// Returns true if the text contains the number as a separate token.
 fn names(text: &str, number: &str) -> bool {
     text.split(|letter: char| !letter.is_ascii_alphanumeric()).any(|word| word == number)
 }
@@ -26,16 +25,16 @@ fn look(path: &str, name: &str, field: &Value, findings: &mut Findings) {
     let description = field.get("description").and_then(Value::as_str).unwrap_or_default();
     let mut complain = |what: &str| findings.wrong.push(format!("{path}: {what}: {description:?}"));
     if !description.ends_with('.') {
-        complain("no sentence");
+        complain("not a sentence");
     }
     let units = [("Seconds", "second"), ("Milliseconds", "millisecond"), ("Percent", "percent")];
     for (_, unit) in units.iter().filter(|(end, _)| name.ends_with(end)) {
         if !description.contains(unit) {
-            complain("without its unit");
+            complain("unit missing");
         }
     }
     for bound in bounds(field).iter().filter(|bound| !names(description, bound)) {
-        complain(&format!("without its bound {bound}"));
+        complain(&format!("bound {bound} missing"));
     }
     walk(path, field, findings);
 }
@@ -53,7 +52,7 @@ fn walk(path: &str, schema: &Value, findings: &mut Findings) {
 }
 
 #[test]
-fn every_field_says_what_it_means_its_unit_and_its_bounds() {
+fn descriptions_state_units_and_bounds() {
     for (file, definition) in switchtower_crds::all() {
         let definition = serde_json::to_value(&definition).unwrap();
         let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
@@ -62,7 +61,7 @@ fn every_field_says_what_it_means_its_unit_and_its_bounds() {
         for part in ["spec", "status"] {
             assert!(schema["properties"].get(part).is_some(), "{file} has a {part}");
         }
-        assert!(findings.fields > 25, "{file}: only {} fields were looked at", findings.fields);
+        assert!(findings.fields > 25, "{file}: only {} fields were checked", findings.fields);
         assert!(findings.wrong.is_empty(), "{file}:\n{}", findings.wrong.join("\n"));
     }
 }

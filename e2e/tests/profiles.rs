@@ -309,7 +309,7 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     }
     let patch = |spec: &str| kubectl(&["patch", "pxr", "canaried-1", "--type=merge", "-p", spec]);
     let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":3}}"#).unwrap_err());
-    assert!(error.contains("beyond the last step"), "{error}");
+    assert!(error.contains("must not exceed the number of steps"), "{error}");
     let error = format!("{:#}", patch(r#"{"spec":{"settings":{"masqueradeAll":true}}}"#).unwrap_err());
     assert!(error.contains("settings never change"), "{error}");
     // A relabelled canary: nobody is left to judge by.
@@ -321,7 +321,7 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     reaches("canaried-1", "Complete", None);
     nodes_have(["canaried@1"; 3]);
     let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":0}}"#).unwrap_err());
-    assert!(error.contains("only grows"), "{error}");
+    assert!(error.contains("cannot be decreased"), "{error}");
     profile_is("canaried", "Ready", "True", "UpToDate");
     let columns = [
         "STATE",

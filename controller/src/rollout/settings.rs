@@ -71,7 +71,7 @@ pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings 
         settings.minimum_interval_milliseconds = interval.min(INTERVAL_MILLISECONDS);
     }
     if let Some(level) = log_level {
-        level.word().clone_into(&mut settings.log_level);
+        level.as_str().clone_into(&mut settings.log_level);
     }
     settings
 }
