@@ -11,7 +11,7 @@ use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch,
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource as _};
 use serde_json::Value;
-use switchtower_core::{admin, codes};
+use switchtower_admin_api::{self as admin, codes};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 
 use crate::args::Global;

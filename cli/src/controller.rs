@@ -11,8 +11,8 @@ use hyper_util::rt::TokioIo;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
 use serde::de::DeserializeOwned;
-use switchtower_core::admin::{Failure, SERVER_NAME};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{ApiError, SERVER_NAME};
 use tokio::net::TcpStream;
 
 use crate::args::Global;
@@ -90,7 +90,7 @@ fn read<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, CliEr
             ))
         });
     }
-    Err(match serde_json::from_slice::<Failure>(body) {
+    Err(match serde_json::from_slice::<ApiError>(body) {
         Ok(failure) => CliError {
             code: failure.code.as_deref().and_then(codes::find).copied(),
             message: failure.message,

@@ -4,8 +4,8 @@
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
-use switchtower_core::admin::ControllerInfo;
-use switchtower_core::codes::{self, Code};
+use switchtower_admin_api::ControllerInfo;
+use switchtower_admin_api::codes::{self, Code};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 
 use crate::error::CliError;

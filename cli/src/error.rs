@@ -1,6 +1,6 @@
 //! Why a command cannot answer: a sentence that says what was attempted and what to do.
 
-use switchtower_core::codes::{self, Code};
+use switchtower_admin_api::codes::{self, Code};
 
 /// The command's last words.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -4,7 +4,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 

@@ -1,6 +1,6 @@
 //! The admin API: what the controller knows and what nodes' kernels hold, for `kubectl switchtower`.
 //!
-//! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_core::admin`]. There is no path
+//! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_admin_api`]. There is no path
 //! without a token: who may create tokens of the ServiceAccounts `switchtower-viewer` and `switchtower-operator` may
 //! read, and the API server decides that. Nothing here changes anything.
 
@@ -14,9 +14,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde::Deserialize;
-use switchtower_core::admin::{ControllerInfo, Explanation, Failure, NodeDiff, NodeRules, Progress};
+use switchtower_admin_api::ChangeReport;
+use switchtower_admin_api::{ApiError, ControllerInfo, Explanation, NodeDiff, NodeRules, Progress};
 use switchtower_core::explain::Subject;
-use switchtower_core::propagation::ChangeReport;
 use switchtower_telemetry::{span, spans};
 use tokio::net::TcpListener;
 use tower::limit::GlobalConcurrencyLimitLayer;
@@ -97,7 +97,7 @@ impl AdminError {
     }
 
     fn code(&self) -> Option<&'static str> {
-        use switchtower_core::codes;
+        use switchtower_admin_api::codes;
         match self {
             Self::Refused(_) => Some(codes::NO_RIGHT.code),
             Self::UnknownService(_) => Some(codes::NOT_SERVED.code),
@@ -110,7 +110,7 @@ impl AdminError {
 
 impl IntoResponse for AdminError {
     fn into_response(self) -> Response {
-        let failure = Failure { message: self.to_string(), code: self.code().map(str::to_owned) };
+        let failure = ApiError { message: self.to_string(), code: self.code().map(str::to_owned) };
         (self.status(), Json(failure)).into_response()
     }
 }

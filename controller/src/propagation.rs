@@ -5,9 +5,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use switchtower_admin_api::ChangeReport;
 use switchtower_core::propagation::{
-    Change, ChangeReport, Delivery, Limits, Outcome, Publication, Record, Slot, TraceContext, Tracker,
-    UnixNanoseconds,
+    Change, Delivery, Limits, Outcome, Publication, Record, Slot, TraceContext, Tracker, UnixNanoseconds,
 };
 use switchtower_proto::v1::ChangeInfo;
 use tokio::sync::{Notify, mpsc};

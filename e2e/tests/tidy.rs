@@ -115,6 +115,14 @@ fn the_compiler_is_pure() {
 }
 
 #[test]
+fn the_cli_links_no_compiler_and_no_grpc() {
+    links_none_of(
+        "kubectl-switchtower",
+        &["switchtower-core", "switchtower-proto", "switchtower-controller", "tonic"],
+    );
+}
+
+#[test]
 fn one_tls_provider_is_linked() {
     for package in ["switchtower-controller", "switchtower-node-agent"] {
         links_none_of(package, &["aws-lc-rs", "openssl", "native-tls"]);

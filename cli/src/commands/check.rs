@@ -1,7 +1,7 @@
 //! `check`: is anything in the way before the installation; does everything work together after it.
 
 use serde::Serialize;
-use switchtower_core::codes::{self, Code};
+use switchtower_admin_api::codes::{self, Code};
 
 use crate::args::{CheckArgs, Global};
 use crate::cluster::Cluster;

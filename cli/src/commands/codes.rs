@@ -1,7 +1,7 @@
 //! `codes`: the catalogue of message codes.
 
 use serde_json::json;
-use switchtower_core::codes::{CODES, Code, find};
+use switchtower_admin_api::codes::{CODES, Code, find};
 
 use crate::args::CodesArgs;
 use crate::error::CliError;

@@ -1,7 +1,7 @@
 //! `diff`: desired, acknowledged, and what the kernel holds.
 
-use switchtower_core::admin::{NodeDiff, OPERATOR, Stage};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{NodeDiff, OPERATOR, Stage};
 
 use crate::args::{DiffArgs, Global};
 use crate::cluster::Cluster;

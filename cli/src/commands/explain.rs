@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::Serialize;
-use switchtower_core::admin::{Explanation, Finding, KernelCheck, NodeGroup, Outcome, VIEWER};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{Explanation, Finding, KernelCheck, NodeGroup, Outcome, VIEWER};
 
 use crate::args::{ExplainArgs, Global, ServiceName};
 use crate::cluster::Cluster;
@@ -277,7 +277,7 @@ fn about_nodes(explanation: &Explanation, style: Style) -> String {
             None => "nodes    all hold the latest generation\n".to_owned(),
         };
     }
-    let standing = |standing: &switchtower_core::admin::NodeStanding| {
+    let standing = |standing: &switchtower_admin_api::NodeStatus| {
         let node = &standing.node;
         match (&standing.failure, standing.connected) {
             (_, false) => format!("{node} (agent not connected)"),

@@ -1,6 +1,6 @@
 //! `rules`: a node's chains and elements, or what they come to for one Service.
 
-use switchtower_core::admin::{NodeRules, OPERATOR};
+use switchtower_admin_api::{NodeRules, OPERATOR};
 
 use crate::args::{Global, RulesArgs, ServiceName};
 use crate::cluster::Cluster;
@@ -60,7 +60,7 @@ fn text(rules: &NodeRules) -> String {
 
 #[cfg(test)]
 mod tests {
-    use switchtower_core::admin::{ChainInfo, Stage};
+    use switchtower_admin_api::{ChainInfo, Stage};
 
     use super::*;
 

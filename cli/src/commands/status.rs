@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
-use switchtower_core::admin::{ControllerInfo, VIEWER};
-use switchtower_core::codes::{self, Code};
+use switchtower_admin_api::codes::{self, Code};
+use switchtower_admin_api::{ControllerInfo, VIEWER};
 use switchtower_crds::ProxyStatus;
 
 use crate::args::{Global, StatusArgs};

@@ -1,8 +1,8 @@
 //! `trace`: how long changes took to reach the nodes, stage by stage, by the controller's clock.
 
-use switchtower_core::admin::VIEWER;
-use switchtower_core::codes;
-use switchtower_core::propagation::{ChangeReport, NodeReport};
+use switchtower_admin_api::VIEWER;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{ChangeReport, NodeReport};
 
 use crate::args::{Global, ServiceName, TraceArgs};
 use crate::cluster::Cluster;
@@ -131,7 +131,7 @@ fn troubles(change: &ChangeReport, style: Style) -> String {
 
 #[cfg(test)]
 mod tests {
-    use switchtower_core::propagation::RefusalReport;
+    use switchtower_admin_api::RefusalReport;
 
     use super::*;
 

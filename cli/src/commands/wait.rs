@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use switchtower_core::admin::{Progress, VIEWER};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{Progress, VIEWER};
 
 use crate::args::{Global, ServiceName, WaitArgs, WaitFor};
 use crate::cluster::{Cluster, version};

@@ -9,12 +9,12 @@ use ipnet::IpNet;
 use switchtower_proto::affinity::programmed_timeout;
 use switchtower_proto::v1::{Family, Frontend, FrontendKey, FrontendKind, Role};
 
-use crate::admin::{Finding, Outcome};
-use crate::codes::{self, Code};
 use crate::names;
 use crate::tracer::{Cause, Fate, Packet, Source, Trace, trace};
 use crate::view::View;
 use crate::wire;
+use switchtower_admin_api::codes::{self, Code};
+use switchtower_admin_api::{Finding, Outcome};
 
 mod group;
 mod kernel;

@@ -4,8 +4,6 @@
 //! Items of the view are the protocol's own messages (`switchtower-proto` without its gRPC half), so that
 //! there is one definition of what is hashed, sent and merged.
 
-pub mod admin;
-pub mod codes;
 pub mod compile;
 pub mod compiled;
 pub mod explain;

@@ -25,7 +25,6 @@ mod tracker;
 mod tests;
 
 pub use record::{Milestone, NodeAck, Record, Refusal};
-pub use report::{ChangeReport, NodeReport, RefusalReport};
 pub use trace_context::TraceContext;
 pub use tracker::{Limits, Outcome, Slot, Tracker};
 

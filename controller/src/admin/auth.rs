@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
-use switchtower_core::admin::{AUDIENCE, OPERATOR, VIEWER};
+use switchtower_admin_api::{AUDIENCE, OPERATOR, VIEWER};
 
 use super::AdminError;
 use crate::serve::review::{Reviewer, Reviews, TOKEN, Unavailable};

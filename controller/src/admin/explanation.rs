@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use switchtower_core::admin::{Explanation, Finding, KernelCheck, NodeGroup, NodeStanding};
+use switchtower_admin_api::{Explanation, Finding, KernelCheck, NodeGroup, NodeStatus};
 use switchtower_core::explain::{self, Signature, Subject};
 use switchtower_core::names;
 use switchtower_core::view::View;
@@ -42,7 +42,7 @@ impl Question {
     }
 }
 
-fn is_current(standing: &NodeStanding) -> bool {
+fn is_current(standing: &NodeStatus) -> bool {
     standing.connected && standing.applied >= standing.desired && standing.failure.is_none()
 }
 
@@ -59,7 +59,7 @@ pub(super) async fn on_node(
     }
     let standing = fleet.standing(node).ok_or_else(unknown)?;
     check(fleet, node, &view, question.subject(), &mut findings).await;
-    let not_current: Vec<NodeStanding> =
+    let not_current: Vec<NodeStatus> =
         Some(standing).into_iter().filter(|standing| !is_current(standing)).collect();
     Ok(Explanation {
         service: question.full_name(),

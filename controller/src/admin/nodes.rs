@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
-use switchtower_core::admin::{ChainInfo, NodeDiff, NodeRules, Stage};
+use switchtower_admin_api::{ChainInfo, NodeDiff, NodeRules, Stage};
 use switchtower_core::explain::{self, Held, Subject};
 use switchtower_core::names;
 use switchtower_proto::v1::{FrontendKey, KernelTable, Stamp};

@@ -1,7 +1,7 @@
 //! How far changes have got: the barrier of `kubectl switchtower wait`.
 
 use serde::Deserialize;
-use switchtower_core::admin::Progress;
+use switchtower_admin_api::Progress;
 
 use crate::serve::fleet::Fleet;
 

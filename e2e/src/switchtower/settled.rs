@@ -11,7 +11,7 @@ use kube::api::ListParams;
 use kube::{Api, Client, Config, ResourceExt as _};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
-use switchtower_core::admin::{AUDIENCE, Progress, SERVER_NAME, VIEWER};
+use switchtower_admin_api::{AUDIENCE, Progress, SERVER_NAME, VIEWER};
 
 use super::{Fleet, FleetNode, NAMESPACE, lock};
 use crate::lab::wait;

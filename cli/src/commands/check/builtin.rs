@@ -3,7 +3,7 @@
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde::Deserialize;
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
 use switchtower_crds::builtin::{self, Origin, Record};
 use switchtower_crds::kube_proxy::{self, Backend, KubeProxy};
 use switchtower_crds::{LocalDetectionMode, NodePortAddress, ProxySettings};

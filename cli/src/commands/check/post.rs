@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use switchtower_core::admin::{ControllerInfo, OPERATOR, VIEWER};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{ControllerInfo, OPERATOR, VIEWER};
 use switchtower_crds::ProxyProfile;
 
 use super::{Check, builtin};

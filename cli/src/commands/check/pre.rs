@@ -1,7 +1,7 @@
 //! Is anything in the way of the installation?
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
 use switchtower_crds::kube_proxy;
 
 use super::proxies::{self, Surroundings};

@@ -4,7 +4,7 @@
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, Node, Pod, PodSpec};
 use kube::api::DynamicObject;
-use switchtower_core::codes;
+use switchtower_admin_api::codes;
 
 use super::Check;
 use crate::output::names;

@@ -1,7 +1,7 @@
 //! Explanations as text.
 
 use serde_json::json;
-use switchtower_core::admin::{Example, NodeStanding};
+use switchtower_admin_api::{Example, NodeStatus};
 
 use super::*;
 
@@ -78,7 +78,7 @@ fn what_fails_comes_first_and_what_is_alike_once() {
     ];
     let mut explanation = explanation(None, findings);
     explanation.not_current =
-        vec![NodeStanding { node: "beta".into(), connected: false, desired: 9, applied: 7, failure: None }];
+        vec![NodeStatus { node: "beta".into(), connected: false, desired: 9, applied: 7, failure: None }];
     explanation.not_current_total = 1;
     let text = text(&found(explanation), false, Style::PLAIN);
     let first: Vec<&str> = text.lines().filter(|line| line.contains("10.96.4.2:80/TCP on")).collect();

@@ -1,7 +1,7 @@
 //! Findings that hold on every node of a group: what differs between its nodes is left out and shown for one of them.
 
-use crate::admin::{Example, Finding, Outcome};
-use crate::codes;
+use switchtower_admin_api::codes;
+use switchtower_admin_api::{Example, Finding, Outcome};
 
 /// What makes a Service behave in the same way on two nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

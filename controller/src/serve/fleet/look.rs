@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use switchtower_core::admin::NodeStanding;
+use switchtower_admin_api::ChangeReport;
+use switchtower_admin_api::NodeStatus;
 use switchtower_core::layer::{Layers, Subscription};
 use switchtower_core::model::ObjectKey;
-use switchtower_core::propagation::ChangeReport;
 use switchtower_core::view::View;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::Source;
@@ -52,12 +52,12 @@ impl Fleet {
 
     /// Where a node stands; `None`: it is not served.
     #[must_use]
-    pub fn standing(&self, node: &str) -> Option<NodeStanding> {
+    pub fn standing(&self, node: &str) -> Option<NodeStatus> {
         let nodes = lock(&self.nodes);
         let entry = nodes.nodes.get(node).filter(|entry| entry.subscription.is_some())?;
         let known = entry.observation.as_ref();
         let failure = known.and_then(|known| known.failure.as_ref());
-        Some(NodeStanding {
+        Some(NodeStatus {
             node: node.to_owned(),
             connected: entry.signal.is_some(),
             desired: known.map_or(0, |known| known.desired),

@@ -1,0 +1,84 @@
+//! Response types of `GET /v1/services/{namespace}/{name}/changes?limit=N`, which returns a list of [`ChangeReport`].
+
+use serde::{Deserialize, Serialize};
+
+/// One change. Durations are in microseconds since it was received, on the controller's clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ChangeReport {
+    /// Its number in this controller process.
+    pub change: u64,
+    /// Its trace, 32 hexadecimal digits.
+    pub trace_id: String,
+    /// "EndpointSlice default/web-x7".
+    pub object: String,
+    /// "namespace/name" of the Service that it concerns; empty where the object does not tell.
+    pub service: String,
+    /// The layers' revision that contains it.
+    pub revision: u64,
+    /// When the watch delivered it, in nanoseconds since 1970.
+    pub received_unix_nanoseconds: u64,
+    /// When the cluster says that it began, in nanoseconds since 1970 on another clock.
+    pub triggered_unix_nanoseconds: Option<u64>,
+    /// How many changes were compiled together with it, itself included.
+    pub compiled_together: u32,
+    /// Its compile began.
+    pub compiling: u64,
+    /// The streams were woken.
+    pub published: u64,
+    /// Half of the nodes held it; like the next two absent until then, or if there were no nodes.
+    pub half: Option<u64>,
+    /// 99 percent of the nodes held it.
+    pub most: Option<u64>,
+    /// All nodes held it.
+    pub all: Option<u64>,
+    /// Nodes that it concerned and whose agents were connected.
+    pub eligible: u32,
+    /// Nodes that hold it.
+    pub acknowledged: u32,
+    /// Nodes whose stream ended before.
+    pub excluded: u32,
+    /// Nodes that were not waited for any longer.
+    pub given_up: u32,
+    /// Nodes that have yet to acknowledge it.
+    pub outstanding: u32,
+    /// The first of them by name.
+    pub waiting: Vec<String>,
+    /// The nodes that held it last, the last one first.
+    pub slowest: Vec<NodeReport>,
+    /// Updates with it that nodes refused.
+    pub refusals: Vec<RefusalReport>,
+}
+
+/// One node's part. Stages are absent if the node needed no update.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeReport {
+    /// The node.
+    pub node: String,
+    /// When it held the change, in microseconds since its receipt.
+    pub after: u64,
+    /// When the update began to be sent, in microseconds since the receipt. It is 0 if the update was under way
+    /// before.
+    pub sending: Option<u64>,
+    /// From the end of sending to the acknowledgement, in microseconds.
+    pub round_trip: Option<u64>,
+    /// The agent's planning, in microseconds.
+    pub plan: Option<u64>,
+    /// The kernel's transaction, in microseconds.
+    pub commit: Option<u64>,
+    /// The node's generation.
+    pub generation: Option<u64>,
+}
+
+/// A refused update.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusalReport {
+    /// The node.
+    pub node: String,
+    /// When, in microseconds since the change was received.
+    pub after: u64,
+    /// One CamelCase word.
+    pub reason: String,
+}

@@ -1,0 +1,74 @@
+//! The JSON types of the controller's admin API and the catalogue of message codes, shared by the controller and
+//! kubectl-switchtower.
+//!
+//! Field names are part of the API: `-o json` prints them unchanged. Times are in milliseconds unless a field says
+//! otherwise.
+
+use serde::{Deserialize, Serialize};
+
+mod changes;
+pub mod codes;
+mod explanation;
+mod nodes;
+
+pub use changes::{ChangeReport, NodeReport, RefusalReport};
+pub use explanation::{Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus, Outcome};
+pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
+
+/// The audience of tokens for the admin API.
+pub const AUDIENCE: &str = "switchtower-admin";
+/// The name in the certificate of the controller, which clients pin.
+pub const SERVER_NAME: &str = "switchtower-controller";
+/// The ServiceAccount whose tokens may read the controller's state.
+pub const VIEWER: &str = "switchtower-viewer";
+/// The ServiceAccount whose tokens may also read whole tables of nodes.
+pub const OPERATOR: &str = "switchtower-operator";
+
+/// `GET /v1/controller`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ControllerInfo {
+    /// The replica's name.
+    pub replica: String,
+    /// Its version.
+    pub version: String,
+    /// How old what the API server said last is; `null` before anything was heard.
+    pub upstream_age_milliseconds: Option<u64>,
+    /// Revision of the layers, one counter per process.
+    pub revision: u64,
+    /// Nodes that it serves.
+    pub nodes: usize,
+    /// Nodes with an open stream.
+    pub connected: usize,
+}
+
+/// `GET /v1/progress`: how far changes have got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Progress {
+    /// The process that answered: a revision means nothing to another.
+    pub instance: String,
+    /// The revision that has everything that was asked for; `null`: the watches have not delivered it yet.
+    pub revision: Option<u64>,
+    /// Nodes that are connected.
+    pub connected: usize,
+    /// Connected nodes whose kernel holds it.
+    pub reached: usize,
+    /// Connected nodes that do not, at most 50.
+    pub waiting: Vec<String>,
+    /// Nodes left out, because they are not connected, at most 50.
+    pub excluded: Vec<String>,
+    /// How many those are.
+    pub excluded_total: usize,
+}
+
+/// Any failed request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiError {
+    /// What happened and what to do.
+    pub message: String,
+    /// The message code, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+}
