@@ -3,11 +3,10 @@
 //!
 //! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
-//! writes what they acknowledged, [`propagation`] knows how long it took, and [`agents`] why an agent is
-//! missing.
+//! writes what they acknowledged, [`propagation`] knows how long it took, and [`status::absence`] why an agent
+//! is absent.
 
 pub mod admin;
-pub mod agents;
 mod background;
 pub mod bootstrap;
 pub mod builtin;
@@ -28,3 +27,5 @@ pub mod serve;
 pub mod status;
 pub mod traces;
 pub mod watch;
+
+use status::absence as agents;

@@ -13,6 +13,7 @@ use switchtower_crds::ProxyStatusStatus;
 
 use crate::ingest::NodeIdentity;
 
+pub mod absence;
 mod assignments;
 mod local_detection;
 pub mod observation;
@@ -20,11 +21,6 @@ mod requests;
 pub mod row;
 mod schedule;
 mod writer;
-
-#[cfg(test)]
-mod row_tests;
-#[cfg(test)]
-mod writer_tests;
 
 pub use assignments::{Assignments, StoredAssignment};
 pub use observation::Observation;

@@ -16,7 +16,10 @@ use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
 use super::local_detection;
 use super::observation::{Failure, Observation};
-use crate::agents::Obstacle;
+
+#[cfg(test)]
+mod tests;
+use super::absence::Obstacle;
 
 /// A lost stream shows as disconnected only after this time, so that a move to another replica or a short
 /// interruption is not a transition of the whole fleet.

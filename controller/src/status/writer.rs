@@ -14,13 +14,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::absence::Agents;
 use super::requests::{self, Outcome, Stored};
 use super::row::{Absence, Inputs, Row, State, row};
 use super::schedule::{
     ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval,
 };
 use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
-use crate::agents::Agents;
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 use crate::watch::Restores;
@@ -44,6 +44,8 @@ const FAILURES: usize = 8;
 const PAUSE: Duration = Duration::from_secs(1);
 
 mod lanes;
+#[cfg(test)]
+mod tests;
 
 type MetadataEvents = std::pin::Pin<
     Box<dyn Stream<Item = Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>> + Send>,

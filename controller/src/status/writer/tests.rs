@@ -12,10 +12,12 @@ use tokio::sync::{Notify, mpsc};
 
 use switchtower_crds::{PreviousRevision, ProfileAssignment};
 
-use super::{Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings};
-use crate::agents::{Agents, Obstacle};
 use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
+use crate::status::absence::{Agents, Obstacle};
+use crate::status::{
+    Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings,
+};
 use crate::watch::Upstream;
 
 /// Rows, and what was asked: method and name.

@@ -5,9 +5,9 @@ use switchtower_core::locality::{Detection, Locality};
 use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
-use super::observation::{Failure, Observation};
-use super::row::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
-use crate::agents::Obstacle;
+use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
+use crate::status::absence::Obstacle;
+use crate::status::observation::{Failure, Observation};
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).unwrap()
