@@ -1,10 +1,12 @@
-//! The agent's own thread: it holds the view and the kernel, takes updates in, commits, acknowledges.
+//! The engine: owns the view and the kernel, applies updates, commits and acknowledges.
 //!
-//! Netlink requests, which block, happen here, so that the session and the health servers answer meanwhile. Files are
-//! written by yet another thread ([`crate::storage::files`]).
+//! It runs in its own thread, because netlink requests block; the session and the health servers stay responsive.
+//! A further thread writes files ([`crate::storage::files`]).
 //!
-//! A commit starts at once when something changed. When it fails nothing is lost: the same
-//! desired state is tried again with back-off, and acknowledged once the kernel holds it.
+//! Invariants:
+//! * A change starts a commit immediately, or after the minimum interval of the settings.
+//! * A failed commit loses nothing: the engine retries the same view with backoff, and acknowledges it once the kernel
+//!   holds it.
 
 mod backlog;
 mod controllers;
@@ -14,14 +16,16 @@ mod messages;
 mod progress;
 mod report;
 mod snapshots;
+mod sync;
 mod trial;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use crate::controller::backoff::full_jitter;
 use crate::health::{Health, HealthTargets};
 use crate::kernel::change::KernelChange;
 use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
@@ -34,145 +38,134 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
 
+pub use drift::DriftCause;
 pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
-pub use messages::{Command, Event, Standing};
+pub use messages::{AgentStatus, Command, Event};
+use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 
-/// A controller that continues from a view sends what is new at once; this much later nothing is new.
+/// Hold after a resumed stream. A controller that resumes a view sends missing changes immediately; without an update
+/// in this time there are none.
 const HOLD_AFTER_RESUME: Duration = Duration::from_secs(3);
-/// Beyond this many uncommitted changes the whole view is compared instead.
+/// Maximum number of uncommitted changes; beyond it the next commit compares the whole view.
 const PENDING_LIMIT: usize = 100_000;
-/// Longest pause between two attempts of a failing commit.
+/// Maximum delay before the first retry of a failed commit; it doubles with each attempt.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// Maximum delay between two attempts of a failing commit.
 const RETRY_LIMIT: Duration = Duration::from_secs(30);
 
-/// What an engine works with.
+/// Dependencies of an engine.
 pub struct Parts {
-    /// The kernel.
+    /// The kernel's tables.
     pub dataplane: Box<dyn Dataplane>,
     /// The conntrack table.
     pub flows: Box<dyn FlowTable>,
     /// The snapshot file, if there is a state directory.
     pub snapshot: Option<SnapshotFile>,
-    /// Writes files without holding up the engine.
+    /// Writes files in the background.
     pub files: StateFiles,
-    /// An older snapshot file is not programmed where the kernel holds nothing; `None`: whatever its age.
+    /// Maximum age of a snapshot file that is programmed where the kernel holds nothing; `None`: no limit.
     pub snapshot_limit: Option<Duration>,
-    /// Health answers.
+    /// State behind the health endpoints.
     pub health: Health,
     /// Metrics.
     pub metrics: Metrics,
-    /// The addresses of the node's interfaces now.
+    /// Addresses of the node's interfaces.
     pub host_addresses: Vec<IpAddr>,
-    /// Where the controllers are, as far as known without asking anybody.
+    /// Known addresses of controllers, without name resolution.
     pub controllers: Vec<SocketAddr>,
     /// Applies the conntrack settings when they change.
     pub sysctls: crate::kernel::sysctl::Sysctls,
-    /// Changes the level of the log.
+    /// Log level, a setting.
     pub log: LogLevel,
     /// Runs the probes of a trial of settings.
     pub prober: Box<dyn Prober>,
-    /// Keeps a trial's standing across a restart, if there is a state directory.
+    /// Record of the running trial across restarts, if there is a state directory.
     pub trial: Option<TrialFile>,
-    /// Answers what is asked about the kernel, without holding up the engine.
+    /// Answers queries about the kernel in the background.
     pub questions: crate::kernel::inspector::Questions,
-    /// Where spans of updates and repairs go.
+    /// Exporter of spans for updates and repairs.
     pub traces: Traces,
 }
 
-/// The view, the kernel, and what is between them.
+/// The view, the kernel, and the changes between them.
 pub struct Engine {
     parts: Parts,
     state: State,
-    /// What the kernel holds, as far as known.
+    /// The kernel's last known stamp.
     kernel: Option<Stamp>,
-    /// The kernel could not be read, and nothing was committed since.
-    unread: bool,
+    confidence: Confidence,
+    sync: SyncState,
     pending: Vec<KernelChange>,
     backlog: backlog::Backlog,
-    /// The incremental state cannot be trusted: the next commit compares everything.
-    doubt: bool,
-    /// The view is older than the kernel: nothing is written before a controller says what is new.
-    hold: bool,
-    /// When a view that a controller continues from is taken as current, if no update came until then.
-    hold_until: Option<Instant>,
-    /// A generation that the kernel holds only after the next commit, to be acknowledged then.
-    unacknowledged: bool,
-    nacked: Option<(u64, i32)>,
-    /// The update that is received or committed, if it is told as spans.
+    reception: Reception,
+    acknowledgement: Acknowledgement,
+    /// The update in progress, if it is traced.
     applying: Option<Applying>,
+    /// Items that the kernel refused.
     refused: Vec<Refused>,
     passes: flows::Passes,
-    retry: Option<(Instant, u32)>,
-    queued: bool,
     last_commit: Option<Instant>,
-    /// An update was refused: what still comes of it is dropped.
-    skipping: bool,
     events: Option<mpsc::UnboundedSender<Event>>,
-    dirty: bool,
-    /// The snapshot file is older than its limit: it is not programmed.
+    /// The view comes from a snapshot file older than the limit: it is not programmed.
     expired: bool,
     progress: progress::Progress,
-    started: Instant,
-    last_command: Instant,
-    last_snapshot: Option<Instant>,
+    snapshots: snapshots::Schedule,
     drift: drift::Drift,
-    /// Rules of kube-proxy exist beside ours.
-    foreign_proxy: bool,
+    conditions: Conditions,
     /// Health checks changed since the last commit.
     health_checks_changed: bool,
-    /// What health checks cannot be listened on.
+}
+
+/// Findings that no generation covers; every report carries them.
+#[derive(Debug, Default)]
+struct Conditions {
+    /// Rules of kube-proxy exist alongside ours.
+    foreign_proxy: bool,
+    /// healthCheckNodePorts that cannot be bound.
     health_check_failures: Vec<HealthCheckFailure>,
 }
 
 impl Engine {
-    /// Reads the kernel's stamp and the snapshot file and decides what to do with them:
-    /// equal → adopted, no write; no table → the file is programmed; a file older than the kernel, or none →
-    /// nothing is written before the first update.
+    /// Compares the kernel's stamp with the snapshot file:
+    /// * equal: adopts the kernel's state without a write;
+    /// * no table: programs the file;
+    /// * a file older than the kernel, or none: writes nothing before the first update.
     pub fn start(mut parts: Parts) -> Self {
         parts.health.busy();
         let stamp = parts.dataplane.stamp();
-        let kept = snapshots::read(&parts);
+        let (kernel, confidence) = match stamp {
+            Ok(stamp) => (stamp, Confidence::MustCompare),
+            Err(error) => {
+                tracing::warn!(%error, "cannot read the kernel's stamp");
+                (None, Confidence::Unread)
+            }
+        };
+        let stored = snapshots::read(&parts);
         let (state, refused) =
-            kept.view.map_or((State::new(), Vec::new()), |restored| (restored.state, restored.refused));
-        let now = Instant::now();
+            stored.view.map_or((State::new(), Vec::new()), |restored| (restored.state, restored.refused));
         let mut engine = Engine {
             parts,
             state,
-            kernel: None,
-            unread: false,
+            kernel,
+            confidence,
+            sync: SyncState::Idle,
             pending: Vec::new(),
             backlog: backlog::Backlog::default(),
-            doubt: true,
-            hold: false,
-            hold_until: None,
-            unacknowledged: false,
-            nacked: None,
+            reception: Reception::Receiving,
+            acknowledgement: Acknowledgement::default(),
             applying: None,
             refused,
             passes: flows::Passes::everything(),
-            retry: None,
-            queued: false,
             last_commit: None,
-            skipping: false,
             events: None,
-            dirty: false,
-            expired: kept.expired,
+            expired: stored.expired,
             progress: progress::Progress::default(),
-            started: now,
-            last_command: now,
-            last_snapshot: None,
+            snapshots: snapshots::Schedule::new(Instant::now()),
             drift: drift::Drift::default(),
-            foreign_proxy: false,
+            conditions: Conditions::default(),
             health_checks_changed: false,
-            health_check_failures: Vec::new(),
         };
-        match stamp {
-            Ok(stamp) => engine.kernel = stamp,
-            Err(error) => {
-                tracing::warn!(%error, "the kernel's stamp cannot be read");
-                engine.unread = true;
-            }
-        }
-        if let Some(record) = kept.trial {
+        if let Some(record) = stored.trial {
             engine.state.remember(record);
         }
         engine.start_from_file();
@@ -182,8 +175,8 @@ impl Engine {
     fn start_from_file(&mut self) {
         if self.expired && self.kernel.is_none() {
             tracing::warn!(
-                "the snapshot file is older than --snapshot-max-age-hours and is not programmed: addresses in it may \
-                 belong to other pods by now. Services work on this node once a controller is connected"
+                "the snapshot file is older than --snapshot-max-age-hours and is not programmed, because its addresses \
+                 may belong to other pods now; Services work on this node once a controller is connected"
             );
             (self.state, self.refused) = (State::new(), Vec::new());
             return;
@@ -197,10 +190,10 @@ impl Engine {
                 tracing::info!(
                     kernel_generation = stamp.generation,
                     file_generation = generation,
-                    "the kernel is newer than the snapshot file: nothing is written before a controller answers"
+                    "the kernel is newer than the snapshot file; the agent writes nothing before a controller answers"
                 );
-                self.hold = true;
-                // It forwards meanwhile, and load balancers must know.
+                self.sync = SyncState::Held { until: None };
+                // The kernel forwards during the hold, so load balancers may send traffic.
                 if self.state.is_loaded() {
                     self.parts.health.held();
                     self.publish_health();
@@ -208,14 +201,14 @@ impl Engine {
             }
             _ if self.state.is_loaded() => {
                 self.queue();
-                self.sync();
+                self.attempt();
             }
             // Neither a table nor a file: a new node.
             _ => {}
         }
     }
 
-    /// Runs until [`Command::Stop`] or until all senders are gone.
+    /// Runs until [`Command::Stop`], or until all senders are dropped.
     pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &tokio::runtime::Handle) {
         loop {
             self.parts.health.idle();
@@ -231,7 +224,7 @@ impl Engine {
                 Ok(None | Some(Command::Stop)) => break,
                 Ok(Some(command)) => {
                     self.handle(command);
-                    // Commands that never stop must not keep anything else from being done.
+                    // A steady stream of commands must not starve timers.
                     if self.next_wakeup().is_some_and(|at| at <= Instant::now()) {
                         self.wake();
                     }
@@ -245,29 +238,27 @@ impl Engine {
 
     fn next_wakeup(&self) -> Option<Instant> {
         let now = Instant::now();
-        let commit = (self.queued && self.retry.is_none()).then(|| self.earliest_commit().unwrap_or(now));
-        let retry = self.retry.map(|(at, _)| at);
-        let round = self.state.round_due().filter(|_| !self.queued && !self.hold);
+        let sync = self.sync.next(self.earliest_commit(now)).map(|(at, _)| at);
+        let round = self.state.round_due().filter(|_| self.sync == SyncState::Idle);
         let pass = self.passes.next(now).filter(|_| self.kernel_holds_view());
         let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
-        [snapshot, commit, retry, pass, self.hold_until, round, drift].into_iter().flatten().min()
+        [snapshot, sync, pass, round, drift].into_iter().flatten().min()
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
-        let commit_due = match self.retry {
-            Some((at, _)) => at <= now,
-            None => self.queued && self.earliest_commit().is_none_or(|at| at <= now),
-        };
-        if commit_due {
-            self.sync();
+        match self.sync.next(self.earliest_commit(now)).filter(|(at, _)| *at <= now) {
+            Some((_, Due::Commit)) => self.attempt(),
+            Some((_, Due::Release)) => {
+                // The controller has withdrawn the changes that the kernel holds beyond the view; otherwise it would
+                // have sent an update.
+                self.release();
+                self.acknowledgement.due = true;
+                self.queue_and_sync();
+            }
+            None => {}
         }
-        if self.hold_until.take_if(|at| *at <= now).is_some() {
-            // What the kernel holds beyond the view was taken back meanwhile, or an update would have come.
-            (self.hold, self.unacknowledged) = (false, true);
-            self.queue_and_sync();
-        }
-        self.look_at_flows();
+        self.reconcile_flows();
         self.probe();
         self.repair_if_due();
         if self.snapshot_due().is_some_and(|at| at <= now) {
@@ -275,33 +266,21 @@ impl Engine {
         }
     }
 
-    /// Takes one command.
+    /// Executes one command.
     pub fn handle(&mut self, command: Command) {
-        self.last_command = Instant::now();
+        self.snapshots.command(Instant::now());
         match command {
-            Command::Attach { events, standing } => {
-                self.state.abandon();
-                // A new session was told nothing of what failed.
-                (self.skipping, self.applying, self.nacked) = (false, None, None);
-                self.hold_until = None;
-                self.events = Some(events);
-                // A receiver that is gone is a session that is gone; the next one attaches anew.
-                let _ = standing.send(self.standing());
-                let unset = !self.parts.sysctls.unset().is_empty();
-                if self.foreign_proxy || unset || !self.health_check_failures.is_empty() {
-                    self.tell("", None);
-                }
-            }
-            Command::Resumed => self.hold_until = self.hold.then(|| Instant::now() + HOLD_AFTER_RESUME),
+            Command::Attach { events, status } => self.attach(events, status),
+            Command::Resumed => self.hold(Some(Instant::now() + HOLD_AFTER_RESUME)),
             Command::Begin(update) => {
-                self.hold_until = None;
-                self.skipping = false;
+                self.hold(None);
+                self.reception = Reception::Receiving;
                 self.backlog.begin(&update);
                 self.applying = self.parts.traces.begin(&update);
                 let result = self.state.begin(&update);
                 self.refuse(update.to, result);
             }
-            Command::Part(_) | Command::End(_) if self.skipping => {}
+            Command::Part(_) | Command::End(_) if self.reception == Reception::Discarding => {}
             Command::Part(part) => {
                 let to = self.state.receiving().unwrap_or(self.state.generation());
                 let result = self.state.part(&part);
@@ -321,13 +300,19 @@ impl Engine {
                 self.repair_if_due();
             }
             Command::ForeignProxy(present) => {
-                tracing::warn!(present, "kube-proxy's rules beside ours");
-                self.foreign_proxy = present;
-                self.tell("", None);
+                if present {
+                    tracing::warn!(
+                        "another kube-proxy has rules on this node; remove them with kube-proxy --cleanup"
+                    );
+                } else {
+                    tracing::info!("the rules of another kube-proxy are gone");
+                }
+                self.conditions.foreign_proxy = present;
+                self.report_conditions();
             }
             Command::HealthCheckFailures(failures) => {
-                self.health_check_failures = failures;
-                self.tell("", None);
+                self.conditions.health_check_failures = failures;
+                self.report_conditions();
             }
             Command::Flows(report) => self.flows(report),
             Command::Probed { number, measured } => self.probed(number, measured),
@@ -336,19 +321,49 @@ impl Engine {
         }
     }
 
+    fn attach(&mut self, events: mpsc::UnboundedSender<Event>, status: oneshot::Sender<AgentStatus>) {
+        self.state.abandon();
+        self.reception = Reception::Receiving;
+        self.applying = None;
+        self.acknowledgement.forget();
+        self.hold(None);
+        self.events = Some(events);
+        // A dropped receiver means that the session has ended; the next one attaches itself.
+        let _ = status.send(self.status());
+        let Conditions { foreign_proxy, health_check_failures } = &self.conditions;
+        let unset = !self.parts.sysctls.unset().is_empty();
+        if *foreign_proxy || unset || !health_check_failures.is_empty() {
+            self.report_conditions();
+        }
+    }
+
+    /// Sets the end of the hold, if there is one.
+    fn hold(&mut self, end: Option<Instant>) {
+        if let SyncState::Held { until } = &mut self.sync {
+            *until = end;
+        }
+    }
+
+    /// Ends the hold.
+    fn release(&mut self) {
+        if self.sync.is_held() {
+            self.sync = SyncState::Idle;
+        }
+    }
+
     fn addresses_changed(&mut self, addresses: Vec<IpAddr>) {
         if self.parts.host_addresses == addresses {
             return;
         }
         self.parts.host_addresses.clone_from(&addresses);
-        if !self.doubt {
-            // The last ones are the ones that count, however many come while nothing can be committed.
+        if !self.confidence.must_compare() {
+            // Only the last list counts, however many arrive while commits fail.
             self.pending.retain(|change| !matches!(change, KernelChange::HostAddresses(_)));
             self.pending.push(KernelChange::HostAddresses(addresses));
         }
-        // Packets to a new address of the node passed without translation until the commit.
+        // Until the commit, packets to a new address of the node passed without translation.
         self.passes.add(UdpChanges::all());
-        if self.hold {
+        if self.sync.is_held() {
             self.publish_health();
         }
         self.queue_and_sync();
@@ -357,7 +372,7 @@ impl Engine {
     fn refuse(&mut self, to: u64, result: Result<(), Refusal>) {
         if let Err(Refusal { reason, detail }) = result {
             tracing::warn!(generation = to, ?reason, %detail, "update refused");
-            self.skipping = true;
+            self.reception = Reception::Discarding;
             if let Some(applying) = self.applying.take() {
                 applying.refused(reason.as_str_name());
             }
@@ -386,46 +401,48 @@ impl Engine {
         if applied.changes.iter().any(concerns_all_flows) {
             self.passes.add(UdpChanges::all());
         }
-        if self.doubt || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
-            self.doubt = true;
+        if self.confidence.must_compare() || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
+            self.confidence.lose();
             self.pending.clear();
         } else {
             self.pending.extend(applied.changes);
         }
         self.health_checks_changed |= applied.health_checks;
-        self.hold = false;
-        self.unacknowledged = true;
+        self.release();
+        self.acknowledgement.due = true;
         let counts = self.state.counts();
         self.parts.metrics.services.set(counts.services as i64);
         self.parts.metrics.endpoints.set(counts.endpoints as i64);
         if applied.trial {
-            self.trial_moved();
+            self.trial_changed();
         }
         self.queue_and_sync();
     }
 
     fn queue(&mut self) {
-        if !self.queued {
-            self.queued = true;
+        if !self.sync.is_queued() {
+            self.sync = SyncState::Queued;
             self.parts.health.queued();
             self.parts.metrics.queued();
         }
     }
 
     fn queue_and_sync(&mut self) {
-        if self.hold || !self.state.is_loaded() {
+        if self.sync.is_held() || !self.state.is_loaded() {
             return;
         }
         self.queue();
-        if self.earliest_commit().is_none_or(|at| at <= Instant::now()) {
-            self.sync();
+        let now = Instant::now();
+        if self.earliest_commit(now) <= now {
+            self.attempt();
         }
     }
 
-    /// When the next commit may start; the interval is a setting, 0 by default.
-    fn earliest_commit(&self) -> Option<Instant> {
+    /// Returns the earliest start of the next commit; the minimum interval is a setting, 0 by default.
+    fn earliest_commit(&self, now: Instant) -> Instant {
         let interval = self.state.settings().map_or(0, |settings| settings.minimum_interval_milliseconds);
-        self.last_commit.map(|last| last + Duration::from_millis(u64::from(interval.min(1_000))))
+        let interval = Duration::from_millis(u64::from(interval.min(1_000)));
+        self.last_commit.map_or(now, |last| last + interval)
     }
 
     fn stamp(&self) -> Stamp {
@@ -454,11 +471,12 @@ impl Engine {
         u64::from_le_bytes(first)
     }
 
-    /// One attempt to make the kernel hold the view.
-    fn sync(&mut self) {
+    /// Tries once to commit the view.
+    fn attempt(&mut self) {
         let (stamp, started, began) = (self.stamp(), Instant::now(), SystemTime::now());
-        let mode = if self.doubt { "full" } else { "delta" };
-        let result = if self.doubt {
+        let full = self.confidence.must_compare();
+        let mode = if full { "full" } else { "delta" };
+        let result = if full {
             let mut view = self.state.view();
             view.insert(0, KernelChange::HostAddresses(self.parts.host_addresses.clone()));
             view.insert(0, KernelChange::Controllers(self.parts.controllers.clone()));
@@ -471,7 +489,7 @@ impl Engine {
         };
         self.last_commit = Some(Instant::now());
         if let Some(applying) = &self.applying {
-            applying.attempted(self.doubt, began, &result);
+            applying.attempted(full, began, &result);
         }
         match result {
             Ok(committed) => {
@@ -483,41 +501,34 @@ impl Engine {
     }
 
     fn committed(&mut self, stamp: Stamp, committed: &Committed) {
-        // Not at every commit: what is published is all health checks of the node.
-        let health = self.kernel.is_none() || self.doubt || std::mem::take(&mut self.health_checks_changed);
+        let full = self.confidence.must_compare();
+        // Not at every commit: the health targets cover all health checks of the node.
+        let health = self.kernel.is_none() || full || std::mem::take(&mut self.health_checks_changed);
         let health = health || self.pending.iter().any(concerns_health);
-        if self.doubt {
+        if full {
             release_memory();
         }
-        if self.doubt && committed.operations > 0 || self.refused != committed.refused {
-            // The kernel held something else until now.
+        if full && committed.operations > 0 || self.refused != committed.refused {
+            // The kernel forwarded by other rules until now.
             self.passes.add(UdpChanges::all());
         }
         self.pending.clear();
         self.backlog.committed(&self.parts.metrics.programming);
-        (self.doubt, self.queued, self.retry, self.nacked) = (false, false, None, None);
-        self.dirty |= self.kernel.map(|kernel| (kernel.generation, kernel.digest))
+        (self.confidence, self.sync) = (Confidence::Incremental, SyncState::Idle);
+        let is_new = self.kernel.map(|kernel| (kernel.generation, kernel.digest))
             != Some((stamp.generation, stamp.digest))
-            || self.refused != committed.refused
-            || self.last_snapshot.is_none();
+            || self.refused != committed.refused;
+        self.snapshots.committed(is_new);
         self.kernel = Some(stamp);
-        self.unread = false;
         self.refused.clone_from(&committed.refused);
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.parts.health.applied();
         if health {
             self.publish_health();
         }
-        let mut unset_changed = false;
-        if let Some(settings) = self.state.settings() {
-            let conntrack = settings.conntrack.unwrap_or_default();
-            unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
-            if self.parts.log.apply(&settings.log_level) {
-                self.progress.tell_next();
-            }
-        }
+        let unset_changed = self.apply_local_settings();
         self.progress.committed(stamp.generation, committed, Instant::now());
-        if std::mem::take(&mut self.unacknowledged) {
+        if self.acknowledgement.take() {
             let ack = self.ack(stamp, committed);
             if let Some(applying) = &self.applying {
                 applying.held();
@@ -525,32 +536,42 @@ impl Engine {
             self.send(Event::Ack(ack));
         }
         if unset_changed {
-            self.tell("", None);
+            self.report_conditions();
         }
-        self.look_at_flows();
+        self.reconcile_flows();
         self.probe();
+    }
+
+    /// Applies the settings that live outside nftables. Returns whether the set of kernel settings that could not be
+    /// applied changed.
+    fn apply_local_settings(&mut self) -> bool {
+        let Some(settings) = self.state.settings() else { return false };
+        let conntrack = settings.conntrack.unwrap_or_default();
+        let unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
+        if self.parts.log.apply(&settings.log_level) {
+            self.progress.summarize_next();
+        }
+        unset_changed
     }
 
     fn failed(&mut self, error: &CommitError) {
         let (errno, generation) = (error.errno(), self.state.generation());
         self.parts.metrics.failed(errno);
-        let attempt = self.retry.map_or(0, |(_, attempt)| attempt + 1);
-        let pause = crate::controller::backoff::full_jitter(Duration::from_millis(500), RETRY_LIMIT, attempt);
-        self.retry = Some((Instant::now() + pause, attempt));
-        tracing::error!(generation, attempt, %error, "nothing was committed; trying again");
+        let attempt = self.sync.next_attempt();
+        let delay = full_jitter(FIRST_RETRY, RETRY_LIMIT, attempt);
+        self.sync = SyncState::Retrying { at: Instant::now() + delay, attempt };
+        tracing::error!(generation, attempt, %error, retry_in_ms = delay.as_millis() as u64, "commit failed");
         if self.pending.len() > PENDING_LIMIT {
-            self.doubt = true;
+            self.confidence.lose();
             self.pending.clear();
         }
-        // Said once per generation and error number, however often it is tried.
-        if self.unacknowledged && self.nacked != Some((generation, errno)) {
-            self.nacked = Some((generation, errno));
+        if self.acknowledgement.nack(generation, errno) {
             self.nack(generation, NackReason::Kernel, errno, error.to_string());
         }
     }
 
     fn kernel_holds_view(&self) -> bool {
-        self.kernel.is_some() && self.state.is_loaded() && !self.queued && !self.hold
+        self.kernel.is_some() && self.state.is_loaded() && self.sync == SyncState::Idle
     }
 
     fn publish_health(&self) {
@@ -561,17 +582,17 @@ impl Engine {
     }
 }
 
-/// Health answers depend on it: eligibility, or the addresses that they are given on.
+/// Returns whether health answers depend on the change: by eligibility, or by the addresses of health check ports.
 fn concerns_health(change: &KernelChange) -> bool {
     matches!(change, KernelChange::Node(_) | KernelChange::Settings(_) | KernelChange::HostAddresses(_))
 }
 
-/// Which packets are translated or get another source may depend on it, whatever their Service.
+/// Returns whether the change may affect translation or masquerading of any Service.
 fn concerns_all_flows(change: &KernelChange) -> bool {
     matches!(change, KernelChange::Node(_) | KernelChange::Settings(_))
 }
 
-/// Hands freed memory back to the system: a whole view in transit leaves tens of MiB behind otherwise.
+/// Returns freed memory to the system; a full comparison otherwise leaves tens of MiB allocated.
 fn release_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim takes no pointers and may be called at any time.

@@ -12,7 +12,7 @@ use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
 use crate::controller::session::Identity;
-use crate::engine::{Command, Engine, Parts};
+use crate::engine::{Command, DriftCause, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::kernel::addresses::{Addresses, kernel_version};
 use crate::kernel::conntrack::{Conntrack, Reconciler};
@@ -315,7 +315,7 @@ fn watch_drift(
             tracing::warn!(%error, "foreign changes of our tables are not noticed; trying again");
             let Some(monitor) = until_opened(|| Monitor::open(own_port), commands) else { return };
             tracing::info!("foreign changes of our tables are noticed from now on");
-            let unwatched = Command::Drift { cause: "unwatched", noticed: Instant::now() };
+            let unwatched = Command::Drift { cause: DriftCause::Unwatched, noticed: Instant::now() };
             if commands.blocking_send(unwatched).is_err() {
                 return;
             }
@@ -332,9 +332,9 @@ fn watch_drift(
                     notice = if notice == Notice::TableDeleted { notice } else { later };
                 }
                 let cause = match notice {
-                    Notice::Changed => "changed",
-                    Notice::TableDeleted => "table_deleted",
-                    Notice::Overflow => "overflow",
+                    Notice::Changed => DriftCause::Changed,
+                    Notice::TableDeleted => DriftCause::TableDeleted,
+                    Notice::Overflow => DriftCause::Overflow,
                 };
                 let drift = Command::Drift { cause, noticed: Instant::now() };
                 if commands.blocking_send(drift).is_err() {

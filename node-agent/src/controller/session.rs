@@ -26,7 +26,7 @@ mod trust;
 use crate::controller::backoff::{self, Backoff, Failure, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
 use crate::controller::link::{Absence, Contact};
-use crate::engine::{Command, Event, Standing};
+use crate::engine::{AgentStatus, Command, Event};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use crate::storage::files::{Content, StateFiles};
@@ -319,13 +319,13 @@ async fn open<'a>(
     let target = clear_the_way(controllers, &address, commands).await?;
     let channel = connect(controllers, &address, target).await?;
     let (events_sender, events) = mpsc::unbounded_channel();
-    let (standing, answer) = oneshot::channel();
-    let attach = Command::Attach { events: events_sender, standing };
+    let (status, answer) = oneshot::channel();
+    let attach = Command::Attach { events: events_sender, status };
     commands.send(attach).await.map_err(|_| SessionError::Stopping)?;
-    let standing = answer.await.map_err(|_| SessionError::Stopping)?;
+    let status = answer.await.map_err(|_| SessionError::Stopping)?;
 
     let (out, outgoing) = mpsc::channel(16);
-    let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, standing))) };
+    let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, status))) };
     out.send(hello).await.map_err(|_| SessionError::Ended)?;
     let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(outgoing));
     let bearer = format!("Bearer {token}").parse();
@@ -372,8 +372,8 @@ fn go_away(goodbye: GoAway) -> SessionError {
     }
 }
 
-fn hello(identity: &Identity, standing: Standing) -> Hello {
-    let Standing { kernel, view, addresses, deviations, trial } = standing;
+fn hello(identity: &Identity, status: AgentStatus) -> Hello {
+    let AgentStatus { kernel, view, addresses, deviations, trial } = status;
     let bytes = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec(),
         std::net::IpAddr::V6(address) => address.octets().to_vec(),

@@ -1,4 +1,4 @@
-//! What has arrived and is not in the kernel yet, counted as kube-proxy counts it.
+//! Changes that arrived and are not in the kernel yet, counted as kube-proxy counts them.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,7 +7,7 @@ use switchtower_proto::v1::Update;
 use crate::kernel::change::KernelChange;
 use crate::metrics::Programming;
 
-/// Trigger times that are kept while nothing can be committed; later ones are not measured.
+/// Maximum number of trigger times kept while commits fail; later ones are not measured.
 const TRIGGERS: usize = 1_024;
 
 /// Changes between their arrival and the kernel.
@@ -20,14 +20,14 @@ pub(super) struct Backlog {
 }
 
 impl Backlog {
-    /// An update begins. A view from scratch carries changes of long ago, which are no latency.
+    /// Notes the trigger times of an update. A snapshot carries old changes, which say nothing about latency.
     pub(super) fn begin(&mut self, update: &Update) {
         let changes = update.changes.iter().filter(|_| update.from.is_some());
         let times = changes.map(|change| change.trigger_unix_nanoseconds).filter(|time| *time != 0);
         self.receiving = times.map(Duration::from_nanos).collect();
     }
 
-    /// The update is whole and brought these changes.
+    /// Counts the changes of a complete update.
     pub(super) fn take(&mut self, changes: &[KernelChange], metrics: &Programming) {
         let (mut endpoints, mut services) = (0, 0);
         for change in changes {
@@ -45,11 +45,11 @@ impl Backlog {
         metrics.pending(self.endpoints, self.services);
     }
 
-    /// The kernel holds everything that arrived.
+    /// Records the latencies once the kernel holds everything that arrived.
     pub(super) fn committed(&mut self, metrics: &Programming) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         for trigger in std::mem::take(self).triggers {
-            // The trigger is another machine's time.
+            // The trigger time comes from another machine's clock, which may be ahead.
             metrics.programmed(now.saturating_sub(trigger));
         }
         metrics.pending(0, 0);

@@ -1,68 +1,94 @@
-//! Foreign changes of our tables: when they are repaired, and what is told of it.
+//! Drift: schedule of repairs after foreign changes of our tables, and their reports.
 //!
-//! A repair compares both tables as a whole. What holds:
-//! * Whatever was noticed before a comparison began is repaired by it: notices of one burst are one repair.
-//! * Somebody who writes again and again is answered more and more rarely, so that updates are not held up.
+//! A repair compares both tables as a whole. Invariants:
+//! * A comparison covers every notice from before its start: one burst of notices is one repair.
+//! * Repairs against a program that keeps writing become rarer, so that they do not delay updates.
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Engine, Event};
+use super::{Engine, Event, SyncState};
 use crate::kernel::dataplane::{Committed, Refused, Repaired};
 use crate::state::UdpChanges;
 
-/// After a repair that found something the tables are left alone for this many times its duration ...
+/// Pause after a repair that found differences, as a multiple of its duration.
 const REST: u32 = 4;
-/// ... at least this long, doubled each time that a notice comes before the rest is over ...
+/// Minimum pause after such a repair; it doubles with each notice that arrives during a pause.
 const FIRST_REST: Duration = Duration::from_millis(100);
-/// ... and at most this long.
+/// Maximum pause.
 const LONGEST_REST: Duration = Duration::from_secs(5);
 
-/// What was noticed, and when the next repair may begin.
+/// Cause of a notice of drift.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriftCause {
+    /// Another program changed one of our tables.
+    Changed,
+    /// Another program deleted one of our tables.
+    TableDeleted,
+    /// Notices were lost.
+    Overflow,
+    /// The tables were not monitored for some time.
+    Unwatched,
+}
+
+impl DriftCause {
+    /// Name in reports, spans and the metric's label.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Changed => "changed",
+            Self::TableDeleted => "table_deleted",
+            Self::Overflow => "overflow",
+            Self::Unwatched => "unwatched",
+        }
+    }
+}
+
+/// Pending notice, and the pause between repairs.
 #[derive(Debug, Default)]
 pub(super) struct Drift {
-    /// The cause of a notice that no comparison has answered yet.
-    waiting: Option<&'static str>,
-    /// When the last comparison began.
+    /// Cause of a notice that no comparison covers yet.
+    waiting: Option<DriftCause>,
+    /// Start of the last comparison.
     compared: Option<Instant>,
     rest: Duration,
     rest_until: Option<Instant>,
-    /// A notice came before the rest was over.
-    fought: bool,
-    /// How often something was repaired.
+    /// A notice arrived during the pause.
+    contested: bool,
+    /// Number of repairs that found differences.
     pub(super) repaired: u64,
 }
 
 impl Drift {
-    /// Somebody changed our tables at `noticed` or before.
-    pub(super) fn notice(&mut self, cause: &'static str, noticed: Instant) {
+    /// Notes a foreign change at `noticed` or before.
+    pub(super) fn notice(&mut self, cause: DriftCause, noticed: Instant) {
         if self.compared.is_some_and(|compared| noticed < compared) {
             return;
         }
-        self.fought |= self.rest_until.is_some_and(|until| noticed < until);
+        self.contested |= self.rest_until.is_some_and(|until| noticed < until);
         self.waiting.get_or_insert(cause);
     }
 
-    /// When the next repair is due.
+    /// Returns the time of the next repair.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         self.waiting.map(|_| self.rest_until.unwrap_or(now))
     }
 
-    fn begin(&mut self, now: Instant) -> Option<&'static str> {
+    fn begin(&mut self, now: Instant) -> Option<DriftCause> {
         self.compared = Some(now);
         self.waiting.take()
     }
 
     fn end(&mut self, found: bool, now: Instant) {
         let took = self.compared.map_or(Duration::ZERO, |compared| now.saturating_duration_since(compared));
-        let least = if self.fought { (self.rest * 2).max(FIRST_REST) } else { FIRST_REST };
-        self.fought = false;
+        let least = if self.contested { (self.rest * 2).max(FIRST_REST) } else { FIRST_REST };
+        self.contested = false;
         self.rest = if found { (took * REST).max(least).min(LONGEST_REST) } else { Duration::ZERO };
         self.rest_until = Some(now + self.rest);
     }
 }
 
 impl Engine {
-    /// Repairs what was noticed, if that is due.
+    /// Runs a repair, if one is due.
     pub(super) fn repair_if_due(&mut self) {
         let now = Instant::now();
         if self.drift.due(now).is_none_or(|at| at > now) {
@@ -73,33 +99,37 @@ impl Engine {
         self.drift.end(found, Instant::now());
     }
 
-    /// Compares and repairs; returns whether there was something to repair.
-    fn repair(&mut self, cause: &'static str) -> bool {
-        if self.hold {
+    /// Compares and repairs; returns whether there were differences.
+    fn repair(&mut self, cause: DriftCause) -> bool {
+        if self.sync.is_held() {
             return self.repair_held(cause);
         }
-        if !self.state.is_loaded() || self.doubt {
+        if !self.state.is_loaded() || self.confidence.must_compare() {
             return false;
         }
         let began = SystemTime::now();
         let result = self.parts.dataplane.repair();
-        self.parts.traces.repaired(cause, began, &result);
+        self.parts.traces.repaired(cause.as_str(), began, &result);
         match result {
             Ok(Repaired { differences, refused }) => {
                 if differences > 0 {
                     self.drift.repaired += 1;
-                    self.parts.metrics.drift.with_label_values(&[cause]).inc();
-                    tracing::warn!(differences, cause, "foreign changes of our tables were repaired");
-                    // Flows that began meanwhile may have passed without translation.
+                    self.parts.metrics.drift.with_label_values(&[cause.as_str()]).inc();
+                    tracing::warn!(
+                        differences,
+                        cause = cause.as_str(),
+                        "repaired foreign changes of our tables"
+                    );
+                    // Flows that began before the repair may have passed without translation.
                     self.passes.add(UdpChanges::all());
-                    self.tell(cause, None);
+                    self.report_drift(cause);
                 }
                 self.refusals_changed(refused);
-                self.look_at_flows();
+                self.reconcile_flows();
                 differences > 0
             }
             Err(error) => {
-                self.doubt = true;
+                self.confidence.lose();
                 self.queue();
                 self.failed(&error);
                 true
@@ -107,23 +137,28 @@ impl Engine {
         }
     }
 
-    /// While the kernel is newer than the view nothing says what it should hold, so whatever somebody else changed
-    /// cannot be told from what belongs there. The view, at most a minute older, is then the best that is known.
-    fn repair_held(&mut self, cause: &'static str) -> bool {
+    /// Programs the view of the snapshot file. While the kernel is newer than the view, foreign changes cannot be
+    /// distinguished from wanted content; the view, at most a minute older, is the best known state.
+    fn repair_held(&mut self, cause: DriftCause) -> bool {
         if !self.state.is_loaded() || self.expired {
             return false;
         }
-        tracing::warn!(cause, "foreign changes of our tables: the view of the snapshot file is programmed");
-        self.hold = false;
+        tracing::warn!(
+            cause = cause.as_str(),
+            "foreign changes of our tables during a hold; programming the view of the snapshot file"
+        );
+        // A controller that resumed this view expects its acknowledgement.
+        self.acknowledgement.due |= matches!(self.sync, SyncState::Held { until: Some(_) });
+        self.release();
         self.drift.repaired += 1;
-        self.parts.metrics.drift.with_label_values(&[cause]).inc();
+        self.parts.metrics.drift.with_label_values(&[cause.as_str()]).inc();
         self.passes.add(UdpChanges::all());
         self.queue_and_sync();
-        self.tell(cause, None);
+        self.report_drift(cause);
         true
     }
 
-    /// A repair tries again what was refused: what became of it is acknowledged.
+    /// Acknowledges a change of the refused items: a repair retries them.
     fn refusals_changed(&mut self, refused: Vec<Refused>) {
         if self.refused == refused {
             return;
@@ -131,8 +166,8 @@ impl Engine {
         self.refused = refused;
         self.passes.add(UdpChanges::all());
         self.parts.metrics.refused.set(self.refused.len() as i64);
-        self.dirty = true;
-        if let Some(kernel) = self.kernel.filter(|_| !self.queued) {
+        self.snapshots.invalidate();
+        if let Some(kernel) = self.kernel.filter(|_| !self.sync.is_queued()) {
             let ack = self.ack(kernel, &Committed::default());
             self.send(Event::Ack(ack));
         }
@@ -144,40 +179,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_comparison_answers_a_burst_and_a_fight_is_slowed_down() {
+    fn burst_is_one_repair_and_contests_slow_down() {
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let mut drift = Drift::default();
         assert_eq!(drift.due(start), None);
-        drift.notice("changed", at(0));
-        drift.notice("table_deleted", at(0));
+        drift.notice(DriftCause::Changed, at(0));
+        drift.notice(DriftCause::TableDeleted, at(0));
         assert_eq!(
             (drift.due(at(1)), drift.begin(at(1))),
-            (Some(at(1)), Some("changed")),
-            "the first at once"
+            (Some(at(1)), Some(DriftCause::Changed)),
+            "the first runs immediately"
         );
         drift.end(true, at(2));
-        drift.notice("changed", at(0));
-        assert_eq!(drift.due(at(3)), None, "it was noticed before the comparison began");
-        // Somebody writes on: each rest is twice the one before, to a limit.
+        drift.notice(DriftCause::Changed, at(0));
+        assert_eq!(drift.due(at(3)), None, "the comparison covers it");
+        // Another program keeps writing: each pause is twice the one before, up to the maximum.
         let mut now = at(2);
         for rest in [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000] {
-            drift.notice("changed", now);
+            drift.notice(DriftCause::Changed, now);
             now += Duration::from_millis(rest);
             assert_eq!(drift.due(at(0)), Some(now));
             assert!(drift.begin(now).is_some());
             drift.end(true, now);
         }
-        // A notice after the rest is another matter.
-        drift.notice("changed", now + Duration::from_secs(6));
+        // A notice after the pause starts over.
+        drift.notice(DriftCause::Changed, now + Duration::from_secs(6));
         now += Duration::from_secs(6);
         drift.begin(now);
         drift.end(true, now + Duration::from_millis(50));
-        drift.notice("changed", now + Duration::from_millis(50));
-        assert_eq!(drift.due(now), Some(now + Duration::from_millis(250)), "four times what it took");
+        drift.notice(DriftCause::Changed, now + Duration::from_millis(50));
+        assert_eq!(drift.due(now), Some(now + Duration::from_millis(250)), "four times the duration");
         drift.begin(now + Duration::from_millis(250));
         drift.end(false, now + Duration::from_millis(250));
-        drift.notice("changed", now + Duration::from_millis(250));
-        assert_eq!(drift.due(now), Some(now + Duration::from_millis(250)), "nothing was found: no rest");
+        drift.notice(DriftCause::Changed, now + Duration::from_millis(250));
+        assert_eq!(drift.due(now), Some(now + Duration::from_millis(250)), "no pause without differences");
     }
 }

@@ -1,10 +1,10 @@
-//! UDP flows that lead to backends that no longer serve: when the conntrack table is looked through, and which of
-//! its entries are stale.
+//! Stale UDP flows, to backends that no longer serve: schedule of passes over the conntrack table, and the decision
+//! which entries are stale.
 //!
-//! A pass costs what the whole table of the machine costs, so another thread makes it, after the acknowledgement, and
-//! asks here about the entries that it finds. What holds:
-//! * A pass begins only while the kernel holds the view: an entry that is deleted must not come back by old rules.
-//! * What changes while a pass runs is looked at by the next one.
+//! The cost of a pass depends on the machine's whole table, so another thread runs it, after the acknowledgement, and
+//! queries the engine about the entries that it finds. Invariants:
+//! * A pass begins only while the kernel holds the view: old rules must not recreate a deleted entry.
+//! * The next pass covers changes that arrive during a pass.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,16 +16,15 @@ use super::Engine;
 use crate::state::{Flow, UdpChanges};
 use crate::traces::Applying;
 
-/// Pause after a pass that failed.
+/// Delay before the retry of a failed pass.
 const RETRY: Duration = Duration::from_secs(2);
-/// After a pass the table is left alone for this many times its duration: steady changes take a fifth of a processor
-/// where a pass is short ...
+/// Pause after a pass, as a multiple of its duration: steady changes use a fifth of a CPU.
 const REST: u32 = 4;
-/// ... and at most this long, kube-proxy's shortest time between two passes. From 250 ms per pass on (about half a million
-/// entries) this decides, and the share grows: a half for passes of a second. Flows to dead backends wait no longer.
+/// Maximum pause, kube-proxy's minimum interval between two passes. It applies to passes of 250 ms (about 500,000 entries)
+/// and longer: the share of a CPU grows to a half for passes of a second, but flows to dead backends wait no longer.
 const LONGEST_REST: Duration = Duration::from_secs(1);
 
-/// Families whose entries have to be looked at.
+/// IP families of a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Families {
     /// IPv4.
@@ -37,60 +36,60 @@ pub struct Families {
 /// A UDP entry of the conntrack table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdpFlow {
-    /// Where the client sends to.
+    /// Original destination of the client's packets.
     pub destination: SocketAddr,
-    /// Where replies come from.
+    /// Source of the replies.
     pub backend: SocketAddr,
 }
 
-/// What a pass over the conntrack table tells and asks.
+/// Message of a pass over the conntrack table.
 #[derive(Debug)]
 pub enum FlowReport {
-    /// Which of these are stale?
+    /// Asks which entries are stale.
     Found {
         /// The entries.
         flows: Vec<UdpFlow>,
-        /// Gets one answer per entry, in their order.
+        /// Receives one answer per entry, in order.
         stale: oneshot::Sender<Vec<bool>>,
     },
-    /// The pass is over.
+    /// End of the pass.
     Done {
-        /// How many entries were deleted, or why the pass has to be repeated.
+        /// Number of deleted entries, or the reason to repeat the pass.
         deleted: io::Result<usize>,
-        /// How long it took.
+        /// Duration.
         took: Duration,
     },
 }
 
-/// Looks through the conntrack table.
+/// The conntrack table.
 pub trait FlowTable: Send {
-    /// Begins a pass and returns at once. What it finds comes as [`super::Command::Flows`], at last
-    /// [`FlowReport::Done`]; before that no other pass is begun.
+    /// Begins a pass and returns immediately. The pass sends [`super::Command::Flows`], the last one with
+    /// [`FlowReport::Done`]; no other pass begins before that.
     fn begin(&mut self, families: Families);
 }
 
-/// What has to be looked at, and what is being looked at.
+/// Changes that need a pass, and those that the running pass covers.
 #[derive(Default)]
 pub(super) struct Passes {
     due: UdpChanges,
     running: Option<UdpChanges>,
-    /// The update that made the running pass necessary, if it is told.
-    told: Option<Applying>,
+    /// The update that made the running pass necessary, if it is traced.
+    traced: Option<Applying>,
     not_before: Option<Instant>,
 }
 
 impl Passes {
-    /// After a start: what changed before is not known.
+    /// After a start, when earlier changes are unknown.
     pub(super) fn everything() -> Self {
         Passes { due: UdpChanges::all(), ..Passes::default() }
     }
 
-    /// An update brought these changes.
+    /// Adds changes for the next pass.
     pub(super) fn add(&mut self, changes: UdpChanges) {
         self.due.merge(changes);
     }
 
-    /// When the next pass may begin; `None`: there is nothing to look at, or one is under way.
+    /// Returns the earliest start of the next pass; `None` if none is needed, or one is running.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let needed = self.running.is_none() && !self.due.is_empty();
         needed.then(|| self.not_before.unwrap_or(now))
@@ -103,7 +102,7 @@ impl Passes {
         families
     }
 
-    /// The pass is over; one that failed leaves everything to be looked at again.
+    /// Ends the pass; a failed one is repeated.
     fn end(&mut self, failed: bool, took: Duration, now: Instant) {
         let changes = self.running.take().unwrap_or_default();
         if failed {
@@ -115,10 +114,10 @@ impl Passes {
 
 impl Engine {
     /// Begins a pass over the conntrack table if one is due.
-    pub(super) fn look_at_flows(&mut self) {
+    pub(super) fn reconcile_flows(&mut self) {
         let now = Instant::now();
         if self.kernel_holds_view() && self.passes.next(now).is_some_and(|at| at <= now) {
-            self.passes.told = self.applying.take();
+            self.passes.traced = self.applying.take();
             self.parts.flows.begin(self.passes.begin());
         }
     }
@@ -126,7 +125,7 @@ impl Engine {
     pub(super) fn flows(&mut self, report: FlowReport) {
         match report {
             FlowReport::Found { flows, stale } => {
-                // A pass that is gone needs no answer.
+                // A pass that has failed since needs no answer.
                 let _ = stale.send(flows.iter().map(|flow| self.is_stale(flow)).collect());
             }
             FlowReport::Done { deleted, took } => {
@@ -135,12 +134,12 @@ impl Engine {
                 match deleted {
                     Ok(deleted) => {
                         self.parts.metrics.conntrack_deleted.inc_by(deleted as u64);
-                        if let Some(told) = self.passes.told.take() {
-                            told.flows(took, deleted);
+                        if let Some(traced) = self.passes.traced.take() {
+                            traced.flows(took, deleted);
                         }
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "conntrack entries could not be reconciled; trying again");
+                        tracing::warn!(%error, "cannot reconcile conntrack entries; retrying");
                     }
                 }
             }
@@ -158,12 +157,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steady_changes_do_not_keep_the_table_busy() {
+    fn steady_changes_leave_pauses_between_passes() {
         let now = Instant::now();
         let mut passes = Passes::default();
         assert_eq!(passes.next(now), None, "nothing changed");
         passes.add(UdpChanges { ipv4: true, ..UdpChanges::default() });
-        assert_eq!(passes.next(now), Some(now), "the first begins at once");
+        assert_eq!(passes.next(now), Some(now), "the first begins immediately");
         assert_eq!(passes.begin(), Families { ipv4: true, ipv6: false });
         passes.add(UdpChanges { ipv6: true, ..UdpChanges::default() });
         assert_eq!(passes.next(now), None, "one at a time");
@@ -171,7 +170,7 @@ mod tests {
         assert_eq!(passes.next(now), Some(now + Duration::from_millis(200)));
         assert_eq!(passes.begin(), Families { ipv4: false, ipv6: true });
         passes.end(true, Duration::from_secs(5), now);
-        assert_eq!(passes.next(now), Some(now + RETRY), "what failed is due again");
+        assert_eq!(passes.next(now), Some(now + RETRY), "a failed pass is repeated");
         assert_eq!(passes.begin(), Families { ipv4: false, ipv6: true });
         passes.end(false, Duration::from_secs(5), now);
         passes.add(UdpChanges::all());

@@ -1,4 +1,4 @@
-//! What goes into the engine and what comes out of it.
+//! Input and output of the engine.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
@@ -9,89 +9,89 @@ use switchtower_proto::v1::{
 };
 use tokio::sync::{mpsc, oneshot};
 
+use super::DriftCause;
 use crate::state::Measured;
 
-/// What the engine is asked to do.
+/// Input of the engine.
 #[derive(Debug)]
 pub enum Command {
-    /// A session begins: what it does not finish is dropped, and events go to it from now on.
+    /// A session begins: an unfinished update of an earlier session is dropped.
     Attach {
-        /// Where events go.
+        /// Receives all events from now on.
         events: mpsc::UnboundedSender<Event>,
-        /// Gets what Hello says.
-        standing: oneshot::Sender<Standing>,
+        /// Receives the status for Hello.
+        status: oneshot::Sender<AgentStatus>,
     },
-    /// The controller continues from the view that Hello named.
+    /// The controller resumes from the view that Hello named.
     Resumed,
-    /// An update begins.
+    /// Start of an update.
     Begin(Box<Update>),
-    /// A part of it.
+    /// Part of the current update.
     Part(Part),
-    /// Its end.
+    /// End of the current update.
     End(UpdateEnd),
     /// The addresses of the node's interfaces changed.
     HostAddresses(Vec<IpAddr>),
-    /// Where the controllers are that the session is about to connect to. Dropping `done` says that the kernel lets
-    /// these connections pass, as far as that is possible now.
+    /// The session is about to connect to a controller: no frontend may capture these connections.
     Controllers {
-        /// All that are known.
+        /// All known addresses of controllers.
         addresses: Vec<SocketAddr>,
-        /// Dropped when it was attempted.
+        /// Dropped after the attempt to remove such frontends.
         done: oneshot::Sender<()>,
     },
-    /// Somebody else changed our tables, or may have.
+    /// Another program changed our tables, or may have.
     Drift {
-        /// For the report and the metric.
-        cause: &'static str,
-        /// When; a comparison that began later has seen it.
+        /// Cause in the report and the metric.
+        cause: DriftCause,
+        /// Time of the notice; a comparison that began later covers it.
         noticed: Instant,
     },
-    /// Whether kube-proxy's rules exist beside ours; told when it changes.
+    /// Rules of another kube-proxy appeared (true) or disappeared.
     ForeignProxy(bool),
-    /// The healthCheckNodePorts that cannot be listened on; told when they change.
+    /// The set of healthCheckNodePorts that cannot be bound changed.
     HealthCheckFailures(Vec<HealthCheckFailure>),
-    /// From the pass over the conntrack table.
+    /// Message of a pass over the conntrack table.
     Flows(super::FlowReport),
-    /// What a round of probes found.
+    /// Result of a round of probes.
     Probed {
-        /// The round's number.
+        /// Number of the round.
         number: u64,
-        /// The results.
+        /// One result per probe.
         measured: Vec<Measured>,
     },
-    /// A question of the controller.
+    /// Query of the controller.
     Ask {
-        /// The question.
+        /// The query.
         query: Query,
-        /// Gets the answer or why there is none.
+        /// Receives the answer or an error.
         answer: crate::kernel::inspector::Reply,
     },
-    /// Write the snapshot file and stop. The kernel is left as it is.
+    /// Write the snapshot file and stop; the kernel keeps its state.
     Stop,
 }
 
-/// What the engine tells the session; the session number is filled in there.
+/// Output of the engine; the session fills in its number.
 #[derive(Debug)]
 pub enum Event {
     /// The kernel holds a generation.
     Ack(Ack),
-    /// An update was refused, or the kernel refuses it for now.
+    /// An update was refused, or its commit failed.
     Nack(Nack),
-    /// Drift was repaired, or what stands beside the generations changed.
+    /// Drift was repaired, or a condition outside the generations changed.
     Report(Report),
 }
 
-/// What Hello says about this node.
+/// Status of this node in Hello.
 #[derive(Debug, Clone, Default)]
-pub struct Standing {
-    /// The kernel's stamp.
+pub struct AgentStatus {
+    /// Stamp of the kernel's tables.
     pub kernel: Option<WireStamp>,
-    /// The view that may be resumed.
+    /// View that the controller may resume.
     pub view: Option<View>,
-    /// The addresses of the node's interfaces.
+    /// Addresses of the node's interfaces.
     pub addresses: Vec<IpAddr>,
-    /// Where the kernel differs from the view on purpose.
+    /// Intended differences between the kernel and the view.
     pub deviations: Option<Deviations>,
-    /// Where the last trial of settings stands.
+    /// Status of the last trial of settings.
     pub trial: Option<TrialStatus>,
 }

@@ -1,10 +1,10 @@
-//! What the log says about commits: each at debug, a summary at info now and then.
+//! Log of commits: each at debug level, a summary at info level.
 
 use std::time::{Duration, Instant};
 
 use crate::kernel::dataplane::Committed;
 
-/// At most one summary in this time: a line per commit would be gigabytes a day on each node of a busy cluster.
+/// Minimum interval between two summaries; a line per commit would be gigabytes per day on each node of a busy cluster.
 const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Commits since the last summary.
@@ -17,7 +17,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// The kernel holds `generation`.
+    /// Logs a commit of `generation`.
     pub(super) fn committed(&mut self, generation: u64, committed: &Committed, now: Instant) {
         tracing::debug!(
             generation,
@@ -47,8 +47,8 @@ impl Progress {
         self.last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL)
     }
 
-    /// The next commit is summarized whenever it comes: somebody turned the level up to read about it.
-    pub(super) fn tell_next(&mut self) {
+    /// Summarizes the next commit regardless of the interval: the log level was raised to see it.
+    pub(super) fn summarize_next(&mut self) {
         self.last = None;
     }
 }
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steady_commits_are_one_summary_a_minute() {
+    fn steady_commits_summarized_once_per_minute() {
         let start = Instant::now();
         let mut progress = Progress::default();
         let mut summaries = 0;
@@ -67,7 +67,7 @@ mod tests {
             summaries += u32::from(progress.commits == 0);
         }
         assert_eq!(summaries, 10);
-        progress.tell_next();
+        progress.summarize_next();
         progress.committed(600, &Committed::default(), start + Duration::from_secs(600));
         progress.committed(601, &Committed::default(), start + Duration::from_secs(601));
         assert_eq!(progress.commits, 1);

@@ -1,4 +1,4 @@
-//! What the engine says about itself: acknowledgements, deviations, answers to questions.
+//! Messages about the node: acknowledgements, reports, deviations, answers to queries.
 
 use std::time::Duration;
 
@@ -6,19 +6,20 @@ use switchtower_proto::v1::{
     Ack, ApplyTimings, Deviation, Deviations, Query, Report, Stamp as WireStamp, TrialStatus, View,
 };
 
-use super::{Engine, Event, Standing};
+use super::sync::Confidence;
+use super::{AgentStatus, DriftCause, Engine, Event};
 use crate::kernel::dataplane::{Committed, Refused, Stamp};
 use crate::kernel::inspector::Reply;
 use crate::traces::Applying;
 
-/// Most deviations that an Ack names.
+/// Maximum number of refused items that an Ack names.
 const SAMPLES: usize = 16;
 
 impl Engine {
-    /// What a controller is told at the beginning of a stream.
-    pub(super) fn standing(&mut self) -> Standing {
-        // Whoever cannot read the kernel must not be resumed: nothing says that it holds the view.
-        let view = (self.state.is_loaded() && !self.unread).then(|| View {
+    /// Returns the status that opens a stream.
+    pub(super) fn status(&mut self) -> AgentStatus {
+        // Without a readable kernel there is no proof that it holds the view, so the controller must not resume it.
+        let view = (self.state.is_loaded() && self.confidence != Confidence::Unread).then(|| View {
             digest: self.state.digest().to_bytes().to_vec(),
             generation: self.state.generation(),
             resume: self.state.resume().cloned(),
@@ -29,8 +30,8 @@ impl Engine {
             digest: stamp.digest.to_le_bytes().to_vec(),
         });
         // A view that the kernel does not hold yet is acknowledged once it does.
-        self.unacknowledged |= self.queued;
-        Standing {
+        self.acknowledgement.due |= self.sync.is_queued();
+        AgentStatus {
             kernel,
             view,
             addresses: self.parts.host_addresses.clone(),
@@ -58,28 +59,41 @@ impl Engine {
         }
     }
 
-    /// Tells the controller what is not of one generation: the cause of a drift repaired just now (or ""), and where a
-    /// trial stands if that is new.
-    pub(super) fn tell(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
+    /// Reports the conditions that no generation covers.
+    pub(super) fn report_conditions(&mut self) {
+        self.report("", None);
+    }
+
+    /// Reports a repair of foreign changes.
+    pub(super) fn report_drift(&mut self, cause: DriftCause) {
+        self.report(cause.as_str(), None);
+    }
+
+    /// Reports the status of the trial of settings.
+    pub(super) fn report_trial(&mut self) {
+        self.report("", self.state.trial_status());
+    }
+
+    fn report(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
         let report = Report {
             session: 0,
             drift_repaired: self.drift.repaired,
             drift_cause: drift_cause.into(),
-            foreign_proxy: self.foreign_proxy,
+            foreign_proxy: self.conditions.foreign_proxy,
             trial,
-            health_check_failures: self.health_check_failures.clone(),
+            health_check_failures: self.conditions.health_check_failures.clone(),
             unset_kernel_settings: self.parts.sysctls.unset().to_vec(),
         };
         self.send(Event::Report(report));
     }
 
-    /// Held removals come with the delete budget; refused items and other settings are now.
+    /// Returns the intended differences from `desired`: refused items, and settings of a trial.
     pub(super) fn deviations(&self, desired: u128) -> Option<Deviations> {
         let settings = self.state.settings_deviation();
         if self.refused.is_empty() && settings.is_none() {
             return None;
         }
-        // Equal for equal deviations from equal views; it is compared, never decoded.
+        // Equal for equal deviations from equal views; the controller compares it and never decodes it.
         let in_force =
             settings.as_ref().map(|settings| format!("{}@{}", settings.profile, settings.revision));
         let items = self.refused.iter().map(|refused| &refused.item).chain(&in_force);
@@ -102,14 +116,14 @@ impl Engine {
         })
     }
 
-    /// Answers what the view knows; what the kernel knows is read by another thread.
+    /// Answers queries about the view; another thread answers those about the kernel.
     pub(super) fn ask(&mut self, query: &Query, answer: Reply) {
         let json = match query.what.as_str() {
             "counts" => self.counts(),
             "stamp" => self.stamp_as_json(),
             _ => return self.parts.questions.ask(query, answer),
         };
-        // The session that asked may be gone.
+        // The session may have ended.
         let _ = answer.send(json.map(|json| json.to_string().into_bytes()));
     }
 

@@ -11,7 +11,7 @@ mod damage;
 mod files;
 mod trials;
 
-/// Notes the passes that are begun; the test ends them.
+/// Records the passes that begin; the test ends them.
 #[derive(Clone, Default)]
 struct NotedPasses(std::sync::Arc<std::sync::Mutex<Vec<Families>>>);
 
@@ -22,7 +22,7 @@ impl FlowTable for NotedPasses {
 }
 
 impl NotedPasses {
-    /// Ends the pass that is under way and returns its families; `None`: none was begun.
+    /// Ends the running pass and returns its families; `None` if none began.
     fn end(&self, engine: &mut Engine) -> Option<Families> {
         let families = self.0.lock().unwrap().pop()?;
         let done = FlowReport::Done { deleted: Ok(0), took: Duration::ZERO };
@@ -72,10 +72,10 @@ fn parts(
     }
 }
 
-fn attach(engine: &mut Engine) -> (Standing, mpsc::UnboundedReceiver<Event>) {
+fn attach(engine: &mut Engine) -> (AgentStatus, mpsc::UnboundedReceiver<Event>) {
     let (events, receiver) = mpsc::unbounded_channel();
-    let (standing, answer) = oneshot::channel();
-    engine.handle(Command::Attach { events, standing });
+    let (status, answer) = oneshot::channel();
+    engine.handle(Command::Attach { events, status });
     (answer.blocking_recv().unwrap(), receiver)
 }
 
@@ -86,7 +86,7 @@ fn play(engine: &mut Engine, (update, parts): (Update, Vec<Part>)) {
     engine.handle(Command::End(UpdateEnd { to }));
 }
 
-/// An engine that holds `fleet` and has written its file.
+/// Returns an engine that holds `fleet` and has written its snapshot file.
 fn with_a_file(kernel: &MemoryKernel, directory: &std::path::Path, fleet: &Fleet) -> Engine {
     let (mut engine, _) = engine(kernel, directory);
     play(&mut engine, fleet.snapshot());
@@ -97,17 +97,17 @@ fn with_a_file(kernel: &MemoryKernel, directory: &std::path::Path, fleet: &Fleet
 fn ack(events: &mut mpsc::UnboundedReceiver<Event>) -> Ack {
     match events.try_recv() {
         Ok(Event::Ack(ack)) => ack,
-        other => panic!("an Ack is due, this came: {other:?}"),
+        other => panic!("expected an Ack, got {other:?}"),
     }
 }
 
 #[test]
-fn a_generation_is_acknowledged_once_the_kernel_holds_it() {
+fn generation_acknowledged_once_the_kernel_holds_it() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, health) = engine(&kernel, directory.path());
-    let (standing, mut events) = attach(&mut engine);
-    assert!(standing.kernel.is_none() && standing.view.is_none());
+    let (status, mut events) = attach(&mut engine);
+    assert!(status.kernel.is_none() && status.view.is_none());
 
     let mut fleet = Fleet::new(20, 3);
     play(&mut engine, fleet.snapshot());
@@ -123,7 +123,7 @@ fn a_generation_is_acknowledged_once_the_kernel_holds_it() {
 }
 
 #[test]
-fn a_failing_kernel_is_tried_again_and_acknowledged() {
+fn failed_commit_retried_and_acknowledged() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     kernel.lock().fail = Some(libc::EPERM);
@@ -135,26 +135,29 @@ fn a_failing_kernel_is_tried_again_and_acknowledged() {
             assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM));
             assert_eq!((nack.generation, nack.kept), (1, 0));
         }
-        other => panic!("a Nack is due, this came: {other:?}"),
+        other => panic!("expected a Nack, got {other:?}"),
     }
     retry(&mut engine);
-    assert!(events.try_recv().is_err(), "the same failure is said once");
+    assert!(events.try_recv().is_err(), "the same failure is reported once");
     kernel.lock().fail = None;
     retry(&mut engine);
     assert_eq!(ack(&mut events).generation, 1);
 }
 
-/// Waits until the engine's next attempt is due, and lets it try.
+/// Waits until the engine's next attempt is due, and runs it.
 fn retry(engine: &mut Engine) {
     let deadline = Instant::now() + Duration::from_secs(20);
-    while engine.retry.is_some_and(|(at, _)| at > Instant::now()) && Instant::now() < deadline {
+    while let SyncState::Retrying { at, .. } = engine.sync
+        && at > Instant::now()
+        && Instant::now() < deadline
+    {
         std::thread::sleep(Duration::from_millis(10));
     }
     engine.wake();
 }
 
 #[test]
-fn health_checks_answer_as_before_until_the_kernel_has_taken_the_change() {
+fn health_checks_follow_the_commit() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, health) = engine(&kernel, directory.path());
@@ -182,7 +185,7 @@ fn health_checks_answer_as_before_until_the_kernel_has_taken_the_change() {
 }
 
 #[test]
-fn refused_items_are_deviations() {
+fn refused_items_reported_as_deviations() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let refused =
@@ -200,7 +203,7 @@ fn refused_items_are_deviations() {
 }
 
 #[test]
-fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
+fn agent_killed_before_snapshot_writes_only_the_next_change() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(50, 3);
@@ -211,13 +214,13 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
     let commits = kernel.lock().commits.len();
 
     let (mut second, _) = engine(&kernel, directory.path());
-    let (standing, mut events) = attach(&mut second);
-    assert_eq!(kernel.lock().commits.len(), commits, "nothing is written before a controller answers");
-    assert_eq!(standing.kernel.unwrap().generation, 2);
-    let view = standing.view.unwrap();
+    let (status, mut events) = attach(&mut second);
+    assert_eq!(kernel.lock().commits.len(), commits, "no write before a controller answers");
+    assert_eq!(status.kernel.unwrap().generation, 2);
+    let view = status.view.unwrap();
     assert_eq!((view.generation, view.resume.unwrap().revision), (1, 1));
 
-    // The controller resumes from the view's place: both changes since then come as one delta.
+    // The controller resumes from the view: both changes since then arrive as one delta.
     let (first_missed, mut parts) = {
         let mut again = Fleet::new(50, 3);
         again.add_endpoint(7, 5)
@@ -232,7 +235,7 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
 }
 
 #[test]
-fn a_view_that_is_current_again_is_adopted_once_no_update_comes() {
+fn resumed_view_adopted_after_the_hold() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
@@ -243,22 +246,22 @@ fn a_view_that_is_current_again_is_adopted_once_no_update_comes() {
     let (_, mut events) = attach(&mut second);
     second.handle(Command::Resumed);
     second.wake();
-    assert_eq!(kernel.lock().commits.len(), 2, "not before the time is over");
-    second.hold_until = Some(Instant::now());
+    assert_eq!(kernel.lock().commits.len(), 2, "not before the hold ends");
+    second.hold(Some(Instant::now()));
     second.wake();
     assert_eq!(ack(&mut events).generation, 1);
     assert_eq!(kernel.lock().commits[2..], [1]);
 }
 
 #[test]
-fn a_current_file_is_adopted_without_a_write() {
+fn current_file_adopted_without_a_write() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(50, 3);
     drop(with_a_file(&kernel, directory.path(), &fleet));
     let (mut second, health) = engine(&kernel, directory.path());
     assert_eq!(kernel.lock().commits.len(), 1, "nothing was written");
-    assert!(health.read().eligible, "it serves what the file says");
+    assert!(health.read().eligible, "the view of the file is in force");
     let (_, mut events) = attach(&mut second);
     play(&mut second, fleet.add_endpoint(1, 6));
     assert_eq!(ack(&mut events).generation, 2);
@@ -266,16 +269,16 @@ fn a_current_file_is_adopted_without_a_write() {
 }
 
 #[test]
-fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
+fn unreadable_kernel_not_resumed() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
     drop(with_a_file(&kernel, directory.path(), &fleet));
     kernel.lock().fail = Some(libc::EPERM);
     let (mut second, _) = engine(&kernel, directory.path());
-    let (standing, mut events) = attach(&mut second);
+    let (status, mut events) = attach(&mut second);
     assert!(
-        standing.view.is_none(),
+        status.view.is_none(),
         "resumed, it would count as up to date while its kernel refuses everything"
     );
     fleet.generation += 1;
@@ -284,9 +287,9 @@ fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
         Ok(Event::Nack(nack)) => {
             assert_eq!((nack.reason, nack.errno), (NackReason::Kernel as i32, libc::EPERM));
         }
-        other => panic!("a Nack is due, this came: {other:?}"),
+        other => panic!("expected a Nack, got {other:?}"),
     }
-    // A kernel that answers again is proof of what it holds.
+    // A successful commit proves the kernel's content.
     kernel.lock().fail = None;
     fleet.generation += 1;
     play(&mut second, fleet.snapshot());
@@ -295,7 +298,7 @@ fn an_agent_that_cannot_read_the_kernel_is_not_resumed() {
 }
 
 #[test]
-fn a_rebooted_node_is_programmed_from_the_file() {
+fn rebooted_node_programmed_from_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let fleet = Fleet::new(50, 3);
     let _first = with_a_file(&MemoryKernel::default(), directory.path(), &fleet);
@@ -306,7 +309,7 @@ fn a_rebooted_node_is_programmed_from_the_file() {
 }
 
 #[test]
-fn refused_updates_leave_the_kernel_alone() {
+fn refused_update_leaves_the_kernel_unchanged() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, _) = engine(&kernel, directory.path());
@@ -322,10 +325,10 @@ fn refused_updates_leave_the_kernel_alone() {
             assert_eq!(nack.reason, NackReason::DigestMismatch as i32);
             assert_eq!((nack.generation, nack.kept), (2, 1));
         }
-        other => panic!("a Nack is due, this came: {other:?}"),
+        other => panic!("expected a Nack, got {other:?}"),
     }
     assert_eq!(kernel.lock().commits.len(), 1);
-    // And a snapshot heals it.
+    // A snapshot recovers.
     fleet.generation += 1;
     play(&mut engine, fleet.snapshot());
     assert_eq!(ack(&mut events).generation, 3);
@@ -333,7 +336,7 @@ fn refused_updates_leave_the_kernel_alone() {
 }
 
 #[test]
-fn addresses_and_drift_are_commits_without_a_generation() {
+fn addresses_and_drift_committed_without_a_generation() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, _) = engine(&kernel, directory.path());
@@ -348,23 +351,23 @@ fn addresses_and_drift_are_commits_without_a_generation() {
     assert_ne!(stamp.facts, facts);
     assert!(events.try_recv().is_err(), "no Ack without a new generation");
     kernel.lock().differences = 1;
-    engine.handle(Command::Drift { cause: "foreign", noticed: Instant::now() });
+    engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
     match events.try_recv() {
         Ok(Event::Report(report)) => {
-            assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "foreign"));
+            assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "changed"));
         }
-        other => panic!("a Report is due, this came: {other:?}"),
+        other => panic!("expected a Report, got {other:?}"),
     }
     assert_eq!(kernel.lock().repairs, 1);
     engine.handle(Command::ForeignProxy(true));
     match events.try_recv() {
-        Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "that drift was told"),
-        other => panic!("a Report is due, this came: {other:?}"),
+        Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "drift is reported once"),
+        other => panic!("expected a Report, got {other:?}"),
     }
 }
 
 #[test]
-fn what_a_repair_finds_to_be_accepted_now_is_acknowledged() {
+fn items_accepted_by_a_repair_acknowledged() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     kernel.lock().refused =
@@ -374,10 +377,10 @@ fn what_a_repair_finds_to_be_accepted_now_is_acknowledged() {
     play(&mut engine, Fleet::new(5, 2).snapshot());
     assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
     let drift = |engine: &mut Engine| {
-        engine.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
+        engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
     };
     drift(&mut engine);
-    assert!(events.try_recv().is_err(), "still refused, and nobody's change");
+    assert!(events.try_recv().is_err(), "still refused, and no foreign change");
     kernel.lock().refused.clear();
     drift(&mut engine);
     let ack = ack(&mut events);
@@ -387,7 +390,7 @@ fn what_a_repair_finds_to_be_accepted_now_is_acknowledged() {
 }
 
 #[test]
-fn a_new_session_hears_of_a_kernel_that_still_refuses() {
+fn new_session_receives_the_nack_of_a_failing_kernel() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, _) = engine(&kernel, directory.path());
@@ -398,17 +401,17 @@ fn a_new_session_hears_of_a_kernel_that_still_refuses() {
     kernel.lock().fail = Some(libc::EPERM);
     play(&mut engine, fleet.add_endpoint(1, 5));
     assert!(matches!(events.try_recv(), Ok(Event::Nack(_))));
-    let (standing, mut events) = attach(&mut engine);
-    assert_eq!((standing.kernel.unwrap().generation, standing.view.unwrap().generation), (1, 2));
+    let (status, mut events) = attach(&mut engine);
+    assert_eq!((status.kernel.unwrap().generation, status.view.unwrap().generation), (1, 2));
     retry(&mut engine);
     match events.try_recv() {
         Ok(Event::Nack(nack)) => assert_eq!((nack.generation, nack.errno), (2, libc::EPERM)),
-        other => panic!("a Nack is due, this came: {other:?}"),
+        other => panic!("expected a Nack, got {other:?}"),
     }
 }
 
 #[test]
-fn addresses_wait_for_the_kernel_and_only_the_last_ones_count() {
+fn last_addresses_committed_after_failures() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut first, health) = engine(&kernel, directory.path());
@@ -426,21 +429,21 @@ fn addresses_wait_for_the_kernel_and_only_the_last_ones_count() {
     kernel.lock().fail = Some(libc::EPERM);
     (2..50).for_each(|number| first.handle(addresses(number)));
     assert_eq!(first.pending.len(), 1);
-    assert_eq!(bound(), ["198.51.100.1"], "as the kernel");
+    assert_eq!(bound(), ["198.51.100.1"], "as in the kernel");
     kernel.lock().fail = None;
-    // After so many failures the next attempt is far away.
-    first.retry = Some((Instant::now(), 0));
+    // After so many failures the next attempt is many seconds away.
+    first.sync = SyncState::Retrying { at: Instant::now(), attempt: 0 };
     first.wake();
     assert_eq!(bound(), ["198.51.100.49"]);
 
-    // While an older view is held, none of them can be committed.
+    // During a hold, addresses are not committed.
     play(&mut first, fleet.add_endpoint(1, 5));
     drop(first);
     let (mut second, health) = engine(&kernel, directory.path());
     let bound = || health.subscribe().borrow().bind.iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert!(health.read().eligible, "the kernel forwards, and load balancers may send");
+    assert!(health.read().eligible, "the kernel forwards, so load balancers may send traffic");
     (2..50).for_each(|number| second.handle(addresses(number)));
-    assert_eq!((second.hold, second.pending.len()), (true, 0));
+    assert_eq!((second.sync.is_held(), second.pending.len()), (true, 0));
     assert_eq!(bound(), ["198.51.100.49"]);
 }
 
@@ -452,7 +455,7 @@ fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {
 }
 
 #[test]
-fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
+fn foreign_proxy_reported_to_every_session() {
     let directory = tempfile::tempdir().unwrap();
     let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
     let foreign = |events: &mut tokio::sync::mpsc::UnboundedReceiver<Event>| match events.try_recv() {
@@ -460,11 +463,11 @@ fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
         _ => None,
     };
     let (_, mut events) = attach(&mut engine);
-    assert_eq!(foreign(&mut events), None, "nothing to tell");
+    assert_eq!(foreign(&mut events), None, "nothing to report");
     engine.handle(Command::ForeignProxy(true));
     assert_eq!(foreign(&mut events), Some(true));
     let (_, mut events) = attach(&mut engine);
-    assert_eq!(foreign(&mut events), Some(true), "a new session knows nothing");
+    assert_eq!(foreign(&mut events), Some(true), "a new session has no earlier report");
     engine.handle(Command::ForeignProxy(false));
     assert_eq!(foreign(&mut events), Some(false));
     let (_, mut events) = attach(&mut engine);
@@ -472,23 +475,23 @@ fn rules_of_kube_proxy_are_told_at_once_and_to_every_new_session() {
 }
 
 #[test]
-fn questions_about_the_view_are_answered() {
+fn queries_about_the_view_answered() {
     let directory = tempfile::tempdir().unwrap();
     let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
     play(&mut engine, Fleet::new(5, 2).snapshot());
     let counts = ask(&mut engine, "counts").unwrap();
     assert_eq!((&counts["services"], &counts["endpoints"]), (&5.into(), &10.into()));
     assert_eq!(ask(&mut engine, "stamp").unwrap()["generation"], 1);
-    assert!(ask(&mut engine, "rules").is_err(), "nobody reads this kernel");
+    assert!(ask(&mut engine, "rules").is_err(), "this kernel has no reader");
 }
 
 #[test]
-fn testing_fixture_and_state_agree() {
+fn fixture_and_state_agree() {
     assert_eq!(testing::state(3, 2).digest(), Fleet::new(3, 2).digest);
 }
 
 #[test]
-fn the_way_to_controllers_is_cleared_while_a_view_is_held() {
+fn frontends_at_controllers_removed_during_a_hold() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(2, 2);
@@ -498,11 +501,11 @@ fn the_way_to_controllers_is_cleared_while_a_view_is_held() {
     drop(first);
     let commits = kernel.lock().commits.len();
     let (mut second, _) = engine(&kernel, directory.path());
-    assert!(second.hold);
+    assert!(second.sync.is_held());
     let controller: SocketAddr = "192.0.2.9:9443".parse().unwrap();
     let (done, mut attempted) = oneshot::channel();
     second.handle(Command::Controllers { addresses: vec![controller], done });
-    assert_eq!(attempted.try_recv(), Err(oneshot::error::TryRecvError::Closed), "the session goes on");
+    assert_eq!(attempted.try_recv(), Err(oneshot::error::TryRecvError::Closed), "the session continues");
     assert_eq!(kernel.lock().released, [controller]);
-    assert_eq!((second.hold, kernel.lock().commits.len()), (true, commits), "nothing else is written");
+    assert_eq!((second.sync.is_held(), kernel.lock().commits.len()), (true, commits), "no other write");
 }

@@ -38,8 +38,8 @@ pub struct TrialRecord {
 pub struct Moved {
     /// Other settings are in force: they must be committed.
     pub settings: bool,
-    /// The trial's standing changed in a way that is kept and reported.
-    pub standing: bool,
+    /// The trial's status changed in a way that is kept and reported.
+    pub status: bool,
 }
 
 /// What is in force, and the trial that decides about it.
@@ -112,7 +112,7 @@ impl Trials {
         self.in_force = Some(record.in_force.clone());
         self.current = Some(record);
         self.restart_rounds();
-        Moved { settings, standing: false }
+        Moved { settings, status: false }
     }
 
     fn restart_rounds(&mut self) {
@@ -122,11 +122,11 @@ impl Trials {
     /// The controller wants these settings.
     pub(super) fn desire(&mut self, desired: &Settings) -> Moved {
         let before = self.in_force.clone();
-        let standing = self.take(desired);
-        Moved { settings: self.in_force != before, standing }
+        let status = self.take(desired);
+        Moved { settings: self.in_force != before, status }
     }
 
-    /// Returns whether the standing changed.
+    /// Returns whether the status changed.
     fn take(&mut self, desired: &Settings) -> bool {
         if desired.trial.is_none() {
             self.in_force = Some(bare(desired));
@@ -149,11 +149,11 @@ impl Trials {
             (_, in_force) => in_force,
         };
         self.restart_rounds();
-        let standing = self.current.take().is_some();
+        let status = self.current.take().is_some();
         let Some(in_force) = in_force.filter(|in_force| !same(in_force, desired)) else {
             // Nothing to compare with, or nothing to try.
             self.in_force = Some(bare(desired));
-            return standing;
+            return status;
         };
         self.remembered = None;
         let tried = with_own_fallback(desired, &in_force);
@@ -204,12 +204,12 @@ impl Trials {
                 current.phase = TrialPhase::Watching;
                 current.in_force = bare(&current.tried);
                 self.in_force = Some(current.in_force.clone());
-                Moved { settings: true, standing: true }
+                Moved { settings: true, status: true }
             }
             TrialPhase::Watching => self.watched(measured, now),
             TrialPhase::RolledBack => {
                 current.again = Some(measured);
-                Moved { settings: false, standing: true }
+                Moved { settings: false, status: true }
             }
             TrialPhase::Passed | TrialPhase::Unspecified => Moved::default(),
         }
@@ -225,15 +225,15 @@ impl Trials {
                 current.in_force = fallback;
             }
             self.in_force = Some(current.in_force.clone());
-            return Moved { settings: true, standing: true };
+            return Moved { settings: true, status: true };
         }
         let until = self.until.unwrap_or(now);
         if now >= until {
             current.phase = TrialPhase::Passed;
-            return Moved { settings: false, standing: true };
+            return Moved { settings: false, status: true };
         }
         self.next = Some((now + ROUND_INTERVAL).min(until));
-        Moved { settings: false, standing: first }
+        Moved { settings: false, status: first }
     }
 
     /// What is to be kept across a restart; `None`: nothing.
@@ -263,7 +263,7 @@ impl Trials {
         })
     }
 
-    /// The trial's standing, for the controller.
+    /// The status of the trial, for the controller.
     pub(super) fn status(&self) -> Option<TrialStatus> {
         let TrialRecord { tried, phase, before, after, again, .. } = self.last()?;
         Some(TrialStatus {

@@ -77,7 +77,7 @@ impl Bench {
     }
 
     fn note(&mut self, moved: Moved) {
-        if moved.standing || moved.settings {
+        if moved.status || moved.settings {
             self.log.push((self.in_force(), self.phase()));
         }
     }

@@ -199,7 +199,7 @@ impl State {
             let in_force = self.settings().cloned().unwrap_or_default();
             applied.changes.insert(0, KernelChange::Settings(in_force));
         }
-        applied.trial = moved.standing;
+        applied.trial = moved.status;
     }
 }
 

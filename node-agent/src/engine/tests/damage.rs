@@ -1,9 +1,9 @@
-//! What follows when rules were missing or wrong for a while.
+//! Consequences of rules that were missing or wrong for some time.
 
 use super::*;
 use crate::state::Measured;
 
-/// An engine that holds a fleet and has no pass over the conntrack table due, with its passes.
+/// Returns an engine that holds a fleet and needs no pass over the conntrack table, with its passes.
 fn settled(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, NotedPasses, Fleet) {
     let passes = NotedPasses::default();
     let (health, prober) = (Health::default(), testing::NotingProber::default());
@@ -19,20 +19,20 @@ fn settled(kernel: &MemoryKernel, directory: &std::path::Path) -> (Engine, Noted
 const BOTH: Option<Families> = Some(Families { ipv4: true, ipv6: true });
 
 #[test]
-fn flows_of_a_gap_are_looked_at_after_the_repair() {
+fn flows_reconciled_after_a_repair() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, passes, _) = settled(&kernel, directory.path());
     let drift = |engine: &mut Engine| {
-        engine.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
+        engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
         engine.wake();
     };
     drift(&mut engine);
-    assert_eq!(passes.end(&mut engine), None, "nothing was wrong");
+    assert_eq!(passes.end(&mut engine), None, "no difference");
     kernel.lock().differences = 1;
     drift(&mut engine);
     assert_eq!(passes.end(&mut engine), BOTH);
-    // A repair that fails ends in an adoption.
+    // A failed repair leads to a full comparison.
     kernel.lock().fail = Some(libc::EPERM);
     std::thread::sleep(Duration::from_millis(150));
     drift(&mut engine);
@@ -45,7 +45,7 @@ fn flows_of_a_gap_are_looked_at_after_the_repair() {
 }
 
 #[test]
-fn flows_are_looked_at_after_settings_and_addresses_change() {
+fn flows_reconciled_after_settings_and_addresses_change() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, passes, mut fleet) = settled(&kernel, directory.path());
@@ -62,7 +62,7 @@ fn flows_are_looked_at_after_settings_and_addresses_change() {
 }
 
 #[test]
-fn flows_are_looked_at_after_a_trial_is_rolled_back() {
+fn flows_reconciled_after_a_rollback() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (passes, prober) = (NotedPasses::default(), testing::NotingProber::default());
@@ -96,7 +96,7 @@ fn flows_are_looked_at_after_a_trial_is_rolled_back() {
 }
 
 #[test]
-fn damage_to_a_newer_kernel_is_repaired_from_the_file() {
+fn newer_kernel_repaired_from_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
@@ -104,11 +104,11 @@ fn damage_to_a_newer_kernel_is_repaired_from_the_file() {
     play(&mut first, fleet.add_endpoint(3, 5));
     drop(first);
     let (mut second, _) = engine(&kernel, directory.path());
-    assert!(second.hold);
+    assert!(second.sync.is_held());
     kernel.lock().frontends.clear();
-    second.handle(Command::Drift { cause: "changed", noticed: Instant::now() });
-    assert_eq!(kernel.lock().frontends.len(), 5, "flushed chains are filled again");
-    let (standing, _events) = attach(&mut second);
-    assert_eq!(standing.kernel.unwrap().generation, 1);
-    assert_eq!(standing.view.unwrap().generation, 1);
+    second.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
+    assert_eq!(kernel.lock().frontends.len(), 5, "flushed chains are restored");
+    let (status, _events) = attach(&mut second);
+    assert_eq!(status.kernel.unwrap().generation, 1);
+    assert_eq!(status.view.unwrap().generation, 1);
 }

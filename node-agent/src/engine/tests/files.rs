@@ -1,15 +1,15 @@
-//! The state directory: how old a view may be, and a disk that stalls.
+//! The state directory: maximum age of a view, stalled disks.
 
 use super::*;
 
-/// Makes the file of a view look as if no agent had confirmed it for so many hours.
+/// Dates the snapshot file back by some hours.
 fn age(directory: &std::path::Path, hours: u64) {
     let file = std::fs::File::open(directory.join("view.snapshot")).unwrap();
     file.set_modified(SystemTime::now() - Duration::from_secs(hours * 3600)).unwrap();
 }
 
 #[test]
-fn an_old_view_is_not_programmed_on_a_node_without_tables() {
+fn expired_view_not_programmed_without_tables() {
     let directory = tempfile::tempdir().unwrap();
     let mut fleet = Fleet::new(5, 2);
     drop(with_a_file(&MemoryKernel::default(), directory.path(), &fleet));
@@ -18,8 +18,8 @@ fn an_old_view_is_not_programmed_on_a_node_without_tables() {
     let (mut second, health) = engine(&rebooted, directory.path());
     assert!(rebooted.lock().stamp.is_none(), "nothing is programmed");
     assert!(!health.read().holds_view);
-    let (standing, mut events) = attach(&mut second);
-    assert!(standing.view.is_none(), "the controller sends everything");
+    let (status, mut events) = attach(&mut second);
+    assert!(status.view.is_none(), "the controller sends everything");
     fleet.generation += 1;
     play(&mut second, fleet.snapshot());
     assert_eq!(ack(&mut events).generation, 2);
@@ -27,7 +27,7 @@ fn an_old_view_is_not_programmed_on_a_node_without_tables() {
 }
 
 #[test]
-fn an_old_view_that_the_kernel_holds_stays_in_force() {
+fn expired_view_in_the_kernel_stays_in_force() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     drop(with_a_file(&kernel, directory.path(), &Fleet::new(5, 2)));
@@ -38,7 +38,7 @@ fn an_old_view_that_the_kernel_holds_stays_in_force() {
 }
 
 #[test]
-fn an_old_view_is_programmed_where_there_is_no_limit() {
+fn old_view_programmed_without_a_limit() {
     let directory = tempfile::tempdir().unwrap();
     drop(with_a_file(&MemoryKernel::default(), directory.path(), &Fleet::new(5, 2)));
     age(directory.path(), 10_000);
@@ -50,11 +50,11 @@ fn an_old_view_is_programmed_where_there_is_no_limit() {
 }
 
 #[test]
-fn a_view_that_does_not_change_keeps_its_file_young() {
+fn unchanged_view_confirmed() {
     let directory = tempfile::tempdir().unwrap();
     let mut engine = with_a_file(&MemoryKernel::default(), directory.path(), &Fleet::new(5, 2));
     age(directory.path(), 2);
-    let due = engine.snapshot_due().expect("the file is confirmed some day");
+    let due = engine.snapshot_due().expect("the file is confirmed eventually");
     assert!(due > Instant::now() + Duration::from_secs(60));
     engine.keep_snapshot();
     assert!(engine.parts.files.flush(Duration::from_secs(20)));
@@ -63,12 +63,12 @@ fn a_view_that_does_not_change_keeps_its_file_young() {
 }
 
 #[test]
-fn a_stalled_disk_does_not_keep_the_engine_from_committing() {
+fn stalled_disk_does_not_delay_commits() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
     let (mut engine, _) = engine(&kernel, directory.path());
     let (_, mut events) = attach(&mut engine);
-    // Opening a pipe waits for the other side, as a disk that does not answer.
+    // Opening a pipe blocks until the other side opens, like a disk that does not answer.
     let pipe = directory.path().join("view.new");
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let mut fleet = Fleet::new(5, 2);

@@ -1,4 +1,4 @@
-//! Trials of settings: what the kernel holds, what is told, and what a restart makes of it.
+//! Trials of settings: settings in the kernel, reports, restarts.
 
 use switchtower_proto::v1::{Settings, SettingsCause, TrialPhase};
 
@@ -36,7 +36,7 @@ impl Node {
         self.kernel.lock().settings.as_ref().unwrap().revision
     }
 
-    /// Answers the round that the engine asked for.
+    /// Answers the round that the engine started.
     fn round(&mut self, passes: bool) {
         let round = self.prober.take().expect("a round was started");
         let outcome = || match passes {
@@ -53,12 +53,12 @@ impl Node {
 
     fn report(&mut self) -> switchtower_proto::v1::TrialStatus {
         match self.events.try_recv() {
-            Ok(Event::Report(report)) => report.trial.expect("a trial's standing"),
-            other => panic!("a Report is due, this came: {other:?}"),
+            Ok(Event::Report(report)) => report.trial.expect("the trial's status"),
+            other => panic!("expected a Report, got {other:?}"),
         }
     }
 
-    /// An Ack of this generation, and what it says of settings.
+    /// Returns the settings deviation of the Ack of this generation.
     fn deviation(&mut self, generation: u64) -> Option<(u64, SettingsCause)> {
         let ack = ack(&mut self.events);
         assert_eq!(ack.generation, generation);
@@ -66,27 +66,27 @@ impl Node {
         Some((settings.revision, settings.cause()))
     }
 
-    /// Kills the agent and starts the next one; its file of the view is old, or current.
-    fn restart(&mut self, current: bool) -> Standing {
+    /// Kills the agent and starts the next one, with a current snapshot file or an old one.
+    fn restart(&mut self, current: bool) -> AgentStatus {
         if current {
             self.engine.write_last_snapshot();
         }
         let (engine, _, prober) = probing_engine(&self.kernel, self.directory.path());
         (self.engine, self.prober) = (engine, prober);
-        let (standing, events) = attach(&mut self.engine);
+        let (status, events) = attach(&mut self.engine);
         self.events = events;
-        standing
+        status
     }
 }
 
 #[test]
-fn good_settings_are_switched_to_without_a_generation() {
+fn good_settings_enter_into_force_without_a_generation() {
     let mut node = Node::new();
     node.begin();
     assert_eq!(node.report().phase(), TrialPhase::Before);
     assert_eq!(node.deviation(2), Some((0, SettingsCause::Trial)), "acknowledged with the old settings");
     assert_eq!(node.in_force(), 0);
-    // Nothing else waits for the trial.
+    // Other changes do not wait for the trial.
     let update = node.fleet.add_endpoint(3, 5);
     play(&mut node.engine, update);
     assert_eq!(node.deviation(3), Some((0, SettingsCause::Trial)));
@@ -99,14 +99,14 @@ fn good_settings_are_switched_to_without_a_generation() {
     assert_eq!((status.phase(), status.revision), (TrialPhase::Passed, 2));
     assert!(status.results[0].ok_before && status.results[0].ok_after);
     assert!(node.events.try_recv().is_err() && node.prober.take().is_none());
-    // Complete: no commit but the stamp's.
+    // The trial is complete: only the stamp is committed.
     let update = node.fleet.replace_settings(Settings { trial: None, ..settings_on_trial(0) });
     play(&mut node.engine, update);
     assert_eq!((node.deviation(4), node.in_force()), (None, 2));
 }
 
 #[test]
-fn bad_settings_are_left_without_a_controller() {
+fn bad_settings_rolled_back_without_a_controller() {
     let mut node = Node::new();
     node.begin();
     let (gone, events) = mpsc::unbounded_channel();
@@ -117,18 +117,18 @@ fn bad_settings_are_left_without_a_controller() {
     node.round(false);
     assert_eq!(node.in_force(), 0);
     node.round(true);
-    // The next controller learns it from Hello.
-    let (standing, events) = attach(&mut node.engine);
+    // Hello reports it to the next controller.
+    let (status, events) = attach(&mut node.engine);
     node.events = events;
-    let settings = standing.deviations.unwrap().settings.unwrap();
+    let settings = status.deviations.unwrap().settings.unwrap();
     assert_eq!((settings.profile.as_str(), settings.revision), ("builtin", 0));
     assert_eq!(settings.cause(), SettingsCause::RolledBack);
-    let status = standing.trial.unwrap();
-    assert_eq!((status.phase(), status.profile.as_str()), (TrialPhase::RolledBack, "default"));
-    let result = &status.results[0];
+    let trial = status.trial.unwrap();
+    assert_eq!((trial.phase(), trial.profile.as_str()), (TrialPhase::RolledBack, "default"));
+    let result = &trial.results[0];
     assert!(result.failed && result.ok_again, "{result:?}");
     assert_eq!(result.errno, libc::ECONNREFUSED);
-    // Endpoints change as ever.
+    // Endpoints keep changing.
     let update = node.fleet.add_endpoint(3, 5);
     play(&mut node.engine, update);
     assert_eq!(node.deviation(3), Some((0, SettingsCause::RolledBack)));
@@ -136,8 +136,8 @@ fn bad_settings_are_left_without_a_controller() {
 }
 
 #[test]
-fn killed_in_any_phase_the_next_agent_goes_on() {
-    // The file of the view is of before the trial, and then the controller sends the settings again; or current.
+fn trial_resumed_after_a_kill_in_any_phase() {
+    // The snapshot file predates the trial, so that the controller sends the settings again; or it is current.
     for current in [false, true] {
         for (rounds, in_force, phase) in [
             (&[][..], 0, TrialPhase::Before),
@@ -150,10 +150,10 @@ fn killed_in_any_phase_the_next_agent_goes_on() {
             node.begin();
             rounds.iter().for_each(|passes| node.round(*passes));
             let commits = node.kernel.lock().commits.len();
-            let standing = node.restart(current);
-            assert_eq!(node.kernel.lock().commits.len(), commits, "nothing is written");
+            let status = node.restart(current);
+            assert_eq!(node.kernel.lock().commits.len(), commits, "no write");
             if current {
-                assert_eq!(standing.trial.unwrap().phase(), phase);
+                assert_eq!(status.trial.unwrap().phase(), phase);
             } else {
                 let mut again = Fleet::new(5, 2);
                 play(&mut node.engine, again.replace_settings(settings_on_trial(0)));
@@ -177,20 +177,20 @@ fn killed_in_any_phase_the_next_agent_goes_on() {
 }
 
 #[test]
-fn a_trial_waits_for_the_kernel() {
+fn trial_waits_for_the_kernel() {
     let mut node = Node::new();
     node.kernel.lock().fail = Some(libc::EPERM);
     node.begin();
-    assert!(node.prober.take().is_none(), "nothing is measured that the kernel does not hold");
+    assert!(node.prober.take().is_none(), "no probe before the commit");
     node.kernel.lock().fail = None;
-    node.engine.retry = None;
+    node.engine.sync = SyncState::Queued;
     node.engine.wake();
     node.round(true);
     assert_eq!(node.in_force(), 2);
 }
 
 #[test]
-fn a_switch_that_the_kernel_refuses_is_told_and_tried_again() {
+fn refused_switch_reported_and_retried() {
     let mut node = Node::new();
     node.begin();
     assert_eq!(node.report().phase(), TrialPhase::Before);
@@ -200,11 +200,11 @@ fn a_switch_that_the_kernel_refuses_is_told_and_tried_again() {
     assert_eq!((node.in_force(), node.report().phase()), (0, TrialPhase::Watching));
     match node.events.try_recv() {
         Ok(Event::Nack(nack)) => assert_eq!((nack.generation, nack.errno), (2, libc::ENOMEM)),
-        other => panic!("a Nack is due, this came: {other:?}"),
+        other => panic!("expected a Nack, got {other:?}"),
     }
-    assert!(node.prober.take().is_none(), "nothing is watched that is not in force");
+    assert!(node.prober.take().is_none(), "no probe before the switch");
     node.kernel.lock().fail = None;
-    node.engine.retry = None;
+    node.engine.sync = SyncState::Queued;
     node.engine.wake();
     assert_eq!((node.deviation(2), node.in_force()), (None, 2));
     node.round(true);
