@@ -98,6 +98,16 @@ pub struct ServeArgs {
     /// overrides it.
     #[arg(long, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
+    /// Seconds without a renewal after which another controller takes over the Lease. Only the controller that holds the
+    /// Lease serves agents and writes objects; the others stand by with a synced cache.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_LEASE_SECONDS",
+        default_value_t = 10,
+        value_parser = clap::value_parser!(u8).range(3..=60),
+        value_name = "SECONDS"
+    )]
+    pub lease_seconds: u8,
     /// How logs are written.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

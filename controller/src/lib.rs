@@ -3,8 +3,8 @@
 //!
 //! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
-//! writes what they acknowledged, [`propagation`] knows how long it took, and [`status::absence`] why an agent
-//! is absent.
+//! writes what they acknowledged, [`propagation`] measures how long it took, and [`status::absence`] finds out why an
+//! agent is absent. Of several controllers only the holder of the [`lease`] serves and writes.
 
 pub mod admin;
 mod background;
@@ -17,6 +17,7 @@ pub mod events;
 #[cfg(test)]
 mod fake_api;
 pub mod ingest;
+pub mod lease;
 pub mod metrics;
 mod process;
 pub mod propagation;

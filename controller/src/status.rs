@@ -15,6 +15,7 @@ use crate::ingest::NodeIdentity;
 
 pub mod absence;
 mod assignments;
+pub mod backlog;
 mod local_detection;
 pub mod observation;
 mod requests;

@@ -38,6 +38,8 @@ pub const AUDIENCE: &str = "switchtower";
 const TOKEN_SECONDS: i64 = 24 * 3600;
 const CONTROLLER_PORT: u16 = 9443;
 
+mod controllers;
+
 /// Specification of one node of a fleet.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
@@ -75,6 +77,7 @@ pub struct Fleet {
     // Drop order: the agents and the controller end first, the control plane last.
     nodes: Vec<FleetNode>,
     controller: Mutex<Option<Process>>,
+    standby: Mutex<Option<Process>>,
     metrics: SocketAddr,
     admin: SocketAddr,
     environment: Environment,
@@ -113,6 +116,7 @@ impl Fleet {
         let fleet = Self {
             nodes,
             controller: Mutex::new(None),
+            standby: Mutex::new(None),
             metrics,
             admin,
             environment: Environment::default(),
@@ -210,20 +214,12 @@ impl Fleet {
         self.admin
     }
 
-    /// Starts the controller as its ServiceAccount and waits until it listens.
+    /// Starts the controller as its ServiceAccount.
     ///
-    /// # Errors It exits, or does not listen in time.
+    /// # Errors
+    /// The program does not start.
     pub fn start_controller(&self) -> Result<()> {
-        let kubeconfig = self.controller_kubeconfig()?;
-        let mut command = Command::new(programs::workspace("switchtower-controller")?);
-        command.arg("--kubeconfig").arg(kubeconfig);
-        command.arg("--listen").arg(self.controller_address().to_string());
-        command.arg("--metrics-listen").arg(self.metrics.to_string());
-        command.arg("--admin-listen").arg(self.admin.to_string());
-        command.args(["--namespace", NAMESPACE, "--replica", "controller-0"]);
-        let log = self.lab.directory().join("controller.log");
-        command.envs(lock(&self.environment).iter().cloned());
-        let process = Process::start("switchtower-controller", command, &log)?;
+        let process = self.controller_process(0, self.controller_address(), self.metrics, self.admin)?;
         *lock(&self.controller) = Some(process);
         Ok(())
     }

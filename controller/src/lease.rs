@@ -1,0 +1,251 @@
+//! The Lease that makes one controller active and all others wait.
+//!
+//! [`Candidate::acquire`] waits for the Lease, [`Holding`] renews it in the background, and [`Fence`] tells, without
+//! asking anybody, whether this process may still write. Expiry is judged by renewals that this process observed, on
+//! its own monotonic clock: wall clocks of replicas may differ by any amount.
+//!
+//! A holder that cannot renew stops writing before anybody else can take over, and keeps its agents: while the API
+//! server is away nobody can have taken over. It ends only when it sees that another controller holds the Lease.
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ObjectMeta, PostParams};
+use kube::{Api, Client};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::errors::Chain;
+
+mod election;
+mod fence;
+
+#[cfg(test)]
+mod tests;
+
+use election::{Election, Step};
+pub use fence::{Fence, Fenced};
+
+/// The Lease's name, in the controller's namespace.
+pub const LEASE: &str = "switchtower-controller";
+/// Renewals, and looks at somebody else's Lease, within one duration.
+const TURNS: u32 = 5;
+/// Between two looks of a controller that waits, at most.
+const POLL: Duration = Duration::from_secs(1);
+
+/// Another controller holds the Lease.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the Lease {LEASE} was lost to {holder}; this controller ends and waits for the Lease when it starts again"
+)]
+pub struct LeaseLost {
+    /// The other one's identity.
+    pub holder: String,
+}
+
+/// A controller that wants to become the active one.
+#[derive(Debug)]
+pub struct Candidate {
+    api: Api<Lease>,
+    identity: String,
+    duration: Duration,
+    election: Election,
+    fence: Fence,
+    /// The Lease as the API server answered last.
+    stored: Option<Lease>,
+}
+
+impl Candidate {
+    /// `client` must not be fenced. `replica` is for people; the identity is unique to this process, so that two
+    /// processes of the same name are never taken for one.
+    #[must_use]
+    pub fn new(client: Client, namespace: &str, replica: &str, duration: Duration, fence: Fence) -> Self {
+        let identity = format!("{replica}_{:016x}", rand::random::<u64>());
+        let election = Election::new(&identity);
+        Self { api: Api::namespaced(client, namespace), identity, duration, election, fence, stored: None }
+    }
+
+    fn interval(&self) -> Duration {
+        self.duration / TURNS
+    }
+
+    /// Waits until this process holds the Lease. The fence is open then.
+    pub async fn acquire(&mut self) {
+        let mut told: Option<String> = None;
+        loop {
+            match self.turn(true).await {
+                Ok(Turn::Held) => return,
+                Ok(Turn::Waiting(holder)) => {
+                    if told.as_ref() != Some(&holder) {
+                        tracing::info!(%holder, "another controller is active; waiting for its Lease");
+                        told = Some(holder);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "the Lease could not be acquired; retrying");
+                }
+            }
+            tokio::time::sleep(self.interval().min(POLL)).await;
+        }
+    }
+
+    /// Renews the Lease in the background until it is lost or released.
+    #[must_use]
+    pub fn hold(mut self) -> Holding {
+        let (release, released) = oneshot::channel();
+        let fence = self.fence.clone();
+        let task = tokio::spawn(async move {
+            let lost = tokio::select! {
+                lost = self.renew() => Some(lost),
+                _ = released => None,
+            };
+            self.fence.close();
+            if lost.is_none() {
+                self.give_up().await;
+            }
+            lost
+        });
+        Holding { fence, release: Some(release), task }
+    }
+
+    async fn renew(&mut self) -> LeaseLost {
+        let mut failed = false;
+        loop {
+            tokio::time::sleep(self.interval()).await;
+            match self.turn(false).await {
+                Ok(Turn::Held) => failed = false,
+                Ok(Turn::Waiting(holder)) => return LeaseLost { holder },
+                Err(error) => {
+                    if !std::mem::replace(&mut failed, true) {
+                        tracing::warn!(error = %Chain(&error), "the Lease could not be renewed; retrying. Agents stay connected, and nothing is written once it may have expired");
+                    }
+                }
+            }
+        }
+    }
+
+    /// One look at the Lease and what follows from it. A holder first tries to write over what it knows.
+    async fn turn(&mut self, standby: bool) -> Result<Turn, kube::Error> {
+        if !standby && let Some(known) = self.stored.clone() {
+            match self.write(Some(known)).await {
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+                Err(error) => return Err(error),
+                Ok(()) => return Ok(Turn::Held),
+            }
+        }
+        let stored = self.bounded(self.api.get_opt(LEASE)).await?;
+        let step = if standby {
+            self.election.standby(stored.as_ref(), Instant::now())
+        } else {
+            self.election.holder(stored.as_ref())
+        };
+        match step {
+            Step::Wait(holder) => return Ok(Turn::Waiting(holder)),
+            Step::Take => {}
+        }
+        match self.write(stored).await {
+            // Somebody was faster; the next turn sees who.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
+                if standby {
+                    Ok(Turn::Waiting("another controller".to_owned()))
+                } else {
+                    Err(kube::Error::Api(status))
+                }
+            }
+            Err(error) => Err(error),
+            Ok(()) => Ok(Turn::Held),
+        }
+    }
+
+    /// Creates or replaces the Lease. The fence stays open for less than others wait, counted from before the request.
+    async fn write(&mut self, stored: Option<Lease>) -> Result<(), kube::Error> {
+        let sent = Instant::now();
+        let lease = self.lease(stored.as_ref(), Timestamp::now());
+        let params = PostParams::default();
+        let written = match stored {
+            None => self.bounded(self.api.create(&params, &lease)).await?,
+            Some(_) => self.bounded(self.api.replace(LEASE, &params, &lease)).await?,
+        };
+        self.stored = Some(written);
+        self.fence.open_until(sent + self.duration.mul_f64(0.8));
+        Ok(())
+    }
+
+    /// A request may not take longer than until the next one is due.
+    async fn bounded<T>(
+        &self,
+        request: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, kube::Error> {
+        let patience = self.interval().max(POLL);
+        tokio::time::timeout(patience, request)
+            .await
+            .unwrap_or_else(|_| Err(kube::Error::Service("the API server does not answer in time".into())))
+    }
+
+    fn lease(&self, stored: Option<&Lease>, now: Timestamp) -> Lease {
+        let mut lease = stored.cloned().unwrap_or_else(|| Lease {
+            metadata: ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() },
+            spec: None,
+        });
+        let spec = lease.spec.get_or_insert_with(LeaseSpec::default);
+        if spec.holder_identity.as_ref() != Some(&self.identity) {
+            let before = spec.lease_transitions.unwrap_or(0);
+            spec.lease_transitions = Some(before.saturating_add(i32::from(stored.is_some())));
+            spec.acquire_time = Some(MicroTime(now));
+        }
+        spec.holder_identity = Some(self.identity.clone());
+        spec.lease_duration_seconds = i32::try_from(self.duration.as_secs()).ok();
+        spec.renew_time = Some(MicroTime(now));
+        lease
+    }
+
+    /// Lets others take over at once.
+    async fn give_up(&self) {
+        let Some(mut lease) = self.stored.clone() else { return };
+        if let Some(spec) = &mut lease.spec {
+            spec.holder_identity = Some(String::new());
+        }
+        match self.bounded(self.api.replace(LEASE, &PostParams::default(), &lease)).await {
+            Ok(_) => tracing::info!("Lease released"),
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "the Lease could not be released; it expires by itself");
+            }
+        }
+    }
+}
+
+enum Turn {
+    Held,
+    Waiting(String),
+}
+
+/// A Lease that this process holds.
+#[derive(Debug)]
+pub struct Holding {
+    fence: Fence,
+    release: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Option<LeaseLost>>,
+}
+
+impl Holding {
+    /// Waits until another controller holds the Lease. May be dropped and called again until it has returned.
+    pub async fn lost(&mut self) -> LeaseLost {
+        match (&mut self.task).await {
+            Ok(Some(lost)) => lost,
+            // Released, or a defect: either way this process does not hold it.
+            Ok(None) | Err(_) => LeaseLost { holder: "nobody".to_owned() },
+        }
+    }
+
+    /// Stops all writes of this process and releases the Lease.
+    pub async fn release(mut self) {
+        self.fence.close();
+        if let Some(release) = self.release.take() {
+            let _ = release.send(());
+            let _ = self.task.await;
+        }
+    }
+}

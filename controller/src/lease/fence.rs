@@ -1,0 +1,63 @@
+//! Refuses writes of a process that may not be the active controller any more.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use http::{Method, Request};
+use kube::client::Body;
+use tokio::time::Instant;
+use tower::filter::{FilterLayer, Predicate};
+
+use super::LEASE;
+
+/// A write was refused before it left the process.
+#[derive(Debug, thiserror::Error)]
+#[error("not sent: this controller does not hold the Lease {LEASE} at the moment")]
+pub struct Fenced;
+
+/// Open while this process certainly holds the Lease. Clones share the state.
+#[derive(Debug, Clone, Default)]
+pub struct Fence(Arc<RwLock<Open>>);
+
+#[derive(Debug, Clone, Copy, Default)]
+enum Open {
+    /// Not held yet.
+    #[default]
+    Not,
+    Until(Instant),
+    /// Given up or lost: whatever still comes does not open it again.
+    Never,
+}
+
+impl Fence {
+    /// Whether this process may write.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let open = *self.0.read().unwrap_or_else(PoisonError::into_inner);
+        matches!(open, Open::Until(end) if Instant::now() < end)
+    }
+
+    pub(super) fn open_until(&self, end: Instant) {
+        let mut open = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*open, Open::Never) {
+            *open = Open::Until(end);
+        }
+    }
+
+    pub(super) fn close(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Open::Never;
+    }
+
+    /// For the client of everything that only the active controller may write. Reads pass.
+    #[must_use]
+    pub fn layer(&self) -> FilterLayer<Self> {
+        FilterLayer::new(self.clone())
+    }
+}
+
+impl Predicate<Request<Body>> for Fence {
+    type Request = Request<Body>;
+
+    fn check(&mut self, request: Request<Body>) -> Result<Request<Body>, tower::BoxError> {
+        if request.method() == Method::GET || self.is_open() { Ok(request) } else { Err(Fenced.into()) }
+    }
+}

@@ -1,0 +1,68 @@
+//! Clients of the API server, and the certificate authority that is stored there.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::client::ClientBuilder;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+use super::RETRY;
+use crate::bootstrap::{self, BootstrapError, CaPem};
+use crate::cli::ServeArgs;
+use crate::errors::Chain;
+use crate::lease::Fence;
+use crate::serve::tls;
+
+/// Timeout of a request for the certificate authority.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Clients of the API server.
+pub(super) struct Clients {
+    /// For reads, reviews of tokens, and what any replica may write: the Lease, and the CA's Secret, which is created
+    /// once.
+    pub(super) unfenced: Client,
+    /// For what only the active controller may write.
+    pub(super) fenced: Client,
+}
+
+impl Clients {
+    pub(super) fn new(config: Config, fence: &Fence) -> anyhow::Result<Self> {
+        let context = "setting up the client of the API server";
+        let unfenced = Client::try_from(config.clone()).context(context)?;
+        let fenced = ClientBuilder::try_from(config).context(context)?.with_layer(&fence.layer()).build();
+        Ok(Self { unfenced, fenced })
+    }
+}
+
+pub(super) async fn config(args: &ServeArgs) -> anyhow::Result<Config> {
+    let Some(path) = &args.kubeconfig else {
+        return Config::infer().await.context(
+            "finding the API server: this process does not run in a Pod with a ServiceAccount, and there is no \
+             kubeconfig; name one with --kubeconfig",
+        );
+    };
+    let kubeconfig = Kubeconfig::read_from(path).with_context(|| format!("reading {}", path.display()))?;
+    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("using the current context of {}", path.display()))
+}
+
+/// Reads or creates the CA where the flags say. Retries while the API server is unreachable or permissions are missing.
+pub(super) async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Result<CaPem> {
+    if let Some(directory) = &args.tls_dir {
+        return Ok(bootstrap::ca_from_directory(directory, tls::generate_ca)?);
+    }
+    loop {
+        let read = bootstrap::ca_from_secret(client, &args.namespace, tls::generate_ca);
+        match tokio::time::timeout(TIMEOUT, read).await {
+            Ok(Ok(ca)) => return Ok(ca),
+            Ok(Err(error @ BootstrapError::Secret { .. })) => {
+                tracing::error!(error = %Chain(&error), "failed to load the CA; retrying");
+            }
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => tracing::error!("failed to load the CA: the API server does not answer; retrying"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}

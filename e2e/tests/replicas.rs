@@ -1,0 +1,127 @@
+//! Two controllers: one is active, the other waits for its Lease and takes over when it goes, whichever way.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+
+#[cfg(test)]
+mod common;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::ResourceExt as _;
+use serde_json::json;
+use switchtower_crds::ProxyStatus;
+use switchtower_e2e::probe::Transport;
+use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
+use switchtower_e2e::wait;
+
+use common::{Scene, alone, answered_by, cluster_ip};
+
+const TAKEN_OVER: Duration = Duration::from_secs(30);
+const AGREED: Duration = Duration::from_secs(60);
+
+/// The Lease names this controller.
+fn active(fleet: &Fleet, replica: &str) {
+    wait::until("the Lease changes hands", TAKEN_OVER, || {
+        let lease: Option<Lease> = fleet.kube().get(NAMESPACE, "switchtower-controller")?;
+        let holder = lease.and_then(|lease| lease.spec?.holder_identity).context("no holder")?;
+        ensure!(holder.starts_with(&format!("{replica}_")), "held by {holder:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// What kubelets do once the active controller has written the ConfigMap.
+fn spread_bootstrap(fleet: &Fleet, port: u16) {
+    let data = wait::until("the ConfigMap names the active controller", TAKEN_OVER, || {
+        let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
+        let data = map.and_then(|map| map.data).context("no ConfigMap")?;
+        let named = data.get("controllers").cloned().unwrap_or_default();
+        ensure!(named.trim().ends_with(&format!(":{port}")), "it names {named:?}");
+        Ok(data)
+    })
+    .unwrap();
+    for node in fleet.nodes() {
+        for (name, text) in &data {
+            std::fs::write(fleet.bootstrap_directory(node).join(name), text).unwrap();
+        }
+    }
+}
+
+/// Versions of everything that two controllers could write in turns.
+fn versions(fleet: &Fleet) -> Vec<Option<String>> {
+    let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap").unwrap();
+    let rows = fleet.nodes().iter().map(|node| {
+        let row: Option<ProxyStatus> = fleet.kube().get_cluster(&node.net.name).unwrap();
+        row.and_then(|row| row.resource_version())
+    });
+    rows.chain([map.and_then(|map| map.resource_version())]).collect()
+}
+
+/// Nobody writes while nothing changes.
+fn quiet(fleet: &Fleet) {
+    fleet.settled(AGREED).unwrap();
+    wait::until("rows and ConfigMap stay as they are for five seconds", AGREED, || {
+        let before = versions(fleet);
+        std::thread::sleep(Duration::from_secs(5));
+        ensure!(versions(fleet) == before);
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_standby_takes_over_whichever_way_the_active_one_goes() {
+    let _alone = alone();
+    let scene = Scene::new("replicas");
+    let fleet = scene.fleet;
+    let service = scene.service("web", &json!({}));
+    let to = cluster_ip(&service, false);
+    scene.endpoints("web", &["a1"]);
+    answered_by("at first", scene.pod("c2"), Transport::Tcp, to, &["a1"]);
+    active(fleet, "controller-0");
+    fleet.start_standby().unwrap();
+    wait::until("the second controller waits", TAKEN_OVER, || {
+        ensure!(fleet.standby_log().contains("another controller is active"), "{}", fleet.standby_log());
+        Ok(())
+    })
+    .unwrap();
+    quiet(fleet);
+    let takes_over = |how: &str, replica: &str, port: u16, pods: &[&str], act: &dyn Fn()| {
+        let began = Instant::now();
+        act();
+        scene.endpoints("web", pods);
+        active(fleet, replica);
+        let held = began.elapsed();
+        spread_bootstrap(fleet, port);
+        answered_by(how, scene.pod("c2"), Transport::Tcp, to, pods);
+        println!("{how}: Lease after {held:.1?}, endpoint in the kernel after {:.1?}", began.elapsed());
+        quiet(fleet);
+    };
+    takes_over("SIGKILL", "controller-1", 9453, &["b1"], &|| fleet.signal_controller(libc::SIGKILL));
+    fleet.start_controller().unwrap();
+    wait::until("the first controller waits", TAKEN_OVER, || {
+        let log = fleet.controller_log();
+        ensure!(log.contains("another controller is active"), "{log}");
+        Ok(())
+    })
+    .unwrap();
+    takes_over("SIGTERM", "controller-0", 9443, &["c1"], &|| fleet.signal_standby(libc::SIGTERM));
+    fleet.start_standby().unwrap();
+    wait::until("the second controller waits again", TAKEN_OVER, || {
+        ensure!(fleet.standby_log().contains("another controller is active"), "{}", fleet.standby_log());
+        Ok(())
+    })
+    .unwrap();
+    takes_over("SIGSTOP", "controller-1", 9453, &["a1", "b1"], &|| fleet.signal_controller(libc::SIGSTOP));
+    fleet.signal_controller(libc::SIGCONT);
+    wait::until("the controller that was stopped ends", TAKEN_OVER, || {
+        ensure!(fleet.check_controller().is_err());
+        Ok(())
+    })
+    .unwrap();
+    active(fleet, "controller-1");
+    quiet(fleet);
+}
