@@ -34,6 +34,8 @@ use crate::bootstrap::CaPem;
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::{Floors, Registry as _};
 
+mod refused;
+
 const USER: &str = "system:serviceaccount:switchtower-system:switchtower-node-agent";
 
 /// Accepts what the token's key says: user@node.
@@ -422,41 +424,6 @@ async fn a_kernel_ahead_of_its_agents_view_keeps_its_number() {
     lab.change(9);
     let (next, _) = agent.update().await;
     assert_eq!((next.from, next.to), (Some(last.to), last.to + 1));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn refused_updates_are_followed_by_what_helps() {
-    let limits = Limits { pause: Duration::from_millis(20), ..Limits::default() };
-    let lab = Lab::start(limits).await;
-    let (mut agent, first) = Agent::settled(&lab, "n1").await;
-    lab.change(1);
-    let (second, _) = agent.update().await;
-    agent.nack(&second, NackReason::DigestMismatch).await;
-    let (third, _) = agent.update().await;
-    assert_eq!((third.from, third.to > second.to), (None, true), "a snapshot under a new number");
-    agent.ack(&third).await;
-    lab.until("n1", |known| known.applied == third.to && known.failure.is_none()).await;
-    lab.change(2);
-    let (fourth, _) = agent.update().await;
-    agent.nack(&fourth, NackReason::Kernel).await;
-    lab.until("n1", |known| known.failure.is_some() && known.applied == third.to).await;
-    // The agent tries again by itself; what changes meanwhile waits for its late acknowledgement.
-    lab.change(3);
-    agent.ack(&fourth).await;
-    let (fifth, _) = agent.update().await;
-    assert_eq!((fifth.from, fifth.to > fourth.to), (Some(fourth.to), true));
-    agent.ack(&fifth).await;
-    lab.until("n1", |known| known.applied == fifth.to && known.failure.is_none()).await;
-    assert!(first.to < fifth.to);
-    // The switch to settings on trial is a commit without a generation: it may be refused, and taken later.
-    agent.nack(&fifth, NackReason::Kernel).await;
-    lab.until("n1", |known| known.applied == fifth.to && known.failure.is_some()).await;
-    lab.change(4);
-    let (sixth, _) = agent.update().await;
-    agent.ack(&fifth).await;
-    lab.until("n1", |known| known.failure.is_none()).await;
-    agent.ack(&sixth).await;
-    lab.until("n1", |known| known.applied == sixth.to).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
