@@ -1,5 +1,8 @@
 //! What is read from the API server, with the user's own rights.
 
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service, ServiceAccount};
@@ -207,12 +210,21 @@ impl Cluster {
         Ok((number(&version.major), number(&version.minor)))
     }
 
-    /// A running pod of the controller.
+    /// Returns a running pod of the controller. Of several it is the active one, whose address the agents are given: a
+    /// standby is ready too, and does not answer.
     pub(crate) async fn controller_pod(&self) -> Result<String, CliError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
         let of = ListParams::default().labels("app.kubernetes.io/name=switchtower-controller");
         let pods = api.list(&of).await.map_err(|error| explained("list the controller's pods", &error))?;
-        let Some(pod) = pods.items.iter().find(|pod| is_ready(pod)).or(pods.items.first()) else {
+        let active =
+            self.bootstrap().await?.and_then(|mut data| data.remove("controllers")).unwrap_or_default();
+        let is_active = |pod: &&Pod| {
+            let host = pod.status.as_ref().and_then(|status| status.host_ip.as_deref());
+            host.is_some_and(|host| names_host(&active, host))
+        };
+        let pods = &pods.items;
+        let ready = || pods.iter().filter(|pod| is_ready(pod));
+        let Some(pod) = ready().find(is_active).or_else(|| ready().next()).or(pods.first()) else {
             let message = format!(
                 "there is no pod of the controller in namespace {}; is Switchtower installed in another \
                  (--system-namespace)?",
@@ -233,16 +245,20 @@ impl Cluster {
 
     /// The CA of the controller's certificate.
     pub(crate) async fn controller_ca(&self) -> Result<String, CliError> {
-        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.system_namespace);
-        let map = api.get_opt(BOOTSTRAP).await;
-        let map = map.map_err(|error| explained(&format!("read ConfigMap {BOOTSTRAP}"), &error))?;
-        map.and_then(|map| map.data?.remove("ca.crt")).ok_or_else(|| {
+        self.bootstrap().await?.and_then(|mut data| data.remove("ca.crt")).ok_or_else(|| {
             let message = format!(
                 "there is no ConfigMap {BOOTSTRAP} in namespace {}, which the controller writes when it starts",
                 self.system_namespace
             );
             CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
         })
+    }
+
+    async fn bootstrap(&self) -> Result<Option<BTreeMap<String, String>>, CliError> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.system_namespace);
+        let map = api.get_opt(BOOTSTRAP).await;
+        let map = map.map_err(|error| explained(&format!("read ConfigMap {BOOTSTRAP}"), &error))?;
+        Ok(map.and_then(|map| map.data))
     }
 
     /// A token for the controller's admin API.
@@ -345,6 +361,15 @@ fn explained(what: &str, error: &kube::Error) -> CliError {
     }
 }
 
+/// Whether a list of `host:port`, one per line, names this address.
+fn names_host(controllers: &str, host: &str) -> bool {
+    let Ok(host) = host.parse::<IpAddr>() else { return false };
+    controllers
+        .lines()
+        .filter_map(|line| line.trim().parse::<SocketAddr>().ok())
+        .any(|named| named.ip() == host)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -393,5 +418,16 @@ mod tests {
         assert_eq!(nowhere.as_deref(), Some("Unschedulable: 0/3 nodes are available"));
         assert_eq!(why(json!({"phase": "Running", "containerStatuses": runs})), None);
         assert_eq!(why(json!({"phase": "Failed"})).as_deref(), Some("it is Failed"));
+    }
+
+    #[test]
+    fn active_controller_is_found_by_its_address() {
+        let controllers = "tower.example:9443\n192.0.2.1:9443\n[2001:db8::1]:9443\n";
+        assert!(names_host(controllers, "192.0.2.1") && names_host(controllers, "2001:db8:0::1"));
+        assert!(
+            !names_host(controllers, "192.0.2.11")
+                && !names_host(controllers, "")
+                && !names_host("", "192.0.2.1")
+        );
     }
 }

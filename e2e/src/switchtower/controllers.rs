@@ -50,7 +50,7 @@ impl Fleet {
         command.arg("--admin-listen").arg(admin.to_string());
         command.args(["--namespace", NAMESPACE, "--replica", &format!("controller-{number}")]);
         // After SIGKILL the next one waits for so long.
-        command.args(["--lease-seconds", "3"]);
+        command.args(["--lease-seconds", "5"]);
         let name = if number == 0 { "controller.log".to_owned() } else { format!("controller-{number}.log") };
         command.envs(lock(&self.environment).iter().cloned());
         Process::start("switchtower-controller", command, &self.lab.directory().join(name))
