@@ -18,6 +18,7 @@ use kube::{Api, Client};
 use serde_json::json;
 
 use crate::errors::Chain;
+use crate::peers::Peers;
 
 /// The Secret that holds the CA.
 pub const CA_SECRET: &str = "switchtower-ca";
@@ -262,16 +263,21 @@ fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Keeps the ConfigMap as it should be, for as long as the process runs. Agents that are already running know the
-/// controller; a missing ConfigMap only keeps new ones waiting.
-pub async fn keep(client: Client, namespace: String, bootstrap: Bootstrap) {
+/// Keeps the ConfigMap current for as long as the process runs. Running agents already know the controllers; only new
+/// agents wait for a missing ConfigMap.
+pub async fn keep(client: Client, namespace: String, ca_certificate: String, mut peers: Peers) {
     loop {
+        let bootstrap = Bootstrap { ca_certificate: ca_certificate.clone(), controllers: peers.next() };
         match tokio::time::timeout(TIMEOUT, bootstrap.publish(&client, &namespace)).await {
             Ok(Ok(())) => {
                 let controllers = &bootstrap.controllers;
                 tracing::info!(?controllers, %namespace, "wrote the ConfigMap switchtower-bootstrap");
-                bootstrap.is_lost(&client, &namespace).await;
-                tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; writing it again");
+                tokio::select! {
+                    () = bootstrap.is_lost(&client, &namespace) => {
+                        tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; writing it again");
+                    }
+                    () = peers.changed() => {}
+                }
             }
             Err(_) => {
                 tracing::warn!(%namespace, "writing the ConfigMap switchtower-bootstrap timed out; retrying");

@@ -19,6 +19,7 @@ mod fake_api;
 pub mod ingest;
 pub mod lease;
 pub mod metrics;
+pub mod peers;
 mod process;
 pub mod propagation;
 pub mod render;
@@ -29,4 +30,3 @@ pub mod status;
 pub mod traces;
 pub mod watch;
 
-use status::absence as agents;

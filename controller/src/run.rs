@@ -19,13 +19,13 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::admin::Admin;
 use crate::admin::auth::AdminAuthenticator;
-use crate::agents::Agents;
 use crate::background::Background;
-use crate::bootstrap::{self, Bootstrap, CaPem};
+use crate::bootstrap::{self, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine;
 use crate::lease::{Candidate, Fence, Holding};
 use crate::metrics::{self, Exemplars, Readiness};
+use crate::peers::Peers;
 use crate::process::{Signals, host_name, raise_descriptor_limit};
 use crate::render;
 use crate::serve::Server;
@@ -34,6 +34,7 @@ use crate::serve::fleet::Fleet;
 use crate::serve::keys::Keys;
 use crate::serve::session::Limits;
 use crate::serve::tls::{self, ServerTls};
+use crate::status::absence::Agents;
 use crate::traces::{Head as Sampled, Traces};
 
 mod api;
@@ -118,6 +119,7 @@ struct Replica {
     readiness: Readiness,
     telemetry: Telemetry,
     ca: CaPem,
+    peers: Peers,
 }
 
 async fn serve(args: ServeArgs, name: String, traces: Option<(Traces, Sampled)>) -> anyhow::Result<()> {
@@ -207,8 +209,9 @@ async fn start_replica(
     tasks.spawn("metrics", metrics.await?);
     let changes = startup::follow_changes(&telemetry.registry, exemplars, traces, tasks)?;
     let ca = api::certificate_authority(&clients.unfenced, &args).await?;
-    let replica = Replica { args, name, clients, agents, readiness, telemetry, ca };
-    let synced = startup::start_synced(&replica, changes, tasks).await?;
+    let (peers, sender) = Peers::new(args.advertise.clone());
+    let replica = Replica { args, name, clients, agents, readiness, telemetry, ca, peers };
+    let synced = startup::start_synced(&replica, changes, sender, tasks).await?;
     Ok((replica, synced))
 }
 
@@ -230,13 +233,10 @@ impl Replica {
     async fn become_active(&self, active: Active, writers: &mut Background) -> anyhow::Result<TcpListener> {
         let listener = listen::bind(self.args.listen, &self.agents).await?;
         active.start(writers).await;
-        let bootstrap = Bootstrap {
-            ca_certificate: self.ca.certificate.clone(),
-            controllers: self.args.advertise.clone(),
-        };
-        let client = self.clients.fenced.clone();
-        let namespace = self.args.namespace.clone();
-        writers.spawn("the bootstrap ConfigMap", bootstrap::keep(client, namespace, bootstrap));
+        let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
+        let certificate = self.ca.certificate.clone();
+        let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone());
+        writers.spawn("the bootstrap ConfigMap", keep);
         match listener {
             Some(listener) => Ok(listener),
             None => listen::bind_with_retry(self.args.listen, &self.agents).await,
@@ -251,7 +251,7 @@ impl Replica {
         let keys = Arc::new(Keys::new(client.clone(), &telemetry.registry)?);
         let authenticator =
             Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);
-        let limits = Limits { replica: name.clone(), peers: args.advertise.clone(), ..Limits::default() };
+        let limits = Limits { replica: name.clone(), peers: self.peers.clone(), ..Limits::default() };
         let tls = Arc::new(ServerTls::from_pointee(tls::server_config(ca)?));
         let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(ca)?));
         tasks.spawn("certificates", renew_certificates(tls.clone(), admin_tls.clone(), ca.clone()));

@@ -78,6 +78,8 @@ pub struct Fleet {
     nodes: Vec<FleetNode>,
     controller: Mutex<Option<Process>>,
     standby: Mutex<Option<Process>>,
+    standby_metrics: SocketAddr,
+    standby_admin: SocketAddr,
     metrics: SocketAddr,
     admin: SocketAddr,
     environment: Environment,
@@ -117,6 +119,8 @@ impl Fleet {
             nodes,
             controller: Mutex::new(None),
             standby: Mutex::new(None),
+            standby_metrics: free_address()?,
+            standby_admin: free_address()?,
             metrics,
             admin,
             environment: Environment::default(),
@@ -204,14 +208,14 @@ impl Fleet {
         (self.lab.root_address(), CONTROLLER_PORT).into()
     }
 
-    /// Address of the controller's metrics.
+    /// Address of the active controller's metrics.
     pub fn metrics_address(&self) -> SocketAddr {
-        self.metrics
+        if self.standby_is_active() { self.standby_metrics } else { self.metrics }
     }
 
-    /// Address of the controller's admin API.
+    /// Address of the active controller's admin API.
     pub fn admin_address(&self) -> SocketAddr {
-        self.admin
+        if self.standby_is_active() { self.standby_admin } else { self.admin }
     }
 
     /// Starts the controller as its ServiceAccount.
@@ -239,7 +243,7 @@ impl Fleet {
     /// # Errors It exits, or does not do so in time.
     pub fn controller_listens(&self, deadline: Duration) -> Result<()> {
         wait::until("the controller listens", deadline, || {
-            self.check_controller()?;
+            self.check_controllers()?;
             std::net::TcpStream::connect_timeout(&self.controller_address(), Duration::from_millis(200))
                 .context("connecting to the controller")
         })
@@ -251,6 +255,15 @@ impl Fleet {
     /// # Errors It has exited, or was never started.
     pub fn check_controller(&self) -> Result<()> {
         lock(&self.controller).as_ref().context("the controller is not started")?.check_running()
+    }
+
+    /// Checks that a controller runs, the first or the standby.
+    ///
+    /// # Errors
+    /// Neither runs.
+    pub fn check_controllers(&self) -> Result<()> {
+        let standby = lock(&self.standby).as_ref().is_some_and(|process| process.check_running().is_ok());
+        if standby { Ok(()) } else { self.check_controller() }
     }
 
     /// Everything the controller has logged.
@@ -417,7 +430,7 @@ impl Fleet {
     /// # Errors The controller does not write it, or a file cannot be written.
     pub fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
         let data = wait::until("the controller writes its ConfigMap", Duration::from_secs(20), || {
-            self.check_controller()?;
+            self.check_controllers()?;
             let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;
             map.context("the ConfigMap switchtower-bootstrap does not exist")?.data.context("it is empty")
         })?;

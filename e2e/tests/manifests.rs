@@ -69,7 +69,8 @@ fn the_sysctl_container_has_the_agents_image() {
 
 #[test]
 fn every_object_of_a_component_has_the_namespace() {
-    let components = ["alerts", "dashboards", "conntrack-sysctls", "prometheus-operator"];
+    let components =
+        ["alerts", "dashboards", "conntrack-sysctls", "high-availability", "prometheus-operator"];
     let objects = rendered(&overlay(&json!([]), &components));
     let cluster_wide = ["Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"];
     for object in &objects {
@@ -80,6 +81,8 @@ fn every_object_of_a_component_has_the_namespace() {
     }
     named(&objects, "ConfigMap", "switchtower-alert-rules");
     named(&objects, "ConfigMap", "switchtower-dashboards");
+    assert_eq!(named(&objects, "Deployment", "switchtower-controller")["spec"]["replicas"], 2);
+    named(&objects, "PodDisruptionBudget", "switchtower-controller");
     // Monitors find the Pods and a port that these have.
     for (name, kind) in [("switchtower-controller", "Deployment"), ("switchtower-node-agent", "DaemonSet")] {
         let monitor = named(&objects, "PodMonitor", name);

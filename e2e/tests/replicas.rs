@@ -1,9 +1,6 @@
-//! Two controllers: one is active, the other waits for its Lease and takes over when it goes, whichever way.
+//! Two controllers: one is active, the standby takes over its Lease when it is killed, stopped or terminated.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
-
-#[cfg(test)]
-mod common;
 
 use std::time::{Duration, Instant};
 
@@ -13,16 +10,15 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
 use serde_json::json;
 use switchtower_crds::ProxyStatus;
+use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::Transport;
+use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip};
 use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
-use switchtower_e2e::wait;
-
-use common::{Scene, alone, answered_by, cluster_ip};
 
 const TAKEN_OVER: Duration = Duration::from_secs(30);
 const AGREED: Duration = Duration::from_secs(60);
 
-/// The Lease names this controller.
+/// Waits until the Lease names this controller.
 fn active(fleet: &Fleet, replica: &str) {
     wait::until("the Lease changes hands", TAKEN_OVER, || {
         let lease: Option<Lease> = fleet.kube().get(NAMESPACE, "switchtower-controller")?;
@@ -33,7 +29,7 @@ fn active(fleet: &Fleet, replica: &str) {
     .unwrap();
 }
 
-/// What kubelets do once the active controller has written the ConfigMap.
+/// Delivers the ConfigMap of the active controller to the agents, as kubelets do.
 fn spread_bootstrap(fleet: &Fleet, port: u16) {
     let data = wait::until("the ConfigMap names the active controller", TAKEN_OVER, || {
         let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
@@ -50,7 +46,7 @@ fn spread_bootstrap(fleet: &Fleet, port: u16) {
     }
 }
 
-/// Versions of everything that two controllers could write in turns.
+/// Versions of all objects that two controllers could write in turns.
 fn versions(fleet: &Fleet) -> Vec<Option<String>> {
     let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap").unwrap();
     let rows = fleet.nodes().iter().map(|node| {
@@ -60,7 +56,7 @@ fn versions(fleet: &Fleet) -> Vec<Option<String>> {
     rows.chain([map.and_then(|map| map.resource_version())]).collect()
 }
 
-/// Nobody writes while nothing changes.
+/// Waits until neither controller writes.
 fn quiet(fleet: &Fleet) {
     fleet.settled(AGREED).unwrap();
     wait::until("rows and ConfigMap stay as they are for five seconds", AGREED, || {
@@ -73,7 +69,7 @@ fn quiet(fleet: &Fleet) {
 }
 
 #[test]
-fn a_standby_takes_over_whichever_way_the_active_one_goes() {
+fn standby_takes_over_after_kill_stop_and_termination() {
     let _alone = alone();
     let scene = Scene::new("replicas");
     let fleet = scene.fleet;
@@ -96,6 +92,8 @@ fn a_standby_takes_over_whichever_way_the_active_one_goes() {
         active(fleet, replica);
         let held = began.elapsed();
         spread_bootstrap(fleet, port);
+        // An agent notices a stopped controller by two unanswered pings, 20 s.
+        fleet.settled(AGREED).unwrap();
         answered_by(how, scene.pod("c2"), Transport::Tcp, to, pods);
         println!("{how}: Lease after {held:.1?}, endpoint in the kernel after {:.1?}", began.elapsed());
         quiet(fleet);

@@ -8,9 +8,9 @@ use tokio::net::TcpListener;
 
 use super::RETRY;
 use crate::admin::Admin;
-use crate::agents::{Agents, Obstacle};
 use crate::serve::metrics::ServeMetrics;
 use crate::serve::tls::ServerTls;
+use crate::status::absence::{Agents, Obstacle};
 
 /// Binds the address that agents connect to. `None`: another program uses it, possibly the previous controller; the
 /// rows report that until it is free.

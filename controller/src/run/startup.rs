@@ -18,7 +18,6 @@ use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, oneshot, watch as channel};
 
 use super::{RETRY, Replica};
-use crate::agents::{self, Agents};
 use crate::background::Background;
 use crate::builtin::{self, BuiltinError};
 use crate::cli::ServeArgs;
@@ -26,11 +25,13 @@ use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
 use crate::metrics::health::{Busy, Health};
 use crate::metrics::{self, Exemplars, Readiness};
+use crate::peers;
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::serve::behind::BehindCollector;
 use crate::serve::fleet::Fleet;
 use crate::serve::metrics::ServeMetrics;
+use crate::status::absence::{self, Agents};
 use crate::status::{Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterSettings, backlog};
 use crate::traces::{Head as Sampled, Traces};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
@@ -123,6 +124,7 @@ pub(super) struct Synced {
 pub(super) async fn start_synced(
     replica: &Replica,
     changes: Changes,
+    peers: channel::Sender<Vec<String>>,
     tasks: &mut Background,
 ) -> anyhow::Result<Synced> {
     let Replica { args, name, clients, agents, telemetry, .. } = replica;
@@ -152,14 +154,15 @@ pub(super) async fn start_synced(
     let metrics = RolloutMetrics::new(registry)?;
     let rollouts = Rollouts::new(client.clone(), name, fleet.clone(), assignments, metrics);
     let account = args.agent_service_account.clone();
-    let pods = agents::follow::run(
+    let pods = absence::follow::run(
         clients.unfenced.clone(),
         args.namespace.clone(),
         account,
         agents.clone(),
         upstream.restores(),
     );
-    let keep = builtin::keep(client, args.namespace.clone(), builtin);
+    let keep = builtin::keep(client.clone(), args.namespace.clone(), builtin);
+    let replicas = peers::follow(client, args.namespace.clone(), args.listen.port(), peers);
     let (rows, row_events) = mpsc::unbounded_channel();
     let (more, rollout_events) = mpsc::unbounded_channel();
     let (activate, activated) = oneshot::channel::<()>();
@@ -182,6 +185,7 @@ pub(super) async fn start_synced(
             ("Events", Box::pin(publisher)),
             ("the record of the built-in settings", Box::pin(keep)),
             ("the agents' Pods", Box::pin(pods)),
+            ("the controller's Pods", Box::pin(replicas)),
         ],
     };
 
@@ -221,7 +225,7 @@ impl Active {
         // Then the settings that they name, so that no node gets different ones for a moment.
         read_first("ProxyProfile and ProxyRollout", async || rollouts.load().await).await;
         tasks.spawn("rows", writer.run(loaded, row_events, self.upstream.restores()));
-        tasks.spawn("queries to agents", agents::ask::run(self.agents));
+        tasks.spawn("queries to agents", absence::ask::run(self.agents));
         tasks.spawn("rollouts", rollouts.run(rollout_events, self.upstream.restores()));
         let _ = activate.send(());
     }

@@ -22,6 +22,7 @@ use tonic::{Status, Streaming};
 use super::auth::Identity;
 use super::fleet::{Fleet, Signal};
 use super::questions::Asking;
+use crate::peers::Peers;
 
 mod bounded;
 mod hello;
@@ -41,8 +42,8 @@ const UNHEARD: Duration = Duration::from_secs(30);
 pub struct Limits {
     /// This replica's name, for agents.
     pub replica: String,
-    /// host:port of all replicas, for agents.
-    pub peers: Vec<String>,
+    /// Addresses of all replicas, for agents.
+    pub peers: Peers,
     /// Most streams.
     pub streams: usize,
     /// New streams per second, on average.
@@ -67,7 +68,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             replica: "controller".to_owned(),
-            peers: Vec::new(),
+            peers: Peers::new(Vec::new()).0,
             streams: 20_000,
             streams_per_second: 1_000.0,
             stream_burst: 2_000.0,
@@ -253,7 +254,7 @@ impl Session {
             version: hello::VERSION,
             session: number,
             controller: self.limits.replica.clone(),
-            peers: self.limits.peers.clone(),
+            peers: self.limits.peers.current(),
             resumed: self.cursor.is_some(),
         };
         self.send(ToAgent::Welcome(welcome)).await?;

@@ -1,19 +1,24 @@
-//! The processes of controllers: one, or two of which one waits.
+//! The processes of controllers: one, and optionally a standby.
 
 use super::*;
 
 const STANDBY_PORT: u16 = 9453;
 
 impl Fleet {
-    /// Starts a second controller beside the first, on a port of its own.
+    /// Starts a second controller on a port of its own.
     ///
     /// # Errors
     /// The program does not start.
     pub fn start_standby(&self) -> Result<()> {
         let listen = (self.lab.root_address(), STANDBY_PORT).into();
-        let process = self.controller_process(1, listen, free_address()?, free_address()?)?;
+        let process = self.controller_process(1, listen, self.standby_metrics, self.standby_admin)?;
         *lock(&self.standby) = Some(process);
         Ok(())
+    }
+
+    /// A standby keeps its admin API closed.
+    pub(super) fn standby_is_active(&self) -> bool {
+        lock(&self.standby).is_some() && std::net::TcpStream::connect(self.standby_admin).is_ok()
     }
 
     /// Sends a signal to the second controller.

@@ -31,7 +31,7 @@ impl Fleet {
         let mut barrier = None;
         let mut passed = false;
         wait::until("every node's row and kernel agree", deadline, || {
-            self.check_controller()?;
+            self.check_controllers()?;
             if !passed {
                 let barrier = match &mut barrier {
                     Some(barrier) => barrier,
