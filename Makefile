@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one script under hack/, which installs what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test alerts audit bench kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
+.PHONY: help demo test alerts audit bench fleet kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -19,6 +19,9 @@ audit: ## licences, bans and sources of all dependencies
 
 bench: ## first figures beside the real kube-proxy (minutes)
 	@hack/bench.sh
+
+fleet: ## the controller's cost with thousands of hollow agents (NODES=100,500,1000)
+	@hack/fleet.sh $(if $(NODES),--nodes $(NODES))
 
 kernels: ## the agent's rules and packets on Debian's kernels 6.1 and 6.12, emulated (half an hour)
 	@hack/kernels.sh

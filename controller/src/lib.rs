@@ -29,4 +29,3 @@ pub mod serve;
 pub mod status;
 pub mod traces;
 pub mod watch;
-

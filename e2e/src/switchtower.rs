@@ -429,13 +429,21 @@ impl Fleet {
     ///
     /// # Errors The controller does not write it, or a file cannot be written.
     pub fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
+        let directory = node.directory.join("bootstrap");
+        fs::create_dir_all(&directory)?;
+        self.write_bootstrap_to(&directory)
+    }
+
+    /// The same, to a directory.
+    ///
+    /// # Errors
+    /// As [`Fleet::write_bootstrap`].
+    pub fn write_bootstrap_to(&self, directory: &std::path::Path) -> Result<()> {
         let data = wait::until("the controller writes its ConfigMap", Duration::from_secs(20), || {
             self.check_controllers()?;
             let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;
             map.context("the ConfigMap switchtower-bootstrap does not exist")?.data.context("it is empty")
         })?;
-        let directory = node.directory.join("bootstrap");
-        fs::create_dir_all(&directory)?;
         for (name, text) in data {
             fs::write(directory.join(name), text)?;
         }

@@ -1,0 +1,62 @@
+//! `make fleet`: the controller's cost and the propagation of changes with thousands of hollow agents.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use switchtower_e2e::fleet::{Plan, run, table};
+
+/// Measures the real controller with hollow agents: real clients, tokens and views, no kernel.
+#[derive(Parser)]
+struct Arguments {
+    /// Agents; several sizes are measured one after the other, each on a control plane of its own.
+    #[arg(long, value_delimiter = ',', default_value = "100,500,1000")]
+    nodes: Vec<usize>,
+    /// Services, each with three endpoints.
+    #[arg(long, default_value_t = 1_000)]
+    services: usize,
+    /// Single endpoint changes, each awaited on all nodes.
+    #[arg(long, default_value_t = 20)]
+    changes: usize,
+    /// Endpoint changes per second, one phase for each rate.
+    #[arg(long, value_delimiter = ',', default_value = "10,100")]
+    rates: Vec<u32>,
+    /// Length of each of these phases and of the idle phase, in seconds.
+    #[arg(long, default_value_t = 30)]
+    seconds: u64,
+    /// Further changes over which the controller's memory is sampled.
+    #[arg(long, default_value_t = 0)]
+    memory_changes: usize,
+    /// Leaves out the restart of the controller.
+    #[arg(long)]
+    no_restart: bool,
+    /// Writes the figures to a file as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[allow(clippy::print_stdout, clippy::print_stderr, reason = "the program prints what it measured")]
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let mut all = Vec::new();
+    for &nodes in &arguments.nodes {
+        let plan = Plan {
+            nodes,
+            services: arguments.services,
+            idle: Duration::from_secs(arguments.seconds),
+            changes: arguments.changes,
+            rates: arguments.rates.clone(),
+            rate_for: Duration::from_secs(arguments.seconds),
+            memory_changes: arguments.memory_changes,
+            restart: !arguments.no_restart,
+        };
+        all.push(run(&plan, &|what| eprintln!("==> {what}"))?);
+        // After each size: a later one may fail.
+        if let Some(path) = &arguments.json {
+            std::fs::write(path, serde_json::to_vec_pretty(&all)?)?;
+        }
+        eprintln!("{}", table(&all[all.len() - 1..]));
+    }
+    println!("{}", table(&all));
+    Ok(())
+}

@@ -1,0 +1,273 @@
+//! Hollow agents: the node agent's session and state, and no kernel.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use prometheus::Registry;
+use switchtower_node_agent::controller::bootstrap::Controllers;
+use switchtower_node_agent::controller::link::Contact;
+use switchtower_node_agent::controller::session::{self, Identity};
+use switchtower_node_agent::engine::{AgentStatus, Command, Event};
+use switchtower_node_agent::metrics::Metrics;
+use switchtower_node_agent::state::{Refusal, State};
+use switchtower_node_agent::storage::files::StateFiles;
+use switchtower_proto::v1::{Ack, ApplyTimings, Nack, Stamp, View};
+use tokio::sync::{mpsc, watch};
+
+use super::cluster;
+
+/// An update that an agent applied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Applied {
+    /// The time when it was applied.
+    pub(super) at: Instant,
+    /// The resource version of EndpointSlices that the view reflects.
+    pub(super) slices: u64,
+}
+
+/// What one hollow agent did, as the measurement reads it.
+#[derive(Debug, Default)]
+pub(super) struct Hollow {
+    generation: AtomicU64,
+    slices: AtomicU64,
+    streams: AtomicU64,
+    snapshots: AtomicU64,
+    recording: AtomicBool,
+    applied: Mutex<Vec<Applied>>,
+}
+
+impl Hollow {
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn slices(&self) -> u64 {
+        self.slices.load(Ordering::Acquire)
+    }
+
+    fn log(&self) -> MutexGuard<'_, Vec<Applied>> {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, state: &State) {
+        let slices = state.source().map_or(0, |source| source.endpoint_slices);
+        if self.recording.load(Ordering::Acquire) {
+            self.log().push(Applied { at: Instant::now(), slices });
+        }
+        self.slices.store(slices, Ordering::Release);
+        self.generation.store(state.generation(), Ordering::Release);
+    }
+}
+
+/// Streams and snapshots of an agent so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Returns {
+    streams: u64,
+    snapshots: u64,
+}
+
+/// All hollow agents. They end when this is dropped.
+pub(super) struct Agents {
+    agents: Vec<Arc<Hollow>>,
+    _stop: watch::Sender<bool>,
+}
+
+impl Agents {
+    /// Starts one agent for each token; `directory` has the controller's CA and address.
+    pub(super) fn start(
+        runtime: &tokio::runtime::Runtime,
+        tokens: &[String],
+        directory: &Path,
+    ) -> Result<Self> {
+        let (stop, stopped) = watch::channel(false);
+        let metrics = Metrics::register(&Registry::new())?;
+        let files = StateFiles::start()?;
+        let mut agents = Vec::new();
+        for (number, token) in tokens.iter().enumerate() {
+            let token_file = directory.join(format!("token-{number}"));
+            std::fs::write(&token_file, token)
+                .with_context(|| format!("writing {}", token_file.display()))?;
+            let controllers =
+                Controllers::new(Vec::new(), Some(directory.to_owned()), None, token_file, None);
+            let identity = Identity {
+                node_name: cluster::node_name(number),
+                kernel_version: "hollow".to_owned(),
+                files: files.clone(),
+            };
+            let (commands, inbox) = mpsc::channel(16);
+            let hollow = Arc::new(Hollow::default());
+            agents.push(hollow.clone());
+            runtime.spawn(answer(inbox, hollow));
+            let (metrics, contact) = (metrics.clone(), Contact::default());
+            runtime.spawn(session::run(controllers, identity, commands, metrics, contact, stopped.clone()));
+        }
+        Ok(Self { agents, _stop: stop })
+    }
+
+    /// Waits until `done` is true of all agents; returns the time when it was.
+    pub(super) fn wait(
+        &self,
+        what: &str,
+        patience: Duration,
+        done: impl Fn(&Hollow) -> bool,
+    ) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        // Agents that are done are not looked at again.
+        let mut next = 0;
+        loop {
+            while self.agents.get(next).is_some_and(|agent| done(agent)) {
+                next += 1;
+            }
+            let now = Instant::now();
+            if next == self.agents.len() {
+                return Ok(now);
+            }
+            if now > deadline {
+                let done = self.agents.iter().filter(|agent| done(agent)).count();
+                bail!("{what}: {done} of {} agents after {patience:?}", self.agents.len());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Starts to log updates.
+    pub(super) fn record(&self) {
+        for agent in &self.agents {
+            agent.log().clear();
+            agent.recording.store(true, Ordering::Release);
+        }
+    }
+
+    /// Stops to log updates and returns them by agent.
+    pub(super) fn take(&self) -> Vec<Vec<Applied>> {
+        let take = |agent: &Arc<Hollow>| {
+            agent.recording.store(false, Ordering::Release);
+            std::mem::take(&mut *agent.log())
+        };
+        self.agents.iter().map(take).collect()
+    }
+
+    /// Where each agent stands before a restart of the controller.
+    pub(super) fn returns(&self) -> Vec<Returns> {
+        let returns = |agent: &Arc<Hollow>| Returns {
+            streams: agent.streams.load(Ordering::Acquire),
+            snapshots: agent.snapshots.load(Ordering::Acquire),
+        };
+        self.agents.iter().map(returns).collect()
+    }
+
+    /// Waits until every agent had a new stream.
+    pub(super) fn wait_for_return(&self, before: &[Returns], patience: Duration) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        while self.returned_since(before).0 < self.agents.len() {
+            anyhow::ensure!(Instant::now() < deadline, "not all agents returned within {patience:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Instant::now())
+    }
+
+    /// Agents that have had a new stream since `before`, and those of them that needed no snapshot.
+    pub(super) fn returned_since(&self, before: &[Returns]) -> (usize, usize) {
+        let returned = self.returns().into_iter().zip(before);
+        let returned: Vec<_> = returned.filter(|(now, then)| now.streams > then.streams).collect();
+        let resumed = returned.iter().filter(|(now, then)| now.snapshots == then.snapshots).count();
+        (returned.len(), resumed)
+    }
+}
+
+/// The engine of an agent without a kernel: takes updates into the state and acknowledges what it holds.
+async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
+    let mut state = State::new();
+    let mut events: Option<mpsc::UnboundedSender<Event>> = None;
+    let mut skipping = false;
+    while let Some(command) = inbox.recv().await {
+        let event = match command {
+            Command::Attach { events: sender, status: reply } => {
+                state.abandon();
+                skipping = false;
+                events = Some(sender);
+                // Fails only if the session has ended.
+                let _ = reply.send(status(&state));
+                None
+            }
+            Command::Resumed => {
+                hollow.streams.fetch_add(1, Ordering::AcqRel);
+                None
+            }
+            Command::Begin(update) => {
+                skipping = false;
+                if update.from.is_none() {
+                    hollow.streams.fetch_add(1, Ordering::AcqRel);
+                    hollow.snapshots.fetch_add(1, Ordering::AcqRel);
+                }
+                state.begin(&update).err().map(|refusal| (update.to, refusal))
+            }
+            Command::Part(_) | Command::End(_) if skipping => None,
+            Command::Part(part) => {
+                let to = state.receiving().unwrap_or(state.generation());
+                state.part(&part).err().map(|refusal| (to, refusal))
+            }
+            Command::End(end) => match state.end(&end) {
+                Ok(applied) => {
+                    hollow.note(&state);
+                    send(&events, Event::Ack(ack(&state, applied.changes.len())));
+                    None
+                }
+                Err(refusal) => Some((end.to, refusal)),
+            },
+            Command::Ask { answer, .. } => {
+                let _ = answer.send(Err("a hollow agent has no kernel".to_owned()));
+                None
+            }
+            // Dropping `done` says that nothing is in the way of the connection.
+            _ => None,
+        };
+        if let Some((generation, Refusal { reason, detail })) = event {
+            skipping = true;
+            let kept = state.generation();
+            let reason = reason as i32;
+            send(&events, Event::Nack(Nack { session: 0, generation, reason, errno: 0, detail, kept }));
+        }
+    }
+}
+
+fn send(events: &Option<mpsc::UnboundedSender<Event>>, event: Event) {
+    if let Some(events) = events {
+        // Fails only if the session has ended; the next one reports its status.
+        let _ = events.send(event);
+    }
+}
+
+fn status(state: &State) -> AgentStatus {
+    if !state.is_loaded() {
+        return AgentStatus::default();
+    }
+    let digest = state.digest().to_bytes().to_vec();
+    let generation = state.generation();
+    let (resume, source) = (state.resume().cloned(), state.source().copied());
+    AgentStatus {
+        kernel: Some(Stamp { generation, digest: digest.clone() }),
+        view: Some(View { digest, generation, resume, source }),
+        ..AgentStatus::default()
+    }
+}
+
+fn ack(state: &State, operations: usize) -> Ack {
+    let counts = state.counts();
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    Ack {
+        session: 0,
+        generation: state.generation(),
+        digest: state.digest().to_bytes().to_vec(),
+        deviations: None,
+        timings: Some(ApplyTimings {
+            operations: count(operations),
+            services: count(counts.services),
+            endpoints: count(counts.endpoints),
+            ..ApplyTimings::default()
+        }),
+    }
+}
