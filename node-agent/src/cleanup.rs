@@ -1,4 +1,4 @@
-//! Takes the agent's traces off a node: its nftables tables and its state files, nothing else.
+//! Removes the agent's nftables tables and state files from a node, nothing else.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -10,22 +10,22 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
 use crate::storage::trial_file::TrialFile;
 
-/// Removes tables and state files, or says what would be removed. What this agent did not make stays: other tables,
-/// connection tracking entries, kernel settings, foreign files in the directory.
+/// Removes tables and state files, or lists them with `dry_run`. Keeps everything else: other tables, conntrack entries,
+/// sysctls, foreign files in the directory.
 ///
 /// # Errors
 /// An agent is running, or something cannot be removed.
 pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    // A running agent would have its tables back within milliseconds.
+    // A running agent would restore its tables within milliseconds.
     let lock = if state.exists() && !dry_run {
         match StateLock::take(state) {
             Ok(lock) => Some(lock),
             Err(error @ LockError::Held { .. }) => {
                 return Err(anyhow::Error::new(error).context("stop the node agent before the cleanup"));
             }
-            // Without a lock there can still be tables to remove; the files fail below, with their own error.
+            // Without a lock there may still be tables to remove; files that cannot be removed cause an error below.
             Err(error @ LockError::Io { .. }) => {
-                tracing::warn!(%error, "whether an agent is running is not known");
+                tracing::warn!(%error, "cannot determine whether an agent is running");
                 None
             }
         }
@@ -46,7 +46,7 @@ fn tables(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
         writeln!(out, "{} table {family} {name}: {chains} chains, {elements} elements", verb(dry_run))?;
     }
     if !dry_run && !crate::kernel::nft::cleanup().context("remove our nftables tables")? {
-        writeln!(out, "there are no tables of ours in this network namespace")?;
+        writeln!(out, "this network namespace has no table {}", crate::kernel::nft::TABLE)?;
     }
     Ok(())
 }
@@ -72,14 +72,14 @@ fn state_files(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Resu
         return Ok(());
     }
     match std::fs::remove_dir(state) {
-        // In a pod it is a mount; and somebody may keep something else in it.
+        // In a pod it is a mount; and it may contain foreign files.
         Err(error)
             if !matches!(
                 error.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy
             ) =>
         {
-            tracing::warn!(directory = %state.display(), %error, "the state directory is empty and stays");
+            tracing::warn!(directory = %state.display(), %error, "cannot remove the empty state directory");
         }
         _ => {}
     }
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_agents_own_files_go() {
+    fn only_own_files_removed() {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         std::fs::create_dir(&state).unwrap();

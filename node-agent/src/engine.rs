@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::controller::backoff::full_jitter;
 use crate::health::{Health, HealthTargets};
 use crate::kernel::change::KernelChange;
+use crate::kernel::conntrack::FlowTable;
 use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Stamp};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
@@ -39,7 +40,6 @@ use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
 
 pub use drift::DriftCause;
-pub use flows::{Families, FlowReport, FlowTable, UdpFlow};
 pub use messages::{AgentStatus, Command, Event};
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 
@@ -82,7 +82,7 @@ pub struct Parts {
     /// Record of the running trial across restarts, if there is a state directory.
     pub trial: Option<TrialFile>,
     /// Answers queries about the kernel in the background.
-    pub questions: crate::kernel::inspector::Questions,
+    pub questions: crate::kernel::inspector::Inspector,
     /// Exporter of spans for updates and repairs.
     pub traces: Traces,
 }

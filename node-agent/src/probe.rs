@@ -1,6 +1,6 @@
-//! Runs the probes of a trial: TCP connections from the node's own network through the data plane.
+//! Probes of a trial: TCP connections from the node's own network through the data plane.
 //!
-//! Which probes run, when, and what follows from the results is decided in [`crate::state`]; here are sockets.
+//! [`crate::state`] decides which probes run, when, and what their results mean; this module has the sockets.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -12,36 +12,46 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::engine::Command;
 use crate::state::{Measured, Outcome, Round, Seen, Target};
 
-/// Attempts of one connection before it counts as failed, and the pause between them: a node under load, or an
-/// endpoint that goes at this moment, is not what a trial looks for.
+/// Attempts of one connection before it counts as failed: a trial must not fail because a node is under load or an
+/// endpoint is being removed.
 const ATTEMPTS: usize = 3;
-const PAUSE: Duration = Duration::from_millis(250);
-/// Questions for the source in one round, because backends differ in what they see.
-const QUESTIONS: usize = 8;
+/// Delay between two attempts.
+const RETRY_DELAY: Duration = Duration::from_millis(250);
+/// Connections per round that compare the source, since backends may see different ones.
+const CONNECTIONS: usize = 8;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest answer that is read; its first line is 256 bytes at most.
+/// Maximum bytes of an answer that are read.
 const ANSWER: usize = 4096;
+/// Maximum length of the line that is used, in bytes.
 const LINE: usize = 256;
+
+/// Results of one round of probes.
+#[derive(Debug)]
+pub struct RoundResults {
+    /// Number of the [`Round`].
+    pub number: u64,
+    /// One result per target.
+    pub measured: Vec<Measured>,
+}
 
 /// Runs rounds of probes.
 pub trait Prober: Send {
-    /// Starts a round. Its results come to the engine as [`Command::Probed`].
+    /// Starts a round and returns at once; its [`RoundResults`] follow.
     fn start(&self, round: Round);
 }
 
-/// Probes by TCP, on the agent's runtime.
+/// Probes by TCP on the agent's runtime.
 #[derive(Debug)]
 pub struct TcpProber {
     runtime: tokio::runtime::Handle,
-    results: mpsc::Sender<Command>,
+    results: mpsc::Sender<RoundResults>,
 }
 
 impl TcpProber {
-    /// Results go to `results`.
-    pub fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<Command>) -> Self {
+    /// Creates a prober that sends its results to `results`.
+    pub fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<RoundResults>) -> Self {
         TcpProber { runtime, results }
     }
 }
@@ -51,8 +61,8 @@ impl Prober for TcpProber {
         let results = self.results.clone();
         self.runtime.spawn(async move {
             let measured = join_all(targets.iter().map(measure)).await;
-            // An engine that is gone needs no results.
-            let _ = results.send(Command::Probed { number, measured }).await;
+            // A receiver that has ended needs no results.
+            let _ = results.send(RoundResults { number, measured }).await;
         });
     }
 }
@@ -60,17 +70,17 @@ impl Prober for TcpProber {
 async fn measure(target: &Target) -> Measured {
     let Target { probe, address, absent } = target;
     let outcome = match (address, absent) {
-        (Some(address), None) => ask_all(probe, *address).await,
+        (Some(address), None) => probe_all(probe, *address).await,
         (_, absent) => Outcome::Absent { detail: absent.clone().unwrap_or_default() },
     };
     Measured { probe: probe.name.clone(), address: *address, outcome }
 }
 
-async fn ask_all(probe: &Probe, address: SocketAddr) -> Outcome {
-    let questions = if probe.compare_source { QUESTIONS } else { 1 };
+async fn probe_all(probe: &Probe, address: SocketAddr) -> Outcome {
+    let connections = if probe.compare_source { CONNECTIONS } else { 1 };
     let mut seen = Seen::new();
-    for _ in 0..questions {
-        match ask_patiently(probe, address).await {
+    for _ in 0..connections {
+        match probe_with_retries(probe, address).await {
             Ok(Some((backend, source))) => {
                 seen.entry(backend).or_default().insert(source);
             }
@@ -87,27 +97,27 @@ async fn ask_all(probe: &Probe, address: SocketAddr) -> Outcome {
     Outcome::Passed { seen }
 }
 
-async fn ask_patiently(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, IpAddr)>> {
-    let deadline = match probe.timeout_milliseconds {
+async fn probe_with_retries(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, IpAddr)>> {
+    let timeout = match probe.timeout_milliseconds {
         0 => DEFAULT_TIMEOUT,
         milliseconds => Duration::from_millis(u64::from(milliseconds)),
     };
     let mut attempt = 1;
     loop {
-        let result = tokio::time::timeout(deadline, ask(probe, address)).await.unwrap_or_else(|_| {
-            let text = format!("no answer within {} ms", deadline.as_millis());
+        let result = tokio::time::timeout(timeout, probe_once(probe, address)).await.unwrap_or_else(|_| {
+            let text = format!("no answer within {} ms", timeout.as_millis());
             Err(io::Error::new(io::ErrorKind::TimedOut, text))
         });
         if result.is_ok() || attempt == ATTEMPTS {
             return result;
         }
         attempt += 1;
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(RETRY_DELAY).await;
     }
 }
 
-/// One connection; with `compare_source` what the backend calls itself, and the source that it sees.
-async fn ask(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, IpAddr)>> {
+/// Makes one connection; with `compare_source` returns the backend's name and the source that it saw.
+async fn probe_once(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, IpAddr)>> {
     let mut stream = TcpStream::connect(address).await?;
     if !probe.compare_source {
         return Ok(None);
@@ -120,18 +130,18 @@ async fn ask(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, I
     let mut buffer = [0; 512];
     loop {
         if let Some(line) = answer_line(&answer, !probe.http_path.is_empty(), false) {
-            return understand(&line).map(Some);
+            return parse_line(&line).map(Some);
         }
         let length = stream.read(&mut buffer).await?;
         answer.extend_from_slice(&buffer[..length]);
         if length == 0 || answer.len() > ANSWER {
             let line = answer_line(&answer, !probe.http_path.is_empty(), true).unwrap_or_default();
-            return understand(&line).map(Some);
+            return parse_line(&line).map(Some);
         }
     }
 }
 
-/// The line that counts: the first, or with HTTP the first of the body. `None`: it is not whole yet.
+/// Returns the first line of the answer, or with HTTP that of the body; `None` while it is incomplete.
 fn answer_line(answer: &[u8], http: bool, ended: bool) -> Option<String> {
     let text = String::from_utf8_lossy(answer);
     let body = if http {
@@ -147,7 +157,8 @@ fn answer_line(answer: &[u8], http: bool, ended: bool) -> Option<String> {
     }
 }
 
-fn understand(line: &str) -> io::Result<(String, IpAddr)> {
+/// Splits a line into the backend's name and the source address that it saw.
+fn parse_line(line: &str) -> io::Result<(String, IpAddr)> {
     let line: String = line.chars().take(LINE).collect();
     let parsed = line.split_whitespace().enumerate().find_map(|(at, word)| {
         let with_port = word.parse::<SocketAddr>().map(|address| address.ip());
@@ -170,12 +181,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_of_both_kinds_are_understood() {
+    fn plain_and_http_answers_parsed() {
         let source: IpAddr = "10.1.2.3".parse().unwrap();
-        assert_eq!(understand("web-1 10.1.2.3").unwrap(), ("web-1".to_owned(), source));
-        assert_eq!(understand("10.1.2.3:4711\r").unwrap(), (String::new(), source));
-        assert_eq!(understand("[::ffff:10.1.2.3]:80 a b").unwrap(), ("a b".to_owned(), source));
-        assert!(understand("hello").is_err());
+        assert_eq!(parse_line("web-1 10.1.2.3").unwrap(), ("web-1".to_owned(), source));
+        assert_eq!(parse_line("10.1.2.3:4711\r").unwrap(), (String::new(), source));
+        assert_eq!(parse_line("[::ffff:10.1.2.3]:80 a b").unwrap(), ("a b".to_owned(), source));
+        assert!(parse_line("hello").is_err());
         let http = b"HTTP/1.0 200 OK\r\nX: 1\r\n\r\n10.1.2.3:80";
         assert_eq!(answer_line(http, true, false), None, "more may come");
         assert_eq!(answer_line(http, true, true), Some("10.1.2.3:80".to_owned()));
@@ -189,7 +200,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_are_measured() {
+    async fn connections_measured() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
@@ -203,7 +214,7 @@ mod tests {
         let unheard: SocketAddr = "127.0.0.1:1".parse().unwrap();
         match measure(&target(unheard, false)).await.outcome {
             Outcome::Failed { errno, .. } => assert_eq!(errno, libc::ECONNREFUSED),
-            other => panic!("nobody listens there: {other:?}"),
+            other => panic!("no process listens there: {other:?}"),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Wiring: from the command line to running parts and back.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -16,12 +17,12 @@ use crate::engine::{Command, DriftCause, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::kernel::addresses::{Addresses, kernel_version};
 use crate::kernel::conntrack::{Conntrack, Reconciler};
-use crate::kernel::inspector::Questions;
+use crate::kernel::inspector::Inspector;
 use crate::kernel::nft::{ForeignProxy, KernelReader, Monitor, Nft, Notice};
 use crate::kernel::sysctl::{Sysctls, Unset};
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
-use crate::probe::TcpProber;
+use crate::probe::{RoundResults, TcpProber};
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
@@ -204,7 +205,8 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     let parts = Parts {
         dataplane: Box::new(kernel),
         flows: Box::new(
-            Reconciler::start(flows, commands.clone()).context("start the thread for conntrack")?,
+            Reconciler::start(flows, sender(&commands, Command::Flows))
+                .context("start the thread for conntrack")?,
         ),
         snapshot: Some(SnapshotFile::new(&args.state_dir)),
         files: files.clone(),
@@ -215,9 +217,9 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         controllers: controllers.known_addresses(),
         sysctls: Sysctls::new("/proc/sys".as_ref()),
         log,
-        prober: Box::new(TcpProber::new(runtime.handle().clone(), commands.clone())),
+        prober: Box::new(TcpProber::new(runtime.handle().clone(), probe_results(&runtime, &commands))),
         trial: Some(TrialFile::new(&args.state_dir)),
-        questions: KernelReader::open().and_then(Questions::start).context("open a socket for questions")?,
+        questions: KernelReader::open().and_then(Inspector::start).context("open a socket for queries")?,
         traces,
     };
     let handle = runtime.handle().clone();
@@ -225,8 +227,12 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         .name("engine".into())
         .spawn(move || Engine::start(parts).run(received, &handle))
         .context("start the engine's thread")?;
-    follow("addresses", &commands, move |commands| addresses.follow(commands))?;
-    follow("foreign-proxy", &commands, move |commands| foreign.follow(commands))?;
+    follow("addresses", &commands, move |commands| {
+        addresses.follow(sender(commands, Command::HostAddresses));
+    })?;
+    follow("foreign-proxy", &commands, move |commands| {
+        foreign.follow(sender(commands, Command::ForeignProxy));
+    })?;
     let watched = metrics.drift_watched.clone();
     follow("drift", &commands, move |commands| watch_drift(monitor, own_port, commands, &watched))?;
     let identity = Identity { node_name, kernel_version: kernel_version(), files };
@@ -288,6 +294,34 @@ fn wait_for(runtime: &tokio::runtime::Runtime, engine: &std::thread::JoinHandle<
     if ended.is_err() {
         tracing::warn!("the engine did not end in time; the snapshot file may be older than the kernel");
     }
+}
+
+/// Returns a function that sends notices to the engine as commands; it breaks once the engine has ended.
+fn sender<T, C: Fn(T) -> Command>(
+    commands: &mpsc::Sender<Command>,
+    command: C,
+) -> impl Fn(T) -> ControlFlow<()> + use<T, C> {
+    let commands = commands.clone();
+    move |notice| match commands.blocking_send(command(notice)) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    }
+}
+
+/// Forwards the results of probes to the engine.
+fn probe_results(
+    runtime: &tokio::runtime::Runtime,
+    commands: &mpsc::Sender<Command>,
+) -> mpsc::Sender<RoundResults> {
+    let (results, mut received) = mpsc::channel(1);
+    let commands = commands.clone();
+    runtime.spawn(async move {
+        while let Some(RoundResults { number, measured }) = received.recv().await {
+            // An engine that has ended needs no results.
+            let _ = commands.send(Command::Probed { number, measured }).await;
+        }
+    });
+    results
 }
 
 /// Runs what tells the engine of changes, in a thread of its own.

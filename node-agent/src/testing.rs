@@ -1,4 +1,4 @@
-//! Fixtures that several modules' tests share: synthetic views and an in-memory kernel.
+//! Fixtures shared by the unit tests: synthetic views and an in-memory kernel.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -33,7 +33,7 @@ pub(crate) fn state(services: u32, endpoints: u32) -> State {
     state
 }
 
-/// A prober that only notes what it is asked for.
+/// A prober that only records the rounds.
 #[derive(Clone, Default)]
 pub(crate) struct NotingProber(pub(crate) Arc<Mutex<Vec<Round>>>);
 
@@ -44,40 +44,40 @@ impl Prober for NotingProber {
 }
 
 impl NotingProber {
-    /// The round that was asked for last.
+    /// Returns the last requested round.
     pub(crate) fn take(&self) -> Option<Round> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 }
 
-/// A log whose level nobody looks at.
+/// A log whose level has no effect.
 pub(crate) fn log() -> crate::log::LogLevel {
     crate::log::LogLevel::new("info", |_| Ok(()))
 }
 
-/// What the in-memory kernel holds and was asked to do.
+/// Content and history of the in-memory kernel.
 #[derive(Default)]
 pub(crate) struct Memory {
     pub(crate) stamp: Option<KernelStamp>,
     pub(crate) pools: BTreeMap<PoolKey, std::collections::BTreeSet<Endpoint>>,
     pub(crate) frontends: BTreeMap<FrontendKey, Frontend>,
-    /// Changes of each commit, adoptions included with what they had to change.
+    /// Number of changes of each commit and adoption.
     pub(crate) commits: Vec<usize>,
     pub(crate) adoptions: usize,
     pub(crate) repairs: usize,
-    /// Controllers that the way was cleared to while nothing else was written.
+    /// Controllers of [`Dataplane::release`] calls.
     pub(crate) released: Vec<SocketAddr>,
     /// The settings in force.
     pub(crate) settings: Option<Settings>,
     /// Fail everything with this error number.
     pub(crate) fail: Option<i32>,
-    /// What a repair finds.
+    /// Number of differences that a repair finds.
     pub(crate) differences: u32,
-    /// What is reported as refused.
+    /// Items reported as refused.
     pub(crate) refused: Vec<Refused>,
 }
 
-/// A kernel in memory; its clone is the test's view of it, and survives the agent as the real one does.
+/// A kernel in memory. A clone shares its content, which survives the agent as in the real kernel.
 #[derive(Clone, Default)]
 pub(crate) struct MemoryKernel(pub(crate) Arc<Mutex<Memory>>);
 
@@ -159,7 +159,7 @@ impl Dataplane for MemoryKernel {
         let mut memory = self.lock();
         memory.check("commit")?;
         memory.apply(changes);
-        // Where controllers are changes nothing here.
+        // Addresses of controllers have no effect here.
         let view = changes.iter().filter(|change| !matches!(change, KernelChange::Controllers(_))).count();
         if view > 0 {
             memory.commits.push(view);

@@ -6,13 +6,10 @@
 //! * A pass begins only while the kernel holds the view: old rules must not recreate a deleted entry.
 //! * The next pass covers changes that arrive during a pass.
 
-use std::io;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
-
 use super::Engine;
+use crate::kernel::conntrack::{Families, FlowReport, UdpFlow};
 use crate::state::{Flow, UdpChanges};
 use crate::traces::Applying;
 
@@ -23,50 +20,6 @@ const REST: u32 = 4;
 /// Maximum pause, kube-proxy's minimum interval between two passes. It applies to passes of 250 ms (about 500,000 entries)
 /// and longer: the share of a CPU grows to a half for passes of a second, but flows to dead backends wait no longer.
 const LONGEST_REST: Duration = Duration::from_secs(1);
-
-/// IP families of a pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Families {
-    /// IPv4.
-    pub ipv4: bool,
-    /// IPv6.
-    pub ipv6: bool,
-}
-
-/// A UDP entry of the conntrack table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct UdpFlow {
-    /// Original destination of the client's packets.
-    pub destination: SocketAddr,
-    /// Source of the replies.
-    pub backend: SocketAddr,
-}
-
-/// Message of a pass over the conntrack table.
-#[derive(Debug)]
-pub enum FlowReport {
-    /// Asks which entries are stale.
-    Found {
-        /// The entries.
-        flows: Vec<UdpFlow>,
-        /// Receives one answer per entry, in order.
-        stale: oneshot::Sender<Vec<bool>>,
-    },
-    /// End of the pass.
-    Done {
-        /// Number of deleted entries, or the reason to repeat the pass.
-        deleted: io::Result<usize>,
-        /// Duration.
-        took: Duration,
-    },
-}
-
-/// The conntrack table.
-pub trait FlowTable: Send {
-    /// Begins a pass and returns immediately. The pass sends [`super::Command::Flows`], the last one with
-    /// [`FlowReport::Done`]; no other pass begins before that.
-    fn begin(&mut self, families: Families);
-}
 
 /// Changes that need a pass, and those that the running pass covers.
 #[derive(Default)]

@@ -51,7 +51,7 @@ pub enum Command {
     /// The set of healthCheckNodePorts that cannot be bound changed.
     HealthCheckFailures(Vec<HealthCheckFailure>),
     /// Message of a pass over the conntrack table.
-    Flows(super::FlowReport),
+    Flows(crate::kernel::conntrack::FlowReport),
     /// Result of a round of probes.
     Probed {
         /// Number of the round.

@@ -4,7 +4,8 @@ use switchtower_proto::v1::{Ack, Cidr, HealthCheck, HealthCheckKey, Part, Settin
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::kernel::inspector::Questions;
+use crate::kernel::conntrack::{Families, FlowReport, FlowTable};
+use crate::kernel::inspector::Inspector;
 use crate::testing::{self, Fleet, MemoryKernel};
 
 mod damage;
@@ -67,7 +68,7 @@ fn parts(
         log: testing::log(),
         prober: Box::new(prober.clone()),
         trial: Some(TrialFile::new(directory)),
-        questions: Questions::none(),
+        questions: Inspector::none(),
         traces: crate::traces::Traces::none(),
     }
 }

@@ -1,8 +1,8 @@
-//! The boundary between the pure state and the kernel: what changed in the merged view.
+//! The boundary between the pure state and the kernel: changes of the merged view.
 //!
-//! [`crate::state`] merges the layers and says what changed; [`crate::kernel::nft`] turns it into one batch. A pool
-//! here is the merged one (the most specific layer's), and only the roles CLUSTER and LOCAL appear: SERVING
-//! is for conntrack and never programmed.
+//! [`crate::state`] merges the layers and returns the changes; [`crate::kernel::nft`] turns them into one batch. A pool
+//! here is the merged one (that of the most specific layer), and only the roles CLUSTER and LOCAL appear: SERVING is
+//! used for conntrack and never programmed.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -42,7 +42,6 @@ pub enum KernelChange {
     Settings(Settings),
     /// Replaces the addresses of the node's own interfaces, loopback excluded.
     HostAddresses(Vec<IpAddr>),
-    /// Replaces the addresses at which the agent reaches its controllers: no frontend but a ClusterIP is programmed
-    /// there.
+    /// Replaces the addresses of the controllers: only ClusterIP frontends are programmed there.
     Controllers(Vec<SocketAddr>),
 }

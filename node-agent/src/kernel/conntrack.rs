@@ -1,54 +1,126 @@
-//! Reconciles UDP conntrack entries: after an endpoint went away, its flows must find another one.
+//! Deletes stale UDP conntrack entries: the flows of a removed endpoint must find another one.
 //!
-//! Only UDP is ever touched, as in kube-proxy: TCP flows to a removed endpoint end by themselves. One dump per
-//! family, filtered to UDP by the kernel where it can, and one request per entry that goes. All by a thread of its
-//! own: a dump takes as long as the machine's whole table takes, whatever this network namespace has in it.
+//! Like kube-proxy it never touches TCP: flows to a removed endpoint end by themselves. A pass takes one dump per
+//! family, which the kernel filters to UDP where it can, and one request per deleted entry. It runs in its own thread:
+//! a dump takes as long as the table of the whole machine takes, however small the share of this network namespace.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::ControlFlow;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use crate::engine::{Command, Families, FlowReport, FlowTable, UdpFlow};
-use crate::kernel::netlink::{ACK, DUMP, NESTED, NetlinkSocket, attribute, put};
+use super::netlink::Socket;
+use super::netlink::wire::{Message, Writer, find, find_path, netfilter_header, netfilter_type};
 
-const SUBSYSTEM: u16 = 1 << 8;
-const GET: u16 = SUBSYSTEM | 1;
-const DELETE: u16 = SUBSYSTEM | 2;
-const GET_STATISTICS: u16 = SUBSYSTEM | 5;
-const TUPLE_ORIGINAL: u16 = 1;
-const TUPLE_REPLY: u16 = 2;
-const ID: u16 = 12;
-const ZONE: u16 = 18;
-const FILTER: u16 = 25;
-const FILTER_ORIGINAL_FLAGS: u16 = 1;
-/// CTA_FILTER_F_CTA_PROTO_NUM.
-const FILTER_PROTOCOL: u32 = 1 << 3;
-const TUPLE_IP: u16 = 1;
-const TUPLE_PROTOCOL: u16 = 2;
-const PROTOCOL_NUMBER: u16 = 1;
-const SOURCE_PORT: u16 = 2;
-const DESTINATION_PORT: u16 = 3;
-const UDP: u8 = 17;
-/// A dump that changes disturb is begun anew this often; what it gave until then is used.
+/// Messages (`IPCTNL_MSG_CT_*`) and attributes (`CTA_*`) of `linux/netfilter/nfnetlink_conntrack.h`, which `libc`
+/// lacks.
+mod cta {
+    use super::netfilter_type;
+
+    pub(super) const GET: u16 = netfilter_type(libc::NFNL_SUBSYS_CTNETLINK, 1);
+    pub(super) const DELETE: u16 = netfilter_type(libc::NFNL_SUBSYS_CTNETLINK, 2);
+    pub(super) const GET_STATISTICS: u16 = netfilter_type(libc::NFNL_SUBSYS_CTNETLINK, 5);
+
+    pub(super) const TUPLE_ORIGINAL: u16 = 1;
+    pub(super) const TUPLE_REPLY: u16 = 2;
+    pub(super) const ID: u16 = 12;
+    pub(super) const ZONE: u16 = 18;
+    pub(super) const FILTER: u16 = 25;
+
+    /// `CTA_TUPLE_*`.
+    pub(super) mod tuple {
+        pub(in super::super) const IP: u16 = 1;
+        pub(in super::super) const PROTOCOL: u16 = 2;
+    }
+
+    /// `CTA_IP_*`.
+    pub(super) mod ip {
+        pub(in super::super) const V4_SOURCE: u16 = 1;
+        pub(in super::super) const V4_DESTINATION: u16 = 2;
+        pub(in super::super) const V6_SOURCE: u16 = 3;
+        pub(in super::super) const V6_DESTINATION: u16 = 4;
+    }
+
+    /// `CTA_PROTO_*`.
+    pub(super) mod protocol {
+        pub(in super::super) const NUMBER: u16 = 1;
+        pub(in super::super) const SOURCE_PORT: u16 = 2;
+        pub(in super::super) const DESTINATION_PORT: u16 = 3;
+    }
+
+    /// `CTA_FILTER_*`.
+    pub(super) mod filter {
+        pub(in super::super) const ORIGINAL_FLAGS: u16 = 1;
+        /// `CTA_FILTER_F_CTA_PROTO_NUM`: compare the protocol number.
+        pub(in super::super) const PROTOCOL_NUMBER: u32 = 1 << 3;
+    }
+}
+
+const UDP: u8 = libc::IPPROTO_UDP as u8;
+/// Attempts of a dump that changes interrupt; the entries of the last attempt are used.
 const ATTEMPTS: usize = 3;
-/// Entries in one question to the engine: it answers within the time of a small commit.
+/// Maximum entries in one [`FlowReport::Found`]: the engine answers within the time of a small commit.
 const FLOWS: usize = 512;
+
+/// Families to examine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Families {
+    /// IPv4.
+    pub ipv4: bool,
+    /// IPv6.
+    pub ipv6: bool,
+}
+
+/// A UDP entry of the conntrack table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UdpFlow {
+    /// Destination of the client's packets.
+    pub destination: SocketAddr,
+    /// Source of the replies.
+    pub backend: SocketAddr,
+}
+
+/// A report of a pass over the conntrack table.
+#[derive(Debug)]
+pub enum FlowReport {
+    /// Asks which of these entries are stale.
+    Found {
+        /// The entries.
+        flows: Vec<UdpFlow>,
+        /// Gets one answer per entry, in their order.
+        stale: oneshot::Sender<Vec<bool>>,
+    },
+    /// The pass ended.
+    Done {
+        /// Number of deleted entries, or the reason to repeat the pass.
+        deleted: io::Result<usize>,
+        /// Duration of the pass.
+        took: Duration,
+    },
+}
+
+/// A conntrack table that passes examine.
+pub trait FlowTable: Send {
+    /// Begins a pass and returns at once. The pass sends reports, at last [`FlowReport::Done`]; no other pass begins
+    /// before that.
+    fn begin(&mut self, families: Families);
+}
 
 /// The kernel's conntrack table.
 pub struct Conntrack {
-    socket: NetlinkSocket,
+    socket: Socket,
 }
 
-/// The thread that looks through it. It ends when this is dropped.
+/// Handle of the thread that examines the table. The thread ends when the handle is dropped.
 pub struct Reconciler(SyncSender<Families>);
 
-/// Says which entries are stale; `None`: nobody is there to say it.
+/// Returns which entries are stale; `None` if the receiver of the reports has ended.
 type Judge<'a> = &'a mut dyn FnMut(Vec<UdpFlow>) -> Option<Vec<bool>>;
 
-/// What of an entry the kernel needs to delete exactly it.
+/// The attributes by which the kernel deletes exactly one entry.
 struct Entry {
     original: Vec<u8>,
     id: Option<Vec<u8>>,
@@ -61,18 +133,20 @@ impl Conntrack {
     /// # Errors
     /// No netlink socket can be opened.
     pub fn open() -> io::Result<Self> {
-        Ok(Conntrack { socket: NetlinkSocket::open(libc::NETLINK_NETFILTER, 0)? })
+        Ok(Conntrack { socket: Socket::open(libc::NETLINK_NETFILTER, 0)? })
     }
 
-    /// Has the kernel load connection tracking, if that is a module: it does so when it is asked something about it by
-    /// somebody with CAP_NET_ADMIN.
+    /// Makes the kernel load connection tracking if it is a module, as any request of a process with CAP_NET_ADMIN
+    /// does.
     ///
     /// # Errors
-    /// There is no such module, or it may not be loaded.
+    /// The module does not exist, or the process must not load it.
     pub fn load(&mut self) -> io::Result<()> {
-        self.socket.request(GET_STATISTICS, ACK, &[libc::AF_UNSPEC as u8, 0, 0, 0], &mut |_| ())
+        let any_family = netfilter_header(libc::AF_UNSPEC as u8, 0);
+        self.socket.request(cta::GET_STATISTICS, libc::NLM_F_ACK, |writer| writer.header(&any_family), |_| ())
     }
 
+    /// Deletes the stale entries of a family; returns their number.
     fn family(&mut self, ipv4: bool, judge: Judge<'_>) -> io::Result<usize> {
         let family = if ipv4 { libc::AF_INET } else { libc::AF_INET6 } as u8;
         let (mut stale, mut whole, mut filtered) = (Vec::new(), false, true);
@@ -83,7 +157,7 @@ impl Conntrack {
                     whole = true;
                     break;
                 }
-                // A kernel before 5.8 has no filter; UDP is picked out below in any case.
+                // A kernel before 5.8 has no filter; `udp_entry` selects UDP in any case.
                 Err(error)
                     if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) && filtered =>
                 {
@@ -100,11 +174,13 @@ impl Conntrack {
         if whole {
             Ok(deleted)
         } else {
-            Err(io::Error::other("every dump was interrupted; what it gave was used"))
+            Err(io::Error::other(
+                "every dump was interrupted; only the entries that were read are reconciled",
+            ))
         }
     }
 
-    /// Adds the stale ones of all entries of a family to `stale`.
+    /// Adds the stale entries of a family to `stale`.
     fn dump(
         &mut self,
         family: u8,
@@ -112,21 +188,17 @@ impl Conntrack {
         judge: Judge<'_>,
         stale: &mut Vec<Entry>,
     ) -> io::Result<()> {
-        let mut body = vec![family, 0, 0, 0];
-        if filtered {
-            put_filter(&mut body);
-        }
         let (mut flows, mut entries) = (Vec::new(), Vec::new());
-        self.socket.request(GET, DUMP, &body, &mut |message| {
-            let Some(attributes) = message.payload.get(4..) else { return };
-            let flow = udp_flow(attributes);
-            if let Some((flow, original)) = flow.zip(attribute(attributes, TUPLE_ORIGINAL)) {
+        let request = |writer: &mut Writer| {
+            writer.header(&netfilter_header(family, 0));
+            if filtered {
+                only_udp(writer);
+            }
+        };
+        self.socket.request(cta::GET, libc::NLM_F_DUMP, request, |message| {
+            if let Some((flow, entry)) = udp_entry(message) {
                 flows.push(flow);
-                entries.push(Entry {
-                    original: original.to_vec(),
-                    id: attribute(attributes, ID).map(<[u8]>::to_vec),
-                    zone: attribute(attributes, ZONE).map(<[u8]>::to_vec),
-                });
+                entries.push(entry);
             }
             if flows.len() == FLOWS {
                 keep_stale(&mut flows, &mut entries, judge, stale);
@@ -136,17 +208,19 @@ impl Conntrack {
         Ok(())
     }
 
-    /// Deletes an entry; false if it is gone already.
+    /// Deletes an entry; returns false if it was gone already.
     fn delete(&mut self, family: u8, entry: &Entry) -> io::Result<bool> {
-        let mut body = vec![family, 0, 0, 0];
-        put(&mut body, TUPLE_ORIGINAL | NESTED, &entry.original);
-        if let Some(id) = &entry.id {
-            put(&mut body, ID, id);
-        }
-        if let Some(zone) = &entry.zone {
-            put(&mut body, ZONE, zone);
-        }
-        match self.socket.request(DELETE, ACK, &body, &mut |_| ()) {
+        let request = |writer: &mut Writer| {
+            writer.header(&netfilter_header(family, 0));
+            writer.nest(cta::TUPLE_ORIGINAL, |writer| writer.header(&entry.original));
+            if let Some(id) = &entry.id {
+                writer.attribute(cta::ID, id);
+            }
+            if let Some(zone) = &entry.zone {
+                writer.attribute(cta::ZONE, zone);
+            }
+        };
+        match self.socket.request(cta::DELETE, libc::NLM_F_ACK, request, |_| ()) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(error) => Err(error),
@@ -154,7 +228,7 @@ impl Conntrack {
     }
 }
 
-/// Without an answer nothing is stale: the agent is stopping.
+/// Moves the stale entries to `stale`. Without an answer no entry is stale: the agent is stopping.
 fn keep_stale(flows: &mut Vec<UdpFlow>, entries: &mut Vec<Entry>, judge: Judge<'_>, stale: &mut Vec<Entry>) {
     let verdicts = if flows.is_empty() { None } else { judge(std::mem::take(flows)) };
     let judged = entries.drain(..).zip(verdicts.unwrap_or_default());
@@ -162,18 +236,20 @@ fn keep_stale(flows: &mut Vec<UdpFlow>, entries: &mut Vec<Entry>, judge: Judge<'
 }
 
 impl Reconciler {
-    /// Starts the thread; what it finds goes to the engine by `commands`.
+    /// Starts the thread, which sends its reports by `report` until that breaks.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(mut table: Conntrack, commands: mpsc::Sender<Command>) -> io::Result<Self> {
+    pub fn start(
+        mut table: Conntrack,
+        report: impl Fn(FlowReport) -> ControlFlow<()> + Send + 'static,
+    ) -> io::Result<Self> {
         let (sender, passes) = sync_channel::<Families>(1);
         std::thread::Builder::new().name("conntrack".into()).spawn(move || {
             while let Ok(families) = passes.recv() {
                 let started = Instant::now();
-                let deleted = pass(&mut table, families, &commands);
-                let done = FlowReport::Done { deleted, took: started.elapsed() };
-                if commands.blocking_send(Command::Flows(done)).is_err() {
+                let deleted = pass(&mut table, families, &report);
+                if report(FlowReport::Done { deleted, took: started.elapsed() }).is_break() {
                     return;
                 }
             }
@@ -184,20 +260,24 @@ impl Reconciler {
 
 impl FlowTable for Reconciler {
     fn begin(&mut self, families: Families) {
-        // There is room: no pass is begun before the one before is done.
+        // The channel has room: a pass begins only after the previous one is done.
         if self.0.try_send(families).is_err() {
-            tracing::error!(
-                "the thread for conntrack entries has ended; stale UDP flows stay until a restart"
-            );
+            tracing::error!("the conntrack thread has ended; stale UDP flows remain until a restart");
         }
     }
 }
 
-fn pass(table: &mut Conntrack, families: Families, commands: &mpsc::Sender<Command>) -> io::Result<usize> {
+fn pass(
+    table: &mut Conntrack,
+    families: Families,
+    report: &impl Fn(FlowReport) -> ControlFlow<()>,
+) -> io::Result<usize> {
     let mut judge = |flows| {
         let (stale, answer) = oneshot::channel();
-        commands.blocking_send(Command::Flows(FlowReport::Found { flows, stale })).ok()?;
-        answer.blocking_recv().ok()
+        report(FlowReport::Found { flows, stale })
+            .is_continue()
+            .then(|| answer.blocking_recv().ok())
+            .flatten()
     };
     let mut deleted = 0;
     for (ipv4, wanted) in [(true, families.ipv4), (false, families.ipv6)] {
@@ -208,40 +288,48 @@ fn pass(table: &mut Conntrack, families: Families, commands: &mpsc::Sender<Comma
     Ok(deleted)
 }
 
-fn put_filter(body: &mut Vec<u8>) {
-    let mut protocol = Vec::new();
-    put(&mut protocol, PROTOCOL_NUMBER, &[UDP]);
-    let mut tuple = Vec::new();
-    put(&mut tuple, TUPLE_PROTOCOL | NESTED, &protocol);
-    put(body, TUPLE_ORIGINAL | NESTED, &tuple);
-    let mut filter = Vec::new();
-    put(&mut filter, FILTER_ORIGINAL_FLAGS, &FILTER_PROTOCOL.to_ne_bytes());
-    put(body, FILTER | NESTED, &filter);
+/// Restricts a dump to UDP.
+fn only_udp(writer: &mut Writer) {
+    writer.nest(cta::TUPLE_ORIGINAL, |writer| {
+        writer.nest(cta::tuple::PROTOCOL, |writer| writer.attribute(cta::protocol::NUMBER, &[UDP]));
+    });
+    writer.nest(cta::FILTER, |writer| {
+        writer.attribute(cta::filter::ORIGINAL_FLAGS, &cta::filter::PROTOCOL_NUMBER.to_ne_bytes());
+    });
 }
 
-/// The original destination and the source of replies of a UDP entry.
-fn udp_flow(attributes: &[u8]) -> Option<UdpFlow> {
-    let original = attribute(attributes, TUPLE_ORIGINAL)?;
-    let reply = attribute(attributes, TUPLE_REPLY)?;
-    let protocol = attribute(attribute(original, TUPLE_PROTOCOL)?, PROTOCOL_NUMBER)?;
+/// Reads an entry; `None` if it is not UDP.
+fn udp_entry(message: &Message<'_>) -> Option<(UdpFlow, Entry)> {
+    let attributes = message.attributes();
+    let original = find(attributes, cta::TUPLE_ORIGINAL)?;
+    let reply = find(attributes, cta::TUPLE_REPLY)?;
+    let protocol = find_path(original, &[cta::tuple::PROTOCOL, cta::protocol::NUMBER])?;
     if protocol.first() != Some(&UDP) {
         return None;
     }
-    let destination = SocketAddr::new(address(original, false)?, port(original, DESTINATION_PORT)?);
-    let backend = SocketAddr::new(address(reply, true)?, port(reply, SOURCE_PORT)?);
-    Some(UdpFlow { destination, backend })
+    let destination = address(original, cta::ip::V4_DESTINATION, cta::ip::V6_DESTINATION)?;
+    let backend = address(reply, cta::ip::V4_SOURCE, cta::ip::V6_SOURCE)?;
+    let flow = UdpFlow {
+        destination: SocketAddr::new(destination, port(original, cta::protocol::DESTINATION_PORT)?),
+        backend: SocketAddr::new(backend, port(reply, cta::protocol::SOURCE_PORT)?),
+    };
+    let entry = Entry {
+        original: original.to_vec(),
+        id: find(attributes, cta::ID).map(<[u8]>::to_vec),
+        zone: find(attributes, cta::ZONE).map(<[u8]>::to_vec),
+    };
+    Some((flow, entry))
 }
 
-fn address(tuple: &[u8], source: bool) -> Option<IpAddr> {
-    let addresses = attribute(tuple, TUPLE_IP)?;
-    let (v4, v6) = if source { (1, 3) } else { (2, 4) };
-    if let Some(bytes) = attribute(addresses, v4) {
+fn address(tuple: &[u8], v4: u16, v6: u16) -> Option<IpAddr> {
+    let addresses = find(tuple, cta::tuple::IP)?;
+    if let Some(bytes) = find(addresses, v4) {
         return <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
     }
-    <[u8; 16]>::try_from(attribute(addresses, v6)?).ok().map(IpAddr::from)
+    <[u8; 16]>::try_from(find(addresses, v6)?).ok().map(IpAddr::from)
 }
 
 fn port(tuple: &[u8], kind: u16) -> Option<u16> {
-    let bytes = attribute(attribute(tuple, TUPLE_PROTOCOL)?, kind)?;
+    let bytes = find_path(tuple, &[cta::tuple::PROTOCOL, kind])?;
     Some(u16::from_be_bytes(bytes.try_into().ok()?))
 }

@@ -1,13 +1,13 @@
-//! What the agent asks of the kernel: the seam between [`crate::controller::session`] and [`crate::kernel::nft`].
+//! The interface between the agent's state and the kernel.
 //!
-//! One implementation programs nf_tables; tests of the session use one in memory.
+//! [`crate::kernel::nft`] implements it with nf_tables; tests of the engine and session use a fake in memory.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::kernel::change::KernelChange;
 
-/// What the kernel holds, written in the same transaction as the content, in both tables.
+/// Identification of the tables' content, written in the same transaction as the content, in both tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stamp {
     /// The node's generation.
@@ -20,12 +20,12 @@ pub struct Stamp {
     pub deviations: u32,
 }
 
-/// An item that is not in the kernel although the view has it.
+/// An item of the view that is not in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
-    /// The item, for people: `frontend 10.96.0.10:80/TCP (default/web)`.
+    /// The item in readable form: `frontend 10.96.0.10:80/TCP (default/web)`.
     pub item: String,
-    /// Why.
+    /// The reason in readable form.
     pub reason: String,
     /// The kernel's error number; 0 if the agent's own limit refused it.
     pub errno: i32,
@@ -34,7 +34,7 @@ pub struct Refused {
 /// The outcome of a commit.
 #[derive(Debug, Clone, Default)]
 pub struct Committed {
-    /// Element, chain and rule operations in the batch, the stamp not counted. 0: only the stamp was written.
+    /// Element, chain and rule operations in the batch, without the stamp. 0: only the stamp was written.
     pub operations: u32,
     /// Time to plan and encode.
     pub plan: Duration,
@@ -47,28 +47,28 @@ pub struct Committed {
 /// The outcome of [`Dataplane::adopt`].
 #[derive(Debug, Clone, Default)]
 pub struct Adopted {
-    /// The commit that was needed; `None` if the kernel held exactly the view already: nothing was written.
+    /// The commit; `None` if the kernel held exactly the view already and nothing was written.
     pub committed: Option<Committed>,
-    /// Items refused now.
+    /// All items that are refused now.
     pub refused: Vec<Refused>,
 }
 
 /// The outcome of [`Dataplane::repair`].
 #[derive(Debug, Clone, Default)]
 pub struct Repaired {
-    /// Elements, rules, chains and sets that somebody else changed. What is refused is none of them.
+    /// Number of elements, rules, chains and sets that another program changed, without refused items.
     pub differences: u32,
-    /// All items that are refused now: each was tried again.
+    /// All items that are refused now, after a retry of each.
     pub refused: Vec<Refused>,
 }
 
-/// Why nothing was committed.
+/// The reason why nothing was committed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// The kernel refused the batch for a reason that no single item explains (EPERM, ENOMEM, …).
     #[error("the kernel refused the transaction, the old generation stays ({operation}, errno {errno})")]
     Refused {
-        /// What was attempted.
+        /// The attempted operation.
         operation: String,
         /// The kernel's error number.
         errno: i32,
@@ -88,39 +88,38 @@ impl CommitError {
     }
 }
 
-/// The kernel as the agent sees it.
+/// The programmable part of the kernel.
 pub trait Dataplane: Send {
-    /// What the tables' stamps say. `None` if a table is absent, the stamps differ, or another layout version
-    /// wrote them.
+    /// Reads the stamp. `None` if a table is absent, the stamps of both tables differ, or another layout version wrote
+    /// them.
     ///
     /// # Errors
     /// The dump failed.
     fn stamp(&mut self) -> Result<Option<Stamp>, CommitError>;
 
-    /// Makes the kernel hold exactly `view` (the whole merged view as additions) with as few writes as
-    /// possible: dumps the own tables, recovers ids, compares, repairs. Called once at start, and again
-    /// whenever the incremental state is in doubt.
+    /// Makes the kernel hold exactly `view` (the whole merged view as additions) with as few writes as possible: dumps
+    /// our tables, recovers ids, compares and repairs. Called at start, and whenever the incremental state may be wrong.
     ///
     /// # Errors
     /// Nothing was committed.
     fn adopt(&mut self, view: &[KernelChange], stamp: Stamp) -> Result<Adopted, CommitError>;
 
-    /// Applies changes in one transaction, with the stamp. An item that the kernel refuses is taken out and
-    /// the batch is tried again; it is listed in [`Committed::refused`] until it is replaced or removed.
+    /// Applies changes in one transaction, with the stamp. If the kernel refuses an item, the batch is retried without
+    /// it; [`Committed::refused`] lists the item until it is replaced or removed.
     ///
     /// # Errors
-    /// Nothing was committed, and the kernel still holds the generation before.
+    /// Nothing was committed; the kernel still holds the previous generation.
     fn commit(&mut self, changes: &[KernelChange], stamp: Stamp) -> Result<Committed, CommitError>;
 
-    /// Takes frontends at these addresses out of the kernel, except ClusterIPs, so that the agent can reach its
-    /// controllers although nothing else may be written yet. Returns how many elements were removed.
+    /// Removes frontends at these addresses from the kernel, except ClusterIPs, so that the agent can reach its
+    /// controllers before it may write anything else. Returns the number of removed elements.
     ///
     /// # Errors
     /// The kernel could not be read or written.
     fn release(&mut self, controllers: &[SocketAddr]) -> Result<usize, CommitError>;
 
-    /// Compares the kernel with what it should hold and repairs differences in one transaction. Items that the
-    /// kernel refused before are tried again.
+    /// Compares the kernel with the desired content and repairs differences in one transaction, with a retry of the
+    /// refused items.
     ///
     /// # Errors
     /// The dump or the repair failed.

@@ -1,8 +1,7 @@
-//! What people ask about the kernel, through the controller: read by a thread and a socket of its own, so that
-//! no update waits for an answer.
+//! Answers the controller's queries about the kernel's tables.
 //!
-//! Questions are answered one after another, and who comes while one waits is told so. The kernel is read anew for
-//! every question.
+//! A thread with its own socket reads the kernel for every query, so that no update waits for an answer. It answers one
+//! query after another; while one waits, further ones fail with [`QueryError::Busy`].
 
 use std::io;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -14,82 +13,84 @@ use tokio::sync::oneshot;
 
 use crate::kernel::nft::{FrontendQuery, KernelReader};
 
-/// Frontends or elements in an answer, if the question does not say.
+/// Maximum frontends or elements in an answer if the query sets no limit.
 const DEFAULT_LIMIT: usize = 1_000;
-/// Most frontends or elements in an answer.
+/// Maximum limit of a query.
 const LIMIT: usize = 100_000;
-/// Most frontends in one lookup.
+/// Maximum frontends in one lookup.
 const LOOKUPS: usize = 256;
-/// Longest answer, in bytes.
+/// Maximum length of an answer in bytes.
 pub(crate) const ANSWER: usize = 16 << 20;
 
-/// Takes an answer, or why there is none.
+/// Receives the answer, or the reason why there is none.
 pub type Reply = oneshot::Sender<Result<Vec<u8>, String>>;
 
-/// A question that cannot be answered, in words for whoever asked.
+/// The reason why a query has no answer; the message is for the user who sent it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum QuestionError {
-    /// Not one of the known questions.
+pub enum QueryError {
+    /// Unknown kind of query.
     #[error(
         "this agent answers \"counts\", \"stamp\", \"lookup\", \"frontends\", \"elements\" and \"rules\", not {0:?}; \
          is it older than the controller?"
     )]
     Unknown(String),
-    /// A name of a frontend that is none.
-    #[error("{0:?} is no frontend: write ADDRESS:PORT/TCP, [ADDRESS]:PORT/UDP, or :PORT/TCP for a NodePort")]
+    /// Malformed name of a frontend.
+    #[error(
+        "{0:?} is not a frontend: write ADDRESS:PORT/TCP, [ADDRESS]:PORT/UDP, or :PORT/TCP for a NodePort"
+    )]
     Frontend(String),
-    /// Too many at once.
-    #[error("{0} frontends at once are too many, at most {LOOKUPS}")]
+    /// Too many frontends in one lookup.
+    #[error("{0} frontends exceed the maximum of {LOOKUPS} per query")]
     TooMany(usize),
-    /// The answer is too long.
-    #[error("the answer has {0} bytes, more than {ANSWER}; ask for less with a filter or a limit")]
+    /// The answer exceeds the maximum length.
+    #[error("the answer has {0} bytes, more than {ANSWER}; set a filter or a lower limit")]
     TooLong(usize),
     /// The kernel could not be read.
-    #[error("read the kernel's tables by netlink: {0}")]
+    #[error("cannot read the kernel's tables by netlink: {0}")]
     Kernel(String),
-    /// Somebody else asks.
-    #[error("this node is answering another question; try again in a moment")]
+    /// Another query is being answered.
+    #[error("this node is answering another query; retry in a moment")]
     Busy,
-    /// Nobody reads the kernel.
-    #[error("this agent cannot read its kernel's tables; its log says why")]
+    /// The reading thread does not run.
+    #[error("this agent cannot read its kernel's tables; see its log")]
     Unavailable,
 }
 
-/// Where questions go.
+/// Handle of the thread that answers queries. The thread ends when the handle is dropped.
 #[derive(Debug)]
-pub struct Questions(Option<SyncSender<(Query, Reply)>>);
+pub struct Inspector(Option<SyncSender<(Query, Reply)>>);
 
-impl Questions {
-    /// Starts the thread. It ends when this is dropped.
+impl Inspector {
+    /// Starts the thread.
     ///
     /// # Errors
     /// No thread can be started.
     pub fn start(mut reader: KernelReader) -> io::Result<Self> {
-        // One waits while the thread is still on its way back from the one before.
-        let (sender, questions) = sync_channel::<(Query, Reply)>(1);
-        std::thread::Builder::new().name("questions".into()).spawn(move || {
-            while let Ok((query, reply)) = questions.recv() {
+        // One query waits while the thread still sends the previous answer.
+        let (sender, queries) = sync_channel::<(Query, Reply)>(1);
+        std::thread::Builder::new().name("inspector".into()).spawn(move || {
+            while let Ok((query, reply)) = queries.recv() {
                 let answered = traced(&mut reader, &query).map_err(|error| error.to_string());
-                // The session that asked may be gone.
+                // The session that sent the query may have ended.
                 let _ = reply.send(answered);
             }
         })?;
-        Ok(Questions(Some(sender)))
+        Ok(Inspector(Some(sender)))
     }
 
-    /// Refuses every question.
+    /// Creates an inspector that fails every query.
     pub fn none() -> Self {
-        Questions(None)
+        Inspector(None)
     }
 
-    /// Hands a question over; it is refused at once if others are before it.
+    /// Queues a query; fails it at once if another one waits.
     pub fn ask(&self, query: &Query, reply: Reply) {
         let refused = match &self.0 {
-            None => Some((reply, QuestionError::Unavailable)),
+            None => Some((reply, QueryError::Unavailable)),
             Some(sender) => match sender.try_send((query.clone(), reply)) {
                 Ok(()) => None,
-                Err(TrySendError::Full((_, reply))) => Some((reply, QuestionError::Busy)),
-                Err(TrySendError::Disconnected((_, reply))) => Some((reply, QuestionError::Unavailable)),
+                Err(TrySendError::Full((_, reply))) => Some((reply, QueryError::Busy)),
+                Err(TrySendError::Disconnected((_, reply))) => Some((reply, QueryError::Unavailable)),
             },
         };
         if let Some((reply, error)) = refused {
@@ -98,8 +99,8 @@ impl Questions {
     }
 }
 
-/// Answers, and tells so as a span.
-fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionError> {
+/// Answers a query within a span.
+fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QueryError> {
     let span = span!("switchtower.question", otel.kind = "server", switchtower.question = &*query.what);
     let answered = span.in_scope(|| answer(reader, query));
     if let Err(error) = &answered {
@@ -108,7 +109,7 @@ fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionE
     answered
 }
 
-fn answer(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionError> {
+fn answer(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QueryError> {
     let limit = match query.limit as usize {
         0 => DEFAULT_LIMIT,
         limit => limit.min(LIMIT),
@@ -118,29 +119,29 @@ fn answer(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QuestionE
         "frontends" => reader.frontends(limit),
         "elements" => reader.elements(&query.filter, limit),
         "rules" => reader.chains(),
-        other => return Err(QuestionError::Unknown(other.chars().take(64).collect())),
+        other => return Err(QueryError::Unknown(other.chars().take(64).collect())),
     };
-    encode(&table.map_err(|error| QuestionError::Kernel(error.to_string()))?)
+    encode(&table.map_err(|error| QueryError::Kernel(error.to_string()))?)
 }
 
-fn encode(table: &KernelTable) -> Result<Vec<u8>, QuestionError> {
+fn encode(table: &KernelTable) -> Result<Vec<u8>, QueryError> {
     let length = table.encoded_len();
     if length > ANSWER {
-        return Err(QuestionError::TooLong(length));
+        return Err(QueryError::TooLong(length));
     }
     Ok(table.encode_to_vec())
 }
 
-fn parse_lookups(filter: &str) -> Result<Vec<FrontendQuery>, QuestionError> {
+fn parse_lookups(filter: &str) -> Result<Vec<FrontendQuery>, QueryError> {
     let names: Vec<&str> = filter.split(',').filter(|name| !name.is_empty()).collect();
     if names.len() > LOOKUPS {
-        return Err(QuestionError::TooMany(names.len()));
+        return Err(QueryError::TooMany(names.len()));
     }
-    let wrong = |name: &str| QuestionError::Frontend(name.chars().take(64).collect());
+    let wrong = |name: &str| QueryError::Frontend(name.chars().take(64).collect());
     names.into_iter().map(|name| parse_lookup(name).ok_or_else(|| wrong(name))).collect()
 }
 
-/// `10.96.0.10:80/TCP`, `[fd96::10]:80/UDP`, `:30080/TCP`.
+/// Parses `10.96.0.10:80/TCP`, `[fd96::10]:80/UDP` or `:30080/TCP`.
 fn parse_lookup(name: &str) -> Option<FrontendQuery> {
     let (at, protocol) = name.rsplit_once('/')?;
     let protocol = match protocol {
@@ -166,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_frontends() {
+    fn frontend_names_parsed() {
         let query = |address: Option<&str>, protocol, port| FrontendQuery {
             address: address.map(|address| address.parse().unwrap()),
             protocol,
@@ -180,17 +181,17 @@ mod tests {
         for wrong in
             ["10.96.0.10", "10.96.0.10:80", "10.96.0.10:0/TCP", "fd96::10:53/UDP", "x:80/TCP", "/TCP"]
         {
-            assert_eq!(parse_lookups(wrong), Err(QuestionError::Frontend(wrong.to_owned())), "{wrong}");
+            assert_eq!(parse_lookups(wrong), Err(QueryError::Frontend(wrong.to_owned())), "{wrong}");
         }
         let many = vec!["10.96.0.10:80/TCP"; 257].join(",");
-        assert_eq!(parse_lookups(&many), Err(QuestionError::TooMany(257)));
+        assert_eq!(parse_lookups(&many), Err(QueryError::TooMany(257)));
     }
 
     #[test]
-    fn without_a_reader_there_is_an_answer_too() {
+    fn query_without_reader_fails() {
         let (reply, answered) = oneshot::channel();
-        Questions::none().ask(&Query::default(), reply);
+        Inspector::none().ask(&Query::default(), reply);
         let error = answered.blocking_recv().unwrap().unwrap_err();
-        assert_eq!(error, QuestionError::Unavailable.to_string());
+        assert_eq!(error, QueryError::Unavailable.to_string());
     }
 }

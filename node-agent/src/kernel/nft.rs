@@ -1,11 +1,14 @@
-//! The kernel's side: nf_tables over netlink, tables `ip switchtower` and `ip6 switchtower`.
+//! nf_tables over netlink: the tables `ip switchtower` and `ip6 switchtower`.
 //!
-//! `layout` says what the tables look like, `mirror` and `plan` derive their content from the view
-//! without touching the kernel, `encode` writes a transaction, `dump` reads the tables back. `Nft` puts
-//! them together as a `Dataplane`. One transaction covers both tables and carries the stamp. No process is
-//! started, and only the own tables are read or written.
+//! `layout` declares sets, chains and rules; `mirror` and `plan` derive the elements from the view without IO; `encode`
+//! writes a transaction; `dump` reads the tables back. [`Nft`] combines them as a [`Dataplane`].
+//!
+//! Invariants:
+//! * One transaction covers both tables and has the stamp.
+//! * Only our own tables are written; no process is started.
 
 mod allocate;
+mod batch;
 mod dump;
 mod element;
 mod encode;
@@ -15,13 +18,13 @@ mod inspect;
 mod layout;
 mod mirror;
 mod monitor;
-mod netlink;
+mod nfta;
 mod plan;
 mod reader;
 mod release;
 mod resolve;
 mod text;
-mod wire;
+mod userdata;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -30,12 +33,13 @@ use std::time::{Duration, Instant};
 
 use crate::kernel::change::KernelChange;
 use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
+use crate::kernel::netlink::Socket;
+use batch::{Batch, Failure};
 use dump::TableDump;
 use element::{Data, Element, Range};
-use encode::{Encoded, Structure};
+use encode::{Encoded, Operation, Structure};
 use layout::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 use mirror::Mirror;
-use netlink::{Batch, Failure, Socket};
 use plan::Plan;
 
 pub use foreign::ForeignProxy;
@@ -44,14 +48,14 @@ pub use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
 pub use reader::{FrontendQuery, KernelReader};
 
-/// Attempts of one transaction: each takes out at least one refused element or waits for another writer.
+/// Maximum attempts of one transaction: each removes at least one refused element or waits for another writer.
 const ATTEMPTS: usize = 256;
-/// Elements that one transaction changes in a family: it takes about 50 ms, in which nobody else in the network
-/// namespace can change nf_tables.
+/// Maximum elements that one transaction changes in a family: it takes about 50 ms, during which no other process in
+/// the network namespace can change nf_tables.
 const TRANSACTION_LIMIT: usize = 32_768;
-/// How long to wait when another transaction was in the way.
+/// Delay after a conflict with another transaction.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
-/// After so many attempts that met something in the way the tables are compared, after twice as many built anew.
+/// Conflicts after which the tables are compared; after twice as many they are rebuilt.
 const BUSY_ATTEMPTS: usize = 20;
 
 /// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
@@ -64,22 +68,22 @@ pub struct Nft {
     stamp: Option<Stamp>,
 }
 
-/// What a transaction did.
+/// Operations and kernel time of a transaction.
 #[derive(Default)]
 struct Outcome {
     operations: u32,
     kernel: Duration,
 }
 
-/// What an attempt of a transaction calls for next.
+/// The step after an attempt of a transaction.
 enum Next {
-    /// It is committed, and was this long in the kernel.
+    /// The transaction is committed.
     Done(Outcome),
-    /// Something was taken out or repaired: again.
+    /// An element was removed or repaired: retry.
     Again,
-    /// Another transaction is in the way, or something that the kernel does not name: again after a pause.
+    /// Another transaction, or an object that the kernel does not identify, conflicts: retry after a delay.
     Busy,
-    /// The tables are not what they should be: compare with a dump, then again.
+    /// The tables differ from the expected content: compare with a dump, then retry.
     Compare,
 }
 
@@ -89,10 +93,10 @@ impl Nft {
     /// # Errors
     /// The kernel has no nf_tables, or the process may open no more files.
     pub fn open() -> io::Result<Self> {
-        Ok(Nft { socket: Socket::open()?, plan: Plan::new(), structures: Default::default(), stamp: None })
+        Ok(Nft { socket: batch::open()?, plan: Plan::new(), structures: Default::default(), stamp: None })
     }
 
-    /// The netlink port id: notifications of this socket's own transactions carry it.
+    /// Returns the netlink port id, which notifications of this socket's own transactions carry.
     ///
     /// # Errors
     /// The socket failed.
@@ -100,7 +104,7 @@ impl Nft {
         self.socket.port()
     }
 
-    /// The kernel's ruleset generation, which every transaction of anyone increases.
+    /// Returns the kernel's ruleset generation, which every transaction of any process increases.
     ///
     /// # Errors
     /// The request failed.
@@ -108,7 +112,7 @@ impl Nft {
         dump::generation(&mut self.socket)
     }
 
-    /// Sends the pending changes until the kernel takes them.
+    /// Sends the pending changes until the kernel accepts them.
     fn transact(&mut self, stamp: Stamp) -> Result<Outcome, CommitError> {
         let result = self.transact_parts(&stamp_entries(&stamp));
         self.plan.v4.rejoin();
@@ -119,7 +123,7 @@ impl Nft {
         result
     }
 
-    /// Parts have no stamp: whoever finds the tables between two of them compares.
+    /// Only the last part has the stamp: an agent that starts between two parts finds none and compares.
     fn transact_parts(&mut self, stamp: &BTreeMap<u32, [u8; 16]>) -> Result<Outcome, CommitError> {
         let mut chunk = usize::MAX;
         let mut healed = (HashSet::new(), HashSet::new());
@@ -147,23 +151,20 @@ impl Nft {
                 Next::Busy => {
                     busy += 1;
                     std::thread::sleep(BUSY_PAUSE);
-                    // What is in the way for so long is in our tables: somebody's reference that was not seen.
+                    // A conflict that lasts is in our tables: a foreign reference that the mirror does not know.
                     if busy % BUSY_ATTEMPTS == 0 {
                         self.compare_or_rebuild(&mut compared)?;
                     }
                 }
                 Next::Compare => self.compare_or_rebuild(&mut compared)?,
             }
-            // What is due may be something else now.
+            // The attempt may have changed the pending elements.
             self.split();
         }
-        Err(CommitError::Refused {
-            operation: "every attempt was refused anew".to_owned(),
-            errno: libc::EBUSY,
-        })
+        Err(CommitError::Refused { operation: "every attempt was refused".to_owned(), errno: libc::EBUSY })
     }
 
-    /// Sets aside what exceeds one transaction, unless a table is replaced: that leaves no gap.
+    /// Sets the changes beyond one transaction aside, unless a table is replaced, which must leave no gap.
     fn split(&mut self) {
         let whole = |structure: &Structure| structure.built || structure.absent;
         if whole(&self.structures.0) && whole(&self.structures.1) {
@@ -172,7 +173,7 @@ impl Nft {
         }
     }
 
-    /// Compares with a dump. If that was done already and did not help: builds both tables anew.
+    /// Compares with a dump; the second time it rebuilds both tables.
     fn compare_or_rebuild(&mut self, compared: &mut bool) -> io::Result<()> {
         self.plan.v4.rejoin();
         self.plan.v6.rejoin();
@@ -195,14 +196,14 @@ impl Nft {
         let v4 = encode::family(&mut batch, &self.plan.v4, &self.structures.0, entries, *chunk);
         let v6 = encode::family(&mut batch, &self.plan.v6, &self.structures.1, entries, *chunk);
         let started = Instant::now();
-        let failures = self.socket.commit(&mut batch)?;
+        let failures = batch.commit(&mut self.socket)?;
         if failures.is_empty() {
             let kernel = started.elapsed();
             committed(&mut self.plan.v4, &mut self.structures.0, entries);
             committed(&mut self.plan.v6, &mut self.structures.1, entries);
             return Ok(Next::Done(Outcome { operations: v4.operations + v6.operations, kernel }));
         }
-        // What is refused may change what is to come.
+        // A refusal may change the later parts.
         self.plan.v4.rejoin();
         self.plan.v6.rejoin();
         let mut next = None;
@@ -226,7 +227,7 @@ impl Nft {
                 None if (v4.has(failure.message) || v6.has(failure.message))
                     && failure.errno != libc::ENOENT =>
                 {
-                    // The kernel does not say which element: send each in a message of its own.
+                    // The kernel does not identify the element: send each in its own message.
                     *chunk = 1;
                     next.get_or_insert(Next::Again);
                 }
@@ -243,7 +244,7 @@ impl Nft {
         Ok(next.unwrap_or(Next::Again))
     }
 
-    /// Reads both tables and notes what differs; returns how much.
+    /// Reads both tables and records the differences; returns their number.
     fn compare(&mut self) -> io::Result<u32> {
         let v4 = dump::table::<4>(&mut self.socket)?;
         let v6 = dump::table::<16>(&mut self.socket)?;
@@ -269,7 +270,7 @@ impl Nft {
     }
 }
 
-/// The kernel took everything.
+/// Records that the kernel accepted all changes.
 fn committed<const N: usize>(
     mirror: &mut Mirror<N>,
     structure: &mut Structure,
@@ -280,8 +281,8 @@ fn committed<const N: usize>(
     *structure = Structure { built: true, config, stamp: stamp.clone(), ..Structure::default() };
 }
 
-/// Reacts to a refused element: heals a difference, or takes its item out. `None`: it is not an element of this
-/// family, or the kernel does not say which.
+/// Handles a refused element: corrects the expected value, or removes its item. `None`: it is not an element of this
+/// family, or the kernel does not identify it.
 fn resolve<const N: usize>(
     mirror: &mut Mirror<N>,
     encoded: &Encoded<N>,
@@ -289,20 +290,20 @@ fn resolve<const N: usize>(
     position: Option<usize>,
     healed: &mut HashSet<Element<N>>,
 ) -> Option<()> {
-    let (element, deletes) = encoded.element(failure.message, position)?;
-    match (failure.errno, deletes) {
-        // Someone else removed it before us.
-        (libc::ENOENT, true) => {
+    let (element, operation) = encoded.element(failure.message, position)?;
+    match (failure.errno, operation) {
+        // Another process removed it before us.
+        (libc::ENOENT, Operation::Delete) => {
             let change = mirror.changes.0.get_mut(&element)?;
             change.0 = None;
             if change.1.is_none() {
                 mirror.changes.0.remove(&element);
             }
         }
-        // It names no element: the table, the set or the chain that this one leads to is gone.
-        (libc::ENOENT, false) => return None,
-        // Someone else put another value there: remove that first.
-        (libc::EEXIST, false) if healed.insert(element) => {
+        // The error is not about the element: its table, its set or the chain that it refers to is gone.
+        (libc::ENOENT, Operation::Add) => return None,
+        // Another process added another value: remove that first.
+        (libc::EEXIST, Operation::Add) if healed.insert(element) => {
             let change = mirror.changes.0.get_mut(&element)?;
             change.0 = Some(Data::Present);
         }
@@ -311,7 +312,7 @@ fn resolve<const N: usize>(
     Some(())
 }
 
-/// What a failure was about, for people.
+/// Describes the operation of a failure.
 fn operation(v4: &Encoded<4>, v6: &Encoded<16>, failure: &Failure) -> String {
     let element = v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
     let element =
@@ -319,7 +320,7 @@ fn operation(v4: &Encoded<4>, v6: &Encoded<16>, failure: &Failure) -> String {
     element.unwrap_or_else(|| format!("operation {} of the transaction", failure.message))
 }
 
-/// The stamp as entries of map `stamp`: 0 the digest; 1 generation, layout version, deviations; 2 the facts.
+/// Encodes the stamp as entries of map `stamp`: 0 the digest; 1 generation, layout version, deviations; 2 the facts.
 fn stamp_entries(stamp: &Stamp) -> BTreeMap<u32, [u8; 16]> {
     let mut second = [0; 16];
     second[..8].copy_from_slice(&stamp.generation.to_be_bytes());
@@ -344,7 +345,7 @@ fn stamp_from(entries: &BTreeMap<u32, [u8; 16]>) -> Option<Stamp> {
     })
 }
 
-/// Tells a fresh mirror which numbers and ids the kernel holds.
+/// Gives a new mirror the numbers and ids that the kernel holds.
 fn hint<const N: usize>(mirror: &mut Mirror<N>, dump: &TableDump<N>) {
     let mut slots: BTreeMap<(u32, u32), u32> = BTreeMap::new();
     let mut lists: BTreeMap<u32, Vec<Range<N>>> = BTreeMap::new();
@@ -376,7 +377,7 @@ fn hint<const N: usize>(mirror: &mut Mirror<N>, dump: &TableDump<N>) {
     }
     for (list, mut ranges) in lists {
         ranges.sort_unstable();
-        // Of two lists with the same ranges one is adopted, the other removed.
+        // Of two lists with the same ranges one is adopted and the other removed.
         mirror.hints.lists.entry(ranges).or_insert(list);
     }
     mirror.adopt_numbers();

@@ -1,4 +1,4 @@
-//! Kernel settings of connection tracking, as kube-proxy sets them: only where they differ.
+//! Sysctls of connection tracking, written as kube-proxy writes them: only if they differ.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,29 +7,29 @@ use switchtower_proto::v1::ConntrackSettings;
 
 use crate::metrics::Metrics;
 
-/// The scaled value of `nf_conntrack_max` is cut here, as kube-proxy does.
+/// Maximum scaled value of `nf_conntrack_max`, as in kube-proxy.
 const MAXIMUM: u64 = 1_048_576;
 
-/// Writes settings below a directory, `/proc/sys` outside of tests.
+/// Writes sysctls below a directory: `/proc/sys`, or another one in tests.
 #[derive(Debug, Clone)]
 pub struct Sysctls {
     root: PathBuf,
     applied: Option<ConntrackSettings>,
-    /// Settings that are not in force, for people.
+    /// Descriptions of the sysctls that are not in force.
     unset: Vec<String>,
-    /// Values from before this process set them first.
+    /// Original values, read before this process first wrote them.
     found: BTreeMap<&'static str, u64>,
 }
 
 impl Sysctls {
-    /// Settings below `root`.
+    /// Creates a writer for sysctls below `root`.
     pub fn new(root: &Path) -> Self {
         Sysctls { root: root.to_path_buf(), applied: None, unset: Vec::new(), found: BTreeMap::new() }
     }
 
-    /// Applies `settings` if they are not those of the last time. What they leave alone gets back the value that it
-    /// had before. What cannot be written (a read-only `/proc` in an unprivileged container) is a warning and a
-    /// metric, never a failure: an init container does it. Returns whether [`Sysctls::unset`] changed.
+    /// Applies `settings` if they differ from the last ones. A sysctl that they no longer set gets its original value
+    /// back. One that cannot be written (a read-only `/proc` in an unprivileged container) causes a warning and counts
+    /// in a metric, but is never a failure: an init container writes it. Returns whether [`Sysctls::unset`] changed.
     pub fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) -> bool {
         if self.applied.as_ref() == Some(settings) {
             return false;
@@ -48,7 +48,7 @@ impl Sysctls {
             .collect();
         let outcome = |&(name, value): &(&'static str, u64)| self.write(name, value).err();
         let failures: Vec<_> = wanted.iter().chain(&left).filter_map(outcome).collect();
-        failures.iter().for_each(tell);
+        failures.iter().for_each(warn);
         self.found.retain(|name, _| !left.iter().any(|(other, _)| other == name));
         self.applied = Some(*settings);
         metrics.sysctl_failures.set(failures.len() as i64);
@@ -58,16 +58,16 @@ impl Sysctls {
         changed
     }
 
-    /// Settings that are not in force: name, value, wanted value and why.
+    /// Returns the sysctls that are not in force: name, value, wanted value and reason.
     pub fn unset(&self) -> &[String] {
         &self.unset
     }
 
-    /// Writes what differs; returns what could not be written.
+    /// Writes the sysctls that differ; returns those that could not be written.
     pub fn write_all(&self, settings: &ConntrackSettings) -> Vec<Unset> {
         let wanted = wanted(settings, cores()).into_iter();
         let failures: Vec<_> = wanted.filter_map(|(name, value)| self.write(name, value).err()).collect();
-        failures.iter().for_each(tell);
+        failures.iter().for_each(warn);
         failures
     }
 
@@ -78,25 +78,25 @@ impl Sysctls {
     fn write(&self, name: &'static str, wanted: u64) -> Result<(), Unset> {
         let current = self.read(name);
         let more = current.is_some_and(|current| current > wanted);
-        // The number of buckets is only ever raised.
+        // The number of buckets is never lowered.
         if current == Some(wanted) || (name == HASH_SIZE && more) {
             return Ok(());
         }
         match std::fs::write(self.root.join(name), wanted.to_string()) {
             Ok(()) => Ok(()),
-            // More room than wanted, set by somebody who may, is no shortage.
-            Err(_) if may_stay(name, current, wanted) => Ok(()),
+            // A higher limit that a privileged process has set does no harm.
+            Err(_) if is_acceptable(name, current, wanted) => Ok(()),
             Err(error) => Err(Unset { name, wanted, current, error }),
         }
     }
 }
 
-/// Whether a value that cannot be changed does no harm.
-fn may_stay(name: &str, current: Option<u64>, wanted: u64) -> bool {
+/// Returns whether a value that cannot be changed is acceptable.
+fn is_acceptable(name: &str, current: Option<u64>, wanted: u64) -> bool {
     name == MAX && current.is_some_and(|current| current > wanted)
 }
 
-/// A kernel setting that is not in force.
+/// A sysctl that is not in force.
 #[derive(Debug)]
 pub struct Unset {
     name: &'static str,
@@ -106,7 +106,7 @@ pub struct Unset {
 }
 
 impl Unset {
-    /// The setting does not exist: connection tracking is not loaded, or built without it.
+    /// Returns whether the sysctl does not exist: connection tracking is not loaded, or lacks the feature.
     pub fn is_absent(&self) -> bool {
         self.error.kind() == std::io::ErrorKind::NotFound
     }
@@ -126,7 +126,8 @@ impl std::fmt::Display for Unset {
     }
 }
 
-fn tell(unset: &Unset) {
+/// Logs a sysctl that is not in force.
+fn warn(unset: &Unset) {
     if unset.is_absent() {
         tracing::warn!(%unset, "a kernel setting does not exist");
     } else {
@@ -140,14 +141,14 @@ fn tell(unset: &Unset) {
 const MAX: &str = "net/netfilter/nf_conntrack_max";
 const HASH_SIZE: &str = "net/netfilter/nf_conntrack_buckets";
 
-/// CPUs of the machine that are online, whatever share of them this container may use: as kube-proxy counts them.
+/// Returns the number of online CPUs of the machine, not of the container, as kube-proxy counts them.
 fn cores() -> u64 {
     let online = std::fs::read_to_string("/sys/devices/system/cpu/online").ok();
     let counted = online.and_then(|list| count(&list)).filter(|count| *count > 0);
     counted.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64))
 }
 
-/// How many numbers are in a list as `0-3,5`; `None` if it is none.
+/// Counts the numbers in a list like `0-3,5`; `None` if it is malformed.
 fn count(list: &str) -> Option<u64> {
     let ranges = list.trim().split(',').map(|range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -192,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machines_cpus_are_counted() {
+    fn cpus_of_the_machine_counted() {
         for (list, expected) in [
             ("0\n", Some(1)),
             ("0-3\n", Some(4)),
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_set_is_wanted() {
+    fn only_configured_sysctls_wanted() {
         assert_eq!(wanted(&ConntrackSettings::default(), 4), []);
         let settings = ConntrackSettings {
             max_per_core: 32_768,
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_alone_again_gets_its_value_back() {
+    fn unset_sysctl_gets_original_value_back() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(directory.path().join("net/netfilter")).unwrap();
         let path = |name: &str| directory.path().join("net/netfilter").join(name);
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_counted() {
+    fn unwritable_sysctl_counted() {
         let directory = tempfile::tempdir().unwrap();
         let settings = ConntrackSettings { udp_timeout_seconds: 30, ..Default::default() };
         let sysctls = Sysctls::new(directory.path());
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_in_force_is_named_until_it_is() {
+    fn unset_sysctl_listed_until_in_force() {
         let directory = tempfile::tempdir().unwrap();
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
         let mut sysctls = Sysctls::new(directory.path());
@@ -271,17 +272,17 @@ mod tests {
     }
 
     #[test]
-    fn a_higher_limit_that_cannot_be_lowered_is_enough() {
-        assert!(may_stay(MAX, Some(2_000_000), 131_072));
-        assert!(!may_stay(MAX, Some(65_536), 131_072));
-        assert!(!may_stay(MAX, None, 131_072));
-        assert!(!may_stay("net/netfilter/nf_conntrack_udp_timeout", Some(60), 30));
+    fn higher_limit_acceptable() {
+        assert!(is_acceptable(MAX, Some(2_000_000), 131_072));
+        assert!(!is_acceptable(MAX, Some(65_536), 131_072));
+        assert!(!is_acceptable(MAX, None, 131_072));
+        assert!(!is_acceptable("net/netfilter/nf_conntrack_udp_timeout", Some(60), 30));
     }
 
     #[test]
-    fn what_exists_and_cannot_be_written_is_not_absent() {
+    fn unwritable_sysctl_not_absent() {
         let directory = tempfile::tempdir().unwrap();
-        // A directory cannot be written as a setting, whoever runs the test.
+        // A directory cannot be written as a file, not even by root.
         std::fs::create_dir_all(directory.path().join(MAX)).unwrap();
         assert!(!Sysctls::new(directory.path()).write(MAX, 131_072).unwrap_err().is_absent());
     }

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::engine::Command;
-use crate::kernel::inspector::QuestionError;
+use crate::kernel::inspector::QueryError;
 
 /// Most bytes of payload in one part.
 const PART: usize = 128 << 10;
@@ -30,7 +30,7 @@ impl Answers {
     pub(super) fn begin(&mut self, query: Query) {
         let Ok(turn) = self.turn.clone().try_acquire_owned() else {
             // A controller that keeps to the protocol never sees this, so a full queue may swallow it.
-            let refusal = part(query.id, Vec::new(), true, QuestionError::Busy.to_string());
+            let refusal = part(query.id, Vec::new(), true, QueryError::Busy.to_string());
             let _ = self.out.try_send(refusal);
             return;
         };

@@ -4,8 +4,9 @@ use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::*;
 
 use super::*;
-use crate::engine::{Engine, Families, FlowTable, Parts};
+use crate::engine::{Engine, Parts};
 use crate::health::Health;
+use crate::kernel::conntrack::{Families, FlowTable};
 use crate::state::limits;
 use crate::storage::snapshot::SnapshotFile;
 use crate::testing::controller::FakeController;
@@ -51,7 +52,7 @@ impl Agent {
             log: testing::log(),
             prober: Box::new(testing::NotingProber::default()),
             trial: None,
-            questions: crate::kernel::inspector::Questions::none(),
+            questions: crate::kernel::inspector::Inspector::none(),
             traces: crate::traces::Traces::none(),
         };
         let (commands, received) = mpsc::channel(16);

@@ -1,11 +1,11 @@
-//! Numbers that elements refer to each other by: service ports, backends, lists of sources.
+//! Allocates the numbers of service ports, backends and lists of sources.
 //!
-//! A number that became free is not given out again soon: a packet that crosses a commit may still carry it,
-//! and must miss rather than hit something else.
+//! A freed number is not reused soon: a packet that crosses a commit may still carry it, and must miss rather than hit
+//! another element.
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// Gives out indexes below a limit.
+/// Allocates indexes below a limit.
 #[derive(Debug)]
 pub(crate) struct Allocator {
     next: u32,
@@ -15,12 +15,12 @@ pub(crate) struct Allocator {
 }
 
 impl Allocator {
-    /// Gives out 0..limit; the last `quarantine` freed ones only when nothing else is left.
+    /// Allocates 0..limit; the last `quarantine` freed ones only when no other is left.
     pub(crate) fn new(limit: u32, quarantine: usize) -> Self {
         Allocator { next: 0, limit, free: VecDeque::new(), quarantine }
     }
 
-    /// The next index; `None` if all are in use.
+    /// Returns a free index; `None` if all are in use.
     pub(crate) fn allocate(&mut self) -> Option<u32> {
         if self.free.len() > self.quarantine || self.next >= self.limit {
             return self.free.pop_front();
@@ -46,17 +46,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn freed_numbers_rest_until_nothing_else_is_left() {
+    fn freed_numbers_reused_last() {
         let mut numbers = Allocator::new(4, 1);
         assert_eq!([0, 1, 2].map(|_| numbers.allocate()), [0, 1, 2].map(Some));
         numbers.release(0);
-        assert_eq!(numbers.allocate(), Some(3), "a fresh one first");
-        assert_eq!(numbers.allocate(), Some(0), "then the one that rested");
+        assert_eq!(numbers.allocate(), Some(3), "an unused one first");
+        assert_eq!(numbers.allocate(), Some(0), "then the freed one");
         assert_eq!(numbers.allocate(), None);
     }
 
     #[test]
-    fn adopted_numbers_are_in_use_and_gaps_are_free() {
+    fn adopted_numbers_used_and_gaps_free() {
         let mut numbers = Allocator::new(10, 0);
         numbers.adopt(&BTreeSet::from([0, 2]));
         assert_eq!([numbers.allocate(), numbers.allocate()], [Some(1), Some(3)]);

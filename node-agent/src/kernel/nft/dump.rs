@@ -1,15 +1,17 @@
-//! Reading our own table back: its sets, chains, rules' fingerprints and elements. Never another table.
+//! Reads our own tables back: sets, chains, the fingerprints of rules, and elements.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 
+use super::batch::Get;
 use super::element::{Data, Dumped, Element, Range, decode, decode_intervals};
 use super::expression::fingerprint_of;
-use super::layout::{Layout, SetSpec, TABLE, source_list_of};
-use super::netlink::{GET_CHAIN, GET_ELEMENT, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, Socket};
-use super::wire::{Attributes, Received, find, find_number, find_path, find_string};
+use super::layout::{DataType, Layout, SetSpec, TABLE, source_list_of};
+use super::nfta;
+use crate::kernel::netlink::Socket;
+use crate::kernel::netlink::wire::{Attributes, Writer, find, find_number, find_path, find_string};
 
-/// Where a dumped chain is hooked: type, hook number, priority, policy.
+/// The hook of a dumped chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DumpedHook {
     pub(crate) kind: String,
@@ -20,7 +22,7 @@ pub(crate) struct DumpedHook {
 
 impl std::fmt::Display for DumpedHook {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // NF_INET_PRE_ROUTING and the following.
+        // Indexed by `NF_INET_*`.
         let names = ["prerouting", "input", "forward", "output", "postrouting"];
         let hook = names.get(self.number as usize).copied().unwrap_or("unknown");
         write!(formatter, "{} hook {hook} priority {}", self.kind, self.priority)
@@ -31,12 +33,12 @@ impl std::fmt::Display for DumpedHook {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DumpedSet {
     flags: u32,
-    key: (u32, u32),
-    data: Option<(u32, u32)>,
+    key: DataType,
+    data: Option<DataType>,
 }
 
 impl DumpedSet {
-    /// Whether this is the set that `spec` declares.
+    /// Returns whether this is the set that `spec` declares.
     pub(crate) fn is(&self, spec: &SetSpec) -> bool {
         (self.flags, self.key, self.data) == (spec.flags, spec.key, spec.data)
     }
@@ -45,19 +47,17 @@ impl DumpedSet {
 /// Our table as the kernel has it.
 #[derive(Debug, Default)]
 pub(crate) struct TableDump<const N: usize> {
-    /// Table flags; not 0: made dormant by someone.
+    /// Table flags; not 0 if another program made the table dormant.
     pub(crate) flags: u32,
     pub(crate) sets: BTreeMap<String, DumpedSet>,
     pub(crate) chains: BTreeMap<String, Option<DumpedHook>>,
     /// Fingerprints in order, by chain; `None` for a rule that is not ours.
     pub(crate) rules: HashMap<String, Vec<Option<u64>>>,
     pub(crate) elements: HashMap<Element<N>, Data<N>>,
-    /// Elements that are not of our form.
+    /// Number of elements that are not of our form.
     pub(crate) unknown: usize,
     pub(crate) stamp: BTreeMap<u32, [u8; 16]>,
 }
-
-const ANONYMOUS: u32 = 1;
 
 /// Reads one family's table; `None` if there is none.
 ///
@@ -67,7 +67,7 @@ pub(crate) fn table<const N: usize>(socket: &mut Socket) -> io::Result<Option<Ta
     let Some(mut dump) = structure_only(socket)? else { return Ok(None) };
     let names: Vec<String> = dump.sets.keys().cloned().collect();
     for name in names {
-        // The clients in it are the packets' doing.
+        // Packets change its elements.
         if name != "affinity" {
             elements(socket, &name, &mut dump)?;
         }
@@ -82,12 +82,10 @@ pub(crate) fn table<const N: usize>(socket: &mut Socket) -> io::Result<Option<Ta
 pub(crate) fn structure_only<const N: usize>(socket: &mut Socket) -> io::Result<Option<TableDump<N>>> {
     let family = Layout::new(N).family;
     let mut dump = TableDump::default();
-    let found = socket.request(
-        (GET_TABLE, family, false),
-        |writer| writer.string(1, TABLE),
-        |message| {
-            dump.flags = find_number(message.attributes(), 2).unwrap_or_default();
-        },
+    let found = Get::one(libc::NFT_MSG_GETTABLE, family).send(
+        socket,
+        |writer| writer.string(nfta::table::NAME, TABLE),
+        |attributes| dump.flags = find_number(attributes, nfta::table::FLAGS).unwrap_or_default(),
     );
     match found {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
@@ -97,83 +95,87 @@ pub(crate) fn structure_only<const N: usize>(socket: &mut Socket) -> io::Result<
     Ok(Some(dump))
 }
 
-fn ours(attributes: &[u8]) -> bool {
-    find_string(attributes, 1) == Some(TABLE)
+/// Returns whether a set, chain or rule belongs to our table.
+fn is_ours(attributes: &[u8]) -> bool {
+    const _: () = assert!(nfta::set::TABLE == nfta::chain::TABLE && nfta::set::TABLE == nfta::rule::TABLE);
+    find_string(attributes, nfta::set::TABLE) == Some(TABLE)
 }
 
 fn structure<const N: usize>(socket: &mut Socket, family: u8, dump: &mut TableDump<N>) -> io::Result<()> {
-    socket.request(
-        (GET_SET, family, true),
-        |writer| writer.string(1, TABLE),
-        |message| {
-            let attributes = message.attributes();
+    use nfta::{chain, hook, rule, set};
+    Get::all(libc::NFT_MSG_GETSET, family).send(
+        socket,
+        |writer| writer.string(set::TABLE, TABLE),
+        |attributes| {
             let number = |kind| find_number(attributes, kind).unwrap_or_default();
-            let flags = number(3);
-            if let Some(name) =
-                find_string(attributes, 2).filter(|_| ours(attributes) && flags & ANONYMOUS == 0)
-            {
-                let data = find(attributes, 6).map(|_| (number(6), number(7)));
-                dump.sets.insert(name.to_owned(), DumpedSet { flags, key: (number(4), number(5)), data });
+            let flags = number(set::FLAGS);
+            let named = is_ours(attributes) && flags & libc::NFT_SET_ANONYMOUS as u32 == 0;
+            if let Some(name) = find_string(attributes, set::NAME).filter(|_| named) {
+                let kind = |kind, length| DataType { number: number(kind), length: number(length) };
+                let key = kind(set::KEY_TYPE, set::KEY_LENGTH);
+                let data = find(attributes, set::DATA_TYPE).map(|_| kind(set::DATA_TYPE, set::DATA_LENGTH));
+                dump.sets.insert(name.to_owned(), DumpedSet { flags, key, data });
             }
         },
     )?;
-    // The kernel cannot restrict this dump to a table: others are skipped by the name.
-    socket.request(
-        (GET_CHAIN, family, true),
+    // The kernel cannot restrict this dump to a table: the chains of others are skipped by name.
+    Get::all(libc::NFT_MSG_GETCHAIN, family).send(
+        socket,
         |_| (),
-        |message| {
-            let attributes = message.attributes();
-            if let Some(name) = find_string(attributes, 3).filter(|_| ours(attributes)) {
-                let hook = find(attributes, 4).map(|hook| DumpedHook {
-                    kind: find_string(attributes, 7).unwrap_or_default().to_owned(),
-                    number: find_number(hook, 1).unwrap_or_default(),
-                    priority: find_number(hook, 2).unwrap_or_default() as i32,
-                    policy: find_number(attributes, 5).unwrap_or_default(),
+        |attributes| {
+            if let Some(name) = find_string(attributes, chain::NAME).filter(|_| is_ours(attributes)) {
+                let hook = find(attributes, chain::HOOK).map(|found| DumpedHook {
+                    kind: find_string(attributes, chain::TYPE).unwrap_or_default().to_owned(),
+                    number: find_number(found, hook::NUMBER).unwrap_or_default(),
+                    priority: find_number(found, hook::PRIORITY).unwrap_or_default() as i32,
+                    policy: find_number(attributes, chain::POLICY).unwrap_or_default(),
                 });
                 dump.chains.insert(name.to_owned(), hook);
             }
         },
     )?;
-    socket.request(
-        (GET_RULE, family, true),
-        |writer| writer.string(1, TABLE),
-        |message| {
-            let attributes = message.attributes();
-            if let Some(chain) = find_string(attributes, 2).filter(|_| ours(attributes)) {
-                let fingerprint = find(attributes, 7).and_then(fingerprint_of);
+    Get::all(libc::NFT_MSG_GETRULE, family).send(
+        socket,
+        |writer| writer.string(rule::TABLE, TABLE),
+        |attributes| {
+            if let Some(chain) = find_string(attributes, rule::CHAIN).filter(|_| is_ours(attributes)) {
+                let fingerprint = find(attributes, rule::USER_DATA).and_then(fingerprint_of);
                 dump.rules.entry(chain.to_owned()).or_default().push(fingerprint);
             }
         },
     )
 }
 
-/// Calls `each` with the elements of one set, some at a time.
+/// Calls `each` with every element of one set.
 fn each_element(
     socket: &mut Socket,
     family: u8,
     set: &str,
     mut each: impl FnMut(Dumped<'_>),
 ) -> io::Result<()> {
-    let request = |writer: &mut super::wire::Writer| {
-        writer.string(1, TABLE);
-        writer.string(2, set);
+    let request = |writer: &mut Writer| {
+        writer.string(nfta::element_list::TABLE, TABLE);
+        writer.string(nfta::element_list::SET, set);
     };
-    socket.request((GET_ELEMENT, family, true), request, |message| for_each_element(message, &mut each))
+    Get::all(libc::NFT_MSG_GETSETELEM, family)
+        .send(socket, request, |attributes| for_each_element(attributes, &mut each))
 }
 
-fn for_each_element(message: &Received<'_>, mut each: impl FnMut(Dumped<'_>)) {
-    for (_, element) in Attributes(find(message.attributes(), 3).unwrap_or_default()) {
-        let data = find(element, 2);
+fn for_each_element(attributes: &[u8], mut each: impl FnMut(Dumped<'_>)) {
+    use nfta::{data, element, verdict};
+    for (_, found) in Attributes(find(attributes, nfta::element_list::ELEMENTS).unwrap_or_default()) {
+        let value = find(found, element::DATA);
+        let flags = find_number(found, element::FLAGS).unwrap_or_default();
         each(Dumped {
-            key: find_path(element, &[1, 1]).unwrap_or_default(),
-            interval_end: find_number(element, 3).unwrap_or_default() & 1 != 0,
-            data: data.and_then(|data| find(data, 1)),
-            chain: data.and_then(|data| find_string(find(data, 2)?, 2)),
+            key: find_path(found, &[element::KEY, data::VALUE]).unwrap_or_default(),
+            interval_end: flags & libc::NFT_SET_ELEM_INTERVAL_END as u32 != 0,
+            data: value.and_then(|value| find(value, data::VALUE)),
+            chain: value.and_then(|value| find_string(find(value, data::VERDICT)?, verdict::CHAIN)),
         });
     }
 }
 
-/// Reads one element of a map or of a set without intervals; `None` if it is not there, or not of our form.
+/// Reads one element of a map or of a set without intervals; `None` if it is absent, or not of our form.
 ///
 /// # Errors
 /// The request failed.
@@ -182,16 +184,17 @@ pub(crate) fn element<const N: usize>(
     element: &Element<N>,
 ) -> io::Result<Option<Data<N>>> {
     let set = element.set();
-    let request = |writer: &mut super::wire::Writer| {
-        writer.string(1, TABLE);
-        writer.string(2, &set);
-        writer.nest(3, |writer| {
+    let request = |writer: &mut Writer| {
+        writer.string(nfta::element_list::TABLE, TABLE);
+        writer.string(nfta::element_list::SET, &set);
+        writer.nest(nfta::element_list::ELEMENTS, |writer| {
             element.encode(writer, None);
         });
     };
     let mut found = None;
-    let result = socket.request((GET_ELEMENT, Layout::new(N).family, false), request, |message| {
-        for_each_element(message, |dumped| found = decode(&set, &dumped).map(|(_, data)| data));
+    let get = Get::one(libc::NFT_MSG_GETSETELEM, Layout::new(N).family);
+    let result = get.send(socket, request, |attributes| {
+        for_each_element(attributes, |dumped| found = decode(&set, &dumped).map(|(_, data)| data));
     });
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -246,7 +249,7 @@ pub(crate) fn elements<const N: usize>(
     })
 }
 
-/// The entries of one family's stamp; an error with ENOENT if there is no table.
+/// Reads the entries of one family's stamp; ENOENT if there is no table.
 ///
 /// # Errors
 /// The dump failed.
@@ -260,18 +263,16 @@ pub(crate) fn stamp(socket: &mut Socket, family: u8) -> io::Result<BTreeMap<u32,
     Ok(entries)
 }
 
-/// The kernel's ruleset generation: it changes with each transaction, whoever commits it.
+/// Reads the kernel's ruleset generation, which every transaction of any process changes.
 ///
 /// # Errors
 /// The request failed.
 pub(crate) fn generation(socket: &mut Socket) -> io::Result<u32> {
     let mut generation = 0;
-    socket.request(
-        (GET_GENERATION, 0, false),
+    Get::one(libc::NFT_MSG_GETGEN, libc::NFPROTO_UNSPEC as u8).send(
+        socket,
         |_| (),
-        |message| {
-            generation = find_number(message.attributes(), 1).unwrap_or_default();
-        },
+        |attributes| generation = find_number(attributes, nfta::generation::ID).unwrap_or_default(),
     )?;
     Ok(generation)
 }

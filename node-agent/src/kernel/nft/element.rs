@@ -1,6 +1,6 @@
-//! Elements of our sets and maps as values, and their bytes.
+//! Elements of our sets and maps as values, with their encoding.
 //!
-//! Generic over the length of an address, so that the mirror of an IPv4 table does not pay for IPv6.
+//! Generic over the length of an address, so that the mirror of an IPv4 table has no memory cost for IPv6.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -8,12 +8,13 @@ use std::hash::Hash;
 
 use super::expression::Verdict;
 use super::layout::{source_list_name, source_list_of};
-use super::wire::Writer;
+use super::nfta;
+use crate::kernel::netlink::wire::Writer;
 
-/// Where the number of a source list begins in a frontend's value.
+/// Lowest bit of the number of a source list in a frontend's value.
 pub(crate) const LIST_SHIFT: u32 = 12;
 
-/// Where clients connect: address, protocol, port. Also a local endpoint.
+/// Address, protocol and port of a frontend or a local endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key<const N: usize> {
     pub(crate) address: [u8; N],
@@ -43,12 +44,12 @@ impl<const N: usize> Range<N> {
         (0..N).all(|index| address[index] & mask(self.prefix, index) == self.address[index])
     }
 
-    /// The last address.
+    /// Returns the last address.
     pub(crate) fn last(&self) -> [u8; N] {
         std::array::from_fn(|index| self.address[index] | !mask(self.prefix, index))
     }
 
-    /// The prefix from its first and last address; `None` if they are not a prefix.
+    /// Returns the prefix with this first and last address; `None` if they do not form one.
     pub(crate) fn between(first: [u8; N], last: [u8; N]) -> Option<Self> {
         (0..=N * 8)
             .rev()
@@ -56,7 +57,7 @@ impl<const N: usize> Range<N> {
             .find(|range| range.address == first && range.last() == last)
     }
 
-    /// Without those that lie inside another: interval sets hold no overlapping elements.
+    /// Removes ranges that lie inside another one: interval sets hold no overlapping elements.
     pub(crate) fn outermost(mut ranges: Vec<Self>) -> Vec<Self> {
         // A range sorts after those that contain it, and the kept ones are disjoint: only the last can contain it.
         ranges.sort_unstable();
@@ -75,7 +76,7 @@ fn mask(prefix: u8, index: usize) -> u8 {
     !(0xffu32 >> bits) as u8
 }
 
-/// The address after `last`; `None` at the end of the address space.
+/// Returns the address after `last`; `None` at the end of the address space.
 fn successor<const N: usize>(mut last: [u8; N]) -> Option<[u8; N]> {
     for byte in last.iter_mut().rev() {
         let (next, overflow) = byte.overflowing_add(1);
@@ -98,7 +99,7 @@ fn predecessor<const N: usize>(mut end: [u8; N]) -> [u8; N] {
     end
 }
 
-/// What can be added, removed or replaced: an element, or a chain or map that comes and goes with elements.
+/// A unit of change: an element, with the chain and set that depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Element<const N: usize> {
     Frontend(Key<N>),
@@ -112,9 +113,9 @@ pub(crate) enum Element<const N: usize> {
     Backend(u32),
     StickyCluster(u32),
     StickyLocal(u32),
-    /// The value that the pool of a service port with affinity has without masquerading, by its upper bits.
+    /// The value of the pool of a service port with affinity, without masquerading; the key is its upper bits.
     StickyPool(u32),
-    /// A list of sources: its set and chain come and go with it.
+    /// A list of sources, with its set and chain.
     SourceList(u32),
     Vip([u8; N]),
     ClusterIp([u8; N]),
@@ -154,7 +155,7 @@ fn key_from<const N: usize>(bytes: &[u8]) -> Option<Key<N>> {
 }
 
 impl<const N: usize> Element<N> {
-    /// The set or map.
+    /// Returns the name of the set or map.
     pub(crate) fn set(&self) -> Cow<'static, str> {
         let name = match self {
             Element::Frontend(_) => "frontends",
@@ -179,8 +180,8 @@ impl<const N: usize> Element<N> {
         Cow::Borrowed(name)
     }
 
-    /// Appends the element to a list of elements; `data` is left out where it is removed. Returns how many
-    /// list entries it took: an interval has a start and an end.
+    /// Appends the element to a list of elements, without `data` for its removal. Returns the number of list entries:
+    /// an interval has a start and an end.
     pub(crate) fn encode(&self, writer: &mut Writer, data: Option<&Data<N>>) -> usize {
         let mut key = Vec::with_capacity(48);
         let mut list_chain = None;
@@ -212,23 +213,21 @@ impl<const N: usize> Element<N> {
                 return encode_interval(range, writer);
             }
         }
-        writer.nest(1, |writer| {
-            writer.nest(1, |writer| writer.attribute(1, &key));
+        writer.nest(nfta::list::ENTRY, |writer| {
+            value(writer, nfta::element::KEY, &key);
             match data {
                 None => {}
                 Some(Data::Present) => {
                     if let Some(chain) = list_chain {
-                        writer.nest(2, |writer| Verdict::Jump(chain).encode(writer));
+                        writer.nest(nfta::element::DATA, |writer| Verdict::Jump(chain).encode(writer));
                     }
                 }
-                Some(Data::Value(value)) => {
-                    writer.nest(2, |writer| writer.attribute(1, &value.to_ne_bytes()));
-                }
+                Some(Data::Value(number)) => value(writer, nfta::element::DATA, &number.to_ne_bytes()),
                 Some(Data::Endpoint(address, port)) => {
-                    let mut value = address.to_vec();
-                    value.extend(port.to_be_bytes());
-                    value.extend([0, 0]);
-                    writer.nest(2, |writer| writer.attribute(1, &value));
+                    let mut endpoint = address.to_vec();
+                    endpoint.extend(port.to_be_bytes());
+                    endpoint.extend([0, 0]);
+                    value(writer, nfta::element::DATA, &endpoint);
                 }
             }
         });
@@ -236,12 +235,17 @@ impl<const N: usize> Element<N> {
     }
 }
 
+/// Writes a nest that holds a plain value.
+pub(crate) fn value(writer: &mut Writer, kind: u16, bytes: &[u8]) {
+    writer.nest(kind, |writer| writer.attribute(nfta::data::VALUE, bytes));
+}
+
 fn encode_interval<const N: usize>(range: &Range<N>, writer: &mut Writer) -> usize {
-    writer.nest(1, |writer| writer.nest(1, |writer| writer.attribute(1, &range.address)));
+    writer.nest(nfta::list::ENTRY, |writer| value(writer, nfta::element::KEY, &range.address));
     let Some(end) = successor(range.last()) else { return 1 };
-    writer.nest(1, |writer| {
-        writer.nest(1, |writer| writer.attribute(1, &end));
-        writer.number(3, 1);
+    writer.nest(nfta::list::ENTRY, |writer| {
+        value(writer, nfta::element::KEY, &end);
+        writer.number(nfta::element::FLAGS, libc::NFT_SET_ELEM_INTERVAL_END as u32);
     });
     2
 }
@@ -256,7 +260,7 @@ pub(crate) struct Dumped<'a> {
     pub(crate) chain: Option<&'a str>,
 }
 
-/// Reads the elements of one of our sets. What is not understood is `None`: it is not ours.
+/// Reads an element of one of our sets; `None` if it is not of our form.
 pub(crate) fn decode<const N: usize>(set: &str, dumped: &Dumped<'_>) -> Option<(Element<N>, Data<N>)> {
     let number = || Some(u32::from_ne_bytes(dumped.key.get(..4)?.try_into().ok()?));
     let value = || Some(Data::Value(u32::from_ne_bytes(dumped.data?.try_into().ok()?)));
@@ -297,7 +301,7 @@ pub(crate) fn decode_intervals<const N: usize>(dumped: &[Dumped<'_>]) -> Option<
     for element in dumped {
         points.push((element.key.try_into().ok()?, !element.interval_end));
     }
-    // At one address the end of an interval comes before the start of the next.
+    // At the same address the end of an interval precedes the start of the next one.
     points.sort_unstable();
     let (mut ranges, mut start) = (Vec::new(), None);
     for (address, starts) in points {
@@ -318,7 +322,7 @@ pub(crate) fn decode_intervals<const N: usize>(dumped: &[Dumped<'_>]) -> Option<
     Some(ranges)
 }
 
-/// What differs between the kernel and what it should hold: per element the value before and after.
+/// Differences between the kernel and the desired content: per element the value before and after.
 #[derive(Debug)]
 pub(crate) struct Changes<const N: usize>(pub(crate) HashMap<Element<N>, (Option<Data<N>>, Option<Data<N>>)>);
 
@@ -329,7 +333,7 @@ impl<const N: usize> Default for Changes<N> {
 }
 
 impl<const N: usize> Changes<N> {
-    /// Notes that an element changes; several changes of one element become one.
+    /// Records a change; several changes of one element become one.
     pub(crate) fn put(&mut self, element: Element<N>, before: Option<Data<N>>, after: Option<Data<N>>) {
         let entry = self.0.entry(element).or_insert((before, after));
         entry.1 = after;
@@ -350,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_inside_others_are_left_out() {
+    fn ranges_inside_others_removed() {
         let all = ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "11.0.0.0/8", "10.0.0.0/8"].map(range);
         assert_eq!(Range::outermost(all.to_vec()), ["10.0.0.0/8", "11.0.0.0/8"].map(range));
         let everything = ["0.0.0.0/0", "10.0.0.0/8"].map(range);
@@ -358,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hundred_thousand_ranges_take_no_time() {
+    fn outermost_fast_for_100000_ranges() {
         let range = |number: u32| Range { address: (number * 16).to_be_bytes(), prefix: 28 };
         let ranges: Vec<Range<4>> = (0..100_000).rev().map(range).collect();
         let started = std::time::Instant::now();
@@ -367,14 +371,14 @@ mod tests {
     }
 
     #[test]
-    fn host_bits_are_cleared_and_wrong_lengths_refused() {
+    fn host_bits_cleared_and_wrong_lengths_refused() {
         assert_eq!(range("10.1.2.3/8"), range("10.0.0.0/8"));
         assert_eq!(Range::<4>::new(&[10, 0, 0], 8), None);
         assert_eq!(Range::<4>::new(&[10, 0, 0, 0], 33), None);
     }
 
     #[test]
-    fn a_range_is_found_again_from_its_ends() {
+    fn range_recovered_from_its_ends() {
         for text in ["0.0.0.0/0", "10.96.0.0/16", "10.0.0.1/32", "128.0.0.0/1"] {
             let range = range(text);
             assert_eq!(Range::between(range.address, range.last()), Some(range));
@@ -383,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn intervals_are_joined_from_their_starts_and_ends() {
+    fn intervals_joined_from_starts_and_ends() {
         let dumped = |key: &'static [u8], interval_end| Dumped { key, interval_end, ..Dumped::default() };
         let adjacent = [
             dumped(&[10, 1, 0, 0], true),
@@ -398,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn several_changes_of_one_element_become_one_or_none() {
+    fn changes_of_one_element_merged() {
         let mut changes = Changes::<4>::default();
         let (first, second) = (Some(Data::Value(1)), Some(Data::Value(2)));
         changes.put(Element::Backend(7), first, None);

@@ -1,80 +1,96 @@
-//! One family's part of a transaction: structure, elements, stamp, in an order that the kernel accepts.
+//! Encodes one family's part of a transaction: structure, elements, stamp, in an order that the kernel accepts.
 //!
-//! Chains before the rules that name them, maps before chains, deletions of elements before additions (adding
-//! a present key with other data is refused), base chains last: a packet sees nothing or everything.
+//! Chains precede the rules that refer to them, maps precede chains, deletions of elements precede additions (the kernel
+//! refuses to add a present key with other data). Base chains come last: a packet passes none or all of the rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::batch::Batch;
 use super::dump::{DumpedHook, TableDump};
-use super::element::{Changes, Data, Element};
+use super::element::{self, Changes, Data, Element};
 use super::layout::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::mirror::Mirror;
-use super::netlink::{
-    Batch, CREATE, DELETE_CHAIN, DELETE_ELEMENT, DELETE_RULE, DELETE_SET, DELETE_TABLE, NEW_CHAIN,
-    NEW_ELEMENT, NEW_SET, NEW_TABLE,
-};
-use super::wire::Writer;
+use super::nfta;
+use crate::kernel::netlink::wire::Writer;
 
-/// Bytes of elements per message: a nest holds less than 64 KiB.
+/// Maximum bytes of elements per message: a nest holds less than 64 KiB.
 const CHUNK: usize = 60_000;
-/// `NF_ACCEPT`, the policy of all our base chains.
-const ACCEPT: u32 = 1;
+/// The policy of all our base chains.
+const POLICY: u32 = libc::NF_ACCEPT as u32;
 
-/// One entry of the mirror's record: the element, and its value before and after.
+/// A pending change: the element, its value in the kernel, and the desired value.
 type Change<'a, const N: usize> = (&'a Element<N>, &'a (Option<Data<N>>, Option<Data<N>>));
 
-/// What is known of one table's structure in the kernel.
+/// The known structure of one table in the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Structure {
-    /// The table exists as we built it; false: (re)create it in the next transaction.
+    /// The table exists as we built it; otherwise the next transaction creates it.
     pub(crate) built: bool,
-    /// There is no table at all: it may be built in parts, since nothing is taken away meanwhile.
+    /// No table exists, so that it may be built in parts: no packet loses a rule in between.
     pub(crate) absent: bool,
     /// The configuration that the chains in the kernel were written with.
     pub(crate) config: RuleConfig,
-    /// Chains whose rules are not ours: rewritten in the next transaction.
+    /// Chains with foreign rules, which the next transaction rewrites.
     pub(crate) broken: Vec<String>,
-    /// Chains and sets that are not ours: removed in the next transaction.
+    /// Foreign chains, which the next transaction removes.
     pub(crate) foreign_chains: Vec<String>,
+    /// Foreign sets, which the next transaction removes.
     pub(crate) foreign_sets: Vec<String>,
     /// The stamp's entries in the kernel.
     pub(crate) stamp: BTreeMap<u32, [u8; 16]>,
 }
 
-/// Which changes a message of elements holds, for errors.
+/// The operation of a message of elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Add,
+    Delete,
+}
+
+impl Operation {
+    /// Returns the message type and its flags.
+    fn message(self) -> (i32, i32) {
+        match self {
+            Operation::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE),
+            Operation::Delete => (libc::NFT_MSG_DELSETELEM, 0),
+        }
+    }
+}
+
+/// The elements of one message, to map errors back to them.
 #[derive(Debug)]
 struct Group<const N: usize> {
     message: usize,
     /// The element of each list entry; an interval takes two.
     elements: Vec<Element<N>>,
-    deletes: bool,
+    operation: Operation,
 }
 
 /// Maps refused messages back to elements.
 #[derive(Debug)]
 pub(crate) struct Encoded<const N: usize> {
     groups: Vec<Group<N>>,
-    /// Operations written, the stamp not counted.
+    /// Number of operations without the stamp.
     pub(crate) operations: u32,
 }
 
 impl<const N: usize> Encoded<N> {
-    /// The element at a list position of a message, and whether it was to be deleted. Without a position only
-    /// if the message holds one element.
-    pub(crate) fn element(&self, message: usize, position: Option<usize>) -> Option<(Element<N>, bool)> {
+    /// Returns the element at a list position of a message and its operation. Without a position, only if the message
+    /// holds one element.
+    pub(crate) fn element(&self, message: usize, position: Option<usize>) -> Option<(Element<N>, Operation)> {
         let group = self.groups.iter().find(|group| group.message == message)?;
         let position = position
             .or_else(|| group.elements.iter().all(|other| *other == group.elements[0]).then_some(0))?;
-        Some((*group.elements.get(position)?, group.deletes))
+        Some((*group.elements.get(position)?, group.operation))
     }
 
-    /// Whether a message holds elements.
+    /// Returns whether a message holds elements.
     pub(crate) fn has(&self, message: usize) -> bool {
         self.groups.iter().any(|group| group.message == message)
     }
 }
 
-/// Writes what one family changes. `chunk` elements at most per message.
+/// Writes the changes of one family, with at most `chunk` elements per message.
 pub(crate) fn family<const N: usize>(
     batch: &mut Batch,
     mirror: &Mirror<N>,
@@ -100,11 +116,11 @@ pub(crate) fn family<const N: usize>(
     }
     let deletes = changes.iter().filter(|(_, (before, _))| before.is_some());
     let deletes: Vec<(Element<N>, Option<Data<N>>)> = deletes.map(|(element, _)| (**element, None)).collect();
-    elements += write_elements(batch, layout, &mut encoded, &deletes, (true, chunk));
+    elements += write_elements(batch, layout, &mut encoded, &deletes, Operation::Delete, chunk);
     let adds = changes.iter().filter(|(_, (_, after))| after.is_some());
     let adds: Vec<(Element<N>, Option<Data<N>>)> =
         adds.map(|(element, (_, after))| (**element, *after)).collect();
-    elements += write_elements(batch, layout, &mut encoded, &adds, (false, chunk));
+    elements += write_elements(batch, layout, &mut encoded, &adds, Operation::Add, chunk);
     if !structure.built {
         for chain in chains.iter().filter(|chain| chain.hook.is_some()) {
             new_chain(batch, layout, chain);
@@ -121,23 +137,23 @@ pub(crate) fn family<const N: usize>(
 /// Writes the removal of one element.
 pub(crate) fn removal<const N: usize>(batch: &mut Batch, element: Element<N>) {
     let mut encoded = Encoded { groups: Vec::new(), operations: 0 };
-    write_elements(batch, Layout::new(N), &mut encoded, &[(element, None)], (true, usize::MAX));
+    write_elements(batch, Layout::new(N), &mut encoded, &[(element, None)], Operation::Delete, usize::MAX);
 }
 
 /// Creates the table, its constant sets and chains; base chains come at the end.
 fn build(batch: &mut Batch, layout: Layout, chains: &[Chain]) {
     let table = |batch: &mut Batch, kind, flags| {
         batch.push(kind, flags, layout.family, |writer| {
-            writer.string(1, TABLE);
-            if kind == NEW_TABLE {
-                writer.number(2, 0);
+            writer.string(nfta::table::NAME, TABLE);
+            if kind == libc::NFT_MSG_NEWTABLE {
+                writer.number(nfta::table::FLAGS, 0);
             }
         });
     };
     // Create, delete, create: works whether the table exists or not, and leaves nothing of an old one.
-    table(batch, NEW_TABLE, CREATE);
-    table(batch, DELETE_TABLE, 0);
-    table(batch, NEW_TABLE, CREATE);
+    table(batch, libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
+    table(batch, libc::NFT_MSG_DELTABLE, 0);
+    table(batch, libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
     for set in layout.sets() {
         new_set(batch, layout, &set);
     }
@@ -151,42 +167,28 @@ fn build(batch: &mut Batch, layout: Layout, chains: &[Chain]) {
 
 fn new_set(batch: &mut Batch, layout: Layout, set: &SetSpec) {
     let id = batch.set_id();
-    batch.push(NEW_SET, CREATE, layout.family, |writer| {
-        writer.string(1, TABLE);
-        writer.string(2, &set.name);
-        writer.number(3, set.flags);
-        writer.number(4, set.key.0);
-        writer.number(5, set.key.1);
-        if let Some((kind, length)) = set.data {
-            writer.number(6, kind);
-            writer.number(7, length);
-        }
-        writer.nest(9, |writer| {
-            if let Some(size) = set.size {
-                writer.number(1, size);
-            }
-        });
-        writer.number(10, id);
-        writer.attribute(13, set.user_data);
+    batch.push(libc::NFT_MSG_NEWSET, libc::NLM_F_CREATE, layout.family, |writer| {
+        set.encode(writer, TABLE, id);
     });
 }
 
 fn new_chain(batch: &mut Batch, layout: Layout, chain: &Chain) {
-    batch.push(NEW_CHAIN, CREATE, layout.family, |writer| {
-        writer.string(1, TABLE);
-        writer.string(3, &chain.name);
+    use nfta::{chain as attribute, hook as hooked};
+    batch.push(libc::NFT_MSG_NEWCHAIN, libc::NLM_F_CREATE, layout.family, |writer| {
+        writer.string(attribute::TABLE, TABLE);
+        writer.string(attribute::NAME, &chain.name);
         if let Some(hook) = &chain.hook {
-            writer.nest(4, |writer| {
-                writer.number(1, hook.number);
-                writer.number(2, hook.priority as u32);
+            writer.nest(attribute::HOOK, |writer| {
+                writer.number(hooked::NUMBER, hook.number);
+                writer.number(hooked::PRIORITY, hook.priority as u32);
             });
-            writer.number(5, ACCEPT);
-            writer.string(7, hook.kind);
+            writer.number(attribute::POLICY, POLICY);
+            writer.string(attribute::TYPE, hook.kind);
         }
     });
 }
 
-/// Appends a chain's rules, after removing those that are there if `replace`.
+/// Appends a chain's rules; with `replace` removes the existing ones first.
 fn write_rules(batch: &mut Batch, layout: Layout, chain: &Chain, replace: bool) {
     if replace {
         flush_chain(batch, layout, &chain.name);
@@ -197,51 +199,57 @@ fn write_rules(batch: &mut Batch, layout: Layout, chain: &Chain, replace: bool) 
 }
 
 fn flush_chain(batch: &mut Batch, layout: Layout, chain: &str) {
-    batch.push(DELETE_RULE, 0, layout.family, |writer| {
-        writer.string(1, TABLE);
-        writer.string(2, chain);
+    batch.push(libc::NFT_MSG_DELRULE, 0, layout.family, |writer| {
+        writer.string(nfta::rule::TABLE, TABLE);
+        writer.string(nfta::rule::CHAIN, chain);
     });
 }
 
-/// Sets and chains that new elements need.
+/// Writes the sets and chains that new elements need.
 fn new_structure<const N: usize>(batch: &mut Batch, layout: Layout, changes: &[Change<'_, N>]) {
     for (element, (_, after)) in changes {
         if let (Element::SourceList(list), Some(_)) = (element, after) {
             new_set(batch, layout, &layout.source_list(*list));
             let chain = layout.source_chain(*list);
             new_chain(batch, layout, &chain);
-            // The chain may be there although no element leads to it, if someone else removed that.
+            // The chain may exist without an element that refers to it, if another process removed that.
             write_rules(batch, layout, &chain, true);
         }
     }
 }
 
-/// Removes chains and sets that no element needs any more, and what is not ours.
+/// Removes chains and sets that no element needs any more, and foreign ones.
 fn old_structure<const N: usize>(
     batch: &mut Batch,
     layout: Layout,
     changes: &[Change<'_, N>],
     structure: &Structure,
 ) {
-    let delete = |batch: &mut Batch, kind, attribute, name: &str| {
-        batch.push(kind, 0, layout.family, |writer| {
-            writer.string(1, TABLE);
-            writer.string(attribute, name);
+    let delete_set = |batch: &mut Batch, name: &str| {
+        batch.push(libc::NFT_MSG_DELSET, 0, layout.family, |writer| {
+            writer.string(nfta::set::TABLE, TABLE);
+            writer.string(nfta::set::NAME, name);
         });
     };
-    // Before any chain: a verdict map of somebody may lead to it.
+    let delete_chain = |batch: &mut Batch, name: &str| {
+        batch.push(libc::NFT_MSG_DELCHAIN, 0, layout.family, |writer| {
+            writer.string(nfta::chain::TABLE, TABLE);
+            writer.string(nfta::chain::NAME, name);
+        });
+    };
+    // Before any chain: a foreign verdict map may refer to it.
     if structure.built {
-        structure.foreign_sets.iter().for_each(|name| delete(batch, DELETE_SET, 2, name));
+        structure.foreign_sets.iter().for_each(|name| delete_set(batch, name));
     }
     for (element, (_, after)) in changes {
         if let (Element::SourceList(list), None) = (element, after) {
             let name = source_list_name(*list);
-            delete(batch, DELETE_CHAIN, 3, &name);
-            delete(batch, DELETE_SET, 2, &name);
+            delete_chain(batch, &name);
+            delete_set(batch, &name);
         }
     }
     if structure.built {
-        structure.foreign_chains.iter().for_each(|name| delete(batch, DELETE_CHAIN, 3, name));
+        structure.foreign_chains.iter().for_each(|name| delete_chain(batch, name));
     }
 }
 
@@ -249,7 +257,7 @@ fn remove_foreign_rules(batch: &mut Batch, layout: Layout, structure: &Structure
     structure.foreign_chains.iter().for_each(|chain| flush_chain(batch, layout, chain));
 }
 
-/// Writes anew the chains whose rules are not what they should be.
+/// Rewrites the chains whose rules differ from the wanted ones.
 fn rewrite_chains<const N: usize>(
     batch: &mut Batch,
     layout: Layout,
@@ -269,7 +277,7 @@ fn rewrite_chains<const N: usize>(
     }
 }
 
-/// Chains whose rules differ between the configuration in the kernel and the wanted one.
+/// Returns the chains whose rules differ between the configuration in the kernel and the wanted one.
 fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) -> Vec<String> {
     if structure.config == *config {
         return Vec::new();
@@ -278,24 +286,25 @@ fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) ->
     pairs.filter(|(old, new)| old != new).map(|(_, new)| new.name).collect()
 }
 
-/// Writes elements, grouped by set; returns how many.
+/// Writes elements, grouped by set; returns their number.
 fn write_elements<const N: usize>(
     batch: &mut Batch,
     layout: Layout,
     encoded: &mut Encoded<N>,
     elements: &[(Element<N>, Option<Data<N>>)],
-    (deletes, chunk): (bool, usize),
+    operation: Operation,
+    chunk: usize,
 ) -> usize {
-    let (kind, flags) = if deletes { (DELETE_ELEMENT, 0) } else { (NEW_ELEMENT, CREATE) };
+    let (kind, flags) = operation.message();
     let mut rest = elements;
     while let Some(set) = rest.first().map(|(element, _)| element.set()) {
         let mut taken = 0;
         let mut entries = Vec::new();
         let message = batch.len();
         batch.push(kind, flags, layout.family, |writer: &mut Writer| {
-            writer.string(1, TABLE);
-            writer.string(2, &set);
-            writer.nest(3, |writer| {
+            writer.string(nfta::element_list::TABLE, TABLE);
+            writer.string(nfta::element_list::SET, &set);
+            writer.nest(nfta::element_list::ELEMENTS, |writer| {
                 let start = writer.bytes.len();
                 for (element, data) in rest {
                     let full = writer.bytes.len() - start > CHUNK || taken >= chunk;
@@ -308,26 +317,27 @@ fn write_elements<const N: usize>(
                 }
             });
         });
-        encoded.groups.push(Group { message, elements: entries, deletes });
+        encoded.groups.push(Group { message, elements: entries, operation });
         rest = &rest[taken..];
     }
     elements.len()
 }
 
 fn write_stamp(batch: &mut Batch, layout: Layout, structure: &Structure, stamp: &BTreeMap<u32, [u8; 16]>) {
-    let mut write = |kind, flags, entries: &[(u32, Option<[u8; 16]>)]| {
+    let mut write = |operation: Operation, entries: &[(u32, Option<[u8; 16]>)]| {
         if entries.is_empty() {
             return;
         }
+        let (kind, flags) = operation.message();
         batch.push(kind, flags, layout.family, |writer| {
-            writer.string(1, TABLE);
-            writer.string(2, "stamp");
-            writer.nest(3, |writer| {
+            writer.string(nfta::element_list::TABLE, TABLE);
+            writer.string(nfta::element_list::SET, "stamp");
+            writer.nest(nfta::element_list::ELEMENTS, |writer| {
                 for (key, value) in entries {
-                    writer.nest(1, |writer| {
-                        writer.nest(1, |writer| writer.attribute(1, &key.to_ne_bytes()));
+                    writer.nest(nfta::list::ENTRY, |writer| {
+                        element::value(writer, nfta::element::KEY, &key.to_ne_bytes());
                         if let Some(value) = value {
-                            writer.nest(2, |writer| writer.attribute(1, value));
+                            element::value(writer, nfta::element::DATA, value);
                         }
                     });
                 }
@@ -339,12 +349,12 @@ fn write_stamp(batch: &mut Batch, layout: Layout, structure: &Structure, stamp: 
         held.filter(|(key, value)| stamp.get(key) != Some(value)).map(|(key, _)| (*key, None)).collect();
     let new = stamp.iter().filter(|(key, value)| !structure.built || structure.stamp.get(key) != Some(value));
     let new: Vec<_> = new.map(|(key, value)| (*key, Some(*value))).collect();
-    write(DELETE_ELEMENT, 0, &old);
-    write(NEW_ELEMENT, CREATE, &new);
+    write(Operation::Delete, &old);
+    write(Operation::Add, &new);
 }
 
-/// Compares a dump with what should be there: the structure as it is, what differs among the elements (left in
-/// the mirror's changes), and the number of differences.
+/// Compares a dump with the desired content. Leaves the differing elements in the mirror's changes; returns the
+/// structure in the kernel and the number of differences.
 pub(crate) fn compare<const N: usize>(
     mirror: &mut Mirror<N>,
     dump: Option<TableDump<N>>,
@@ -374,15 +384,15 @@ pub(crate) fn compare<const N: usize>(
             structure.broken.push(name.clone());
         }
     }
-    // A chain or set whose element is there goes with that.
-    let goes = |name: &str| {
+    // The chain and set of a source list are removed together with its element.
+    let has_element = |name: &str| {
         let list = source_list_of(name);
         list.is_some_and(|list| dump.elements.contains_key(&Element::SourceList(list)))
     };
-    let foreign = dump.chains.keys().filter(|name| !expected.contains_key(*name) && !goes(name));
+    let foreign = dump.chains.keys().filter(|name| !expected.contains_key(*name) && !has_element(name));
     structure.foreign_chains.extend(foreign.cloned());
     let known: BTreeSet<String> = layout.sets().into_iter().map(|set| set.name).chain(lists).collect();
-    let foreign = dump.sets.keys().filter(|name| !known.contains(*name) && !goes(name));
+    let foreign = dump.sets.keys().filter(|name| !known.contains(*name) && !has_element(name));
     structure.foreign_sets.extend(foreign.cloned());
     for (element, data) in &wanted {
         let before = dump.elements.remove(element);
@@ -397,7 +407,7 @@ pub(crate) fn compare<const N: usize>(
     (structure, count)
 }
 
-/// Whether sets and base chains are as we build them. If not, the table is built anew, in one transaction.
+/// Returns whether sets and base chains are as we build them. Otherwise one transaction rebuilds the table.
 fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
     let layout = Layout::new(N);
     let sets = layout.sets().iter().all(|set| dump.sets.get(&set.name).is_some_and(|found| found.is(set)));
@@ -410,9 +420,12 @@ fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
             kind: hook.kind.to_owned(),
             number: hook.number,
             priority: hook.priority,
-            policy: ACCEPT,
+            policy: POLICY,
         });
         dump.chains.get(&chain.name) == Some(&wanted)
     });
     sets && lists && chains && dump.flags == 0 && dump.unknown == 0
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,29 +3,24 @@
 //! Registers are counted in words of 32 bits from 0; a field of a concatenation starts at a multiple of 4
 //! bytes. Names and numbers are those of the kernel's `linux/netfilter/nf_tables.h`.
 
-use super::netlink::{Batch, CREATE, NEW_ELEMENT, NEW_SET};
-use super::wire::Writer;
+use super::batch::Batch;
+use super::element;
+use super::layout::{DataType, SetSpec};
+use super::nfta;
+use super::userdata::{ByteOrder, UserData};
+use crate::kernel::netlink::wire::Writer;
 
-/// `NFT_REG32_00`: the first register.
-const FIRST_REGISTER: u32 = 8;
-/// `NFT_META_PRIORITY`, the scratch register of our rules.
-pub(crate) const META_PRIORITY: u32 = 2;
-/// `NFT_META_MARK`.
-pub(crate) const META_MARK: u32 = 3;
-/// `NFT_META_IIFNAME`.
-pub(crate) const META_INTERFACE: u32 = 6;
-/// `NFT_META_L4PROTO`.
-pub(crate) const META_PROTOCOL: u32 = 16;
-/// `NFT_CT_STATE`.
-pub(crate) const CT_STATE: u32 = 0;
-/// `NFT_CT_STATUS`.
-pub(crate) const CT_STATUS: u32 = 2;
-/// `NFT_PAYLOAD_NETWORK_HEADER`.
-pub(crate) const NETWORK: u32 = 1;
-/// `NFT_PAYLOAD_TRANSPORT_HEADER`.
-pub(crate) const TRANSPORT: u32 = 2;
+/// Scratch register of our rules: `meta priority`.
+pub(crate) const META_PRIORITY: u32 = libc::NFT_META_PRIORITY as u32;
+pub(crate) const META_MARK: u32 = libc::NFT_META_MARK as u32;
+pub(crate) const META_INTERFACE: u32 = libc::NFT_META_IIFNAME as u32;
+pub(crate) const META_PROTOCOL: u32 = libc::NFT_META_L4PROTO as u32;
+pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
+pub(crate) const CT_STATUS: u32 = libc::NFT_CT_STATUS as u32;
+pub(crate) const NETWORK: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
+pub(crate) const TRANSPORT: u32 = libc::NFT_PAYLOAD_TRANSPORT_HEADER as u32;
 
-/// What a rule decides.
+/// The verdict of a rule.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Verdict {
     Accept,
@@ -38,30 +33,39 @@ pub(crate) enum Verdict {
 impl Verdict {
     fn code(&self) -> i32 {
         match self {
-            Verdict::Drop => 0,
-            Verdict::Accept => 1,
-            Verdict::Jump(_) => -3,
-            Verdict::Goto(_) => -4,
-            Verdict::Return => -5,
+            Verdict::Drop => libc::NF_DROP,
+            Verdict::Accept => libc::NF_ACCEPT,
+            Verdict::Jump(_) => libc::NFT_JUMP,
+            Verdict::Goto(_) => libc::NFT_GOTO,
+            Verdict::Return => libc::NFT_RETURN,
         }
     }
 
     /// Writes the content of an `NFTA_*_DATA` attribute.
     pub(crate) fn encode(&self, writer: &mut Writer) {
-        writer.nest(2, |writer| {
-            writer.number(1, self.code() as u32);
+        writer.nest(nfta::data::VERDICT, |writer| {
+            writer.number(nfta::verdict::CODE, self.code() as u32);
             if let Verdict::Jump(chain) | Verdict::Goto(chain) = self {
-                writer.string(2, chain);
+                writer.string(nfta::verdict::CHAIN, chain);
             }
         });
     }
 }
 
-/// What a dynamic map's update does.
+/// The operation on a dynamic map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum DynamicOperation {
     Update,
     Delete,
+}
+
+/// Destination of a map's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum LookupResult {
+    /// The value goes to this register.
+    Value(u32),
+    /// The value is a verdict, which takes effect.
+    Verdict,
 }
 
 /// One expression.
@@ -85,7 +89,7 @@ pub(crate) enum Expression {
         key: u32,
         register: u32,
     },
-    /// Whether the source is an address of this host: `fib saddr type`.
+    /// Type of the source address, for example local to this host: `fib saddr type`.
     LoadSourceType {
         register: u32,
     },
@@ -115,13 +119,13 @@ pub(crate) enum Expression {
         modulus: u32,
         seed: u32,
     },
-    /// A set's membership test, or with `result` a map's value; `Some(None)` is the verdict.
+    /// Tests membership in a set, or with `result` looks a key up in a map.
     Lookup {
         set: String,
         register: u32,
-        result: Option<Option<u32>>,
+        result: Option<LookupResult>,
     },
-    /// `meta l4proto { tcp, udp, sctp }`. The rule of a `dnat … : port` must say it for nft to read it back.
+    /// `meta l4proto { tcp, udp, sctp }`. nft needs it to read a rule with `dnat … : port` back.
     ProtocolWithPorts {
         register: u32,
     },
@@ -152,7 +156,7 @@ pub(crate) enum Expression {
 }
 
 fn register(number: u32) -> u32 {
-    FIRST_REGISTER + number
+    libc::NFT_REG32_00 as u32 + number
 }
 
 /// An anonymous set of a rule, written before it.
@@ -161,166 +165,234 @@ struct Anonymous {
     name: &'static str,
 }
 
-/// Key and, in a map, verdict of each element of an anonymous set.
-type AnonymousElements<'a> = Vec<(Vec<u8>, Option<&'a Verdict>)>;
+/// An element of an anonymous set: its key and, in a map, its verdict.
+struct AnonymousElement<'a> {
+    key: Vec<u8>,
+    verdict: Option<&'a Verdict>,
+}
+
+/// Returns the declaration and the elements of the anonymous set that an expression needs, if any.
+fn anonymous_set(expression: &Expression) -> Option<(&'static str, SetSpec, Vec<AnonymousElement<'_>>)> {
+    let constant = (libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT) as u32;
+    let (name, flags, key, data, user_data, elements) = match expression {
+        Expression::ProtocolWithPorts { .. } => {
+            let protocols = [libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_SCTP];
+            let element = |protocol| AnonymousElement { key: vec![protocol as u8], verdict: None };
+            let user_data =
+                UserData::set(ByteOrder::Host).key_typeof(&UserData::meta(libc::NFT_META_L4PROTO));
+            ("__set%d", constant, DataType::PROTOCOL, None, user_data, protocols.map(element).into())
+        }
+        Expression::Dispatch { verdicts, .. } => {
+            let user_data = UserData::map(ByteOrder::Host, ByteOrder::Unspecified)
+                .data_typeof(&UserData::verdict())
+                .single_values();
+            let flags = constant | libc::NFT_SET_MAP as u32;
+            let elements = verdicts.iter().map(|(code, verdict)| AnonymousElement {
+                key: code.to_ne_bytes().to_vec(),
+                verdict: Some(verdict),
+            });
+            let elements = elements.collect();
+            ("__map%d", flags, DataType::VALUE, Some(DataType::VERDICT), user_data, elements)
+        }
+        _ => return None,
+    };
+    let elements: Vec<AnonymousElement<'_>> = elements;
+    let size = Some(elements.len() as u32);
+    Some((name, SetSpec { name: name.to_owned(), flags, key, data, size, user_data }, elements))
+}
 
 /// Writes the anonymous set that an expression needs, if any, into the batch.
 fn anonymous(expression: &Expression, batch: &mut Batch, family: u8, table: &str) -> Option<Anonymous> {
-    // User data as nft 1.0.6 writes it for these two sets; nft needs it to print them.
-    const PROTOCOLS: [u8; 22] = [0, 4, 1, 0, 0, 0, 3, 14, 0, 4, 9, 0, 0, 0, 1, 6, 0, 4, 16, 0, 0, 0];
-    const CODES: [u8; 28] =
-        [0, 4, 1, 0, 0, 0, 1, 4, 0, 0, 0, 0, 4, 8, 0, 4, 1, 0, 0, 0, 1, 0, 6, 4, 0, 0, 0, 0];
-    let (name, flags, types, user_data, elements): (_, u32, _, &[u8], AnonymousElements<'_>) =
-        match expression {
-            Expression::ProtocolWithPorts { .. } => {
-                let elements = [6u8, 17, 132].map(|protocol| (vec![protocol], None)).to_vec();
-                ("__set%d", 3, (12, 1), &PROTOCOLS, elements)
-            }
-            Expression::Dispatch { verdicts, .. } => {
-                let elements =
-                    verdicts.iter().map(|(code, verdict)| (code.to_ne_bytes().to_vec(), Some(verdict)));
-                ("__map%d", 0xb, (23, 4), &CODES, elements.collect())
-            }
-            _ => return None,
-        };
+    let (name, spec, elements) = anonymous_set(expression)?;
     let id = batch.set_id();
-    batch.push(NEW_SET, CREATE, family, |writer| {
-        writer.string(1, table);
-        writer.string(2, name);
-        writer.number(3, flags);
-        writer.number(4, types.0);
-        writer.number(5, types.1);
-        if flags & 8 != 0 {
-            writer.number(6, 0xffff_ff00);
-            writer.number(7, 16);
-        }
-        writer.nest(9, |writer| writer.number(1, elements.len() as u32));
-        writer.number(10, id);
-        writer.attribute(13, user_data);
-    });
-    batch.push(NEW_ELEMENT, CREATE, family, |writer| {
-        writer.string(1, table);
-        writer.string(2, name);
-        writer.nest(3, |writer| {
-            for (key, verdict) in &elements {
-                writer.nest(1, |writer| {
-                    writer.nest(1, |writer| writer.attribute(1, key));
+    batch.push(libc::NFT_MSG_NEWSET, libc::NLM_F_CREATE, family, |writer| spec.encode(writer, table, id));
+    batch.push(libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, family, |writer| {
+        writer.string(nfta::element_list::TABLE, table);
+        writer.string(nfta::element_list::SET, name);
+        writer.nest(nfta::element_list::ELEMENTS, |writer| {
+            for AnonymousElement { key, verdict } in &elements {
+                writer.nest(nfta::list::ENTRY, |writer| {
+                    element::value(writer, nfta::element::KEY, key);
                     if let Some(verdict) = verdict {
-                        writer.nest(2, |writer| verdict.encode(writer));
+                        writer.nest(nfta::element::DATA, |writer| verdict.encode(writer));
                     }
                 });
             }
         });
-        writer.number(4, id);
+        writer.number(nfta::element_list::SET_ID, id);
     });
     Some(Anonymous { id, name })
 }
 
+/// Writes an expression of this kind; `body` writes its attributes.
+fn expression(writer: &mut Writer, kind: &str, body: impl FnOnce(&mut Writer)) {
+    writer.nest(nfta::list::ENTRY, |writer| {
+        writer.string(nfta::expression::NAME, kind);
+        writer.nest(nfta::expression::DATA, body);
+    });
+}
+
+/// Writes an expression whose attributes are all numbers.
+fn numbers(writer: &mut Writer, kind: &str, attributes: &[(u16, u32)]) {
+    expression(writer, kind, |writer| {
+        attributes.iter().for_each(|(attribute, value)| writer.number(*attribute, *value));
+    });
+}
+
 impl Expression {
     fn encode(&self, writer: &mut Writer, set: Option<&Anonymous>) {
-        let expression = |writer: &mut Writer, name: &str, body: &dyn Fn(&mut Writer)| {
-            writer.nest(1, |writer| {
-                writer.string(1, name);
-                writer.nest(2, |writer| body(writer));
-            });
-        };
-        let numbers = |writer: &mut Writer, name: &str, values: &[(u16, u32)]| {
-            expression(writer, name, &|writer| {
-                values.iter().for_each(|(kind, value)| writer.number(*kind, *value));
-            });
-        };
         match self {
-            Expression::LoadMeta { key, register: to } => {
-                numbers(writer, "meta", &[(2, *key), (1, register(*to))]);
-            }
-            Expression::SetMeta { key, register: from } => {
-                numbers(writer, "meta", &[(2, *key), (3, register(*from))]);
-            }
-            Expression::LoadPayload { base, offset, length, register: to } => {
-                numbers(writer, "payload", &[(1, register(*to)), (2, *base), (3, *offset), (4, *length)]);
-            }
-            Expression::LoadConntrack { key, register: to } => {
-                numbers(writer, "ct", &[(1, register(*to)), (2, *key)]);
-            }
-            Expression::LoadSourceType { register: to } => {
-                numbers(writer, "fib", &[(3, 1), (2, 3), (1, register(*to))]);
-            }
-            Expression::Bitwise { register: both, mask, xor } => expression(writer, "bitwise", &|writer| {
-                writer.number(1, register(*both));
-                writer.number(2, register(*both));
-                writer.number(3, 4);
-                writer.nest(4, |writer| writer.attribute(1, &mask.to_ne_bytes()));
-                writer.nest(5, |writer| writer.attribute(1, &xor.to_ne_bytes()));
-            }),
-            Expression::Compare { equal, register: from, data } => expression(writer, "cmp", &|writer| {
-                writer.number(1, register(*from));
-                writer.number(2, u32::from(!equal));
-                writer.nest(3, |writer| writer.attribute(1, data));
-            }),
-            Expression::Immediate { register: to, value } => expression(writer, "immediate", &|writer| {
-                writer.number(1, register(*to));
-                writer.nest(2, |writer| writer.attribute(1, &value.to_ne_bytes()));
-            }),
-            Expression::Random { register: to, modulus } => {
-                numbers(writer, "numgen", &[(1, register(*to)), (2, *modulus), (3, 1), (4, 0)]);
-            }
-            Expression::Hash { register: both, length, modulus, seed } => {
-                let both = register(*both);
-                numbers(
-                    writer,
-                    "hash",
-                    &[(1, both), (2, both), (3, *length), (4, *modulus), (5, *seed), (7, 0)],
-                );
-            }
             Expression::Lookup { .. }
             | Expression::ProtocolWithPorts { .. }
             | Expression::Dispatch { .. } => {
-                expression(writer, "lookup", &|writer| self.encode_lookup(writer, set));
+                expression(writer, "lookup", |writer| self.encode_lookup(writer, set));
             }
-            Expression::Dynamic { operation, set, key, data, seconds } => {
-                expression(writer, "dynset", &|writer| {
-                    writer.number(4, register(*key));
-                    writer.number(5, register(*data));
-                    writer.number(3, if *operation == DynamicOperation::Update { 1 } else { 2 });
-                    if *seconds > 0 {
-                        writer.attribute(6, &(u64::from(*seconds) * 1000).to_be_bytes());
-                    }
-                    writer.string(1, set);
-                });
-            }
-            Expression::DestinationNat { family, address, port } => {
-                let values = [(1, 1), (2, u32::from(*family)), (3, register(*address)), (5, register(*port))];
-                numbers(writer, "nat", &values);
-            }
-            Expression::Masquerade => numbers(writer, "masq", &[(1, 0x10)]),
-            Expression::Reject { code } => expression(writer, "reject", &|writer| {
-                writer.number(1, 0);
-                writer.attribute(2, &[*code]);
+            Expression::Dynamic { .. } => self.encode_dynamic(writer),
+            Expression::Verdict(verdict) => expression(writer, "immediate", |writer| {
+                writer.number(nfta::immediate::DESTINATION, libc::NFT_REG_VERDICT as u32);
+                writer.nest(nfta::immediate::DATA, |writer| verdict.encode(writer));
             }),
-            Expression::Verdict(verdict) => expression(writer, "immediate", &|writer| {
-                writer.number(1, 0);
-                writer.nest(2, |writer| verdict.encode(writer));
-            }),
+            Expression::DestinationNat { .. } | Expression::Masquerade | Expression::Reject { .. } => {
+                self.encode_action(writer);
+            }
+            Expression::Bitwise { .. } | Expression::Compare { .. } | Expression::Immediate { .. } => {
+                self.encode_operation(writer);
+            }
+            _ => self.encode_load(writer),
         }
     }
 
+    /// Expressions that move a number between a register and the packet or its metadata.
+    fn encode_load(&self, writer: &mut Writer) {
+        use nfta::{ct, fib, hash, meta, numgen, payload};
+        match self {
+            Expression::LoadMeta { key, register: to } => {
+                numbers(writer, "meta", &[(meta::KEY, *key), (meta::DESTINATION, register(*to))]);
+            }
+            Expression::SetMeta { key, register: from } => {
+                numbers(writer, "meta", &[(meta::KEY, *key), (meta::SOURCE, register(*from))]);
+            }
+            Expression::LoadPayload { base, offset, length, register: to } => {
+                let place = [(payload::BASE, *base), (payload::OFFSET, *offset), (payload::LENGTH, *length)];
+                let [base, offset, length] = place;
+                numbers(writer, "payload", &[(payload::DESTINATION, register(*to)), base, offset, length]);
+            }
+            Expression::LoadConntrack { key, register: to } => {
+                numbers(writer, "ct", &[(ct::DESTINATION, register(*to)), (ct::KEY, *key)]);
+            }
+            Expression::LoadSourceType { register: to } => {
+                let result = (fib::RESULT, nfta::FIB_ADDRESS_TYPE);
+                let flags = (fib::FLAGS, nfta::FIB_SOURCE_ADDRESS);
+                numbers(writer, "fib", &[flags, result, (fib::DESTINATION, register(*to))]);
+            }
+            Expression::Random { register: to, modulus } => {
+                let random = (numgen::TYPE, libc::NFT_NG_RANDOM as u32);
+                let (to, modulus) = ((numgen::DESTINATION, register(*to)), (numgen::MODULUS, *modulus));
+                numbers(writer, "numgen", &[to, modulus, random, (numgen::OFFSET, 0)]);
+            }
+            Expression::Hash { register: both, length, modulus, seed } => {
+                let attributes = [
+                    (hash::SOURCE, register(*both)),
+                    (hash::DESTINATION, register(*both)),
+                    (hash::LENGTH, *length),
+                    (hash::MODULUS, *modulus),
+                    (hash::SEED, *seed),
+                    (hash::TYPE, nfta::HASH_JENKINS),
+                ];
+                numbers(writer, "hash", &attributes);
+            }
+            _ => {}
+        }
+    }
+
+    /// Expressions on the content of registers.
+    fn encode_operation(&self, writer: &mut Writer) {
+        use nfta::{bitwise, compare, immediate};
+        match self {
+            Expression::Bitwise { register: both, mask, xor } => expression(writer, "bitwise", |writer| {
+                writer.number(bitwise::SOURCE, register(*both));
+                writer.number(bitwise::DESTINATION, register(*both));
+                writer.number(bitwise::LENGTH, size_of::<u32>() as u32);
+                element::value(writer, bitwise::MASK, &mask.to_ne_bytes());
+                element::value(writer, bitwise::XOR, &xor.to_ne_bytes());
+            }),
+            Expression::Compare { equal, register: from, data } => expression(writer, "cmp", |writer| {
+                let operation = if *equal { libc::NFT_CMP_EQ } else { libc::NFT_CMP_NEQ };
+                writer.number(compare::SOURCE, register(*from));
+                writer.number(compare::OPERATION, operation as u32);
+                element::value(writer, compare::DATA, data);
+            }),
+            Expression::Immediate { register: to, value } => expression(writer, "immediate", |writer| {
+                writer.number(immediate::DESTINATION, register(*to));
+                element::value(writer, immediate::DATA, &value.to_ne_bytes());
+            }),
+            _ => {}
+        }
+    }
+
+    /// Expressions that decide about the packet.
+    fn encode_action(&self, writer: &mut Writer) {
+        use nfta::{masquerade, nat, reject};
+        match self {
+            Expression::DestinationNat { family, address, port } => {
+                let attributes = [
+                    (nat::TYPE, libc::NFT_NAT_DNAT as u32),
+                    (nat::FAMILY, u32::from(*family)),
+                    (nat::ADDRESS, register(*address)),
+                    (nat::PORT, register(*port)),
+                ];
+                numbers(writer, "nat", &attributes);
+            }
+            Expression::Masquerade => numbers(writer, "masq", &[(masquerade::FLAGS, nfta::RANDOM_FULLY)]),
+            Expression::Reject { code } => expression(writer, "reject", |writer| {
+                writer.number(reject::TYPE, libc::NFT_REJECT_ICMP_UNREACH as u32);
+                writer.attribute(reject::CODE, &[*code]);
+            }),
+            _ => {}
+        }
+    }
+
+    fn encode_dynamic(&self, writer: &mut Writer) {
+        use nfta::dynset;
+        let Expression::Dynamic { operation, set, key, data, seconds } = self else { return };
+        let operation = match operation {
+            DynamicOperation::Update => libc::NFT_DYNSET_OP_UPDATE as u32,
+            DynamicOperation::Delete => nfta::DYNSET_DELETE,
+        };
+        expression(writer, "dynset", |writer| {
+            writer.number(dynset::KEY, register(*key));
+            writer.number(dynset::DATA, register(*data));
+            writer.number(dynset::OPERATION, operation);
+            if *seconds > 0 {
+                let milliseconds = u64::from(*seconds) * 1000;
+                writer.attribute(dynset::TIMEOUT, &milliseconds.to_be_bytes());
+            }
+            writer.string(dynset::SET, set);
+        });
+    }
+
     fn encode_lookup(&self, writer: &mut Writer, anonymous: Option<&Anonymous>) {
+        use nfta::lookup;
         match self {
             Expression::Lookup { set, register: from, result } => {
-                writer.string(1, set);
-                writer.number(2, register(*from));
-                if let Some(to) = result {
-                    writer.number(3, to.map_or(0, register));
+                writer.string(lookup::SET, set);
+                writer.number(lookup::SOURCE, register(*from));
+                match result {
+                    None => {}
+                    Some(LookupResult::Verdict) => {
+                        writer.number(lookup::DESTINATION, libc::NFT_REG_VERDICT as u32);
+                    }
+                    Some(LookupResult::Value(to)) => writer.number(lookup::DESTINATION, register(*to)),
                 }
             }
             Expression::ProtocolWithPorts { register: from }
             | Expression::Dispatch { register: from, .. } => {
-                writer.string(1, anonymous.map_or("", |set| set.name));
-                writer.number(2, register(*from));
+                writer.string(lookup::SET, anonymous.map_or("", |set| set.name));
+                writer.number(lookup::SOURCE, register(*from));
                 if matches!(self, Expression::Dispatch { .. }) {
-                    writer.number(3, 0);
+                    writer.number(lookup::DESTINATION, libc::NFT_REG_VERDICT as u32);
                 }
-                writer.number(4, anonymous.map_or(0, |set| set.id));
+                writer.number(lookup::SET_ID, anonymous.map_or(0, |set| set.id));
             }
             _ => {}
         }
@@ -333,17 +405,19 @@ pub(crate) struct Rule(pub(crate) Vec<Expression>);
 
 /// Type of our entry in a rule's user data. nft knows 0 (comment) and skips what it does not know.
 const FINGERPRINT: u8 = 0x53;
+/// Attribute type of a code in the bytes that a fingerprint covers.
+const FINGERPRINT_CODE: u16 = 1;
 
 impl Rule {
-    /// Hash of the rule's content, kept beside the rule in the kernel: rules cannot be changed, only replaced,
-    /// so a chain whose rules carry the right fingerprints in the right order is the chain that we wrote.
+    /// Returns the hash of the rule's content, which the kernel stores with the rule: rules cannot be changed, only
+    /// replaced, so a chain whose rules have the right fingerprints in the right order is the chain that we wrote.
     pub(crate) fn fingerprint(&self, family: u8) -> u64 {
         let mut writer = Writer::default();
         for expression in &self.0 {
             expression.encode(&mut writer, None);
             if let Expression::Dispatch { verdicts, .. } = expression {
                 for (code, verdict) in verdicts {
-                    writer.number(1, *code);
+                    writer.number(FINGERPRINT_CODE, *code);
                     verdict.encode(&mut writer);
                 }
             }
@@ -357,23 +431,22 @@ impl Rule {
     pub(crate) fn append(&self, batch: &mut Batch, family: u8, table: &str, chain: &str) {
         let sets: Vec<Option<Anonymous>> =
             self.0.iter().map(|expression| anonymous(expression, batch, family, table)).collect();
-        let mut user_data = vec![FINGERPRINT, 8];
-        user_data.extend(self.fingerprint(family).to_le_bytes());
-        batch.push(super::netlink::NEW_RULE, CREATE | super::netlink::APPEND, family, |writer| {
-            writer.string(1, table);
-            writer.string(2, chain);
-            writer.nest(4, |writer| {
+        let user_data = UserData::default().bytes(FINGERPRINT, &self.fingerprint(family).to_le_bytes());
+        batch.push(libc::NFT_MSG_NEWRULE, libc::NLM_F_CREATE | libc::NLM_F_APPEND, family, |writer| {
+            writer.string(nfta::rule::TABLE, table);
+            writer.string(nfta::rule::CHAIN, chain);
+            writer.nest(nfta::rule::EXPRESSIONS, |writer| {
                 for (expression, set) in self.0.iter().zip(&sets) {
                     expression.encode(writer, set.as_ref());
                 }
             });
-            writer.attribute(7, &user_data);
+            writer.attribute(nfta::rule::USER_DATA, &user_data.0);
         });
     }
 }
 
-/// The fingerprint in a rule's user data; `None` if the rule is not ours.
+/// Returns the fingerprint in a rule's user data; `None` if the rule is foreign.
 pub(crate) fn fingerprint_of(user_data: &[u8]) -> Option<u64> {
-    let value = user_data.strip_prefix(&[FINGERPRINT, 8])?;
+    let value = user_data.strip_prefix(&[FINGERPRINT, size_of::<u64>() as u8])?;
     Some(u64::from_le_bytes(value.try_into().ok()?))
 }

@@ -1,30 +1,32 @@
-//! Looking at and removing the own tables without a view: for `cleanup` and for a controller's questions.
+//! Summarizes and removes our tables without a view, for `cleanup` and the inspector.
 
 use std::io;
 
+use super::batch::{self, Batch, Get};
 use super::dump::{self, TableDump};
 use super::element::{Data, Element};
 use super::layout::{FAMILY_IPV4, FAMILY_IPV6, Layout, TABLE};
-use super::netlink::{Batch, CREATE, DELETE_TABLE, NEW_TABLE, Socket};
-use super::text;
+use super::{nfta, text};
+use crate::kernel::netlink::Socket;
+use crate::kernel::netlink::wire::Writer;
 
-/// What one table holds.
+/// The content of one table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableSummary {
     /// `ip` or `ip6`.
     pub family: &'static str,
     /// Chains with their number of rules, by name.
     pub chains: Vec<(String, usize)>,
-    /// Elements, one a line as `set key : value`, sorted. Slots are in the order of history.
+    /// Elements as `set key : value`, sorted. The order of slots depends on the history of the pool.
     pub elements: Vec<String>,
 }
 
-/// Reads our tables, nothing else. Absent ones are left out.
+/// Reads those of our tables that exist.
 ///
 /// # Errors
 /// The dump failed.
 pub fn inspect() -> io::Result<Vec<TableSummary>> {
-    read(&mut Socket::open()?)
+    read(&mut batch::open()?)
 }
 
 pub(super) fn read(socket: &mut Socket) -> io::Result<Vec<TableSummary>> {
@@ -33,17 +35,19 @@ pub(super) fn read(socket: &mut Socket) -> io::Result<Vec<TableSummary>> {
     Ok(v4.into_iter().chain(v6).collect())
 }
 
-/// Removes our tables in one transaction; whether there were any.
+/// Removes our tables in one transaction; returns whether there were any.
 ///
 /// # Errors
 /// The kernel refused, or the socket failed.
 pub fn cleanup() -> io::Result<bool> {
-    let mut socket = Socket::open()?;
+    let mut socket = batch::open()?;
     let mut found = false;
     for family in [FAMILY_IPV4, FAMILY_IPV6] {
         found |= match dump::stamp(&mut socket, family) {
             Ok(_) => true,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => table_exists(&mut socket, family)?,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                Get::one(libc::NFT_MSG_GETTABLE, family).exists(&mut socket, own_table)?
+            }
             Err(error) => return Err(error),
         };
     }
@@ -52,23 +56,18 @@ pub fn cleanup() -> io::Result<bool> {
     }
     let mut batch = Batch::new();
     for family in [FAMILY_IPV4, FAMILY_IPV6] {
-        // Creating it first makes the deletion succeed where only the other table exists.
-        batch.push(NEW_TABLE, CREATE, family, |writer| writer.string(1, TABLE));
-        batch.push(DELETE_TABLE, 0, family, |writer| writer.string(1, TABLE));
+        // Creating the table first makes the deletion succeed if only the other family has one.
+        batch.push(libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE, family, own_table);
+        batch.push(libc::NFT_MSG_DELTABLE, 0, family, own_table);
     }
-    match socket.commit(&mut batch)?.first() {
+    match batch.commit(&mut socket)?.first() {
         Some(failure) => Err(io::Error::from_raw_os_error(failure.errno)),
         None => Ok(true),
     }
 }
 
-fn table_exists(socket: &mut Socket, family: u8) -> io::Result<bool> {
-    let request = (super::netlink::GET_TABLE, family, false);
-    match socket.request(request, |writer| writer.string(1, TABLE), |_| ()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-        Err(error) => Err(error),
-    }
+fn own_table(writer: &mut Writer) {
+    writer.string(nfta::table::NAME, TABLE);
 }
 
 fn summary<const N: usize>(family: &'static str, dump: &TableDump<N>) -> TableSummary {
@@ -83,7 +82,7 @@ fn summary<const N: usize>(family: &'static str, dump: &TableDump<N>) -> TableSu
     }
 }
 
-/// One element as a line.
+/// Formats one element as a line.
 fn describe<const N: usize>(element: &Element<N>, data: &Data<N>) -> String {
     let set = element.set();
     let key = match element {

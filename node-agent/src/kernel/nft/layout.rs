@@ -1,4 +1,4 @@
-//! The tables' structure as values: sets, maps and chains, without Services.
+//! The structure of the tables as values: sets, maps and chains, independent of Services.
 //!
 //! Everything that depends on a Service is an element of a set or map. A frontend's value is 32 bits: bit 31
 //! zero, bits 30..12 the pool (18 bits of service-port number, then one bit of role: 0 Cluster, 1 Local), bits
@@ -6,33 +6,34 @@
 //! size class. `meta priority` is the scratch register: marks belong to others, the kernel overwrites the priority
 //! when it forwards IPv4, and chain `routed` resets it.
 //!
-//! A packet can cross a commit: each lookup reads the current generation anew, so it may hit the old element of
-//! one map and miss the new one of the next. After a hit in `frontends` a miss is therefore tried once more and
-//! then dropped: passed on un-NATed, the connection tracking entry would pin the flow to no NAT.
+//! A packet can cross a commit: each lookup reads the current generation, so it may hit the old element of one map and
+//! miss the new one of the next. After a hit in `frontends` a miss is therefore retried once and then dropped: without
+//! NAT, the connection tracking entry would pin the flow to no NAT.
 
 mod dispatch;
 mod sets;
 
 use super::expression::{
-    CT_STATE, CT_STATUS, DynamicOperation, Expression, Expression as E, META_INTERFACE, META_MARK,
-    META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT, Verdict,
+    CT_STATE, CT_STATUS, DynamicOperation, Expression, Expression as E, LookupResult, META_INTERFACE,
+    META_MARK, META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT, Verdict,
 };
 
 pub(crate) use dispatch::{Masquerade, Pick, source_list_name, source_list_of};
-pub(crate) use sets::SetSpec;
+pub(crate) use sets::{DataType, SetSpec};
 
 /// The name of our table in both families.
 pub const TABLE: &str = "switchtower";
-/// Changes when the rules or sets change their meaning; part of the stamp.
+/// Version of the layout, part of the stamp; raised when rules or sets change their meaning.
 pub const LAYOUT_VERSION: u16 = 4;
 
-/// Only listed sources may use the frontend: continue in chain `restricted`.
+/// Code of a frontend that only listed sources may use: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
-/// The target depends on where the packet comes from: continue in chain `split`.
+/// Code of a frontend whose target depends on the source: continue in chain `split`.
 pub(crate) const CODE_SPLIT: u32 = 2;
-/// No endpoint, policy DROP.
+/// Code of a frontend without endpoint and with policy DROP.
 pub(crate) const CODE_DROP: u32 = 3;
-/// No endpoint, policy REJECT: left to the filter chains, since `reject` is not for prerouting.
+/// Code of a frontend without endpoint and with policy REJECT: left to the filter chains, since the kernel has no
+/// `reject` in prerouting of type nat.
 pub(crate) const CODE_REFUSE: u32 = 4;
 /// Mask of a value's code.
 pub(crate) const CODE_MASK: u32 = 0xfff;
@@ -45,21 +46,21 @@ pub(crate) const ROLE_BIT: u32 = 0x1000;
 /// Set in ids of backends, never in values.
 pub(crate) const BACKEND_BIT: u32 = 0x8000_0000;
 
-/// How a packet of a local pod is recognised.
+/// Detection of packets of local pods.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub(crate) enum LocalPods {
-    /// Not at all.
+    /// No detection.
     #[default]
     Unknown,
     /// The source is in set `local_pods`.
     Sources,
     /// It came in through this interface.
     Interface(String),
-    /// It came in through an interface whose name starts so.
+    /// It came in through an interface whose name has this prefix.
     InterfacePrefix(String),
 }
 
-/// What the chains depend on.
+/// The settings that the chains depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct RuleConfig {
     pub(crate) mark: u32,
@@ -73,12 +74,22 @@ impl Default for RuleConfig {
     }
 }
 
-/// Where a base chain is hooked.
+/// The hook of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Hook {
     pub(crate) kind: &'static str,
     pub(crate) number: u32,
     pub(crate) priority: i32,
+}
+
+impl Hook {
+    fn nat(number: i32, priority: i32) -> Self {
+        Hook { kind: "nat", number: number as u32, priority }
+    }
+
+    fn filter(number: i32, priority: i32) -> Self {
+        Hook { kind: "filter", number: number as u32, priority }
+    }
 }
 
 /// A chain and its rules.
@@ -98,10 +109,21 @@ pub(crate) struct Layout {
     pub(crate) length: u32,
 }
 
-/// `NFPROTO_IPV4`.
-pub(crate) const FAMILY_IPV4: u8 = 2;
-/// `NFPROTO_IPV6`.
-pub(crate) const FAMILY_IPV6: u8 = 10;
+pub(crate) const FAMILY_IPV4: u8 = libc::NFPROTO_IPV4 as u8;
+pub(crate) const FAMILY_IPV6: u8 = libc::NFPROTO_IPV6 as u8;
+
+/// `ICMP_UNREACH_PORT`: code of ICMP "destination unreachable".
+const ICMP_PORT_UNREACHABLE: u8 = 3;
+/// `ICMPV6_PORT_UNREACH`.
+const ICMPV6_PORT_UNREACHABLE: u8 = 4;
+/// `IPS_DST_NAT` of `ct status`.
+const STATUS_DNAT: u32 = 0x20;
+/// `ct state new`: bit of `IP_CT_NEW`.
+const STATE_NEW: u32 = 8;
+/// Before other tables' filter chains, so that they see no packet that we refuse.
+const BEFORE_FILTER: i32 = -110;
+/// After our nat_output, so that connections to Services with endpoints are known by their NAT.
+const AFTER_NAT_DST: i32 = libc::NF_IP_PRI_NAT_DST + 10;
 
 impl Layout {
     pub(crate) fn new(length: usize) -> Self {
@@ -135,12 +157,12 @@ impl Layout {
     /// `meta priority set daddr . proto . dport map @map`: a miss leaves the priority as it is.
     fn look_up_frontend(self, map: &str) -> Rule {
         let mut rule = self.frontend_key();
-        rule.push(E::Lookup { set: map.to_owned(), register: 0, result: Some(Some(0)) });
+        rule.push(E::Lookup { set: map.to_owned(), register: 0, result: Some(LookupResult::Value(0)) });
         rule.push(E::SetMeta { key: META_PRIORITY, register: 0 });
         Rule(rule)
     }
 
-    /// Looks a packet up in `map`, twice, and returns with a value that leads to a pool; otherwise drops it.
+    /// Looks a packet up in `map`, at most twice, and returns if the value selects a pool; otherwise drops the packet.
     fn look_up_or_drop(self, map: &str, fixed: &[(u32, Verdict)]) -> Chain {
         let mut rules = vec![forget()];
         for _ in 0..2 {
@@ -151,7 +173,7 @@ impl Layout {
         chain(map, rules)
     }
 
-    /// The test for a local pod, to be continued with a verdict.
+    /// Returns the test for a local pod, to be followed by a verdict.
     fn local_pod_test(self, config: &RuleConfig) -> Option<Vec<E>> {
         let interface = |data: Vec<u8>| {
             let load = E::LoadMeta { key: META_INTERFACE, register: 0 };
@@ -172,7 +194,7 @@ impl Layout {
         }
     }
 
-    /// The chains that do not depend on Services, in an order in which each only names earlier ones.
+    /// Returns the chains that do not depend on Services, in an order in which each refers only to earlier ones.
     pub(crate) fn chains(self, config: &RuleConfig) -> Vec<Chain> {
         let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Goto("refuse".to_owned()))];
         let split = (CODE_SPLIT, Verdict::Jump("split".to_owned()));
@@ -193,18 +215,37 @@ impl Layout {
             self.services(),
             self.no_endpoint_input(),
             self.routed(),
-            base("nat_prerouting", ("nat", 0, -100), vec![verdict(Verdict::Jump("services".to_owned()))]),
-            base("nat_output", ("nat", 3, -100), vec![verdict(Verdict::Jump("services".to_owned()))]),
+            base(
+                "nat_prerouting",
+                Hook::nat(libc::NF_INET_PRE_ROUTING, libc::NF_IP_PRI_NAT_DST),
+                vec![verdict(Verdict::Jump("services".to_owned()))],
+            ),
+            base(
+                "nat_output",
+                Hook::nat(libc::NF_INET_LOCAL_OUT, libc::NF_IP_PRI_NAT_DST),
+                vec![verdict(Verdict::Jump("services".to_owned()))],
+            ),
             self.postrouting(config),
-            base("filter_input", ("filter", 1, -110), vec![new("no_endpoint_input", with_nat(false))]),
-            base("filter_forward", ("filter", 2, -110), vec![new("routed", vec![])]),
-            // After our nat_output, so that connections to Services with endpoints are known by their NAT.
-            base("filter_output", ("filter", 3, -90), vec![new("routed", vec![])]),
+            base(
+                "filter_input",
+                Hook::filter(libc::NF_INET_LOCAL_IN, BEFORE_FILTER),
+                vec![new("no_endpoint_input", with_nat(false))],
+            ),
+            base(
+                "filter_forward",
+                Hook::filter(libc::NF_INET_FORWARD, BEFORE_FILTER),
+                vec![new("routed", vec![])],
+            ),
+            base(
+                "filter_output",
+                Hook::filter(libc::NF_INET_LOCAL_OUT, AFTER_NAT_DST),
+                vec![new("routed", vec![])],
+            ),
         ]);
         chains
     }
 
-    /// Whether a connection to a ClusterIP is masqueraded.
+    /// Decides whether a connection to a ClusterIP is masqueraded.
     fn mark_cluster_ip(self, config: &RuleConfig) -> Chain {
         let mark = Rule(set_mark(config.mark));
         let rules = match self.local_pod_test(config) {
@@ -228,7 +269,7 @@ impl Layout {
         }
         let host = [
             E::LoadSourceType { register: 0 },
-            E::Compare { equal: true, register: 0, data: 2u32.to_ne_bytes().to_vec() },
+            E::Compare { equal: true, register: 0, data: u32::from(libc::RTN_LOCAL).to_ne_bytes().to_vec() },
         ];
         rules.push(Rule(host.iter().cloned().chain(set_mark(config.mark)).collect()));
         let goto = E::Verdict(Verdict::Goto("inside".to_owned()));
@@ -237,12 +278,12 @@ impl Layout {
         chain("split", rules)
     }
 
-    /// Looks every new connection up. The priority of those that are not ours stays as it is.
+    /// Looks every new connection up. The priority of packets to other destinations does not change.
     fn services(self) -> Chain {
         let found = E::Verdict(Verdict::Goto("found".to_owned()));
         let mut first = self.look_up_frontend("frontends").0;
         first.push(found.clone());
-        // An address of ours without that port, or a lookup that crossed a commit: once more, then it is known.
+        // One of our addresses without that port, or a lookup that crossed a commit: a second lookup decides.
         let mut again = vec![self.destination(0), lookup("vips")];
         again.extend(self.look_up_frontend("frontends").0);
         again.push(found);
@@ -264,25 +305,26 @@ impl Layout {
     }
 
     fn reject(self) -> E {
-        E::Reject { code: if self.family == FAMILY_IPV4 { 3 } else { 4 } }
+        let v4 = self.family == FAMILY_IPV4;
+        E::Reject { code: if v4 { ICMP_PORT_UNREACHABLE } else { ICMPV6_PORT_UNREACHABLE } }
     }
 
-    /// New connections to this node that no rule gave a backend. Those to node ports are refused only here, so that
-    /// a process of the node gets the answer that everybody gets: refused in output, its send() would fail instead.
+    /// New connections to this node without a backend. Those to node ports are refused only here, so that a process of
+    /// the node gets the same answer as other clients: refused in output, its send() would fail instead.
     fn no_endpoint_input(self) -> Chain {
         let rules = ["refused", "refused_node_ports"].map(|set| Rule(self.refuse_listed(set)));
         chain("no_endpoint_input", rules.to_vec())
     }
 
-    /// New connections that are forwarded or sent by this node.
+    /// New connections that this node forwards or sends.
     ///
     /// The id of the chosen backend must not stay in the priority, where queueing disciplines would read it. It is
-    /// reset here and not in postrouting: there the first nat chain that masquerades, which may be another program's,
-    /// is the last one. The kernel itself has done it for forwarded IPv4.
+    /// reset here and not in postrouting: there the first nat chain that masquerades, which may belong to another
+    /// program, ends the evaluation. The kernel itself resets it for forwarded IPv4.
     ///
-    /// No address of the Service ranges may leave it: with
-    /// a backend in them (an EndpointSlice may name any address) the packet would go to the default router, and
-    /// come back translated anew where the ranges are routed to nodes.
+    /// No packet to the Service ranges may leave the node: with a backend in them (an EndpointSlice may contain any
+    /// address) the packet would go to the default router, and return to be translated again where the ranges are
+    /// routed to nodes.
     fn routed(self) -> Chain {
         let mut scratch = with_nat(true);
         scratch.extend(dispatch::is_backend());
@@ -320,7 +362,11 @@ impl Layout {
             E::Lookup { set: "hairpin".to_owned(), register: 0, result: None },
             E::Masquerade,
         ]);
-        base("nat_postrouting", ("nat", 4, 100), vec![marked, Rule(hairpin)])
+        base(
+            "nat_postrouting",
+            Hook::nat(libc::NF_INET_POST_ROUTING, libc::NF_IP_PRI_NAT_SRC),
+            vec![marked, Rule(hairpin)],
+        )
     }
 }
 
@@ -328,8 +374,8 @@ fn chain(name: &str, rules: Vec<Rule>) -> Chain {
     Chain { name: name.to_owned(), hook: None, rules }
 }
 
-fn base(name: &str, (kind, number, priority): (&'static str, u32, i32), rules: Vec<Rule>) -> Chain {
-    Chain { name: name.to_owned(), hook: Some(Hook { kind, number, priority }), rules }
+fn base(name: &str, hook: Hook, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.to_owned(), hook: Some(hook), rules }
 }
 
 fn verdict(verdict: Verdict) -> Rule {
@@ -353,16 +399,16 @@ fn set_mark(mark: u32) -> Vec<E> {
 fn with_nat(wanted: bool) -> Vec<E> {
     vec![
         E::LoadConntrack { key: CT_STATUS, register: 0 },
-        E::Bitwise { register: 0, mask: 0x20, xor: 0 },
+        E::Bitwise { register: 0, mask: STATUS_DNAT, xor: 0 },
         E::Compare { equal: !wanted, register: 0, data: vec![0; 4] },
     ]
 }
 
-/// `ct state new jump chain`, if `test` holds too: other packets pay no lookup.
+/// `ct state new jump chain`, if `test` matches too: other packets cause no lookup.
 fn new(chain: &str, test: Vec<E>) -> Rule {
     let mut rule = vec![
         E::LoadConntrack { key: CT_STATE, register: 0 },
-        E::Bitwise { register: 0, mask: 8, xor: 0 },
+        E::Bitwise { register: 0, mask: STATE_NEW, xor: 0 },
         E::Compare { equal: false, register: 0, data: vec![0; 4] },
     ];
     rule.extend(test);

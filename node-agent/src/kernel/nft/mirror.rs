@@ -1,9 +1,9 @@
-//! What one family's table holds, derived from the view: pure, and compact enough for 50,000 services.
+//! The desired elements of one family's table, derived from the view without IO, in memory for 50,000 Services.
 //!
 //! Changes of the view are applied with [`Mirror::set_frontend`] and the like, which only mark what they touch;
-//! [`Mirror::settle`] then brings numbers, codes and elements in line and notes what differs in
-//! [`Mirror::changes`]. That record stays until the kernel took it, so a batch that the kernel refused can be
-//! undone by applying the inverse changes: what is left in the record is what still differs.
+//! [`Mirror::settle`] then brings numbers, codes and elements in line and records the differences in
+//! [`Mirror::changes`]. That record stays until the kernel accepts it, so a batch that the kernel refused can be
+//! undone by applying the inverse changes: the record then has the remaining differences.
 
 mod frontends;
 mod lists;
@@ -28,17 +28,17 @@ const PLAIN_NUMBERS: u32 = (1 << 18) / 8 * 7;
 const STICKY_NUMBERS: u32 = (1 << 15) - 1;
 /// Member numbers of a service port with affinity.
 const STICKY_MEMBERS: u32 = 1 << 16;
-/// How many freed numbers rest before they are used again.
+/// Number of freed numbers that are not reused yet.
 const QUARANTINE: usize = 1024;
 
-/// A frontend's place in the view: an address, or a port of the node.
+/// The key of a frontend in the view: an address, or a port of the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Reference<const N: usize> {
     Explicit(Key<N>),
     NodePort { protocol: u8, port: u16 },
 }
 
-/// Where traffic of one direction goes.
+/// The target of the traffic from one side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) role: Role,
@@ -57,7 +57,7 @@ pub(crate) struct Frontend {
     pub(crate) port: u32,
 }
 
-/// Who refuses connections that have no endpoint.
+/// The node that refuses connections without endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refuses {
     /// The node that the connection comes through or from.
@@ -75,7 +75,7 @@ impl Refuses {
     }
 }
 
-/// What is in the kernel for one address, protocol and port. A value of 0 is absent.
+/// The programmed elements of one address, protocol and port. A value of 0 is absent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Programmed {
     main: u32,
@@ -124,14 +124,14 @@ pub(crate) struct Facts<const N: usize> {
     pub(crate) primary: Option<[u8; N]>,
     pub(crate) local_pods: Vec<Range<N>>,
     pub(crate) rules: RuleConfig,
-    /// Where the agent reaches its controllers.
+    /// Frontends that would capture connections to the controllers.
     pub(crate) controllers: BTreeSet<Key<N>>,
 }
 
 use lists::SourceLists;
 pub(crate) use refusal::Refusal;
 
-/// What a dump told about numbers, so that an adopted mirror uses the same ones.
+/// Numbers from a dump, which an adopted mirror continues to use.
 #[derive(Debug, Default)]
 pub(crate) struct Hints<const N: usize> {
     /// Service-port numbers by frontend.
@@ -170,12 +170,12 @@ pub(crate) struct Mirror<const N: usize> {
     /// Elements that the kernel refused.
     blocked: HashMap<Element<N>, i32>,
     refused_members: Vec<(u32, usize, Member<N>, i32)>,
-    /// Frontends for which numbers were short, and what is not as it should be.
+    /// Frontends without a free number, with the reason.
     overflowed: HashMap<Key<N>, &'static str>,
     /// A number became free since the last time.
     freed: bool,
     pub(crate) hints: Hints<N>,
-    /// What the kernel does not hold yet.
+    /// Differences between the kernel and the desired elements.
     pub(crate) changes: Changes<N>,
     /// Parts of it that later transactions write, the last one first.
     later: Vec<Changes<N>>,
@@ -407,7 +407,7 @@ impl<const N: usize> Mirror<N> {
         dirty.iter().for_each(|index| self.drop_unused(*index));
     }
 
-    /// A number became free: whoever found none looks again.
+    /// Marks the frontends that found no number after one became free.
     fn retry_overflowed(&mut self) {
         let keys: Vec<Key<N>> = self.overflowed.keys().copied().collect();
         for key in keys {
@@ -449,7 +449,7 @@ impl<const N: usize> Mirror<N> {
         self.lists.forget_adopted();
     }
 
-    /// Everything that the table should hold.
+    /// Returns all desired elements.
     pub(crate) fn elements(&self) -> HashMap<Element<N>, Data<N>> {
         let mut all = HashMap::new();
         for (key, programmed) in &self.programmed {
@@ -485,7 +485,7 @@ impl<const N: usize> Mirror<N> {
         all
     }
 
-    /// Notes everything as missing: the table is built anew.
+    /// Records every element as missing: the table is rebuilt.
     pub(crate) fn rebuild(&mut self) {
         let all = self.elements().into_iter();
         self.changes = Changes(all.map(|(element, data)| (element, (None, Some(data)))).collect());

@@ -17,7 +17,7 @@ use crate::kernel::change::KernelChange;
 /// kube-proxy's masquerade bit.
 const DEFAULT_MARK: u32 = 0x4000;
 
-/// What undoes a change.
+/// The inverse of a change.
 #[derive(Debug)]
 pub(crate) enum Undo {
     Change(KernelChange),
@@ -68,8 +68,8 @@ impl Plan {
         }
     }
 
-    /// Applies one change; returns what undoes it, in the order in which that must be applied. What is malformed
-    /// or changes nothing is skipped.
+    /// Applies one change; returns its inverses in the order in which [`Plan::undo`] must apply them. A malformed change
+    /// and one without effect have none.
     pub(crate) fn apply(&mut self, change: &KernelChange) -> Vec<Undo> {
         let undo = match change {
             KernelChange::Frontend(frontend) => {
@@ -102,7 +102,7 @@ impl Plan {
         undo.into_iter().collect()
     }
 
-    /// Applies what [`Plan::apply`] returned.
+    /// Applies an inverse that [`Plan::apply`] returned.
     pub(crate) fn undo(&mut self, undo: Undo) {
         match undo {
             Undo::Change(change) => {
@@ -114,7 +114,7 @@ impl Plan {
         }
     }
 
-    /// Replaces node facts or settings; returns those before.
+    /// Replaces node facts or settings; returns the previous ones.
     fn replace(&mut self, new: Undo) -> Undo {
         let old = match new {
             Undo::Node(node) => Undo::Node(std::mem::replace(&mut self.node, node)),
@@ -151,7 +151,7 @@ impl Plan {
         changed?.then(|| Undo::Change(undo(cidr.clone())))
     }
 
-    /// Node facts and settings as one family sees them.
+    /// Returns the node facts and settings of one family.
     fn facts<const N: usize>(&self) -> Facts<N> {
         let node = self.node.as_ref();
         let own: Vec<[u8; N]> = node
@@ -180,7 +180,7 @@ impl Plan {
         Facts { node_ports, primary: own.first().copied(), local_pods: sources, rules, controllers }
     }
 
-    /// How local pods are recognised. A family without a CIDR has no detection.
+    /// Returns the detection of local pods. A family without a CIDR has none.
     fn local_pods<const N: usize>(&self) -> (LocalPods, Vec<Range<N>>) {
         let Some(settings) = &self.settings else { return (LocalPods::Unknown, Vec::new()) };
         let by_source = |cidrs: &[Cidr]| {
@@ -188,7 +188,7 @@ impl Plan {
             (if ranges.is_empty() { LocalPods::Unknown } else { LocalPods::Sources }, ranges)
         };
         let interface = settings.interface.clone();
-        // An interface name has at most 15 bytes; no packet comes through any other.
+        // The kernel limits interface names to 15 bytes.
         let named = (1..16).contains(&interface.len());
         match settings.local_detection() {
             LocalDetection::NodeCidr => {
@@ -203,13 +203,13 @@ impl Plan {
         }
     }
 
-    /// Brings both mirrors in line with the view.
+    /// Brings the elements of both families in line with the view.
     pub(crate) fn settle(&mut self) {
         self.v4.settle();
         self.v6.settle();
     }
 
-    /// All refused items of both families.
+    /// Returns the refused items of both families.
     pub(crate) fn refusals(&self) -> Vec<Refusal> {
         let mut all = self.v4.refusals();
         all.extend(self.v6.refusals());
@@ -217,7 +217,7 @@ impl Plan {
     }
 }
 
-/// The frontends of one family that would capture connections to these controllers.
+/// Returns the frontends of one family that would capture connections to these controllers.
 pub(crate) fn controller_keys<const N: usize>(controllers: &[SocketAddr]) -> BTreeSet<Key<N>> {
     let keys = controllers.iter().filter_map(|controller| {
         let address = bytes_of(&controller.ip().to_canonical());
@@ -259,7 +259,7 @@ fn reference<const N: usize>(frontend: &FrontendKey) -> Option<Reference<N>> {
     key(&frontend.address, frontend.protocol(), frontend.port).map(Reference::Explicit)
 }
 
-/// The internal name of a service port.
+/// Returns the internal name of a service port.
 fn name_of(port: Option<&ServicePort>) -> String {
     let port = port.cloned().unwrap_or_default();
     [port.namespace, port.name, port.port, port.protocol.to_string()].join(&SEPARATOR.to_string())

@@ -1,8 +1,8 @@
-//! Reads the own tables for people who ask: whole, or the elements of a few frontends one by one.
+//! Reads our tables for the inspector: whole, or the elements of a few frontends one by one.
 //!
-//! A lookup follows the maps as the kernel does and reads only what it meets, so that its cost is that of the
-//! Service and not of the table. Reading is no part of a transaction: an answer from the middle of a change may
-//! mix both sides of it, and says so by the stamps before and after, which then differ.
+//! A lookup follows the maps as the kernel does and reads only the elements on its way, so that its cost follows the
+//! Service and not the table. A read is not atomic: if the stamps before and after differ, it is repeated, and the last
+//! attempt may mix two generations.
 
 use std::io;
 use std::net::IpAddr;
@@ -13,11 +13,11 @@ use super::dump::{self, TableDump};
 use super::element::{Data, Element, Key};
 use super::inspect;
 use super::layout::{FAMILY_IPV4, FAMILY_IPV6, Pick, source_list_name};
-use super::netlink::Socket;
 use super::resolve::{self, Lookup};
-use super::stamp_from;
+use super::{batch, stamp_from};
+use crate::kernel::netlink::Socket;
 
-/// What a lookup asks for.
+/// The frontends of a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrontendQuery {
     /// `None`: every address with this protocol and port.
@@ -28,10 +28,10 @@ pub struct FrontendQuery {
     pub port: u16,
 }
 
-/// How often reading is begun again when a commit came in between.
+/// Attempts of a read that commits interrupt.
 const ATTEMPTS: usize = 3;
 
-/// A socket for questions, apart from the one that commits.
+/// A socket for reads, separate from the one that commits.
 #[derive(Debug)]
 pub struct KernelReader {
     socket: Socket,
@@ -43,10 +43,10 @@ impl KernelReader {
     /// # Errors
     /// The kernel has no nf_tables, or the process may open no more files.
     pub fn open() -> io::Result<Self> {
-        Ok(KernelReader { socket: Socket::open()? })
+        Ok(KernelReader { socket: batch::open()? })
     }
 
-    /// Frontends by name; absent ones are left out.
+    /// Reads frontends by name, without absent ones.
     ///
     /// # Errors
     /// Reading failed.
@@ -58,7 +58,7 @@ impl KernelReader {
         })
     }
 
-    /// All frontends, at most `limit` of them.
+    /// Reads at most `limit` frontends.
     ///
     /// # Errors
     /// Reading failed.
@@ -72,7 +72,7 @@ impl KernelReader {
         })
     }
 
-    /// All elements whose line contains `filter`, at most `limit` of them.
+    /// Reads at most `limit` elements whose line contains `filter`.
     ///
     /// # Errors
     /// Reading failed.
@@ -89,7 +89,7 @@ impl KernelReader {
         })
     }
 
-    /// All chains.
+    /// Reads all chains.
     ///
     /// # Errors
     /// Reading failed.
@@ -101,7 +101,7 @@ impl KernelReader {
         })
     }
 
-    /// Reads until the stamp is the same before and after; the last attempt counts as it is.
+    /// Reads until the stamp is the same before and after, or returns the last attempt.
     fn steadily(
         &mut self,
         mut read: impl FnMut(&mut Socket) -> io::Result<KernelTable>,
@@ -121,7 +121,7 @@ impl KernelReader {
     }
 }
 
-/// The stamp, if both tables have the same one.
+/// Reads the stamp, if both tables have the same one.
 fn stamp(socket: &mut Socket) -> io::Result<Option<WireStamp>> {
     let mut read = |family| match dump::stamp(socket, family) {
         Ok(entries) => Ok(stamp_from(&entries)),
@@ -180,14 +180,14 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The elements that the lookups of some frontends meet.
+/// The elements that the lookups of some frontends read.
 struct Partial<'a, const N: usize> {
     socket: &'a mut Socket,
     dump: TableDump<N>,
 }
 
 impl<const N: usize> Partial<'_, N> {
-    /// Keys of frontends on any address; reads the map `frontends`.
+    /// Returns the keys of frontends on any address; reads the whole map `frontends`.
     fn keys_with(&mut self, query: &FrontendQuery) -> io::Result<Vec<Key<N>>> {
         let mut frontends = TableDump::<N>::default();
         match dump::elements(self.socket, "frontends", &mut frontends) {
@@ -201,7 +201,7 @@ impl<const N: usize> Partial<'_, N> {
         Ok(keys.collect())
     }
 
-    /// Reads what a connection to this frontend would meet, on both sides.
+    /// Reads the elements for a connection to this frontend, on both sides.
     fn follow(&mut self, key: &Key<N>) -> io::Result<()> {
         for side in [Element::Outside, Element::Inside] {
             let value = loop {
@@ -225,7 +225,7 @@ impl<const N: usize> Partial<'_, N> {
         let Some(pick) = Pick::of(value) else { return Ok(()) };
         let (_, most) = pick.slots();
         for index in 0..most {
-            // Slots have no gaps: the first one that is missing is the end.
+            // Slots have no gaps: the first absent one is the end.
             let Some(Data::Value(id)) = self.get(resolve::slot(value, index))? else { break };
             self.get(resolve::backend(id, value))?;
         }
@@ -243,7 +243,7 @@ impl<const N: usize> Partial<'_, N> {
         Ok(found)
     }
 
-    /// Interval sets cannot be asked for single elements: the list is read, once.
+    /// Reads a whole list, once: the kernel cannot look single elements of an interval set up.
     fn sources(&mut self, list: u32) -> io::Result<()> {
         let known = |element: &Element<N>| matches!(element, Element::Source(of, _) if *of == list);
         if self.dump.elements.keys().any(known) {

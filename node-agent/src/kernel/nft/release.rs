@@ -1,16 +1,17 @@
-//! Taking single frontends out of the kernel while nothing else may be written.
+//! Removes single frontends from the kernel while nothing else may be written.
 
 use std::io;
 use std::net::SocketAddr;
 
+use super::batch::Batch;
 use super::dump::{self, TableDump};
 use super::element::{Element, Key};
 use super::encode;
-use super::netlink::{Batch, Socket};
 use super::plan::controller_keys;
+use crate::kernel::netlink::Socket;
 
-/// Removes what would send connections to these controllers elsewhere, from one family's table. ClusterIPs stay: an
-/// agent whose controller is a Service reaches it through them. Returns how many elements were removed.
+/// Removes the elements of one family that would redirect connections to these controllers. ClusterIPs stay: an agent
+/// whose controller is a Service reaches it through them. Returns the number of removed elements.
 pub(super) fn release<const N: usize>(socket: &mut Socket, controllers: &[SocketAddr]) -> io::Result<usize> {
     let keys = controller_keys::<N>(controllers);
     if keys.is_empty() {
@@ -27,10 +28,10 @@ pub(super) fn release<const N: usize>(socket: &mut Socket, controllers: &[Socket
     for element in external.flat_map(|key: Key<N>| {
         [Element::Frontend(key), Element::Refused(key), Element::RefusedNodePort(key)]
     }) {
-        // One at a time: that an element is absent must not keep the others.
+        // One per transaction: an absent element must not prevent the removal of the others.
         let mut batch = Batch::new();
         encode::removal(&mut batch, element);
-        let failures = socket.commit(&mut batch)?;
+        let failures = batch.commit(socket)?;
         match failures.first() {
             None => removed += 1,
             Some(failure) if failure.errno == libc::ENOENT => {}

@@ -1,7 +1,7 @@
-//! Where the maps of a table lead a connection: pure, from elements that were read.
+//! Resolves the targets of frontends from elements that were read, without IO.
 //!
-//! The kernel's own lookups are followed: `frontends` gives a value, its code a verdict or a chain, the chain's
-//! slots name backends, and these have addresses. What one map names and another lacks is a broken target: the
+//! Follows the kernel's own lookups: `frontends` gives a value, whose code is a verdict or selects a chain; the slots
+//! of its pool refer to backends, and these have addresses. A reference to an absent element is a broken target: the
 //! kernel drops such a packet.
 
 use std::collections::BTreeSet;
@@ -16,10 +16,10 @@ use super::layout::{
     CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick, ROLE_BIT,
 };
 
-/// Codes that lead to further maps, at most: `restricted`, then `split`, then a pick.
+/// Maximum lookups until a verdict or a pick: `restricted`, then `split`, then the pick.
 const STEPS: usize = 3;
 
-/// All frontends of a table, sorted by key.
+/// Returns all frontends of a table, sorted by key.
 pub(super) fn frontends<const N: usize>(dump: &TableDump<N>) -> Vec<KernelFrontend> {
     let mut keys: Vec<Key<N>> = dump
         .elements
@@ -49,7 +49,7 @@ fn frontend<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> KernelFrontend
     }
 }
 
-/// The list of the only sources that may use a frontend; `None`: all may.
+/// Returns the list of allowed sources of a frontend; `None` if it is not restricted.
 pub(super) fn source_list<const N: usize>(dump: &TableDump<N>, key: &Key<N>) -> Option<u32> {
     let value = value(dump, &Element::Frontend(*key))?;
     (code(value) == CODE_RESTRICTED).then_some(value >> LIST_SHIFT)
@@ -66,7 +66,7 @@ fn allowed<const N: usize>(dump: &TableDump<N>, list: u32) -> Vec<Cidr> {
     sorted.into_iter().collect()
 }
 
-/// The dispatch code of a value.
+/// Returns the dispatch code of a value.
 pub(super) fn code(value: u32) -> u32 {
     value & CODE_MASK
 }
@@ -78,8 +78,8 @@ fn value<const N: usize>(dump: &TableDump<N>, element: &Element<N>) -> Option<u3
     }
 }
 
-/// The elements whose values lead from a frontend to its target on one side, in the order of the lookups, as far
-/// as `dump` has them. `side` is the map behind `split`.
+/// Follows the lookups from a frontend to its target on one side, as far as `dump` has the elements. `side` is the map
+/// that `split` selects.
 pub(super) fn next_element<const N: usize>(
     dump: &TableDump<N>,
     key: &Key<N>,
@@ -97,9 +97,9 @@ pub(super) fn next_element<const N: usize>(
     Lookup::Missing(at)
 }
 
-/// Where the lookups of a frontend end.
+/// The end of the lookups of a frontend.
 pub(super) enum Lookup<const N: usize> {
-    /// This element is not there, or was not read.
+    /// This element is absent, or was not read.
     Missing(Element<N>),
     /// A verdict, or a pool and a pick.
     Value(u32),
@@ -117,7 +117,7 @@ fn target<const N: usize>(dump: &TableDump<N>, key: &Key<N>, side: fn(Key<N>) ->
     let Some(pick) = Pick::of(value) else { return verdict(KernelVerdict::Broken) };
     let (least, most) = pick.slots();
     let slot = |index: u32| endpoint(dump, &slot(value, index), value);
-    // Beyond the least number of slots a missing one is none, but one without its backend is broken all the same.
+    // Slots beyond the minimum may be absent, but a present one without its backend is broken.
     let found: Option<BTreeSet<Endpoint>> = (0..most)
         .filter(|index| *index < least || value_of_slot(dump, value, *index).is_some())
         .map(slot)
@@ -137,7 +137,7 @@ fn target<const N: usize>(dump: &TableDump<N>, key: &Key<N>, side: fn(Key<N>) ->
     }
 }
 
-/// A slot of the pool that a value leads to.
+/// Returns a slot of the pool of a value.
 pub(super) fn slot<const N: usize>(value: u32, index: u32) -> Element<N> {
     Element::Slot { pool: value & POOL_MASK, index }
 }
@@ -146,7 +146,7 @@ fn value_of_slot<const N: usize>(dump: &TableDump<N>, pool: u32, index: u32) -> 
     value(dump, &slot(pool, index))
 }
 
-/// The map element that has the address of a backend of the pool that a value leads to.
+/// Returns the map element with the address of a backend of the pool of a value.
 pub(super) fn backend<const N: usize>(id: u32, value: u32) -> Element<N> {
     let sticky = Pick::of(value).is_some_and(|pick| pick.affinity > 0);
     match (sticky, value & ROLE_BIT) {
@@ -172,7 +172,7 @@ mod tests {
     const KEY: Key<4> = Key { address: [10, 96, 0, 1], port: 80, protocol: 6 };
     const POOL: u32 = 1 << 13;
 
-    /// A value that leads to the pool as one of so many members.
+    /// Returns a value of the pool with this number of members.
     fn of(members: u32) -> u32 {
         POOL | Pick::new(Masquerade::ClusterIp, 0, members).code()
     }
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_is_followed_to_its_endpoints_each_once() {
+    fn pool_resolved_to_each_endpoint_once() {
         let found = one(&[(Element::Frontend(KEY), Data::Value(of(3)))]);
         let target = found.outside.clone().unwrap();
         assert_eq!(found.outside, found.inside);
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_pool_has_as_many_slots_as_there_are() {
+    fn large_pool_may_lack_slots_beyond_minimum() {
         let slots = (0..20).flat_map(|index| {
             let backend = (Element::Backend(index), Data::Endpoint([10, 244, 1, index as u8], 80));
             [(Element::Slot { pool: POOL, index }, Data::Value(index)), backend]
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn both_sides_of_a_split_and_the_sources_of_a_restriction() {
+    fn split_sides_and_allowed_sources_resolved() {
         let range = Range::new(&[192, 0, 2, 0], 24).unwrap();
         let found = one(&[
             (Element::Frontend(KEY), Data::Value(9 << LIST_SHIFT | CODE_RESTRICTED)),
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn refusal_and_what_is_missing() {
+    fn refusal_and_missing_elements_resolved() {
         let found = one(&[(Element::Frontend(KEY), Data::Value(CODE_REFUSE))]);
         assert_eq!(verdicts(&found).0, KernelVerdict::Reject);
         for value in [CODE_SPLIT, CODE_RESTRICTED, POOL | 8, of(4), POOL + of(3)] {

@@ -1,11 +1,11 @@
-//! Names of items for people.
+//! Readable names of addresses, protocols and Services.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// Separates the parts of a service port's name inside this module's callers.
+/// Separator of the parts of an internal service-port name.
 pub(crate) const SEPARATOR: char = '\0';
 
-/// `10.0.0.1` or `fd00::1`.
+/// Formats `10.0.0.1` or `fd00::1`.
 pub(crate) fn address(bytes: &[u8]) -> IpAddr {
     if let Ok(bytes) = <[u8; 4]>::try_from(bytes) {
         return Ipv4Addr::from(bytes).into();
@@ -13,12 +13,12 @@ pub(crate) fn address(bytes: &[u8]) -> IpAddr {
     <[u8; 16]>::try_from(bytes).map_or(Ipv4Addr::UNSPECIFIED.into(), |bytes| Ipv6Addr::from(bytes).into())
 }
 
-/// `10.0.0.1:80` or `[fd00::1]:80`.
+/// Formats `10.0.0.1:80` or `[fd00::1]:80`.
 pub(crate) fn socket_address(bytes: &[u8], port: u16) -> SocketAddr {
     SocketAddr::new(address(bytes), port)
 }
 
-/// `TCP`, `UDP`, `SCTP`, or the number.
+/// Returns `TCP`, `UDP`, `SCTP`, or the number.
 pub(crate) fn protocol(number: u8) -> String {
     match number {
         6 => "TCP".to_owned(),
@@ -28,13 +28,13 @@ pub(crate) fn protocol(number: u8) -> String {
     }
 }
 
-/// `namespace/name` of an internal service-port name.
+/// Returns `namespace/name` of an internal service-port name.
 pub(crate) fn service(name: &str) -> String {
     let mut parts = name.split(SEPARATOR);
     format!("{}/{}", parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
 }
 
-/// `namespace/name:port` of an internal service-port name.
+/// Returns `namespace/name:port` of an internal service-port name.
 pub(crate) fn port_name(name: &str) -> String {
     let port = name.split(SEPARATOR).nth(2).unwrap_or_default();
     if port.is_empty() { service(name) } else { format!("{}:{port}", service(name)) }

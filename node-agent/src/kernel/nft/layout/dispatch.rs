@@ -1,8 +1,8 @@
-//! From a frontend's value to a backend: the part of the rules that is the same for every Service.
+//! The rules from a frontend's value to a backend, which are the same for every Service.
 //!
-//! Binding a rule to a map makes the kernel walk all its elements, and adding an element costs a little for each
-//! rule bound to the map. So every chain here exists from the creation of the table on, whatever pools there are,
-//! and the large maps are each bound to a small, constant number of rules.
+//! When a rule is bound to a map, the kernel walks all its elements, and each rule bound to a map adds to the cost of
+//! adding an element. So every chain here exists from the creation of the table, independent of the pools, and each
+//! large map is bound to a small, constant number of rules.
 //!
 //! A pool of up to [`EXACT_SIZES`] members has a chain of exactly its size. Above that, the chain of the next power
 //! of two picks a slot: an index without a slot is a miss, and the pick is repeated. At least every second index
@@ -12,8 +12,9 @@
 use switchtower_proto::affinity::{TIMEOUTS, programmed_timeout};
 
 use super::{
-    BACKEND_BIT, CODE_MASK, Chain, DynamicOperation, E, Expression, Layout, META_PRIORITY, META_PROTOCOL,
-    POOL_MASK, ROLE_BIT, Rule, RuleConfig, STICKY_MASK, Verdict, chain, forget, set_mark, verdict,
+    BACKEND_BIT, CODE_MASK, Chain, DynamicOperation, E, Expression, Layout, LookupResult, META_PRIORITY,
+    META_PROTOCOL, POOL_MASK, ROLE_BIT, Rule, RuleConfig, STICKY_MASK, Verdict, chain, forget, set_mark,
+    verdict,
 };
 
 /// Pools of at most so many members have a size class of their own.
@@ -64,7 +65,7 @@ pub(crate) fn size_class(members: u32) -> u32 {
     (EXACT_SIZES + bits - EXACT_SIZES.ilog2()).min(LAST_CLASS)
 }
 
-/// How many indexes the chain of a class picks from.
+/// Returns the number of indexes from which the chain of a class picks.
 pub(crate) fn class_size(class: u32) -> u32 {
     if class <= EXACT_SIZES { class } else { EXACT_SIZES << (class - EXACT_SIZES) }
 }
@@ -189,7 +190,7 @@ impl Layout {
         let mut rule = bits(POOL_MASK);
         rule.extend([
             E::Random { register: 1, modulus: class_size(class) },
-            E::Lookup { set: "slots".to_owned(), register: 0, result: Some(Some(0)) },
+            E::Lookup { set: "slots".to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
         chain(&size_chain(class), vec![Rule(rule)])
@@ -214,7 +215,7 @@ impl Layout {
         let role = role_name(local);
         let mut recall = self.client(0);
         recall.extend([
-            E::Lookup { set: "affinity".to_owned(), register: 0, result: Some(Some(0)) },
+            E::Lookup { set: "affinity".to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
         let recall = Rule(recall);
@@ -222,7 +223,7 @@ impl Layout {
         let recalled = verdict(jump(&format!("recalled_{role}")));
         // `update` of a present key renews its timeout and keeps its data: a stale one must be deleted.
         let forgotten = verdict(jump(&format!("forgotten_{role}")));
-        // Another first packet of this client may have been remembered meanwhile: its choice counts, not ours.
+        // Another first packet of this client may have been remembered since the lookup: its choice wins.
         let fresh = [verdict(jump("choose")), remember.clone(), recall.clone(), recalled.clone()];
         let mut rules = vec![recall, remember, recalled];
         for _ in 0..2 {
@@ -239,7 +240,7 @@ impl Layout {
         pool.extend([
             E::LoadMeta { key: META_PRIORITY, register: 0 },
             E::Bitwise { register: 0, mask: STICKY_MASK, xor: if local { ROLE_BIT } else { 0 } },
-            E::Lookup { set: "sticky_pools".to_owned(), register: 0, result: Some(Some(0)) },
+            E::Lookup { set: "sticky_pools".to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
         let rules = vec![self.dynamic(DynamicOperation::Delete, 0), Rule(pool)];
@@ -275,7 +276,7 @@ impl Layout {
             [E::LoadMeta { key: META_PROTOCOL, register: 0 }, E::ProtocolWithPorts { register: 0 }];
         let nat = [
             E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Lookup { set: map.to_owned(), register: 0, result: Some(Some(0)) },
+            E::Lookup { set: map.to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
             E::DestinationNat { family: self.family, address: 0, port: self.words() },
         ];
         Rule(protocol.into_iter().chain(nat).collect())
@@ -284,7 +285,11 @@ impl Layout {
     /// Source lists: only a listed source continues, with priority 0.
     pub(super) fn restricted(self) -> Chain {
         let mut lists = bits(POOL_MASK);
-        lists.push(E::Lookup { set: "source_lists".to_owned(), register: 0, result: Some(None) });
+        lists.push(E::Lookup {
+            set: "source_lists".to_owned(),
+            register: 0,
+            result: Some(LookupResult::Verdict),
+        });
         let unlisted = [
             E::LoadMeta { key: META_PRIORITY, register: 0 },
             E::Compare { equal: false, register: 0, data: vec![0; 4] },
@@ -342,7 +347,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_code_says_what_its_pick_is() {
+    fn pick_recovered_from_its_code() {
         for masquerade in [Masquerade::Never, Masquerade::ClusterIp, Masquerade::Always] {
             for affinity in [0].into_iter().chain(TIMEOUTS) {
                 for class in 1..=LAST_CLASS {
@@ -358,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_class_has_slots_for_its_members() {
+    fn class_has_slots_for_its_members() {
         for members in 1..=(1 << 17) {
             let (least, most) = Pick::new(Masquerade::Never, 0, members).slots();
             assert!((least..=most).contains(&members), "{members}: {least}..={most}");
@@ -378,13 +383,13 @@ mod tests {
     }
 
     #[test]
-    fn no_member_gets_a_tenth_more_than_another() {
+    fn member_shares_differ_by_less_than_4_percent() {
         let worst = (1..100_000).map(unfairness).fold(1.0, f64::max);
         assert!(worst < 1.04, "{worst}");
     }
 
     #[test]
-    fn one_service_port_fills_a_64th_of_the_affinity_map() {
+    fn service_port_fills_64th_of_affinity_map() {
         assert_eq!(CLIENT_HASHES * 64, super::super::sets::AFFINITY_SIZE);
         let layouts = [Layout::new(4), Layout::new(16)];
         for expression in layouts.iter().flat_map(|layout| layout.client(0)) {
@@ -395,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn large_maps_are_bound_to_few_rules() {
+    fn large_maps_bound_to_few_rules() {
         for length in [4, 16] {
             let layout = Layout::new(length);
             let mut bound: HashMap<String, usize> = HashMap::new();

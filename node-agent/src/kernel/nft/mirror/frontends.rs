@@ -79,7 +79,7 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    /// What a frontend's elements must be; takes a reference on the list of sources.
+    /// Desired values of a frontend's elements; takes a reference on the list of sources.
     pub(super) fn values(&mut self, key: &Key<N>, frontend: &Frontend) -> Programmed {
         let mut programmed = Programmed::default();
         let target = |mirror: &mut Self, target: Target, masquerade: Masquerade| {

@@ -22,7 +22,7 @@ pub(super) struct SourceLists<const N: usize> {
     numbers: Allocator,
     by_ranges: HashMap<Arc<[Range<N>]>, u32>,
     by_number: HashMap<u32, List<N>>,
-    /// Numbers that a kernel holds for lists that no frontend has asked for yet.
+    /// Numbers of lists in the kernel that no frontend uses yet.
     adopted: HashMap<Vec<Range<N>>, u32>,
 }
 
@@ -49,7 +49,7 @@ impl<const N: usize> SourceLists<N> {
         self.adopted = lists;
     }
 
-    /// Frees the adopted numbers that nobody asked for.
+    /// Frees the adopted numbers that no frontend uses.
     pub(super) fn forget_adopted(&mut self) {
         for number in std::mem::take(&mut self.adopted).into_values() {
             self.numbers.release(number - 1);
@@ -63,7 +63,7 @@ impl<const N: usize> Mirror<N> {
         self.lists.all().map(|(number, _)| number)
     }
 
-    /// A reference to the list of these sorted ranges; `None` if no number is left.
+    /// Returns a reference to the list of these sorted ranges; `None` if no number is left.
     pub(super) fn acquire_list(&mut self, ranges: &[Range<N>]) -> Option<u32> {
         if let Some(number) = self.lists.by_ranges.get(ranges).copied() {
             if let Some(list) = self.lists.by_number.get_mut(&number) {
@@ -85,7 +85,7 @@ impl<const N: usize> Mirror<N> {
         Some(number)
     }
 
-    /// Gives a reference back; the list goes with the last one.
+    /// Releases a reference; removes the list with the last one.
     pub(super) fn release_list(&mut self, number: u32) {
         let Some(list) = self.lists.by_number.get_mut(&number) else { return };
         list.references -= 1;

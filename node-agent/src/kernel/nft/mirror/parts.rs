@@ -1,9 +1,9 @@
-//! Splits a large set of changes into transactions, each of which leaves every frontend with whole targets.
+//! Splits a large set of changes into transactions, each of which leaves every frontend with complete targets.
 //!
-//! A transaction keeps everyone else in the network namespace from changing nf_tables, so its size is limited. First
-//! comes what no packet meets yet (backends, slots, lists of sources), then the frontends that lead there, at last
-//! what nothing leads to any more; and all of this for small service ports before the large ones, so that nobody
-//! waits for somebody else's thousands of elements.
+//! A transaction blocks other changes of nf_tables in the network namespace, so its size is limited. First come elements
+//! that no packet reaches yet (backends, slots, lists of sources), then the frontends that refer to them, last the
+//! removal of unreferenced elements; small service ports come before large ones, so that no Service waits for the
+//! thousands of elements of another.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -13,16 +13,16 @@ use crate::kernel::nft::layout::{Pick, STICKY_MASK};
 
 type Change<const N: usize> = (Option<Data<N>>, Option<Data<N>>);
 
-/// When an element changes.
+/// The order in which elements change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
-    /// Additions that no packet meets yet, of small service ports.
+    /// Additions that no packet reaches yet, of small service ports.
     Prepare,
-    /// What packets meet, of small service ports and of none.
+    /// Elements that packets reach, of small service ports and of none.
     Switch,
     PrepareLarge,
     SwitchLarge,
-    /// Removal of what no packet meets any more.
+    /// Removal of elements that no packet reaches any more.
     Clear,
 }
 
@@ -43,7 +43,7 @@ impl<const N: usize> Mirror<N> {
         self.changes = self.later.pop().unwrap_or_default();
     }
 
-    /// Whether this is the last part.
+    /// Returns whether this is the last part.
     pub(crate) fn is_last_part(&self) -> bool {
         self.later.is_empty()
     }
@@ -56,7 +56,7 @@ impl<const N: usize> Mirror<N> {
     }
 }
 
-/// What is known of service ports from the changes alone.
+/// Service ports of elements, derived from the changes only.
 struct Owners<const N: usize> {
     /// Service-port numbers by backend and by frontend.
     backends: HashMap<u32, u32>,
@@ -155,7 +155,7 @@ impl<const N: usize> Owners<N> {
     }
 }
 
-/// The address of a frontend's element that says where it leads.
+/// Returns the address of an element of a frontend.
 fn address<const N: usize>(element: &Element<N>) -> Option<[u8; N]> {
     match element {
         Element::Frontend(key)
@@ -167,7 +167,7 @@ fn address<const N: usize>(element: &Element<N>) -> Option<[u8; N]> {
     }
 }
 
-/// What the elements of one frontend have in common.
+/// Returns the key that the elements of one frontend share.
 fn place<const N: usize>(element: &Element<N>) -> Option<Vec<u8>> {
     match element {
         Element::Frontend(key)
@@ -184,8 +184,8 @@ fn place<const N: usize>(element: &Element<N>) -> Option<Vec<u8>> {
     }
 }
 
-/// Elements that change together, in the order in which they change: what packets meet of one address, and otherwise
-/// one element.
+/// Elements that change together, in the order in which they change: those that packets reach at one address, otherwise one
+/// element.
 fn group<const N: usize>(element: &Element<N>, stage: Stage) -> Option<[u8; N]> {
     match element {
         _ if !matches!(stage, Stage::Switch | Stage::SwitchLarge) => None,
@@ -194,7 +194,7 @@ fn group<const N: usize>(element: &Element<N>, stage: Stage) -> Option<[u8; N]> 
     }
 }
 
-/// The order within a stage and group: what others need first, and last when it goes.
+/// Returns the order within a stage and group: referenced elements are added first and removed last.
 fn rank<const N: usize>(element: &Element<N>, stage: Stage) -> u8 {
     let rank = match element {
         Element::Backend(_) | Element::StickyCluster(_) | Element::StickyLocal(_) => 0,
@@ -205,7 +205,7 @@ fn rank<const N: usize>(element: &Element<N>, stage: Stage) -> u8 {
     if stage == Stage::Clear { 3 - rank } else { rank }
 }
 
-/// In what order elements are committed: by stage, address, weight of their service port, its number, and rank.
+/// The order of commits: by stage, address, weight of their service port, its number, and rank.
 type Order<const N: usize> = (Stage, Option<[u8; N]>, usize, Option<u32>, u8);
 
 /// Changes in parts of `limit`, or a little more where an address needs it.
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn small_service_ports_do_not_wait_for_large_ones() {
+    fn small_service_ports_committed_before_large() {
         let mut all = service(1, 50_000);
         (2..2000).for_each(|number| all.extend(service(number, 3)));
         let count = all.len();
@@ -279,12 +279,12 @@ mod tests {
             part.0.keys().filter(|element| matches!(element, Element::Frontend(_))).count()
         };
         let small: usize = parts[..=first_of_large.unwrap()].iter().map(frontends).sum();
-        assert_eq!(small, 1998, "all small ones are there before the large one begins");
+        assert_eq!(small, 1998, "all small ones come before the large one");
         assert_eq!(frontends(parts.last().unwrap()), 1);
     }
 
     #[test]
-    fn what_fits_into_one_transaction_is_not_split() {
+    fn small_change_not_split() {
         let mut mirror = Mirror::<4>::new();
         mirror.changes = Changes(service(1, 10).into_iter().collect());
         mirror.split(22);

@@ -1,4 +1,4 @@
-//! What the kernel refused: taking it out of the mirror, and naming it.
+//! Elements that the kernel refused: their removal from the mirror and their names.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use super::{Member, Mirror, Port};
 use crate::kernel::nft::element::{Changes, Data, Element, Key};
 use crate::kernel::nft::text;
 
-/// Why an item is not in the kernel.
+/// An item that is not in the kernel, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub(crate) item: String,
@@ -15,7 +15,7 @@ pub(crate) struct Refusal {
 }
 
 impl<const N: usize> Mirror<N> {
-    /// Takes out what owns an element that the kernel refused.
+    /// Removes the owner of an element that the kernel refused.
     pub(crate) fn refuse(&mut self, element: Element<N>, errno: i32) {
         let owner = match element {
             Element::Slot { pool, index } => self.port_numbered(pool >> 13).and_then(|(port, owner)| {
@@ -34,7 +34,7 @@ impl<const N: usize> Mirror<N> {
                 self.remove_member(index, role, member.address, member.port);
                 self.refused_members.push((index, role, member, errno));
                 self.dirty_ports.insert(index);
-                // The element itself is not in the kernel, whatever was noted.
+                // The element is not in the kernel, contrary to the record.
                 self.changes.0.remove(&element);
             }
             None => {
@@ -44,8 +44,8 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    /// Lets everything that the kernel refused be tried again, before a comparison. Returns the elements that this
-    /// changes, with what the kernel holds of them unless somebody else was there.
+    /// Prepares a retry of all refused elements, before a comparison. Returns the changed elements with their values in
+    /// the kernel, unless another process changed them.
     pub(crate) fn retry_refused(&mut self) -> HashMap<Element<N>, Option<Data<N>>> {
         self.changes = Changes::default();
         let mut held: HashMap<Element<N>, Option<Data<N>>> =
@@ -66,7 +66,7 @@ impl<const N: usize> Mirror<N> {
         held
     }
 
-    /// How many of the changes are what [`Mirror::retry_refused`] returned, and nobody else's.
+    /// Counts the changes that [`Mirror::retry_refused`] returned, as opposed to foreign changes.
     pub(crate) fn count_of(&self, retried: &HashMap<Element<N>, Option<Data<N>>>) -> usize {
         let found = |(element, before): &(&Element<N>, &Option<Data<N>>)| {
             self.changes.0.get(*element).is_some_and(|(kernel, _)| kernel == *before)
@@ -92,7 +92,7 @@ impl<const N: usize> Mirror<N> {
         })
     }
 
-    /// All items that are not in the kernel although the view has them.
+    /// Returns all items of the view that are not in the kernel.
     pub(crate) fn refusals(&self) -> Vec<Refusal> {
         let mut all: Vec<Refusal> = self
             .overflowed

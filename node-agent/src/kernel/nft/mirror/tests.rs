@@ -86,7 +86,7 @@ fn cidr(number: u8) -> Cidr {
     Cidr { address: vec![192, 0, number, 0], prefix_length: 24 }
 }
 
-/// A change that is right whatever came before: pools ignore what they have and lack.
+/// A change that is valid after any other: pools ignore what they have and lack.
 fn change() -> impl Strategy<Value = KernelChange> {
     let node = |address: u8| {
         KernelChange::Node(NodeRecord { addresses: vec![vec![10, 96, 0, address]], ..NodeRecord::default() })
@@ -111,7 +111,7 @@ fn change() -> impl Strategy<Value = KernelChange> {
     ]
 }
 
-/// What a packet to each frontend could reach, by name of addresses: independent of numbers and order.
+/// Addresses that a packet to each frontend could reach: independent of numbers and order.
 fn meaning(model: &Model) -> BTreeMap<String, Vec<String>> {
     let mut all = BTreeMap::new();
     for (element, data) in model {
@@ -174,7 +174,7 @@ fn reached(model: &Model, value: u32) -> Vec<String> {
     endpoints
 }
 
-/// Between two parts of a change a pool may have more slots than its frontends pick from, never fewer.
+/// A pool between two parts of a change may have more slots than its frontends pick from, never fewer.
 fn leads_somewhere(model: &Model, value: u32) {
     if value & CODE_MASK == CODE_RESTRICTED {
         assert!(model.contains_key(&Element::SourceList(value >> LIST_SHIFT)), "no list of {value:#x}");
@@ -225,7 +225,7 @@ fn view(changes: &[KernelChange]) -> Vec<KernelChange> {
 }
 
 #[test]
-fn what_was_refused_is_tried_again_and_is_nobodys_drift() {
+fn retried_refusals_not_counted_as_drift() {
     let (mut plan, mut model) = (Plan::new(), Model::new());
     let added = (1..=3).map(endpoint).collect();
     plan.apply(&KernelChange::Pool { key: pool_key(1, false), added, removed: Vec::new() });
@@ -246,7 +246,7 @@ fn what_was_refused_is_tried_again_and_is_nobodys_drift() {
     take(&mut plan.v4, &mut model);
     assert_eq!(plan.refusals().len(), 2);
     assert_eq!(model, plan.v4.elements());
-    // Compared with a kernel that holds what it took, all that differs is what is tried again.
+    // Compared with a kernel that holds what it took, the retried elements are all that differ.
     let retried = plan.v4.retry_refused();
     assert!(plan.refusals().is_empty());
     let wanted = plan.v4.elements();
@@ -275,7 +275,7 @@ proptest! {
     /// Applied one by one, batch by batch or all at once: the same meaning; the mirror always says what the
     /// kernel holds; undone, everything is as before.
     #[test]
-    fn changes_in_any_batches_lead_where_the_view_leads(
+    fn batched_changes_reach_targets_of_the_view(
         batches in prop::collection::vec(prop::collection::vec(change(), 1..6), 1..25),
     ) {
         let (mut incremental, mut model) = (Plan::new(), Model::new());
@@ -303,7 +303,7 @@ proptest! {
 
     /// However small the transactions that a change is split into, each leaves every frontend with whole targets.
     #[test]
-    fn every_part_of_a_split_change_is_consistent(
+    fn parts_of_split_change_consistent(
         batches in prop::collection::vec(prop::collection::vec(change(), 1..20), 1..6),
         limit in 1..12usize,
     ) {
