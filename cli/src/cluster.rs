@@ -1,4 +1,4 @@
-//! What is read from the API server, with the user's own rights.
+//! Client for the API server, with the permissions of the user.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -20,12 +20,12 @@ use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 use crate::args::Global;
 use crate::error::{CliError, chain};
 
-/// The shortest life that the API server gives a token, in seconds.
+/// Minimum lifetime of a token that the API server accepts, in seconds.
 const TOKEN_SECONDS: i64 = 600;
-/// What the controller publishes for agents, and for us: its CA.
+/// ConfigMap in which the controller publishes its CA.
 const BOOTSTRAP: &str = "switchtower-bootstrap";
 
-/// The API server.
+/// Connection to the API server.
 #[derive(Clone)]
 pub(crate) struct Cluster {
     client: Client,
@@ -34,7 +34,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Reads the kubeconfig. Nothing is sent yet.
+    /// Loads the kubeconfig, without sending a request.
     pub(crate) async fn new(global: &Global) -> Result<Self, CliError> {
         let options = KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
         let kubeconfig = match &global.kubeconfig {
@@ -42,7 +42,7 @@ impl Cluster {
             None => Kubeconfig::read(),
         };
         let unusable = |error: &dyn std::error::Error| {
-            CliError::new(format!("the kubeconfig cannot be used: {}; does kubectl work?", chain(error)))
+            CliError::new(format!("cannot use the kubeconfig: {}; check that kubectl works", chain(error)))
         };
         let kubeconfig = kubeconfig.map_err(|error| unusable(&error))?;
         let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
@@ -52,28 +52,28 @@ impl Cluster {
         Ok(Self { client, namespace, system_namespace: global.system_namespace.clone() })
     }
 
-    /// The namespace in force.
+    /// Returns the namespace of Services and pods.
     pub(crate) fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// Where Switchtower is installed.
+    /// Returns the namespace of the installation.
     pub(crate) fn system_namespace(&self) -> &str {
         &self.system_namespace
     }
 
-    /// The API server's time, which the rows' times are compared with; this machine's clock if it does not tell.
+    /// Returns the time of the API server, to compare with times in rows. Falls back to the local clock.
     pub(crate) async fn now(&self) -> Timestamp {
-        let told = async {
+        let server = async {
             let request = http::Request::get("/version").body(kube::client::Body::empty()).ok()?;
             let response = self.client.send(request).await.ok()?;
             let date = response.headers().get(http::header::DATE)?.to_str().ok()?;
             Some(rfc2822::parse(date).ok()?.timestamp())
         };
-        told.await.unwrap_or_else(Timestamp::now)
+        server.await.unwrap_or_else(Timestamp::now)
     }
 
-    /// The custom resources that the API server knows.
+    /// Returns the custom resources that the API server serves.
     pub(crate) async fn kinds(&self) -> Result<Kinds, CliError> {
         match self.client.list_api_group_resources(ProxyStatus::api_version(&()).as_ref()).await {
             Ok(list) => Ok(Kinds::new(&list)),
@@ -82,7 +82,7 @@ impl Cluster {
         }
     }
 
-    /// All rows.
+    /// Lists all ProxyStatus objects.
     pub(crate) async fn rows(&self) -> Result<Vec<ProxyStatus>, CliError> {
         let api: Api<ProxyStatus> = Api::all(self.client.clone());
         let rows = api.list(&ListParams::default()).await;
@@ -106,7 +106,7 @@ impl Cluster {
         api.get_opt(name).await.map_err(|error| explained(&format!("read ProxyRollout {name}"), &error))
     }
 
-    /// Merges into a rollout's spec.
+    /// Applies a merge patch to the spec of a rollout.
     pub(crate) async fn patch_rollout(&self, name: &str, spec: &Value) -> Result<ProxyRollout, CliError> {
         let api: Api<ProxyRollout> = Api::all(self.client.clone());
         let patch = Patch::Merge(serde_json::json!({ "spec": spec }));
@@ -128,7 +128,7 @@ impl Cluster {
         Ok(slices.map_err(|error| explained(&what, &error))?.items)
     }
 
-    /// resourceVersions of the newest Service and EndpointSlice anywhere.
+    /// Returns the latest resourceVersions of Services and EndpointSlices in the cluster.
     pub(crate) async fn newest(&self) -> Result<(u64, u64), CliError> {
         let one = ListParams::default().limit(1);
         let services = Api::<Service>::all(self.client.clone()).list(&one).await;
@@ -150,28 +150,28 @@ impl Cluster {
         Ok(nodes.map_err(|error| explained("list Nodes", &error))?.items)
     }
 
-    /// All DaemonSets.
+    /// Lists all DaemonSets.
     pub(crate) async fn daemon_sets(&self) -> Result<Vec<DaemonSet>, CliError> {
         let api: Api<DaemonSet> = Api::all(self.client.clone());
         let sets = api.list(&ListParams::default()).await;
         Ok(sets.map_err(|error| explained("list DaemonSets", &error))?.items)
     }
 
-    /// Pods of a namespace with a label.
+    /// Lists pods of a namespace by label.
     pub(crate) async fn pods_labelled(&self, namespace: &str, label: &str) -> Result<Vec<Pod>, CliError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let pods = api.list(&ListParams::default().labels(label)).await;
         Ok(pods.map_err(|error| explained(&format!("list Pods in {namespace}"), &error))?.items)
     }
 
-    /// A ConfigMap.
+    /// Returns a ConfigMap if it exists.
     pub(crate) async fn find(&self, namespace: &str, name: &str) -> Result<Option<ConfigMap>, CliError> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         let what = format!("read ConfigMap {namespace}/{name}");
         api.get_opt(name).await.map_err(|error| explained(&what, &error))
     }
 
-    /// Calico's settings for all nodes; `None` without Calico.
+    /// Returns Calico's settings for all nodes, or `None` without Calico.
     pub(crate) async fn felix_configuration(&self) -> Result<Option<DynamicObject>, CliError> {
         let kind = GroupVersionKind::gvk("crd.projectcalico.org", "v1", "FelixConfiguration");
         let api: Api<DynamicObject> = Api::all_with(
@@ -180,13 +180,13 @@ impl Cluster {
         );
         match api.get("default").await {
             Ok(found) => Ok(Some(found)),
-            // Of a kind that is not installed the API server says so in plain text, not as a Status.
+            // For a kind that is not installed the API server responds with plain text, not with a Status.
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
             Err(error) => Err(explained("read FelixConfiguration default", &error)),
         }
     }
 
-    /// Whether a namespaced object exists.
+    /// Returns true if a namespaced object exists.
     pub(crate) async fn exists<K>(&self, namespace: &str, name: &str) -> Result<bool, CliError>
     where
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope>
@@ -202,7 +202,7 @@ impl Cluster {
         Ok(found.map_err(|error| explained(&what, &error))?.is_some())
     }
 
-    /// The API server's version, as `1.36`.
+    /// Returns major and minor version of the API server.
     pub(crate) async fn version(&self) -> Result<(u32, u32), CliError> {
         let version = self.client.apiserver_version().await;
         let version = version.map_err(|error| explained("read the API server's version", &error))?;
@@ -210,8 +210,8 @@ impl Cluster {
         Ok((number(&version.major), number(&version.minor)))
     }
 
-    /// Returns a running pod of the controller. Of several it is the active one, whose address the agents are given: a
-    /// standby is ready too, and does not answer.
+    /// Returns the name of a controller pod: the active one, whose address is published for agents, if it is ready. A
+    /// standby is ready too but does not respond.
     pub(crate) async fn controller_pod(&self) -> Result<String, CliError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
         let of = ListParams::default().labels("app.kubernetes.io/name=switchtower-controller");
@@ -226,8 +226,8 @@ impl Cluster {
         let ready = || pods.iter().filter(|pod| is_ready(pod));
         let Some(pod) = ready().find(is_active).or_else(|| ready().next()).or(pods.first()) else {
             let message = format!(
-                "there is no pod of the controller in namespace {}; is Switchtower installed in another \
-                 (--system-namespace)?",
+                "no controller pod in namespace {}; if Switchtower is installed in another namespace, set \
+                 --system-namespace",
                 self.system_namespace
             );
             return Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message));
@@ -236,18 +236,18 @@ impl Cluster {
         match why_not_running(pod) {
             Some(why) => {
                 let message =
-                    format!("the controller's pod {}/{name} does not run: {why}", self.system_namespace);
+                    format!("controller pod {}/{name} is not running: {why}", self.system_namespace);
                 Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message))
             }
             None => Ok(name),
         }
     }
 
-    /// The CA of the controller's certificate.
+    /// Returns the CA of the controller's certificate.
     pub(crate) async fn controller_ca(&self) -> Result<String, CliError> {
         self.bootstrap().await?.and_then(|mut data| data.remove("ca.crt")).ok_or_else(|| {
             let message = format!(
-                "there is no ConfigMap {BOOTSTRAP} in namespace {}, which the controller writes when it starts",
+                "ConfigMap {BOOTSTRAP} not found in namespace {}; the controller writes it when it starts",
                 self.system_namespace
             );
             CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
@@ -261,7 +261,7 @@ impl Cluster {
         Ok(map.and_then(|map| map.data))
     }
 
-    /// A token for the controller's admin API.
+    /// Creates a token for the controller's admin API.
     pub(crate) async fn token(&self, account: &str) -> Result<String, CliError> {
         let api: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &self.system_namespace);
         let request = TokenRequest {
@@ -276,7 +276,7 @@ impl Cluster {
         let what = format!("create a token of ServiceAccount {}/{account}", self.system_namespace);
         let answer = answer.map_err(|error| explained(&what, &error))?;
         let token = answer.status.map(|status| status.token);
-        token.ok_or_else(|| CliError::new("the API server's answer to a TokenRequest has no token"))
+        token.ok_or_else(|| CliError::new("the response to the TokenRequest contains no token"))
     }
 }
 
@@ -285,7 +285,7 @@ fn is_ready(pod: &Pod) -> bool {
     conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// What keeps a pod from running, in the kubelet's or the scheduler's words; `None`: it runs.
+/// Returns the reason why a pod is not running, as reported by the kubelet or the scheduler.
 fn why_not_running(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let sentence = |reason: Option<&String>, message: Option<&String>| {
@@ -300,7 +300,7 @@ fn why_not_running(pod: &Pod) -> Option<String> {
         }
         if let Some(end) = &state.terminated {
             let why = sentence(end.reason.as_ref(), end.message.as_ref());
-            return Some(format!("it ended with exit code {}: {why}", end.exit_code));
+            return Some(format!("container exited with code {}: {why}", end.exit_code));
         }
     }
     let conditions = status.conditions.iter().flatten();
@@ -309,11 +309,11 @@ fn why_not_running(pod: &Pod) -> Option<String> {
     match (unscheduled, status.phase.as_deref()) {
         (Some(condition), _) => Some(sentence(condition.reason.as_ref(), condition.message.as_ref())),
         (None, None | Some("Running")) => None,
-        (None, Some(phase)) => Some(format!("it is {phase}")),
+        (None, Some(phase)) => Some(format!("the pod is {phase}")),
     }
 }
 
-/// The state of each of our custom resources, by its plural name.
+/// Custom resources of Switchtower by plural name.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Kinds {
     pub(crate) served: Vec<String>,
@@ -321,10 +321,10 @@ pub(crate) struct Kinds {
 }
 
 impl Kinds {
-    /// The names of all.
+    /// Plural names of all custom resources.
     pub(crate) const ALL: [&str; 3] = ["proxystatuses", "proxyprofiles", "proxyrollouts"];
 
-    /// Discovery is open to everybody. Of a definition that is being deleted it lists the kind without the verb `create`.
+    /// Reads the discovery document. A CRD that is being deleted is listed without the verb `create`.
     fn new(list: &APIResourceList) -> Self {
         let mut kinds = Self::default();
         for resource in list.resources.iter().filter(|resource| Self::ALL.contains(&&*resource.name)) {
@@ -340,7 +340,7 @@ impl Kinds {
     }
 }
 
-/// A resourceVersion as a number (KEP-5504); 0 if it is none.
+/// Parses a resourceVersion as a number (KEP-5504); 0 if it is not a number.
 pub(crate) fn version(text: Option<String>) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
@@ -356,7 +356,7 @@ fn explained(what: &str, error: &kube::Error) -> CliError {
         }
         kube::Error::Api(status) => CliError::new(format!("cannot {what}: {}", status.message)),
         other => {
-            CliError::new(format!("cannot {what}: {}; does the API server answer kubectl?", chain(other)))
+            CliError::new(format!("cannot {what}: {}; check that kubectl reaches the API server", chain(other)))
         }
     }
 }
@@ -377,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_by_what_discovery_says() {
+    fn kinds_are_read_from_discovery() {
         let list: APIResourceList = serde_json::from_value(json!({
             "groupVersion": "switchtower.dev/v1alpha1",
             "resources": [
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_controller_that_does_not_run_says_why() {
+    fn reason_of_a_stopped_controller_is_found() {
         let pod = |status: Value| -> Pod { serde_json::from_value(json!({"status": status})).unwrap() };
         let container = |state: Value| json!([{"name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state}]);
         let waits = container(json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}));
@@ -411,13 +411,13 @@ mod tests {
         let waits = why(json!({"phase": "Pending", "containerStatuses": waits}));
         assert_eq!(waits.as_deref(), Some("ImagePullBackOff: no such image"));
         let ended = why(json!({"phase": "Running", "containerStatuses": ended}));
-        assert_eq!(ended.as_deref(), Some("it ended with exit code 1: Error: no kubeconfig"));
+        assert_eq!(ended.as_deref(), Some("container exited with code 1: Error: no kubeconfig"));
         let nowhere = json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
             "message": "0/3 nodes are available"}]);
         let nowhere = why(json!({"phase": "Pending", "conditions": nowhere}));
         assert_eq!(nowhere.as_deref(), Some("Unschedulable: 0/3 nodes are available"));
         assert_eq!(why(json!({"phase": "Running", "containerStatuses": runs})), None);
-        assert_eq!(why(json!({"phase": "Failed"})).as_deref(), Some("it is Failed"));
+        assert_eq!(why(json!({"phase": "Failed"})).as_deref(), Some("the pod is Failed"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The commands. Each reads, decides in a pure function, and renders a text beside the value.
+//! Commands. Each reads its inputs, evaluates them in a pure function, and returns a value and a text.
 
 pub(crate) mod check;
 pub(crate) mod codes;

@@ -1,4 +1,4 @@
-//! The controller's admin API: TLS pinned to its CA and name, a token minted for it, JSON.
+//! Client for the controller's admin API: JSON over TLS pinned to its CA and name, with a short-lived token.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,10 +20,10 @@ use crate::cluster::Cluster;
 use crate::error::{CliError, chain};
 use crate::forward::Forward;
 
-/// Longest time for a connection, and for an answer.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Longest answer, in bytes.
-const ANSWER: usize = 64 << 20;
+/// Timeout of a connection attempt and of a request.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// Maximum size of a response, in bytes.
+const MAXIMUM_RESPONSE: usize = 64 << 20;
 
 /// An open connection to the controller.
 pub(crate) struct Controller {
@@ -33,7 +33,7 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    /// Connects with a token of `account`.
+    /// Connects with a token of the ServiceAccount `account`.
     pub(crate) async fn connect(global: &Global, cluster: &Cluster, account: &str) -> Result<Self, CliError> {
         let (token, ca) = tokio::try_join!(cluster.token(account), cluster.controller_ca())?;
         let forward = match &global.controller {
@@ -46,17 +46,17 @@ impl Controller {
         let address = forward.as_ref().map(|forward| forward.address.clone());
         let address = address.or_else(|| global.controller.clone()).unwrap_or_default();
         let unreachable = |reason: String| {
-            let message = format!("the controller's admin API at {address} cannot be reached: {reason}");
+            let message = format!("cannot reach the controller's admin API at {address}: {reason}");
             CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
         };
-        let connected = tokio::time::timeout(PATIENCE, open(&address, &ca)).await;
+        let connected = tokio::time::timeout(TIMEOUT, open(&address, &ca)).await;
         let sender = connected
-            .map_err(|_| unreachable(format!("no answer within {} s", PATIENCE.as_secs())))?
+            .map_err(|_| unreachable(format!("no response within {} s", TIMEOUT.as_secs())))?
             .map_err(unreachable)?;
         Ok(Self { sender, token, _forward: forward })
     }
 
-    /// Asks for a path and reads the answer.
+    /// Sends a GET request and decodes the response.
     pub(crate) async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, CliError> {
         let lost = |reason: String| {
             let message = format!("the controller did not answer: {reason}");
@@ -66,18 +66,18 @@ impl Controller {
             .header(header::HOST, SERVER_NAME)
             .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
             .body(Empty::new())
-            .map_err(|error| CliError::new(format!("asking for {path}: {error}")))?;
+            .map_err(|error| CliError::new(format!("cannot request {path}: {error}")))?;
         let answer = async {
             self.sender.ready().await.map_err(|error| chain(&error))?;
             let response = self.sender.send_request(request).await.map_err(|error| chain(&error))?;
             let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER).collect().await;
+            let body = Limited::new(response.into_body(), MAXIMUM_RESPONSE).collect().await;
             let body = body.map_err(|error| error.to_string())?.to_bytes();
             Ok::<_, String>((status, body))
         };
-        let answer = tokio::time::timeout(PATIENCE, answer).await;
+        let answer = tokio::time::timeout(TIMEOUT, answer).await;
         let (status, body) =
-            answer.map_err(|_| lost(format!("nothing within {} s", PATIENCE.as_secs())))?.map_err(lost)?;
+            answer.map_err(|_| lost(format!("no response within {} s", TIMEOUT.as_secs())))?.map_err(lost)?;
         read(status, &body)
     }
 }
@@ -86,7 +86,7 @@ fn read<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, CliEr
     if status.is_success() {
         return serde_json::from_slice(body).map_err(|error| {
             CliError::new(format!(
-                "the controller's answer is not understood ({error}); is it of another version?"
+                "cannot parse the controller's response ({error}); its version may differ from this plugin's"
             ))
         });
     }
@@ -102,8 +102,8 @@ fn read<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, CliEr
 async fn open(address: &str, ca: &str) -> Result<SendRequest<Empty<Bytes>>, String> {
     let mut roots = rustls::RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(ca.as_bytes()) {
-        let certificate = certificate.map_err(|error| format!("its CA is not readable: {error}"))?;
-        roots.add(certificate).map_err(|error| format!("its CA is not usable: {error}"))?;
+        let certificate = certificate.map_err(|error| format!("its CA cannot be parsed: {error}"))?;
+        roots.add(certificate).map_err(|error| format!("its CA cannot be used: {error}"))?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
@@ -117,12 +117,12 @@ async fn open(address: &str, ca: &str) -> Result<SendRequest<Empty<Bytes>>, Stri
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let stream = connector.connect(name, stream).await.map_err(|error| chain(&error))?;
     let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| chain(&error))?;
-    // It ends with the sender, which sees its errors.
+    // The task ends when the sender is dropped; the sender receives its errors.
     tokio::spawn(async move { drop(connection.await) });
     Ok(sender)
 }
 
-/// Writes a value into a path or a query.
+/// Percent-encodes a value for a path or query.
 pub(crate) fn escaped(text: &str) -> String {
     let mut out = String::new();
     for byte in text.bytes() {
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failures_are_read_with_their_codes() {
+    fn failures_are_decoded_with_their_codes() {
         let body = br#"{"message": "no", "code": "ST0207"}"#;
         let error = read::<u8>(StatusCode::NOT_FOUND, body).unwrap_err();
         assert_eq!((error.message.as_str(), error.code), ("no", Some(codes::NOT_SERVED)));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_in_a_path_is_escaped() {
+    fn reserved_characters_are_escaped() {
         assert_eq!(escaped("10.96.0.1:80/TCP a&b"), "10.96.0.1%3A80%2FTCP%20a%26b");
     }
 }

@@ -1,6 +1,6 @@
-//! What a node's row says is wrong, and whether the row can still be believed.
+//! Problems of nodes, derived from their rows.
 //!
-//! `status` and `check` share it, so that both name the same cause: the row's own reason, not its state alone.
+//! Shared by `status` and `check`, so that both report the same cause.
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
@@ -10,11 +10,11 @@ use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 
 use crate::error::CliError;
 
-/// The API server has been silent for too long when the controller last heard from it this long ago: every watch
-/// receives something every ten seconds.
+/// Maximum time since the controller last received data from the API server. Every watch receives something every ten
+/// seconds.
 const UPSTREAM_MILLISECONDS: u64 = 30_000;
 
-/// One node, as its row describes it.
+/// State of a node according to its row.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Diagnosis {
@@ -24,9 +24,9 @@ pub(crate) struct Diagnosis {
     pub(crate) desired: i64,
     pub(crate) applied: i64,
     pub(crate) since_seconds: Option<i64>,
-    /// How long ago a controller confirmed the row.
+    /// Age of the last confirmation of the row by a controller, in seconds.
     pub(crate) reported_seconds: Option<i64>,
-    /// The row was not renewed in time: what it says may no longer be true.
+    /// The row was not renewed in time and may no longer be true.
     pub(crate) outdated: bool,
     pub(crate) reason: String,
     pub(crate) message: String,
@@ -35,7 +35,7 @@ pub(crate) struct Diagnosis {
     pub(crate) drift_repaired: i64,
     #[serde(skip)]
     pub(crate) code: Option<Code>,
-    /// What else is wrong: conditions that a worse one keeps from being the state.
+    /// Further violated conditions, which the state does not show.
     #[serde(skip)]
     also: Vec<(Code, String, String)>,
 }
@@ -69,7 +69,7 @@ impl Diagnosis {
     }
 }
 
-/// Conditions that hold beside the one that the state is derived from.
+/// Returns violated conditions other than the one that determines the state.
 fn also(status: &ProxyStatusStatus, state: &str) -> Vec<(Code, String, String)> {
     let known = [
         ("Exclusive", "NotExclusive", codes::NOT_EXCLUSIVE),
@@ -88,7 +88,7 @@ fn also(status: &ProxyStatusStatus, state: &str) -> Vec<(Code, String, String)> 
         .collect()
 }
 
-/// What a row's state and reason mean; `None`: nothing is wrong.
+/// Returns the message code for a state and reason, or `None` for a healthy node.
 fn code(state: &str, reason: &str) -> Option<Code> {
     Some(match (state, reason) {
         ("Synced", _) => return None,
@@ -109,18 +109,18 @@ fn code(state: &str, reason: &str) -> Option<Code> {
     })
 }
 
-/// Nodes for which the same holds.
+/// A problem and the nodes that have it.
 #[derive(Debug, Clone)]
 pub(crate) struct Cause<'a> {
     pub(crate) code: Code,
-    /// The row's reason; empty where the code says it all.
+    /// Reason from the row; empty if the code is sufficient.
     pub(crate) reason: &'a str,
-    /// The first node's message.
+    /// Message of the first node.
     pub(crate) message: &'a str,
     pub(crate) nodes: Vec<&'a str>,
 }
 
-/// What the rows say is wrong, one entry per code and reason, in the order of the nodes.
+/// Groups problems by code and reason, in the order of the nodes.
 pub(crate) fn causes(nodes: &[Diagnosis]) -> Vec<Cause<'_>> {
     let mut causes: Vec<Cause<'_>> = Vec::new();
     let mut add = |code: Code, reason, message, node| match causes
@@ -144,14 +144,14 @@ pub(crate) fn causes(nodes: &[Diagnosis]) -> Vec<Cause<'_>> {
     causes
 }
 
-/// What is wrong with the controller, or with what it says beside the rows.
+/// Returns the problem of the controller or of its connection to agents, if any.
 pub(crate) fn controller(nodes: &[Diagnosis], asked: Result<&ControllerInfo, &CliError>) -> Option<Code> {
     match asked {
         Err(error) => Some(error.code.unwrap_or(codes::CONTROLLER_UNREACHABLE)),
         Ok(info) if info.upstream_age_milliseconds.is_none_or(|age| age > UPSTREAM_MILLISECONDS) => {
             Some(codes::UPSTREAM_STALE)
         }
-        // Rows name the node some seconds later, so that a short interruption is no transition.
+        // Rows report a lost agent only after a grace period.
         Ok(info) if info.connected < info.nodes && nodes.iter().all(|node| node.code.is_none()) => {
             Some(codes::AGENT_DISCONNECTED)
         }

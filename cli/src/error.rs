@@ -1,8 +1,8 @@
-//! Why a command cannot answer: a sentence that says what was attempted and what to do.
+//! Errors of commands.
 
 use switchtower_admin_api::codes::{self, Code};
 
-/// The command's last words.
+/// A command could not be completed. The message names the attempted action and, if possible, a remedy.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct CliError {
@@ -15,7 +15,7 @@ impl CliError {
         Self { message: message.into(), code: None }
     }
 
-    /// The controller could not be asked; it may be there again soon.
+    /// Returns true if the controller is unreachable, which may be temporary.
     pub(crate) fn is_unreachable(&self) -> bool {
         self.code == Some(codes::CONTROLLER_UNREACHABLE)
     }
@@ -25,7 +25,7 @@ impl CliError {
     }
 }
 
-/// An error with its causes, each once.
+/// Formats an error with its sources, each once.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,5 +1,5 @@
-//! A port-forward to the controller's pod, by the `kubectl` that started this plugin: it knows every way in which a
-//! kubeconfig can name and reach a cluster. It ends when this is dropped.
+//! Port-forward to the controller pod through `kubectl`, which supports all ways of reaching a cluster (exec plugins,
+//! proxies). It ends when [`Forward`] is dropped.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use tokio::process::{Child, Command};
 use crate::args::Global;
 use crate::error::CliError;
 
-/// The admin API's port in the controller's pod.
+/// Port of the admin API in the controller pod.
 const PORT: u16 = 9444;
-/// How long kubectl may take until it listens.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Timeout for kubectl to start listening.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A running `kubectl port-forward`.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    /// Starts it and waits until it listens.
+    /// Starts the port-forward and waits until it listens.
     pub(crate) async fn open(global: &Global, namespace: &str, pod: &str) -> Result<Self, CliError> {
         let mut command = Command::new("kubectl");
         if let Some(kubeconfig) = &global.kubeconfig {
@@ -36,9 +36,9 @@ impl Forward {
         command.args(["--namespace", namespace, "port-forward", &format!("pod/{pod}"), &format!(":{PORT}")]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| {
-            let what = "starting kubectl for a port-forward to the controller";
             CliError::new(format!(
-                "{what}: {error}; is kubectl in PATH? Or name the controller with --controller"
+                "cannot start kubectl for a port-forward to the controller: {error}; add kubectl to PATH or set \
+                 --controller"
             ))
         })?;
         let (Some(out), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
@@ -53,8 +53,8 @@ impl Forward {
             }
             None
         };
-        if let Ok(Some(address)) = tokio::time::timeout(PATIENCE, listening).await {
-            // Read until its end: a line for each connection follows, and kubectl dies of a pipe that nobody reads.
+        if let Ok(Some(address)) = tokio::time::timeout(LISTEN_TIMEOUT, listening).await {
+            // Keep reading: kubectl prints a line per connection and exits on a broken pipe.
             tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
             tokio::spawn(async move { tokio::io::copy(&mut errors, &mut tokio::io::sink()).await });
             return Ok(Self { address, _kubectl: child });
@@ -62,12 +62,12 @@ impl Forward {
         let _ = child.start_kill();
         let mut text = String::new();
         let _ = tokio::time::timeout(Duration::from_secs(1), errors.read_to_string(&mut text)).await;
-        let message = format!("no port-forward to pod {namespace}/{pod}: {}", text.trim());
+        let message = format!("cannot forward a port to pod {namespace}/{pod}: {}", text.trim());
         Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message))
     }
 }
 
-/// `Forwarding from 127.0.0.1:41233 -> 9444`
+/// Parses `Forwarding from 127.0.0.1:41233 -> 9444`.
 fn local_address(line: &str) -> Option<String> {
     let (address, _) = line.strip_prefix("Forwarding from ")?.split_once(" -> ")?;
     Some(address.to_owned())
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_that_kubectl_prints() {
+    fn address_is_read_from_kubectl_output() {
         let line = "Forwarding from 127.0.0.1:41233 -> 9444";
         assert_eq!(local_address(line).as_deref(), Some("127.0.0.1:41233"));
         assert_eq!(local_address("Forwarding from [::1]:41233 -> 9444").as_deref(), Some("[::1]:41233"));

@@ -1,11 +1,11 @@
-//! `kubectl switchtower`: what the fleet does, why a packet goes where it goes, and whether a change has arrived.
+//! `kubectl switchtower`: inspect and operate the Switchtower service proxy.
 //!
-//! It reads ProxyStatus and other objects with the user's own rights, and asks the controller's admin API with a
-//! token that the API server mints for it (`controller`). Every command makes a value and a text of it
-//! (`output`); `-o json|yaml` prints the value. Nothing is changed but by `rollout`.
+//! Commands read ProxyStatus and other objects with the permissions of the user, and query the controller's admin API
+//! with a short-lived token (`controller`). Every command returns a value and a text (`output`); `-o json|yaml` prints
+//! the value. Only `rollout` changes objects.
 //!
-//! Exit codes: 0 all is well, 1 something is wrong and was named, 2 it cannot be told (wrong usage, no connection, a
-//! missing right).
+//! Exit codes: 0 no problem found, 1 a problem was found and reported, 2 the command could not be completed (usage
+//! error, no connection, missing permission).
 
 pub mod args;
 mod cluster;
@@ -22,16 +22,16 @@ use args::{Cli, Command};
 use error::CliError;
 use output::{Exit, Report, Style};
 
-/// Runs a command and prints what it found.
+/// Runs a command and prints its report.
 #[must_use]
 pub fn main(cli: &Cli) -> ExitCode {
     let style = Style::detect(cli.global.color);
-    // Several crates link rustls; without a process-wide provider they could disagree and panic.
+    // Without a process-wide provider rustls panics if several providers are linked.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = match runtime {
         Ok(runtime) => runtime.block_on(run(cli, style)),
-        Err(error) => Err(CliError::new(format!("starting the runtime: {error}"))),
+        Err(error) => Err(CliError::new(format!("cannot start the runtime: {error}"))),
     };
     let exit = match outcome {
         Ok(report) => {

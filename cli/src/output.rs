@@ -1,4 +1,4 @@
-//! How results are printed: a value for programs, a text for people that fits 100 columns.
+//! Output of results: a value for programs, or a text of at most 100 columns.
 
 use std::io::{IsTerminal as _, Write as _};
 
@@ -8,24 +8,24 @@ use serde_json::Value;
 use crate::args::{Color, Format};
 use crate::error::CliError;
 
-/// Columns that a text keeps to.
+/// Maximum line length of texts, in columns.
 pub(crate) const WIDTH: usize = 100;
 
-/// What follows the escape character and the bracket in our colours: good, warn, bad, and the end of each.
+/// SGR parameters of our colours: good, warn, bad and reset.
 const PAINTS: [&str; 4] = ["32", "33", "31;1", "0"];
 
-/// The process' exit code.
+/// Exit code of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// All is well.
+    /// No problem was found.
     Ok = 0,
-    /// Something is wrong, and was named.
+    /// A problem was found and reported.
     Wrong = 1,
-    /// It cannot be told.
+    /// The command could not be completed.
     Unknown = 2,
 }
 
-/// What a command found.
+/// Result of a command.
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) text: String,
@@ -36,11 +36,11 @@ pub(crate) struct Report {
 impl Report {
     pub(crate) fn new(text: String, value: &impl Serialize, exit: Exit) -> Result<Self, CliError> {
         let value = serde_json::to_value(value)
-            .map_err(|error| CliError::new(format!("writing the result as JSON: {error}")))?;
+            .map_err(|error| CliError::new(format!("serialise the result as JSON: {error}")))?;
         Ok(Self { text, value, exit })
     }
 
-    /// For what is a text by nature.
+    /// Creates a report that has no structured value.
     pub(crate) fn text(text: String) -> Self {
         Self { value: Value::String(text.clone()), text, exit: Exit::Ok }
     }
@@ -51,16 +51,16 @@ pub(crate) fn print(report: &Report, format: Format) {
     let text = match format {
         Format::Text => printable(&report.text),
         Format::Json => format!("{:#}\n", report.value),
-        // JSON is YAML: if the writer ever fails, that is still understood.
+        // JSON is valid YAML: a safe fallback if the writer fails.
         Format::Yaml => {
             serde_saphyr::to_string(&report.value).unwrap_or_else(|_| format!("{:#}\n", report.value))
         }
     };
-    // Whoever reads may have closed the pipe: `| head` is no error.
+    // A closed pipe, as with `| head`, is not an error.
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
 }
 
-/// Prints why there is no report to standard error.
+/// Prints an error to standard error.
 pub(crate) fn print_error(error: &CliError, style: Style) {
     let mut text = format!("{} {}\n", style.bad("error:"), error.message);
     if let Some(code) = error.code {
@@ -69,7 +69,7 @@ pub(crate) fn print_error(error: &CliError, style: Style) {
     let _ = std::io::stderr().lock().write_all(printable(&text).as_bytes());
 }
 
-/// The text without what a terminal takes for a command, but for our own colours: nodes and objects may say anything.
+/// Replaces control characters other than our own colours, because text from nodes and objects is not trusted.
 fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -89,7 +89,7 @@ fn printable(text: &str) -> String {
     out
 }
 
-/// Colours or none.
+/// Colouring of the output.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Style {
     colored: bool,
@@ -128,7 +128,7 @@ impl Style {
     }
 }
 
-/// A table with aligned columns; the last one is wrapped. Rows are as long as the header.
+/// Formats a table with aligned columns and wraps the last one. Every row must have as many cells as the header.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let last = header.len() - 1;
     let width = |column: usize| {
@@ -152,7 +152,7 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Breaks a text between words so that it fits [`WIDTH`] where its first line begins at `indent`.
+/// Wraps a text to [`WIDTH`] at word boundaries. The first line starts at column `indent`, like the others.
 pub(crate) fn wrapped(text: &str, indent: usize) -> String {
     let room = WIDTH.saturating_sub(indent).max(30);
     let (mut out, mut length) = (String::new(), 0);
@@ -171,7 +171,7 @@ pub(crate) fn wrapped(text: &str, indent: usize) -> String {
     out
 }
 
-/// `12s`, `6m12s`, `3h5m`, `9d`.
+/// Formats a duration as `12s`, `6m12s`, `3h5m` or `9d`.
 pub(crate) fn age(seconds: i64) -> String {
     let seconds = seconds.max(0);
     match seconds {
@@ -182,12 +182,12 @@ pub(crate) fn age(seconds: i64) -> String {
     }
 }
 
-/// `1 node`, `3 nodes`.
+/// Formats a number with a noun: `1 node`, `3 nodes`.
 pub(crate) fn count(number: usize, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
-/// The first names, and how many more there are.
+/// Lists the first `most` names and the number of further ones.
 pub(crate) fn names<T: AsRef<str>>(names: &[T], total: usize, most: usize) -> String {
     let shown: Vec<&str> = names.iter().take(most).map(AsRef::as_ref).collect();
     let more = total.saturating_sub(shown.len());
@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_our_own_colors_reach_the_terminal() {
+    fn only_own_colors_reach_the_terminal() {
         let style = Style { colored: true };
         let text = format!("{}\n\u{1b}[2J{}\u{9b}2J\u{1b}", style.bad("gone"), style.good("a\u{7}b"));
         let shown = "\u{1b}[31;1mgone\u{1b}[0m\n [2J\u{1b}[32ma b\u{1b}[0m 2J ";
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_aligned_and_their_last_column_wrapped() {
+    fn tables_are_aligned_and_wrapped() {
         let long = "word ".repeat(30);
         let rows = vec![vec!["a".to_owned(), long], vec!["longer".to_owned(), "b".to_owned()]];
         let text = table(&["NAME", "WHY"], &rows);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_and_lists() {
+    fn ages_and_lists_are_formatted() {
         let ages: Vec<String> = [-5, 59, 372, 11_100, 800_000].into_iter().map(age).collect();
         assert_eq!(ages, ["0s", "59s", "6m12s", "3h5m", "9d"]);
         assert_eq!(names(&["a", "b", "c"], 7, 2), "a, b and 5 more");

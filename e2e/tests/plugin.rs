@@ -68,7 +68,7 @@ fn a_fleet_in_order() {
     for node in ["alpha", "beta", "gamma"] {
         let answer = ask(&["diff", node]);
         assert_eq!(answer.code, 0, "{}", answer.text);
-        assert!(answer.text.contains("ok the kernel holds exactly what it should"), "{}", answer.text);
+        assert!(answer.text.contains("ok the kernel matches the desired state"), "{}", answer.text);
     }
     let check = ask(&["check", "--post"]);
     assert_eq!(check.code, 0, "{}", check.text);
@@ -92,7 +92,7 @@ fn an_explanation_agrees_with_packets_and_kernels() {
     }
     let answer = ask(&["explain", "explained/web", "--node", "alpha"]);
     assert_eq!(answer.code, 0);
-    assert!(answer.text.contains("kernel  holds exactly this"), "{}", answer.text);
+    assert!(answer.text.contains("kernel  matches"), "{}", answer.text);
     let all = ask(&["explain", "explained/web"]);
     assert_eq!(all.code, 0);
     assert!(all.text.contains("on 3 nodes (alpha, beta, gamma)"), "{}", all.text);
@@ -127,7 +127,7 @@ fn without_local_endpoints_the_policy_is_named() {
     });
     let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
     assert_eq!(answer.code, 1);
-    for part in ["DROPPED", "ST0202", "internalTrafficPolicy is Local", "holds exactly this"] {
+    for part in ["DROPPED", "ST0202", "internalTrafficPolicy is Local", "kernel  matches"] {
         assert!(answer.text.contains(part), "{part}: {}", answer.text);
     }
     assert_eq!(ask(&["explain", "local/web", "--node", "beta"]).code, 0, "b1 is local there");
@@ -190,11 +190,11 @@ fn a_missing_agent_is_named_and_what_it_misses() {
     .unwrap();
     let explained = ask(&["explain", "agent-down/web", "--node", "beta"]);
     assert!(
-        explained.text.contains("kernel  not known: the agent of beta is not connected"),
+        explained.text.contains("kernel  unknown: the agent of beta is not connected"),
         "{}",
         explained.text
     );
-    assert!(explained.text.contains("this may not be in force on 1 node: beta"), "{}", explained.text);
+    assert!(explained.text.contains("may not apply yet on 1 node: beta"), "{}", explained.text);
     assert_eq!(ask(&["diff", "beta"]).code, 2);
     scene.fleet.run_agent(beta).unwrap();
     scene.fleet.settled(Duration::from_secs(20)).unwrap();
@@ -323,13 +323,13 @@ fn without_a_controller_rows_say_that_they_are_old() {
     assert_eq!((status.code, explained.code, waited.code), (1, 2, 2));
     assert!(status.text.contains("ST0301") && status.text.contains("nodes       3"), "{}", status.text);
     assert!(
-        explained.errors.contains("cannot be reached") && explained.errors.contains("ST0301"),
+        explained.errors.contains("cannot reach the controller") && explained.errors.contains("ST0301"),
         "{}",
         explained.errors
     );
     let outdated = outdated.unwrap();
     assert!(outdated.code == 1 && outdated.text.contains("FAILED   ST0301"), "{}", outdated.text);
-    assert!(!outdated.text.contains("every kernel holds what it should"), "{}", outdated.text);
+    assert!(!outdated.text.contains("all kernels match the desired state"), "{}", outdated.text);
     assert!(old.text.contains("not renewed for"), "{}", old.text);
     scene.fleet.settled(Duration::from_secs(30)).unwrap();
     wait::until("the rows are renewed", Duration::from_secs(30), || {
@@ -345,7 +345,7 @@ fn before_an_installation() {
     let _alone = alone();
     let answer = ask(&["check", "--pre"]);
     assert_eq!(answer.code, 0, "{}", answer.text);
-    assert!(answer.text.contains("there is no DaemonSet kube-system/kube-proxy"), "{}", answer.text);
+    assert!(answer.text.contains("no DaemonSet kube-system/kube-proxy"), "{}", answer.text);
     assert!(answer.text.contains("ST0405"), "{}", answer.text);
     let proxy = json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet",
@@ -461,27 +461,27 @@ fn wrong_use_gets_a_sentence_that_says_what_to_do() {
     let _alone = alone();
     let (_scene, _) = scene("wrong", &json!({}));
     let cases: &[(&[&str], &str)] = &[
-        (&["explain", "no/such/service"], "write [svc/][NAMESPACE/]NAME[:PORT]"),
-        (&["explain", "nothing"], "-n names another namespace"),
+        (&["explain", "no/such/service"], "expected [svc/][NAMESPACE/]NAME[:PORT]"),
+        (&["explain", "nothing"], "use -n to select another namespace"),
         (&["explain", "wrong/web:https"], "it has tcp (80), udp (80)"),
         (&["explain", "wrong/web", "--node", "omega"], "there is no Node omega"),
-        (&["explain", "wrong/web", "--from", "pod/a/b/c"], "write pod/[NAMESPACE/]NAME"),
-        (&["explain", "wrong/web", "--from", "nobody"], "there is no Pod default/nobody"),
-        (&["explain", "ST0999"], "codes lists all"),
+        (&["explain", "wrong/web", "--from", "pod/a/b/c"], "expected pod/[NAMESPACE/]NAME"),
+        (&["explain", "wrong/web", "--from", "nobody"], "Pod default/nobody not found"),
+        (&["explain", "ST0999"], "list all with kubectl switchtower codes"),
         (&["diff", "omega"], "there is no Node omega"),
         (&["diff"], "<NODE>"),
         (&["rules", "omega"], "there is no Node omega"),
-        (&["rules", "alpha", "no/such/service"], "write [svc/][NAMESPACE/]NAME[:PORT]"),
+        (&["rules", "alpha", "no/such/service"], "expected [svc/][NAMESPACE/]NAME[:PORT]"),
         (&["rules", "alpha", "wrong/other"], "no frontend of Service wrong/other"),
         (&["rules", "alpha", "wrong/web", "--filter", "x"], "cannot be used with"),
         (&["rules", "alpha", "--limit", "0"], "1..=100000"),
-        (&["wait", "wrong/other"], "without a name, wait takes everything so far"),
-        (&["wait", "--timeout", "soon"], "write 500ms, 30s, 2m or 1h"),
+        (&["wait", "wrong/other"], "to wait for a deletion, omit the name"),
+        (&["wait", "--timeout", "soon"], "such as 500ms, 30s, 2m or 1h"),
         (&["wait", "--for", "luck"], "possible values: change"),
-        (&["trace", "wrong/other"], "remembers no change"),
-        (&["rollout", "pause", "nothing"], "rollout status lists all"),
+        (&["trace", "wrong/other"], "has no record of a change"),
+        (&["rollout", "pause", "nothing"], "list all with kubectl switchtower rollout status"),
         (&["check"], "--pre"),
-        (&["status", "--context", "nowhere"], "does kubectl work?"),
+        (&["status", "--context", "nowhere"], "check that kubectl works"),
     ];
     for (arguments, wanted) in cases {
         let answer = ask(arguments);
@@ -492,7 +492,7 @@ fn wrong_use_gets_a_sentence_that_says_what_to_do() {
     let nowhere = plugin::run_as(fleet(), Path::new("/nowhere"), &["status"]).unwrap();
     assert_eq!(nowhere.code, 2);
     assert!(nowhere.errors.contains("kubeconfig from '\"/nowhere\"'"), "{}", nowhere.errors);
-    assert!(nowhere.errors.contains("does kubectl work?"), "{}", nowhere.errors);
+    assert!(nowhere.errors.contains("check that kubectl works"), "{}", nowhere.errors);
 }
 
 #[test]
@@ -505,6 +505,6 @@ fn codes_and_completion_need_no_cluster() {
     let rollouts = ask(&["rollout", "status"]);
     assert_eq!(
         (rollouts.code, rollouts.text.as_str()),
-        (0, "no rollouts: no ProxyProfile has been changed\n")
+        (0, "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n")
     );
 }

@@ -1,4 +1,4 @@
-//! `check`: is anything in the way before the installation; does everything work together after it.
+//! `check`: checks before and after the installation.
 
 use serde::Serialize;
 use switchtower_admin_api::codes::{self, Code};
@@ -13,7 +13,7 @@ mod post;
 mod pre;
 mod proxies;
 
-/// How a check ended.
+/// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 enum Verdict {
@@ -22,7 +22,7 @@ enum Verdict {
     Failed,
 }
 
-/// One check.
+/// A check and its result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Check {
@@ -48,7 +48,7 @@ impl Check {
         Self { verdict: Verdict::Failed, ..Self::warning(code, what) }
     }
 
-    /// Something could not be read: nothing is known of it.
+    /// The object to check could not be read.
     fn not_seen(error: &CliError) -> Self {
         Self::warning(codes::NOT_LOOKED_AT, error.message.clone())
     }

@@ -1,4 +1,4 @@
-//! `completion`: a script for a shell; and what kubectl asks of a plugin to complete `kubectl switchtower`.
+//! `completion`: shell completion scripts, and the protocol by which kubectl completes plugins.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use crate::args::{Cli, CompleteArgs, CompletionArgs, Global};
 use crate::cluster::Cluster;
 use crate::output::Report;
 
-/// Longest time for names from the cluster: somebody waits at the keyboard.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// The directive for kubectl: these are all, do not complete names of files.
+/// Timeout for reading names from the cluster. Short, because completion is interactive.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Directive for kubectl (cobra's ShellCompDirectiveNoFileComp): do not complete file names.
 const NO_FILES: &str = ":4";
 
 pub(crate) fn run(args: &CompletionArgs) -> Report {
@@ -19,12 +19,12 @@ pub(crate) fn run(args: &CompletionArgs) -> Report {
     Report::text(String::from_utf8_lossy(&script).into_owned())
 }
 
-/// Candidates for the last word, one a line with a description, and a directive as kubectl's own completion has them.
+/// Prints the candidates for the last argument, one per line with a description, followed by a directive, as cobra does.
 pub(crate) async fn complete(global: &Global, args: &CompleteArgs) -> Report {
     let place = place(&args.words);
     let mut lines = place.words;
     if let Some(names) = place.names
-        && let Ok(Some(names)) = tokio::time::timeout(PATIENCE, names_of(global, names)).await
+        && let Ok(Some(names)) = tokio::time::timeout(TIMEOUT, names_of(global, names)).await
     {
         lines.extend(names.into_iter().filter(|name| name.starts_with(&place.prefix)));
     }
@@ -32,14 +32,14 @@ pub(crate) async fn complete(global: &Global, args: &CompleteArgs) -> Report {
     Report::text(lines.join("\n") + "\n")
 }
 
-/// Names that only the cluster knows.
+/// Kinds of names that are read from the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Names {
     Nodes,
     Rollouts,
 }
 
-/// What can stand in place of the last word.
+/// Candidates for the last argument.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Place {
     prefix: String,
@@ -69,7 +69,7 @@ fn place(words: &[String]) -> Place {
     let (mut waiting, mut positionals): (Option<&Arg>, usize) = (None, 0);
     for word in before {
         if waiting.take().is_some() {
-            continue; // The value of the flag before it.
+            continue; // This is the value of the preceding flag.
         }
         if let Some(flag) = word.strip_prefix("--") {
             waiting = command
@@ -111,7 +111,7 @@ fn flag(argument: &Arg) -> Option<String> {
     Some(described(&format!("--{name}"), argument.get_help()))
 }
 
-/// The value, and after a tab what it means.
+/// Formats a value with its description, separated by a tab.
 fn described(value: &str, about: Option<&clap::builder::StyledStr>) -> String {
     match about.map(ToString::to_string).as_deref().and_then(|about| about.lines().next()) {
         Some(about) => format!("{value}\t{about}"),
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_flags_and_values_complete() {
+    fn commands_flags_and_values_are_completed() {
         let (commands, _) = values(&[""]);
         for command in ["status", "explain", "rollout"] {
             assert!(commands.contains(&command.to_owned()), "{commands:?}");
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn names_come_from_the_cluster_where_they_belong() {
+    fn names_are_read_from_the_cluster() {
         assert_eq!(values(&["diff", ""]).1, Some(Names::Nodes));
         assert_eq!(values(&["explain", "shop/cart", "--node", "al"]).1, Some(Names::Nodes));
         assert_eq!(values(&["rollout", "abort", ""]).1, Some(Names::Rollouts));

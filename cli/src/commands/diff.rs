@@ -1,4 +1,4 @@
-//! `diff`: desired, acknowledged, and what the kernel holds.
+//! `diff`: desired, acknowledged and programmed state of a node.
 
 use switchtower_admin_api::codes;
 use switchtower_admin_api::{NodeDiff, OPERATOR, Stage};
@@ -17,7 +17,7 @@ pub(crate) async fn run(global: &Global, args: &DiffArgs, style: Style) -> Resul
     Report::new(text(&diff, style), &diff, exit)
 }
 
-/// Numbers may be ahead of each other while changes are under way; equal digests prove equal content.
+/// Compares digests rather than generations: generations differ while changes are in progress.
 fn is_same(diff: &NodeDiff) -> bool {
     let kernel = diff.kernel.as_ref().map(|stage| &stage.digest);
     diff.differences_total == 0
@@ -28,7 +28,7 @@ fn is_same(diff: &NodeDiff) -> bool {
 
 fn text(diff: &NodeDiff, style: Style) -> String {
     let stage = |name: &str, stage: Option<&Stage>| match stage {
-        None => format!("{name:13} -             no table, or one of another layout\n"),
+        None => format!("{name:13} -             no table, or a table of another layout\n"),
         Some(stage) => {
             format!("{name:13} generation {:<10} digest {}\n", stage.generation, short(&stage.digest))
         }
@@ -45,19 +45,19 @@ fn text(diff: &NodeDiff, style: Style) -> String {
         text += &format!("... and {more} more\n");
     }
     for line in &diff.deviations {
-        text += &format!("{} left out on purpose: {}\n", style.warn("!"), wrapped(line, 24));
+        text += &format!("{} omitted on purpose: {}\n", style.warn("!"), wrapped(line, 24));
     }
     if is_same(diff) {
         let frontends = count(diff.frontends, "frontend");
-        text += &format!("{} the kernel holds exactly what it should: {frontends}\n", style.good("ok"));
+        text += &format!("{} the kernel matches the desired state: {frontends}\n", style.good("ok"));
     } else {
         let code = codes::KERNEL_DIFFERS;
         let what = match diff.differences_total {
-            0 => "the frontends are the same; numbers or digests differ".to_owned(),
+            0 => "the frontends are equal; generations or digests differ".to_owned(),
             number => format!("{} of {}", count(number, "difference"), count(diff.frontends, "frontend")),
         };
         text += &format!("{} {}  {}: {what}\n", style.bad("!"), code.code, code.title);
-        text += &format!("  {}\n", wrapped("Changes under way look like this for a moment: look again.", 2));
+        text += &format!("  {}\n", wrapped("Changes in progress cause temporary differences: run the command again.", 2));
     }
     text
 }
@@ -91,11 +91,11 @@ mod tests {
     }
 
     #[test]
-    fn the_same_and_not_the_same() {
+    fn differences_are_listed() {
         let same = text(&diff(), Style::PLAIN);
         assert!(is_same(&diff()));
         assert!(same.starts_with("desired       generation 7          digest 0123456789ab\n"), "{same}");
-        assert!(same.ends_with("ok the kernel holds exactly what it should: 12 frontends\n"), "{same}");
+        assert!(same.ends_with("ok the kernel matches the desired state: 12 frontends\n"), "{same}");
         let differences = vec!["10.96.0.1:80/TCP: missing in the kernel".to_owned()];
         let other = NodeDiff { differences, differences_total: 3, kernel: None, ..diff() };
         assert!(!is_same(&other));
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_digest_is_a_difference() {
+    fn older_digest_is_a_difference() {
         assert!(!is_same(&NodeDiff { kernel: Some(stage(6, "00")), ..diff() }));
         assert!(!is_same(&NodeDiff { deviations: vec!["frontend x: EINVAL".into()], ..diff() }));
     }

@@ -1,4 +1,4 @@
-//! `explain`: why a Service's packets go where they go.
+//! `explain`: the path of a Service's packets.
 
 use std::net::IpAddr;
 
@@ -14,12 +14,12 @@ use crate::controller::{Controller, escaped};
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, count, names, wrapped};
 
-/// Where the second column begins.
+/// Start of the second column.
 const INDENT: usize = 9;
-/// Most endpoints that are named.
+/// Maximum number of endpoints to list.
 const ENDPOINTS: usize = 6;
 
-/// What was found.
+/// Value of the report.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Found {
@@ -28,7 +28,7 @@ struct Found {
     endpoints: EndpointCounts,
 }
 
-/// The Service's endpoints as the API server has them.
+/// Endpoints of the Service in the API server.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct EndpointCounts {
@@ -47,8 +47,8 @@ pub(crate) async fn run(global: &Global, args: &ExplainArgs, style: Style) -> Re
     let namespace = subject.namespace.as_deref().unwrap_or(cluster.namespace()).to_owned();
     let service = cluster.service(&namespace, &subject.name).await?;
     let service = service.ok_or_else(|| {
-        let (name, message) = (&subject.name, "in this cluster");
-        CliError::new(format!("there is no Service {namespace}/{name} {message}; -n names another namespace"))
+        let name = &subject.name;
+        CliError::new(format!("Service {namespace}/{name} not found; use -n to select another namespace"))
     })?;
     served(&service, &subject)?;
     let (from, pods_node) = source(&cluster, args).await?;
@@ -66,7 +66,7 @@ pub(crate) async fn run(global: &Global, args: &ExplainArgs, style: Style) -> Re
     Report::new(text(&found, args.all, style), &found, exit)
 }
 
-/// What Switchtower leaves to others is said here, where the reason is known.
+/// Returns an error for a Service or port that no service proxy serves.
 fn served(service: &Service, subject: &ServiceName) -> Result<(), CliError> {
     let spec = service.spec.clone().unwrap_or_default();
     let labels = service.metadata.labels.clone().unwrap_or_default();
@@ -75,13 +75,13 @@ fn served(service: &Service, subject: &ServiceName) -> Result<(), CliError> {
         Err(CliError::coded(codes::NOT_SERVED, message))
     };
     if spec.type_.as_deref() == Some("ExternalName") {
-        return not("it is of type ExternalName, a name in DNS");
+        return not("it has type ExternalName, which only DNS resolves");
     }
     if spec.cluster_ip.as_deref() == Some("None") {
-        return not("it is headless, clients get its endpoints from DNS");
+        return not("it is headless; clients resolve its endpoints through DNS");
     }
     if let Some(other) = labels.get("service.kubernetes.io/service-proxy-name") {
-        return not(&format!("its label service.kubernetes.io/service-proxy-name gives it to {other:?}"));
+        return not(&format!("its label service.kubernetes.io/service-proxy-name assigns it to {other:?}"));
     }
     if labels.contains_key("service.kubernetes.io/headless") {
         return not("it has the label service.kubernetes.io/headless");
@@ -108,20 +108,20 @@ fn served(service: &Service, subject: &ServiceName) -> Result<(), CliError> {
     }
 }
 
-/// The source address, and the node of the pod that it is.
+/// Returns the source address and, for a pod, its node.
 async fn source(cluster: &Cluster, args: &ExplainArgs) -> Result<(Option<IpAddr>, Option<String>), CliError> {
     let Some(text) = &args.from else { return Ok((args.from_ip, None)) };
-    let wrong = || CliError::new(format!("--from {text:?} is no pod: write pod/[NAMESPACE/]NAME"));
+    let wrong = || CliError::new(format!("--from {text:?} is not a pod: expected pod/[NAMESPACE/]NAME"));
     let path = text.strip_prefix("pod/").or_else(|| text.strip_prefix("po/")).unwrap_or(text);
     let (namespace, name) = path.split_once('/').unwrap_or((cluster.namespace(), path));
     if name.is_empty() || name.contains('/') {
         return Err(wrong());
     }
     let pod = cluster.pod(namespace, name).await?;
-    let pod = pod.ok_or_else(|| CliError::new(format!("there is no Pod {namespace}/{name}")))?;
+    let pod = pod.ok_or_else(|| CliError::new(format!("Pod {namespace}/{name} not found")))?;
     let address = pod.status.as_ref().and_then(|status| status.pod_ip.as_ref()?.parse().ok());
     let address: IpAddr = address
-        .ok_or_else(|| CliError::new(format!("Pod {namespace}/{name} has no address yet; is it running?")))?;
+        .ok_or_else(|| CliError::new(format!("Pod {namespace}/{name} has no address yet; wait until it is running")))?;
     Ok((Some(address), pod.spec.and_then(|spec| spec.node_name)))
 }
 
@@ -160,7 +160,7 @@ fn text(found: &Found, all: bool, style: Style) -> String {
         .iter()
         .map(|group| (group, if all { group.findings.iter().collect() } else { notable(&group.findings) }))
         .collect();
-    // What fails anywhere comes before what works everywhere else.
+    // Failures of any group come before working combinations.
     for (group, shown) in &groups {
         for finding in shown.iter().filter(|finding| !works(finding)) {
             text += &paragraph(explanation, group, finding, style);
@@ -175,7 +175,7 @@ fn text(found: &Found, all: bool, style: Style) -> String {
         let hidden = group.findings.len() - shown.len();
         if hidden > 0 {
             text +=
-                &format!("         {} the same way; --all lists them\n\n", count(hidden, "more combination"));
+                &format!("         {} with the same outcome; use --all to list them\n\n", count(hidden, "more combination"));
         }
     }
     text += &about_endpoints(found.endpoints);
@@ -183,7 +183,7 @@ fn text(found: &Found, all: bool, style: Style) -> String {
     text
 }
 
-/// The failing ones, and of those that work the first of each kind of address.
+/// Returns the first finding of each distinct outcome.
 fn notable(findings: &[Finding]) -> Vec<&Finding> {
     let mut shown: Vec<&Finding> = Vec::new();
     for finding in findings {
@@ -238,15 +238,15 @@ fn paragraph(explanation: &Explanation, group: &NodeGroup, finding: &Finding, st
         line("itself", &format!("{own} is the source; a connection to itself is masqueraded"));
     }
     if finding.affinity_seconds > 0 {
-        line("sticky", &format!("a client stays with its endpoint for {} s", finding.affinity_seconds));
+        line("sticky", &format!("clients keep their endpoint for {} s", finding.affinity_seconds));
     }
     match &finding.kernel {
         None => {}
-        Some(KernelCheck::Agrees) => line("kernel", "holds exactly this"),
+        Some(KernelCheck::Agrees) => line("kernel", "matches"),
         Some(KernelCheck::Differs(how)) => {
             line("kernel", &format!("{} differs: {how}", codes::KERNEL_DIFFERS.code));
         }
-        Some(KernelCheck::Unknown(why)) => line("kernel", &format!("not known: {why}")),
+        Some(KernelCheck::Unknown(why)) => line("kernel", &format!("unknown: {why}")),
     }
     if let Some(code) = finding.code.as_deref().and_then(codes::find) {
         line("fix", code.action);
@@ -257,13 +257,13 @@ fn paragraph(explanation: &Explanation, group: &NodeGroup, finding: &Finding, st
 fn about_endpoints(counts: EndpointCounts) -> String {
     let EndpointCounts { slices, ready, terminating, unready } = counts;
     let text = match (slices, ready + terminating + unready) {
-        (0, _) => "there is no EndpointSlice: the Service has no selector, or its selector is new".to_owned(),
+        (0, _) => "no EndpointSlice: the Service has no selector, or was just created".to_owned(),
         (_, 0) => "none: the selector matches no pod".to_owned(),
         _ => {
             let mut parts = vec![format!("{ready} ready")];
             parts.extend((unready > 0).then(|| format!("{unready} not ready")));
             parts.extend((terminating > 0).then(|| format!("{terminating} terminating")));
-            format!("{}, in {} (both families counted)", parts.join(", "), count(slices, "EndpointSlice"))
+            format!("{}, in {} (both address families)", parts.join(", "), count(slices, "EndpointSlice"))
         }
     };
     format!("endpoints {}\n", wrapped(&text, 10))
@@ -274,7 +274,7 @@ fn about_nodes(explanation: &Explanation, style: Style) -> String {
     if total == 0 {
         return match &explanation.node {
             Some(node) => format!("node     {node} holds the latest generation\n"),
-            None => "nodes    all hold the latest generation\n".to_owned(),
+            None => "nodes    all nodes hold the latest generation\n".to_owned(),
         };
     }
     let standing = |standing: &switchtower_admin_api::NodeStatus| {
@@ -289,7 +289,7 @@ fn about_nodes(explanation: &Explanation, style: Style) -> String {
     };
     let listed: Vec<String> = explanation.not_current.iter().map(standing).collect();
     let text = format!(
-        "this may not be in force on {}: {}; see kubectl switchtower status",
+        "may not apply yet on {}: {}; see kubectl switchtower status",
         count(total, "node"),
         names(&listed, total, 5)
     );

@@ -1,4 +1,4 @@
-//! `rollout`: where rollouts stand, and the three fields by which people steer them.
+//! `rollout`: progress of rollouts, and commands that set `paused`, `approvedStep` and `abort`.
 
 use serde_json::json;
 use switchtower_crds::{ProxyRollout, ProxyRolloutStatus};
@@ -8,7 +8,7 @@ use crate::cluster::Cluster;
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, table, wrapped};
 
-/// States in which nothing more happens.
+/// Final states.
 const ENDED: [&str; 4] = ["Complete", "Failed", "Aborted", "Superseded"];
 
 pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Result<Report, CliError> {
@@ -16,7 +16,7 @@ pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Re
     match &args.action {
         RolloutAction::Status { name: None } => {
             let mut rollouts = cluster.rollouts().await?;
-            // The newest last, as kubectl prints Events.
+            // Latest last, as kubectl prints Events.
             rollouts.sort_by(|a, b| a.metadata.creation_timestamp.cmp(&b.metadata.creation_timestamp));
             Report::new(list(&rollouts), &rollouts, exit(&rollouts))
         }
@@ -28,20 +28,20 @@ pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Re
         RolloutAction::Pause { name } => {
             let rollout = running(&cluster, name).await?;
             drop(rollout);
-            change(&cluster, name, json!({"paused": true}), "no further node is touched").await
+            change(&cluster, name, json!({"paused": true}), "paused; no further node is updated").await
         }
         RolloutAction::Resume { name } => {
             running(&cluster, name).await?;
-            change(&cluster, name, json!({"paused": false}), "goes on").await
+            change(&cluster, name, json!({"paused": false}), "resumed").await
         }
         RolloutAction::Approve { name } => {
             let step = step_to_approve(name, &running(&cluster, name).await?)?;
-            let what = format!("step {step} is approved");
+            let what = format!("step {step} approved");
             change(&cluster, name, json!({"approvedStep": step}), &what).await
         }
         RolloutAction::Abort { name } => {
             running(&cluster, name).await?;
-            change(&cluster, name, json!({"abort": true}), "its nodes return to the stable revision").await
+            change(&cluster, name, json!({"abort": true}), "aborted; its nodes return to the stable revision").await
         }
     }
 }
@@ -49,7 +49,7 @@ pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Re
 async fn existing(cluster: &Cluster, name: &str) -> Result<ProxyRollout, CliError> {
     cluster.rollout(name).await?.ok_or_else(|| {
         CliError::new(format!(
-            "there is no ProxyRollout {name}; kubectl switchtower rollout status lists all"
+            "ProxyRollout {name} not found; list all with kubectl switchtower rollout status"
         ))
     })
 }
@@ -59,7 +59,7 @@ async fn running(cluster: &Cluster, name: &str) -> Result<ProxyRollout, CliError
     let state = rollout.status.as_ref().map(|status| status.state.as_str()).unwrap_or_default();
     if ENDED.contains(&state) {
         return Err(CliError::new(format!(
-            "ProxyRollout {name} has ended ({state}); nothing about it can be changed"
+            "ProxyRollout {name} has ended ({state}) and cannot be changed"
         )));
     }
     Ok(rollout)
@@ -75,12 +75,12 @@ async fn change(
     Report::new(format!("{name}: {what}\n"), &rollout, Exit::Ok)
 }
 
-/// The step that waits for approval.
+/// Returns the step that waits for approval.
 fn step_to_approve(name: &str, rollout: &ProxyRollout) -> Result<i32, CliError> {
     let status = rollout.status.clone().unwrap_or_default();
     if status.waiting_on.as_deref() != Some("Approval") {
         let waiting = status.waiting_on.unwrap_or_else(|| "nothing".to_owned());
-        let message = format!("ProxyRollout {name} does not wait for an approval now, but for {waiting}");
+        let message = format!("ProxyRollout {name} is not waiting for approval, but for {waiting}");
         return Err(CliError::new(message));
     }
     Ok(status.progress.steps_done + 1)
@@ -96,7 +96,7 @@ fn exit(rollouts: &[ProxyRollout]) -> Exit {
 
 fn list(rollouts: &[ProxyRollout]) -> String {
     if rollouts.is_empty() {
-        return "no rollouts: no ProxyProfile has been changed\n".to_owned();
+        return "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n".to_owned();
     }
     let rows: Vec<Vec<String>> = rollouts
         .iter()
@@ -130,8 +130,8 @@ fn one(name: &str, rollout: &ProxyRollout, style: Style) -> String {
             slowest_milliseconds,
             ..
         } = took;
-        let median = format!("{median_milliseconds} ms in the median of {nodes} nodes");
-        line("acks", &format!("{median}, {slowest_milliseconds} ms at most ({})", took.slowest_node));
+        let median = format!("median {median_milliseconds} ms of {nodes} nodes");
+        line("acks", &format!("{median}, maximum {slowest_milliseconds} ms ({})", took.slowest_node));
     }
     if let Some(waiting) = &status.waiting_on {
         line("waiting", waiting);
@@ -176,28 +176,28 @@ mod tests {
     }
 
     #[test]
-    fn only_a_step_that_waits_is_approved() {
+    fn only_waiting_steps_are_approved() {
         assert_eq!(step_to_approve("x", &rollout("Paused", Some("Approval"))).unwrap(), 2);
         let error = step_to_approve("x", &rollout("Soaking", Some("Soak"))).unwrap_err();
         assert!(error.message.ends_with("but for Soak"), "{error}");
     }
 
     #[test]
-    fn a_rollout_as_text() {
+    fn rollouts_are_printed_as_text() {
         let waiting = rollout("Paused", Some("Approval"));
         let text = one("raise-limits-2", &waiting, Style::PLAIN);
         let wanted = "\
 raise-limits-2  Paused  default@1 -> default@2
   step      2/4
   nodes     12/400 updated, 0 failed
-  acks      21 ms in the median of 12 nodes, 79 ms at most (n05)
+  acks      median 21 ms of 12 nodes, maximum 79 ms (n05)
   waiting   Approval
   next      kubectl switchtower rollout approve raise-limits-2
 ";
         assert_eq!(text, wanted);
         assert_eq!(exit(&[waiting]), Exit::Ok);
         assert_eq!(exit(&[rollout("Failed", None)]), Exit::Wrong);
-        assert_eq!(list(&[]), "no rollouts: no ProxyProfile has been changed\n");
+        assert_eq!(list(&[]), "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n");
         assert!(
             list(&[rollout("Soaking", Some("Soak"))]).contains("raise-limits-2  Soaking  2/4   default@2")
         );

@@ -1,4 +1,4 @@
-//! `rules`: a node's chains and elements, or what they come to for one Service.
+//! `rules`: chains and map elements of a node, or the equivalent rules for one Service.
 
 use switchtower_admin_api::{NodeRules, OPERATOR};
 
@@ -30,7 +30,7 @@ pub(crate) async fn run(global: &Global, args: &RulesArgs) -> Result<Report, Cli
 fn text(rules: &NodeRules) -> String {
     let mut text = match &rules.kernel {
         Some(stage) => format!("{}: generation {} in the kernel\n\n", rules.node, stage.generation),
-        None => format!("{}: no tables of Switchtower, or tables of another layout\n\n", rules.node),
+        None => format!("{}: no Switchtower tables, or tables of another layout\n\n", rules.node),
     };
     if !rules.services.is_empty() {
         return text + &rules.services.join("\n") + "\n";
@@ -53,7 +53,7 @@ fn text(rules: &NodeRules) -> String {
     let total = usize::try_from(rules.elements_total).unwrap_or(usize::MAX);
     text += &match total.saturating_sub(shown) {
         0 => format!("{}\n", count(total, "element")),
-        more => format!("... and {more} more of {total} elements; --limit and --filter choose\n"),
+        more => format!("... and {more} more of {total} elements; use --limit or --filter\n"),
     };
     text
 }
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chains_then_elements() {
+    fn chains_precede_elements() {
         let chain = |name: &str, hook: &str, foreign| ChainInfo {
             family: "ip".into(),
             name: name.into(),
@@ -89,7 +89,7 @@ ip nat_output  3      -        nat hook output priority -100
 ip services    3      1
 
 ip frontends 10.96.0.1:80/TCP : 0x00002007
-... and 4 more of 5 elements; --limit and --filter choose
+... and 4 more of 5 elements; use --limit or --filter
 ";
         assert_eq!(text(&rules), wanted);
         let of_service =

@@ -1,4 +1,4 @@
-//! `status`: the fleet on one screen, the worst first.
+//! `status`: state of all nodes, problems first.
 
 use std::collections::BTreeMap;
 
@@ -15,10 +15,10 @@ use crate::diagnosis::{self, Diagnosis};
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, age, count, names, table, wrapped};
 
-/// Most nodes that are listed one by one.
+/// Maximum number of nodes to list.
 const LISTED: usize = 20;
 
-/// What was found.
+/// Value of the report.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Found {
@@ -30,7 +30,7 @@ struct Found {
     problems: Vec<Problem>,
 }
 
-/// One code and where it holds.
+/// A message code and the affected nodes.
 #[derive(Debug, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 struct Problem {
@@ -53,7 +53,7 @@ pub(crate) async fn run(global: &Global, args: &StatusArgs, style: Style) -> Res
 
 fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now: Timestamp) -> Found {
     let mut nodes: Vec<Diagnosis> = rows.iter().map(|row| Diagnosis::new(row, now)).collect();
-    // The worst first, and among equals those that have been so for longest.
+    // Sort by severity, then by duration.
     nodes.sort_by_key(|node| {
         (severity(&node.state), !node.outdated, std::cmp::Reverse(node.since_seconds), node.node.clone())
     });
@@ -69,7 +69,7 @@ fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now
     Found { controller, controller_error, states, nodes, problems }
 }
 
-/// 0 is the worst.
+/// Returns the sort rank of a state; 0 is the most severe.
 fn severity(state: &str) -> u8 {
     match state {
         "Absent" => 0,
@@ -95,7 +95,7 @@ fn problems(nodes: &[Diagnosis], asked: Result<&ControllerInfo, &CliError>) -> V
     let about_controller = diagnosis::controller(nodes, asked);
     let mut problems: Vec<Problem> =
         about_controller.into_iter().map(|code| problem(code, Vec::new())).collect();
-    // Nodes are sorted: so are their problems. The table has their reasons.
+    // Nodes are sorted, therefore problems are too. The table shows the reasons.
     for cause in diagnosis::causes(nodes) {
         let named = cause.nodes.into_iter().map(str::to_owned);
         match problems.iter_mut().find(|known| known.code == cause.code.code) {
@@ -122,7 +122,7 @@ fn text(found: &Found, all: bool, style: Style) -> String {
         let rows: Vec<Vec<String>> = shown.iter().take(most).map(|node| row(node)).collect();
         text += &format!("\n{}", table(&["NODE", "STATE", "BEHIND", "SINCE", "WHY"], &rows));
         if shown.len() > most {
-            text += &format!("... and {} more; --all lists them\n", shown.len() - most);
+            text += &format!("... and {} more; use --all to list them\n", shown.len() - most);
         }
     }
     for problem in &found.problems {
@@ -135,7 +135,7 @@ fn text(found: &Found, all: bool, style: Style) -> String {
         text += &format!("  {}\n", wrapped(problem.action, 2));
     }
     if found.problems.is_empty() {
-        text += &format!("\n{} every node's kernel holds what it should\n", style.good("ok"));
+        text += &format!("\n{} the kernels of all nodes match the desired state\n", style.good("ok"));
     }
     text
 }
@@ -147,7 +147,7 @@ fn controller_line(found: &Found, style: Style) -> String {
                 .upstream_age_milliseconds
                 .map_or("never".to_owned(), |age| format!("{}.{} s ago", age / 1_000, age % 1_000 / 100));
             format!(
-                "controller  {} {}, {} of {} connected, API server heard {heard}\n",
+                "controller  {} {}, {} of {} connected, last API server data {heard}\n",
                 info.replica,
                 info.version,
                 info.connected,
@@ -158,7 +158,7 @@ fn controller_line(found: &Found, style: Style) -> String {
             let reason = error.clone().unwrap_or_default();
             let unreachable = style.bad("unreachable");
             format!(
-                "controller  {unreachable}; what follows is what it wrote last\n            {}\n",
+                "controller  {unreachable}; showing the last status it wrote\n            {}\n",
                 wrapped(&reason, 12)
             )
         }
@@ -196,7 +196,7 @@ fn row(node: &Diagnosis) -> Vec<String> {
         node.since_seconds.map_or("-".to_owned(), age),
         match (node.outdated, node.reported_seconds) {
             (true, Some(seconds)) => {
-                format!("not renewed for {}; then {}: {}", age(seconds), node.reason, node.message)
+                format!("not renewed for {}; last known: {}: {}", age(seconds), node.reason, node.message)
             }
             _ => format!("{}: {}", node.reason, node.message),
         },
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_comes_first_with_what_to_do() {
+    fn most_severe_problem_comes_first() {
         let rows = [
             row("alpha", "Synced", true, (7, 7)),
             row("beta", "Drifted", false, (7, 7)),
@@ -250,7 +250,7 @@ mod tests {
         ];
         let found = found(&rows, Ok(info()), now());
         let wanted = [
-            "controller  controller-0 0.1.0, 3 of 3 nodes connected, API server heard 0.3 s ago",
+            "controller  controller-0 0.1.0, 3 of 3 nodes connected, last API server data 0.3 s ago",
             "nodes       3: 1 Drifted, 1 Stale, 1 Synced",
             "versions    agents 0.1.0; kernels 6.18.5",
             "",
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn all_is_well_only_where_there_are_nodes_and_a_controller() {
+    fn healthy_only_with_nodes_and_a_controller() {
         let rows = [row("alpha", "Synced", true, (7, 7))];
         assert_eq!(found(&rows, Ok(info()), now()).problems, []);
         let codes = |found: Found| found.problems.iter().map(|problem| problem.code).collect::<Vec<_>>();

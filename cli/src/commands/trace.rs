@@ -1,4 +1,4 @@
-//! `trace`: how long changes took to reach the nodes, stage by stage, by the controller's clock.
+//! `trace`: duration of the stages of a change, measured with the controller's clock.
 
 use switchtower_admin_api::VIEWER;
 use switchtower_admin_api::codes;
@@ -10,7 +10,7 @@ use crate::controller::Controller;
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, count, names, table, wrapped};
 
-/// Most nodes that are listed.
+/// Maximum number of nodes to list.
 const NODES: usize = 5;
 
 pub(crate) async fn run(global: &Global, args: &TraceArgs, style: Style) -> Result<Report, CliError> {
@@ -22,8 +22,8 @@ pub(crate) async fn run(global: &Global, args: &TraceArgs, style: Style) -> Resu
     let changes: Vec<ChangeReport> = controller.get(&path).await?;
     if changes.is_empty() {
         return Err(CliError::new(format!(
-            "the controller remembers no change of {namespace}/{}: there was none since it started, or it was long \
-             ago, or nothing that nodes hold changed by it",
+            "the controller has no record of a change of {namespace}/{}: none occurred since it started, the record \
+             has expired, or the change did not affect any node",
             subject.name
         )));
     }
@@ -34,7 +34,7 @@ pub(crate) async fn run(global: &Global, args: &TraceArgs, style: Style) -> Resu
     Report::new(texts.join("\n"), &changes, exit)
 }
 
-/// Microseconds for people.
+/// Formats a duration in microseconds.
 fn span(microseconds: u64) -> String {
     match microseconds {
         0..1_000 => format!("{microseconds} us"),
@@ -52,19 +52,19 @@ fn text(change: &ChangeReport, style: Style) -> String {
     if let Some(triggered) = change.triggered_unix_nanoseconds {
         let before = change.received_unix_nanoseconds.saturating_sub(triggered) / 1_000;
         let what =
-            format!("received, {} after the cluster's own mark, which has whole seconds", span(before));
+            format!("received, {} after the trigger time in the object (precision 1 s)", span(before));
         line(Some(0), what);
     } else {
         line(Some(0), "received from the API server".to_owned());
     }
     let together = match change.compiled_together {
         0 | 1 => String::new(),
-        number => format!(", {number} changes at once"),
+        number => format!(", {number} changes in one batch"),
     };
-    line(Some(change.compiling), format!("compile begins{together}"));
-    line(Some(change.published), "compiled; the streams are woken".to_owned());
+    line(Some(change.compiling), format!("compilation started{together}"));
+    line(Some(change.published), "compiled, sessions notified".to_owned());
     if change.eligible == 0 {
-        line(None, "no connected node is concerned".to_owned());
+        line(None, "no connected node is affected".to_owned());
     } else {
         line(change.half, format!("half of {} hold it", count(change.eligible as usize, "node")));
         line(change.most, "99 % hold it".to_owned());
@@ -112,7 +112,7 @@ fn troubles(change: &ChangeReport, style: Style) -> String {
     if change.given_up > 0 {
         let nodes = count(change.given_up as usize, "node");
         text += &format!(
-            "{} {}  {nodes} took too long to be waited for\n",
+            "{} {}  {nodes} did not acknowledge in time\n",
             style.bad("!"),
             codes::NOT_REACHED.code
         );
@@ -124,7 +124,7 @@ fn troubles(change: &ChangeReport, style: Style) -> String {
     }
     if change.excluded > 0 {
         let nodes = count(change.excluded as usize, "node");
-        text += &format!("not counted: {nodes} whose agent left meanwhile\n");
+        text += &format!("not counted: {nodes} whose agent disconnected\n");
     }
     text
 }
@@ -170,12 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn the_stages_of_a_change() {
+    fn stages_of_a_change_are_listed() {
         let wanted = "\
 EndpointSlice shop/cart-x7  revision 12  trace 4bf92f3577b34da6a3ce929d0e0e4736
        +0 us  received from the API server
-      +90 us  compile begins, 2 changes at once
-     +310 us  compiled; the streams are woken
+      +90 us  compilation started, 2 changes in one batch
+     +310 us  compiled, sessions notified
      +2.2 ms  half of 3 nodes hold it
      +1.20 s  99 % hold it
      +1.20 s  all hold it
@@ -186,7 +186,7 @@ gamma    +1.20 s  400 us   60 us  1.19 s  1.20 s      41
     }
 
     #[test]
-    fn who_does_not_hold_it_is_named() {
+    fn nodes_without_the_change_are_named() {
         let refusals =
             vec![RefusalReport { node: "beta".into(), after: 900, reason: "KernelRefused".into() }];
         let late = ChangeReport {
@@ -202,6 +202,6 @@ gamma    +1.20 s  400 us   60 us  1.19 s  1.20 s      41
         assert!(text.contains("     not yet  all hold it\n"), "{text}");
         assert!(text.contains("! ST0103  waiting for 1 node: beta\n"), "{text}");
         assert!(text.contains("! ST0104  beta refused it after 900 us: KernelRefused\n"), "{text}");
-        assert!(text.ends_with("not counted: 1 node whose agent left meanwhile\n"), "{text}");
+        assert!(text.ends_with("not counted: 1 node whose agent disconnected\n"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! `wait`: returns when a change is in the kernels of all connected nodes.
+//! `wait`: returns when the kernels of all connected nodes hold a change.
 
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,15 @@ use crate::controller::Controller;
 use crate::error::CliError;
 use crate::output::{Exit, Report, count, names, wrapped};
 
-/// Between two looks.
+/// Interval between two requests.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Before another connection.
+/// Delay before a reconnection.
 const RETRY: Duration = Duration::from_secs(1);
-/// A connection is used for this long: its token is valid for ten minutes.
+/// Maximum age of a connection. Its token is valid for ten minutes.
 const RENEWAL: Duration = Duration::from_secs(300);
 
-/// What was found.
+/// Value of the report.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Found {
@@ -43,7 +43,7 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
         let asked = ask(global, &cluster, &mut controller, &path).await;
         let progress = match asked {
             Ok(progress) => progress,
-            // The controller may be replaced meanwhile: another connection, and a new token.
+            // The controller may have been replaced: reconnect with a new token.
             Err(error) if error.is_unreachable() && started.elapsed() < args.timeout => {
                 tokio::time::sleep(RETRY.min(args.timeout)).await;
                 continue;
@@ -64,7 +64,7 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     Report::new(text(&found), &found, exit)
 }
 
-/// Asks over the connection that there is, or over a new one.
+/// Sends a request over the existing connection or a new one.
 async fn ask(
     global: &Global,
     cluster: &Cluster,
@@ -80,26 +80,26 @@ async fn ask(
     Ok(progress)
 }
 
-/// What is waited for, and the resourceVersions that it has got to.
+/// Returns the subject and the resourceVersions to wait for.
 async fn target(cluster: &Cluster, service: Option<&str>) -> Result<(String, u64, u64), CliError> {
     let Some(text) = service else {
         let (services, slices) = cluster.newest().await?;
-        return Ok(("everything so far".to_owned(), services, slices));
+        return Ok(("all changes".to_owned(), services, slices));
     };
     let subject = ServiceName::parse(text).map_err(CliError::new)?;
     let namespace = subject.namespace.as_deref().unwrap_or(cluster.namespace());
     let full = format!("{namespace}/{}", subject.name);
     let service = cluster.service(namespace, &subject.name).await?;
     let service = service.ok_or_else(|| {
-        let hint = "without a name, wait takes everything so far, deletions too";
-        CliError::new(format!("there is no Service {full}; {hint}"))
+        let hint = "to wait for a deletion, omit the name";
+        CliError::new(format!("Service {full} not found; {hint}"))
     })?;
     let slices = cluster.slices(namespace, &subject.name).await?;
     let newest = slices.into_iter().map(|slice| version(slice.metadata.resource_version)).max();
     Ok((full, version(service.metadata.resource_version), newest.unwrap_or_default()))
 }
 
-/// No connected node is not all of them.
+/// Returns true if enough connected nodes hold the change. Never true without connected nodes.
 fn is_reached(progress: &Progress, percent: u8) -> bool {
     progress.revision.is_some()
         && progress.connected > 0
@@ -110,7 +110,7 @@ fn text(found: &Found) -> String {
     let Found { subject, progress, seconds, .. } = found;
     let Progress { connected, reached, .. } = progress;
     let mut text = if progress.revision.is_none() {
-        format!("{subject}: after {seconds:.1} s the controller has not seen the change yet\n")
+        format!("{subject}: after {seconds:.1} s the controller has not observed the change yet\n")
     } else {
         let nodes = count(*connected, "connected node");
         format!("{subject}: {reached} of {nodes} hold it after {seconds:.1} s\n")
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_not_everybody() {
+    fn no_connected_node_is_not_all_nodes() {
         assert!(is_reached(&progress(3, 3, 1), 100));
         assert!(!is_reached(&progress(3, 2, 0), 100));
         assert!(is_reached(&progress(3, 2, 0), 66));
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_missing_and_who_is_not_counted_is_named() {
+    fn missing_and_excluded_nodes_are_named() {
         let found =
             |progress, reached| Found { subject: "shop/cart".into(), reached, seconds: 0.25, progress };
         let text = |progress, reached| super::text(&found(progress, reached));
@@ -168,9 +168,9 @@ mod tests {
         let late = text(progress(3, 1, 1), false);
         assert!(late.contains("! ST0305") && late.contains("w0, w1"), "{late}");
         assert!(late.ends_with("not counted: 1 node whose agent is not connected (x0)\n"), "{late}");
-        let nobody = text(progress(0, 0, 2), false);
-        assert!(nobody.contains("! ST0304  no node is connected"), "{nobody}");
+        let empty = text(progress(0, 0, 2), false);
+        assert!(empty.contains("! ST0304  no node is connected"), "{empty}");
         let unseen = text(Progress { revision: None, ..progress(2, 0, 0) }, false);
-        assert!(unseen.contains("has not seen the change yet"), "{unseen}");
+        assert!(unseen.contains("has not observed the change yet"), "{unseen}");
     }
 }

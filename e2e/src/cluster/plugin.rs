@@ -30,7 +30,7 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
         (&["wait", SERVICE], ""),
         (&["status"], &connected),
         (&["explain", "kube-system/kube-dns:dns"], "FORWARDED"),
-        (&["explain", "kube-system/kube-dns:dns", "--node", &node], "holds exactly this"),
+        (&["explain", "kube-system/kube-dns:dns", "--node", &node], "kernel  matches"),
         (&["diff", &node], ""),
         (&["rules", &node, "--filter", DNS_IP], DNS_IP),
         (&["trace", SERVICE], SERVICE),

@@ -1,5 +1,4 @@
-//! Which settings nodes get without a ProxyProfile: what will be, or was, taken over from kube-proxy; and what of
-//! kube-proxy's ways has no equivalent.
+//! Checks of the built-in settings: values taken over from kube-proxy, and features without an equivalent.
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde::Deserialize;
@@ -11,7 +10,7 @@ use switchtower_crds::{LocalDetectionMode, NodePortAddress, ProxySettings};
 use super::Check;
 use crate::cluster::Cluster;
 
-/// The part of kubeadm's ClusterConfiguration that matters here.
+/// Relevant part of kubeadm's ClusterConfiguration.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct ClusterConfiguration {
@@ -40,25 +39,25 @@ fn read(map: &ConfigMap) -> Result<KubeProxy, String> {
     kube_proxy::parse(text).map_err(|error| error.to_string())
 }
 
-/// Whether nodes without a ProxyProfile will recognise local pods by pod CIDRs.
+/// Returns true if nodes without a ProxyProfile will use local detection by pod CIDRs.
 pub(super) fn by_pod_cidrs(kube_proxy: Option<&ConfigMap>) -> bool {
     let detection =
         kube_proxy.and_then(|map| read(map).ok()).and_then(|found| found.settings.local_detection);
     detection.is_none_or(|detection| detection.mode == LocalDetectionMode::NodeCidr)
 }
 
-/// What will be taken over, and what of kube-proxy's ways will be missed.
+/// Reports the settings that will be taken over, and features of kube-proxy without an equivalent.
 pub(super) fn before(kube_proxy: Option<&ConfigMap>, kubeadm: Option<&ConfigMap>) -> Vec<Check> {
     let mut checks = Vec::new();
     match kube_proxy.map(read) {
         None => checks.push(Check::passed(
-            "there is no ConfigMap kube-system/kube-proxy to take settings over from: local pods will be recognised by \
-             their Nodes' pod CIDRs, or not at all if a pod is outside of them; a ProxyProfile changes that",
+            "ConfigMap kube-system/kube-proxy not found: local detection will use the pod CIDRs of the Nodes, or will be \
+             disabled if a pod is outside of them; change this with a ProxyProfile",
         )),
         Some(Ok(found)) => checks.extend(about(&found)),
         Some(Err(problem)) => checks.push(Check::warning(
             codes::SETTINGS_NOT_TAKEN_OVER,
-            format!("ConfigMap kube-system/kube-proxy cannot be taken over: {problem}"),
+            format!("cannot take over settings from ConfigMap kube-system/kube-proxy: {problem}"),
         )),
     }
     if let Some(map) = kubeadm {
@@ -69,19 +68,19 @@ pub(super) fn before(kube_proxy: Option<&ConfigMap>, kubeadm: Option<&ConfigMap>
 
 fn about(found: &KubeProxy) -> Vec<Check> {
     let mut checks = vec![Check::passed(format!(
-        "settings of kube-proxy that will be taken over: {}",
+        "settings to be taken over from kube-proxy: {}",
         summary(&found.settings)
     ))];
     for note in &found.notes {
         checks.push(Check::passed(note.trim_end_matches('.')));
     }
     if found.backend != Backend::NfTables {
-        let what = "kube-proxy's iptables rules also let Service traffic, and healthCheckNodePorts, pass the hosts' \
+        let what = "kube-proxy's iptables rules also accept Service traffic and healthCheckNodePorts in the hosts' \
                     firewalls; Switchtower's rules do not";
         checks.push(Check::warning(codes::FIREWALLS, what));
     }
     if found.localhost_node_ports {
-        let what = "kube-proxy serves NodePorts on 127.0.0.1 too; Switchtower does not";
+        let what = "kube-proxy also serves NodePorts on 127.0.0.1; Switchtower does not";
         checks.push(Check::warning(codes::LOCALHOST_NODE_PORTS, what));
     }
     checks
@@ -90,14 +89,14 @@ fn about(found: &KubeProxy) -> Vec<Check> {
 fn about_kubeadm(map: &ConfigMap, found: Option<&KubeProxy>) -> Vec<Check> {
     let text = value(map, "ClusterConfiguration").unwrap_or_default();
     let Ok(Some(configuration)) = serde_saphyr::from_str::<Option<ClusterConfiguration>>(text) else {
-        let what = "ConfigMap kube-system/kubeadm-config has no ClusterConfiguration that can be read";
+        let what = "ConfigMap kube-system/kubeadm-config has no valid ClusterConfiguration";
         return vec![Check::warning(codes::KUBEADM_BRINGS_BACK, what)];
     };
     let mut checks = Vec::new();
     checks.push(if configuration.proxy.disabled {
-        Check::passed("kubeadm will not bring kube-proxy back: proxy.disabled is set in kubeadm-config")
+        Check::passed("kubeadm will not reinstall kube-proxy: proxy.disabled is set in kubeadm-config")
     } else {
-        let what = "kubeadm-config has no proxy.disabled: the next kubeadm upgrade brings kube-proxy back";
+        let what = "kubeadm-config has no proxy.disabled: the next kubeadm upgrade reinstalls kube-proxy";
         Check::warning(codes::KUBEADM_BRINGS_BACK, what)
     });
     let detection = found.and_then(|found| found.settings.local_detection.as_ref());
@@ -107,14 +106,14 @@ fn about_kubeadm(map: &ConfigMap, found: Option<&KubeProxy>) -> Vec<Check> {
         let same = subnet.split(',').map(str::trim).filter(|part| !part.is_empty()).eq(cidrs.iter().copied());
         if !same && !subnet.is_empty() {
             let cidrs = cidrs.join(",");
-            let what = format!("kube-proxy's clusterCIDR {cidrs} is not kubeadm's podSubnet {subnet}");
+            let what = format!("kube-proxy's clusterCIDR {cidrs} differs from kubeadm's podSubnet {subnet}");
             checks.push(Check::warning(codes::SETTINGS_NOT_TAKEN_OVER, what));
         }
     }
     checks
 }
 
-/// In a few words.
+/// Returns a short description of settings.
 fn summary(settings: &ProxySettings) -> String {
     let mut parts = Vec::new();
     if let Some(detection) = &settings.local_detection {
@@ -127,7 +126,7 @@ fn summary(settings: &ProxySettings) -> String {
             }
             LocalDetectionMode::BridgeInterface => format!("local pods by the interface {interface}"),
             LocalDetectionMode::InterfaceNamePrefix => format!("local pods by interfaces {interface}*"),
-            LocalDetectionMode::None => "no connection counts as one of a local pod".to_owned(),
+            LocalDetectionMode::None => "no connection counts as local".to_owned(),
         });
     }
     let addresses: Vec<&str> =
@@ -138,19 +137,19 @@ fn summary(settings: &ProxySettings) -> String {
         other => format!("NodePorts on addresses inside {}", other.join(", ")),
     });
     if settings.masquerade_all == Some(true) {
-        parts.push("everything to a ClusterIP is masqueraded".to_owned());
+        parts.push("all connections to ClusterIPs are masqueraded".to_owned());
     }
     parts.join("; ")
 }
 
-/// What was decided at the installation, compared with kube-proxy's configuration where that still exists.
+/// Checks the recorded built-in settings and compares them with kube-proxy's configuration if it still exists.
 pub(super) async fn after(cluster: &Cluster) -> Vec<Check> {
     let record: Option<ConfigMap> = match cluster.find(cluster.system_namespace(), builtin::CONFIG_MAP).await
     {
         Ok(record) => record,
         Err(error) => return vec![Check::not_seen(&error)],
     };
-    // Whoever may not read it gets no comparison.
+    // Without permission to read it, skip the comparison.
     let kube_proxy = cluster.find(kube_proxy::NAMESPACE, kube_proxy::CONFIG_MAP).await.ok().flatten();
     vec![about_record(record.as_ref(), kube_proxy.as_ref())]
 }
@@ -158,7 +157,7 @@ pub(super) async fn after(cluster: &Cluster) -> Vec<Check> {
 fn about_record(record: Option<&ConfigMap>, kube_proxy: Option<&ConfigMap>) -> Check {
     let Some(map) = record else {
         let what = format!(
-            "there is no ConfigMap {}, which the controller writes when it starts",
+            "ConfigMap {} not found; the controller writes it when it starts",
             builtin::CONFIG_MAP
         );
         return Check::warning(codes::SETTINGS_NOT_TAKEN_OVER, what);
@@ -178,7 +177,7 @@ fn about_record(record: Option<&ConfigMap>, kube_proxy: Option<&ConfigMap>) -> C
         && found.settings != record.settings
     {
         let what = format!(
-            "the built-in settings ({summary}) are not what ConfigMap kube-system/kube-proxy says now ({})",
+            "the built-in settings ({summary}) differ from ConfigMap kube-system/kube-proxy ({})",
             self::summary(&found.settings)
         );
         return Check::warning(codes::SETTINGS_NOT_TAKEN_OVER, what);
@@ -210,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_applies_before_the_installation_is_told() {
+    fn settings_before_installation_are_checked() {
         let of = |config: &str| codes_of(&before(Some(&map("config.conf", config)), None));
         assert_eq!(codes_of(&before(None, None)), [None]);
         assert_eq!(of(CONFIG), [None, Some("ST0414"), Some("ST0416")]);
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn kubeadm_that_brings_kube_proxy_back_is_told() {
+    fn kubeadm_that_reinstalls_kube_proxy_is_reported() {
         let of = |text: &str| {
             let kube_proxy = KubeProxy { notes: Vec::new(), ..kube_proxy::parse(CONFIG).unwrap() };
             codes_of(&about_kubeadm(&map("ClusterConfiguration", text), Some(&kube_proxy)))

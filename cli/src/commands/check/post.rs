@@ -1,4 +1,4 @@
-//! Does everything work together after the installation?
+//! Checks after the installation.
 
 use std::collections::BTreeSet;
 
@@ -38,7 +38,7 @@ pub(super) async fn run(global: &Global, cluster: &Cluster) -> Result<Vec<Check>
         }
     }
     if let Err(error) = cluster.token(OPERATOR).await {
-        let what = format!("diff and rules are not for you: {}", error.message);
+        let what = format!("no permission for diff and rules: {}", error.message);
         checks.push(Check::warning(codes::NO_RIGHT, what));
     }
     checks.extend(builtin::after(cluster).await);
@@ -62,7 +62,7 @@ fn about_kinds(kinds: &Kinds) -> Vec<Check> {
     checks
 }
 
-/// The controller and the nodes. Each failure has the code and the reason of its own row.
+/// Checks the controller and the nodes. Each failure carries code and reason of the row.
 fn about_fleet(nodes: &[Diagnosis], asked: &Result<ControllerInfo, CliError>) -> Vec<Check> {
     let mut checks = vec![match (diagnosis::controller(nodes, asked.as_ref()), asked) {
         (_, Err(error)) => Check::error(error.clone()),
@@ -77,12 +77,12 @@ fn about_fleet(nodes: &[Diagnosis], asked: &Result<ControllerInfo, CliError>) ->
             Check::failed(code, what)
         }
         (None, Ok(info)) => Check::passed(format!(
-            "the controller {} {} answers and hears the API server",
+            "the controller {} {} responds and receives data from the API server",
             info.replica, info.version
         )),
     }];
     if nodes.is_empty() {
-        checks.push(Check::failed(codes::NO_NODE_CONNECTED, "there is no ProxyStatus"));
+        checks.push(Check::failed(codes::NO_NODE_CONNECTED, "no ProxyStatus objects"));
         return checks;
     }
     let causes = diagnosis::causes(nodes);
@@ -91,7 +91,7 @@ fn about_fleet(nodes: &[Diagnosis], asked: &Result<ControllerInfo, CliError>) ->
         let oldest = nodes.iter().filter_map(|node| node.reported_seconds).max();
         let when = oldest.map(|seconds| format!(", as reported within the last {}", age(seconds)));
         let what = format!(
-            "{} Ready: every kernel holds what it should{}",
+            "{} Ready: all kernels match the desired state{}",
             count(nodes.len(), "node"),
             when.unwrap_or_default()
         );
@@ -112,7 +112,7 @@ fn about_cause(cause: &Cause<'_>, total: usize) -> Check {
     Check::failed(cause.code, format!("{} on {of}{reason}", cause.code.title))
 }
 
-/// Profiles whose settings are not in force, in the words of their own conditions.
+/// Reports profiles whose settings are not in force, with their own conditions.
 fn about_profiles(profiles: &[ProxyProfile]) -> Vec<Check> {
     let mut checks = Vec::new();
     for profile in profiles {
@@ -137,10 +137,10 @@ fn about_versions(nodes: &[Diagnosis]) -> Check {
     let versions: BTreeSet<&str> =
         nodes.iter().map(|node| &*node.agent).filter(|version| !version.is_empty()).collect();
     if versions.len() <= 1 {
-        return Check::passed("all agents are of one version");
+        return Check::passed("all agents have the same version");
     }
     let versions: Vec<&str> = versions.into_iter().collect();
-    Check::warning(codes::VERSION_SKEW, format!("agents of versions {}", versions.join(", ")))
+    Check::warning(codes::VERSION_SKEW, format!("agents have versions {}", versions.join(", ")))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Is anything in the way of the installation?
+//! Checks before the installation.
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use switchtower_admin_api::codes;
@@ -10,9 +10,9 @@ use crate::cluster::Cluster;
 use crate::error::CliError;
 use crate::output::{count, names};
 
-/// The oldest API server whose objects the controller knows.
+/// Minimum version of the API server.
 const API_VERSION: (u32, u32) = (1, 33);
-/// The supported floor; the README says how it was tried.
+/// Minimum supported kernel version; see the README.
 const KERNEL: (u32, u32) = (6, 1);
 
 pub(super) async fn run(cluster: &Cluster) -> Result<Vec<Check>, CliError> {
@@ -24,7 +24,7 @@ pub(super) async fn run(cluster: &Cluster) -> Result<Vec<Check>, CliError> {
         checks.extend(about_nodes(&nodes, builtin::by_pod_cidrs(found.kube_proxy_config.as_ref())));
     }
     let kubeadm = missing.or_default(cluster.find(kube_proxy::NAMESPACE, "kubeadm-config").await);
-    // What could not be looked at is not said to be absent.
+    // Report absence only if everything could be read.
     if missing.0.is_empty() {
         checks.extend(proxies::kube_proxy(&found, &nodes));
         checks.push(proxies::ports(&found, cluster.system_namespace()));
@@ -43,7 +43,7 @@ pub(super) async fn run(cluster: &Cluster) -> Result<Vec<Check>, CliError> {
             "the controller reaches the API server without a Service (ConfigMap switchtower-api-server)",
         )),
         Ok(false) => {
-            let what = format!("there is no ConfigMap switchtower-api-server in {system}");
+            let what = format!("ConfigMap switchtower-api-server not found in {system}");
             checks.push(Check::warning(codes::API_SERVER_BY_SERVICE, what));
         }
         Err(error) => missing.0.push(Check::not_seen(&error)),
@@ -52,7 +52,7 @@ pub(super) async fn run(cluster: &Cluster) -> Result<Vec<Check>, CliError> {
     Ok(checks)
 }
 
-/// What could not be read.
+/// Objects that could not be read.
 #[derive(Default)]
 struct Missing(Vec<Check>);
 
@@ -82,7 +82,7 @@ async fn look(cluster: &Cluster, missing: &mut Missing) -> Surroundings {
 }
 
 fn api_version(version: (u32, u32)) -> Check {
-    let what = format!("the API server is of version {}.{}", version.0, version.1);
+    let what = format!("the API server has version {}.{}", version.0, version.1);
     if version >= API_VERSION {
         Check::passed(what)
     } else {
@@ -111,11 +111,11 @@ fn about_nodes(nodes: &[Node], by_pod_cidrs: bool) -> Vec<Check> {
         ))
     } else {
         let what =
-            format!("{} with an older kernel: {}", count(old.len(), "node"), names(&old, old.len(), 5));
+            format!("older kernel on {}: {}", count(old.len(), "node"), names(&old, old.len(), 5));
         Check::warning(codes::KERNEL_TOO_OLD, what)
     });
     checks.push(if no_address.is_empty() {
-        Check::passed("every node has an InternalIP: NodePorts can be served on it")
+        Check::passed("every node has an InternalIP for NodePorts")
     } else {
         let what = format!("without InternalIP: {}", names(&no_address, no_address.len(), 5));
         Check::warning(codes::NODE_WITHOUT_ADDRESS, what)
@@ -132,7 +132,7 @@ fn is_windows(node: &Node) -> bool {
     labels.is_some_and(|labels| labels.get("kubernetes.io/os").is_some_and(|os| os == "windows"))
 }
 
-/// `None` while the kubelet has not told it.
+/// Returns `None` if the kubelet has not reported a version.
 fn kernel(node: &Node) -> Option<(u32, u32)> {
     let release = &node.status.as_ref()?.node_info.as_ref()?.kernel_version;
     let mut numbers = release.split(['.', '-']);
@@ -166,13 +166,13 @@ mod tests {
     }
 
     #[test]
-    fn kernels_addresses_and_pod_cidrs() {
+    fn kernels_addresses_and_pod_cidrs_are_checked() {
         assert_eq!(codes_of(&about_nodes(&[node("a", "6.18.5-amd64", true)], true)), [None, None]);
         let nodes = [node("a", "5.15.0-25-amd64", true), node("b", "6.18.0", false)];
         assert_eq!(codes_of(&about_nodes(&nodes, false)), [Some("ST0403"), None]);
         let checks = about_nodes(&nodes, true);
         assert_eq!(codes_of(&checks), [Some("ST0403"), None, Some("ST0408")]);
-        assert!(checks[0].what.contains("1 node with an older kernel: a"), "{checks:?}");
+        assert!(checks[0].what.contains("older kernel on 1 node: a"), "{checks:?}");
         assert_eq!(api_version((1, 36)).verdict, Verdict::Passed);
         assert_eq!(api_version((1, 32)).verdict, Verdict::Failed);
     }

@@ -1,5 +1,5 @@
-//! Who else serves Services: what can be told from objects of the API. A program that no object speaks of, such as a
-//! kube-proxy under systemd, cannot be seen from here; the agents see its rules.
+//! Detection of other service proxies from API objects. A program without an API object, such as a kube-proxy under
+//! systemd, cannot be detected here; the agents detect its rules.
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, Node, Pod, PodSpec};
@@ -12,11 +12,11 @@ use crate::output::names;
 /// Ports of the controller (agents, admin API, metrics) and of the agents (metrics, health).
 const PORTS: [i32; 5] = [9443, 9444, 9445, 10249, 10256];
 
-/// What was read.
+/// Objects that may belong to another service proxy.
 #[derive(Debug, Default)]
 pub(super) struct Surroundings {
     pub(super) daemon_sets: Vec<DaemonSet>,
-    /// Static Pods of kube-proxy, by their labels.
+    /// Static Pods with a label of kube-proxy.
     pub(super) pods: Vec<Pod>,
     pub(super) kube_proxy_config: Option<ConfigMap>,
     pub(super) cilium: Option<ConfigMap>,
@@ -36,7 +36,7 @@ fn containers(object: &DaemonSet) -> impl Iterator<Item = &Container> {
     spec(object).into_iter().flat_map(|spec| &spec.containers)
 }
 
-/// `registry/path/kube-proxy-amd64:v1` is `kube-proxy-amd64`.
+/// Returns the image name without registry, path and tag.
 fn image_name(container: &Container) -> &str {
     let image = container.image.as_deref().unwrap_or_default();
     let last = image.rsplit('/').next().unwrap_or_default();
@@ -62,7 +62,7 @@ fn is_for_windows(object: &DaemonSet) -> bool {
     selector.is_some_and(|selector| selector.get("kubernetes.io/os").is_some_and(|os| os == "windows"))
 }
 
-/// Whether kube-proxy runs, and how it shows.
+/// Checks whether kube-proxy runs.
 pub(super) fn kube_proxy(found: &Surroundings, nodes: &[Node]) -> Vec<Check> {
     let mut checks = Vec::new();
     let sets: Vec<String> = found
@@ -99,8 +99,7 @@ pub(super) fn kube_proxy(found: &Surroundings, nodes: &[Node]) -> Vec<Check> {
         .collect();
     if !built_in.is_empty() && mirrored.is_empty() {
         let what = format!(
-            "k3s and RKE2 run kube-proxy themselves unless disable-kube-proxy is set; the API does not say whether \
-             it is: {}",
+            "k3s and RKE2 run kube-proxy unless disable-kube-proxy is set, which the API does not show: {}",
             names(&built_in, built_in.len(), 5)
         );
         checks.push(Check::warning(codes::KUBE_PROXY_ON_HOST, what));
@@ -109,26 +108,26 @@ pub(super) fn kube_proxy(found: &Surroundings, nodes: &[Node]) -> Vec<Check> {
         checks.push(match found.kube_proxy_config {
             Some(_) => Check::warning(
                 codes::KUBE_PROXY_ON_HOST,
-                "ConfigMap kube-system/kube-proxy exists and no DaemonSet uses it: kube-proxy may run on the hosts, or \
-                 have been removed half-way",
+                "ConfigMap kube-system/kube-proxy exists and no DaemonSet uses it: kube-proxy may run as a host service, \
+                 or may have been removed incompletely",
             ),
             None => Check::passed(
-                "there is no DaemonSet kube-system/kube-proxy, and no other trace of kube-proxy in the API; one that runs \
-                 as a service of the host shows only on the node (pgrep -a kube-proxy), and as NotExclusive on the \
-                 rows after the installation",
+                "no DaemonSet kube-system/kube-proxy, and no other sign of kube-proxy in the API; a kube-proxy that runs as \
+                 a host service is visible only on the node (pgrep -a kube-proxy), and as NotExclusive in the rows after \
+                 the installation",
             ),
         });
     }
     checks
 }
 
-/// CNI plugins that translate Services themselves.
+/// Checks for CNI plugins that implement Services.
 pub(super) fn plugins(found: &Surroundings) -> Vec<Check> {
     let data = |map: &Option<ConfigMap>, key: &str| {
         map.as_ref().and_then(|map| map.data.as_ref()?.get(key).cloned()).unwrap_or_default()
     };
     let mut serving = Vec::new();
-    // "strict" and "probe" are words of releases before 1.14.
+    // Releases before 1.14 use "strict" and "probe".
     let replacement = data(&found.cilium, "kube-proxy-replacement");
     if ["true", "strict", "probe"].contains(&replacement.as_str()) {
         serving.push(format!(
@@ -166,7 +165,7 @@ fn image_of(object: &DaemonSet, name: &str) -> bool {
     containers(object).any(|container| image_name(container) == name)
 }
 
-/// DaemonSets that take ports of Switchtower's; kube-proxy's own two are handed over.
+/// Checks for DaemonSets that use Switchtower's ports, except for kube-proxy.
 pub(super) fn ports(found: &Surroundings, own_namespace: &str) -> Check {
     let mut taken = Vec::new();
     for object in &found.daemon_sets {
@@ -185,12 +184,12 @@ pub(super) fn ports(found: &Surroundings, own_namespace: &str) -> Check {
     }
     if taken.is_empty() {
         return Check::passed(
-            "no DaemonSet declares the ports 9443, 9444, 9445, 10249 or 10256; undeclared ones do not show here",
+            "no DaemonSet declares the ports 9443, 9444, 9445, 10249 or 10256; undeclared ports cannot be checked",
         );
     }
     Check::failed(
         codes::PORT_TAKEN,
-        format!("ports of the nodes are taken: {}", names(&taken, taken.len(), 5)),
+        format!("host ports are in use: {}", names(&taken, taken.len(), 5)),
     )
 }
 
@@ -253,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn kube_proxy_outside_of_daemon_sets_leaves_traces() {
+    fn kube_proxy_without_daemon_set_is_found() {
         let none = Surroundings::default();
         assert_eq!(codes_of(&kube_proxy(&none, &[node("v1.36.3")])), [None]);
         for version in ["v1.36.3+k3s1", "v1.36.3+rke2r1"] {
@@ -266,7 +265,7 @@ mod tests {
         }}));
         let mirrored = Surroundings { pods: vec![pod.unwrap()], ..Surroundings::default() };
         let checks = kube_proxy(&mirrored, &[node("v1.36.3+rke2r1")]);
-        assert_eq!(codes_of(&checks), [Some("ST0415")], "said once: {checks:?}");
+        assert_eq!(codes_of(&checks), [Some("ST0415")], "reported once: {checks:?}");
     }
 
     #[test]
@@ -307,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_that_others_take_are_told() {
+    fn ports_in_use_are_reported() {
         let with = |namespace: &str, host_network: bool, port: &Value| {
             let container = json!({"name": "main", "image": "x", "ports": [port]});
             let pod = json!({"hostNetwork": host_network, "containers": [container]});

@@ -59,10 +59,10 @@ DROPPED  ClusterIP 10.96.4.2:80/TCP on alpha  ST0202
  from    10.244.1.7 (a local pod)
  why     because
  path    frontends 10.96.4.2:80/TCP (ClusterIP) -> slots shop/cart:http Local: none
- kernel  holds exactly this
+ kernel  matches
  fix     Run a pod of the Service on the node (a DaemonSet), or set internalTrafficPolicy: Cluster.
 
-endpoints 3 ready, 1 not ready, in 2 EndpointSlices (both families counted)
+endpoints 3 ready, 1 not ready, in 2 EndpointSlices (both address families)
 node     alpha holds the latest generation
 ";
     assert_eq!(text(&found, false, Style::PLAIN), wanted);
@@ -84,7 +84,7 @@ fn what_fails_comes_first_and_what_is_alike_once() {
     let first: Vec<&str> = text.lines().filter(|line| line.contains("10.96.4.2:80/TCP on")).collect();
     assert_eq!(first.len(), 2);
     assert!(first[0].starts_with("DROPPED  LoadBalancer") && first[1].starts_with("FORWARDED  ClusterIP"));
-    assert!(text.contains("1 more combination the same way"), "{text}");
+    assert!(text.contains("1 more combination with the same outcome"), "{text}");
     assert!(text.contains("beta (agent not connected)"), "{text}");
 }
 

@@ -38,9 +38,9 @@ fn healthy() -> Observation {
     }
 }
 
-/// What is injected into a node.
+/// Faults to inject into a node.
 enum Fault {
-    /// What the controller observes of the agent's stream.
+    /// Observed state of the agent's session.
     Observed(Box<Observation>),
     /// The stream ended a minute ago, for this reason if one is known.
     Lost(Option<Obstacle>),
@@ -79,7 +79,7 @@ fn row_of(name: &str, fault: &Fault) -> ProxyStatus {
     object
 }
 
-/// What keeps the agent of node-1 away, read from its Pod and from what the agent answers.
+/// Blockers of the agent of node-1, read from its Pod and from its health port.
 fn obstacle(container: &Value, phase: &str, answer: Option<Answer>) -> Option<Obstacle> {
     let pod: Pod = serde_json::from_value(json!({
         "metadata": {"name": "agent-x"},
@@ -100,7 +100,7 @@ fn container(state: &Value) -> Value {
     json!({"name": "node-agent", "image": "", "imageID": "", "ready": false, "restartCount": 3, "state": state})
 }
 
-/// The agent runs and says why it has no stream.
+/// The agent runs and reports why it has no session.
 fn says(reason: &str) -> Fault {
     let connection = Connection { connected: false, reason: reason.into(), detail: "as it says".into() };
     let running = container(&json!({"running": {"startedAt": null}}));
@@ -145,7 +145,7 @@ fn blamed(checks: &[Check]) -> Vec<(&str, &str)> {
     wrong.map(|check| (check.code.unwrap_or_default(), &*check.what)).collect()
 }
 
-/// One of three nodes has the fault: exactly one cause is named, with this code, this reason and these words.
+/// One of three nodes has the fault: exactly one cause is reported, with this code, reason and text.
 #[track_caller]
 fn blames(fault: &Fault, code: &str, words: &[&str]) {
     let well = Fault::Observed(Box::new(healthy()));
@@ -252,7 +252,7 @@ fn faults_of_the_controller_are_not_blamed_on_nodes() {
     let lost = ControllerInfo { connected: 2, ..controller() };
     assert_eq!(code(&nodes, Ok(lost)), ["ST0102"], "the rows do not say it yet");
     assert_eq!(code(&[], Ok(controller())), ["ST0304"]);
-    // A row that nobody renews is not believed, whatever it says.
+    // A row that is not renewed is outdated, independent of its content.
     let mut old = rows[0].clone();
     old.status.as_mut().unwrap().reported_at = Some(Time(ago(90)));
     old.status.as_mut().unwrap().stale_after = Some(Time(ago(60)));
@@ -303,6 +303,6 @@ fn profiles_are_blamed_in_the_words_of_their_conditions() {
 #[test]
 fn a_report_counts_what_failed() {
     let text = text(&about_fleet(&[], &Ok(controller())), Style::PLAIN);
-    assert!(text.contains("FAILED   ST0304 there is no ProxyStatus\n"), "{text}");
+    assert!(text.contains("FAILED   ST0304 no ProxyStatus objects\n"), "{text}");
     assert!(text.ends_with("\n2 checks, 1 failed, 0 warnings\n"), "{text}");
 }
