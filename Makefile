@@ -1,56 +1,56 @@
-# Thin on purpose: every target is one script under hack/, which installs what it needs.
+# Each target is a script in hack/, which installs its requirements.
 .DEFAULT_GOAL := help
 .PHONY: help demo test alerts audit bench fleet kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
-help: ## this list
+help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo: ## the main job on a real control plane: three nodes, real packets (KEEP=1 leaves it running, SVG=FILE draws it)
+demo: ## Run the demo: real control plane, three nodes, real packets (KEEP=1 keeps it running, SVG=FILE records it)
 	@KEEP="$(KEEP)" SVG="$(SVG)" hack/demo.sh
 
-test: ## format, lints and all tests; the last line is the total
+test: ## Check format and lints and run all tests; the last line is the total
 	@hack/test.sh
 
-alerts: ## tests the alert rules with promtool, as a part of test does
+alerts: ## Test the alert rules with promtool (part of test)
 	@hack/alerts.sh
 
-audit: ## licences, bans and sources of all dependencies
+audit: ## Check licences, bans and sources of all dependencies
 	@hack/audit.sh
 
-bench: ## first figures beside the real kube-proxy (minutes)
+bench: ## Compare performance with the real kube-proxy (minutes)
 	@hack/bench.sh
 
-fleet: ## the controller's cost with thousands of hollow agents (NODES=100,500,1000)
+fleet: ## Measure the controller with thousands of hollow agents (NODES=100,500,1000)
 	@hack/fleet.sh $(if $(NODES),--nodes $(NODES))
 
-kernels: ## the agent's rules and packets on Debian's kernels 6.1 and 6.12, emulated (half an hour)
+kernels: ## Test the agent on Debian kernels 6.1 and 6.12, emulated (half an hour)
 	@hack/kernels.sh
 
-setup: ## what the targets above do first: Debian packages and the control plane
+setup: ## Install Debian packages and build the control plane
 	@hack/setup.sh
 
-cache-key: ## name and folder of the prebuilt control plane, for a CI cache that keeps it between machines
+cache-key: ## Print name and folder of the prebuilt control plane, for a CI cache
 	@hack/setup.sh cache-key
 
-clean-lab: ## removes the namespaces and files that a killed run left behind
+clean-lab: ## Remove namespaces and files left by a killed run
 	@hack/clean-lab.sh
 
-cluster: ## a real cluster on this machine: kubelets, containers, no service proxy yet (PROXY=kube-proxy starts with one)
+cluster: ## Start a real cluster on this machine, without service proxy (PROXY=kube-proxy: with kube-proxy)
 	@exec hack/cluster.sh up --proxy "$(or $(PROXY),none)"
 
-cluster-install: ## installs this build of Switchtower on the cluster, with kubectl apply -k manifests
+cluster-install: ## Install this build of Switchtower on the cluster
 	@hack/cluster.sh install
 
-cluster-demo: ## a cluster, Switchtower on it, Deployments scaled and an agent killed, with plain kubectl
+cluster-demo: ## Start a cluster with Switchtower, scale Deployments and kill an agent
 	@hack/cluster.sh up
 	@hack/cluster.sh install
 	@hack/cluster.sh demo
 
-conformance: ## upstream's e2e tests of Services on a fresh cluster (PROXY=kube-proxy for the baseline; PART=quick, load-balancers or serial)
+conformance: ## Run upstream's e2e tests of Services on a new cluster (PROXY=kube-proxy: baseline; PART=quick, load-balancers or serial)
 	@hack/cluster.sh down
 	@hack/cluster.sh up --proxy "$(if $(filter kube-proxy,$(PROXY)),kube-proxy,none)"
 	@$(if $(filter kube-proxy,$(PROXY)),true,hack/cluster.sh install)
 	@hack/cluster.sh conformance --label "$(or $(PROXY),switchtower)" --part "$(or $(PART),all)"
 
-cluster-down: ## removes it, wherever it was interrupted
+cluster-down: ## Remove the cluster, also after an interruption
 	@hack/cluster.sh down

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make alerts`: checks the alert rules and runs their tests, with promtool built by Go from e2e/tools/promtool. `make test`
-# does the same; this is the short way for who writes rules.
+# `make alerts`: checks the alert rules and runs their tests with promtool, built by Go from e2e/tools/promtool. Also
+# part of `make test`.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make audit`: licences, bans and sources of all dependencies, by cargo-deny with deny.toml.
+# `make audit`: checks licences, bans and sources of all dependencies with cargo-deny and deny.toml.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -7,13 +7,13 @@ require_cargo
 VERSION=0.20.2
 TOOLS=$CACHE/tools/cargo-deny-$VERSION
 if [ ! -x "$TOOLS/bin/cargo-deny" ]; then
-    say "building cargo-deny $VERSION (about five minutes on two cores, once; cargo says how far it is)"
+    say "building cargo-deny $VERSION (about five minutes on two cores, once)"
     mkdir -p "$CACHE/tools"
     exec 9>"$CACHE/tools/.lock"
     flock 9
     [ -x "$TOOLS/bin/cargo-deny" ] ||
         (cd / && CARGO_TARGET_DIR=$CACHE/tools/build cargo install cargo-deny --version "$VERSION" --locked --root "$TOOLS") ||
-        fail "cargo-deny could not be built: check the network (crates.io) and that a C compiler is installed, then try again."
+        fail "cargo-deny could not be built: check the network (crates.io) and the C compiler, then retry."
     rm -rf "$CACHE/tools/build"
     flock -u 9
 fi

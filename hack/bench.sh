@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make bench`: figures beside the real kube-proxy on the same API server. Release build.
+# `make bench`: compares performance with the real kube-proxy on the same API server. Release build.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what a real cluster needs beyond hack/setup.sh, each only if it is missing: Debian's containerd,
+# Installs missing requirements of a real cluster, in addition to hack/setup.sh: Debian's containerd,
 # runc and CNI plugins; kubelet, kube-scheduler, agnhost, upstream's e2e suite, ginkgo and CoreDNS, built by
 # Go from e2e/tools/*/go.mod; the sandbox's pause program and the files of the test image.
 set -euo pipefail
@@ -19,10 +19,10 @@ watched() {
     local label=$1 log=$2 start=$SECONDS pid
     shift 2
     say "building $label"
-    # In a process group of its own, so that an interrupted run leaves no compiler behind.
+    # In a separate process group, to stop the compiler if the script is interrupted.
     setsid "$@" >"$log" 2>&1 &
     pid=$!
-    # The number is written into the trap: when it runs, the function's variables are gone.
+    # Expand now: the variable is out of scope when the trap runs.
     # shellcheck disable=SC2064
     trap "kill -- -$pid 2>/dev/null || true" EXIT
     while kill -0 "$pid" 2>/dev/null; do
@@ -33,7 +33,7 @@ watched() {
     done
     wait "$pid" || {
         tail -20 "$log" >&2
-        fail "$label could not be built, its last words are above: check the network and the free space in $CACHE, then try again."
+        fail "$label could not be built; see the errors above. Check the network and the free space in $CACHE, then retry."
     }
     trap - EXIT
 }
@@ -42,7 +42,7 @@ build_go_programs() {
     local out=$1 version=k8s.io/component-base/version flags
     flags="-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")"
     export CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly
-    say "fetching the Go modules of the cluster's programs"
+    say "downloading the Go modules of the cluster's programs"
     fetch_modules "$ROOT/e2e/tools/kubernetes" -test k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kube-scheduler \
         k8s.io/kubernetes/test/images/agnhost k8s.io/kubernetes/test/images/regression-issue-74839 \
         github.com/onsi/ginkgo/v2/ginkgo k8s.io/kubernetes/test/e2e
@@ -63,7 +63,7 @@ build_go_programs() {
 # The files of upstream's test image: a small Debian with the commands that the suite calls, and agnhost.
 build_test_root() {
     local out=$1 root=$1/root
-    # In a mount namespace of its own: what it mounts is gone with it, also if it is killed.
+    # In a separate mount namespace, so that mounts disappear even if it is killed.
     watched "the test image's files (debootstrap, about a minute)" "$out/build.log" \
         unshare --mount debootstrap --variant=minbase --include=curl,wget,netcat-openbsd,bind9-dnsutils,iproute2,conntrack,ca-certificates \
         bookworm "$root"
@@ -71,7 +71,7 @@ build_test_root() {
     ln -sf agnhost "$root/agnhost-2"
     # Upstream's image has a DNS server too, which a test of resolv.conf starts.
     cp "$out/coredns" "$root/coredns"
-    # What upstream's image carries for its porter server.
+    # Files of upstream's porter server.
     cp "$(cd "$ROOT/e2e/tools/kubernetes" && GOFLAGS=-mod=readonly go list -m -f '{{.Dir}}' k8s.io/kubernetes)"/test/images/agnhost/porter/localhost.{crt,key} "$root/"
     chmod 644 "$root"/localhost.*
     mkdir -p "$root/uploads"
@@ -87,18 +87,18 @@ build_tools() {
     complete "$dir" && return 0
     require_go
     mkdir -p "$CACHE/cluster"
-    # Two runs at once: the second waits, and finds the work done.
+    # Of two concurrent runs the second one waits and uses the result.
     exec 9>"$CACHE/cluster/.lock"
-    flock -n 9 || { say "waiting for another run that builds the cluster's programs"; flock 9; }
+    flock -n 9 || { say "waiting for another run to build the cluster's programs"; flock 9; }
     complete "$dir" && return 0
-    # Leftovers of builds that were interrupted; nobody else holds the lock.
+    # Leftovers of interrupted builds; safe because this run holds the lock.
     rm -rf --one-file-system "$CACHE/cluster"/.build.*
     work=$(mktemp -d "$CACHE/cluster/.build.XXXXXX")
     build_go_programs "$work"
     cc -static -Os -o "$work/pause" "$ROOT/e2e/tools/pause/pause.c" ||
-        fail "the sandbox's pause program could not be built: install gcc and libc6-dev and try again."
+        fail "the sandbox's pause program could not be built: install gcc and libc6-dev and retry."
     build_test_root "$work"
-    complete "$work" || fail "the build left a program out: run 'go clean -cache' and try again."
+    complete "$work" || fail "the build is incomplete: run 'go clean -cache' and retry."
     rm -f "$work/build.log"
     chmod 755 "$work"
     rm -rf "$dir"

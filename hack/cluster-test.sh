@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The part of `make test` that needs a real cluster: interrupts starts of one, starts one, installs the manifests on it,
-# runs a part of upstream's tests, looks at what is installed, runs the kubectl plugin and the faults of agents, uninstalls
-# and installs again, and removes it. Standard output is two numbers: passed and failed.
+# The part of `make test` that needs a real cluster: interrupts the start of clusters, starts one, installs the manifests,
+# runs a part of upstream's tests, checks the installation, runs the kubectl plugin and agent faults, uninstalls and
+# reinstalls, and removes the cluster. Prints two numbers: passed and failed.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
-# Fewer of upstream's tests than this means that the filter fits nothing any more.
+# Fewer upstream tests indicate that the filter no longer matches.
 LEAST=15
 
 export SWITCHTOWER_CLUSTER_NAME=sttest
@@ -14,7 +14,7 @@ CLUSTER=${SWITCHTOWER_CLUSTER_DIR:-/var/lib/switchtower-cluster}/$SWITCHTOWER_CL
 reports=$(mktemp -d)
 trap 'hack/cluster.sh down >&2 || true; rm -rf "$reports"' EXIT
 
-# What exists of the cluster, one line each: namespaces, links, control groups, the folder, processes.
+# Lists remains of the cluster, one per line: namespaces, links, control groups, the folder, processes.
 leftovers() {
     ip netns list | grep "^$SWITCHTOWER_CLUSTER_NAME-" || true
     ip -oneline link show | grep " $SWITCHTOWER_CLUSTER_NAME-" || true
@@ -26,18 +26,18 @@ leftovers() {
 passed=0
 failed=0
 hack/cluster.sh down >&2 || true
-say "starts of a real cluster that are interrupted"
+say "interrupted starts of a real cluster"
 hack/cluster.sh prepare >&2
 for signal in INT TERM; do
     began=""
     for seconds in 5 10 20 40; do
         (until [ -e "$CLUSTER/starter" ]; do sleep 0.1; done; touch "$reports/began-$signal") &
         watcher=$!
-        # `timeout` gives 124 if it had to send the signal: the start was interrupted, not over.
+        # `timeout` returns 124 if it sent the signal, i.e. if the start was interrupted.
         status=0
         timeout --signal="$signal" "$seconds" hack/cluster.sh up >&2 || status=$?
         kill "$watcher" 2>/dev/null || true
-        # A start that had made nothing yet proves nothing: once more, with more time.
+        # The start had not created anything yet: repeat with more time.
         [ ! -e "$reports/began-$signal" ] || { began=yes; break; }
     done
     left=$(leftovers)
@@ -54,7 +54,7 @@ if ! { hack/cluster.sh up && hack/cluster.sh install; } >&2; then
     echo "$passed $((failed + 1))"
     exit 1
 fi
-# Their exit status says no more than their counts.
+# Their exit status adds no information to the counts.
 hack/cluster.sh conformance --part small --label test --out "$reports" >&2 || true
 # "| test | 20 | 0 | 0 |"
 read -r some_passed some_failed < <(awk -F'|' '

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and its relatives).
+# A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and related targets).
 #
 #   hack/cluster.sh up|down|install|demo|installed|plugin|faults|uninstall|conformance [ARGUMENTS of the program `cluster`]
-#   hack/cluster.sh prepare     only installs and builds what the others need
+#   hack/cluster.sh prepare     only installs and builds requirements
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -10,13 +10,13 @@ ACTION=${1:?use: hack/cluster.sh up|down|install|demo|installed|plugin|faults|un
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then
-    # Works with what is there: a removal must not begin with a build of everything.
+    # Uses existing programs: a removal must not start with a build.
     require_cargo
 else
     "$ROOT/hack/cluster-setup.sh" cluster
 fi
 cd "$ROOT"
-# The whole workspace: one package alone would have its dependencies compiled again with other features.
+# The whole workspace: a single package would recompile its dependencies with different features.
 if [ "$ACTION" != down ] || [ ! -x "$(target_dir)/debug/cluster" ]; then
     build_workspace_binaries ""
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make demo`: sets up what is missing, builds, and runs the demonstration. KEEP=1 leaves it running, SVG=FILE writes its
-# output as an image as well.
+# `make demo`: installs requirements, builds, and runs the demo. KEEP=1 keeps it running, SVG=FILE also writes its
+# output as an image.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# `make kernels`: the agent's tests of rules and packets on Debian's kernels 6.1 and 6.12, in an emulated
-# machine each. Emulated in software, so that it works without KVM (ACCELERATION=kvm where there is one);
-# it takes half an hour, and is not part of `make test`, where the running kernel is tested.
+# `make kernels`: the agent's tests of rules and packets on Debian's kernels 6.1 and 6.12, each in an
+# emulated machine. Software emulation works without KVM (use ACCELERATION=kvm if available) but takes half an hour,
+# so it is not part of `make test`, which tests the running kernel.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -10,14 +10,14 @@ require_cargo
 cd "$ROOT"
 
 SERIES=${SERIES:-6.1 6.12}
-# What the tests take for silence is longer there: an emulated machine is slow.
-# agent.rs starts the agent's program; scale.rs measures times, which mean nothing in an emulator.
+# Longer timeouts, because an emulated machine is slow.
+# agent.rs starts the agent's program; scale.rs measures times, which are meaningless in an emulator.
 read -ra TESTS <<<"${TESTS:-churn packets kernel}"
 MODULES=(veth bridge br_netfilter nf_tables nf_conntrack nf_nat nft_ct nft_nat nft_masq nft_reject_ipv4 nft_reject_ipv6
     nft_numgen nft_chain_nat nft_fib_ipv4 nft_fib_ipv6 nf_conntrack_netlink af_packet)
 
 install_packages cc=gcc qemu-system-x86_64=qemu-system-x86 cpio=cpio depmod=kmod nft=nftables ip=iproute2
-# A busybox with libraries would not start alone in the machine.
+# The machine has no libraries, so busybox must be static.
 if [ ! -e /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
     install_packages no-such-command=busybox-static
 fi
@@ -30,7 +30,7 @@ binaries=$(cargo test --locked -p switchtower-node-agent --no-run --message-form
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# The file and the libraries that it needs, at the same paths.
+# Copies a program with its libraries to the same paths.
 add_program() {
     local file
     for file in "$1" $(ldd "$1" | sed -n 's|.*=> \(/[^ ]*\).*|\1|p; s|^[[:space:]]*\(/[^ ]*\) (.*|\1|p'); do
@@ -39,7 +39,7 @@ add_program() {
     done
 }
 
-say "putting the machine's first file system together"
+say "assembling the initial file system"
 mkdir -p "$work"/root/{bin,dev,proc,sys,run,tmp,tests,var,etc}
 cp /bin/busybox "$work/root/bin/"
 for program in ip nft; do
@@ -51,10 +51,10 @@ while read -r name executable; do
     mv "$work/root$executable" "$work/root/tests/$name"
     strip "$work/root/tests/$name"
 done <<<"$binaries"
-# Test files that the tests read stand where the build saw them.
+# Test data at the paths of the build.
 mkdir -p "$work/root$ROOT/node-agent/tests"
 cp -r node-agent/tests/golden "$work/root$ROOT/node-agent/tests/"
-# nft prints protocols by their names.
+# nft prints protocol names.
 cp /etc/protocols /etc/services "$work/root/etc/"
 cat >"$work/root/init" <<'INIT'
 #!/bin/busybox sh
@@ -80,14 +80,14 @@ printf '%s\n' "${MODULES[@]}" >"$work/root/modules"
 failed=0
 for series in $SERIES; do
     package=$(apt-cache search --names-only "^linux-image-$series\.[0-9.]*[-+].*cloud-amd64\$" | awk '{print $1}' | sort -V | tail -1)
-    [ -n "$package" ] || fail "Debian offers no linux-image package of $series: run 'apt-get update' and try again."
+    [ -n "$package" ] || fail "no linux-image package for $series: run 'apt-get update' and retry."
     folder="$CACHE/kernels/$package"
     if [ ! -d "$folder" ]; then
         say "downloading $package"
         mkdir -p "$CACHE/kernels" "$work/download"
         (cd "$work/download" && apt-get download -q -o Acquire::Retries=3 "$package" >"$work/download.log" 2>&1) ||
-            fail "$package could not be downloaded ($(tail -n 1 "$work/download.log")): check the network and try again."
-        # Beside its final place: a rename is whole or not at all, a copy from another file system is not.
+            fail "$package could not be downloaded ($(tail -n 1 "$work/download.log")): check the network and retry."
+        # In the same file system, so that the rename is atomic.
         unpacked=$(mktemp -d "$CACHE/kernels/.unpack.XXXXXX")
         dpkg-deb -x "$work/download/${package}"_*.deb "$unpacked"
         depmod -b "$unpacked" "$(ls "$unpacked/lib/modules")"

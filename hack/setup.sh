@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
-# Installs what demo, test and bench need, each only if it is missing: Debian packages, and the control
-# plane (etcd, kube-apiserver, kube-controller-manager, kubectl, kube-proxy) built by Go from e2e/go.mod
-# and, for tests, the OpenTelemetry Collector and promtool from e2e/tools), into a cache folder that later runs
-# share. Then proves that the kernel can do what the laboratory does.
+# Installs missing requirements of demo, test and bench: Debian packages, the control plane (etcd, kube-apiserver,
+# kube-controller-manager, kubectl, kube-proxy, built by Go from e2e/go.mod) and, for tests, the OpenTelemetry
+# Collector and promtool (from e2e/tools). Programs are cached for later runs. Then checks the features of the kernel.
 #
-#   hack/setup.sh [TARGET]      TARGET is what it is done for; the tools are only for `test` and `setup`
+#   hack/setup.sh [TARGET]      TARGET is the calling make target; only `test` and `setup` build the tools
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 TARGET=${1:-setup}
 
-# A CI cache that saves this folder under this key spares a new machine the build of the control plane.
+# For a CI cache: saving this folder under this key avoids building the control plane on a new machine.
 if [ "$TARGET" = cache-key ]; then
     dir=$(control_plane_dir)
     printf 'key\t%s\nfolder\t%s\n' "switchtower-control-plane-$(uname -m)-$(basename "$dir")" "$dir"
     exit 0
 fi
 
-# Tries each feature in namespaces of its own instead of trusting version numbers.
+# Tests each feature in temporary namespaces, independent of version numbers.
 probe_kernel() {
     local name="stprobe-$$" error
     trap 'ip netns del "'"$name"'" 2>/dev/null || true; ip netns del "'"$name"'-b" 2>/dev/null || true' EXIT
     error=$( (ip netns add "$name" && ip netns add "$name-b") 2>&1) ||
-        fail "this machine cannot make network namespaces ($error): run on a machine or container with CAP_SYS_ADMIN."
+        fail "this machine cannot create network namespaces ($error): run on a machine or container with CAP_SYS_ADMIN."
     error=$(ip -n "$name" link add st0 type veth peer name st1 netns "$name-b" 2>&1) ||
         fail "the kernel has no veth devices ($error): load the module (modprobe veth) or use a kernel with CONFIG_VETH."
     error=$(ip -n "$name" link add br0 type bridge 2>&1) ||
@@ -53,7 +52,7 @@ complete() {
     done
 }
 
-# Runs the build in the background and says how far it is.
+# Runs the build in the background and reports progress.
 go_build() {
     local out=$1 log=$2 total compiled start=$SECONDS pid
     local packages=(
@@ -71,8 +70,8 @@ go_build() {
         -ldflags "-s -w -X $version.gitVersion=$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" \
         "${packages[@]}" >"$log" 2>&1 &
     pid=$!
-    # An interrupted run leaves no compiler behind.
-    # The number is written into the trap: when it runs, the function's variables are gone.
+    # Stop the compiler if the script is interrupted.
+    # Expand now: the variable is out of scope when the trap runs.
     # shellcheck disable=SC2064
     trap "kill $pid 2>/dev/null || true" EXIT
     while kill -0 "$pid" 2>/dev/null; do
@@ -93,17 +92,17 @@ build_control_plane() {
     complete "$dir" && return 0
     require_go
     mkdir -p "$CACHE/control-plane"
-    # Two runs at once: the second waits, and finds the work done.
+    # Of two concurrent runs the second one waits and uses the result.
     exec 9>"$CACHE/control-plane/.lock"
-    flock -n 9 || { say "waiting for another run that builds the control plane"; flock 9; }
+    flock -n 9 || { say "waiting for another run to build the control plane"; flock 9; }
     complete "$dir" && return 0
-    # Leftovers of builds that were interrupted; nobody else holds the lock.
+    # Leftovers of interrupted builds; safe because this run holds the lock.
     rm -rf "$CACHE/control-plane"/.build.*
     work=$(mktemp -d "$CACHE/control-plane/.build.XXXXXX")
     (go_build "$work" "$work/build.log") ||
-        fail "the control plane could not be built, the compiler's last words are above: check the network (Go modules) and the free space in $CACHE, then try again."
+        fail "the control plane could not be built; see the errors above. Check the network (Go modules) and the free space in $CACHE, then retry."
     complete "$work" ||
-        fail "the build of the control plane left a program out: run 'go clean -cache' and try again."
+        fail "the build of the control plane is incomplete: run 'go clean -cache' and retry."
     rm -f "$work/build.log"
     chmod 755 "$work"
     rm -rf "$dir"
@@ -114,7 +113,7 @@ build_control_plane() {
 require_root "$TARGET"
 require_cargo
 install_packages ip=iproute2 nft=nftables conntrack=conntrack curl=curl cc=gcc ld=binutils flock=util-linux
-# `cc` alone does not bring the C library's headers, which crates with C code need.
+# `cc` does not include the headers of the C library, which crates with C code need.
 [ -e /usr/include/stdlib.h ] || install_packages "no-such-command=libc6-dev"
 [ -e /etc/ssl/certs/ca-certificates.crt ] || install_packages "no-such-command=ca-certificates"
 probe_kernel

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# `make test`: format, lints, then every test of the workspace. The last line is the total:
+# `make test`: checks format and lints, then runs all tests of the workspace. The last line is the total:
 #   N passed, N failed
-# A test binary that dies, and with CI set an ignored test, count as failed.
+# Crashed test binaries count as failed, and so do ignored tests if CI is set.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -14,11 +14,11 @@ cd "$ROOT"
 failed=0
 passed=0
 log=$(mktemp)
-beside=$(mktemp)
-# What the last rung needs is built with the processor time that the rest leaves over; its log is shown only there.
-nice -n 19 hack/cluster-setup.sh test >"$beside" 2>&1 &
-beside_pid=$!
-trap 'kill "$beside_pid" 2>/dev/null || true; rm -f "$log" "$beside"' EXIT
+cluster_log=$(mktemp)
+# Build the programs of the cluster tests in the background, with idle CPU time.
+nice -n 19 hack/cluster-setup.sh test >"$cluster_log" 2>&1 &
+cluster_pid=$!
+trap 'kill "$cluster_pid" 2>/dev/null || true; rm -f "$log" "$cluster_log"' EXIT
 
 total() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
@@ -27,14 +27,14 @@ total() {
 say "format"
 cargo fmt --all --check || {
     failed=1
-    echo "switchtower: the format differs: run 'cargo fmt --all'." >&2
+    echo "switchtower: format differs: run 'cargo fmt --all'." >&2
     total
     exit 1
 }
 say "lints"
 cargo clippy --locked --workspace --all-targets -- -D warnings || {
     failed=1
-    echo "switchtower: clippy found something, see above." >&2
+    echo "switchtower: clippy found problems, see above." >&2
     total
     exit 1
 }
@@ -76,29 +76,29 @@ read -r passed failed ignored < <(awk '
         }
     }
     END { print passed + 0, failed + 0, ignored + 0 }' "$log")
-# A binary that was started and gave no result died.
+# A test binary without a result has crashed.
 started=$(grep -cE '^ +(Running|Doc-tests) ' "$log" || true)
 finished=$(grep -c '^test result: ' "$log" || true)
 if ((started > finished)); then
-    say "$((started - finished)) test binaries died before they gave a result"
+    say "$((started - finished)) test binaries crashed"
     failed=$((failed + started - finished))
 fi
 if [ -n "${CI:-}" ] && ((ignored > 0)); then
-    say "$ignored tests were ignored: in CI every test runs"
+    say "$ignored ignored tests, which CI does not allow"
     failed=$((failed + ignored))
 fi
-# cargo says that something is wrong and the counts do not: trust cargo.
+# cargo failed although the counts show no failure.
 if ((status != 0 && failed == 0)); then
     failed=1
 fi
 
-# The last rung: kubelets, containers, the manifests, and upstream's own tests. Its numbers are part of the total.
-if kill -0 "$beside_pid" 2>/dev/null; then
-    say "waiting for the programs of a real cluster: $(tail -n 1 "$beside")"
+# Cluster tests: kubelets, containers, manifests, and upstream's tests. Their results are part of the total.
+if kill -0 "$cluster_pid" 2>/dev/null; then
+    say "waiting for the programs of the cluster tests: $(tail -n 1 "$cluster_log")"
 fi
-# If it failed, the cluster's own start tries again and tells why.
-wait "$beside_pid" || true
-# It is told to end when this script does, so that it removes its cluster.
+# After a failure the start of the cluster retries and reports the reason.
+wait "$cluster_pid" || true
+# Terminate it together with this script, so that it removes its cluster.
 read -r cluster_passed cluster_failed < <(exec setpriv --pdeathsig TERM hack/cluster-test.sh) || true
 passed=$((passed + ${cluster_passed:-0}))
 failed=$((failed + ${cluster_failed:-1}))
