@@ -39,6 +39,19 @@ fn overlay(images: &Value, components: &[&str]) -> Value {
     })
 }
 
+#[test]
+fn example_overlay_renders() {
+    let overlay = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": ["../examples/overlay"],
+    });
+    let objects = rendered(&overlay);
+    let controller = named(&objects, "Deployment", "switchtower-controller");
+    let image = &controller["spec"]["template"]["spec"]["containers"][0]["image"];
+    assert_eq!(*image, json!("registry.example/switchtower-controller:v0.1.0"));
+    named(&objects, "ConfigMap", "switchtower-alert-rules");
+}
+
 fn named<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     let wanted = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
     objects.iter().find(wanted).ok_or_else(|| format!("no {kind} {name}")).unwrap()

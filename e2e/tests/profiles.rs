@@ -150,18 +150,18 @@ fn leave(name: &str) {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_when_it_is_applied() {
+fn invalid_profiles_are_rejected_on_apply() {
     let _alone = alone();
     let steps = |steps: Value| json!({"strategy": {"steps": steps}});
     let cases = [
         ("a CIDR that is none", json!({"settings": {"nodePortAddresses": ["10.0.0/8"]}}), "must be a CIDR"),
         ("a share over 100 %", steps(json!([{"nodes": "101%"}, {"nodes": "100%"}])), "should match"),
         ("no node at all", steps(json!([{"nodes": 0}, {"nodes": "100%"}])), "greater than or equal to 1"),
-        ("steps that end early", steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])), "the last step must be"),
+        ("steps that end early", steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])), "the last step must have"),
         (
             "a last step for some",
             steps(json!([{"nodes": "100%", "nodeSelector": {"matchLabels": {"a": "b"}}}])),
-            "the last step must be",
+            "the last step must have",
         ),
         (
             "a mode without its networks",
@@ -179,7 +179,7 @@ fn what_makes_no_sense_is_refused_when_it_is_applied() {
         assert!(error.contains(message), "{what}: {error}");
     }
     let error = format!("{:#}", apply("builtin", &json!({})).expect_err("a reserved name"));
-    assert!(error.contains("builtin is the name"), "{error}");
+    assert!(error.contains("the name builtin is reserved"), "{error}");
 }
 
 #[test]
@@ -282,8 +282,21 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
     leave("tracking");
 }
 
+/// Path of a file in `examples/`.
+fn example(name: &str) -> String {
+    // Cargo runs a test in the folder of its package.
+    let root = std::env::current_dir().unwrap().parent().unwrap().to_owned();
+    root.join("examples").join(name).to_string_lossy().into_owned()
+}
+
 #[test]
-fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
+fn example_profile_is_accepted() {
+    let _alone = alone();
+    kubectl(&["apply", "--dry-run=server", "-f", &example("profile.yaml")]).unwrap();
+}
+
+#[test]
+fn rollout_waits_for_canary_and_approvals() {
     let (_alone, scene) = start("approvals");
     let canary = json!({
         "name": "canary", "nodes": 1, "approval": "Manual",
@@ -311,8 +324,13 @@ fn a_rollout_waits_for_its_canary_and_for_approvals_that_only_grow() {
     let error = format!("{:#}", patch(r#"{"spec":{"approvedStep":3}}"#).unwrap_err());
     assert!(error.contains("must not exceed the number of steps"), "{error}");
     let error = format!("{:#}", patch(r#"{"spec":{"settings":{"masqueradeAll":true}}}"#).unwrap_err());
-    assert!(error.contains("settings never change"), "{error}");
-    // A relabelled canary: nobody is left to judge by.
+    assert!(error.contains("settings are immutable"), "{error}");
+    for file in ["approve-step", "abort"] {
+        let file = example(&format!("{file}.yaml"));
+        let example = ["patch", "pxr", "canaried-1", "--type=merge", "--dry-run=server", "--patch-file", &file];
+        kubectl(&example).unwrap();
+    }
+    // The canary loses its label: no node is left to evaluate.
     label("beta", "test/canary", "-");
     reaches("canaried-1", "Paused", Some("CanaryNodes"));
     label("beta", "test/canary", "true");
