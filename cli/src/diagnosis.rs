@@ -6,7 +6,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use switchtower_admin_api::ControllerInfo;
 use switchtower_admin_api::codes::{self, Code};
-use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
+use switchtower_crds::{NodeState, ProxyStatus, ProxyStatusStatus};
 
 use crate::error::CliError;
 
@@ -21,6 +21,9 @@ pub(crate) struct Diagnosis {
     pub(crate) node: String,
     pub(crate) ready: bool,
     pub(crate) state: String,
+    /// `None` for a state of another version.
+    #[serde(skip)]
+    pub(crate) known: Option<NodeState>,
     pub(crate) desired: i64,
     pub(crate) applied: i64,
     pub(crate) since_seconds: Option<i64>,
@@ -47,12 +50,14 @@ impl Diagnosis {
         let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
         let agent = status.agent.as_ref();
         let seconds_since = |time: Timestamp| now.duration_since(time).as_secs();
-        let state = if status.state.is_empty() { "Unknown" } else { &status.state };
+        let state = if status.state.is_empty() { NodeState::Unknown.as_str() } else { &status.state };
+        let known = NodeState::from_name(state);
         let reason = ready.map(|ready| ready.reason.clone()).unwrap_or_default();
         Self {
             node: row.metadata.name.clone().unwrap_or_default(),
             ready: ready.is_some_and(|ready| ready.status == "True"),
             state: state.to_owned(),
+            known,
             desired: status.generation.desired,
             applied: status.generation.applied,
             since_seconds: ready.map(|ready| seconds_since(ready.last_transition_time.0)),
@@ -62,24 +67,24 @@ impl Diagnosis {
             agent: agent.map(|agent| agent.version.clone()).unwrap_or_default(),
             kernel: status.kernel.clone().unwrap_or_default(),
             drift_repaired: status.drift_repaired.unwrap_or_default(),
-            code: code(state, &reason),
-            also: also(status, state),
+            code: code(known, &reason),
+            also: also(status, known),
             reason,
         }
     }
 }
 
 /// Returns violated conditions other than the one that determines the state.
-fn also(status: &ProxyStatusStatus, state: &str) -> Vec<(Code, String, String)> {
+fn also(status: &ProxyStatusStatus, state: Option<NodeState>) -> Vec<(Code, String, String)> {
     let known = [
-        ("Exclusive", "NotExclusive", codes::NOT_EXCLUSIVE),
-        ("LocalDetection", "PodsNotLocal", codes::PODS_NOT_LOCAL),
+        ("Exclusive", NodeState::NotExclusive, codes::NOT_EXCLUSIVE),
+        ("LocalDetection", NodeState::PodsNotLocal, codes::PODS_NOT_LOCAL),
     ];
     let violated = |kind: &str| {
         let mut conditions = status.conditions.iter();
         conditions.find(|condition| condition.type_ == kind && condition.status == "False")
     };
-    let others = known.into_iter().filter(|(_, own, _)| *own != state);
+    let others = known.into_iter().filter(|(_, own, _)| Some(*own) != state);
     others
         .filter_map(|(kind, _, code)| {
             let condition = violated(kind)?;
@@ -89,22 +94,22 @@ fn also(status: &ProxyStatusStatus, state: &str) -> Vec<(Code, String, String)> 
 }
 
 /// Returns the message code for a state and reason, or `None` for a healthy node.
-fn code(state: &str, reason: &str) -> Option<Code> {
+fn code(state: Option<NodeState>, reason: &str) -> Option<Code> {
     Some(match (state, reason) {
-        ("Synced", _) => return None,
+        (Some(NodeState::Synced), _) => return None,
         (_, "NodeStatusUnknown") => codes::NODE_DOWN,
         (_, "ControllerNotListening") => codes::CONTROLLER_NOT_LISTENING,
         (_, "SettingsOnTrial") => codes::SETTINGS_ON_TRIAL,
         (_, "RolledBack") => codes::SETTINGS_ROLLED_BACK,
         (_, "DeletionsHeld") => codes::DELETIONS_HELD,
-        ("Absent", _) => codes::AGENT_ABSENT,
-        ("Unknown", _) => codes::AGENT_AWAITED,
-        ("Stale", _) => codes::AGENT_DISCONNECTED,
-        ("ApplyFailed", _) => codes::APPLY_FAILED,
-        ("Deviating", _) => codes::DEVIATING,
-        ("Drifted", _) => codes::FOREIGN_CHANGE,
-        ("NotExclusive", _) => codes::NOT_EXCLUSIVE,
-        ("PodsNotLocal", _) => codes::PODS_NOT_LOCAL,
+        (Some(NodeState::Absent), _) => codes::AGENT_ABSENT,
+        (Some(NodeState::Unknown), _) => codes::AGENT_AWAITED,
+        (Some(NodeState::Stale), _) => codes::AGENT_DISCONNECTED,
+        (Some(NodeState::ApplyFailed), _) => codes::APPLY_FAILED,
+        (Some(NodeState::Deviating), _) => codes::DEVIATING,
+        (Some(NodeState::Drifted), _) => codes::FOREIGN_CHANGE,
+        (Some(NodeState::NotExclusive), _) => codes::NOT_EXCLUSIVE,
+        (Some(NodeState::PodsNotLocal), _) => codes::PODS_NOT_LOCAL,
         _ => codes::NODE_BEHIND,
     })
 }

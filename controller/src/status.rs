@@ -110,18 +110,18 @@ impl StatusMetrics {
         for outcome in requests::OUTCOMES {
             writes.with_label_values(&[outcome]);
         }
-        for state in row::State::ALL {
-            nodes.with_label_values(&[state.word()]).set(0);
+        for state in NodeState::ALL {
+            nodes.with_label_values(&[state.as_str()]).set(0);
         }
         Ok(Self { nodes, writes })
     }
 
-    fn moved(&self, from: Option<row::State>, to: Option<row::State>) {
+    fn moved(&self, from: Option<NodeState>, to: Option<NodeState>) {
         if let Some(state) = from {
-            self.nodes.with_label_values(&[state.word()]).dec();
+            self.nodes.with_label_values(&[state.as_str()]).dec();
         }
         if let Some(state) = to {
-            self.nodes.with_label_values(&[state.word()]).inc();
+            self.nodes.with_label_values(&[state.as_str()]).inc();
         }
     }
 

@@ -1,15 +1,12 @@
 //! `rollout`: progress of rollouts, and commands that set `paused`, `approvedStep` and `abort`.
 
 use serde_json::json;
-use switchtower_crds::{ProxyRollout, ProxyRolloutStatus};
+use switchtower_crds::{ProxyRollout, ProxyRolloutStatus, RolloutState, WaitingOn};
 
 use crate::args::{Global, RolloutAction, RolloutArgs};
 use crate::cluster::Cluster;
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, table, wrapped};
-
-/// Final states.
-const ENDED: [&str; 4] = ["Complete", "Failed", "Aborted", "Superseded"];
 
 pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Result<Report, CliError> {
     let cluster = Cluster::new(global).await?;
@@ -57,7 +54,7 @@ async fn existing(cluster: &Cluster, name: &str) -> Result<ProxyRollout, CliErro
 async fn running(cluster: &Cluster, name: &str) -> Result<ProxyRollout, CliError> {
     let rollout = existing(cluster, name).await?;
     let state = rollout.status.as_ref().map(|status| status.state.as_str()).unwrap_or_default();
-    if ENDED.contains(&state) {
+    if RolloutState::from_name(state).is_some_and(RolloutState::is_final) {
         return Err(CliError::new(format!(
             "ProxyRollout {name} has ended ({state}) and cannot be changed"
         )));
@@ -78,7 +75,7 @@ async fn change(
 /// Returns the step that waits for approval.
 fn step_to_approve(name: &str, rollout: &ProxyRollout) -> Result<i32, CliError> {
     let status = rollout.status.clone().unwrap_or_default();
-    if status.waiting_on.as_deref() != Some("Approval") {
+    if waiting_on(&status) != Some(WaitingOn::Approval) {
         let waiting = status.waiting_on.unwrap_or_else(|| "nothing".to_owned());
         let message = format!("ProxyRollout {name} is not waiting for approval, but for {waiting}");
         return Err(CliError::new(message));
@@ -86,11 +83,16 @@ fn step_to_approve(name: &str, rollout: &ProxyRollout) -> Result<i32, CliError> 
     Ok(status.progress.steps_done + 1)
 }
 
+fn waiting_on(status: &ProxyRolloutStatus) -> Option<WaitingOn> {
+    WaitingOn::from_name(status.waiting_on.as_deref()?)
+}
+
 fn exit(rollouts: &[ProxyRollout]) -> Exit {
+    use RolloutState::{Aborted, Failed, Frozen, RollingBack};
     let failed = rollouts
         .iter()
-        .filter_map(|rollout| rollout.status.as_ref())
-        .any(|status| ["Failed", "Aborted", "RollingBack", "Frozen"].contains(&status.state.as_str()));
+        .filter_map(|rollout| RolloutState::from_name(&rollout.status.as_ref()?.state))
+        .any(|state| matches!(state, Failed | Aborted | RollingBack | Frozen));
     if failed { Exit::Wrong } else { Exit::Ok }
 }
 
@@ -135,7 +137,7 @@ fn one(name: &str, rollout: &ProxyRollout, style: Style) -> String {
     }
     if let Some(waiting) = &status.waiting_on {
         line("waiting", waiting);
-        if waiting == "Approval" {
+        if waiting_on(&status) == Some(WaitingOn::Approval) {
             line("next", &format!("kubectl switchtower rollout approve {name}"));
         }
     }

@@ -6,7 +6,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use switchtower_admin_api::codes::{self, Code};
 use switchtower_admin_api::{ControllerInfo, VIEWER};
-use switchtower_crds::ProxyStatus;
+use switchtower_crds::{NodeState, ProxyStatus};
 
 use crate::args::{Global, StatusArgs};
 use crate::cluster::Cluster;
@@ -55,7 +55,7 @@ fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now
     let mut nodes: Vec<Diagnosis> = rows.iter().map(|row| Diagnosis::new(row, now)).collect();
     // Sort by severity, then by duration.
     nodes.sort_by_key(|node| {
-        (severity(&node.state), !node.outdated, std::cmp::Reverse(node.since_seconds), node.node.clone())
+        (severity(node.known), !node.outdated, std::cmp::Reverse(node.since_seconds), node.node.clone())
     });
     let mut states = BTreeMap::new();
     for node in &nodes {
@@ -70,18 +70,18 @@ fn found(rows: &[ProxyStatus], controller: Result<ControllerInfo, CliError>, now
 }
 
 /// Returns the sort rank of a state; 0 is the most severe.
-fn severity(state: &str) -> u8 {
+fn severity(state: Option<NodeState>) -> u8 {
     match state {
-        "Absent" => 0,
-        "Stale" => 1,
-        "ApplyFailed" => 2,
-        "Unknown" => 3,
-        "Deviating" => 4,
-        "PodsNotLocal" | "NotExclusive" => 5,
-        "Drifted" => 6,
-        "Progressing" => 7,
-        "Synced" => 9,
-        _ => 8,
+        Some(NodeState::Absent) => 0,
+        Some(NodeState::Stale) => 1,
+        Some(NodeState::ApplyFailed) => 2,
+        Some(NodeState::Unknown) => 3,
+        Some(NodeState::Deviating) => 4,
+        Some(NodeState::PodsNotLocal | NodeState::NotExclusive) => 5,
+        Some(NodeState::Drifted) => 6,
+        Some(NodeState::Progressing) => 7,
+        None => 8,
+        Some(NodeState::Synced) => 9,
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use switchtower_crds::{
-    Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
+    Agent, Connection, Counts, DeviationCounts, Generations, LastError, NodeState as State, ProfileInForce,
+    ProxyStatusStatus,
 };
 
 use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
@@ -28,64 +29,6 @@ pub const DISCONNECT_GRACE: Duration = Duration::from_secs(10);
 pub const BEHIND_GRACE: Duration = Duration::from_secs(5);
 /// How long a repaired foreign change shows as drift.
 pub const DRIFT_SHOWN: Duration = Duration::from_secs(30);
-
-/// The words of the STATE column.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum State {
-    /// The kernel holds what it should.
-    Synced,
-    /// The agent is connected and not there yet.
-    Progressing,
-    /// The agent is gone; the kernel keeps what it had.
-    Stale,
-    /// The agent or the kernel refused the last generation.
-    ApplyFailed,
-    /// The kernel differs from the view on purpose: held removals, refused items, settings in fallback.
-    Deviating,
-    /// Somebody else changed the agent's tables.
-    Drifted,
-    /// Pods of the node have addresses that its local detection does not cover.
-    PodsNotLocal,
-    /// Another service proxy's rules exist beside the agent's.
-    NotExclusive,
-    /// The controller restarted and has not heard from the agent yet.
-    Unknown,
-    /// There has been no agent on this node.
-    Absent,
-}
-
-impl State {
-    /// All words.
-    pub const ALL: [Self; 10] = [
-        Self::Synced,
-        Self::Progressing,
-        Self::Stale,
-        Self::ApplyFailed,
-        Self::Deviating,
-        Self::Drifted,
-        Self::PodsNotLocal,
-        Self::NotExclusive,
-        Self::Unknown,
-        Self::Absent,
-    ];
-
-    /// The word.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Synced => "Synced",
-            Self::Progressing => "Progressing",
-            Self::Stale => "Stale",
-            Self::ApplyFailed => "ApplyFailed",
-            Self::Deviating => "Deviating",
-            Self::Drifted => "Drifted",
-            Self::PodsNotLocal => "PodsNotLocal",
-            Self::NotExclusive => "NotExclusive",
-            Self::Unknown => "Unknown",
-            Self::Absent => "Absent",
-        }
-    }
-}
 
 /// What it means that no agent of a node has connected to this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +127,7 @@ pub fn row(inputs: Inputs<'_>) -> Row {
 
 /// The row as it was read: the agents of a restarted controller need a moment to come back.
 fn carried_over(previous: &ProxyStatusStatus, rest: Duration) -> Row {
-    let state = State::ALL.into_iter().find(|state| state.word() == previous.state);
+    let state = State::from_name(&previous.state);
     Row {
         status: previous.clone(),
         state: state.unwrap_or(State::Unknown),
@@ -227,7 +170,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
     let disconnected = !verdicts.connected.holds();
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
-        state: state.word().to_owned(),
+        state: state.as_str().to_owned(),
         generation: Generations {
             desired: to_api(observation.desired),
             sent: to_api(observation.sent),
@@ -458,7 +401,7 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let ready = Verdict::new("False", lost.reason.clone(), lost.message.clone());
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
-    State::Stale.word().clone_into(&mut status.state);
+    State::Stale.as_str().clone_into(&mut status.state);
     if let Some(agent) = &mut status.agent
         && agent.connected_to.take().is_some()
     {
@@ -480,7 +423,7 @@ fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let unknown = || Verdict::new("Unknown", "AwaitingAgent", message);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
-    State::Unknown.word().clone_into(&mut status.state);
+    State::Unknown.as_str().clone_into(&mut status.state);
     replace_conditions(&mut status, [("Ready", unknown()), ("Connected", unknown())], inputs);
     Row { status, state: State::Unknown, check_after: Some(DISCONNECT_GRACE), confirmed: true }
 }
@@ -513,7 +456,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
     };
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
-        state: State::Absent.word().to_owned(),
+        state: State::Absent.as_str().to_owned(),
         conditions: conditions(not_connected(), verdicts, inputs),
         ..ProxyStatusStatus::default()
     };

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::absence::Agents;
 use super::requests::{self, Outcome, Stored};
-use super::row::{Absence, Inputs, Row, State, row};
+use super::row::{Absence, Inputs, Row, row};
 use super::schedule::{
     ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval,
 };

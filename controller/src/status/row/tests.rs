@@ -68,7 +68,7 @@ fn columns(row: &Row) -> (String, String, String) {
 fn check(observation: &Observation, state: &str, ready: &str, reason: &str) -> Row {
     let row = make(Some(observation), None, true);
     assert_eq!(columns(&row), (state.to_owned(), ready.to_owned(), reason.to_owned()));
-    assert_eq!(row.state.word(), state);
+    assert_eq!(row.state.as_str(), state);
     row
 }
 
