@@ -355,9 +355,10 @@ fn explained(what: &str, error: &kube::Error) -> CliError {
             CliError::coded(codes::NOT_INSTALLED, message)
         }
         kube::Error::Api(status) => CliError::new(format!("cannot {what}: {}", status.message)),
-        other => {
-            CliError::new(format!("cannot {what}: {}; check that kubectl reaches the API server", chain(other)))
-        }
+        other => CliError::new(format!(
+            "cannot {what}: {}; check that kubectl reaches the API server",
+            chain(other)
+        )),
     }
 }
 

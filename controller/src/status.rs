@@ -9,7 +9,7 @@ use std::future::Future;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry as Metrics};
-use switchtower_crds::ProxyStatusStatus;
+use switchtower_crds::{NodeState, ProxyStatusStatus};
 
 use crate::ingest::NodeIdentity;
 

@@ -157,7 +157,11 @@ fn invalid_profiles_are_rejected_on_apply() {
         ("a CIDR that is none", json!({"settings": {"nodePortAddresses": ["10.0.0/8"]}}), "must be a CIDR"),
         ("a share over 100 %", steps(json!([{"nodes": "101%"}, {"nodes": "100%"}])), "should match"),
         ("no node at all", steps(json!([{"nodes": 0}, {"nodes": "100%"}])), "greater than or equal to 1"),
-        ("steps that end early", steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])), "the last step must have"),
+        (
+            "steps that end early",
+            steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])),
+            "the last step must have",
+        ),
         (
             "a last step for some",
             steps(json!([{"nodes": "100%", "nodeSelector": {"matchLabels": {"a": "b"}}}])),
@@ -327,7 +331,8 @@ fn rollout_waits_for_canary_and_approvals() {
     assert!(error.contains("settings are immutable"), "{error}");
     for file in ["approve-step", "abort"] {
         let file = example(&format!("{file}.yaml"));
-        let example = ["patch", "pxr", "canaried-1", "--type=merge", "--dry-run=server", "--patch-file", &file];
+        let example =
+            ["patch", "pxr", "canaried-1", "--type=merge", "--dry-run=server", "--patch-file", &file];
         kubectl(&example).unwrap();
     }
     // The canary loses its label: no node is left to evaluate.

@@ -205,3 +205,69 @@ fn the_dockerfile_has_the_images_that_the_cluster_runs() {
         );
     }
 }
+
+/// Parts of the repository whose comments, documents and messages are checked for phrases.
+const PROSE: [&str; 9] =
+    ["cli", "crds", "docs", "examples", "hack", "manifests", "README.md", "CONTRIBUTING.md", "SECURITY.md"];
+
+/// Phrases with a standard term instead (docs/glossary.md, CONTRIBUTING.md).
+const PHRASES: [(&str, &str); 13] = [
+    ("anew", "again"),
+    ("beside", "next to"),
+    ("for people", "human-readable"),
+    ("gets on", "makes progress"),
+    ("in the end", "finally"),
+    ("is told", "is notified"),
+    ("meanwhile", "in this time"),
+    ("nobody", "no one"),
+    ("says so", "reports it"),
+    ("somebody", "another program, a user"),
+    ("tried again", "retried"),
+    ("what holds", "invariants"),
+    ("whoever", "users who"),
+];
+
+/// Returns the lines of a text file without fenced code, which may quote output.
+fn prose(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut fenced = false;
+    text.lines().enumerate().filter(move |(_, line)| {
+        let fence = line.trim_start().starts_with("```");
+        fenced ^= fence;
+        !fenced && !fence
+    })
+}
+
+/// Adds the text files at a path, without build results and generated pages.
+fn text_files(path: &Path, found: &mut Vec<PathBuf>) {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).unwrap().flatten().filter(|entry| entry.file_name() != "target") {
+            text_files(&entry.path(), found);
+        }
+    } else if path.extension().is_some_and(|kind| ["rs", "md", "sh", "yaml", "toml"].iter().any(|known| kind == *known))
+        // Generated from the message codes.
+        && !path.ends_with("docs/codes.md")
+    {
+        found.push(path.to_owned());
+    }
+}
+
+#[test]
+fn prose_uses_standard_terms() {
+    let mut files = Vec::new();
+    for part in PROSE {
+        text_files(&root().join(part), &mut files);
+    }
+    assert!(files.len() > 50, "only {} files", files.len());
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        for (number, line) in prose(&text) {
+            let line =
+                line.to_lowercase().replace(|letter: char| !letter.is_alphanumeric() && letter != '_', " ");
+            let line = format!(" {line} ");
+            for (phrase, instead) in PHRASES {
+                let found = line.contains(&format!(" {phrase} "));
+                assert!(!found, "{}:{}: write \"{instead}\", not \"{phrase}\"", file.display(), number + 1);
+            }
+        }
+    }
+}

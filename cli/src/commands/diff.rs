@@ -57,7 +57,10 @@ fn text(diff: &NodeDiff, style: Style) -> String {
             number => format!("{} of {}", count(number, "difference"), count(diff.frontends, "frontend")),
         };
         text += &format!("{} {}  {}: {what}\n", style.bad("!"), code.code, code.title);
-        text += &format!("  {}\n", wrapped("Changes in progress cause temporary differences: run the command again.", 2));
+        text += &format!(
+            "  {}\n",
+            wrapped("Changes in progress cause temporary differences: run the command again.", 2)
+        );
     }
     text
 }

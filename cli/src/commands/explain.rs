@@ -120,8 +120,9 @@ async fn source(cluster: &Cluster, args: &ExplainArgs) -> Result<(Option<IpAddr>
     let pod = cluster.pod(namespace, name).await?;
     let pod = pod.ok_or_else(|| CliError::new(format!("Pod {namespace}/{name} not found")))?;
     let address = pod.status.as_ref().and_then(|status| status.pod_ip.as_ref()?.parse().ok());
-    let address: IpAddr = address
-        .ok_or_else(|| CliError::new(format!("Pod {namespace}/{name} has no address yet; wait until it is running")))?;
+    let address: IpAddr = address.ok_or_else(|| {
+        CliError::new(format!("Pod {namespace}/{name} has no address yet; wait until it is running"))
+    })?;
     Ok((Some(address), pod.spec.and_then(|spec| spec.node_name)))
 }
 
@@ -174,8 +175,10 @@ fn text(found: &Found, all: bool, style: Style) -> String {
         }
         let hidden = group.findings.len() - shown.len();
         if hidden > 0 {
-            text +=
-                &format!("         {} with the same outcome; use --all to list them\n\n", count(hidden, "more combination"));
+            text += &format!(
+                "         {} with the same outcome; use --all to list them\n\n",
+                count(hidden, "more combination")
+            );
         }
     }
     text += &about_endpoints(found.endpoints);

@@ -38,7 +38,8 @@ pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Re
         }
         RolloutAction::Abort { name } => {
             running(&cluster, name).await?;
-            change(&cluster, name, json!({"abort": true}), "aborted; its nodes return to the stable revision").await
+            change(&cluster, name, json!({"abort": true}), "aborted; its nodes return to the stable revision")
+                .await
         }
     }
 }
@@ -55,9 +56,7 @@ async fn running(cluster: &Cluster, name: &str) -> Result<ProxyRollout, CliError
     let rollout = existing(cluster, name).await?;
     let state = rollout.status.as_ref().map(|status| status.state.as_str()).unwrap_or_default();
     if RolloutState::from_name(state).is_some_and(RolloutState::is_final) {
-        return Err(CliError::new(format!(
-            "ProxyRollout {name} has ended ({state}) and cannot be changed"
-        )));
+        return Err(CliError::new(format!("ProxyRollout {name} has ended ({state}) and cannot be changed")));
     }
     Ok(rollout)
 }
@@ -98,7 +97,8 @@ fn exit(rollouts: &[ProxyRollout]) -> Exit {
 
 fn list(rollouts: &[ProxyRollout]) -> String {
     if rollouts.is_empty() {
-        return "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n".to_owned();
+        return "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n"
+            .to_owned();
     }
     let rows: Vec<Vec<String>> = rollouts
         .iter()
@@ -199,7 +199,10 @@ raise-limits-2  Paused  default@1 -> default@2
         assert_eq!(text, wanted);
         assert_eq!(exit(&[waiting]), Exit::Ok);
         assert_eq!(exit(&[rollout("Failed", None)]), Exit::Wrong);
-        assert_eq!(list(&[]), "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n");
+        assert_eq!(
+            list(&[]),
+            "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n"
+        );
         assert!(
             list(&[rollout("Soaking", Some("Soak"))]).contains("raise-limits-2  Soaking  2/4   default@2")
         );

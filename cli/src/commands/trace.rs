@@ -51,8 +51,7 @@ fn text(change: &ChangeReport, style: Style) -> String {
     };
     if let Some(triggered) = change.triggered_unix_nanoseconds {
         let before = change.received_unix_nanoseconds.saturating_sub(triggered) / 1_000;
-        let what =
-            format!("received, {} after the trigger time in the object (precision 1 s)", span(before));
+        let what = format!("received, {} after the trigger time in the object (precision 1 s)", span(before));
         line(Some(0), what);
     } else {
         line(Some(0), "received from the API server".to_owned());
@@ -111,11 +110,8 @@ fn troubles(change: &ChangeReport, style: Style) -> String {
     }
     if change.given_up > 0 {
         let nodes = count(change.given_up as usize, "node");
-        text += &format!(
-            "{} {}  {nodes} did not acknowledge in time\n",
-            style.bad("!"),
-            codes::NOT_REACHED.code
-        );
+        text +=
+            &format!("{} {}  {nodes} did not acknowledge in time\n", style.bad("!"), codes::NOT_REACHED.code);
     }
     for refusal in &change.refusals {
         let (node, reason, after) = (&refusal.node, &refusal.reason, span(refusal.after));

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
-use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusStatus};
+use switchtower_crds::{NodeState, ProfileAssignment, ProxyStatus, ProxyStatusStatus};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -67,7 +67,7 @@ struct Entry {
     stored: Option<Stored>,
     /// UID of the Node and the assignment of a row that is gone.
     kept: Option<(String, ProfileAssignment)>,
-    state: Option<State>,
+    state: Option<NodeState>,
     last_write: Option<Instant>,
     /// When the row is renewed although nothing changed.
     renew_at: Option<Instant>,

@@ -156,10 +156,8 @@ pub(super) async fn after(cluster: &Cluster) -> Vec<Check> {
 
 fn about_record(record: Option<&ConfigMap>, kube_proxy: Option<&ConfigMap>) -> Check {
     let Some(map) = record else {
-        let what = format!(
-            "ConfigMap {} not found; the controller writes it when it starts",
-            builtin::CONFIG_MAP
-        );
+        let what =
+            format!("ConfigMap {} not found; the controller writes it when it starts", builtin::CONFIG_MAP);
         return Check::warning(codes::SETTINGS_NOT_TAKEN_OVER, what);
     };
     let record = match Record::read(map) {

@@ -110,8 +110,7 @@ fn about_nodes(nodes: &[Node], by_pod_cidrs: bool) -> Vec<Check> {
             count(linux.len(), "Linux node")
         ))
     } else {
-        let what =
-            format!("older kernel on {}: {}", count(old.len(), "node"), names(&old, old.len(), 5));
+        let what = format!("older kernel on {}: {}", count(old.len(), "node"), names(&old, old.len(), 5));
         Check::warning(codes::KERNEL_TOO_OLD, what)
     });
     checks.push(if no_address.is_empty() {

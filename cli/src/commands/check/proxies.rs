@@ -187,10 +187,7 @@ pub(super) fn ports(found: &Surroundings, own_namespace: &str) -> Check {
             "no DaemonSet declares the ports 9443, 9444, 9445, 10249 or 10256; undeclared ports cannot be checked",
         );
     }
-    Check::failed(
-        codes::PORT_TAKEN,
-        format!("host ports are in use: {}", names(&taken, taken.len(), 5)),
-    )
+    Check::failed(codes::PORT_TAKEN, format!("host ports are in use: {}", names(&taken, taken.len(), 5)))
 }
 
 #[cfg(test)]
