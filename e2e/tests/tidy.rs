@@ -271,3 +271,42 @@ fn prose_uses_standard_terms() {
         }
     }
 }
+
+/// Returns the names in the dependency tables of a manifest.
+fn dependencies(manifest: &str) -> Vec<&str> {
+    let mut table = "";
+    let mut found = Vec::new();
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            table = line;
+        } else if table.contains("dependencies") && line.contains('=') && !line.starts_with('#') {
+            found.extend(line.split(['.', ' ', '=']).next());
+        }
+    }
+    found
+}
+
+#[test]
+fn no_dependency_is_unused() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let members = manifest.lines().find_map(|line| line.strip_prefix("members = ")).unwrap();
+    let members: Vec<&str> = members.split('"').skip(1).step_by(2).collect();
+    assert!(members.len() > 5, "{members:?}");
+    for member in members {
+        let folder = root().join(member);
+        let mut files = Vec::new();
+        for part in
+            ["src", "tests", "benches"].map(|part| folder.join(part)).iter().filter(|part| part.exists())
+        {
+            text_files(part, &mut files);
+        }
+        let text: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+        let words: BTreeSet<&str> =
+            text.split(|letter: char| !letter.is_alphanumeric() && letter != '_').collect();
+        let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+        for dependency in dependencies(&manifest) {
+            let name = dependency.replace('-', "_");
+            assert!(words.contains(&*name), "{member}/Cargo.toml: {dependency} is unused: remove it");
+        }
+    }
+}
