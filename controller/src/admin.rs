@@ -22,11 +22,11 @@ use tokio::net::TcpListener;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tracing::Instrument as _;
 
-use crate::serve::fleet::Fleet;
+use crate::fleet::Fleet;
+use crate::fleet::metrics::StreamMetrics;
+use crate::fleet::queries::QueryError;
 use crate::serve::gate::{Gate, GateLimits};
 use crate::serve::http1;
-use crate::serve::metrics::ServeMetrics;
-use crate::serve::questions::QuestionError;
 use crate::serve::tls::{self, ServerTls};
 
 pub mod auth;
@@ -69,7 +69,7 @@ pub enum AdminError {
     UnknownNode(String),
     /// Its kernel cannot be asked.
     #[error(transparent)]
-    Question(#[from] QuestionError),
+    Query(#[from] QueryError),
     /// The agent's answer makes no sense.
     #[error("the answer of {0} is not understood; is its agent of another version?")]
     Answer(String),
@@ -89,9 +89,9 @@ impl AdminError {
             Self::UnknownService(_)
             | Self::UnknownNode(_)
             | Self::NoSuchPath
-            | Self::Question(QuestionError::UnknownNode(_)) => StatusCode::NOT_FOUND,
-            Self::Question(QuestionError::TooOften(_)) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Question(_) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::Query(QueryError::UnknownNode(_)) => StatusCode::NOT_FOUND,
+            Self::Query(QueryError::TooOften(_)) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Query(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Answer(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -101,8 +101,8 @@ impl AdminError {
         match self {
             Self::Refused(_) => Some(codes::NO_RIGHT.code),
             Self::UnknownService(_) => Some(codes::NOT_SERVED.code),
-            Self::Question(QuestionError::UnknownNode(_)) => None,
-            Self::Question(_) => Some(codes::KERNEL_UNKNOWN.code),
+            Self::Query(QueryError::UnknownNode(_)) => None,
+            Self::Query(_) => Some(codes::KERNEL_UNKNOWN.code),
             _ => None,
         }
     }
@@ -139,7 +139,7 @@ impl Admin {
     }
 
     /// Serves until it is dropped.
-    pub async fn serve(self, listener: TcpListener, tls: Arc<ServerTls>, metrics: ServeMetrics) {
+    pub async fn serve(self, listener: TcpListener, tls: Arc<ServerTls>, metrics: StreamMetrics) {
         let gate = Gate::new("admin", GateLimits::requests(), Arc::default(), metrics);
         http1::serve(tls::incoming(listener, tls, gate), self.router()).await;
     }

@@ -22,8 +22,8 @@ mod decide;
 use decide::{Found, PodsSeen};
 
 use crate::errors::is_missing_kind;
+use crate::fleet::builtin_settings;
 use crate::rollout::laid_over;
-use crate::serve::fleet::builtin_settings;
 
 /// Objects asked for at once.
 const PAGE: u32 = 500;

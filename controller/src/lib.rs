@@ -1,10 +1,11 @@
 //! The controller: watches the API server, compiles what every node must program, serves it to the node
 //! agents and publishes one `ProxyStatus` per node.
 //!
-//! The way of a change: [`watch`] hears it, [`ingest`] turns the API object into the core's model, [`engine`]
-//! compiles it and publishes a new revision of the layers, `serve` streams it to the agents, [`status`]
-//! writes what they acknowledged, [`propagation`] measures how long it took, and [`status::absence`] finds out why an
-//! agent is absent. Of several controllers only the holder of the [`lease`] serves and writes.
+//! Path of a change: [`watch`] receives it, [`ingest`] converts the API object into the core's model, [`engine`]
+//! compiles it and publishes a new revision of the layers to the [`fleet`], a [`session`] streams it to each agent,
+//! [`status`] writes what the agents acknowledged, [`propagation`] measures how long it took, and
+//! [`status::absence`] finds out why an agent is absent. [`serve`] accepts the agents' connections and
+//! authenticates them. Of several controllers only the holder of the [`lease`] serves and writes.
 
 pub mod admin;
 mod background;
@@ -16,6 +17,7 @@ mod errors;
 pub mod events;
 #[cfg(test)]
 mod fake_api;
+pub mod fleet;
 pub mod ingest;
 pub mod lease;
 pub mod metrics;
@@ -26,6 +28,9 @@ pub mod render;
 pub mod rollout;
 pub mod run;
 pub mod serve;
+pub mod session;
 pub mod status;
+mod text;
+mod token_bucket;
 pub mod traces;
 pub mod watch;

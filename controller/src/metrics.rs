@@ -14,10 +14,10 @@ use prometheus::{Registry, TextEncoder};
 use tokio::net::{TcpListener, TcpStream};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
+use crate::fleet::metrics::StreamMetrics;
 use crate::serve::connection::Connection;
 use crate::serve::gate::{Gate, GateLimits, Stage};
 use crate::serve::http1;
-use crate::serve::metrics::ServeMetrics;
 use crate::serve::tls::{self, Accepted};
 
 mod exemplars;
@@ -79,7 +79,7 @@ pub async fn bind(
     registry: Registry,
     exemplars: Exemplars,
     health: Health,
-    serve_metrics: ServeMetrics,
+    serve_metrics: StreamMetrics,
 ) -> Result<impl Future<Output = ()>, MetricsError> {
     let listener =
         TcpListener::bind(address).await.map_err(|source| MetricsError::Listen { address, source })?;

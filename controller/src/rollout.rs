@@ -26,8 +26,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::errors::{Chain, is_missing_kind};
+use crate::fleet::{Fleet, SettingsName};
 use crate::ingest::NodeIdentity;
-use crate::serve::fleet::{Fleet, SettingsName};
 use crate::status::{Assignments, NodeEvent};
 use crate::watch::Restores;
 

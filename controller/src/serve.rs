@@ -1,47 +1,44 @@
-//! Serves the node agents: TLS, who may connect as which node, and one stream per node.
+//! Serves the node agents: accepts connections, authenticates agents and starts one session per stream.
 //!
-//! The way of a stream: [`tls`] accepts the connection, `gate` bounds what nobody is authenticated on, [`auth`]
-//! takes the node from the credential, [`session`] runs the protocol's state machine on what [`fleet`] holds.
+//! Path of a stream: [`tls`] accepts the connection, `gate` limits unauthenticated connections, [`auth`] derives the
+//! node from the credential, `admission` limits the streams, [`crate::session`] runs the protocol on the data of the
+//! [`crate::fleet`].
 //!
-//! What holds: a node gets only its own view; at most one update per node is unacknowledged and nothing else
-//! is queued for it, so that a slow node costs no memory and holds up nobody; a peer that breaks the protocol
-//! gets a typed refusal and never an effect on others.
+//! Invariants: a node gets only its own view. At most one update per node is unacknowledged and no other is queued, so
+//! that a slow node costs no memory and delays no other node. A peer that violates the protocol gets a typed refusal
+//! and does not affect others.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::Stream;
 use switchtower_proto::v1::fleet_server::{Fleet as FleetService, FleetServer};
-use switchtower_proto::v1::{AgentMessage, ControllerMessage, GoAwayReason};
+use switchtower_proto::v1::{AgentMessage, GoAwayReason};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+mod admission;
 pub mod auth;
-pub mod behind;
 pub(crate) mod connection;
-pub mod fleet;
 pub(crate) mod gate;
 pub(crate) mod http1;
 pub mod keys;
-pub mod metrics;
-pub mod questions;
 pub mod review;
-pub mod session;
 pub mod tls;
 
 #[cfg(test)]
 mod tests;
 
+use admission::Admission;
 use auth::{Authenticator, Refusal};
 use connection::Origin;
-use fleet::Fleet;
 use gate::{Gate, GateLimits, Ticket};
-use metrics::ServeMetrics;
-use session::{Limits, Session};
 use tls::ServerTls;
+
+use crate::fleet::Fleet;
+use crate::fleet::metrics::StreamMetrics;
+use crate::session::{self, Limits, Outbound, Session};
 
 /// Largest message that an agent may send.
 const MESSAGE: usize = 256 << 10;
@@ -52,6 +49,7 @@ const QUEUE: usize = 4;
 pub struct Server {
     fleet: Arc<Fleet>,
     authenticator: Arc<Authenticator>,
+    admission: Arc<Admission>,
     limits: Arc<Limits>,
 }
 
@@ -59,7 +57,8 @@ impl Server {
     /// Puts it together.
     #[must_use]
     pub fn new(fleet: Arc<Fleet>, authenticator: Arc<Authenticator>, limits: Limits) -> Self {
-        Self { fleet, authenticator, limits: Arc::new(limits) }
+        let admission = Admission::new(&limits, fleet.metrics().clone());
+        Self { fleet, authenticator, admission, limits: Arc::new(limits) }
     }
 
     /// Serves until `shutdown` ends; then every agent is told to go, and connections get a short time to close.
@@ -70,7 +69,7 @@ impl Server {
         self,
         listener: TcpListener,
         tls: Arc<ServerTls>,
-        metrics: ServeMetrics,
+        metrics: StreamMetrics,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), tonic::transport::Error> {
         let fleet = self.fleet.clone();
@@ -94,8 +93,6 @@ impl Server {
 
 struct Service(Server);
 
-type Outbound = Pin<Box<dyn Stream<Item = Result<ControllerMessage, Status>> + Send>>;
-
 #[tonic::async_trait]
 impl FleetService for Service {
     type ConnectStream = Outbound;
@@ -104,7 +101,7 @@ impl FleetService for Service {
         &self,
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
-        let Server { fleet, authenticator, limits } = &self.0;
+        let Server { fleet, authenticator, admission, limits } = &self.0;
         let origin = request.extensions().get::<Origin>().cloned();
         let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
         if ticket.is_refused() {
@@ -116,10 +113,13 @@ impl FleetService for Service {
         let shown = authenticator.shown(request.metadata()).map_err(refuse)?;
         let identity = {
             let _turn = ticket.review().await;
-            authenticator.authenticate(shown, ticket.class(), fleet).await.map_err(refuse)?
+            authenticator
+                .authenticate(shown, ticket.class(), |node| fleet.knows(node))
+                .await
+                .map_err(refuse)?
         };
         // Only those who are agents take a place among the streams.
-        let Some(permit) = fleet.admit(limits) else {
+        let Some(permit) = admission.admit() else {
             return Ok(Response::new(session::overloaded(limits)));
         };
         let Some(authenticated) = ticket.authenticated() else {

@@ -11,7 +11,7 @@ use switchtower_core::view::View;
 use switchtower_proto::v1::FrontendKey;
 
 use super::{AdminError, nodes};
-use crate::serve::fleet::Fleet;
+use crate::fleet::Fleet;
 
 /// Most nodes that are listed as not current.
 const NOT_CURRENT: usize = 50;

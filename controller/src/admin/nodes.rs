@@ -11,8 +11,8 @@ use switchtower_core::names;
 use switchtower_proto::v1::{FrontendKey, KernelTable, Stamp};
 
 use super::AdminError;
-use crate::serve::fleet::Fleet;
-use crate::serve::questions::Question;
+use crate::fleet::Fleet;
+use crate::fleet::queries::Query;
 
 /// Most differences in an answer.
 const DIFFERENCES: usize = 200;
@@ -23,8 +23,8 @@ const ATTEMPTS: usize = 5;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(200);
 
-async fn ask(fleet: &Arc<Fleet>, node: &str, question: Question) -> Result<KernelTable, AdminError> {
-    let payload = fleet.ask(node, question).await?;
+async fn ask(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable, AdminError> {
+    let payload = fleet.ask(node, query).await?;
     KernelTable::decode(payload.as_slice()).map_err(|_| AdminError::Answer(node.to_owned()))
 }
 
@@ -34,19 +34,19 @@ pub(super) async fn lookup(
     node: &str,
     filter: String,
 ) -> Result<KernelTable, AdminError> {
-    settled(fleet, node, Question { what: "lookup", filter, limit: 0 }).await
+    settled(fleet, node, Query { what: "lookup", filter, limit: 0 }).await
 }
 
 /// Asks until the kernel's stamp is what the node should hold, or it is clear that it will not be soon.
-async fn settled(fleet: &Arc<Fleet>, node: &str, question: Question) -> Result<KernelTable, AdminError> {
-    let mut table = ask(fleet, node, question.clone()).await?;
+async fn settled(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable, AdminError> {
+    let mut table = ask(fleet, node, query.clone()).await?;
     for _ in 1..ATTEMPTS {
         let desired = fleet.desired_digest(node).map(|digest| digest.to_bytes().to_vec());
         if table.stamp.as_ref().map(|stamp| &stamp.digest) == desired.as_ref() {
             break;
         }
         tokio::time::sleep(PAUSE).await;
-        table = ask(fleet, node, question.clone()).await?;
+        table = ask(fleet, node, query.clone()).await?;
     }
     Ok(table)
 }
@@ -68,8 +68,8 @@ fn hex(bytes: &[u8]) -> String {
 pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, AdminError> {
     let unknown = || AdminError::UnknownNode(node.to_owned());
     let standing = fleet.standing(node).ok_or_else(unknown)?;
-    let question = Question { what: "frontends", filter: String::new(), limit: FRONTENDS };
-    let table = settled(fleet, node, question).await?;
+    let query = Query { what: "frontends", filter: String::new(), limit: FRONTENDS };
+    let table = settled(fleet, node, query).await?;
     let (view, digest) = fleet.view(node, None).ok_or_else(unknown)?;
     let expected = explain::expected(&view, view.frontends());
     let mut differences = explain::differences(&expected, &found(&table));
@@ -122,9 +122,9 @@ pub(super) async fn rules(
     filter: String,
     limit: u32,
 ) -> Result<NodeRules, AdminError> {
-    let question = |what, filter| Question { what, filter, limit };
-    let chains = ask(fleet, node, question("rules", String::new())).await?;
-    let elements = ask(fleet, node, question("elements", filter)).await?;
+    let query = |what, filter| Query { what, filter, limit };
+    let chains = ask(fleet, node, query("rules", String::new())).await?;
+    let elements = ask(fleet, node, query("elements", filter)).await?;
     let chain = |chain: switchtower_proto::v1::KernelChain| ChainInfo {
         family: chain.family,
         name: chain.name,

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use switchtower_admin_api::Progress;
 
-use crate::serve::fleet::Fleet;
+use crate::fleet::Fleet;
 
 /// Most names in an answer.
 const NAMES: usize = 50;

@@ -13,8 +13,8 @@ use switchtower_proto::v1::Source;
 use tower::ServiceExt as _;
 
 use super::*;
+use crate::fleet::builtin_settings;
 use crate::propagation::{Propagation, PropagationMetrics};
-use crate::serve::fleet::builtin_settings;
 use crate::serve::review::{Review, Reviewer};
 use crate::status::Floors;
 
@@ -37,7 +37,7 @@ impl Reviewer for Fake {
 }
 
 fn router() -> Router {
-    let metrics = ServeMetrics::new(&prometheus::Registry::new()).unwrap();
+    let metrics = StreamMetrics::new(&prometheus::Registry::new()).unwrap();
     let age = || Some(Duration::from_millis(70));
     let followed = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
     let propagation = Arc::new(Propagation::new(Limits::default(), followed));

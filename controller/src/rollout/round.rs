@@ -22,8 +22,8 @@ use tracing::Instrument as _;
 
 use super::facts::Facts;
 use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
+use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::new_trace;
-use crate::serve::fleet::{SettingsAssignment, SettingsName};
 
 /// A revision that is to have a ProxyRollout.
 struct NewRevision {

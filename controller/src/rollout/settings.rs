@@ -173,7 +173,7 @@ fn cidrs<'a>(from: impl IntoIterator<Item = &'a str>) -> Vec<Cidr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::fleet::builtin_settings;
+    use crate::fleet::builtin_settings;
 
     fn revision(number: u64) -> Revision {
         Revision { profile: "default".into(), number }

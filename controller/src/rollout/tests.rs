@@ -9,9 +9,9 @@ use switchtower_core::propagation::Limits;
 
 use super::*;
 use crate::fake_api::{self, Call, Store, failure};
+use crate::fleet::builtin_settings;
+use crate::fleet::metrics::StreamMetrics;
 use crate::propagation::{Propagation, PropagationMetrics};
-use crate::serve::fleet::builtin_settings;
-use crate::serve::metrics::ServeMetrics;
 use crate::status::Floors;
 
 /// Objects, and how the next creations are answered.
@@ -64,7 +64,7 @@ fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
     let fleet = Fleet::new(
         builtin_settings(),
         Floors::default(),
-        ServeMetrics::new(&registry).unwrap(),
+        StreamMetrics::new(&registry).unwrap(),
         Arc::new(|| Some(Duration::ZERO)),
         Arc::new(propagation),
         Arc::new(drop),

@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use super::RETRY;
 use crate::admin::Admin;
-use crate::serve::metrics::ServeMetrics;
+use crate::fleet::metrics::StreamMetrics;
 use crate::serve::tls::ServerTls;
 use crate::status::absence::{Agents, Obstacle};
 
@@ -51,7 +51,7 @@ pub(super) async fn serve_admin(
     admin: Admin,
     address: SocketAddr,
     tls: Arc<ServerTls>,
-    metrics: ServeMetrics,
+    metrics: StreamMetrics,
 ) {
     loop {
         match TcpListener::bind(address).await {

@@ -23,14 +23,14 @@ use crate::builtin::{self, BuiltinError};
 use crate::cli::ServeArgs;
 use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
 use crate::errors::{Chain, is_missing_kind};
+use crate::fleet::Fleet;
+use crate::fleet::behind::BehindCollector;
+use crate::fleet::metrics::StreamMetrics;
 use crate::metrics::health::{Busy, Health};
 use crate::metrics::{self, Exemplars, Readiness};
 use crate::peers;
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
-use crate::serve::behind::BehindCollector;
-use crate::serve::fleet::Fleet;
-use crate::serve::metrics::ServeMetrics;
 use crate::status::absence::{self, Agents};
 use crate::status::{Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterSettings, backlog};
 use crate::traces::{Head as Sampled, Traces};
@@ -49,7 +49,7 @@ const BUILTIN_TIMEOUT: Duration = Duration::from_secs(120);
 /// The registry, and the measurements that several parts share.
 pub(super) struct Telemetry {
     pub(super) registry: Registry,
-    pub(super) serve: ServeMetrics,
+    pub(super) serve: StreamMetrics,
     busy: Busy,
     upstream: Arc<Upstream>,
 }
@@ -57,7 +57,7 @@ pub(super) struct Telemetry {
 impl Telemetry {
     pub(super) fn new() -> anyhow::Result<Self> {
         let registry = metrics::registry()?;
-        let serve = ServeMetrics::new(&registry)?;
+        let serve = StreamMetrics::new(&registry)?;
         Ok(Self { registry, serve, busy: Busy::default(), upstream: Arc::default() })
     }
 

@@ -12,7 +12,6 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
-use super::fleet::Fleet;
 use super::gate::Class;
 use super::keys::{Keys, Signature};
 use super::review::{Reviewer, Reviews, TOKEN, Unavailable};
@@ -21,23 +20,14 @@ mod claims;
 
 use claims::Claims;
 
+use crate::session::Identity;
+
 /// Most remembered tokens.
 const REMEMBERED_TOKENS: usize = 16_384;
 /// Reviews at a time.
 const REVIEWS: usize = 32;
 /// Of them, those for unknown callers whose tokens cannot be verified.
 const STRANGERS: usize = 2;
-
-/// Who an agent is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
-    /// Its node.
-    pub node: Arc<str>,
-    /// UID of its pod.
-    pub pod: Arc<str>,
-    /// When its token ends.
-    pub expires: SystemTime,
-}
 
 /// Why an agent is not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -189,11 +179,11 @@ impl Authenticator {
         &self,
         Shown { token, claims }: Shown<'_>,
         class: Class,
-        fleet: &Fleet,
+        node_exists: impl Fn(&str) -> bool,
     ) -> Result<Identity, Refusal> {
         let _turn = match self.keys.verify(token).await {
             Signature::Genuine => {
-                self.check(&claims, fleet)?;
+                self.check(&claims, &node_exists)?;
                 None
             }
             Signature::Forged => return Err(Refusal::Forged),
@@ -203,14 +193,14 @@ impl Authenticator {
             Signature::Unverifiable => None,
         };
         let identity = self.reviews.holder(token, |status| self.judge(status, &claims)).await?;
-        if !fleet.knows(&identity.node) {
+        if !node_exists(&identity.node) {
             return Err(Refusal::UnknownNode(identity.node.to_string()));
         }
         Ok(identity)
     }
 
     /// What a genuine token tells without a review: any pod may have one of its own ServiceAccount.
-    fn check(&self, claims: &Claims, fleet: &Fleet) -> Result<(), Refusal> {
+    fn check(&self, claims: &Claims, node_exists: impl Fn(&str) -> bool) -> Result<(), Refusal> {
         if let Some(subject) = claims.subject.as_ref().filter(|subject| **subject != self.user) {
             return Err(Refusal::ForeignServiceAccount(subject.clone(), self.user.clone()));
         }
@@ -218,7 +208,7 @@ impl Authenticator {
             return Err(Refusal::NotPodBound);
         }
         match &claims.node {
-            Some(node) if !fleet.knows(node) => Err(Refusal::UnknownNode(node.clone())),
+            Some(node) if !node_exists(node) => Err(Refusal::UnknownNode(node.clone())),
             _ => Ok(()),
         }
     }
@@ -243,8 +233,8 @@ impl Authenticator {
             values.first().filter(|value| !value.is_empty()).map(|value| Arc::<str>::from(value.as_str()))
         };
         let node = extra("authentication.kubernetes.io/node-name").ok_or(Refusal::NotPodBound)?;
-        let pod = extra("authentication.kubernetes.io/pod-uid").ok_or(Refusal::NotPodBound)?;
-        Ok(Identity { node, pod, expires: claims.expires })
+        extra("authentication.kubernetes.io/pod-uid").ok_or(Refusal::NotPodBound)?;
+        Ok(Identity { node, expires: claims.expires })
     }
 
     /// Why the API server refused. Its text is for people; what the token says about itself is more precise,

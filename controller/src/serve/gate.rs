@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-pub(crate) mod known;
 mod table;
 
-pub(crate) use table::{Bounds, Class, GateLimits, Pool, Rate, Stage, Turned};
+pub(crate) use table::{Bounds, Class, GateLimits, Pool, Stage, Turned};
 
-use super::metrics::ServeMetrics;
-use known::Known;
+use crate::fleet::addresses::KnownAddresses;
+use crate::fleet::metrics::StreamMetrics;
+use crate::token_bucket::Rate;
 use table::{Id, Table};
 
 /// Between two looks for connections past their deadline.
@@ -127,8 +127,8 @@ pub(crate) struct Gate {
     table: Mutex<Table<oneshot::Sender<Turned>>>,
     tally: Mutex<Tally>,
     reviews: Mutex<HashMap<IpAddr, Weak<Semaphore>>>,
-    known: Arc<Known>,
-    metrics: ServeMetrics,
+    known: Arc<KnownAddresses>,
+    metrics: StreamMetrics,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -140,8 +140,8 @@ impl Gate {
     pub(crate) fn new(
         port: &'static str,
         limits: GateLimits,
-        known: Arc<Known>,
-        metrics: ServeMetrics,
+        known: Arc<KnownAddresses>,
+        metrics: StreamMetrics,
     ) -> Arc<Self> {
         let tally = Tally { counts: HashMap::new(), sources: HashMap::new(), detail: None, logged: None };
         Arc::new(Self {

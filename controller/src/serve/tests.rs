@@ -20,17 +20,18 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
-    Ack, Answer, ApplyTimings, Change, Cidr, Hello, Nack, NackReason, NodeRecord, Part, Settings, Source,
-    Stamp, Update, View,
+    Ack, Answer, ApplyTimings, Change, Cidr, ControllerMessage, Hello, Nack, NackReason, NodeRecord, Part,
+    Settings, Source, Stamp, Update, View,
 };
 use tokio::net::TcpStream;
 
-use super::fleet::{SettingsAssignment, SettingsName};
 use super::keys::Keys;
 use super::keys::tests::Published;
 use super::review::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
+use crate::fleet::queries::{Query, QueryError};
+use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::{Floors, Registry as _};
 
@@ -78,18 +79,18 @@ fn token(user: &str, node: &str) -> String {
 struct Lab {
     fleet: Arc<Fleet>,
     propagation: Arc<Propagation>,
-    metrics: ServeMetrics,
+    metrics: StreamMetrics,
     ca: CaPem,
     address: SocketAddr,
 }
 
 impl Lab {
     async fn start(limits: Limits) -> Self {
-        let metrics = ServeMetrics::new(&prometheus::Registry::new()).unwrap();
+        let metrics = StreamMetrics::new(&prometheus::Registry::new()).unwrap();
         let propagation = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
         let propagation = Arc::new(Propagation::new(FollowLimits::default(), propagation));
         let fleet = Fleet::new(
-            fleet::builtin_settings(),
+            crate::fleet::builtin_settings(),
             Floors::default(),
             metrics.clone(),
             Arc::new(|| Some(Duration::ZERO)),
@@ -314,7 +315,7 @@ async fn an_assignment_of_settings_is_followed_like_any_change() {
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     let (_other, _) = Agent::settled(&lab, "n2").await;
     let name: SettingsName = ("default".into(), 7);
-    let settings = Settings { profile: "default".into(), revision: 7, ..fleet::builtin_settings() };
+    let settings = Settings { profile: "default".into(), revision: 7, ..crate::fleet::builtin_settings() };
     lab.fleet.set_settings(&BTreeMap::from([(name.clone(), settings)]));
     let assignment = SettingsAssignment { node: "n1".into(), settings: name.clone(), trace: Some(0xaf7) };
     lab.fleet.assign_settings([assignment.clone(), assignment]);
@@ -536,13 +537,13 @@ async fn five_hundred_agents_come_at_once() {
 }
 
 #[tokio::test]
-async fn a_question_goes_over_the_stream_and_its_answer_comes_back() {
+async fn query_travels_over_the_stream_and_returns_its_answer() {
     let lab = Lab::start(Limits::default()).await;
-    let question = || questions::Question { what: "lookup", filter: ":80/TCP".to_owned(), limit: 3 };
+    let question = || Query { what: "lookup", filter: ":80/TCP".to_owned(), limit: 3 };
     let refused = lab.fleet.ask("n9", question()).await;
-    assert_eq!(refused, Err(questions::QuestionError::UnknownNode("n9".to_owned())));
+    assert_eq!(refused, Err(QueryError::UnknownNode("n9".to_owned())));
     let refused = lab.fleet.ask("n1", question()).await;
-    assert_eq!(refused, Err(questions::QuestionError::NotConnected("n1".to_owned())));
+    assert_eq!(refused, Err(QueryError::NotConnected("n1".to_owned())));
 
     let mut agent = lab.agent("n1").await;
     agent.welcome(hello("n1")).await;
@@ -562,5 +563,5 @@ async fn a_question_goes_over_the_stream_and_its_answer_comes_back() {
     let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
     assert!(matches!(agent.next().await, ToAgent::Query(_)));
     drop(agent);
-    assert_eq!(asked.await.unwrap(), Err(questions::QuestionError::Ended("n1".to_owned())));
+    assert_eq!(asked.await.unwrap(), Err(QueryError::Ended("n1".to_owned())));
 }

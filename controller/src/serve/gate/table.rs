@@ -13,6 +13,8 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::token_bucket::{Rate, TokenBucket};
+
 /// A connection younger than this is only displaced in favor of a source that uses less.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long a peer has to read the answer that refuses it.
@@ -49,13 +51,6 @@ pub(crate) struct Pool {
     pub(crate) per_source: usize,
     /// How long a connection may stay in the stage.
     pub(crate) deadline: Duration,
-}
-
-/// Handshakes per second on average, and at once.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Rate {
-    pub(crate) per_second: f64,
-    pub(crate) burst: f64,
 }
 
 /// Bounds of one class of sources.
@@ -104,30 +99,6 @@ impl Turned {
             Self::TimedOut(Stage::Anonymous) => "no_stream",
             Self::Refused => "credential_refused",
         }
-    }
-}
-
-/// A token bucket.
-#[derive(Debug)]
-struct Bucket {
-    tokens: f64,
-    at: Instant,
-}
-
-impl Bucket {
-    fn full(rate: Rate, now: Instant) -> Self {
-        Self { tokens: rate.burst, at: now }
-    }
-
-    fn refill(&mut self, rate: Rate, now: Instant) {
-        let elapsed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.tokens = (self.tokens + elapsed * rate.per_second).min(rate.burst);
-        self.at = now;
-    }
-
-    fn has_one(&mut self, rate: Rate, now: Instant) -> bool {
-        self.refill(rate, now);
-        self.tokens >= 1.0
     }
 }
 
@@ -196,8 +167,8 @@ struct Entry<C> {
 #[derive(Debug)]
 struct Side {
     pools: [Members; 3],
-    all: Bucket,
-    each: HashMap<IpAddr, Bucket>,
+    all: TokenBucket,
+    each: HashMap<IpAddr, TokenBucket>,
 }
 
 /// All connections of a port. `C` is what closes one.
@@ -216,7 +187,7 @@ impl<C> Table<C> {
     pub(super) fn new(limits: GateLimits, now: Instant) -> Self {
         let side = |bounds: &Bounds| Side {
             pools: Default::default(),
-            all: Bucket::full(bounds.rate, now),
+            all: TokenBucket::new(bounds.rate, now),
             each: HashMap::new(),
         };
         let sides = [side(&limits.known), side(&limits.strangers)];
@@ -323,12 +294,8 @@ impl<C> Table<C> {
             self.close(id, turned)
         });
         let closing = closing.collect();
-        for (side, bounds) in self.sides.iter_mut().zip([&self.limits.known, &self.limits.strangers]) {
-            let rate = bounds.source_rate;
-            side.each.retain(|_, bucket| {
-                bucket.refill(rate, now);
-                bucket.tokens < rate.burst
-            });
+        for side in &mut self.sides {
+            side.each.retain(|_, bucket| !bucket.is_full(now));
         }
         closing
     }
@@ -366,18 +333,18 @@ impl<C> Table<C> {
     }
 
     fn begin_handshake(&mut self, source: IpAddr, class: Class, now: Instant) -> Result<(), Turned> {
-        let Bounds { rate, source_rate, .. } = *self.bounds(class);
+        let source_rate = self.bounds(class).source_rate;
         let side = &mut self.sides[class as usize];
         // The total comes first: it bounds how many sources are remembered.
-        if !side.all.has_one(rate, now) {
+        if !side.all.has_token(now) {
             return Err(Turned::TooOften);
         }
-        let each = side.each.entry(source).or_insert_with(|| Bucket::full(source_rate, now));
-        if !each.has_one(source_rate, now) {
+        let each = side.each.entry(source).or_insert_with(|| TokenBucket::new(source_rate, now));
+        // A refusal for the source's rate takes no token from the other sources.
+        if !each.take(now) {
             return Err(Turned::TooOften);
         }
-        each.tokens -= 1.0;
-        side.all.tokens -= 1.0;
+        side.all.take(now);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use switchtower_proto::v1::{Deviations, TrialStatus};
 
-use super::shortened;
+use crate::text::sanitized;
 
 /// Most samples of deviations that are kept.
 const SAMPLES: usize = 16;
@@ -13,23 +13,23 @@ const RESULTS: usize = 64;
 pub(super) fn deviations(mut deviations: Deviations) -> Deviations {
     deviations.samples.truncate(SAMPLES);
     for sample in &mut deviations.samples {
-        sample.item = shortened(&sample.item);
-        sample.reason = shortened(&sample.reason);
+        sample.item = sanitized(&sample.item);
+        sample.reason = sanitized(&sample.reason);
     }
     if let Some(settings) = &mut deviations.settings {
-        settings.profile = shortened(&settings.profile);
+        settings.profile = sanitized(&settings.profile);
     }
     deviations
 }
 
 /// A trial's standing of a Hello or a Report.
 pub(super) fn trial(mut trial: TrialStatus) -> TrialStatus {
-    trial.profile = shortened(&trial.profile);
+    trial.profile = sanitized(&trial.profile);
     trial.results.truncate(RESULTS);
     for result in &mut trial.results {
-        result.probe = shortened(&result.probe);
-        result.address = shortened(&result.address);
-        result.detail = shortened(&result.detail);
+        result.probe = sanitized(&result.probe);
+        result.address = sanitized(&result.address);
+        result.detail = sanitized(&result.detail);
         result.source_before.truncate(16);
         result.source_after.truncate(16);
     }

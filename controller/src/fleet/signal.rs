@@ -7,18 +7,18 @@ use switchtower_proto::v1::GoAwayReason;
 use tokio::sync::Notify;
 
 use super::lock;
-use crate::serve::questions::Desk;
+use super::queries::QueryQueue;
 
 /// What a stream is told from outside of its task.
 #[derive(Debug, Default)]
-pub(in crate::serve) struct Signal {
-    pub(in crate::serve) notify: Notify,
+pub(crate) struct Signal {
+    pub(crate) notify: Notify,
     /// The node's layers or settings changed since the session last looked.
     stale: AtomicBool,
     /// The session sleeps until something changes. While an update is under way or put off it does not: then a change
     /// costs it nothing.
     waiting: AtomicBool,
-    pub(in crate::serve) desk: Desk,
+    pub(crate) queries: QueryQueue,
     end: Mutex<Option<GoAwayReason>>,
 }
 
@@ -37,22 +37,22 @@ impl Signal {
     }
 
     /// Whether something changed since the last call.
-    pub(in crate::serve) fn take_changed(&self) -> bool {
+    pub(crate) fn take_changed(&self) -> bool {
         self.stale.swap(false, Ordering::SeqCst)
     }
 
     /// The session is about to sleep until something changes. False: something has.
-    pub(in crate::serve) fn wait_for_change(&self) -> bool {
+    pub(crate) fn wait_for_change(&self) -> bool {
         self.waiting.store(true, Ordering::SeqCst);
         !self.stale.load(Ordering::SeqCst)
     }
 
     /// The session does not wait for changes now.
-    pub(in crate::serve) fn stop_waiting(&self) {
+    pub(crate) fn stop_waiting(&self) {
         self.waiting.store(false, Ordering::SeqCst);
     }
 
-    pub(in crate::serve) fn ended(&self) -> Option<GoAwayReason> {
+    pub(crate) fn ended(&self) -> Option<GoAwayReason> {
         *lock(&self.end)
     }
 }

@@ -4,9 +4,11 @@
 //! meanwhile goes into the next; a number once sent is never used for other content; what the agent says
 //! only ever concerns its own node.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures::Stream;
 use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
 use switchtower_core::wire;
 use switchtower_proto::digest::Digest;
@@ -19,70 +21,36 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
-use super::auth::Identity;
-use super::fleet::{Fleet, Signal};
-use super::questions::Asking;
-use crate::peers::Peers;
+use crate::fleet::queries::PendingQuery;
+use crate::fleet::{Fleet, Signal};
+use crate::text::sanitized;
+use crate::token_bucket::{Rate, TokenBucket};
 
 mod bounded;
 mod hello;
 mod in_flight;
+mod limits;
 mod received;
 
 use in_flight::InFlight;
-
-/// Longest text of an agent that is kept.
-const TEXT: usize = 512;
+pub use limits::Limits;
 
 /// An API server that was not heard for this long may not answer for tokens either.
 const UNHEARD: Duration = Duration::from_secs(30);
 
-/// Bounds and times of streams.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// This replica's name, for agents.
-    pub replica: String,
-    /// Addresses of all replicas, for agents.
-    pub peers: Peers,
-    /// Most streams.
-    pub streams: usize,
-    /// New streams per second, on average.
-    pub streams_per_second: f64,
-    /// New streams at once.
-    pub stream_burst: f64,
-    /// From the stream's start to its Hello.
-    pub hello: Duration,
-    /// From an update to its acknowledgement.
-    pub acknowledgement: Duration,
-    /// Between two pings.
-    pub ping: Duration,
-    /// A peer that says nothing for this long, or takes nothing, is gone.
-    pub silence: Duration,
-    /// Messages of one agent per second, on average; ten times as many at once.
-    pub messages_per_second: f64,
-    /// First pause after a refused update; doubles up to 64 times.
-    pub pause: Duration,
+/// An authenticated agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Name of its Node.
+    pub node: Arc<str>,
+    /// Expiry of its token.
+    pub expires: SystemTime,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            replica: "controller".to_owned(),
-            peers: Peers::new(Vec::new()).0,
-            streams: 20_000,
-            streams_per_second: 1_000.0,
-            stream_burst: 2_000.0,
-            hello: Duration::from_secs(10),
-            acknowledgement: Duration::from_secs(60),
-            ping: Duration::from_secs(15),
-            silence: Duration::from_secs(45),
-            messages_per_second: 100.0,
-            pause: Duration::from_secs(1),
-        }
-    }
-}
+/// Messages for the agent.
+pub(crate) type Outbound = Pin<Box<dyn Stream<Item = Result<ControllerMessage, Status>> + Send>>;
 
-/// Why a stream ends.
+/// Reason for the end of a stream.
 #[derive(Debug)]
 enum End {
     /// The agent is told.
@@ -100,7 +68,7 @@ struct Pause {
 }
 
 /// One agent's stream.
-pub(super) struct Session {
+pub(crate) struct Session {
     fleet: Arc<Fleet>,
     limits: Arc<Limits>,
     node: Arc<str>,
@@ -122,14 +90,13 @@ pub(super) struct Session {
     pause: Option<Pause>,
     refusals: u32,
     pings: u64,
-    asking: Asking,
+    query: PendingQuery,
     heard: Instant,
-    tokens: f64,
-    refilled: Instant,
+    allowance: TokenBucket,
 }
 
 /// The answer to an agent that comes when there is no room.
-pub(super) fn overloaded(limits: &Limits) -> super::Outbound {
+pub(crate) fn overloaded(limits: &Limits) -> Outbound {
     let message = go_away(GoAwayReason::Overloaded, "too many agents come at once".to_owned(), limits);
     Box::pin(tokio_stream::once(Ok(message)))
 }
@@ -158,23 +125,20 @@ fn put_off(left: Duration, upstream_age: Option<Duration>) -> Option<Duration> {
     (!heard && !left.is_zero()).then(|| left.min(UNHEARD.mul_f64(rand::random_range(0.5..1.0))))
 }
 
-/// What an agent says, in bounds, and without what a terminal would take for a command.
-pub(super) fn shortened(text: &str) -> String {
-    text.chars().take(TEXT).map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
-}
-
 impl Session {
-    pub(super) fn new(
+    pub(crate) fn new(
         fleet: Arc<Fleet>,
         limits: Arc<Limits>,
         identity: Identity,
         out: mpsc::Sender<Result<ControllerMessage, Status>>,
     ) -> Self {
         let now = Instant::now();
+        let per_second = limits.messages_per_second;
+        let rate = Rate { per_second, burst: per_second * 10.0 };
         let node = identity.node;
         Self {
             subscription: Subscription { node: node.clone(), zone: None, settings: ("".into(), 0) },
-            tokens: limits.messages_per_second * 10.0,
+            allowance: TokenBucket::new(rate, now.into_std()),
             fleet,
             limits,
             node,
@@ -190,14 +154,13 @@ impl Session {
             pause: None,
             refusals: 0,
             pings: 0,
-            asking: Asking::default(),
+            query: PendingQuery::default(),
             heard: now,
-            refilled: now,
         }
     }
 
     /// Runs the stream to its end.
-    pub(super) async fn run(mut self, mut inbound: Streaming<AgentMessage>) {
+    pub(crate) async fn run(mut self, mut inbound: Streaming<AgentMessage>) {
         let end = match self.open(&mut inbound).await {
             Ok(signal) => {
                 let end = self.exchange(&mut inbound, &signal).await;
@@ -299,8 +262,8 @@ impl Session {
             known.sent = highest;
             known.desired = highest;
             known.failure = None;
-            known.agent_version = shortened(&hello.agent_version);
-            known.kernel_version = shortened(&hello.kernel_version);
+            known.agent_version = sanitized(&hello.agent_version);
+            known.kernel_version = sanitized(&hello.kernel_version);
             known.addresses =
                 hello.addresses.iter().take(64).filter_map(|octets| wire::address(octets)).collect();
             if known.settings != settings {
@@ -323,7 +286,7 @@ impl Session {
             if let Err(end) = self.advance().await {
                 return end;
             }
-            if let Some(query) = self.asking.next(&signal.desk)
+            if let Some(query) = self.query.next(&signal.queries)
                 && let Err(end) = self.send(ToAgent::Query(query)).await
             {
                 return end;
@@ -518,7 +481,7 @@ fn broken(status: &Status) -> End {
         tonic::Code::OutOfRange
         | tonic::Code::ResourceExhausted
         | tonic::Code::Internal
-        | tonic::Code::InvalidArgument => End::GoAway(GoAwayReason::Malformed, shortened(status.message())),
+        | tonic::Code::InvalidArgument => End::GoAway(GoAwayReason::Malformed, sanitized(status.message())),
         _ => End::Gone("connection_lost"),
     }
 }
@@ -537,10 +500,5 @@ mod tests {
             assert_eq!(put_off(seconds(3), age), Some(seconds(3)), "not beyond its token");
             assert_eq!(put_off(Duration::ZERO, age), None);
         }
-    }
-
-    #[test]
-    fn an_agent_sends_no_commands_to_terminals() {
-        assert_eq!(shortened("a\u{1b}]0;x\u{7}b\nc\u{9b}d"), "a ]0;x b c d");
     }
 }

@@ -21,9 +21,9 @@ struct Addresses {
 
 /// Addresses that agents are expected at; shared by the fleet, which learns them, and the port.
 #[derive(Debug, Default)]
-pub(crate) struct Known(Mutex<Addresses>);
+pub(crate) struct KnownAddresses(Mutex<Addresses>);
 
-impl Known {
+impl KnownAddresses {
     fn with<T>(&self, look: impl FnOnce(&mut Addresses) -> T) -> T {
         look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn addresses_of_nodes_come_and_go() {
-        let (known, now) = (Known::default(), Instant::now());
+        let (known, now) = (KnownAddresses::default(), Instant::now());
         let [a, b] = [1, 2].map(|last| IpAddr::from([192, 0, 2, last]));
         known.node(&"n1".into(), vec![a]);
         known.node(&"n2".into(), vec![a, b]);

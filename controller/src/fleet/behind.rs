@@ -8,7 +8,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{GaugeVec, Opts};
 
-use super::fleet::Fleet;
+use super::Fleet;
 use crate::status::Registry as _;
 
 /// Most nodes that are named: those that have been behind for longest.

@@ -9,8 +9,8 @@ use switchtower_core::model::ObjectKey;
 use switchtower_proto::v1::HealthCheckFailure;
 use tokio::time::Instant;
 
-use super::super::session::shortened;
 use super::{Fleet, lock};
+use crate::text::sanitized;
 
 /// Most problems of one node in a minute.
 const TOLD: u32 = 16;
@@ -33,7 +33,7 @@ impl Told {
 
 impl Fleet {
     /// Health checks that a node cannot listen on, as what is wrong with their Services.
-    pub(in crate::serve) fn cannot_listen(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
+    pub(crate) fn cannot_listen(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
         for HealthCheckFailure { key, address, error } in failures.iter().take(TOLD as usize) {
             let Some(key) = key else { continue };
             if !self.read(|layers| layers.has_health_check(node, key)) {
@@ -52,8 +52,8 @@ impl Fleet {
                 message: format!(
                     "node {node} cannot listen on {} for the health check node port: {}; it tries again every five \
                      seconds",
-                    shortened(address),
-                    shortened(error)
+                    sanitized(address),
+                    sanitized(error)
                 ),
             });
         }
@@ -72,9 +72,9 @@ mod tests {
     use switchtower_proto::v1::{Change, HealthCheck, HealthCheckKey, NodeRecord, Source};
 
     use super::*;
+    use crate::fleet::builtin_settings;
+    use crate::fleet::metrics::StreamMetrics;
     use crate::propagation::{Propagation, PropagationMetrics};
-    use crate::serve::fleet::builtin_settings;
-    use crate::serve::metrics::ServeMetrics;
     use crate::status::Floors;
 
     fn failure(name: &str) -> HealthCheckFailure {
@@ -90,7 +90,7 @@ mod tests {
         let fleet = Fleet::new(
             builtin_settings(),
             Floors::default(),
-            ServeMetrics::new(&registry).unwrap(),
+            StreamMetrics::new(&registry).unwrap(),
             Arc::new(|| None),
             Arc::new(propagation),
             Arc::new(move |problem| sink.lock().unwrap().push(problem)),

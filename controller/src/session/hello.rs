@@ -23,7 +23,7 @@ pub(super) type Fault = (GoAwayReason, String);
 /// what it was given.
 pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> {
     let malformed = |what: &str| Err((GoAwayReason::Malformed, format!("Hello: {what}")));
-    // What it says of deviations and of a trial is shortened where it is taken in.
+    // What it says of deviations and of a trial is sanitized where it is taken in.
     let Hello {
         versions,
         features,

@@ -7,8 +7,9 @@ use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{Ack, AgentMessage, GoAwayReason, Nack, NackReason, Pong, Report};
 use tokio::time::Instant;
 
-use super::{End, Pause, Session, bounded, shortened};
+use super::{End, Pause, Session, bounded};
 use crate::status::observation::{Failure, nack_word};
+use crate::text::sanitized;
 
 /// Most kernel settings that a row names.
 const KERNEL_SETTINGS: usize = 8;
@@ -16,11 +17,8 @@ const KERNEL_SETTINGS: usize = 8;
 impl Session {
     pub(super) async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
         self.heard = Instant::now();
-        let refill = self.heard.duration_since(self.refilled).as_secs_f64() * self.limits.messages_per_second;
-        self.tokens = (self.tokens + refill).min(self.limits.messages_per_second * 10.0) - 1.0;
-        self.refilled = self.heard;
         let malformed = |detail: &str| Err(End::GoAway(GoAwayReason::Malformed, detail.to_owned()));
-        if self.tokens < 0.0 {
+        if !self.allowance.take(self.heard.into_std()) {
             return malformed("too many messages");
         }
         match message.message {
@@ -37,7 +35,7 @@ impl Session {
             Some(FromAgent::Ack(_) | FromAgent::Nack(_) | FromAgent::Report(_)) => Ok(()),
             Some(FromAgent::Ping(ping)) => self.send(ToAgent::Pong(Pong { sequence: ping.sequence })).await,
             Some(FromAgent::Answer(answer)) => {
-                self.asking.take(answer);
+                self.query.take(answer);
                 Ok(())
             }
             Some(FromAgent::Pong(_)) => Ok(()),
@@ -114,7 +112,7 @@ impl Session {
         }
         self.fleet.metrics().nacked(nack_word(reason));
         tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
-            errno = nack.errno, detail = shortened(&nack.detail), "the agent refused an update");
+            errno = nack.errno, detail = sanitized(&nack.detail), "the agent refused an update");
         if let Some(sent) = self.in_flight.as_mut().filter(|_| in_flight) {
             let revision = sent.after.revision();
             // The agent has the update and acknowledges it when its kernel takes it.
@@ -127,7 +125,7 @@ impl Session {
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.failure = Some(Failure {
                 reason: nack_word(reason),
-                detail: shortened(&nack.detail),
+                detail: sanitized(&nack.detail),
                 errno: nack.errno,
                 generation: nack.generation,
             });
@@ -160,12 +158,12 @@ impl Session {
         self.fleet.observe_with(&self.node, self.number, |known| {
             // Without a cause the count is of the past, told anew to a controller that may not know it.
             if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
-                known.note_drift(shortened(&report.drift_cause));
+                known.note_drift(sanitized(&report.drift_cause));
             }
             known.drift_repaired = report.drift_repaired;
             known.foreign_proxy = report.foreign_proxy;
             let unset = report.unset_kernel_settings.iter().take(KERNEL_SETTINGS);
-            known.unset_kernel_settings = unset.map(|one| shortened(one)).collect();
+            known.unset_kernel_settings = unset.map(|one| sanitized(one)).collect();
             if let Some(trial) = &report.trial {
                 known.trial = Some(bounded::trial(trial.clone()));
             }

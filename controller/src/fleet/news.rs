@@ -9,7 +9,7 @@ use crate::status::{News, Observation};
 
 impl Fleet {
     /// Changes what is known of a node, if `session` still is its stream. `change` returns what that means to the row.
-    pub(in crate::serve) fn observe_with(
+    pub(crate) fn observe_with(
         &self,
         node: &Arc<str>,
         session: u64,

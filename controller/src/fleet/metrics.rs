@@ -4,20 +4,20 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, 
 
 /// Metrics of the streams.
 #[derive(Debug, Clone)]
-pub struct ServeMetrics {
+pub struct StreamMetrics {
     refusals: IntCounterVec,
     /// Open streams.
-    pub(super) streams: IntGauge,
+    pub(crate) streams: IntGauge,
     /// Payload bytes of parts.
-    pub(super) sent_bytes: IntCounter,
+    pub(crate) sent_bytes: IntCounter,
     updates: IntCounterVec,
     nacks: IntCounterVec,
     /// From the end of an update's sending to its acknowledgement.
-    pub(super) ack_seconds: Histogram,
+    pub(crate) ack_seconds: Histogram,
     ended: IntCounterVec,
 }
 
-impl ServeMetrics {
+impl StreamMetrics {
     /// Creates and registers them.
     ///
     /// # Errors
@@ -55,24 +55,24 @@ impl ServeMetrics {
         })
     }
 
-    pub(super) fn refused(&self, reason: &str) {
+    pub(crate) fn refused(&self, reason: &str) {
         self.refusals.with_label_values(&[reason]).inc();
     }
 
-    pub(super) fn updated(&self, kind: &str) {
+    pub(crate) fn updated(&self, kind: &str) {
         self.updates.with_label_values(&[kind]).inc();
     }
 
-    pub(super) fn nacked(&self, reason: &str) {
+    pub(crate) fn nacked(&self, reason: &str) {
         self.nacks.with_label_values(&[reason]).inc();
     }
 
-    pub(super) fn ended(&self, reason: &str) {
+    pub(crate) fn ended(&self, reason: &str) {
         self.ended.with_label_values(&[reason]).inc();
     }
 
     #[cfg(test)]
-    pub(super) fn refusals(&self, reason: &str) -> u64 {
+    pub(crate) fn refusals(&self, reason: &str) -> u64 {
         self.refusals.with_label_values(&[reason]).get()
     }
 }

@@ -3,9 +3,9 @@
 //! Locks are held for O(change) work only and never across an await. Order: nodes before layers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::compiled::{Compiled, Problem};
@@ -18,18 +18,22 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, GoAwayReason, NodeRecord, Resume, Settings, Source};
 use tokio::sync::Notify;
 
+pub mod addresses;
+pub mod behind;
+mod inspect;
 mod locality;
-mod look;
+pub mod metrics;
+pub mod queries;
 mod reports;
 mod settings;
 
-pub use look::Reach;
+pub use inspect::Reach;
 pub use settings::{SettingsAssignment, SettingsName, builtin_settings};
 
-use super::gate::known::Known;
-use super::metrics::ServeMetrics;
-use super::questions::Desk;
-use super::session::Limits;
+use addresses::KnownAddresses;
+use metrics::StreamMetrics;
+use queries::QueryQueue;
+
 use crate::propagation::{Propagation, unix_nanoseconds};
 use crate::status::{Floor, Floors, Observation};
 
@@ -44,9 +48,9 @@ const SETTLE: Duration = Duration::from_secs(45);
 
 /// What a stream is told from outside of its task.
 #[derive(Debug, Default)]
-pub(super) struct Signal {
-    pub(super) notify: Notify,
-    pub(super) desk: Desk,
+pub(crate) struct Signal {
+    pub(crate) notify: Notify,
+    pub(crate) queries: QueryQueue,
     end: Mutex<Option<GoAwayReason>>,
 }
 
@@ -56,7 +60,7 @@ impl Signal {
         self.notify.notify_one();
     }
 
-    pub(super) fn ended(&self) -> Option<GoAwayReason> {
+    pub(crate) fn ended(&self) -> Option<GoAwayReason> {
         *lock(&self.end)
     }
 }
@@ -109,7 +113,7 @@ pub struct Fleet {
     ready: AtomicBool,
     /// Since when streams are accepted.
     accepting: OnceLock<tokio::time::Instant>,
-    metrics: ServeMetrics,
+    metrics: StreamMetrics,
     upstream: UpstreamAge,
     propagation: Arc<Propagation>,
     problems: ProblemSink,
@@ -117,26 +121,8 @@ pub struct Fleet {
     changed: Notify,
     /// One snapshot is compressed at a time; who comes later finds it done.
     compressing: tokio::sync::Mutex<()>,
-    streams: AtomicUsize,
-    bucket: Mutex<Bucket>,
     /// Where agents are expected to come from.
-    known: Arc<Known>,
-}
-
-#[derive(Debug)]
-struct Bucket {
-    tokens: f64,
-    at: Instant,
-}
-
-/// A place among the streams; given back when dropped.
-pub(super) struct Permit(Arc<Fleet>);
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
-        self.0.metrics.streams.dec();
-    }
+    known: Arc<KnownAddresses>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -149,7 +135,7 @@ impl Fleet {
     pub fn new(
         settings: Settings,
         floors: Floors,
-        metrics: ServeMetrics,
+        metrics: StreamMetrics,
         upstream: UpstreamAge,
         propagation: Arc<Propagation>,
         problems: ProblemSink,
@@ -175,19 +161,17 @@ impl Fleet {
             dirty: Mutex::default(),
             changed: Notify::new(),
             compressing: tokio::sync::Mutex::default(),
-            streams: AtomicUsize::new(0),
-            bucket: Mutex::new(Bucket { tokens: f64::MAX, at: Instant::now() }),
             known: Arc::default(),
         })
     }
 
     /// Where agents are expected to come from.
-    pub(super) fn known(&self) -> &Arc<Known> {
+    pub(crate) fn known(&self) -> &Arc<KnownAddresses> {
         &self.known
     }
 
     /// Streams are accepted from now on.
-    pub(super) fn accept(&self) {
+    pub(crate) fn accept(&self) {
         self.accepting.get_or_init(tokio::time::Instant::now);
     }
 
@@ -266,15 +250,15 @@ impl Fleet {
     }
 
     /// The node's open stream.
-    pub(super) fn signal(&self, node: &str) -> Option<Arc<Signal>> {
+    pub(crate) fn signal(&self, node: &str) -> Option<Arc<Signal>> {
         lock(&self.nodes).nodes.get(node)?.signal.clone()
     }
 
-    pub(super) fn ready(&self) -> bool {
+    pub(crate) fn ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
     }
 
-    pub(super) fn metrics(&self) -> &ServeMetrics {
+    pub(crate) fn metrics(&self) -> &StreamMetrics {
         &self.metrics
     }
 
@@ -283,20 +267,20 @@ impl Fleet {
         (self.upstream)()
     }
 
-    pub(super) fn resume_token(&self, revision: u64) -> Resume {
+    pub(crate) fn resume_token(&self, revision: u64) -> Resume {
         Resume { instance: self.instance.to_vec(), revision }
     }
 
     /// The revision in a resume token, if this process gave it out.
-    pub(super) fn resumable(&self, resume: Option<&Resume>) -> Option<u64> {
+    pub(crate) fn resumable(&self, resume: Option<&Resume>) -> Option<u64> {
         resume.filter(|resume| resume.instance == self.instance).map(|resume| resume.revision)
     }
 
-    pub(super) fn subscription(&self, node: &str) -> Option<Subscription> {
+    pub(crate) fn subscription(&self, node: &str) -> Option<Subscription> {
         lock(&self.nodes).nodes.get(node)?.subscription.clone()
     }
 
-    pub(super) fn read<T>(&self, look: impl FnOnce(&Layers) -> T) -> T {
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&Layers) -> T) -> T {
         look(&self.layers.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -305,7 +289,7 @@ impl Fleet {
     }
 
     /// What a node has to be sent; compresses a snapshot first if one is missing. Never `Compress`.
-    pub(super) async fn plan(
+    pub(crate) async fn plan(
         self: &Arc<Self>,
         subscription: &Subscription,
         from: Option<&Cursor>,
@@ -327,26 +311,8 @@ impl Fleet {
         }
     }
 
-    /// A place for a new stream; `None` if there are too many, or too many came at once.
-    pub(super) fn admit(self: &Arc<Self>, limits: &Limits) -> Option<Permit> {
-        let mut bucket = lock(&self.bucket);
-        let now = Instant::now();
-        let refilled =
-            bucket.tokens + now.duration_since(bucket.at).as_secs_f64() * limits.streams_per_second;
-        bucket.tokens = refilled.min(limits.stream_burst);
-        bucket.at = now;
-        if bucket.tokens < 1.0 || self.streams.load(Ordering::Relaxed) >= limits.streams {
-            self.metrics.refused("too_many_streams");
-            return None;
-        }
-        bucket.tokens -= 1.0;
-        self.streams.fetch_add(1, Ordering::Relaxed);
-        self.metrics.streams.inc();
-        Some(Permit(self.clone()))
-    }
-
     /// Where a new session of the node starts from.
-    pub(super) fn floor(&self, node: &str) -> Floor {
+    pub(crate) fn floor(&self, node: &str) -> Floor {
         let mut floor = self.floors.get(node);
         if let Some(known) = lock(&self.nodes).nodes.get(node).and_then(|node| node.observation.as_ref()) {
             floor.session = floor.session.max(known.session);
@@ -356,7 +322,7 @@ impl Fleet {
     }
 
     /// Makes this the node's stream; the one before it is told to go. `None`: the Node does not exist.
-    pub(super) fn open(&self, node: &Arc<str>, floor: &mut Floor) -> Option<(u64, Arc<Signal>)> {
+    pub(crate) fn open(&self, node: &Arc<str>, floor: &mut Floor) -> Option<(u64, Arc<Signal>)> {
         let mut nodes = lock(&self.nodes);
         let entry = nodes.nodes.get_mut(node).filter(|entry| entry.subscription.is_some())?;
         let known = entry.observation.get_or_insert_default();
@@ -372,7 +338,7 @@ impl Fleet {
     }
 
     /// Changes what is known of a node, if `session` still is its stream.
-    pub(super) fn observe_with(&self, node: &Arc<str>, session: u64, change: impl FnOnce(&mut Observation)) {
+    pub(crate) fn observe_with(&self, node: &Arc<str>, session: u64, change: impl FnOnce(&mut Observation)) {
         let mut nodes = lock(&self.nodes);
         let Some(known) = nodes.nodes.get_mut(node).and_then(|entry| entry.observation.as_mut()) else {
             return;
@@ -392,7 +358,7 @@ impl Fleet {
     }
 
     /// Remembers the place that a node acknowledged, and the update that brought it there, if one did.
-    pub(super) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor, delivery: Option<Delivery>) {
+    pub(crate) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor, delivery: Option<Delivery>) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
         if entry.observation.as_ref().is_none_or(|known| known.session != session) {
@@ -415,7 +381,7 @@ impl Fleet {
     }
 
     /// A node refused an update that leads to a revision of the layers.
-    pub(super) fn refused(&self, node: &Arc<str>, session: u64, revision: u64, reason: &'static str) {
+    pub(crate) fn refused(&self, node: &Arc<str>, session: u64, revision: u64, reason: &'static str) {
         let nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get(node) else { return };
         if let Some(slot) =
@@ -432,12 +398,12 @@ impl Fleet {
     }
 
     /// The place that a node acknowledged last, while this process runs.
-    pub(super) fn last_place(&self, node: &str) -> Option<Cursor> {
+    pub(crate) fn last_place(&self, node: &str) -> Option<Cursor> {
         lock(&self.nodes).nodes.get(node)?.cursor.clone()
     }
 
     /// The stream is over. `lost`: not because this controller ended it.
-    pub(super) fn close(&self, node: &Arc<str>, session: u64, lost: bool) {
+    pub(crate) fn close(&self, node: &Arc<str>, session: u64, lost: bool) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
         let Some(known) = entry.observation.as_mut().filter(|known| known.session == session) else { return };

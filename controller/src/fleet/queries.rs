@@ -1,0 +1,241 @@
+//! Querys about a node's kernel, asked over the agent's stream (fleet.proto: Query, Answer).
+//!
+//! What holds: one query at a time per node, so many per minute, and an answer of bounded length; who asks
+//! waits for its turn and for the answer no longer than [`QUERY_TIMEOUT`]. An agent can only ever answer what was
+//! asked of its own node.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use switchtower_proto::v1::{Answer, Query as QueryMessage};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::Fleet;
+use crate::token_bucket::{Rate, TokenBucket};
+
+/// Longest time from a query to its answer, waiting for the turn included.
+pub const QUERY_TIMEOUT: Duration = Duration::from_secs(15);
+/// Maximum rate of queries to one node.
+const RATE: Rate = Rate { per_second: 2.0, burst: 20.0 };
+/// Longest answer, in bytes; as in fleet.proto.
+const ANSWER: usize = 16 << 20;
+
+/// What is asked; fleet.proto says what there is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Query {
+    /// "lookup", "frontends", ….
+    pub what: &'static str,
+    /// As the query has it.
+    pub filter: String,
+    /// Most items; 0: the agent's default.
+    pub limit: u32,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueryError {
+    /// No such Node.
+    #[error("there is no Node {0}, or it is left out by the controller's --node-selector")]
+    UnknownNode(String),
+    /// Its agent is away.
+    #[error("the agent of {0} is not connected: what its kernel holds cannot be asked now")]
+    NotConnected(String),
+    /// Too many querys.
+    #[error("{0} was asked too often in the last seconds; try again in a moment")]
+    TooOften(String),
+    /// The agent does not answer.
+    #[error("the agent of {node} did not answer within {seconds} s", node = .0, seconds = QUERY_TIMEOUT.as_secs())]
+    TimedOut(String),
+    /// The stream ended meanwhile.
+    #[error("the stream of {0} ended before it answered")]
+    Ended(String),
+    /// The answer is longer than agreed.
+    #[error("the answer of {0} is longer than {ANSWER} bytes")]
+    TooLong(String),
+    /// What the agent says.
+    #[error("the agent of {node} says: {text}")]
+    Agent {
+        /// The node.
+        node: String,
+        /// Its words.
+        text: String,
+    },
+}
+
+/// What became of a query, without the node's name.
+#[derive(Debug)]
+enum Failure {
+    TooLong,
+    Agent(String),
+}
+
+type Outcome = Result<Vec<u8>, Failure>;
+
+/// Where querys to one stream lie until it takes them.
+#[derive(Debug)]
+pub(crate) struct QueryQueue {
+    turn: Semaphore,
+    allowance: Mutex<TokenBucket>,
+    waiting: Mutex<Option<(Query, oneshot::Sender<Outcome>)>>,
+}
+
+impl Default for QueryQueue {
+    fn default() -> Self {
+        Self {
+            turn: Semaphore::new(1),
+            allowance: Mutex::new(TokenBucket::new(RATE, Instant::now())),
+            waiting: Mutex::default(),
+        }
+    }
+}
+
+impl QueryQueue {
+    fn allowed(&self, now: Instant) -> bool {
+        self.allowance.lock().unwrap_or_else(PoisonError::into_inner).take(now)
+    }
+
+    fn put(&self, query: Query) -> oneshot::Receiver<Outcome> {
+        let (answer, answered) = oneshot::channel();
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((query, answer));
+        answered
+    }
+
+    fn take(&self) -> Option<(Query, oneshot::Sender<Outcome>)> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Fleet {
+    /// Asks a node's agent.
+    ///
+    /// # Errors
+    /// It is not connected, or does not answer.
+    pub async fn ask(self: &Arc<Self>, node: &str, query: Query) -> Result<Vec<u8>, QueryError> {
+        if !self.knows(node) {
+            return Err(QueryError::UnknownNode(node.to_owned()));
+        }
+        let signal = self.signal(node).ok_or_else(|| QueryError::NotConnected(node.to_owned()))?;
+        let asked = async {
+            let _turn =
+                signal.queries.turn.acquire().await.map_err(|_| QueryError::Ended(node.to_owned()))?;
+            if !signal.queries.allowed(Instant::now()) {
+                return Err(QueryError::TooOften(node.to_owned()));
+            }
+            let answered = signal.queries.put(query);
+            signal.notify.notify_one();
+            match answered.await {
+                Ok(Ok(payload)) => Ok(payload),
+                Ok(Err(Failure::TooLong)) => Err(QueryError::TooLong(node.to_owned())),
+                Ok(Err(Failure::Agent(text))) => Err(QueryError::Agent { node: node.to_owned(), text }),
+                Err(_) => Err(QueryError::Ended(node.to_owned())),
+            }
+        };
+        let ended = async {
+            // A stream that ends leaves its queue behind: nobody would take the query.
+            while self.signal(node).is_some_and(|now| Arc::ptr_eq(&now, &signal)) {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            Err(QueryError::Ended(node.to_owned()))
+        };
+        let answer = async {
+            tokio::select! {
+                answer = asked => answer,
+                ended = ended => ended,
+            }
+        };
+        let late = || QueryError::TimedOut(node.to_owned());
+        tokio::time::timeout(QUERY_TIMEOUT, answer).await.map_err(|_| late())?
+    }
+}
+
+/// The query that a stream's agent is answering.
+#[derive(Debug, Default)]
+pub(crate) struct PendingQuery {
+    number: u64,
+    running: Option<(oneshot::Sender<Outcome>, Vec<u8>)>,
+}
+
+impl PendingQuery {
+    /// The next query for the agent, if the one before is answered or nobody waits for it any more.
+    pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<QueryMessage> {
+        if self.running.as_ref().is_some_and(|(answer, _)| !answer.is_closed()) {
+            return None;
+        }
+        let (Query { what, filter, limit }, answer) = queue.take()?;
+        self.number += 1;
+        self.running = Some((answer, Vec::new()));
+        Some(QueryMessage { id: self.number, what: what.to_owned(), filter, limit })
+    }
+
+    /// Takes a part of the answer. What was not asked, or is not waited for any more, is passed over.
+    pub(crate) fn take(&mut self, part: Answer) {
+        if part.id != self.number {
+            return;
+        }
+        let Some((answer, mut payload)) = self.running.take() else { return };
+        let outcome = if !part.error.is_empty() {
+            Err(Failure::Agent(part.error.chars().take(512).collect()))
+        } else if payload.len() + part.part.len() > ANSWER {
+            Err(Failure::TooLong)
+        } else {
+            payload.extend(part.part);
+            if !part.last {
+                self.running = Some((answer, payload));
+                return;
+            }
+            Ok(payload)
+        };
+        // Who asked may have given up.
+        let _ = answer.send(outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn query() -> Query {
+        Query { what: "lookup", filter: "10.96.0.1:80/TCP".to_owned(), limit: 0 }
+    }
+
+    fn part(id: u64, part: &[u8], last: bool) -> Answer {
+        Answer { id, part: part.to_vec(), last, error: String::new() }
+    }
+
+    #[test]
+    fn parts_are_joined_and_strangers_passed_over() {
+        let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
+        assert_eq!(pending.next(&queue), None);
+        let mut answered = queue.put(query());
+        let query = pending.next(&queue).unwrap();
+        assert_eq!((query.id, query.what.as_str(), query.limit), (1, "lookup", 0));
+        pending.take(part(7, b"not asked", true));
+        pending.take(part(1, b"one ", false));
+        assert!(pending.next(&queue).is_none());
+        pending.take(part(1, b"answer", true));
+        assert_eq!(answered.try_recv().unwrap().unwrap(), b"one answer");
+        pending.take(part(1, b"twice", true));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_waits_for_makes_room() {
+        let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
+        drop(queue.put(query()));
+        assert_eq!(pending.next(&queue).unwrap().id, 1);
+        let mut answered = queue.put(query());
+        assert_eq!(pending.next(&queue).unwrap().id, 2);
+        pending.take(part(1, b"late", true));
+        pending.take(Answer { id: 2, error: "no".to_owned(), ..Answer::default() });
+        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::Agent(text)) if text == "no"));
+    }
+
+    #[test]
+    fn answers_have_a_bound() {
+        let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
+        let mut answered = queue.put(query());
+        pending.next(&queue).unwrap();
+        pending.take(part(1, &vec![0; ANSWER], false));
+        pending.take(part(1, b"x", true));
+        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::TooLong)));
+    }
+}
