@@ -1,19 +1,21 @@
-//! The task that turns what the watches heard into revisions of the layers.
+//! Task that compiles the input of the watches into revisions of the layers.
 //!
-//! What holds: nothing is published before every watch is synced and the first compile is done; the first
-//! event compiles at once, and what arrives while a compile runs goes into the next one (there is no timer);
-//! a compile costs what changed, not what there is.
+//! Invariants: nothing is published before every watch is synced and the first compilation is done. The first event
+//! is compiled at once, and events during a compilation are combined in the next one (there is no timer). The cost of
+//! a compilation depends on the changes, not on the size of the cluster.
 
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
-use switchtower_core::compiled::Compiled;
+use switchtower_core::compile::Compiler;
 use switchtower_core::model::Input;
 use switchtower_core::propagation::{Change, Publication, TraceContext};
 use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, watch};
 
 use crate::events::EventSink;
+use crate::fleet::Fleet;
 use crate::metrics::health::Busy;
 use crate::propagation::unix_nanoseconds;
 use crate::status::NodeEvent;
@@ -23,31 +25,19 @@ mod intake;
 
 use intake::{Intake, Work};
 
-/// Batches taken at once.
+/// Maximum number of batches per compilation.
 const BATCHES: usize = 1_024;
 
-/// Where the layers stand.
+/// State of the layers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Head {
     /// Revision of the layers: one counter per process, from 1.
     pub revision: u64,
-    /// Up to where each resource is processed.
+    /// Processed version of each resource.
     pub source: Source,
 }
 
-/// The compiler and the layers as the engine drives them.
-pub trait Pipeline: Send + 'static {
-    /// Compiles inputs in their order; returns exactly what differs from before.
-    fn compile(&mut self, inputs: Vec<Input>) -> Compiled;
-
-    /// Hands changed layers to the sessions, and notes when. Returns the new revision.
-    fn publish(&mut self, compiled: Compiled, publication: Publication, source: Source) -> u64;
-
-    /// Resources are processed further, and no layer changed.
-    fn advance(&mut self, source: Source);
-}
-
-/// What the engine feeds besides the layers.
+/// Outputs of the engine in addition to the layers.
 #[derive(Debug)]
 pub struct Outputs {
     /// `None` until the first compile is published.
@@ -56,11 +46,11 @@ pub struct Outputs {
     pub nodes: Vec<mpsc::UnboundedSender<NodeEvent>>,
     /// Problems of objects.
     pub events: EventSink,
-    /// Since when it has been working, for the liveness probe.
+    /// Start of the current work, for the liveness probe.
     pub busy: Busy,
 }
 
-/// Measures of the engine.
+/// Metrics of the engine.
 #[derive(Debug, Clone)]
 pub struct EngineMetrics {
     compile: Histogram,
@@ -106,34 +96,44 @@ impl EngineMetrics {
     }
 }
 
-/// Runs until the watches are gone. `new_trace` names the trace of each change.
+/// Runs until the watches have ended. `new_trace` creates the trace context of each change.
 pub async fn run(
-    mut pipeline: impl Pipeline,
+    compiler: Compiler,
+    fleet: Arc<Fleet>,
     outputs: Outputs,
     metrics: EngineMetrics,
     mut new_trace: impl FnMut() -> TraceContext + Send + 'static,
     mut batches: mpsc::Receiver<Batch>,
 ) {
     let busy = outputs.busy.clone();
-    let mut engine =
-        Engine { intake: Intake::default(), outputs, metrics, head: Head::default(), missing: String::new() };
+    let mut engine = Engine {
+        intake: Intake::default(),
+        compiler,
+        fleet,
+        outputs,
+        metrics,
+        head: Head::default(),
+        missing: String::new(),
+    };
     let mut buffer = Vec::new();
     while batches.recv_many(&mut buffer, BATCHES).await > 0 {
         for batch in buffer.drain(..) {
             engine.intake.absorb(batch, &mut new_trace);
         }
         let _busy = busy.begin();
-        engine.step(&mut pipeline);
+        engine.step();
     }
 }
 
-/// Names of resources whose first list is not complete, for the log.
+/// Returns the names of resources whose first list is not complete, for the log.
 fn names(intake: &Intake) -> String {
     intake.missing().map(|resource| resource.name()).collect::<Vec<_>>().join(", ")
 }
 
 struct Engine {
     intake: Intake,
+    compiler: Compiler,
+    fleet: Arc<Fleet>,
     outputs: Outputs,
     metrics: EngineMetrics,
     head: Head,
@@ -142,7 +142,7 @@ struct Engine {
 }
 
 impl Engine {
-    fn step(&mut self, pipeline: &mut impl Pipeline) {
+    fn step(&mut self) {
         let Some(work) = self.intake.take() else {
             let missing = names(&self.intake);
             if missing != self.missing {
@@ -155,16 +155,16 @@ impl Engine {
         self.outputs.events.report(problems);
         for event in nodes {
             for sink in &self.outputs.nodes {
-                // The task behind it may be gone while the process ends.
+                // The receiving task may have ended during shutdown.
                 let _ = sink.send(event.clone());
             }
         }
         let first = self.head.revision == 0;
         if !inputs.is_empty() || first {
-            self.compile(pipeline, inputs, changes, total, source, first);
+            self.compile(inputs, changes, total, source, first);
         }
         if self.head.source != source {
-            pipeline.advance(source);
+            self.fleet.advance(source);
         }
         self.head.source = source;
         let head = self.head;
@@ -175,22 +175,17 @@ impl Engine {
         });
     }
 
-    fn compile(
-        &mut self,
-        pipeline: &mut impl Pipeline,
-        inputs: Vec<Input>,
-        changes: Vec<Change>,
-        total: u32,
-        source: Source,
-        first: bool,
-    ) {
+    fn compile(&mut self, inputs: Vec<Input>, changes: Vec<Change>, total: u32, source: Source, first: bool) {
         let (started, compiling) = (Instant::now(), unix_nanoseconds(SystemTime::now()));
         let objects = inputs.len();
-        let mut compiled = pipeline.compile(inputs);
+        inputs.into_iter().for_each(|input| self.compiler.apply(input));
+        let mut compiled = self.compiler.compile();
+        // Not part of publishing: pods may change without a change of any layer.
+        self.fleet.pods_changed(&compiled.pods);
         self.outputs.events.report(std::mem::take(&mut compiled.problems));
         if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
             let publication = Publication { changes, total, compiling, published: compiling };
-            self.head.revision = pipeline.publish(compiled, publication, source);
+            self.head.revision = self.fleet.publish(compiled, publication, source);
             self.head.source = source;
         } else {
             self.metrics.idle.inc();
@@ -212,7 +207,7 @@ impl Engine {
     }
 }
 
-/// Waits until the first compile is published. False: the engine is gone.
+/// Waits until the first compilation is published. Returns false if the engine has ended.
 pub async fn first_head(head: &mut watch::Receiver<Option<Head>>) -> bool {
     head.wait_for(Option::is_some).await.is_ok()
 }

@@ -10,18 +10,15 @@ use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::{Api, Client};
 use prometheus::Registry;
 use switchtower_core::compile::Compiler;
-use switchtower_core::compiled::Compiled;
-use switchtower_core::model::Input;
-use switchtower_core::propagation::{Limits as FollowLimits, Publication, TraceContext};
+use switchtower_core::propagation::{Limits as FollowLimits, TraceContext};
 use switchtower_crds::builtin::Record;
-use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, oneshot, watch as channel};
 
 use super::{RETRY, Replica};
 use crate::background::Background;
 use crate::builtin::{self, BuiltinError};
 use crate::cli::ServeArgs;
-use crate::engine::{self, EngineMetrics, Head, Outputs, Pipeline};
+use crate::engine::{self, EngineMetrics, Head, Outputs};
 use crate::errors::{Chain, is_missing_kind};
 use crate::fleet::Fleet;
 use crate::fleet::behind::BehindCollector;
@@ -183,19 +180,19 @@ pub(super) async fn start_synced(
         upstream: upstream.clone(),
         background: vec![
             ("Events", Box::pin(publisher)),
-            ("the record of the built-in settings", Box::pin(keep)),
-            ("the agents' Pods", Box::pin(pods)),
-            ("the controller's Pods", Box::pin(replicas)),
+            ("built-in settings record", Box::pin(keep)),
+            ("agent Pods", Box::pin(pods)),
+            ("controller Pods", Box::pin(replicas)),
         ],
     };
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
     let compiler = Compiler::new().reserving(bootstrap::resolve(&args.advertise).await);
-    let pipeline = FleetPipeline { compiler, fleet: fleet.clone() };
     let outputs = Outputs { head, nodes: vec![nodes], events, busy: busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
-    tasks.spawn("the engine", engine::run(pipeline, outputs, metrics, changes.new_trace, batches));
+    let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches);
+    tasks.spawn("engine", engine);
     Ok(Synced { fleet, head: head_seen, traces: changes.traces, active })
 }
 
@@ -266,30 +263,6 @@ async fn read_first(kind: &'static str, mut read: impl AsyncFnMut() -> Result<()
         }
         tracing::warn!(kind, error = %Chain(&error), "failed to read; agents wait; retrying");
         tokio::time::sleep(RETRY).await;
-    }
-}
-
-/// The compiler in front of the fleet's layers.
-struct FleetPipeline {
-    compiler: Compiler,
-    fleet: Arc<Fleet>,
-}
-
-impl Pipeline for FleetPipeline {
-    fn compile(&mut self, inputs: Vec<Input>) -> Compiled {
-        inputs.into_iter().for_each(|input| self.compiler.apply(input));
-        let compiled = self.compiler.compile();
-        // Separate from the layers: pods may come and go without a change of any layer.
-        self.fleet.pods_changed(&compiled.pods);
-        compiled
-    }
-
-    fn publish(&mut self, compiled: Compiled, publication: Publication, source: Source) -> u64 {
-        self.fleet.publish(compiled, publication, source)
-    }
-
-    fn advance(&mut self, source: Source) {
-        self.fleet.advance(source);
     }
 }
 
