@@ -1,9 +1,9 @@
 //! The built-in settings: what holds on every node that no ProxyProfile takes.
 //!
 //! At the installation they are taken over from kube-proxy's configuration, so that the first commit on a node treats
-//! connections as kube-proxy did. What was decided then is kept in the ConfigMap `switchtower-builtin-settings` and never
-//! decided again: no restart, and no later edit or deletion of kube-proxy's ConfigMap, changes a whole fleet outside of
-//! a rollout. A ProxyProfile is the way to other settings.
+//! connections as kube-proxy did. The decision is stored in the ConfigMap `switchtower-builtin-settings` and never
+//! repeated: no restart, and no later edit or deletion of kube-proxy's ConfigMap, changes a whole fleet outside of a
+//! rollout. A ProxyProfile is the way to other settings.
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
@@ -34,20 +34,20 @@ pub enum BuiltinError {
     /// The API server refused, or did not answer.
     #[error("{what}")]
     Api {
-        /// What was tried, and what it needs.
+        /// Operation and required permission.
         what: String,
         /// The API server's answer.
         #[source]
         source: Box<kube::Error>,
     },
-    /// What was decided before cannot be read.
+    /// The stored record is invalid.
     #[error(
-        "the ConfigMap {namespace}/{CONFIG_MAP} is unusable; repair it, or delete it to have the settings decided anew"
+        "the ConfigMap {namespace}/{CONFIG_MAP} is unusable; repair it, or delete it to derive the settings again"
     )]
     Record {
         /// Its namespace.
         namespace: String,
-        /// What is wrong with it.
+        /// Error in the record.
         #[source]
         source: RecordError,
     },
@@ -58,8 +58,8 @@ fn refused(what: impl Into<String>) -> impl FnOnce(kube::Error) -> BuiltinError 
     move |source| BuiltinError::Api { what, source: Box::new(source) }
 }
 
-/// What was decided at the installation, or is decided now. Of several controllers that start together, one decides
-/// and the others read.
+/// Returns the stored decision, or decides now. Of several controllers that start together, one decides and the
+/// others read.
 ///
 /// # Errors
 /// The API server refuses or does not answer, or the record is damaged.
@@ -93,7 +93,7 @@ pub async fn load(client: &Client, namespace: &str) -> Result<Record, BuiltinErr
     }
 }
 
-/// Writes the record again whenever somebody deletes it. Never returns.
+/// Restores the record after a deletion. Never returns.
 pub async fn keep(client: Client, namespace: String, record: Record) {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
     let seen = watcher::watch_object(api.clone(), CONFIG_MAP).default_backoff();
@@ -122,7 +122,7 @@ pub fn settings(record: &Record) -> Settings {
     laid_over(&builtin_settings(), &record.settings)
 }
 
-/// What is known at the installation.
+/// Collects the facts at the installation.
 async fn look(client: &Client) -> Result<Found, BuiltinError> {
     if served_before(client).await? {
         return Ok(Found { served_before: true, ..Found::default() });
@@ -140,14 +140,14 @@ async fn look(client: &Client) -> Result<Found, BuiltinError> {
     Ok(Found { kube_proxy, pods: look_at_pods(client).await?, served_before: false })
 }
 
-/// Some node was served by a version that kept no record (nor told of local detection): its settings must not change
-/// now. Rows of a later version mean that somebody deleted the record to have the settings decided anew.
+/// Some node was served by a version that kept no record (nor reported local detection): its settings must not change
+/// now. Rows of a later version mean that a user deleted the record to derive the settings again.
 async fn served_before(client: &Client) -> Result<bool, BuiltinError> {
     let api: Api<ProxyStatus> = Api::all(client.clone());
     let listed = each_page(&api, ListParams::default(), |page| {
         page.iter().filter_map(|row| row.status.as_ref()).any(|status| {
-            let told = status.conditions.iter().any(|condition| condition.type_ == "LocalDetection");
-            status.connection.is_some() && !told
+            let reported = status.conditions.iter().any(|condition| condition.type_ == "LocalDetection");
+            status.connection.is_some() && !reported
         })
     });
     match listed.await {
@@ -173,7 +173,7 @@ async fn look_at_pods(client: &Client) -> Result<PodsSeen, BuiltinError> {
     Ok(seen)
 }
 
-/// Lists page by page, until `enough` says so (true is returned then) or all are seen.
+/// Lists page by page until `enough` returns true or the list ends. Returns the last result of `enough`.
 async fn each_page<K>(
     api: &Api<K>,
     params: ListParams,

@@ -1,9 +1,9 @@
-//! Errors as one line, and what those of the API server mean.
+//! Errors on one line, and classification of API errors.
 
 use std::error::Error;
 use std::fmt;
 
-/// Displays an error and what caused it, separated by colons.
+/// Displays an error and its causes, separated by colons.
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
@@ -18,7 +18,8 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// The API server does not know the kind: its CRD is not installed. The message of a missing object names it.
+/// Returns true if the API server does not know the kind because its CRD is not installed. The error for a missing
+/// object contains its name.
 pub(crate) fn is_missing_kind(error: &kube::Error) -> bool {
     let kube::Error::Api(status) = error else { return false };
     status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty())

@@ -35,15 +35,15 @@ pub(crate) fn merge(target: &mut Value, patch: &Value) {
 pub(crate) struct Store {
     pub(crate) objects: BTreeMap<String, Value>,
     pub(crate) version: u64,
-    /// Watches stay open and say nothing, as those of a server that is behind the version they start from; otherwise
-    /// each ends at once, so that the caller lists again.
+    /// Watches stay open without events, like those of a server that is behind their start version; otherwise each
+    /// ends at once, so that the caller lists again.
     pub(crate) silent: bool,
 }
 
-/// The answer to a request that is never answered.
+/// Status code of a request that is never answered.
 const NEVER: u16 = 0;
 
-/// What a request asks for.
+/// A request.
 #[derive(Debug)]
 pub(crate) struct Call<'a> {
     pub(crate) method: &'a Method,
@@ -53,7 +53,7 @@ pub(crate) struct Call<'a> {
 }
 
 impl Store {
-    /// Stores an object under a new `resourceVersion` without looking at it.
+    /// Stores an object with a new `resourceVersion`, without checks.
     pub(crate) fn put(&mut self, path: &str, mut object: Value) -> Value {
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
@@ -61,7 +61,7 @@ impl Store {
         object
     }
 
-    /// Changes an object as somebody else would, bypassing all checks.
+    /// Changes an object as another client would, bypassing all checks.
     pub(crate) fn change(&mut self, path: &str, change: impl FnOnce(&mut Value)) {
         let mut object = self.objects[path].clone();
         change(&mut object);
@@ -141,7 +141,7 @@ impl Store {
         self.store(path, object)
     }
 
-    /// An object that is being deleted goes with its last finalizer.
+    /// Stores an object, or removes it if it is being deleted and has no finalizer.
     fn store(&mut self, path: &str, object: Value) -> (u16, Value) {
         let metadata = &object["metadata"];
         let kept = metadata["finalizers"].as_array().is_some_and(|finalizers| !finalizers.is_empty());

@@ -1,6 +1,6 @@
-//! The nodes, their streams, and the layers that they get: what sessions, the engine and the rows share.
+//! Registry of nodes, their streams and the layers, shared by sessions, the engine and the writer of rows.
 //!
-//! Locks are held for O(change) work only and never across an await. Order: nodes before layers.
+//! Invariants: a lock is held for O(change) work only and never across an await. Lock order: nodes before layers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,16 +37,16 @@ use queries::QueryQueue;
 use crate::propagation::{Propagation, unix_nanoseconds};
 use crate::status::{Floor, Floors, Observation};
 
-/// How old what the API server said last is; `None` if that is not known.
+/// Time since the API server last responded on every watch; `None` before it did.
 pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
-/// Takes what nodes find wrong with objects; never blocks.
+/// Receiver of problems that nodes report; never blocks.
 pub type ProblemSink = Arc<dyn Fn(Problem) + Send + Sync>;
 
-/// Agents get this long after streams are accepted before a missing one is news: an agent that could not reach the
-/// controller for a while tries again only every 30 seconds, and a fleet that comes back at once needs a moment.
-const SETTLE: Duration = Duration::from_secs(45);
+/// Time that agents have to connect after the start, before a missing one is reported: an agent retries only every 30
+/// seconds after a long outage, and a fleet that reconnects at once needs some time.
+const CONNECT_GRACE: Duration = Duration::from_secs(45);
 
-/// What a stream is told from outside of its task.
+/// Requests to the task of a stream.
 #[derive(Debug, Default)]
 pub(crate) struct Signal {
     pub(crate) notify: Notify,
@@ -70,24 +70,24 @@ struct Node {
     /// `None`: the Node does not exist.
     subscription: Option<Subscription>,
     signal: Option<Arc<Signal>>,
-    /// The place that the agent acknowledged last.
+    /// Position that the agent acknowledged last.
     cursor: Option<Cursor>,
-    /// Revision of the layers from which on the node is to have its settings.
+    /// Revision of the layers that includes the assignment of its settings.
     assigned_at: u64,
-    /// Where changes are followed; from the stream's first acknowledgement to its end.
+    /// Slot in the propagation tracker, from the first acknowledgement of the stream to its end.
     slot: Option<Slot>,
     observation: Option<Observation>,
-    /// What it may say of Services.
-    told: reports::Told,
+    /// Rate limit of its reports about Services.
+    report_limit: reports::ReportLimit,
     facts: locality::NodeFacts,
 }
 
-/// Whom a new revision concerns.
+/// Nodes that a new revision affects.
 #[derive(Debug, Default)]
 struct Woken {
     /// Nodes without a stream.
     idle: Vec<Arc<str>>,
-    /// Nodes whose acknowledgement is waited for.
+    /// Nodes whose acknowledgement is pending.
     followed: Vec<Slot>,
 }
 
@@ -95,9 +95,9 @@ struct Woken {
 struct Nodes {
     nodes: HashMap<Arc<str>, Node>,
     zones: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
-    /// Revisions of settings that have a layer, beside the built-in one.
+    /// Revisions of settings that have a layer, except the built-in one.
     settings: BTreeMap<SettingsName, Settings>,
-    /// Which of them each node has; without an entry the built-in one.
+    /// Revision of each node; the built-in one if absent.
     assigned: HashMap<Arc<str>, SettingsName>,
     localities: Localities,
 }
@@ -111,7 +111,7 @@ pub struct Fleet {
     floors: Floors,
     instance: [u8; 16],
     ready: AtomicBool,
-    /// Since when streams are accepted.
+    /// Time from which streams have been accepted.
     accepting: OnceLock<tokio::time::Instant>,
     metrics: StreamMetrics,
     upstream: UpstreamAge,
@@ -119,9 +119,9 @@ pub struct Fleet {
     problems: ProblemSink,
     dirty: Mutex<BTreeSet<Arc<str>>>,
     changed: Notify,
-    /// One snapshot is compressed at a time; who comes later finds it done.
+    /// Serializes the compression of snapshots; a waiting session finds the snapshot ready.
     compressing: tokio::sync::Mutex<()>,
-    /// Where agents are expected to come from.
+    /// Known source addresses of agents.
     known: Arc<KnownAddresses>,
 }
 
@@ -130,7 +130,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Fleet {
-    /// No nodes yet. Serves after the first [`Fleet::publish`].
+    /// Creates a fleet without nodes. It is ready after the first [`Fleet::publish`].
     #[must_use]
     pub fn new(
         settings: Settings,
@@ -165,30 +165,31 @@ impl Fleet {
         })
     }
 
-    /// Where agents are expected to come from.
+    /// Known source addresses of agents.
     pub(crate) fn known(&self) -> &Arc<KnownAddresses> {
         &self.known
     }
 
-    /// Streams are accepted from now on.
+    /// Records that streams are accepted.
     pub(crate) fn accept(&self) {
         self.accepting.get_or_init(tokio::time::Instant::now);
     }
 
-    /// Streams have been accepted for long enough that a missing agent is news.
+    /// Returns true once agents have had enough time to connect, so that a missing one is reported.
     #[must_use]
     pub fn settled(&self) -> bool {
         self.settled_at().is_some()
     }
 
-    /// When that was; `None`: it is still to come.
+    /// Returns the time at which [`Fleet::settled`] became true.
     #[must_use]
     pub fn settled_at(&self) -> Option<tokio::time::Instant> {
-        let at = self.accepting.get().map(|since| *since + SETTLE);
+        let at = self.accepting.get().map(|since| *since + CONNECT_GRACE);
         at.filter(|at| *at <= tokio::time::Instant::now())
     }
 
-    /// Applies a compile's outcome and wakes the sessions that it concerns. Returns the layers' new revision.
+    /// Applies the result of a compilation and wakes the sessions that it affects. Returns the new revision of the
+    /// layers.
     pub fn publish(&self, compiled: Compiled, mut publication: Publication, source: Source) -> u64 {
         let Compiled { changes, removed, .. } = compiled;
         let records: BTreeMap<Arc<str>, NodeRecord> = changes.iter().filter_map(node_record).collect();
@@ -199,51 +200,51 @@ impl Fleet {
             tracing::error!(dropped = applied.dropped, "malformed changes from the compiler were dropped");
         }
         for id in removed {
-            // One that was made anew at once is served on: its settings and its stream stay.
+            // A Node that was recreated at once keeps its settings and its stream.
             if let LayerId::Node(node) = id
                 && !records.contains_key(&node)
             {
                 nodes.unassign(&node);
-                self.known.gone(&node);
+                self.known.remove_node(&node);
                 self.mark([node]);
             }
         }
         for (node, record) in records {
             nodes.assign(&node, &record, &self.builtin);
             let addresses = record.addresses.iter().filter_map(|octets| wire::address(octets));
-            self.known.node(&node, addresses.collect());
+            self.known.set_node(&node, addresses.collect());
             self.detection_changed(&mut nodes, &node);
             self.mark([node]);
         }
         self.ready.store(true, Ordering::Release);
         publication.published = unix_nanoseconds(SystemTime::now());
         let Woken { idle, followed } = nodes.wake(&applied);
-        // Still under the lock, which an acknowledgement of this revision needs too.
+        // Under the lock, so that an acknowledgement of this revision cannot come first.
         self.propagation.publish(applied.revision, publication, &followed);
         drop(nodes);
         self.mark(idle);
         applied.revision
     }
 
-    /// Notes that resources are processed further without a change.
+    /// Records that resources were processed without a change of any layer.
     pub fn advance(&self, source: Source) {
         self.write(|layers| layers.advance(source));
     }
 
-    /// Tells every stream to end.
+    /// Ends all streams with a reason.
     pub fn end_all(&self, reason: GoAwayReason) {
         for signal in lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_ref()) {
             signal.end(reason);
         }
     }
 
-    /// The layers' revision.
+    /// Returns the revision of the layers.
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.read(Layers::revision)
     }
 
-    /// The Node exists and is served.
+    /// Returns true if the Node exists and is served.
     #[must_use]
     pub fn knows(&self, node: &str) -> bool {
         lock(&self.nodes).nodes.get(node).is_some_and(|node| node.subscription.is_some())
@@ -262,7 +263,7 @@ impl Fleet {
         &self.metrics
     }
 
-    /// How old what the API server said last is.
+    /// Time since the API server last responded on every watch.
     pub(crate) fn upstream_age(&self) -> Option<Duration> {
         (self.upstream)()
     }
@@ -271,7 +272,7 @@ impl Fleet {
         Resume { instance: self.instance.to_vec(), revision }
     }
 
-    /// The revision in a resume token, if this process gave it out.
+    /// Returns the revision of a resume token that this process issued.
     pub(crate) fn resumable(&self, resume: Option<&Resume>) -> Option<u64> {
         resume.filter(|resume| resume.instance == self.instance).map(|resume| resume.revision)
     }
@@ -288,7 +289,7 @@ impl Fleet {
         change(&mut self.layers.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What a node has to be sent; compresses a snapshot first if one is missing. Never `Compress`.
+    /// Plans the next update of a node. Compresses a snapshot first if one is missing; never returns `Compress`.
     pub(crate) async fn plan(
         self: &Arc<Self>,
         subscription: &Subscription,
@@ -311,7 +312,7 @@ impl Fleet {
         }
     }
 
-    /// Where a new session of the node starts from.
+    /// Returns the high-water marks from which a new session of the node starts.
     pub(crate) fn floor(&self, node: &str) -> Floor {
         let mut floor = self.floors.get(node);
         if let Some(known) = lock(&self.nodes).nodes.get(node).and_then(|node| node.observation.as_ref()) {
@@ -321,7 +322,7 @@ impl Fleet {
         floor
     }
 
-    /// Makes this the node's stream; the one before it is told to go. `None`: the Node does not exist.
+    /// Registers a new stream of the node and ends the previous one. Returns `None` if the Node does not exist.
     pub(crate) fn open(&self, node: &Arc<str>, floor: &mut Floor) -> Option<(u64, Arc<Signal>)> {
         let mut nodes = lock(&self.nodes);
         let entry = nodes.nodes.get_mut(node).filter(|entry| entry.subscription.is_some())?;
@@ -337,7 +338,7 @@ impl Fleet {
         Some((floor.session, signal))
     }
 
-    /// Changes what is known of a node, if `session` still is its stream.
+    /// Changes the observation of a node if `session` is still its current stream.
     pub(crate) fn observe_with(&self, node: &Arc<str>, session: u64, change: impl FnOnce(&mut Observation)) {
         let mut nodes = lock(&self.nodes);
         let Some(known) = nodes.nodes.get_mut(node).and_then(|entry| entry.observation.as_mut()) else {
@@ -357,7 +358,7 @@ impl Fleet {
         self.mark([node.clone()]);
     }
 
-    /// Remembers the place that a node acknowledged, and the update that brought it there, if one did.
+    /// Records the position that a node acknowledged, and the update that delivered it, if any.
     pub(crate) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor, delivery: Option<Delivery>) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
@@ -366,7 +367,7 @@ impl Fleet {
         }
         entry.cursor = Some(cursor.clone());
         let settings = entry.subscription.as_ref().map(|subscription| &subscription.settings);
-        // An update that was planned just before the node got other settings is not what brings them.
+        // An update that was planned before the node got other settings does not deliver them.
         let revision = match settings {
             Some(settings) if *settings != cursor.subscription().settings => {
                 cursor.revision().min(entry.assigned_at.saturating_sub(1))
@@ -397,12 +398,12 @@ impl Fleet {
         }
     }
 
-    /// The place that a node acknowledged last, while this process runs.
+    /// Returns the position that a node acknowledged last to this process.
     pub(crate) fn last_place(&self, node: &str) -> Option<Cursor> {
         lock(&self.nodes).nodes.get(node)?.cursor.clone()
     }
 
-    /// The stream is over. `lost`: not because this controller ended it.
+    /// Records the end of a stream. `lost` is false if this controller ended it.
     pub(crate) fn close(&self, node: &Arc<str>, session: u64, lost: bool) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
@@ -435,7 +436,7 @@ impl crate::status::Registry for Fleet {
         let entry = nodes.nodes.get(node)?;
         let mut observation = entry.observation.clone()?;
         observation.locality = nodes.localities.of(node).unwrap_or_default();
-        // Nobody keeps the figure of a node without a stream up to date.
+        // Without a stream, no session keeps these numbers up to date.
         if observation.lost_since.is_some()
             && let (Some(subscription), Some(cursor)) = (&entry.subscription, &entry.cursor)
         {
@@ -502,7 +503,7 @@ impl Nodes {
         }
     }
 
-    /// Nodes that are to have a revision.
+    /// Returns the nodes that are assigned a revision.
     fn having(&self, name: &SettingsName) -> Vec<Arc<str>> {
         let has = |node: &Node| {
             let subscription = node.subscription.as_ref();
@@ -548,7 +549,7 @@ impl Nodes {
     }
 }
 
-/// Name and record, if these are the changes of a node's layer and tell of its record.
+/// Returns name and record if these are changes of a node's layer that contain its record.
 fn node_record((id, changes): (&LayerId, &Vec<Change>)) -> Option<(Arc<str>, NodeRecord)> {
     let LayerId::Node(name) = id else { return None };
     let record = changes.iter().rev().find_map(|change| match &change.change {

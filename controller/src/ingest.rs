@@ -1,8 +1,7 @@
-//! API objects to the core's compact model, one object at a time.
+//! Conversion of API objects to the core's compact model, one object at a time.
 //!
-//! Each conversion is total: whatever the object holds, it yields what can be served and a list of what
-//! could not be understood. Nothing of the API type is kept. Reference: kube-proxy's
-//! servicechangetracker.go, serviceport.go and endpointslicecache.go.
+//! Each conversion is total: it yields the part that can be served and a list of problems with the rest. Nothing of
+//! the API type is kept. Reference: kube-proxy's servicechangetracker.go, serviceport.go and endpointslicecache.go.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,54 +25,54 @@ pub use origin::Origin;
 pub use service::service;
 pub use slice::slice;
 
-/// What the controller must know of a Node beyond what is compiled, for its `ProxyStatus` row and for rollouts.
+/// Properties of a Node that are not compiled, for its row and for rollouts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeIdentity {
     /// Name of the Node and of its row.
     pub name: Arc<str>,
-    /// UID of the Node: a Node that was deleted and recreated under one name has another.
+    /// UID of the Node; changes if the Node is recreated.
     pub uid: Arc<str>,
-    /// The kubelet has stopped reporting, in the words of the Node's Ready condition.
+    /// Message of the Node's Ready condition if the kubelet has stopped reporting.
     pub kubelet_lost: Option<Arc<str>>,
-    /// Its labels, by which profiles and steps of rollouts select it.
+    /// Labels, for the selectors of profiles and rollout steps.
     pub labels: Arc<BTreeMap<String, String>>,
 }
 
-/// One object, or its absence, in the form in which the engine takes it.
+/// One object, or its deletion, as input of the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fact {
-    /// Goes to the compiler as it is (Services and EndpointSlices).
+    /// Input of the compiler (Services and EndpointSlices).
     Input(Input),
     /// A Node, added or changed.
     Node(Node, NodeIdentity),
-    /// A Node that is gone, or no longer matches the node selector.
+    /// A Node that was deleted or no longer matches the node selector.
     NodeDeleted(Arc<str>),
     /// A ServiceCIDR by name, added or changed. The compiler takes all of them together.
     ServiceCidr(Arc<str>, Vec<IpNet>),
-    /// A ServiceCIDR that is gone.
+    /// A deleted ServiceCIDR.
     ServiceCidrDeleted(Arc<str>),
 }
 
-/// The outcome of one conversion.
+/// Result of one conversion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ingested {
-    /// What can be served.
+    /// The part that can be served.
     pub fact: Fact,
-    /// Where the change comes from.
+    /// Origin of the change.
     pub origin: Origin,
-    /// What was wrong with the rest; at most one per reason.
+    /// Problems with the rest; at most one per reason.
     pub problems: Vec<Problem>,
 }
 
 impl Ingested {
-    /// An object that does not exist any more.
+    /// Returns the result for a deleted object.
     #[must_use]
     pub fn gone(fact: Fact) -> Self {
         Self { fact, origin: Origin::default(), problems: Vec::new() }
     }
 }
 
-/// Collects what is wrong with one object: one problem per reason, however many values are affected.
+/// Collects the problems of one object: one per reason, however many values are affected.
 struct Findings {
     object: ProblemObject,
     found: Vec<(ProblemReason, u32, String)>,
@@ -84,7 +83,7 @@ impl Findings {
         Self { object, found: Vec::new() }
     }
 
-    /// Notes one value. The first one per reason is quoted, the others are counted.
+    /// Adds one value. The message quotes the first one per reason and counts the others.
     fn note(&mut self, reason: ProblemReason, message: impl FnOnce() -> String) {
         match self.found.iter_mut().find(|(known, ..)| *known == reason) {
             Some((_, more, _)) => *more += 1,

@@ -1,4 +1,4 @@
-//! The metrics endpoint and the health answers, over plain HTTP. Who asks for OpenMetrics gets that, with exemplars.
+//! Metrics and health endpoints over plain HTTP, with OpenMetrics and exemplars on request.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,11 +28,11 @@ use health::Health;
 
 pub use exemplars::{Exemplar, Exemplars};
 
-/// Why the endpoint could not be opened.
+/// Error of the setup.
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
     /// The address is in use or not of this host.
-    #[error("listening for metrics on {address}; choose another with --metrics-listen")]
+    #[error("listen for metrics on {address}; choose another address with --metrics-listen")]
     Listen {
         /// The address asked for.
         address: SocketAddr,
@@ -41,16 +41,16 @@ pub enum MetricsError {
         source: std::io::Error,
     },
     /// A metric exists twice, or the process' own could not be set up.
-    #[error("registering the process metrics")]
+    #[error("register the process metrics")]
     Register(#[from] prometheus::Error),
 }
 
-/// Whether the controller serves. Shared by the parts that know and the endpoint that tells.
+/// Readiness of the controller, shared with the endpoint.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<AtomicBool>);
 
 impl Readiness {
-    /// All watches are synced, the first compile is done, and streams are accepted; or no more.
+    /// Set to true once all watches are synced, the first compilation is done and streams are accepted.
     pub fn set(&self, ready: bool) {
         self.0.store(ready, Ordering::Relaxed);
     }
@@ -60,7 +60,7 @@ impl Readiness {
     }
 }
 
-/// A registry that holds the metrics of the process (`process_*`).
+/// Creates a registry with the metrics of the process (`process_*`).
 ///
 /// # Errors
 /// They cannot be registered.
@@ -70,7 +70,7 @@ pub fn registry() -> Result<Registry, MetricsError> {
     Ok(registry)
 }
 
-/// Binds the endpoint. The returned future answers until it is dropped.
+/// Binds the endpoint. The returned future serves it until dropped.
 ///
 /// # Errors
 /// The address cannot be bound.
@@ -98,7 +98,7 @@ pub async fn bind(
     })
 }
 
-/// Connections that the gate lets in; without TLS there is no handshake to wait for.
+/// Returns connections that the gate admits, which skip the handshake stage for want of TLS.
 fn connections(
     listener: TcpListener,
     gate: Arc<Gate>,

@@ -1,9 +1,9 @@
-//! What the process takes from its host: a name, how many descriptors it may have, signals.
+//! Host name, file descriptor limit and signals.
 
 use anyhow::Context as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals that end the process. One that arrives while nobody waits is kept.
+/// The signals that end the process. A signal between two calls of [`Signals::next`] is not lost.
 pub(crate) struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -11,12 +11,12 @@ pub(crate) struct Signals {
 
 impl Signals {
     pub(crate) fn listen() -> anyhow::Result<Self> {
-        let terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-        let interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+        let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         Ok(Self { terminate, interrupt })
     }
 
-    /// Waits for one. May be dropped and called again at any time.
+    /// Waits for a signal. Cancel safe.
     pub(crate) async fn next(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => tracing::info!("SIGTERM: draining"),
@@ -25,15 +25,16 @@ impl Signals {
     }
 }
 
-/// Every agent needs a descriptor, and container runtimes start processes with a soft limit of 1,024.
+/// Raises the soft limit of file descriptors to the hard limit: every agent needs one, and container runtimes start
+/// processes with a soft limit of 1,024.
 pub(crate) fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    // The kernel refuses only what is above the hard limit.
+    // The kernel only refuses values above the hard limit.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
-/// The host's name, by which this replica is known unless a flag says otherwise.
+/// Returns the host's name, the default name of this replica.
 pub(crate) fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();

@@ -1,6 +1,6 @@
-//! How long changes take to reach the nodes: the core's tracker with a clock, a lock and metrics.
+//! Time that changes take to reach the nodes: the core's tracker with a clock, a lock and metrics.
 //!
-//! What holds: nobody waits for whoever reads; a reader that is too slow loses records, which is counted.
+//! Invariants: recording never waits for the reader. A reader that is too slow loses records, which are counted.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,24 +16,24 @@ mod metrics;
 
 pub use metrics::PropagationMetrics;
 
-/// Concluded records that wait for their reader.
+/// Maximum number of concluded records in the queue to the reader.
 const RECORDS: usize = 256;
 
-/// The time as records have it.
+/// Converts a time to the format of records.
 #[must_use]
 pub fn unix_nanoseconds(time: SystemTime) -> UnixNanoseconds {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     UnixNanoseconds::try_from(since.as_nanos()).unwrap_or(UnixNanoseconds::MAX)
 }
 
-/// A trace that nobody started to collect.
+/// Creates the context of a trace that is not sampled.
 #[must_use]
 pub fn new_trace() -> TraceContext {
     let (trace, span) = (rand::random_range(1..=u128::MAX), rand::random_range(1..=u64::MAX));
     TraceContext { trace, span, sampled: false }
 }
 
-/// What became of each change. Shared by the streams, the engine and whoever asks.
+/// Propagation of each change, shared by the streams, the engine and the admin API.
 #[derive(Debug)]
 pub struct Propagation {
     tracker: Mutex<Tracker>,
@@ -43,20 +43,20 @@ pub struct Propagation {
 }
 
 impl Propagation {
-    /// Nothing is followed yet.
+    /// Creates a tracker without changes.
     #[must_use]
     pub fn new(limits: Limits, metrics: PropagationMetrics) -> Self {
         Self { tracker: Mutex::new(Tracker::new(limits)), metrics, reader: None, opened: Notify::new() }
     }
 
-    /// The same, and every concluded record goes to the returned receiver.
+    /// Sends every concluded record to the returned receiver.
     #[must_use]
     pub fn with_reader(self) -> (Self, mpsc::Receiver<Record>) {
         let (reader, records) = mpsc::channel(RECORDS);
         (Self { reader: Some(reader), ..self }, records)
     }
 
-    /// How the changes of a publication are told to agents, with their traces if anybody collects these.
+    /// Describes the changes of a publication for agents, with their traces if these are exported.
     pub(crate) fn describe(&self, publication: &Publication) -> Vec<ChangeInfo> {
         let describe = |change: &Change| ChangeInfo {
             id: change.id,
@@ -68,18 +68,18 @@ impl Propagation {
         publication.changes.iter().map(describe).collect()
     }
 
-    /// The latest changes that `wanted` accepts and what became of them, the latest first.
+    /// Returns the propagation of the latest changes that `wanted` accepts, newest first.
     pub fn changes(&self, limit: usize, wanted: impl Fn(&Change) -> bool) -> Vec<ChangeReport> {
         self.lock().reports(limit, wanted)
     }
 
-    /// The revision that all connected nodes hold at least; `None` without nodes.
+    /// Returns the minimum revision of all connected nodes; `None` without nodes.
     #[must_use]
     pub fn held_by_all(&self) -> Option<u64> {
         self.lock().held_by_all()
     }
 
-    /// Tells of records that wait for too long. Runs as long as the process.
+    /// Concludes overdue records. Never returns.
     pub async fn watch(self: Arc<Self>) {
         loop {
             let next = self.lock().next_overdue();

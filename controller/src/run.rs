@@ -236,7 +236,7 @@ impl Replica {
         let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
         let certificate = self.ca.certificate.clone();
         let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone());
-        writers.spawn("the bootstrap ConfigMap", keep);
+        writers.spawn("bootstrap ConfigMap", keep);
         match listener {
             Some(listener) => Ok(listener),
             None => listen::bind_with_retry(self.args.listen, &self.agents).await,
@@ -256,7 +256,7 @@ impl Replica {
         let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(ca)?));
         tasks.spawn("certificates", renew_certificates(tls.clone(), admin_tls.clone(), ca.clone()));
         let metrics = telemetry.serve.clone();
-        tasks.spawn("the admin API", listen::serve_admin(admin, args.admin_listen, admin_tls, metrics));
+        tasks.spawn("admin API", listen::serve_admin(admin, args.admin_listen, admin_tls, metrics));
         Ok((Server::new(fleet, Arc::new(authenticator), limits), tls))
     }
 }

@@ -40,12 +40,12 @@ use crate::fleet::Fleet;
 use crate::fleet::metrics::StreamMetrics;
 use crate::session::{self, Limits, Outbound, Session};
 
-/// Largest message that an agent may send.
+/// Maximum size of a message from an agent, in bytes.
 const MESSAGE: usize = 256 << 10;
-/// Messages between a session and its connection. An update's parts wait here for the peer to take them.
+/// Messages queued between a session and its connection.
 const QUEUE: usize = 4;
 
-/// The streams' side of the controller.
+/// The gRPC server for agents.
 pub struct Server {
     fleet: Arc<Fleet>,
     authenticator: Arc<Authenticator>,
@@ -54,14 +54,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Puts it together.
+    /// Creates the server; [`Server::serve`] runs it.
     #[must_use]
     pub fn new(fleet: Arc<Fleet>, authenticator: Arc<Authenticator>, limits: Limits) -> Self {
         let admission = Admission::new(&limits, fleet.metrics().clone());
         Self { fleet, authenticator, admission, limits: Arc::new(limits) }
     }
 
-    /// Serves until `shutdown` ends; then every agent is told to go, and connections get a short time to close.
+    /// Serves until `shutdown` completes, then ends every stream and gives connections a short time to close.
     ///
     /// # Errors
     /// The server cannot run.
@@ -84,7 +84,7 @@ impl Server {
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(20)))
             .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-            // An agent needs one stream; a second supersedes the first.
+            // An agent needs one stream, and a second while it replaces the first.
             .max_concurrent_streams(4)
             .serve_with_incoming_shutdown(service, incoming, leave)
             .await
@@ -110,20 +110,20 @@ impl FleetService for Service {
             ));
         }
         let refuse = |refusal: Refusal| refused(&ticket, &refusal);
-        let shown = authenticator.shown(request.metadata()).map_err(refuse)?;
+        let credential = authenticator.credential(request.metadata()).map_err(refuse)?;
         let identity = {
             let _turn = ticket.review().await;
             authenticator
-                .authenticate(shown, ticket.class(), |node| fleet.knows(node))
+                .authenticate(credential, ticket.class(), |node| fleet.knows(node))
                 .await
                 .map_err(refuse)?
         };
-        // Only those who are agents take a place among the streams.
+        // Only authenticated agents count towards the limits of streams.
         let Some(permit) = admission.admit() else {
             return Ok(Response::new(session::overloaded(limits)));
         };
         let Some(authenticated) = ticket.authenticated() else {
-            return Err(Status::unavailable("the connection was closed meanwhile"));
+            return Err(Status::unavailable("the connection was closed during the review"));
         };
         let (out, outbound) = mpsc::channel(QUEUE);
         let session = Session::new(fleet.clone(), limits.clone(), identity, out);
@@ -135,7 +135,7 @@ impl FleetService for Service {
     }
 }
 
-/// Counts and logs a refusal. Whose credential is no good has no use for the connection any more.
+/// Counts and logs a refusal, and closes the connection if the credential is invalid.
 fn refused(ticket: &Ticket, refusal: &Refusal) -> Status {
     ticket.refused(refusal.reason(), Some(refusal.to_string()));
     if !matches!(refusal, Refusal::ReviewUnavailable(_)) {

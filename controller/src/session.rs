@@ -1,8 +1,8 @@
-//! One stream: the protocol's state machine on the controller's side.
+//! Session of one agent: the controller's side of the protocol state machine.
 //!
-//! What holds: nothing is sent before a good Hello; at most one update is unacknowledged, what changes
-//! meanwhile goes into the next; a number once sent is never used for other content; what the agent says
-//! only ever concerns its own node.
+//! Invariants: nothing is sent before a valid Hello. At most one update is unacknowledged; later changes are combined
+//! in the next. A generation that was sent is never reused for other content. A message of an agent only affects its
+//! own node.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ mod received;
 use in_flight::InFlight;
 pub use limits::Limits;
 
-/// An API server that was not heard for this long may not answer for tokens either.
+/// After this time without a response on the watches, the API server may not answer token reviews either.
 const UNHEARD: Duration = Duration::from_secs(30);
 
 /// An authenticated agent.
@@ -53,13 +53,13 @@ pub(crate) type Outbound = Pin<Box<dyn Stream<Item = Result<ControllerMessage, S
 /// Reason for the end of a stream.
 #[derive(Debug)]
 enum End {
-    /// The agent is told.
+    /// Ended by the controller, which sends a GoAway.
     GoAway(GoAwayReason, String),
-    /// It is gone already.
+    /// Ended by the peer or the network.
     Gone(&'static str),
 }
 
-/// After a refusal: not before this time, or when the view changed, whichever the reason allows.
+/// Delay of the next update after a refusal.
 struct Pause {
     refused: Digest,
     wait_for_change: bool,
@@ -67,7 +67,7 @@ struct Pause {
     until: Instant,
 }
 
-/// One agent's stream.
+/// State of one stream.
 pub(crate) struct Session {
     fleet: Arc<Fleet>,
     limits: Arc<Limits>,
@@ -76,15 +76,15 @@ pub(crate) struct Session {
     out: mpsc::Sender<Result<ControllerMessage, Status>>,
     number: u64,
     subscription: Subscription,
-    /// What the agent has; `None`: it needs everything.
+    /// Position of the agent; `None` if it needs a complete snapshot.
     cursor: Option<Cursor>,
-    /// Number of what the agent has.
+    /// Generation of the agent's view.
     generation: u64,
-    /// Highest number that was ever used for this node.
+    /// Highest generation ever used for this node.
     highest: u64,
-    /// What the kernel held when the agent connected, until the first update. Its view may be older.
-    standing: Option<(u64, Digest)>,
-    /// Its kernel did not hold the view that it named, and nothing was acknowledged since.
+    /// Content of the kernel when the agent connected, until the first update. The agent's view may be older.
+    kernel_at_hello: Option<(u64, Digest)>,
+    /// The kernel did not hold the view of the Hello, and nothing has been acknowledged since.
     unproven: bool,
     in_flight: Option<InFlight>,
     pause: Option<Pause>,
@@ -95,9 +95,9 @@ pub(crate) struct Session {
     allowance: TokenBucket,
 }
 
-/// The answer to an agent that comes when there is no room.
+/// Response to an agent that exceeds the limits.
 pub(crate) fn overloaded(limits: &Limits) -> Outbound {
-    let message = go_away(GoAwayReason::Overloaded, "too many agents come at once".to_owned(), limits);
+    let message = go_away(GoAwayReason::Overloaded, "too many agents connect at once".to_owned(), limits);
     Box::pin(tokio_stream::once(Ok(message)))
 }
 
@@ -106,7 +106,7 @@ fn message(message: ToAgent) -> ControllerMessage {
 }
 
 fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> ControllerMessage {
-    // Full jitter: those who were sent away together do not come back together.
+    // Full jitter: agents that were disconnected together do not reconnect together.
     let retry_after_milliseconds = match reason {
         GoAwayReason::CredentialExpiring | GoAwayReason::Shutdown => rand::random_range(0..1_000),
         GoAwayReason::NotReady => rand::random_range(500..2_000),
@@ -118,8 +118,8 @@ fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> ControllerM
     message(ToAgent::GoAway(GoAway { reason: reason as i32, detail, retry_after_milliseconds }))
 }
 
-/// While the API server cannot be asked for tokens, a stream goes on for as long as its own is valid (`left`): when to
-/// look again.
+/// Returns the delay before the next check if a stream may outlive its recycling time: while tokens cannot be
+/// reviewed, it continues as long as its own token is valid (`left`).
 fn put_off(left: Duration, upstream_age: Option<Duration>) -> Option<Duration> {
     let heard = upstream_age.is_some_and(|age| age <= UNHEARD);
     (!heard && !left.is_zero()).then(|| left.min(UNHEARD.mul_f64(rand::random_range(0.5..1.0))))
@@ -148,7 +148,7 @@ impl Session {
             cursor: None,
             generation: 0,
             highest: 0,
-            standing: None,
+            kernel_at_hello: None,
             unproven: false,
             in_flight: None,
             pause: None,
@@ -175,17 +175,17 @@ impl Session {
                 tracing::info!(node = %self.node, session = self.number, why, "stream ended");
             }
             End::GoAway(reason, detail) => {
-                let word = reason.as_str_name().trim_start_matches("GO_AWAY_REASON_").to_lowercase();
+                let name = reason.as_str_name().trim_start_matches("GO_AWAY_REASON_").to_lowercase();
                 match reason {
                     GoAwayReason::NodeNameMismatch
                     | GoAwayReason::Malformed
                     | GoAwayReason::Version
-                    | GoAwayReason::GenerationOutOfRange => self.fleet.metrics().refused(&word),
-                    _ => self.fleet.metrics().ended(&word),
+                    | GoAwayReason::GenerationOutOfRange => self.fleet.metrics().refused(&name),
+                    _ => self.fleet.metrics().ended(&name),
                 }
-                tracing::info!(node = %self.node, session = self.number, reason = word, detail, "sending the agent away");
+                tracing::info!(node = %self.node, session = self.number, reason = name, detail, "closing the stream");
                 let message = go_away(reason, detail, &self.limits);
-                // A peer that takes nothing does not hold the stream.
+                // A peer that reads nothing must not keep the stream open.
                 let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(Ok(message))).await;
             }
         }
@@ -226,20 +226,20 @@ impl Session {
         Ok(signal)
     }
 
-    /// Finds the agent's place, and from which number on generations are given out.
+    /// Finds the agent's position in the log, and the high-water mark of its generations.
     fn resume(&mut self, hello: &Hello, floor: u64) {
         let kernel = hello.kernel.as_ref().map_or(0, |stamp| stamp.generation);
         let view = hello.view.as_ref();
         self.generation = view.map_or(0, |view| view.generation);
         self.highest = floor.max(kernel).max(self.generation);
-        self.standing = hello
+        self.kernel_at_hello = hello
             .kernel
             .as_ref()
             .and_then(|stamp| Some((stamp.generation, Digest::from_bytes(&stamp.digest)?)));
         self.cursor = view.and_then(|view| {
             let digest = Digest::from_bytes(&view.digest)?;
             let revision = self.fleet.resumable(view.resume.as_ref());
-            // Whose assignment changed while it was away has the view of the one before.
+            // If the assignment changed while the agent was disconnected, its view is of the previous one.
             let last = self.fleet.last_place(&self.node);
             self.fleet.read(|layers| {
                 let resume = |subscription| layers.resume(subscription, revision, digest);
@@ -250,8 +250,10 @@ impl Session {
             self.fleet.reached(&self.node, self.number, cursor, None);
         }
         let (generation, highest) = (self.generation, self.highest);
-        self.unproven =
-            self.cursor.as_ref().is_some_and(|cursor| self.standing != Some((generation, cursor.digest())));
+        self.unproven = self
+            .cursor
+            .as_ref()
+            .is_some_and(|cursor| self.kernel_at_hello != Some((generation, cursor.digest())));
         let applied = if self.cursor.is_none() || self.unproven { kernel } else { generation };
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
@@ -306,7 +308,7 @@ impl Session {
                         recycled = Instant::now() + delay;
                         Ok(())
                     }
-                    None => Err(End::GoAway(GoAwayReason::CredentialExpiring, "come back with a new token".to_owned())),
+                    None => Err(End::GoAway(GoAwayReason::CredentialExpiring, "reconnect with a new token".to_owned())),
                 },
             };
             if let Err(end) = outcome {
@@ -315,7 +317,7 @@ impl Session {
         }
     }
 
-    /// Ends before the token does, each at another time.
+    /// Returns the time until the stream is recycled: before the token expires, at a random time.
     fn lifetime(&self) -> Duration {
         let left = self.expires.duration_since(SystemTime::now()).unwrap_or_default();
         left.mul_f64(rand::random_range(0.75..0.9))
@@ -326,7 +328,7 @@ impl Session {
         put_off(left, self.fleet.upstream_age())
     }
 
-    /// When to look again without anything happening.
+    /// Returns the time of the next check if no event occurs before.
     fn deadline(&self) -> Option<Instant> {
         if let Some(in_flight) = &self.in_flight {
             return (!in_flight.retried).then(|| in_flight.since + self.limits.acknowledgement);
@@ -334,7 +336,7 @@ impl Session {
         self.pause.as_ref().map(|pause| pause.until)
     }
 
-    /// Sends what there is to be sent, if the agent can take it.
+    /// Sends pending changes unless an update is unacknowledged or paused.
     async fn advance(&mut self) -> Result<(), End> {
         let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
         self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
@@ -353,9 +355,9 @@ impl Session {
         }
         match self.fleet.plan(&self.subscription, self.cursor.as_ref()).await {
             Planned::Update(plan) => self.update(*plan).await,
-            // The number in use is ahead of the agent's, from a session before: it gets the number alone.
+            // An earlier session used a higher generation: send the generation without changes.
             Planned::Nothing(after) if self.generation < self.highest => {
-                let empty = self.fleet.read(|layers| layers.source());
+                let source = self.fleet.read(|layers| layers.source());
                 let plan = Plan {
                     whole: false,
                     snapshot: false,
@@ -363,7 +365,7 @@ impl Session {
                     changes: 0,
                     infos: Vec::new(),
                     after,
-                    source: empty,
+                    source,
                 };
                 self.update(plan).await
             }
@@ -375,7 +377,7 @@ impl Session {
         }
     }
 
-    /// The agent has everything.
+    /// Records that the agent has everything.
     fn settled(&mut self, after: Cursor) {
         let generation = self.generation;
         let digest = after.digest().to_bytes();
@@ -387,7 +389,7 @@ impl Session {
             known.sent = generation;
             known.desired = generation;
             if unproven {
-                // It has everything and tries to commit it: its acknowledgement, or its refusal, is still to come.
+                // It is still committing: its acknowledgement or refusal is pending.
                 return;
             }
             known.acknowledged = true;
@@ -415,11 +417,12 @@ impl Session {
 
     async fn update(&mut self, plan: Plan) -> Result<(), End> {
         let Plan { whole, snapshot, parts, changes, infos, after, source } = plan;
-        // An agent that was killed before it saved its view lacks what its kernel has: the same content keeps its
-        // number, and nothing is written.
-        let held = self.standing.take() == Some((self.highest, after.digest()));
+        // An agent that was killed before it saved its view lacks the content of its kernel: the same content keeps
+        // its generation, and nothing is written.
+        let held = self.kernel_at_hello.take() == Some((self.highest, after.digest()));
         let keeps = held && self.generation < self.highest;
-        // Even without a change: the highest number may have been sent with other content and not be acknowledged.
+        // Even without a change: the highest generation may have been sent with other content and not been
+        // acknowledged.
         let to = if keeps { self.highest } else { self.highest + changes.max(1) };
         self.highest = to;
         let metrics = self.fleet.metrics();
@@ -475,7 +478,7 @@ impl Session {
     }
 }
 
-/// What a stream's error says about the peer.
+/// Returns the end that a stream error stands for.
 fn broken(status: &Status) -> End {
     match status.code() {
         tonic::Code::OutOfRange
@@ -491,9 +494,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_stream_is_sent_for_a_token_that_nobody_can_review() {
+    fn stream_kept_while_tokens_unreviewable() {
         let seconds = Duration::from_secs;
-        assert_eq!(put_off(seconds(900), Some(seconds(9))), None, "it can come back");
+        assert_eq!(put_off(seconds(900), Some(seconds(9))), None, "the agent can reconnect");
         for age in [Some(seconds(31)), None] {
             let delay = put_off(seconds(900), age).unwrap();
             assert!(delay >= seconds(15) && delay <= UNHEARD, "{delay:?}");

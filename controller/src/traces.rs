@@ -1,13 +1,15 @@
-//! One OpenTelemetry trace per change, exported over OTLP (gRPC) where the `OTEL_*` environment asks for it.
+//! One OpenTelemetry trace per change, exported over OTLP (gRPC) if the `OTEL_*` environment enables it.
 //!
-//! A trace is built when its change is concluded, from the times of its record. Only then it is known whether
-//! it is worth keeping: traces with slow, refusing or lost nodes always are, of the others those that
-//! `OTEL_TRACES_SAMPLER` chose by their identifier when the change came in.
+//! A trace is built from the times of its record when the change is concluded. Traces with slow, refusing or lost
+//! nodes are always kept; of the others, those that `OTEL_TRACES_SAMPLER` selected by trace ID when the change was
+//! received.
 //!
-//! An agent that exports spans itself tells its part of an update (`switchtower.apply` and what is below) and says so
-//! in the acknowledgement; for all others that part is told here, from the timings in the acknowledgement.
+//! An agent that exports spans itself emits its part of an update (`switchtower.apply` and its children) and sets a
+//! flag in the acknowledgement. For all others the controller emits that part, from the timings in the
+//! acknowledgement.
 //!
-//! Beside them go ordinary spans ([`switchtower_telemetry::spans`]), of which the environment's sampler chooses as usual:
+//! In addition there are ordinary spans ([`switchtower_telemetry::spans`]), which the environment's sampler selects
+//! as usual:
 //!
 //! | span | what |
 //! |---|---|
@@ -17,9 +19,9 @@
 //! | `switchtower.rollout.create`, `.decide` | a new revision of a profile, and what a round decided about a rollout |
 //! | `switchtower.status.write` | a request about a node's row |
 //!
-//! What holds: nothing here is on the way of a change. Records wait in a bounded queue for this task, spans in a
-//! bounded queue (`OTEL_BSP_MAX_QUEUE_SIZE`) for the exporter's own thread; where a collector is dead or slow,
-//! they are dropped and counted.
+//! Invariants: nothing here delays a change. Records wait in a bounded queue for this task, spans in a bounded queue
+//! (`OTEL_BSP_MAX_QUEUE_SIZE`) for the exporter's own thread. If the collector is down or slow, they are dropped and
+//! counted.
 
 use std::time::Duration;
 
@@ -40,14 +42,14 @@ use emit::Emitter;
 use ids::ChosenIds;
 use shared::Shared;
 
-/// How long the last spans may take when the controller ends.
+/// Timeout for the export of the last spans at shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
-/// Chooses the traces that are kept although nothing is remarkable about them, and names all.
+/// Creates trace contexts and selects the traces to keep regardless of their outcome.
 pub struct Head(Config);
 
 impl Head {
-    /// A new trace.
+    /// Creates a trace context.
     #[must_use]
     pub fn trace(&self) -> TraceContext {
         let trace = crate::propagation::new_trace();
@@ -65,11 +67,11 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Sets up the export; `None` if the environment does not ask for it. Nothing is connected yet, and a
-    /// collector that cannot be reached is no error. To be called inside the tokio runtime.
+    /// Sets up the export; `None` if the environment does not enable it. Does not connect yet, so an unreachable
+    /// collector is no error. Must be called inside the tokio runtime.
     ///
     /// # Errors
-    /// The environment asks for something that is not possible.
+    /// The environment is invalid.
     pub fn from_environment(replica: &str) -> Result<Option<(Self, Head)>, TelemetryError> {
         let Some(exporter) = switchtower_telemetry::exporter()? else { return Ok(None) };
         let instance = KeyValue::new("service.instance.id", replica.to_owned());
@@ -78,7 +80,7 @@ impl Traces {
         let ids = ChosenIds::default();
         let provider = SdkTracerProvider::builder()
             .with_span_processor(processor.clone())
-            // What to keep is decided before; the sampler of the environment chooses by identifier alone.
+            // `emit` has decided already; the sampler of the environment only knows the trace ID.
             .with_sampler(Sampler::AlwaysOn)
             .with_id_generator(ids.clone())
             .build();
@@ -87,20 +89,20 @@ impl Traces {
         Ok(Some((Self { provider, emitter, ordinary }, Head(Config::default()))))
     }
 
-    /// What exports ordinary spans, for the log's subscriber.
+    /// Returns the layer that exports ordinary spans, for the tracing subscriber.
     #[must_use]
     pub fn layer(&self) -> BoxedLayer {
         spans::exported(self.ordinary.tracer("switchtower"))
     }
 
-    /// Builds traces until the sender of records is gone, or this is dropped.
+    /// Builds traces until the sender of records is dropped.
     pub async fn run(&self, mut records: mpsc::Receiver<Record>) {
         while let Some(record) = records.recv().await {
             self.emitter.emit(&record);
         }
     }
 
-    /// Exports what is left, as far as the collector takes it in time.
+    /// Exports the remaining spans, as far as the collector accepts them in time.
     pub fn shut_down(&self) {
         if let Err(error) = self.provider.shutdown_with_timeout(SHUTDOWN) {
             tracing::warn!(%error, "the last traces were not exported");

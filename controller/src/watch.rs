@@ -1,16 +1,16 @@
 //! List and watch of one kind of object, without a store of API objects.
 //!
-//! Own loop over [`kube::Api`], because kube-runtime's watcher hides bookmarks, list versions and reconnects:
-//! an idle cluster and a dead watch look alike to it for minutes. Here every watch lives for ten seconds, so
-//! that [`Upstream::age`] tells within about that time whether the API server is still heard, and every
-//! batch carries the resourceVersion up to which its resource is processed.
+//! This is a loop over [`kube::Api`], because kube-runtime's watcher hides bookmarks, list versions and reconnects,
+//! so that an idle cluster and a dead watch look the same for minutes. Here every watch lasts ten seconds, so that
+//! [`Upstream::age`] reflects a lost API server after about that time. Every batch carries the resourceVersion up to
+//! which its resource is processed.
 //!
-//! An API server whose etcd was restored from a backup takes a watch from a version that lies ahead of it, and leaves
-//! out every change up to there. So after a watch that said nothing, and after one that failed, the version that the
-//! API server has reached is asked for; if it went back, everything is listed anew.
+//! After a restore of etcd from a backup, the API server accepts a watch from a version ahead of its own, and omits
+//! every change up to there. So after a watch without events, and after a failed one, this loop reads the current
+//! version of the API server and lists everything again if it went back.
 //!
-//! What holds: an object that cannot be decoded never stops the others; objects that went away while the
-//! watch was down become deletions after the next complete list, never before.
+//! Invariants: an object that cannot be decoded never blocks the others. Objects that disappeared while the watch was
+//! down become deletions after the next complete list, never before.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -42,37 +42,37 @@ pub use upstream::{Restores, Upstream, UpstreamCollector, WatchMetrics};
 
 /// Objects per page of a list.
 const PAGE: u32 = 500;
-/// Seconds that a watch lives. The API server sends a bookmark shortly before it ends one, so this bounds
-/// the age of what is known of an idle cluster.
+/// Duration of a watch in seconds. The API server sends a bookmark shortly before the end, so this limits the age of
+/// the information about an idle cluster.
 const WATCH_SECONDS: u32 = 10;
-/// Silence after which a watch counts as dead although its connection stands.
+/// Silence after which a watch is considered dead although its connection is open.
 const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
-/// Longest time for a page of a list, the client's own repetitions included.
-const PAGE_PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout of a page of a list, including the client's own retries.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a watch hands on at once: one event, or a page of a list.
+/// Output of a watch: one event, or a page of a list.
 #[derive(Debug)]
 pub struct Batch {
-    /// Where it comes from.
+    /// Watched resource.
     pub resource: WatchedResource,
     /// Objects in the order of the API server; empty for a bookmark.
     pub facts: Vec<Ingested>,
-    /// Everything of the resource up to here is processed; 0 within a list that is not complete.
+    /// Version up to which the resource is processed; 0 within an incomplete list.
     pub resource_version: u64,
-    /// A list is complete: what is not known by now does not exist.
+    /// True if this completes a list: objects that were not in it do not exist.
     pub synced: bool,
-    /// When the first byte of it was understood.
+    /// Time of receipt.
     pub received: SystemTime,
 }
 
-/// Selectors of one watch, as the API server takes them.
+/// Selectors of one watch, in the syntax of the API.
 #[derive(Debug, Clone, Default)]
 pub struct Selectors {
     /// `labelSelector`, `None` for all objects.
     pub labels: Option<String>,
 }
 
-/// Lists and watches until the receiver of the batches is gone.
+/// Lists and watches until the receiver of the batches is dropped.
 pub async fn run<K: Watched>(
     api: Api<Tolerant<K>>,
     selectors: Selectors,
@@ -80,7 +80,8 @@ pub async fn run<K: Watched>(
     metrics: WatchMetrics,
     sink: mpsc::Sender<Batch>,
 ) {
-    let mut watch = Watch { api, selectors, upstream, metrics, sink, known: HashMap::new(), in_doubt: false };
+    let mut watch =
+        Watch { api, selectors, upstream, metrics, sink, known: HashMap::new(), verify_version: false };
     let mut backoff = Backoff::default();
     let mut version: Option<String> = None;
     loop {
@@ -93,14 +94,14 @@ pub async fn run<K: Watched>(
             Err(Stop::Closed) => return,
             Err(Stop::Failed { error, resume }) => {
                 version = resume;
-                watch.in_doubt = true;
+                watch.verify_version = true;
                 watch.metrics.error(K::RESOURCE);
                 let delay = backoff.next_delay();
                 tracing::warn!(
                     resource = K::RESOURCE.name(),
                     error = %Chain(&error),
                     retry_in_milliseconds = delay.as_millis(),
-                    "watching the API server failed; what is known stays in force"
+                    "watching the API server failed; the last known state stays in force"
                 );
                 tokio::time::sleep(delay).await;
             }
@@ -108,11 +109,11 @@ pub async fn run<K: Watched>(
     }
 }
 
-/// Why a list or a watch ended early.
+/// Reason for the early end of a list or a watch.
 enum Stop {
-    /// Nobody takes batches any more.
+    /// The receiver of the batches was dropped.
     Closed,
-    /// The request failed; `resume` is the version to go on from, `None` to list again.
+    /// The request failed; `resume` is the version to continue from, or `None` to list again.
     Failed { error: kube::Error, resume: Option<String> },
 }
 
@@ -128,14 +129,14 @@ struct Watch<K: Watched> {
     upstream: Arc<Upstream>,
     metrics: WatchMetrics,
     sink: mpsc::Sender<Batch>,
-    /// Version of every object that exists, to tell deletions and unchanged objects in a list.
+    /// Version of every existing object, to recognize deleted and unchanged objects in a list.
     known: HashMap<ObjectKey, u64>,
-    /// The last watch said nothing, or failed: the API server may be in the past.
-    in_doubt: bool,
+    /// The last watch had no event or failed: the API server may have gone back in time.
+    verify_version: bool,
 }
 
 impl<K: Watched> Watch<K> {
-    /// A complete, consistent list, told as a span. Returns its version.
+    /// Reads a complete, consistent list within a span. Returns its version.
     async fn list(&mut self) -> Result<String, Stop> {
         let span = span!(
             "switchtower.watch.list",
@@ -183,7 +184,7 @@ impl<K: Watched> Watch<K> {
                     let gone = self.known.keys().filter(|key| !seen.contains_key(*key));
                     facts.extend(gone.map(|key| Ingested::gone(K::forget(key.clone()))));
                     self.known = seen;
-                    self.in_doubt = false;
+                    self.verify_version = false;
                     self.send(facts, parse_version(&version), true, received).await?;
                     return Ok(version);
                 }
@@ -192,21 +193,21 @@ impl<K: Watched> Watch<K> {
     }
 
     async fn page(&self, params: &ListParams) -> Result<ObjectList<Tolerant<K>>, kube::Error> {
-        let page = tokio::time::timeout(PAGE_PATIENCE, self.api.list(params)).await;
+        let page = tokio::time::timeout(PAGE_TIMEOUT, self.api.list(params)).await;
         let page = page.unwrap_or_else(|_| {
-            let message = format!("no answer to a list within {} seconds", PAGE_PATIENCE.as_secs());
+            let message = format!("no answer to a list within {} seconds", PAGE_TIMEOUT.as_secs());
             Err(kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
         })?;
         self.upstream.heard(K::RESOURCE);
         Ok(page)
     }
 
-    /// The API server has not reached the version again that it gave out: versions mean other objects now.
+    /// Returns true if the API server is behind a version that it sent before: versions now stand for other objects.
     async fn went_back(&mut self, version: &str) -> Result<bool, kube::Error> {
-        // Without a selector, one object costs the same whatever there is.
+        // Without a selector, reading one object is cheap regardless of their number.
         let now = self.page(&ListParams::default().limit(1)).await?.metadata.resource_version;
         let (now, then) = (parse_version(&now.unwrap_or_default()), parse_version(version));
-        self.in_doubt = false;
+        self.verify_version = false;
         if now == 0 || now >= then {
             return Ok(false);
         }
@@ -214,25 +215,26 @@ impl<K: Watched> Watch<K> {
             resource = K::RESOURCE.name(),
             now,
             then,
-            "the API server went back in time, as after a restore of its etcd; everything is listed anew"
+            "the API server went back in time, as after a restore of etcd; listing all objects again"
         );
         self.known.values_mut().for_each(|version| *version = 0);
         self.upstream.went_back();
         Ok(true)
     }
 
-    /// One watch from a version on, until the API server ends it. `None`: the version is too old, list again.
+    /// Watches from a version until the API server ends the watch. Returns `None` if the version is too old and a
+    /// list is needed.
     async fn follow(&mut self, mut version: String, backoff: &mut Backoff) -> Result<Option<String>, Stop> {
         let mut params = WatchParams::default().timeout(WATCH_SECONDS);
         params.label_selector = self.selectors.labels.clone();
-        if self.in_doubt {
+        if self.verify_version {
             match self.went_back(&version).await {
                 Ok(true) => return Ok(None),
                 Ok(false) => {}
                 Err(error) => return Err(Stop::Failed { error, resume: Some(version) }),
             }
         }
-        self.in_doubt = true;
+        self.verify_version = true;
         let started = tokio::time::Instant::now();
         let stream = match tokio::time::timeout(SILENCE, self.api.watch(&params, &version)).await {
             Ok(Ok(stream)) => stream,
@@ -259,20 +261,20 @@ impl<K: Watched> Watch<K> {
                 };
             }
             self.upstream.heard(K::RESOURCE);
-            self.in_doubt = false;
+            self.verify_version = false;
             backoff.reset();
             if let Some(next) = self.take(event).await? {
                 version = next;
             }
         }
-        // A server that ends every watch at once must not be asked in a tight loop.
+        // Avoids a tight loop with a server that ends every watch at once.
         if started.elapsed() < Duration::from_secs(1) {
             tokio::time::sleep(backoff.next_delay()).await;
         }
         Ok(Some(version))
     }
 
-    /// Hands on one event. Returns the version it brings.
+    /// Forwards one event. Returns its version.
     async fn take(&mut self, event: WatchEvent<Tolerant<K>>) -> Result<Option<String>, Stop> {
         let received = SystemTime::now();
         let (object, gone) = match event {
@@ -298,7 +300,7 @@ impl<K: Watched> Watch<K> {
         Ok(object.metadata().resource_version.clone())
     }
 
-    /// Converts an object; one that cannot be decoded keeps the state that it had.
+    /// Converts an object; one that cannot be decoded keeps its previous state.
     fn ingest(&self, object: &Tolerant<K>, key: &ObjectKey) -> Option<Ingested> {
         match object {
             Tolerant::Whole(object) => Some(object.ingest()),
@@ -338,12 +340,12 @@ fn parse_version(text: &str) -> u64 {
     text.parse().unwrap_or(0)
 }
 
-/// 410: the version is older than what the API server remembers.
+/// 410: the version is older than the history of the API server.
 fn is_expired(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 410 || status.reason == "Expired")
 }
 
 fn silence() -> kube::Error {
-    let message = format!("nothing heard on the watch for {} seconds", SILENCE.as_secs());
+    let message = format!("no event on the watch for {} seconds", SILENCE.as_secs());
     kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message))
 }

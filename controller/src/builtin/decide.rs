@@ -1,4 +1,4 @@
-//! Which settings are the built-in ones, from what is known at the installation. Pure.
+//! Derivation of the built-in settings from the facts at the installation. Pure.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,12 +13,12 @@ use switchtower_crds::{LocalDetection, LocalDetectionMode, ProxySettings};
 
 use crate::ingest::{self, Fact};
 
-/// What is known.
+/// Facts for the decision.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// Some node had an agent of an earlier version, which kept no record.
+    /// A node had an agent of an earlier version, which kept no record.
     pub(super) served_before: bool,
-    /// kube-proxy's configuration, or what is wrong with it.
+    /// kube-proxy's configuration, or the error in it.
     pub(super) kube_proxy: Option<Result<KubeProxy, String>>,
     pub(super) pods: PodsSeen,
 }
@@ -67,7 +67,7 @@ pub(super) fn read(map: &ConfigMap) -> Result<KubeProxy, String> {
     kube_proxy::parse(text).map_err(|error| error.to_string())
 }
 
-/// Decides.
+/// Derives the built-in settings.
 pub(super) fn decide(found: Found) -> Record {
     let by_node = || detection(LocalDetectionMode::NodeCidr);
     if found.served_before {

@@ -1,5 +1,4 @@
-//! What came from the watches and is not compiled yet. Pure: no task, no clock; identifiers of traces come from
-//! outside.
+//! Input from the watches that is not compiled yet. Pure: no task and no clock; trace IDs are arguments.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,21 +20,21 @@ const NAMED_CHANGES: usize = 16;
 /// Everything that arrived since the last compile.
 #[derive(Debug, Default)]
 pub(super) struct Work {
-    /// For the compiler, in the order of arrival.
+    /// Inputs of the compiler in order of arrival.
     pub(super) inputs: Vec<Input>,
-    /// The first of them, named.
+    /// The first changes, with names.
     pub(super) changes: Vec<Change>,
-    /// How many there are.
+    /// Number of changes.
     pub(super) total: u32,
-    /// What could not be understood.
+    /// Problems of objects.
     pub(super) problems: Vec<Problem>,
-    /// Nodes that came or went.
+    /// Added, changed and deleted Nodes.
     pub(super) nodes: Vec<NodeEvent>,
-    /// Up to where each resource is processed.
+    /// Processed version of each resource.
     pub(super) source: Source,
 }
 
-/// Gathers batches until they are compiled.
+/// Collects batches until they are compiled.
 #[derive(Debug, Default)]
 pub(super) struct Intake {
     work: Work,
@@ -44,11 +43,11 @@ pub(super) struct Intake {
     service_cidrs_changed: bool,
     next_change: u64,
     initial_done: bool,
-    /// Before the first lists are complete: of every object what was said last.
+    /// The last fact about every object, before the first lists are complete.
     first: BTreeMap<Subject, Ingested>,
 }
 
-/// What a fact is about.
+/// Object of a fact.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Subject {
     Service(ObjectKey),
@@ -74,7 +73,7 @@ impl Subject {
 }
 
 impl Intake {
-    /// Takes a batch. Its order within its resource is kept; resources are independent of each other.
+    /// Adds a batch. The order within a resource is kept; resources are independent of each other.
     pub(super) fn absorb(&mut self, batch: Batch, new_trace: &mut impl FnMut() -> TraceContext) {
         let Batch { resource, facts, resource_version, synced, received } = batch;
         for ingested in facts {
@@ -82,7 +81,7 @@ impl Intake {
                 self.note_change(&ingested.fact, &ingested.origin, received, new_trace);
                 self.absorb_one(ingested);
             } else {
-                // A resource that cannot be listed must not make the others' changes pile up.
+                // While one resource cannot be listed, the changes of the others must not accumulate.
                 self.first.insert(Subject::of(&ingested.fact), ingested);
             }
         }
@@ -92,7 +91,7 @@ impl Intake {
             WatchedResource::Nodes => &mut self.work.source.nodes,
             WatchedResource::ServiceCidrs => &mut self.work.source.service_cidrs,
         };
-        // A complete list is what there is, also where the API server went back in time.
+        // A complete list is authoritative, even if the API server went back in time.
         let list = synced && resource_version != 0;
         *version = if list { resource_version } else { (*version).max(resource_version) };
         if synced {
@@ -122,7 +121,7 @@ impl Intake {
         }
     }
 
-    /// The first complete lists are a state, not changes.
+    /// Records a change. The first complete lists are a state, not changes.
     fn note_change(
         &mut self,
         fact: &Fact,
@@ -146,8 +145,8 @@ impl Intake {
         }
     }
 
-    /// What is to be compiled; `None` before every resource was listed once (invariant: nothing is served
-    /// from a part of the objects).
+    /// Returns the work to compile, or `None` before every resource was listed once (invariant: nothing is served
+    /// from incomplete lists).
     pub(super) fn take(&mut self) -> Option<Work> {
         if self.synced.contains(&false) {
             return None;
@@ -167,7 +166,7 @@ impl Intake {
         Some(std::mem::replace(&mut self.work, Work { source, ..Work::default() }))
     }
 
-    /// Resources whose first list is not complete.
+    /// Returns the resources whose first list is not complete.
     pub(super) fn missing(&self) -> impl Iterator<Item = WatchedResource> {
         WatchedResource::ALL.into_iter().filter(|resource| !self.synced[resource.index()])
     }
@@ -188,7 +187,7 @@ fn describe(fact: &Fact) -> String {
     }
 }
 
-/// The Service that a fact concerns; a slice that is gone does not tell.
+/// Returns the Service of a fact; unknown for a deleted slice.
 fn service(fact: &Fact) -> Option<ObjectKey> {
     match fact {
         Fact::Input(Input::Service(service)) => Some(service.key.clone()),
@@ -244,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn before_the_first_lists_only_the_latest_of_an_object_is_kept() {
+    fn only_latest_fact_of_object_kept_before_first_lists() {
         let mut intake = Intake::default();
         for version in 0..1_000 {
             let facts = vec![deleted(&format!("s{}", version % 3))];
@@ -278,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn service_cidrs_reach_the_compiler_together_and_only_when_they_changed() {
+    fn service_cidrs_compiled_together_and_only_when_changed() {
         let mut intake = synced();
         let cidr = |name: &str, net: &str| Fact::ServiceCidr(name.into(), vec![net.parse().unwrap()]);
         let facts = vec![cidr("b", "10.97.0.0/16"), cidr("a", "10.96.0.0/16")];

@@ -1,25 +1,25 @@
-//! Source addresses that agents are expected at: those of Nodes, and those that one authenticated from lately.
+//! Known source addresses of agents: addresses of Nodes, and addresses from which an agent authenticated recently.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long an address stays known after an agent authenticated from it. Longer than a token is valid, so that an
-/// agent behind address translation is known when it returns with the next one.
+/// Time for which an address stays known after an agent authenticated from it. Longer than the lifetime of a token,
+/// so that an agent behind address translation is still known when it reconnects with the next one.
 const REMEMBERED: Duration = Duration::from_secs(3 * 3_600);
-/// Most remembered addresses beside those of Nodes.
+/// Maximum number of remembered addresses, not counting those of Nodes.
 const MOST: usize = 16_384;
 
 #[derive(Debug, Default)]
 struct Addresses {
     nodes: HashMap<Arc<str>, Vec<IpAddr>>,
-    /// How many Nodes have the address.
+    /// Number of Nodes with the address.
     counts: HashMap<IpAddr, usize>,
     lately: HashMap<IpAddr, Instant>,
 }
 
-/// Addresses that agents are expected at; shared by the fleet, which learns them, and the port.
+/// Known addresses, shared by the fleet, which updates them, and the gate.
 #[derive(Debug, Default)]
 pub(crate) struct KnownAddresses(Mutex<Addresses>);
 
@@ -28,8 +28,8 @@ impl KnownAddresses {
         look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The Node has these addresses from now on.
-    pub(crate) fn node(&self, name: &Arc<str>, addresses: Vec<IpAddr>) {
+    /// Sets the addresses of a Node.
+    pub(crate) fn set_node(&self, name: &Arc<str>, addresses: Vec<IpAddr>) {
         self.with(|known| {
             for address in &addresses {
                 *known.counts.entry(*address).or_default() += 1;
@@ -40,8 +40,8 @@ impl KnownAddresses {
         });
     }
 
-    /// The Node is gone.
-    pub(crate) fn gone(&self, name: &str) {
+    /// Removes the addresses of a Node.
+    pub(crate) fn remove_node(&self, name: &str) {
         self.with(|known| {
             if let Some(before) = known.nodes.remove(name) {
                 known.forget(&before);
@@ -49,7 +49,7 @@ impl KnownAddresses {
         });
     }
 
-    /// An agent authenticated from this address.
+    /// Records that an agent authenticated from this address.
     pub(crate) fn authenticated(&self, source: IpAddr, now: Instant) {
         self.with(|known| {
             if known.lately.len() >= MOST {
@@ -88,14 +88,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_nodes_come_and_go() {
+    fn addresses_follow_nodes_and_expire() {
         let (known, now) = (KnownAddresses::default(), Instant::now());
         let [a, b] = [1, 2].map(|last| IpAddr::from([192, 0, 2, last]));
-        known.node(&"n1".into(), vec![a]);
-        known.node(&"n2".into(), vec![a, b]);
+        known.set_node(&"n1".into(), vec![a]);
+        known.set_node(&"n2".into(), vec![a, b]);
         assert!(known.contains(a, now) && known.contains(b, now));
-        known.node(&"n2".into(), vec![b]);
-        known.gone("n1");
+        known.set_node(&"n2".into(), vec![b]);
+        known.remove_node("n1");
         assert!(!known.contains(a, now) && known.contains(b, now));
         known.authenticated(a, now);
         assert!(known.contains(a, now + REMEMBERED / 2));

@@ -1,5 +1,5 @@
-//! How long nodes have been behind, told at each scrape: a gauge that is set from time to time would hide a
-//! process that hangs.
+//! Duration for which nodes have been behind, computed at each scrape: a gauge set at intervals would hide a process
+//! that hangs.
 
 use std::sync::Arc;
 
@@ -11,24 +11,24 @@ use prometheus::{GaugeVec, Opts};
 use super::Fleet;
 use crate::status::Registry as _;
 
-/// Most nodes that are named: those that have been behind for longest.
+/// Maximum number of nodes in the metric: those that have been behind for the longest time.
 const NODES: usize = 100;
 
-/// Names the nodes that are behind.
+/// Collector of `switchtower_node_behind_seconds`.
 pub struct BehindCollector {
     fleet: Arc<Fleet>,
     gauge: GaugeVec,
 }
 
 impl BehindCollector {
-    /// To be registered.
+    /// Creates the collector; the caller registers it.
     ///
     /// # Errors
-    /// The gauge cannot be made.
+    /// The gauge is invalid.
     pub fn new(fleet: Arc<Fleet>) -> Result<Self, prometheus::Error> {
         let options = Opts::new(
             "switchtower_node_behind_seconds",
-            "Since when a node's kernel holds less than it should; only nodes that are behind, at most 100.",
+            "Time for which a node's kernel has lagged behind its desired generation; only nodes that are behind, at most 100.",
         );
         Ok(Self { fleet, gauge: GaugeVec::new(options, &["node"])? })
     }

@@ -1,5 +1,5 @@
-//! What explanations and barriers ask of the fleet. Nothing here changes anything, and no lock is held for longer
-//! than one node's share.
+//! Read-only queries of explanations and barriers. No lock is held for longer than one node takes, except in
+//! [`Fleet::reach`].
 
 use std::sync::Arc;
 
@@ -14,10 +14,10 @@ use switchtower_proto::v1::Source;
 use super::{Fleet, lock};
 use crate::status::Observation;
 
-/// How far a revision has got.
+/// Progress of a revision.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Reach {
-    /// Connected nodes whose kernel holds it.
+    /// Number of connected nodes whose kernel holds it.
     pub reached: usize,
     /// Connected nodes whose kernel does not.
     pub waiting: Vec<Arc<str>>,
@@ -26,7 +26,7 @@ pub struct Reach {
 }
 
 impl Fleet {
-    /// Names of all served nodes, sorted.
+    /// Returns the names of all served nodes, sorted.
     #[must_use]
     pub fn names(&self) -> Vec<Arc<str>> {
         let nodes = lock(&self.nodes);
@@ -36,7 +36,7 @@ impl Fleet {
         names
     }
 
-    /// How many nodes are served, and how many of them have a stream.
+    /// Returns the number of served nodes, and of those with a stream.
     #[must_use]
     pub fn sizes(&self) -> (usize, usize) {
         let nodes = lock(&self.nodes);
@@ -44,13 +44,13 @@ impl Fleet {
         (served().count(), served().filter(|node| node.signal.is_some()).count())
     }
 
-    /// What is known of a node's agent.
+    /// Returns the last observation of a node's agent.
     #[must_use]
     pub fn observation(&self, node: &str) -> Option<Observation> {
         lock(&self.nodes).nodes.get(node)?.observation.clone()
     }
 
-    /// Where a node stands; `None`: it is not served.
+    /// Returns the progress of a node, or `None` if it is not served.
     #[must_use]
     pub fn standing(&self, node: &str) -> Option<NodeStatus> {
         let nodes = lock(&self.nodes);
@@ -66,13 +66,13 @@ impl Fleet {
         })
     }
 
-    /// What a node is sent; `None`: it is not served.
+    /// Returns the subscription of a node, or `None` if it is not served.
     #[must_use]
     pub fn subscribed(&self, node: &str) -> Option<Subscription> {
         self.subscription(node)
     }
 
-    /// A node's view, of one Service (namespace, name) or whole, with the digest of the whole.
+    /// Returns a node's view, complete or of one Service (namespace, name), and the digest of the complete view.
     #[must_use]
     pub fn view(&self, node: &str, service: Option<(&str, &str)>) -> Option<(View, Digest)> {
         let subscription = self.subscription(node)?;
@@ -83,33 +83,34 @@ impl Fleet {
         Some((view, digest))
     }
 
-    /// The digest of what a node should hold now.
+    /// Returns the digest of a node's current view.
     #[must_use]
     pub fn desired_digest(&self, node: &str) -> Option<Digest> {
         let subscription = self.subscription(node)?;
         Some(self.read(|layers| layers.head(&subscription)).digest())
     }
 
-    /// Up to where each resource is processed, and the revision that has it all.
+    /// Returns the processed version of each resource, and the revision that includes them.
     #[must_use]
     pub fn processed(&self) -> (Source, u64) {
         self.read(|layers| (layers.source(), layers.revision()))
     }
 
-    /// The latest changes of a Service and what became of them, the latest first.
+    /// Returns the propagation of the latest changes of a Service, newest first.
     #[must_use]
     pub fn changes(&self, limit: usize, namespace: &str, name: &str) -> Vec<ChangeReport> {
         let of = |key: &ObjectKey| (&*key.namespace, &*key.name) == (namespace, name);
         self.propagation.changes(limit, |change| change.service.as_ref().is_some_and(of))
     }
 
-    /// This process: revisions mean nothing to another.
+    /// Returns the identifier of this process, for which alone revisions are valid.
     #[must_use]
     pub fn instance_name(&self) -> String {
         self.instance.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// How far a revision has got. A node that nothing is pending for has it, whether or not it was touched.
+    /// Progress of a revision. A node has reached it if nothing is pending for it, even if the revision did not
+    /// change its view.
     #[must_use]
     pub fn reach(&self, revision: u64) -> Reach {
         let mut reach = Reach::default();

@@ -1,4 +1,4 @@
-//! Whether nodes recognise their own pods: the fleet knows endpoints, Nodes and settings, no single node does.
+//! Check that nodes recognize their own pods: the fleet knows endpoints, Nodes and settings, no single node does.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use switchtower_proto::v1::NodeRecord;
 
 use super::{Fleet, Nodes, lock};
 
-/// What local detection depends on besides the settings.
+/// Inputs of local detection in addition to the settings.
 #[derive(Debug, Default)]
 pub(super) struct NodeFacts {
     addresses: Vec<IpAddr>,
@@ -28,7 +28,7 @@ impl From<&NodeRecord> for NodeFacts {
 }
 
 impl Fleet {
-    /// Takes note of ready endpoints that appeared or went.
+    /// Records ready endpoints that appeared or disappeared.
     pub fn pods_changed(&self, changes: &[PodChange]) {
         if changes.is_empty() {
             return;
@@ -39,7 +39,7 @@ impl Fleet {
         }
     }
 
-    /// A Node's record, or its settings, may have changed.
+    /// Updates local detection after a change of a Node's record or settings.
     pub(super) fn detection_changed(&self, nodes: &mut Nodes, name: &Arc<str>) {
         let Some(node) = nodes.nodes.get(name) else { return };
         let Some(subscription) = &node.subscription else { return };

@@ -1,8 +1,8 @@
-//! What is counted about streams.
+//! Metrics of streams.
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
-/// Metrics of the streams.
+/// Counters and histograms of the agents' streams.
 #[derive(Debug, Clone)]
 pub struct StreamMetrics {
     refusals: IntCounterVec,
@@ -12,7 +12,7 @@ pub struct StreamMetrics {
     pub(crate) sent_bytes: IntCounter,
     updates: IntCounterVec,
     nacks: IntCounterVec,
-    /// From the end of an update's sending to its acknowledgement.
+    /// Seconds from the end of sending an update to its acknowledgement.
     pub(crate) ack_seconds: Histogram,
     ended: IntCounterVec,
 }

@@ -1,8 +1,7 @@
-//! Querys about a node's kernel, asked over the agent's stream (fleet.proto: Query, Answer).
+//! Queries about a node's kernel, sent over the agent's stream (fleet.proto: Query, Answer).
 //!
-//! What holds: one query at a time per node, so many per minute, and an answer of bounded length; who asks
-//! waits for its turn and for the answer no longer than [`QUERY_TIMEOUT`]. An agent can only ever answer what was
-//! asked of its own node.
+//! Invariants: one query at a time per node, at a limited rate, with an answer of limited length. A caller waits at
+//! most [`QUERY_TIMEOUT`], including the wait for its turn. An agent can only answer queries about its own node.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,56 +12,56 @@ use tokio::sync::{Semaphore, oneshot};
 use super::Fleet;
 use crate::token_bucket::{Rate, TokenBucket};
 
-/// Longest time from a query to its answer, waiting for the turn included.
+/// Timeout of a query, including the wait for its turn.
 pub const QUERY_TIMEOUT: Duration = Duration::from_secs(15);
 /// Maximum rate of queries to one node.
 const RATE: Rate = Rate { per_second: 2.0, burst: 20.0 };
-/// Longest answer, in bytes; as in fleet.proto.
+/// Maximum length of an answer in bytes, as in fleet.proto.
 const ANSWER: usize = 16 << 20;
 
-/// What is asked; fleet.proto says what there is.
+/// A query; fleet.proto lists the kinds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Query {
     /// "lookup", "frontends", ….
     pub what: &'static str,
-    /// As the query has it.
+    /// Filter, with a syntax that depends on the kind.
     pub filter: String,
-    /// Most items; 0: the agent's default.
+    /// Maximum number of items; 0 for the agent's default.
     pub limit: u32,
 }
 
-/// Why there is no answer.
+/// Reason for a missing answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueryError {
     /// No such Node.
     #[error("there is no Node {0}, or it is left out by the controller's --node-selector")]
     UnknownNode(String),
-    /// Its agent is away.
-    #[error("the agent of {0} is not connected: what its kernel holds cannot be asked now")]
+    /// The agent is not connected.
+    #[error("the agent of {0} is not connected, so its kernel cannot be queried")]
     NotConnected(String),
-    /// Too many querys.
-    #[error("{0} was asked too often in the last seconds; try again in a moment")]
+    /// The rate limit is exceeded.
+    #[error("too many queries to {0}; retry in a few seconds")]
     TooOften(String),
-    /// The agent does not answer.
+    /// The agent did not answer in time.
     #[error("the agent of {node} did not answer within {seconds} s", node = .0, seconds = QUERY_TIMEOUT.as_secs())]
     TimedOut(String),
-    /// The stream ended meanwhile.
+    /// The stream ended first.
     #[error("the stream of {0} ended before it answered")]
     Ended(String),
-    /// The answer is longer than agreed.
+    /// The answer is too long.
     #[error("the answer of {0} is longer than {ANSWER} bytes")]
     TooLong(String),
-    /// What the agent says.
-    #[error("the agent of {node} says: {text}")]
+    /// The agent reported an error.
+    #[error("the agent of {node} reported: {text}")]
     Agent {
         /// The node.
         node: String,
-        /// Its words.
+        /// The agent's message.
         text: String,
     },
 }
 
-/// What became of a query, without the node's name.
+/// Error of a query, without the node's name.
 #[derive(Debug)]
 enum Failure {
     TooLong,
@@ -71,7 +70,7 @@ enum Failure {
 
 type Outcome = Result<Vec<u8>, Failure>;
 
-/// Where querys to one stream lie until it takes them.
+/// Queries that wait for the stream of one node.
 #[derive(Debug)]
 pub(crate) struct QueryQueue {
     turn: Semaphore,
@@ -106,10 +105,10 @@ impl QueryQueue {
 }
 
 impl Fleet {
-    /// Asks a node's agent.
+    /// Sends a query to a node's agent and returns the answer.
     ///
     /// # Errors
-    /// It is not connected, or does not answer.
+    /// The agent is not connected, or does not answer.
     pub async fn ask(self: &Arc<Self>, node: &str, query: Query) -> Result<Vec<u8>, QueryError> {
         if !self.knows(node) {
             return Err(QueryError::UnknownNode(node.to_owned()));
@@ -131,7 +130,7 @@ impl Fleet {
             }
         };
         let ended = async {
-            // A stream that ends leaves its queue behind: nobody would take the query.
+            // A stream that ends leaves its queue behind, and no other stream takes the query.
             while self.signal(node).is_some_and(|now| Arc::ptr_eq(&now, &signal)) {
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
@@ -148,7 +147,7 @@ impl Fleet {
     }
 }
 
-/// The query that a stream's agent is answering.
+/// The query that an agent is answering.
 #[derive(Debug, Default)]
 pub(crate) struct PendingQuery {
     number: u64,
@@ -156,7 +155,7 @@ pub(crate) struct PendingQuery {
 }
 
 impl PendingQuery {
-    /// The next query for the agent, if the one before is answered or nobody waits for it any more.
+    /// Returns the next query for the agent if the previous one is answered or its caller gave up.
     pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<QueryMessage> {
         if self.running.as_ref().is_some_and(|(answer, _)| !answer.is_closed()) {
             return None;
@@ -167,7 +166,7 @@ impl PendingQuery {
         Some(QueryMessage { id: self.number, what: what.to_owned(), filter, limit })
     }
 
-    /// Takes a part of the answer. What was not asked, or is not waited for any more, is passed over.
+    /// Takes a part of the answer. Ignores answers to other queries and answers that no caller waits for.
     pub(crate) fn take(&mut self, part: Answer) {
         if part.id != self.number {
             return;
@@ -185,7 +184,7 @@ impl PendingQuery {
             }
             Ok(payload)
         };
-        // Who asked may have given up.
+        // The caller may have given up.
         let _ = answer.send(outcome);
     }
 }
@@ -203,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_joined_and_strangers_passed_over() {
+    fn answer_parts_are_joined_and_unknown_ids_ignored() {
         let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
         assert_eq!(pending.next(&queue), None);
         let mut answered = queue.put(query());
@@ -218,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_nobody_waits_for_makes_room() {
+    fn abandoned_query_makes_room_for_the_next() {
         let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
         drop(queue.put(query()));
         assert_eq!(pending.next(&queue).unwrap().id, 1);
@@ -230,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_have_a_bound() {
+    fn answer_length_is_limited() {
         let (queue, mut pending) = (QueryQueue::default(), PendingQuery::default());
         let mut answered = queue.put(query());
         pending.next(&queue).unwrap();

@@ -1,5 +1,5 @@
-//! What nodes find wrong with Services. An agent speaks of its own node alone: only of health checks that it was given,
-//! and not often.
+//! Problems of Services that agents report. An agent can only report health checks of its own node, at a limited
+//! rate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,35 +12,35 @@ use tokio::time::Instant;
 use super::{Fleet, lock};
 use crate::text::sanitized;
 
-/// Most problems of one node in a minute.
-const TOLD: u32 = 16;
+/// Maximum number of problems per node and minute.
+const MAX_PER_MINUTE: u32 = 16;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// How many problems a node told of since when.
+/// Number of problems that a node reported in the current minute, and the start of that minute.
 #[derive(Debug, Default)]
-pub(super) struct Told(Option<(Instant, u32)>);
+pub(super) struct ReportLimit(Option<(Instant, u32)>);
 
-impl Told {
+impl ReportLimit {
     fn take(&mut self, now: Instant) -> bool {
         let (_, count) = match &mut self.0 {
-            Some(told) if now.duration_since(told.0) < MINUTE => told,
-            told => told.insert((now, 0)),
+            Some(window) if now.duration_since(window.0) < MINUTE => window,
+            window => window.insert((now, 0)),
         };
         *count += 1;
-        *count <= TOLD
+        *count <= MAX_PER_MINUTE
     }
 }
 
 impl Fleet {
-    /// Health checks that a node cannot listen on, as what is wrong with their Services.
-    pub(crate) fn cannot_listen(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
-        for HealthCheckFailure { key, address, error } in failures.iter().take(TOLD as usize) {
+    /// Reports health checks that a node cannot listen on as problems of their Services.
+    pub(crate) fn report_health_check_failures(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
+        for HealthCheckFailure { key, address, error } in failures.iter().take(MAX_PER_MINUTE as usize) {
             let Some(key) = key else { continue };
             if !self.read(|layers| layers.has_health_check(node, key)) {
                 continue;
             }
             let mut nodes = lock(&self.nodes);
-            if !nodes.nodes.get_mut(node).is_some_and(|entry| entry.told.take(Instant::now())) {
+            if !nodes.nodes.get_mut(node).is_some_and(|entry| entry.report_limit.take(Instant::now())) {
                 return;
             }
             drop(nodes);
@@ -50,7 +50,7 @@ impl Fleet {
                 object: ProblemObject::Service(object),
                 reason: ProblemReason::FailedToStartServiceHealthcheck,
                 message: format!(
-                    "node {node} cannot listen on {} for the health check node port: {}; it tries again every five \
+                    "node {node} cannot listen on {} for the health check node port: {}; it retries every five \
                      seconds",
                     sanitized(address),
                     sanitized(error)
@@ -105,21 +105,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_speaks_of_its_own_health_checks_and_not_too_often() {
+    async fn health_check_reports_are_limited_to_own_node_and_rate() {
         let (fleet, problems) = fleet();
-        let told = || std::mem::take(&mut *problems.lock().unwrap());
-        fleet.cannot_listen(&"n1".into(), &[failure("other"), failure("web")]);
-        let first = told();
-        assert_eq!(first.len(), 1, "another Service is none of its business");
+        let reported = || std::mem::take(&mut *problems.lock().unwrap());
+        fleet.report_health_check_failures(&"n1".into(), &[failure("other"), failure("web")]);
+        let first = reported();
+        assert_eq!(first.len(), 1, "reported a health check that the node does not have");
         assert!(!first[0].message.contains('\u{1b}'), "{:?}", first[0].message);
-        fleet.cannot_listen(&"n2".into(), &[failure("web")]);
-        assert_eq!(told().len(), 0, "no such node");
+        fleet.report_health_check_failures(&"n2".into(), &[failure("web")]);
+        assert_eq!(reported().len(), 0, "no such node");
         for _ in 0..100 {
-            fleet.cannot_listen(&"n1".into(), &[failure("web")]);
+            fleet.report_health_check_failures(&"n1".into(), &[failure("web")]);
         }
-        assert_eq!(told().len(), TOLD as usize - 1);
+        assert_eq!(reported().len(), MAX_PER_MINUTE as usize - 1);
         tokio::time::advance(MINUTE).await;
-        fleet.cannot_listen(&"n1".into(), &[failure("web")]);
-        assert_eq!(told().len(), 1);
+        fleet.report_health_check_failures(&"n1".into(), &[failure("web")]);
+        assert_eq!(reported().len(), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! Revisions of settings: one layer each, and which node has which.
+//! Revisions of settings: one layer each, and their assignment to nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,19 +17,19 @@ use crate::status::Observation;
 /// Profile and revision of settings.
 pub type SettingsName = (Arc<str>, u64);
 
-/// Settings that a node is to have.
+/// Assignment of settings to a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SettingsAssignment {
     /// The node.
     pub node: Arc<str>,
     /// Its settings.
     pub settings: SettingsName,
-    /// The trace of the assignment; `None`: a new one.
+    /// Trace of the assignment; `None` starts a new one.
     pub trace: Option<u128>,
 }
 
-/// The defaults of the built-in settings: what holds before any ProxyProfile applies where nothing was taken over from
-/// kube-proxy ([`crate::builtin`]).
+/// Default built-in settings: used without a ProxyProfile and without settings adopted from kube-proxy
+/// ([`crate::builtin`]).
 #[must_use]
 pub fn builtin_settings() -> Settings {
     Settings {
@@ -48,12 +48,13 @@ pub fn builtin_settings() -> Settings {
     }
 }
 
-/// The change that makes a revision's layer what it should be.
+/// Returns the change that sets the content of a revision's layer.
 pub(super) fn change(settings: Settings) -> Change {
     Change { change: Some(Op::Settings(settings)) }
 }
 
-/// An assignment as a change. Such changes are rare and what depends on them is much: their traces are always kept.
+/// Describes an assignment as a change. Such changes are rare and have a large effect, so their traces are always
+/// kept.
 fn change_of((profile, revision): &SettingsName, trace: Option<u128>, received: u64) -> FollowedChange {
     let object = if *revision == 0 {
         "built-in settings".to_owned()
@@ -75,8 +76,8 @@ fn change_of((profile, revision): &SettingsName, trace: Option<u128>, received: 
 }
 
 impl Fleet {
-    /// Makes these the revisions that nodes can have, beside the built-in one. A revision that some node still has
-    /// stays.
+    /// Sets the available revisions, in addition to the built-in one. A revision that is still assigned to a node is
+    /// kept.
     pub fn set_settings(&self, wanted: &BTreeMap<SettingsName, Settings>) {
         let mut nodes = lock(&self.nodes);
         let mut changes = BTreeMap::new();
@@ -105,16 +106,16 @@ impl Fleet {
         self.mark(woken.idle);
     }
 
-    /// The settings that hold where no profile applies, and that profiles are laid over.
+    /// Settings of nodes without a profile, and the base of all profiles.
     #[must_use]
     pub fn builtin_settings(&self) -> &Settings {
         &self.builtin_settings
     }
 
-    /// Gives nodes a revision; it takes the place of the one before with their next update. Nodes may be named before
-    /// they exist. A revision that was not set before counts as empty: set it first.
+    /// Assigns revisions to nodes, which replace the previous ones with the next update. The Nodes need not exist
+    /// yet. A revision that was not set counts as empty: call [`Fleet::set_settings`] first.
     ///
-    /// What nodes with a stream get together is followed as one change.
+    /// Equal assignments of connected nodes are followed as one change.
     pub fn assign_settings(&self, assignments: impl IntoIterator<Item = SettingsAssignment>) {
         let received = unix_nanoseconds(SystemTime::now());
         let mut nodes = lock(&self.nodes);
@@ -143,8 +144,8 @@ impl Fleet {
         self.mark(idle);
     }
 
-    /// Gives the assignment a revision of the layers, although no layer changes, so that it is followed like any
-    /// other change, and wakes the nodes.
+    /// Publishes a revision of the layers for the assignment, although no layer changes, so that it is followed like
+    /// any other change. Wakes the nodes.
     fn publish_assignment(&self, nodes: &mut Nodes, change: &FollowedChange, names: &[Arc<str>]) {
         let source = self.read(Layers::source);
         let applied = self.write(|layers| layers.apply(BTreeMap::new(), &[], Vec::new(), source));
@@ -166,7 +167,7 @@ impl Fleet {
         self.propagation.publish(applied.revision, publication, &followed);
     }
 
-    /// Looks at what is known of every node's agent. The closure must be quick: it holds up the streams.
+    /// Calls `look` with the observation of each node. The closure must be quick: it blocks the streams.
     pub fn each_observation(&self, mut look: impl FnMut(&Arc<str>, &Observation)) {
         for (name, node) in &lock(&self.nodes).nodes {
             if let Some(observation) = &node.observation {

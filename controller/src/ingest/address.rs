@@ -1,4 +1,4 @@
-//! Addresses as kube-proxy reads them: leniently, so that objects of old clusters mean the same to both.
+//! Parsing of addresses as lenient as kube-proxy's, so that objects of old clusters mean the same to both.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -10,12 +10,12 @@ use switchtower_core::model::Node;
 use super::address::{one_per_family, parse_cidr, parse_ip};
 use super::{Fact, Findings, Ingested, NodeIdentity, Origin};
 
-/// The label that names a Node's zone.
+/// Label with a Node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-/// The taint with which the cluster autoscaler announces that it removes a Node (KEP-3836).
+/// Taint by which the cluster autoscaler announces the removal of a Node (KEP-3836).
 const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
-/// Converts a Node. That one lacks addresses or pod CIDRs is for the compiler to report.
+/// Converts a Node. The compiler reports missing addresses and pod CIDRs.
 #[must_use]
 pub fn node(object: &ApiNode) -> Ingested {
     let name = object.metadata.name.as_deref().unwrap_or_default();
@@ -31,7 +31,7 @@ pub fn node(object: &ApiNode) -> Ingested {
             let network = parse_cidr(text);
             if network.is_none() {
                 findings.note(ProblemReason::InvalidAddress, || {
-                    format!("spec.podCIDRs: {text:?} is not a CIDR; it is left out")
+                    format!("spec.podCIDRs: {text:?} is not a CIDR; ignored")
                 });
             }
             network

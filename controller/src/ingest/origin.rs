@@ -1,20 +1,19 @@
-//! What an object's annotations tell of how it was written.
+//! Origin of an object's last change, from its annotations.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use switchtower_core::propagation::{TraceContext, UnixNanoseconds};
 
-/// When the change began that led to the object: the endpoints controller's word, in whole seconds. Absent when
-/// a pod went away.
+/// Annotation of the endpoints controller: start of the change that led to the object, in whole seconds. Absent when
+/// a pod was deleted.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// The trace in which the object was written (KEP-5915).
 const TRACEPARENT: &str = "tracing.k8s.io/traceparent";
 
-/// Where a change comes from. An annotation that cannot be understood counts as absent: nothing is served from
-/// it.
+/// Origin of a change. An invalid annotation counts as absent, because nothing is served from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Origin {
-    /// When it began, on another machine's clock.
+    /// Start of the change, by the clock of another machine.
     pub triggered: Option<UnixNanoseconds>,
     /// The span in which the object was written.
     pub trace: Option<TraceContext>,
@@ -43,7 +42,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_are_read_and_nonsense_is_nothing() {
+    fn annotations_are_parsed_and_invalid_ones_ignored() {
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let known = origin(&[(TRIGGER_TIME, "2026-11-21T15:00:00Z"), (TRACEPARENT, parent)]);
         assert_eq!(known.triggered, Some(1_795_273_200_000_000_000));

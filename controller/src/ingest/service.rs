@@ -66,13 +66,13 @@ fn serve(object: &ApiService, spec: &ServiceSpec, key: ObjectKey, findings: &mut
     })
 }
 
-/// Where externalTrafficPolicy has a meaning (kube-proxy: `ExternallyAccessible`).
+/// Returns true if externalTrafficPolicy has a meaning (kube-proxy: `ExternallyAccessible`).
 fn is_externally_accessible(spec: &ServiceSpec) -> bool {
     matches!(spec.type_.as_deref(), Some("LoadBalancer" | "NodePort"))
         || spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty())
 }
 
-/// `clusterIPs`, or `clusterIP` alone where a client wrote no list; one per family.
+/// `clusterIPs`, or `clusterIP` if a client wrote no list; one per family.
 fn cluster_ips(spec: &ServiceSpec, findings: &mut Findings) -> Vec<IpAddr> {
     match spec.cluster_ips.as_deref() {
         Some(list) if !list.is_empty() => one_per_family(addresses(list, "clusterIPs", findings)),

@@ -1,6 +1,6 @@
 //! Exemplars: for each bucket of a histogram the latest observation that has a trace to look at.
 //!
-//! What holds: there is at most one per bucket, so that their number is bounded by the histograms'.
+//! Invariants: there is at most one per bucket, so that their number is bounded by the histograms'.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Exemplar {
     /// The trace.
     pub trace: u128,
-    /// What was observed, in the histogram's unit.
+    /// Observed value in the unit of the histogram.
     pub value: f64,
-    /// When, in seconds since 1970.
+    /// Time of the observation in seconds since 1970.
     pub at: f64,
 }
 

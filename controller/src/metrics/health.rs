@@ -8,7 +8,8 @@ use axum::http::StatusCode;
 
 use super::Readiness;
 
-/// Longest piece of work of the engine. The first compile of 50,000 Services takes seconds; beyond this it hangs.
+/// Maximum duration of one step of the engine. The first compile of 50,000 Services takes seconds; beyond this it
+/// hangs.
 const WORK: Duration = Duration::from_secs(120);
 /// Watches are heard at least every 10 seconds; beyond this the controller serves what is out of date.
 const STALE: Duration = Duration::from_secs(60);
@@ -41,14 +42,14 @@ impl Drop for Working<'_> {
     }
 }
 
-/// What the probes ask.
+/// Inputs of the probes.
 #[derive(Clone)]
 pub struct Health {
-    /// Whether agents are served.
+    /// Readiness.
     pub readiness: Readiness,
     /// The engine's work.
     pub busy: Busy,
-    /// How old what the API server said last is; `None` before every watch was heard.
+    /// Time since the last response of the API server; `None` before every watch was heard.
     pub upstream: Arc<dyn Fn() -> Option<Duration> + Send + Sync>,
 }
 
@@ -63,7 +64,7 @@ pub(super) async fn live(State(health): State<Health>) -> (StatusCode, String) {
     }
 }
 
-/// Whether agents are served, and with what is up to date.
+/// Handler of `/readyz`: succeeds if agents are served and the state is current.
 pub(super) async fn ready(State(health): State<Health>) -> (StatusCode, String) {
     if !health.readiness.get() {
         let text = "not serving: watches are not synced, or the controller drains\n";

@@ -1,7 +1,7 @@
-//! What the registry gathers as OpenMetrics 1.0 text, the format that has exemplars. Pure.
+//! Encoder of metrics as OpenMetrics 1.0 text, the format with exemplars. Pure.
 //!
-//! Beside the classic text: a counter's family is named without `_total`, bounds of buckets are written as floats, buckets
-//! may have an exemplar, and the text ends in `# EOF`.
+//! Differences from the Prometheus text format: a counter's family is named without `_total`, bounds of buckets are
+//! written as floats, buckets may have an exemplar, and the text ends in `# EOF`.
 
 use std::fmt::{self, Write as _};
 
@@ -143,7 +143,7 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
-/// Whether a scraper with this `Accept` header rather has OpenMetrics than the classic text.
+/// Returns true if a scraper with this `Accept` header prefers OpenMetrics to the Prometheus text format.
 #[must_use]
 pub(super) fn is_preferred(accept: &str) -> bool {
     let (mut open_metrics, mut text) = (0.0_f64, 0.0_f64);

@@ -1,4 +1,4 @@
-//! What is measured of changes on their way.
+//! Metrics of the propagation of changes.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -70,7 +70,7 @@ impl PropagationMetrics {
                 "Revisions without traces because the exporter had too many to do.",
             )?,
         };
-        // Every series exists from the start: its first increase would be lost otherwise.
+        // Every series exists from the start, because rate() misses the first increase of a new one.
         for milestone in Milestone::ASCENDING {
             metrics.propagation.with_label_values(&[label(milestone)]);
         }
@@ -79,7 +79,7 @@ impl PropagationMetrics {
         Ok(metrics)
     }
 
-    /// The same, with the traces of sampled changes in `exemplars`.
+    /// Adds the traces of sampled changes to `exemplars`.
     #[must_use]
     pub fn with_exemplars(self, exemplars: Exemplars) -> Self {
         Self { exemplars, ..self }
@@ -99,7 +99,7 @@ impl PropagationMetrics {
         self.given_up.inc_by(outcome.given_up);
     }
 
-    /// Only a sampled trace is sure to be found at the collector.
+    /// Only a sampled trace is certain to reach the collector.
     fn remember(&self, family: &'static str, label: &'static str, nanoseconds: u64, trace: &TraceContext) {
         if trace.sampled {
             let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();

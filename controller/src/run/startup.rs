@@ -105,7 +105,7 @@ pub(super) fn follow_changes(
         }
     };
     let propagation = Arc::new(propagation);
-    tasks.spawn("changes that are late", propagation.clone().watch());
+    tasks.spawn("overdue changes", propagation.clone().watch());
     Ok(Changes { propagation, traces, new_trace })
 }
 

@@ -1,8 +1,8 @@
-//! Which node an agent is: a pod-bound token of the agents' ServiceAccount, reviewed by the API server.
+//! Authentication of agents: a pod-bound token of the agents' ServiceAccount, reviewed by the API server.
 //!
-//! Whoever may create pods can project a token of the right audience for its own ServiceAccount, so the
-//! audience alone says nothing: the user must be exactly the agents'. The node is the one that the API server
-//! itself put into the token.
+//! Anyone who may create pods can project a token with this audience for another ServiceAccount, so the audience
+//! proves nothing: the user must be the agents' ServiceAccount. The node is the one that the API server put into the
+//! token.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -22,14 +22,14 @@ use claims::Claims;
 
 use crate::session::Identity;
 
-/// Most remembered tokens.
+/// Maximum number of cached reviews.
 const REMEMBERED_TOKENS: usize = 16_384;
-/// Reviews at a time.
+/// Maximum number of concurrent reviews.
 const REVIEWS: usize = 32;
-/// Of them, those for unknown callers whose tokens cannot be verified.
+/// Maximum number of concurrent reviews for strangers whose tokens cannot be verified.
 const STRANGERS: usize = 2;
 
-/// Why an agent is not accepted.
+/// Reason why an agent is not authenticated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// No `authorization` in the request.
@@ -41,37 +41,37 @@ pub enum Refusal {
     /// Not signed by the API server.
     #[error("the token's signature is not the API server's")]
     Forged,
-    /// Signed with a key that the API server does not publish, or not yet.
-    #[error("the token is signed with a key that the API server does not publish; try again")]
+    /// Signed with a key that the API server does not publish (yet).
+    #[error("the token is signed with a key that the API server does not publish; retry")]
     UnknownKey,
-    /// For somebody else.
+    /// For another audience.
     #[error("the token is not for the audience {0}; project it with that audience")]
     WrongAudience(String),
-    /// Too old.
+    /// Expired.
     #[error("the token has expired; the agent must read its file again")]
     Expired,
-    /// Of another user.
-    #[error("the token is of {0}, only {1} may be an agent")]
+    /// Of another ServiceAccount or user.
+    #[error("the token belongs to {0}, but only {1} may be an agent")]
     ForeignServiceAccount(String, String),
-    /// Made without a pod.
-    #[error("the token is not bound to a pod on a node; it must be a projected one")]
+    /// Not bound to a pod.
+    #[error("the token is not bound to a pod on a node; use a projected token")]
     NotPodBound,
     /// Its pod was deleted.
-    #[error("the token's pod is gone")]
+    #[error("the token's pod does not exist any more")]
     PodGone,
-    /// No such Node, or it is left out by --node-selector.
-    #[error("the Node {0} of the token does not exist, or is not selected")]
+    /// No such Node, or --node-selector excludes it.
+    #[error("the Node {0} of the token does not exist, or --node-selector excludes it")]
     UnknownNode(String),
-    /// The API server does not accept it, for another reason.
+    /// Rejected by the API server for another reason.
     #[error("the API server does not accept the token: {0}")]
     NotAuthenticated(String),
-    /// The API server cannot be asked.
-    #[error("the token cannot be reviewed now: {0}; try again")]
+    /// The API server cannot review tokens.
+    #[error("the token cannot be reviewed now: {0}; retry")]
     ReviewUnavailable(String),
 }
 
 impl Refusal {
-    /// The metric's label.
+    /// Returns the value of the metric label `reason`.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
@@ -90,7 +90,7 @@ impl Refusal {
         }
     }
 
-    /// What the agent gets.
+    /// Returns the gRPC status for the agent.
     pub(super) fn status(&self) -> Status {
         let message = format!("{}: {self}", self.reason());
         match self {
@@ -116,14 +116,14 @@ impl From<Unavailable> for Refusal {
     }
 }
 
-/// A token that may be accepted, and what it says of itself.
+/// A token that passed the checks without IO, and its claims.
 #[derive(Debug)]
-pub struct Shown<'a> {
+pub struct Credential<'a> {
     token: &'a str,
     claims: Claims,
 }
 
-/// Accepts or refuses agents.
+/// Authenticates agents.
 pub struct Authenticator {
     reviews: Reviews<Identity>,
     keys: Arc<Keys>,
@@ -149,18 +149,18 @@ impl Authenticator {
         }
     }
 
-    /// What a request shows, without asking anybody: costs little, so that it comes before the limits of streams.
+    /// Extracts the credential of a request. Needs no IO, so that it can precede all limits.
     ///
     /// # Errors
-    /// It has no token, or none that could be accepted.
-    pub fn shown<'a>(&self, metadata: &'a MetadataMap) -> Result<Shown<'a>, Refusal> {
+    /// The request has no token, or one that cannot be accepted.
+    pub fn credential<'a>(&self, metadata: &'a MetadataMap) -> Result<Credential<'a>, Refusal> {
         let value = metadata.get("authorization").ok_or(Refusal::NoToken)?;
         let value = value.to_str().map_err(|_| Refusal::MalformedToken)?;
         let token = value.strip_prefix("Bearer ").ok_or(Refusal::NoToken)?.trim();
         if token.len() > TOKEN {
             return Err(Refusal::MalformedToken);
         }
-        // Not verified yet. It spares what cannot be a token any further look, and tells why one was refused.
+        // Not verified yet: rejects early what cannot be a token, and gives the reason.
         let claims = Claims::of(token).ok_or(Refusal::MalformedToken)?;
         if claims.expires <= SystemTime::now() {
             return Err(Refusal::Expired);
@@ -168,16 +168,16 @@ impl Authenticator {
         if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
             return Err(Refusal::WrongAudience(self.reviews.audience().to_owned()));
         }
-        Ok(Shown { token, claims })
+        Ok(Credential { token, claims })
     }
 
-    /// Finds out who sent a request.
+    /// Authenticates the sender of a request.
     ///
     /// # Errors
-    /// It is no agent of an existing Node.
+    /// The sender is not an agent of an existing Node.
     pub(super) async fn authenticate(
         &self,
-        Shown { token, claims }: Shown<'_>,
+        Credential { token, claims }: Credential<'_>,
         class: Class,
         node_exists: impl Fn(&str) -> bool,
     ) -> Result<Identity, Refusal> {
@@ -188,7 +188,7 @@ impl Authenticator {
             }
             Signature::Forged => return Err(Refusal::Forged),
             Signature::UnknownKey => return Err(Refusal::UnknownKey),
-            // Nodes' tokens do not wait for those that anybody may have made up.
+            // Tokens of nodes do not wait behind possibly forged ones.
             Signature::Unverifiable if class == Class::Stranger => self.strangers.acquire().await.ok(),
             Signature::Unverifiable => None,
         };
@@ -199,7 +199,7 @@ impl Authenticator {
         Ok(identity)
     }
 
-    /// What a genuine token tells without a review: any pod may have one of its own ServiceAccount.
+    /// Checks the claims of a genuine token without a review: every pod can have one for its own ServiceAccount.
     fn check(&self, claims: &Claims, node_exists: impl Fn(&str) -> bool) -> Result<(), Refusal> {
         if let Some(subject) = claims.subject.as_ref().filter(|subject| **subject != self.user) {
             return Err(Refusal::ForeignServiceAccount(subject.clone(), self.user.clone()));
@@ -237,8 +237,8 @@ impl Authenticator {
         Ok(Identity { node, expires: claims.expires })
     }
 
-    /// Why the API server refused. Its text is for people; what the token says about itself is more precise,
-    /// and lying there gains nothing but another word in the log.
+    /// Returns the reason for a rejection. The API server's message is free text; the token's claims are more
+    /// precise, and a false claim only changes the reason in the log.
     fn explain(&self, error: String, claims: &Claims) -> Refusal {
         if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
             return Refusal::WrongAudience(self.reviews.audience().to_owned());

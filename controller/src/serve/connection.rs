@@ -1,4 +1,4 @@
-//! A connection that can be closed from outside: whoever reads or writes it gets an error.
+//! A connection that the gate can close: further reads and writes return an error.
 
 use std::io::{Error, ErrorKind};
 use std::pin::Pin;
@@ -9,22 +9,22 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 use tonic::transport::server::Connected;
 
-use super::gate::{Ticket, Turned};
+use super::gate::{Rejection, Ticket};
 
-/// A stream of bytes with its place at the gate, which may close it.
+/// A byte stream with its ticket of the gate, which may close it.
 pub(crate) struct Connection<S> {
     stream: S,
     ticket: Arc<Ticket>,
-    closed: oneshot::Receiver<Turned>,
+    closed: oneshot::Receiver<Rejection>,
     over: bool,
 }
 
 impl<S> Connection<S> {
-    pub(crate) fn new(stream: S, ticket: Arc<Ticket>, closed: oneshot::Receiver<Turned>) -> Self {
+    pub(crate) fn new(stream: S, ticket: Arc<Ticket>, closed: oneshot::Receiver<Rejection>) -> Self {
         Self { stream, ticket, closed, over: false }
     }
 
-    /// An error once the gate has closed the connection. Registers the task to be woken then.
+    /// Returns an error once the gate has closed the connection. Registers the task to be woken then.
     fn check(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
         self.over = self.over || Pin::new(&mut self.closed).poll(context).is_ready();
         if self.over { Err(Error::new(ErrorKind::ConnectionAborted, "closed by the gate")) } else { Ok(()) }
@@ -58,7 +58,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        // A peer that reads nothing must not keep the goodbye waiting.
+        // A peer that reads nothing must not block the shutdown.
         self.check(context)?;
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
@@ -77,7 +77,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     }
 }
 
-/// What requests know of their connection.
+/// The connection of a request, as a request extension.
 #[derive(Clone)]
 pub(crate) struct Origin(pub(crate) Arc<Ticket>);
 

@@ -1,7 +1,7 @@
-//! The door of a port: who may keep a connection before anything is known of it, and for how long.
+//! Limits of a port for connections before authentication: their number, rate and duration.
 //!
-//! [`table`] has the rules. A [`Ticket`] is one connection's place; dropping it gives the place back. Refused
-//! connections are counted one by one, and logged as one line per interval.
+//! [`table`] contains the rules. A [`Ticket`] represents one connection in the table; dropping it removes the
+//! connection. Every refused connection is counted; the log has one line per interval.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -12,23 +12,23 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 mod table;
 
-pub(crate) use table::{Bounds, Class, GateLimits, Pool, Stage, Turned};
+pub(crate) use table::{Bounds, Class, GateLimits, Pool, Rejection, Stage};
 
 use crate::fleet::addresses::KnownAddresses;
 use crate::fleet::metrics::StreamMetrics;
 use crate::token_bucket::Rate;
 use table::{Id, Table};
 
-/// Between two looks for connections past their deadline.
+/// Interval between checks for connections past their deadline.
 const SWEEP: Duration = Duration::from_millis(250);
-/// Between two log lines about what was refused.
+/// Minimum interval between log lines about refusals.
 const LOG: Duration = Duration::from_secs(10);
-/// Tokens of one source that are looked at together.
+/// Maximum number of concurrent reviews per source: known, stranger.
 const REVIEWS: (usize, usize) = (64, 4);
 
 impl GateLimits {
-    /// The agents' port. A fleet of 5,000 that returns at once fits; strangers are agents only where addresses are
-    /// translated, and a source is known after its first agent.
+    /// The agents' port. Sufficient for 5,000 agents that reconnect at once. Agents are strangers only behind address
+    /// translation, until the first of them has authenticated.
     pub(crate) fn agents() -> Self {
         let pool = |total, per_source, milliseconds| Pool {
             total,
@@ -70,7 +70,7 @@ impl GateLimits {
     }
 }
 
-/// What was refused since the last log line.
+/// Refusals since the last log line.
 #[derive(Debug)]
 struct Tally {
     counts: HashMap<&'static str, u64>,
@@ -80,7 +80,7 @@ struct Tally {
 }
 
 impl Tally {
-    /// Most sources that are counted.
+    /// Maximum number of counted sources.
     const SOURCES: usize = 1_024;
 
     fn note(&mut self, reason: &'static str, source: IpAddr, detail: Option<String>) {
@@ -93,7 +93,7 @@ impl Tally {
         }
     }
 
-    /// At most once per interval.
+    /// Logs the refusals, at most once per interval.
     fn log(&mut self, port: &'static str, now: Instant) {
         let early = self.logged.is_some_and(|at| now.saturating_duration_since(at) < LOG);
         if early || self.counts.is_empty() {
@@ -124,7 +124,7 @@ impl Tally {
 /// A port's connections.
 pub(crate) struct Gate {
     port: &'static str,
-    table: Mutex<Table<oneshot::Sender<Turned>>>,
+    table: Mutex<Table<oneshot::Sender<Rejection>>>,
     tally: Mutex<Tally>,
     reviews: Mutex<HashMap<IpAddr, Weak<Semaphore>>>,
     known: Arc<KnownAddresses>,
@@ -136,7 +136,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gate {
-    /// `port` names it in the log.
+    /// Creates a gate. `port` is its name in the log.
     pub(crate) fn new(
         port: &'static str,
         limits: GateLimits,
@@ -154,7 +154,7 @@ impl Gate {
         })
     }
 
-    /// Closes what is past its deadline and logs what was refused, until it is dropped.
+    /// Closes connections past their deadline and logs refusals. Runs until dropped.
     pub(crate) async fn watch(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(SWEEP);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -168,14 +168,14 @@ impl Gate {
         }
     }
 
-    /// A connection that was accepted.
+    /// Admits an accepted connection, or refuses it.
     pub(crate) fn enter(
         self: &Arc<Self>,
         peer: IpAddr,
         local: Option<IpAddr>,
-    ) -> Result<(Arc<Ticket>, oneshot::Receiver<Turned>), Turned> {
+    ) -> Result<(Arc<Ticket>, oneshot::Receiver<Rejection>), Rejection> {
         let (source, now) = (peer.to_canonical(), Instant::now());
-        // Only processes of this host reach it from its own address.
+        // Only processes of this host can connect from its own address.
         let own = local.is_some_and(|local| local.to_canonical() == source);
         let class = if own || self.known.contains(source, now) { Class::Known } else { Class::Stranger };
         let (close, closed) = oneshot::channel();
@@ -185,23 +185,23 @@ impl Gate {
         Ok((Arc::new(Ticket { gate: self.clone(), id, source, class }), closed))
     }
 
-    /// Counts a refusal, and has it logged.
+    /// Counts a refusal and adds it to the next log line.
     pub(crate) fn refused(&self, reason: &'static str, source: IpAddr, detail: Option<String>) {
         self.metrics.refused(reason);
         lock(&self.tally).note(reason, source, detail);
     }
 
-    fn close(&self, (close, source, turned): (oneshot::Sender<Turned>, IpAddr, Turned)) {
-        // What refused the credential is counted already.
-        if turned != Turned::Refused {
+    fn close(&self, (close, source, turned): (oneshot::Sender<Rejection>, IpAddr, Rejection)) {
+        // The refusal of a credential is counted already.
+        if turned != Rejection::Refused {
             self.refused(turned.reason(), source, None);
         }
-        // Fails when the connection has just ended by itself.
+        // Fails if the connection has just ended.
         let _ = close.send(turned);
     }
 }
 
-/// One connection's place.
+/// A connection in the table of the gate.
 pub(crate) struct Ticket {
     gate: Arc<Gate>,
     id: Id,
@@ -210,42 +210,42 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    /// Where it comes from.
+    /// Class of the source address.
     pub(crate) fn class(&self) -> Class {
         self.class
     }
 
-    /// The connection has come to this stage; refused where there is no room in it.
-    pub(crate) fn advance(&self, stage: Stage) -> Result<(), Turned> {
+    /// Moves the connection to a stage, or refuses it if the stage is full.
+    pub(crate) fn advance(&self, stage: Stage) -> Result<(), Rejection> {
         let advanced = lock(&self.gate.table).advance(self.id, stage, Instant::now());
         let displaced = advanced.inspect_err(|turned| self.refused(turned.reason(), None))?;
         displaced.into_iter().for_each(|closing| self.gate.close(closing));
         Ok(())
     }
 
-    /// A stream on the connection is authenticated until the guard is dropped. `None`: it was closed meanwhile.
+    /// Marks the connection as authenticated until the guard is dropped. Returns `None` if it was closed before.
     pub(crate) fn authenticated(self: &Arc<Self>) -> Option<Authenticated> {
         self.gate.known.authenticated(self.source, Instant::now());
         lock(&self.gate.table).authenticated(self.id).then(|| Authenticated(self.clone()))
     }
 
-    /// A credential on the connection was refused: the connection is closed as soon as the peer had time to read
-    /// the answer.
+    /// Records that a credential was refused: the connection is closed as soon as the peer had time to read the
+    /// response.
     pub(crate) fn refuse(&self) {
         lock(&self.gate.table).refuse(self.id, Instant::now());
     }
 
-    /// Nothing that comes on the connection is worth a look any more.
+    /// Returns true if further requests on the connection are to be ignored.
     pub(crate) fn is_refused(&self) -> bool {
         lock(&self.gate.table).is_refused(self.id)
     }
 
-    /// Counts a refusal of something on this connection.
+    /// Counts a refusal on this connection.
     pub(crate) fn refused(&self, reason: &'static str, detail: Option<String>) {
         self.gate.refused(reason, self.source, detail);
     }
 
-    /// A turn among the source's credentials that are under review; waits for one.
+    /// Waits for a permit to review a credential of this source.
     pub(crate) async fn review(&self) -> Option<OwnedSemaphorePermit> {
         let most = match self.class {
             Class::Known => REVIEWS.0,
@@ -269,7 +269,7 @@ impl Drop for Ticket {
     }
 }
 
-/// An authenticated stream; without it, the connection is again one that nobody knows.
+/// An authenticated stream; after the last one, the connection is unauthenticated again.
 pub(crate) struct Authenticated(Arc<Ticket>);
 
 impl Drop for Authenticated {
@@ -278,7 +278,7 @@ impl Drop for Authenticated {
         let ended = lock(&gate.table).ended(*id, Instant::now());
         match ended {
             Ok(displaced) => displaced.into_iter().for_each(|closing| gate.close(closing)),
-            // Without room for it the table has dropped what keeps it open.
+            // The stage is full and the table has dropped the sender that keeps the connection open.
             Err(turned) => self.0.refused(turned.reason(), None),
         }
     }

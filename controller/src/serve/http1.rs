@@ -1,7 +1,7 @@
 //! HTTP/1.1 for ports with few callers and short requests: metrics, health, the admin API.
 //!
-//! What [`super::gate`] does not bound is bounded here: how long a request's head may take, and with it how long a
-//! connection may idle.
+//! Limits in addition to those of [`super::gate`]: the time for a request's head, and thereby the idle time of a
+//! connection.
 
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::connection::Connection;
 
-/// Longest time until a request's head is complete, from the connection's start or the answer before.
+/// Timeout of a request's head, from the start of the connection or the previous response.
 const HEAD: Duration = Duration::from_secs(10);
-/// Longest head, in bytes: a token fits.
+/// Maximum size of a request's head, in bytes: enough for a token.
 const HEAD_SIZE: usize = 32 << 10;
 
-/// Answers requests on all of the connections until there are no more.
+/// Serves requests on all connections until the stream of connections ends.
 pub(crate) async fn serve<S>(connections: impl Stream<Item = std::io::Result<Connection<S>>>, router: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

@@ -1,7 +1,7 @@
-//! The keys that the API server signs ServiceAccount tokens with, and whether a token bears such a signature.
+//! Verification of token signatures with the keys that the API server publishes.
 //!
-//! The check grants nothing: a genuine token is still reviewed by the API server, which alone knows whether its pod
-//! still exists. It keeps forged tokens from costing a review, or anything else that agents wait for.
+//! Verification grants nothing: a genuine token is still reviewed by the API server, because only that knows whether
+//! its pod still exists. It prevents forged tokens from using reviews, or anything else that agents wait for.
 
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
@@ -16,14 +16,14 @@ use ring::signature::{
 };
 use serde::Deserialize;
 
-/// Between two reads of the keys, however many tokens name unknown ones.
+/// Minimum interval between reads of the keys, however many tokens name unknown keys.
 const PAUSE: Duration = Duration::from_secs(10);
-/// Longest read.
+/// Timeout of a read.
 const READ: Duration = Duration::from_secs(5);
-/// Most keys.
+/// Maximum number of keys.
 const KEYS: usize = 64;
 
-/// The answer of the API server: its keys, or why there are none.
+/// The API server's keys, or the error.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<KeySet, String>> + Send + 'a>>;
 
 /// Reads the API server's keys.
@@ -48,7 +48,7 @@ pub struct KeySet {
     keys: Vec<Key>,
 }
 
-/// A public key; of kinds that are not understood only the id.
+/// A public key; only the ID of unsupported kinds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 struct Key {
@@ -61,16 +61,16 @@ struct Key {
     y: String,
 }
 
-/// What a token's signature is worth.
+/// Result of the verification of a token's signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Signature {
-    /// The API server's.
+    /// Made by the API server.
     Genuine,
     /// Not made with the key that it names.
     Forged,
     /// Names a key that the API server does not publish; a new one is found within [`PAUSE`].
     UnknownKey,
-    /// The keys cannot be read, or are of a kind that is not understood.
+    /// The keys cannot be read, or are of an unsupported kind.
     Unverifiable,
 }
 
@@ -87,7 +87,7 @@ struct State {
 pub struct Keys {
     source: Box<dyn KeySource>,
     state: Mutex<State>,
-    /// One read at a time; who comes later finds it done.
+    /// Serializes reads; a waiting caller finds the keys ready.
     reading: tokio::sync::Mutex<()>,
     count: IntGauge,
 }
@@ -99,7 +99,7 @@ struct Header {
     kid: String,
 }
 
-/// What a token says of its signature.
+/// Header and signature of a token.
 struct Signed<'a> {
     header: Header,
     message: &'a str,
@@ -116,7 +116,7 @@ impl<'a> Signed<'a> {
 }
 
 impl Keys {
-    /// Reads the keys when the first token comes.
+    /// Creates a verifier, which reads the keys with the first token.
     ///
     /// # Errors
     /// The metric's name is already registered.
@@ -130,7 +130,7 @@ impl Keys {
         Ok(Self { source: Box::new(source), state, reading, count })
     }
 
-    /// Whether the API server signed the token. May read the keys first.
+    /// Verifies the signature of a token. May read the keys first.
     pub(crate) async fn verify(&self, token: &str) -> Signature {
         let Some(signed) = Signed::of(token) else { return Signature::Forged };
         if let Some(verdict) = self.verdict(&signed) {
@@ -143,7 +143,7 @@ impl Keys {
         })
     }
 
-    /// `None`: its key is not among those that are known.
+    /// Returns `None` if the token's key is not known.
     fn verdict(&self, signed: &Signed<'_>) -> Option<Signature> {
         let kid = &signed.header.kid;
         let candidates: Vec<Key> = self.with(|state| {
@@ -164,16 +164,16 @@ impl Keys {
         }
         let answer = tokio::time::timeout(READ, self.source.read()).await;
         let answer = answer.unwrap_or_else(|_| Err("no answer in time".to_owned()));
-        let told = self.with(|state| {
-            // From the end of the read: a slow API server must not be asked without a pause.
+        let outcome = self.with(|state| {
+            // From the end of the read, so that a slow API server gets a pause between requests.
             state.read = Some(Instant::now());
             state.take(answer)
         });
         self.count.set(self.with(|state| state.keys.as_ref().map_or(0, Vec::len) as i64));
-        match told {
-            Told::Nothing => {}
-            Told::Read(count) => tracing::info!(keys = count, "read the API server's keys for tokens"),
-            Told::Failed { error, kept } => tracing::warn!(
+        match outcome {
+            ReadOutcome::Unchanged => {}
+            ReadOutcome::Read(count) => tracing::info!(keys = count, "read the API server's keys for tokens"),
+            ReadOutcome::Failed { error, kept } => tracing::warn!(
                 error,
                 kept,
                 "the API server's keys for tokens (/openid/v1/jwks) cannot be read; without any (kept=0) every \
@@ -188,15 +188,15 @@ impl Keys {
     }
 }
 
-/// What is worth a log line.
-enum Told {
-    Nothing,
+/// Result of a read, for the log.
+enum ReadOutcome {
+    Unchanged,
     Read(usize),
     Failed { error: String, kept: usize },
 }
 
 impl State {
-    fn take(&mut self, answer: Result<KeySet, String>) -> Told {
+    fn take(&mut self, answer: Result<KeySet, String>) -> ReadOutcome {
         let answer = answer.and_then(|set| match set.keys.len() {
             0 => Err("the set is empty".to_owned()),
             count if count > KEYS => Err(format!("the set has {count} keys, more than {KEYS}")),
@@ -207,19 +207,23 @@ impl State {
                 let same = self.failure.take().is_none() && self.keys.as_ref() == Some(&keys);
                 let count = keys.len();
                 self.keys = Some(keys);
-                if same { Told::Nothing } else { Told::Read(count) }
+                if same { ReadOutcome::Unchanged } else { ReadOutcome::Read(count) }
             }
             Err(error) => {
                 let kept = self.keys.as_ref().map_or(0, Vec::len);
                 let before = self.failure.replace(error.clone());
-                if before.as_ref() == Some(&error) { Told::Nothing } else { Told::Failed { error, kept } }
+                if before.as_ref() == Some(&error) {
+                    ReadOutcome::Unchanged
+                } else {
+                    ReadOutcome::Failed { error, kept }
+                }
             }
         }
     }
 }
 
 impl Key {
-    /// The algorithm follows from the key, never from what the token says alone.
+    /// The key determines the algorithm; the token's header alone is never trusted.
     fn check(&self, Signed { header, message, signature }: &Signed<'_>) -> Signature {
         let bytes = |text: &str| URL_SAFE_NO_PAD.decode(text).unwrap_or_default();
         let point = || [vec![4], bytes(&self.x), bytes(&self.y)].concat();

@@ -1,7 +1,6 @@
-//! Reviews of bearer tokens by the API server: bounded, and remembered for a moment.
+//! Reviews of bearer tokens by the API server: limited in number, and cached for a short time.
 //!
-//! What a good review means is the caller's: the closure that judges it says who the token's holder is. Tokens are
-//! remembered by hash, and only those that were accepted.
+//! The caller's closure derives the holder from a review. The cache contains only accepted tokens, by hash.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -17,17 +16,17 @@ use switchtower_telemetry::{span, spans};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
 
-/// How long an accepted token is not reviewed again. Short: a deleted pod's token ends with its pod.
+/// Lifetime of a cache entry. Short, because the token of a deleted pod becomes invalid with the pod.
 const REMEMBERED: Duration = Duration::from_secs(10);
-/// Longest time that a review may take, waiting for its turn included.
+/// Timeout of a review, including the wait for its turn.
 const REVIEW: Duration = Duration::from_secs(8);
-/// Longest token, in bytes.
+/// Maximum length of a token, in bytes.
 pub(crate) const TOKEN: usize = 16 << 10;
 
-/// The answer of a review, or why there is none.
+/// Future of a review: its status, or an error message.
 pub type Review<'a> = Pin<Box<dyn Future<Output = Result<TokenReviewStatus, String>> + Send + 'a>>;
 
-/// Asks whether a token is genuine.
+/// Reviews tokens.
 pub trait Reviewer: Send + Sync + 'static {
     /// Reviews a token for an audience.
     fn review<'a>(&'a self, token: &'a str, audience: &'a str) -> Review<'a>;
@@ -47,11 +46,11 @@ impl Reviewer for Client {
     }
 }
 
-/// The API server cannot be asked, and why.
+/// The API server cannot review the token, with the reason.
 #[derive(Debug)]
 pub(crate) struct Unavailable(pub(crate) String);
 
-/// Reviews tokens for one audience, and remembers who holds them.
+/// Reviews tokens for one audience and caches their holders.
 pub(crate) struct Reviews<T> {
     reviewer: Box<dyn Reviewer>,
     audience: String,
@@ -61,7 +60,7 @@ pub(crate) struct Reviews<T> {
 }
 
 impl<T: Clone> Reviews<T> {
-    /// At most `at_once` reviews at a time, and at most `most` remembered tokens.
+    /// Allows at most `at_once` concurrent reviews and `most` cached tokens.
     pub(crate) fn new(reviewer: impl Reviewer, audience: &str, at_once: usize, most: usize) -> Self {
         Self {
             reviewer: Box::new(reviewer),
@@ -72,15 +71,15 @@ impl<T: Clone> Reviews<T> {
         }
     }
 
-    /// Whom tokens must be for.
+    /// Returns the required audience.
     pub(crate) fn audience(&self) -> &str {
         &self.audience
     }
 
-    /// Who holds a token: remembered, or what `judge` makes of its review.
+    /// Returns the holder of a token, from the cache or from a review that `judge` evaluates.
     ///
     /// # Errors
-    /// The API server cannot be asked, or `judge` refuses.
+    /// The API server cannot review the token, or `judge` refuses it.
     pub(crate) async fn holder<E: From<Unavailable>>(
         &self,
         token: &str,

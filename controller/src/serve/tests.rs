@@ -370,7 +370,7 @@ async fn who_comes_back_continues() {
         .await;
 }
 
-/// What an agent says of its view that has taken this update.
+/// View of a Hello after this update.
 fn view(update: &Update) -> View {
     View {
         digest: update.digest.clone(),
@@ -390,7 +390,7 @@ async fn a_view_that_the_kernel_does_not_hold_is_not_taken_for_synced() {
     lab.until("n1", |known| known.failure.is_some()).await;
     drop(agent);
     lab.until("n1", |known| known.lost_since.is_some()).await;
-    // It comes back: it has the update, and its kernel still refuses it.
+    // It reconnects: it has the update, and its kernel still refuses it.
     let kernel = Some(Stamp { generation: first.to, digest: first.digest.clone() });
     let mut agent = lab.agent("n1").await;
     assert!(agent.welcome(Hello { view: Some(view(&second)), kernel, ..hello("n1") }).await);

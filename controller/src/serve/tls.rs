@@ -19,7 +19,7 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::connection::Connection;
-use super::gate::{Gate, Stage, Ticket, Turned};
+use super::gate::{Gate, Rejection, Stage, Ticket};
 use crate::bootstrap::CaPem;
 
 /// The name in the server's certificate, which agents pin.
@@ -27,24 +27,24 @@ pub const SERVER_NAME: &str = "switchtower-controller";
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// Why TLS cannot be set up.
+/// Error of the TLS setup.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The CA or a certificate could not be made, or the given CA not be read.
-    #[error("making the server's certificate; check ca.crt and ca.key")]
+    /// Creating a certificate or reading the CA failed.
+    #[error("create the server certificate; check ca.crt and ca.key")]
     Certificate(#[from] rcgen::Error),
     /// The certificate is not accepted by the TLS library.
-    #[error("setting up TLS with the certificate just made")]
+    #[error("set up TLS with the new certificate")]
     Config(#[from] rustls::Error),
 }
 
-/// The server's side of TLS; may be replaced while it is in use, for connections to come.
+/// TLS configuration of the server; may be replaced at any time for new connections.
 pub type ServerTls = ArcSwap<ServerConfig>;
 
-/// Makes a CA: ten years, for one purpose.
+/// Creates a CA that is valid for ten years.
 ///
 /// # Errors
-/// No key could be made.
+/// Generating a key failed.
 pub fn generate_ca() -> Result<CaPem, TlsError> {
     let key = KeyPair::generate()?;
     let mut parameters = CertificateParams::default();
@@ -56,7 +56,7 @@ pub fn generate_ca() -> Result<CaPem, TlsError> {
     Ok(CaPem { certificate: certificate.pem(), key: key.serialize_pem() })
 }
 
-/// A configuration with a new certificate of the CA, for one year.
+/// Creates a configuration with a new certificate of the CA, valid for one year.
 ///
 /// # Errors
 /// The CA cannot be read.
@@ -80,7 +80,7 @@ pub fn server_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
     Ok(config)
 }
 
-/// The same for the admin API, which speaks HTTP/1.1.
+/// Creates a configuration as [`server_config`] does, for the admin API with HTTP/1.1.
 ///
 /// # Errors
 /// As [`server_config`].
@@ -96,14 +96,14 @@ fn named(name: &str) -> DistinguishedName {
     distinguished
 }
 
-/// Valid from an hour ago, for clocks that are late.
+/// Sets the validity from one hour ago, to tolerate clocks that are slow.
 fn valid_for(parameters: &mut CertificateParams, span: Span) {
     let now = OffsetDateTime::now_utc();
     parameters.not_before = now - Span::hours(1);
     parameters.not_after = now + span;
 }
 
-/// Connections after their handshake. The gate bounds how many get there and how long they may take.
+/// Returns connections after their handshake. The gate limits their number and duration.
 pub(crate) fn incoming(
     listener: TcpListener,
     tls: Arc<ServerTls>,
@@ -133,28 +133,28 @@ async fn accept(listener: TcpListener, tls: &ServerTls, gate: &Arc<Gate>, out: &
             let Accepted { stream, ticket, mut closed } = accepted;
             let stream = tokio::select! {
                 biased;
-                // Counted by whoever closed it.
+                // Counted where it was closed.
                 _ = &mut closed => return,
                 shaken = handshake(stream, tls, &ticket) => match shaken {
                     Ok(stream) => stream,
-                    Err(Broken::Turned) => return,
-                    Err(Broken::Peer(reason, detail)) => return ticket.refused(reason, detail),
+                    Err(HandshakeError::Rejection) => return,
+                    Err(HandshakeError::Peer(reason, detail)) => return ticket.refused(reason, detail),
                 },
             };
-            // Fails only when the server is gone.
+            // Fails only if the server has ended.
             let _ = out.send(Ok(Connection::new(stream, ticket, closed))).await;
         });
     }
 }
 
-/// A connection that has its place at the gate.
+/// A connection that the gate admitted.
 pub(crate) struct Accepted {
     pub(crate) stream: TcpStream,
     pub(crate) ticket: Arc<Ticket>,
-    pub(crate) closed: oneshot::Receiver<Turned>,
+    pub(crate) closed: oneshot::Receiver<Rejection>,
 }
 
-/// The next connection that the gate lets in.
+/// Returns the next connection that the gate admits.
 pub(crate) async fn next(listener: &TcpListener, gate: &Arc<Gate>) -> Accepted {
     loop {
         match listener.accept().await {
@@ -173,11 +173,11 @@ pub(crate) async fn next(listener: &TcpListener, gate: &Arc<Gate>) -> Accepted {
     }
 }
 
-/// Why there is no TLS on a connection.
-enum Broken {
-    /// The gate has no room for it, and has counted it.
-    Turned,
-    /// The peer's doing: the metric's label, and what it said.
+/// Reason for a failed handshake.
+enum HandshakeError {
+    /// Refused and counted by the gate.
+    Rejection,
+    /// Caused by the peer: metric label and message.
     Peer(&'static str, Option<String>),
 }
 
@@ -185,28 +185,30 @@ async fn handshake(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     ticket: &Ticket,
-) -> Result<TlsStream<TcpStream>, Broken> {
-    // Without it small frames wait for an acknowledgement; it is a matter of speed only.
+) -> Result<TlsStream<TcpStream>, HandshakeError> {
+    // Without TCP_NODELAY small frames wait for an acknowledgement. A failure only costs latency.
     let _ = stream.set_nodelay(true);
     let mut first = [0];
     match stream.peek(&mut first).await {
         Ok(1) if first[0] == TLS_HANDSHAKE => {}
-        Ok(1) => return Err(Broken::Peer("plaintext", None)),
-        _ => return Err(Broken::Peer("closed_before_handshake", None)),
+        Ok(1) => return Err(HandshakeError::Peer("plaintext", None)),
+        _ => return Err(HandshakeError::Peer("closed_before_handshake", None)),
     }
-    let failed = |error: std::io::Error| Broken::Peer(handshake_reason(&error), Some(error.to_string()));
+    let failed =
+        |error: std::io::Error| HandshakeError::Peer(handshake_reason(&error), Some(error.to_string()));
     let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
-    ticket.advance(Stage::Handshake).map_err(|_| Broken::Turned)?;
+    ticket.advance(Stage::Handshake).map_err(|_| HandshakeError::Rejection)?;
     let stream = hello.into_stream(config).await.map_err(failed)?;
-    ticket.advance(Stage::Anonymous).map_err(|_| Broken::Turned)?;
+    ticket.advance(Stage::Anonymous).map_err(|_| HandshakeError::Rejection)?;
     Ok(stream)
 }
 
-/// The metric's label of a failed handshake. A peer that does not accept the certificate says why.
+/// Returns the metric label of a failed handshake. A peer that rejects the certificate sends an alert with the
+/// reason.
 fn handshake_reason(error: &std::io::Error) -> &'static str {
     use rustls::AlertDescription as Alert;
     match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
-        // Certificates are dated back by an hour and renewed long before they end.
+        // Certificates are backdated by an hour and renewed long before they expire.
         Some(rustls::Error::AlertReceived(Alert::CertificateExpired)) => "peer_clock_skew",
         Some(rustls::Error::AlertReceived(
             Alert::UnknownCA | Alert::BadCertificate | Alert::DecryptError | Alert::CertificateUnknown,

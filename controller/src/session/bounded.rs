@@ -1,15 +1,15 @@
-//! What agents say about themselves, cut to the lengths and counts that are kept.
+//! Truncation of agents' reports to the lengths and counts that are stored.
 
 use switchtower_proto::v1::{Deviations, TrialStatus};
 
 use crate::text::sanitized;
 
-/// Most samples of deviations that are kept.
+/// Maximum number of stored samples of deviations.
 const SAMPLES: usize = 16;
-/// Most results of a trial's probes that are kept: 16 probes with two families and two addresses each.
+/// Maximum number of stored probe results of a trial: 16 probes with two families and two addresses each.
 const RESULTS: usize = 64;
 
-/// Deviations of a Hello or an Ack.
+/// Truncates the deviations of a Hello or an Ack.
 pub(super) fn deviations(mut deviations: Deviations) -> Deviations {
     deviations.samples.truncate(SAMPLES);
     for sample in &mut deviations.samples {
@@ -22,7 +22,7 @@ pub(super) fn deviations(mut deviations: Deviations) -> Deviations {
     deviations
 }
 
-/// A trial's standing of a Hello or a Report.
+/// Truncates the trial status of a Hello or a Report.
 pub(super) fn trial(mut trial: TrialStatus) -> TrialStatus {
     trial.profile = sanitized(&trial.profile);
     trial.results.truncate(RESULTS);

@@ -1,29 +1,29 @@
-//! Whether a Hello may begin a stream.
+//! Validation of a Hello.
 
 use switchtower_proto::v1::{GoAwayReason, Hello};
 
-/// The schema version that is spoken here.
+/// Supported schema version.
 pub(super) const VERSION: u32 = 1;
-/// Highest generation that an agent of a node may claim of which nothing is known, as after its row was deleted: at a
-/// thousand changes a second it is reached after 8,900 years.
+/// Maximum generation that an agent may claim if nothing is known of its node, for example after its row was deleted.
+/// It is reached after 8,900 years at a thousand changes per second.
 pub(super) const GENERATION: u64 = 1 << 48;
-/// How far a claim may lie above what is known: a controller that fell behind its agents, as after a restore of etcd,
-/// fell behind by less.
+/// Maximum distance of a claim above the known generation: a controller that is behind its agents, for example after
+/// a restore of etcd, is behind by less.
 const AHEAD: u64 = 1 << 32;
-/// Longest list and longest string.
+/// Maximum length of lists, and of strings in bytes.
 const LIST: usize = 64;
 const STRING: usize = 256;
 
-/// What is wrong, and the words for people.
+/// Reason and message of a refusal.
 pub(super) type Fault = (GoAwayReason, String);
 
 /// Checks a Hello against the limits, the credential's node, and the highest generation that is known of it.
 ///
-/// What is handed out stays within [`AHEAD`] and a stream's changes of the known, so that no node is refused for
-/// what it was given.
+/// Generations that this controller issued stay within [`AHEAD`] of the known one, so that no node is refused for an
+/// issued generation.
 pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> {
     let malformed = |what: &str| Err((GoAwayReason::Malformed, format!("Hello: {what}")));
-    // What it says of deviations and of a trial is sanitized where it is taken in.
+    // Deviations and trial are sanitized in `bounded`.
     let Hello {
         versions,
         features,
@@ -48,16 +48,18 @@ pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> 
     }
     let digests = kernel.iter().map(|stamp| &stamp.digest).chain(view.iter().map(|view| &view.digest));
     if digests.into_iter().any(|digest| digest.len() != 16) {
-        return malformed("a digest has not 16 bytes");
+        return malformed("a digest does not have 16 bytes");
     }
     if node_name != node {
         let detail = format!(
-            "the agent says it is {node_name:?}, its token is of {node:?}; check --node-name and where the pod runs"
+            "the agent claims to be {node_name:?}, but its token is bound to {node:?}; check --node-name and the node of the pod"
         );
         return Err((GoAwayReason::NodeNameMismatch, detail));
     }
     if !versions.contains(&VERSION) {
-        let detail = format!("the agent speaks {versions:?}, this controller {VERSION}");
+        let detail = format!(
+            "the agent supports the protocol versions {versions:?}, this controller supports {VERSION}"
+        );
         return Err((GoAwayReason::Version, detail));
     }
     let kernel = kernel.as_ref().map_or(0, |stamp| stamp.generation);
@@ -77,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_claim_far_above_what_is_known_is_refused() {
+    fn claim_far_above_known_generation_is_refused() {
         let claim = |generation| {
             let kernel = Some(Stamp { generation, digest: vec![0; 16] });
             Hello { versions: vec![VERSION], node_name: "n".into(), kernel, ..Hello::default() }

@@ -1,4 +1,4 @@
-//! The update that is on its way to an agent.
+//! The update that an agent has not acknowledged yet.
 
 use std::time::SystemTime;
 
@@ -15,13 +15,13 @@ pub(super) struct InFlight {
     pub(super) after: Cursor,
     pub(super) snapshot: bool,
     pub(super) since: Instant,
-    /// The kernel refused it, and the agent tries again until it is taken: no deadline holds.
+    /// The kernel refused it and the agent retries until it succeeds, without a deadline.
     pub(super) retried: bool,
     delivery: Delivery,
 }
 
 impl InFlight {
-    /// Notes that sending begins.
+    /// Records the start of sending.
     pub(super) fn begin(to: u64, after: Cursor, whole: bool, snapshot: bool, parts: &[Part]) -> Self {
         let delivery = Delivery {
             started: unix_nanoseconds(SystemTime::now()),
@@ -38,13 +38,13 @@ impl InFlight {
         self.delivery.bytes
     }
 
-    /// Notes that the connection has all of it.
+    /// Records that the connection has accepted all of it.
     pub(super) fn sent(&mut self) {
         self.since = Instant::now();
         self.delivery.sent = unix_nanoseconds(SystemTime::now());
     }
 
-    /// The whole way, now that the agent acknowledged it.
+    /// Returns the complete delivery, now that the agent acknowledged it.
     pub(super) fn delivered(&self, timings: Option<&ApplyTimings>) -> Delivery {
         let timings = timings.copied().unwrap_or_default();
         Delivery {

@@ -7,27 +7,27 @@ use crate::peers::Peers;
 /// Bounds and times of streams.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// This replica's name, for agents.
+    /// Name of this replica, sent to agents.
     pub replica: String,
-    /// Addresses of all replicas, for agents.
+    /// Addresses of all replicas, sent to agents.
     pub peers: Peers,
-    /// Most streams.
+    /// Maximum number of open streams.
     pub streams: usize,
-    /// New streams per second, on average.
+    /// Maximum average of new streams per second.
     pub streams_per_second: f64,
-    /// New streams at once.
+    /// Maximum number of new streams at once.
     pub stream_burst: f64,
-    /// From the stream's start to its Hello.
+    /// Timeout from the start of a stream to its Hello.
     pub hello: Duration,
-    /// From an update to its acknowledgement.
+    /// Timeout from an update to its acknowledgement.
     pub acknowledgement: Duration,
-    /// Between two pings.
+    /// Interval between pings.
     pub ping: Duration,
-    /// A peer that says nothing for this long, or takes nothing, is gone.
+    /// A peer that sends nothing or accepts nothing for this long is considered lost.
     pub silence: Duration,
-    /// Messages of one agent per second, on average; ten times as many at once.
+    /// Maximum average of messages per second of one agent; the burst is ten times as much.
     pub messages_per_second: f64,
-    /// First pause after a refused update; doubles up to 64 times.
+    /// Initial delay after a refused update; doubles up to a factor of 64.
     pub pause: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! What the agent says on its stream, and what follows from it: acknowledgements, refusals, reports.
+//! Messages of the agent and their effects: acknowledgements, refusals and reports.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::{End, Pause, Session, bounded};
 use crate::status::observation::{Failure, nack_word};
 use crate::text::sanitized;
 
-/// Most kernel settings that a row names.
+/// Maximum number of kernel settings in a row.
 const KERNEL_SETTINGS: usize = 8;
 
 impl Session {
@@ -31,7 +31,7 @@ impl Session {
                 self.reported(&report);
                 Ok(())
             }
-            // Of a session before: what it says is not of now.
+            // Of an earlier session, and therefore outdated.
             Some(FromAgent::Ack(_) | FromAgent::Nack(_) | FromAgent::Report(_)) => Ok(()),
             Some(FromAgent::Ping(ping)) => self.send(ToAgent::Pong(Pong { sequence: ping.sequence })).await,
             Some(FromAgent::Answer(answer)) => {
@@ -46,9 +46,9 @@ impl Session {
 
     fn acknowledged(&mut self, ack: Ack) -> Result<(), End> {
         let Some(in_flight) = self.in_flight.take_if(|in_flight| in_flight.to == ack.generation) else {
-            // Deviations of what it holds may change by themselves, as when held removals are released.
+            // Deviations may change without an update, for example when held removals are released.
             if ack.generation == self.generation {
-                // Until the agent has a place in the log, what it holds is about to be replaced.
+                // Until the agent has a position in the log, its content is about to be replaced.
                 if let Some(cursor) = &self.cursor {
                     if ack.digest != cursor.digest().to_bytes() {
                         let detail =
@@ -83,7 +83,7 @@ impl Session {
         Ok(())
     }
 
-    /// `took`: how long other settings than before took to be acknowledged.
+    /// `took`: time until a change of settings was acknowledged.
     fn note_ack(&self, ack: Ack, took: Option<Duration>) {
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
@@ -103,8 +103,8 @@ impl Session {
     fn refused(&mut self, nack: &Nack) {
         let reason = nack.reason();
         let in_flight = self.in_flight.as_ref().is_some_and(|in_flight| in_flight.to == nack.generation);
-        // A commit without a new generation, as the switch to settings on trial: the agent tries again, and
-        // acknowledges the generation anew when its kernel takes it.
+        // A commit without a new generation, such as the switch to settings on trial: the agent retries, and repeats
+        // the acknowledgement of the generation when its kernel accepts it.
         let held =
             self.cursor.is_some() && nack.generation == self.generation && reason == NackReason::Kernel;
         if !in_flight && !held {
@@ -115,11 +115,11 @@ impl Session {
             errno = nack.errno, detail = sanitized(&nack.detail), "the agent refused an update");
         if let Some(sent) = self.in_flight.as_mut().filter(|_| in_flight) {
             let revision = sent.after.revision();
-            // The agent has the update and acknowledges it when its kernel takes it.
+            // The agent keeps the update and acknowledges it when its kernel accepts it.
             sent.retried = reason == NackReason::Kernel;
             self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
             if reason != NackReason::Kernel {
-                self.try_otherwise(reason, nack.kept);
+                self.recover_from_refusal(reason, nack.kept);
             }
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
@@ -132,9 +132,9 @@ impl Session {
         });
     }
 
-    /// A snapshot is the answer to a delta that does not fit; where a snapshot was refused, or this goes on,
-    /// the same again will not do better at once.
-    fn try_otherwise(&mut self, reason: NackReason, kept: u64) {
+    /// Sends a snapshot after a refused delta. After a refused snapshot, or repeated refusals, waits first: an
+    /// immediate repetition would fail in the same way.
+    fn recover_from_refusal(&mut self, reason: NackReason, kept: u64) {
         let Some(in_flight) = self.in_flight.take() else { return };
         self.refusals = self.refusals.saturating_add(1);
         let unknown = reason == NackReason::UnknownFeature;
@@ -154,9 +154,9 @@ impl Session {
     }
 
     fn reported(&self, report: &Report) {
-        self.fleet.cannot_listen(&self.node, &report.health_check_failures);
+        self.fleet.report_health_check_failures(&self.node, &report.health_check_failures);
         self.fleet.observe_with(&self.node, self.number, |known| {
-            // Without a cause the count is of the past, told anew to a controller that may not know it.
+            // Without a cause the count is historical, repeated for a controller that may not know it.
             if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
                 known.note_drift(sanitized(&report.drift_cause));
             }

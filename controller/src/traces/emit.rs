@@ -1,4 +1,4 @@
-//! From a record to spans.
+//! Conversion of records to spans.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,7 +16,7 @@ use switchtower_core::propagation::{
 use super::ids::ChosenIds;
 use super::names;
 
-/// A trigger time further back than this says nothing about this change: the annotation of another one stayed.
+/// Maximum age of a trigger time: an older one is the annotation of an earlier change.
 const TRIGGER_HORIZON: u64 = 300_000_000_000;
 
 /// Builds the spans of records.
@@ -127,7 +127,7 @@ impl Emitter {
         finish(&send, end);
     }
 
-    /// The agent's clock is not this one: its timings are put in the middle of what the network left of the time.
+    /// The agent's clock differs: its timings are centered in the time between send and acknowledgement.
     fn apply(&self, parent: &Context, node: &KeyValue, delivery: &Delivery, earliest: UnixNanoseconds) {
         let stages = [(names::PLAN, delivery.plan), (names::COMMIT, delivery.commit)];
         let (begin, end) = (delivery.sent.max(earliest), delivery.acknowledged.max(earliest));
@@ -178,14 +178,14 @@ fn finish(context: &Context, end: UnixNanoseconds) {
     context.span().end_with_timestamp(time(end));
 }
 
-/// When all nodes held it, or else the last thing that is known of it.
+/// Returns the time at which all nodes held it, or else of the last event.
 fn end(record: &Record) -> UnixNanoseconds {
     let last = record.slowest.back().map_or(0, |ack| ack.at);
     let refused = record.refusals.iter().map(|refusal| refusal.at).max().unwrap_or(0);
     record.publication.published.max(last).max(refused)
 }
 
-/// The nodes that are told of, each once.
+/// Returns the nodes in the trace, each once.
 fn shown(record: &Record) -> Vec<&NodeAck> {
     let mut shown: Vec<&NodeAck> = record.kept.iter().collect();
     for ack in &record.slowest {

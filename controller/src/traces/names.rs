@@ -1,7 +1,7 @@
 //! Names of spans, events and attributes. `k8s.service.name` is OpenTelemetry's semantic convention; there
 //! `k8s.namespace.name` is a pod's, so a Service's namespace has a key of ours.
 
-/// Those that agents tell too.
+/// Spans that agents emit, too.
 pub(super) use switchtower_telemetry::names::{
     APPLY, COMMIT, GENERATION, MODE, NODE, OPERATIONS, PLAN, REASON,
 };
@@ -10,7 +10,7 @@ pub(super) use switchtower_telemetry::names::{
 pub(super) const CHANGE: &str = "switchtower.change";
 /// From the watch to the compiler.
 pub(super) const INGEST: &str = "switchtower.ingest";
-/// What came together becomes a revision of the layers.
+/// Changes that arrived together become a revision of the layers.
 pub(super) const COMPILE: &str = "switchtower.compile";
 /// All nodes.
 pub(super) const DISTRIBUTE: &str = "switchtower.distribute";
@@ -46,7 +46,7 @@ pub(super) const ACKNOWLEDGED: &str = "switchtower.nodes.acknowledged";
 pub(super) const EXCLUDED: &str = "switchtower.nodes.excluded";
 /// Those that have yet to acknowledge it.
 pub(super) const OUTSTANDING: &str = "switchtower.nodes.outstanding";
-/// On a link: the trace in which the update that carried this change is told.
+/// On a link: the trace with the update that carried this change.
 pub(super) const CARRIED_BY: &str = "switchtower.carried_by";
 /// Payload bytes.
 pub(super) const BYTES: &str = "switchtower.message.bytes";

@@ -18,14 +18,14 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The delay before the next attempt.
+    /// Returns the delay before the next attempt.
     pub fn next_delay(&mut self) -> Duration {
         let ceiling = self.ceiling;
         self.ceiling = (ceiling * 2).min(LAST);
         FIRST / 2 + (ceiling - FIRST / 2).mul_f64(rand::random::<f64>())
     }
 
-    /// An attempt succeeded.
+    /// Resets the delays after a success.
     pub fn reset(&mut self) {
         self.ceiling = FIRST;
     }

@@ -38,7 +38,7 @@ impl WatchedResource {
         }
     }
 
-    /// Its position in [`WatchedResource::ALL`].
+    /// Returns the position in [`WatchedResource::ALL`].
     #[must_use]
     pub fn index(self) -> usize {
         self as usize
@@ -49,11 +49,11 @@ impl WatchedResource {
 pub trait Watched:
     kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
 {
-    /// Which one it is.
+    /// The resource.
     const RESOURCE: WatchedResource;
-    /// What is served of the object.
+    /// Converts the object.
     fn ingest(&self) -> Ingested;
-    /// The object is gone.
+    /// Returns the fact that the object was deleted.
     fn forget(key: ObjectKey) -> Fact;
 }
 

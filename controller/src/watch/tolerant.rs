@@ -8,17 +8,17 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-/// An object, or what could be read of one.
+/// An object, or its metadata and a decoding error.
 ///
-/// kube's `DeserializeGuard` does the same by way of a generic value, which costs several times the memory
-/// and time of the object; here the text is decoded once, and again only where that failed.
+/// kube's `DeserializeGuard` does the same through a generic value, which costs several times the memory and time of
+/// the object. Here the text is decoded once, and a second time only after a failure.
 #[derive(Debug, Clone)]
 pub enum Tolerant<K> {
     /// The object.
     Whole(Box<K>),
-    /// Its metadata as far as they could be read, and why the rest could not.
+    /// The object could not be decoded.
     Broken {
-        /// Empty if even these could not be read.
+        /// Metadata; empty if these could not be decoded either.
         metadata: Box<ObjectMeta>,
         /// The decoder's message.
         error: String,

@@ -1,4 +1,4 @@
-//! How long ago the API server was last heard, and counters of the watches.
+//! Time since the last response of the API server, and counters of the watches.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,16 +13,16 @@ use super::WatchedResource;
 
 const NEVER: u64 = u64::MAX;
 
-/// Tells of restores; see [`Upstream::restores`].
+/// Receiver of [`Upstream::restores`].
 pub type Restores = channel::Receiver<u64>;
 
-/// When each watch last heard from the API server: an event, a bookmark, or an accepted request.
+/// Time of the last response of the API server to each watch: an event, a bookmark, or an accepted request.
 #[derive(Debug)]
 pub struct Upstream {
     base: Instant,
     /// Milliseconds after `base`, in the order of [`WatchedResource::ALL`].
     heard: [AtomicU64; WatchedResource::ALL.len()],
-    /// How often a watch found the API server behind what it had said before.
+    /// Number of times that a watch found the API server behind a version that it sent before.
     restores: channel::Sender<u64>,
 }
 
@@ -37,25 +37,27 @@ impl Default for Upstream {
 }
 
 impl Upstream {
-    /// Notes that a watch was heard now.
+    /// Records a response to a watch.
     pub fn heard(&self, resource: WatchedResource) {
         let elapsed = u64::try_from(self.base.elapsed().as_millis()).unwrap_or(NEVER - 1);
         self.heard[resource.index()].store(elapsed, Ordering::Relaxed);
     }
 
-    /// Notes that the API server went back in time, as after a restore of its etcd. A watch that does not look for that
-    /// itself hears nothing until the API server has caught up, and never what happened meanwhile.
+    /// Records that the API server went back in time, as after a restore of etcd. A watch without its own check gets
+    /// no event until the API server has caught up, and misses the events up to there.
     pub fn went_back(&self) {
         self.restores.send_modify(|count| *count += 1);
     }
 
-    /// Changes whenever the API server went back in time: what is known then has to be listed anew.
+    /// Returns a receiver that changes whenever the API server went back in time, after which all objects must be
+    /// listed again.
     #[must_use]
     pub fn restores(&self) -> Restores {
         self.restores.subscribe()
     }
 
-    /// The age of the watch that was not heard for longest; `None` before each was heard once.
+    /// Returns the time since the last response to the watch that has been silent for the longest time; `None` before
+    /// each had one.
     #[must_use]
     pub fn age(&self) -> Option<Duration> {
         let oldest =
@@ -67,21 +69,21 @@ impl Upstream {
     }
 }
 
-/// Tells the age at each scrape: a gauge that is set from time to time would hide a process that hangs.
+/// Computes the age at each scrape: a gauge set at intervals would hide a process that hangs.
 pub struct UpstreamCollector {
     upstream: Arc<Upstream>,
     gauge: Gauge,
 }
 
 impl UpstreamCollector {
-    /// To be registered.
+    /// Creates the collector; the caller registers it.
     ///
     /// # Errors
-    /// The gauge cannot be made.
+    /// The gauge is invalid.
     pub fn new(upstream: Arc<Upstream>) -> Result<Self, prometheus::Error> {
         let gauge = Gauge::new(
             "switchtower_upstream_age_seconds",
-            "Time since the API server was heard on the watch that is silent for longest; absent before all were.",
+            "Time since the last response of the API server, of the watch that has been silent for the longest time; absent before every watch had one.",
         )?;
         Ok(Self { upstream, gauge })
     }
@@ -121,7 +123,7 @@ impl WatchMetrics {
         Ok(Self {
             errors: counter(
                 "switchtower_watch_errors_total",
-                "Lists and watches that failed and were tried again.",
+                "Lists and watches that failed and were retried.",
             )?,
             lists: counter("switchtower_watch_lists_total", "Complete lists that were started.")?,
             undecodable: counter(

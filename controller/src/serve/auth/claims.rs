@@ -1,4 +1,4 @@
-//! What a ServiceAccount token says about itself, unverified.
+//! Claims of a ServiceAccount token, unverified.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,20 +6,20 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
-/// The claims that matter.
+/// The claims that authentication uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Claims {
     pub(super) audiences: Vec<String>,
     pub(super) expires: SystemTime,
     pub(super) pod_bound: bool,
-    /// The user.
+    /// User name.
     pub(super) subject: Option<String>,
-    /// The node of its pod.
+    /// Node of the token's pod.
     pub(super) node: Option<String>,
 }
 
 impl Claims {
-    /// `None` if it is not a JWT with an expiry.
+    /// Parses a token. Returns `None` if it is not a JWT with an expiry.
     pub(super) fn of(token: &str) -> Option<Self> {
         let mut pieces = token.split('.');
         let (_, payload, _) = (pieces.next()?, pieces.next()?, pieces.next()?);
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_the_token_request_api_makes() {
+    fn claims_of_a_token_request_are_parsed() {
         // {"aud":["switchtower"],"exp":1900000000,"kubernetes.io":{"pod":{"name":"a","uid":"u"}}}
         let token = "e30.eyJhdWQiOlsic3dpdGNodG93ZXIiXSwiZXhwIjoxOTAwMDAwMDAwLCJrdWJlcm5ldGVzLmlvIjp7InBvZCI6eyJuYW1lIjoiYSIsInVpZCI6InUifX19.c2ln";
         let claims = Claims::of(token).unwrap();
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_token_is_none() {
+    fn invalid_tokens_have_no_claims() {
         for text in ["", "a", "a.b", "a.b.c", "a.e30.c", "..", "a.!!.c", "a.e30.c.d"] {
             assert_eq!(Claims::of(text), None, "{text}");
         }

@@ -1,13 +1,13 @@
-//! Which connections stay open while nobody is authenticated on them: the rules, without clock and sockets.
+//! Rules for unauthenticated connections, without clock and sockets.
 //!
-//! A connection passes three stages: silent until its ClientHello is complete, handshake until TLS stands, anonymous
-//! until a stream on it is authenticated. Each stage is a pool with a bound in total, a bound per source address and
-//! a deadline, so that connections of one stage never displace those of a later one. Known sources (nodes) and
-//! strangers have pools of their own: whatever strangers do, nodes find room.
+//! A connection passes three stages: silent until its ClientHello is complete, handshake until TLS is established,
+//! anonymous until a stream on it is authenticated. Each stage is a pool with a total limit, a limit per source
+//! address and a deadline, so that connections of one stage never displace those of a later one. Known sources
+//! (nodes) and strangers have separate pools, so that strangers cannot displace nodes.
 //!
-//! A full pool makes room at the expense of whoever uses it most. A newcomer displaces the oldest connection of its
-//! own source, but not one younger than [`GRACE`]: a fleet that returns all at once must not keep throwing out
-//! its own half-finished handshakes.
+//! In a full pool, a new connection displaces one of the source with the most connections. At the limit of its source
+//! it displaces the oldest connection of that source, but not one younger than [`GRACE`]: agents that reconnect at
+//! once from one address must not keep displacing each other's handshakes.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
@@ -15,80 +15,80 @@ use std::time::{Duration, Instant};
 
 use crate::token_bucket::{Rate, TokenBucket};
 
-/// A connection younger than this is only displaced in favor of a source that uses less.
+/// Age below which a connection is only displaced in favor of a source with fewer connections.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long a peer has to read the answer that refuses it.
+/// Time for a peer to read the response that refuses it.
 const LINGER: Duration = Duration::from_millis(500);
 
 pub(super) type Id = u64;
 
-/// How far a connection that nobody authenticated on has come.
+/// Stage of an unauthenticated connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
     /// Accepted; the ClientHello is not complete.
     Silent,
     /// The ClientHello is complete; TLS is not.
     Handshake,
-    /// TLS stands, or none is spoken on this port.
+    /// TLS is established, or not used on this port.
     Anonymous,
 }
 
-/// What the source address of a connection stands for.
+/// Class of a source address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Class {
-    /// A Node's address, one that an agent authenticated from lately, or this host's own.
+    /// Address of a Node, one from which an agent authenticated recently, or this host's own.
     Known,
-    /// Everybody else: any pod, any host.
+    /// Any other address: any pod, any host.
     Stranger,
 }
 
-/// Bounds of one stage.
+/// Limits of one stage.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Pool {
-    /// Connections in total.
+    /// Maximum number of connections.
     pub(crate) total: usize,
-    /// Connections of one source address.
+    /// Maximum number of connections of one source address.
     pub(crate) per_source: usize,
-    /// How long a connection may stay in the stage.
+    /// Maximum duration of the stage.
     pub(crate) deadline: Duration,
 }
 
-/// Bounds of one class of sources.
+/// Limits of one class of sources.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     pub(crate) silent: Pool,
     pub(crate) handshake: Pool,
     pub(crate) anonymous: Pool,
-    /// Handshakes of all sources together.
+    /// Rate of handshakes of all sources together.
     pub(crate) rate: Rate,
-    /// Handshakes of one source.
+    /// Rate of handshakes of one source.
     pub(crate) source_rate: Rate,
 }
 
-/// Bounds of a port.
+/// Limits of a port.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GateLimits {
     pub(crate) known: Bounds,
     pub(crate) strangers: Bounds,
 }
 
-/// Why a connection is closed.
+/// Reason why the gate closes a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Turned {
-    /// Its source, or all of them together, have too many connections in this stage.
+pub(crate) enum Rejection {
+    /// Too many connections in this stage, of its source or in total.
     TooMany,
-    /// A connection of a source that uses less, or a newer one of the same source, took its place.
+    /// Displaced by a connection of a source with fewer connections, or by a newer one of the same source.
     Displaced,
-    /// Its source, or all strangers together, begin too many handshakes.
+    /// Too many handshakes per second, of its source or in total.
     TooOften,
-    /// It stayed in this stage for too long.
+    /// The deadline of this stage passed.
     TimedOut(Stage),
-    /// Its credential was refused; the answer is out.
+    /// Its credential was refused and the response sent.
     Refused,
 }
 
-impl Turned {
-    /// The metric's label.
+impl Rejection {
+    /// Returns the value of the metric label `reason`.
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::TooMany => "too_many_connections",
@@ -110,12 +110,12 @@ struct Members {
 }
 
 impl Members {
-    /// Whom a newcomer displaces; nobody while there is room.
-    fn make_room(&self, pool: &Pool, source: IpAddr, now: Instant) -> Result<Option<Id>, Turned> {
+    /// Returns the connection that a new one displaces, or `None` while there is room.
+    fn make_room(&self, pool: &Pool, source: IpAddr, now: Instant) -> Result<Option<Id>, Rejection> {
         let own = self.sources.get(&source);
         let aged =
             |(id, since): &(Id, Instant)| (now.saturating_duration_since(*since) >= GRACE).then_some(*id);
-        let own_oldest = || own.and_then(VecDeque::front).and_then(aged).map(Some).ok_or(Turned::TooMany);
+        let own_oldest = || own.and_then(VecDeque::front).and_then(aged).map(Some).ok_or(Rejection::TooMany);
         let count = own.map_or(0, VecDeque::len);
         if count >= pool.per_source {
             return own_oldest();
@@ -130,7 +130,7 @@ impl Members {
         match largest.and_then(|members| Some((members.len(), members.front()?))) {
             Some((most, (id, _))) if most > count + 1 => Ok(Some(*id)),
             Some((_, oldest)) => own_oldest().or_else(|full| aged(oldest).map(Some).ok_or(full)),
-            None => Err(Turned::TooMany),
+            None => Err(Rejection::TooMany),
         }
     }
 
@@ -181,7 +181,7 @@ pub(super) struct Table<C> {
 }
 
 /// A connection to be closed.
-pub(super) type Closing<C> = (C, IpAddr, Turned);
+pub(super) type Closing<C> = (C, IpAddr, Rejection);
 
 impl<C> Table<C> {
     pub(super) fn new(limits: GateLimits, now: Instant) -> Self {
@@ -194,14 +194,14 @@ impl<C> Table<C> {
         Self { limits, next: 0, entries: HashMap::new(), sides }
     }
 
-    /// A new connection, and the one that it displaces.
+    /// Adds a connection. Returns its ID and the connection that it displaces, if any.
     pub(super) fn enter(
         &mut self,
         source: IpAddr,
         class: Class,
         close: C,
         now: Instant,
-    ) -> Result<(Id, Option<Closing<C>>), Turned> {
+    ) -> Result<(Id, Option<Closing<C>>), Rejection> {
         let id = self.next;
         self.next += 1;
         let displaced = self.join(id, source, class, Stage::Silent, now)?;
@@ -212,14 +212,14 @@ impl<C> Table<C> {
         Ok((id, displaced))
     }
 
-    /// The connection has come to another stage. On an error it is not in the table any more.
+    /// Moves a connection to another stage. After an error it is not in the table any more.
     pub(super) fn advance(
         &mut self,
         id: Id,
         stage: Stage,
         now: Instant,
-    ) -> Result<Option<Closing<C>>, Turned> {
-        // Displaced already; whoever serves it is about to notice.
+    ) -> Result<Option<Closing<C>>, Rejection> {
+        // Displaced already; its task is about to notice.
         let Some(entry) = self.entries.get(&id) else { return Ok(None) };
         let (source, class) = (entry.source, entry.class);
         self.leave_pool(id);
@@ -240,7 +240,7 @@ impl<C> Table<C> {
         }
     }
 
-    /// A stream on it is authenticated. False: it was closed meanwhile.
+    /// Records an authenticated stream. Returns false if the connection was closed before.
     pub(super) fn authenticated(&mut self, id: Id) -> bool {
         self.leave_pool(id);
         match self.entries.get_mut(&id) {
@@ -254,15 +254,15 @@ impl<C> Table<C> {
         }
     }
 
-    /// An authenticated stream on it is over. After the last one it is anonymous again; on an error it is not in the
-    /// table any more.
-    pub(super) fn ended(&mut self, id: Id, now: Instant) -> Result<Option<Closing<C>>, Turned> {
+    /// Records the end of an authenticated stream. After the last one the connection is anonymous again; after an
+    /// error it is not in the table any more.
+    pub(super) fn ended(&mut self, id: Id, now: Instant) -> Result<Option<Closing<C>>, Rejection> {
         let Some(entry) = self.entries.get_mut(&id) else { return Ok(None) };
         entry.streams = entry.streams.saturating_sub(1);
         if entry.streams > 0 { Ok(None) } else { self.advance(id, Stage::Anonymous, now) }
     }
 
-    /// A credential on it was refused: it is closed soon, and nothing on it is answered any more.
+    /// Records a refused credential: the connection is closed soon and serves no further requests.
     pub(super) fn refuse(&mut self, id: Id, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.stage.is_some()) else { return };
         entry.refused = true;
@@ -274,21 +274,21 @@ impl<C> Table<C> {
         self.entries.get(&id).is_none_or(|entry| entry.refused)
     }
 
-    /// The connection is over.
+    /// Removes a connection.
     pub(super) fn leave(&mut self, id: Id) {
         self.leave_pool(id);
         self.entries.remove(&id);
     }
 
-    /// Connections past their deadline. Forgets sources whose rate is not limited at the moment.
+    /// Returns connections past their deadline. Drops the token buckets that are full.
     pub(super) fn sweep(&mut self, now: Instant) -> Vec<Closing<C>> {
         let late = |entry: &Entry<C>| entry.expires.is_some_and(|expires| expires <= now);
         let late: Vec<Id> = self.entries.iter().filter(|(_, entry)| late(entry)).map(|(id, _)| *id).collect();
         let closing = late.into_iter().filter_map(|id| {
             let entry = self.entries.get(&id)?;
             let turned = match entry.stage {
-                Some(_) if entry.refused => Turned::Refused,
-                Some(stage) => Turned::TimedOut(stage),
+                Some(_) if entry.refused => Rejection::Refused,
+                Some(stage) => Rejection::TimedOut(stage),
                 None => return None,
             };
             self.close(id, turned)
@@ -300,13 +300,13 @@ impl<C> Table<C> {
         closing
     }
 
-    /// Connections, those with an authenticated stream included.
+    /// Number of connections, including authenticated ones.
     #[cfg(test)]
     fn len(&self) -> usize {
         self.entries.len()
     }
 
-    fn close(&mut self, id: Id, turned: Turned) -> Option<Closing<C>> {
+    fn close(&mut self, id: Id, turned: Rejection) -> Option<Closing<C>> {
         self.leave_pool(id);
         self.entries.remove(&id).map(|entry| (entry.close, entry.source, turned))
     }
@@ -318,10 +318,10 @@ impl<C> Table<C> {
         class: Class,
         stage: Stage,
         now: Instant,
-    ) -> Result<Option<Closing<C>>, Turned> {
+    ) -> Result<Option<Closing<C>>, Rejection> {
         let pool = *self.pool(class, stage);
         let displaced = self.sides[class as usize].pools[stage as usize].make_room(&pool, source, now)?;
-        let displaced = displaced.and_then(|id| self.close(id, Turned::Displaced));
+        let displaced = displaced.and_then(|id| self.close(id, Rejection::Displaced));
         self.sides[class as usize].pools[stage as usize].add(source, id, now);
         Ok(displaced)
     }
@@ -332,17 +332,17 @@ impl<C> Table<C> {
         }
     }
 
-    fn begin_handshake(&mut self, source: IpAddr, class: Class, now: Instant) -> Result<(), Turned> {
+    fn begin_handshake(&mut self, source: IpAddr, class: Class, now: Instant) -> Result<(), Rejection> {
         let source_rate = self.bounds(class).source_rate;
         let side = &mut self.sides[class as usize];
-        // The total comes first: it bounds how many sources are remembered.
+        // The total comes first: it limits the number of sources with a bucket.
         if !side.all.has_token(now) {
-            return Err(Turned::TooOften);
+            return Err(Rejection::TooOften);
         }
         let each = side.each.entry(source).or_insert_with(|| TokenBucket::new(source_rate, now));
         // A refusal for the source's rate takes no token from the other sources.
         if !each.take(now) {
-            return Err(Turned::TooOften);
+            return Err(Rejection::TooOften);
         }
         side.all.take(now);
         Ok(())
@@ -401,19 +401,19 @@ mod tests {
         }
 
         /// Its id, and the number of the connection that it displaces.
-        fn enter(&mut self, from: u8, class: Class) -> Result<(Id, Option<u32>), Turned> {
+        fn enter(&mut self, from: u8, class: Class) -> Result<(Id, Option<u32>), Rejection> {
             self.made += 1;
             let (id, displaced) = self.table.enter(source(from), class, self.made - 1, self.now)?;
             Ok((
                 id,
                 displaced.map(|(close, _, turned)| {
-                    assert_eq!(turned, Turned::Displaced);
+                    assert_eq!(turned, Rejection::Displaced);
                     close
                 }),
             ))
         }
 
-        fn stranger(&mut self, from: u8) -> Result<Option<u32>, Turned> {
+        fn stranger(&mut self, from: u8) -> Result<Option<u32>, Rejection> {
             self.enter(from, Class::Stranger).map(|(_, displaced)| displaced)
         }
     }
@@ -424,7 +424,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(port.stranger(1), Ok(None));
         }
-        assert_eq!(port.stranger(1), Err(Turned::TooMany));
+        assert_eq!(port.stranger(1), Err(Rejection::TooMany));
         assert_eq!(port.stranger(2), Ok(None));
         port.now += GRACE;
         assert_eq!(port.stranger(1), Ok(Some(0)));
@@ -438,7 +438,11 @@ mod tests {
             assert_eq!(port.stranger(from), Ok(None));
         }
         assert_eq!(port.stranger(4), Ok(Some(0)), "the oldest of the source with three");
-        assert_eq!(port.stranger(3), Err(Turned::TooMany), "nobody has more than it would have");
+        assert_eq!(
+            port.stranger(3),
+            Err(Rejection::TooMany),
+            "no source has more than the new one would have"
+        );
         port.now += GRACE;
         assert_eq!(port.stranger(5), Ok(Some(1)), "now two sources have two each");
     }
@@ -486,7 +490,7 @@ mod tests {
         port.table.refuse(agent, port.now);
         assert!(port.table.is_refused(agent));
         let closed = port.table.sweep(port.now + LINGER);
-        assert_eq!(closed.into_iter().map(|(_, _, turned)| turned).collect::<Vec<_>>(), [Turned::Refused]);
+        assert_eq!(closed.into_iter().map(|(_, _, turned)| turned).collect::<Vec<_>>(), [Rejection::Refused]);
         assert_eq!(port.table.len(), 0);
     }
 
@@ -502,7 +506,7 @@ mod tests {
         for _ in 0..4 {
             assert_eq!(begin(&mut port, 1), Ok(()));
         }
-        assert_eq!(begin(&mut port, 1), Err(Turned::TooOften));
+        assert_eq!(begin(&mut port, 1), Err(Rejection::TooOften));
         assert_eq!(begin(&mut port, 2), Ok(()), "another source has its own");
         assert_eq!(port.table.len(), 0);
         port.now += 4 * SECOND;

@@ -44,7 +44,7 @@ impl Signer {
     }
 }
 
-/// An API server that publishes what it is told to, and counts how often it is asked.
+/// An API server with configurable keys that counts requests.
 #[derive(Clone)]
 pub(crate) struct Published {
     answer: Arc<Mutex<Result<KeySet, String>>>,

@@ -1,4 +1,4 @@
-//! A thousand hostile connections of each kind beside 200 agents, each with an address of its own.
+//! A thousand hostile connections of each kind alongside 200 agents, each with its own address.
 
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
@@ -15,14 +15,14 @@ const HOSTILE: usize = 1_000;
 const AGENTS: usize = 200;
 /// Addresses that hostile connections come from: as many pods.
 const PODS: usize = 8;
-/// All agents are connected within this, or, on a machine that is busy with other things, within as many times what
-/// they need when nobody is hostile.
+/// Maximum time until all agents are connected. On a busy machine, a multiple of the time that they need without
+/// hostile connections.
 const DEADLINE: Duration = Duration::from_secs(5);
 const TIMES: u32 = 5;
 /// One of these tests at a time: they measure.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// What a hostile connection does.
+/// Behavior of a hostile connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     IdleTcp,
@@ -31,7 +31,7 @@ enum Kind {
     IdleTls,
     /// HTTP/2 with pings that are answered, without a request.
     Pings,
-    /// Requests with tokens that somebody made up.
+    /// Requests with forged tokens.
     ForgedTokens,
     /// Sends pings for ever and reads none of the answers.
     SlowReader,
@@ -45,7 +45,7 @@ impl Reviewer for Believing {
     fn review<'a>(&'a self, token: &'a str, audience: &'a str) -> Review<'a> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
-            // What an API server takes, more or less.
+            // Approximate latency of an API server.
             tokio::time::sleep(Duration::from_millis(5)).await;
             let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
             let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
@@ -80,7 +80,7 @@ fn pod_address(number: usize) -> IpAddr {
     IpAddr::from([127, 0, 2, (number % PODS) as u8 + 1])
 }
 
-/// A server that knows 200 nodes, their keys, and those of somebody who forges.
+/// A server with 200 nodes, their keys, and the key of a forger.
 struct Field {
     address: SocketAddr,
     config: Arc<rustls::ClientConfig>,
