@@ -7,7 +7,10 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntGauge, Registry, exponential_buckets,
+    register_histogram_with_registry, register_int_counter_with_registry, register_int_gauge_with_registry,
+};
 use switchtower_core::compile::Compiler;
 use switchtower_core::model::Input;
 use switchtower_core::propagation::{Change, Publication, TraceContext};
@@ -66,33 +69,35 @@ impl EngineMetrics {
     /// # Errors
     /// A name is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let compile = HistogramOpts::new(
+            "switchtower_compile_seconds",
+            "Time to compile and publish what arrived together.",
+        );
         // From 10 microseconds to 1.3 seconds.
-        let buckets = prometheus::exponential_buckets(0.000_01, 2.0, 18)?;
-        let compile = Histogram::with_opts(
-            HistogramOpts::new(
-                "switchtower_compile_seconds",
-                "Time to compile and publish what arrived together.",
-            )
-            .buckets(buckets),
-        )?;
-        let first_compile = IntGauge::new(
-            "switchtower_first_compile_microseconds",
-            "Time that the compile of the first complete state took.",
-        )?;
-        let changes = IntCounter::new("switchtower_changes_total", "Object changes that were compiled.")?;
-        let idle = IntCounter::new(
-            "switchtower_compiles_without_change_total",
-            "Compiles of changed objects after which no node has anything to do.",
-        )?;
-        let revision = IntGauge::new("switchtower_revision", "Revision of the layers in this process.")?;
-        for collector in [&first_compile, &revision] {
-            registry.register(Box::new(collector.clone()))?;
-        }
-        for collector in [&changes, &idle] {
-            registry.register(Box::new(collector.clone()))?;
-        }
-        registry.register(Box::new(compile.clone()))?;
-        Ok(Self { compile, first_compile, changes, idle, revision })
+        let compile = compile.buckets(exponential_buckets(0.000_01, 2.0, 18)?);
+        Ok(Self {
+            compile: register_histogram_with_registry!(compile, registry)?,
+            first_compile: register_int_gauge_with_registry!(
+                "switchtower_first_compile_microseconds",
+                "Time that the compile of the first complete state took.",
+                registry
+            )?,
+            changes: register_int_counter_with_registry!(
+                "switchtower_changes_total",
+                "Object changes that were compiled.",
+                registry
+            )?,
+            idle: register_int_counter_with_registry!(
+                "switchtower_compiles_without_change_total",
+                "Compiles of changed objects after which no node has anything to do.",
+                registry
+            )?,
+            revision: register_int_gauge_with_registry!(
+                "switchtower_revision",
+                "Revision of the layers in this process.",
+                registry
+            )?,
+        })
     }
 }
 

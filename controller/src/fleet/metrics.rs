@@ -1,6 +1,10 @@
 //! Metrics of streams.
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets,
+    register_histogram_with_registry, register_int_counter_vec_with_registry,
+    register_int_counter_with_registry, register_int_gauge_with_registry,
+};
 
 /// Counters and histograms of the agents' streams.
 #[derive(Debug, Clone)]
@@ -23,35 +27,47 @@ impl StreamMetrics {
     /// # Errors
     /// A name is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counters = |name: &str, help: &str, label: &str| {
-            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
-            registry.register(Box::new(counters.clone()))?;
-            Ok::<_, prometheus::Error>(counters)
-        };
-        let streams = IntGauge::new("switchtower_streams", "Open streams of agents.")?;
-        let sent_bytes = IntCounter::new("switchtower_delta_bytes_total", "Payload bytes sent to agents.")?;
-        let ack_seconds = Histogram::with_opts(
-            HistogramOpts::new(
-                "switchtower_node_ack_seconds",
-                "From sending an update to its acknowledgement.",
-            )
-            .buckets(prometheus::exponential_buckets(0.000_25, 2.0, 18)?),
-        )?;
-        registry.register(Box::new(streams.clone()))?;
-        registry.register(Box::new(sent_bytes.clone()))?;
-        registry.register(Box::new(ack_seconds.clone()))?;
+        let seconds = HistogramOpts::new(
+            "switchtower_node_ack_seconds",
+            "From sending an update to its acknowledgement.",
+        )
+        .buckets(exponential_buckets(0.000_25, 2.0, 18)?);
         Ok(Self {
-            refusals: counters(
+            refusals: register_int_counter_vec_with_registry!(
                 "switchtower_refusals_total",
                 "Connections and streams that were refused, by reason.",
-                "reason",
+                &["reason"],
+                registry
             )?,
-            updates: counters("switchtower_updates_total", "Updates sent, by kind.", "kind")?,
-            nacks: counters("switchtower_nacks_total", "Updates that agents refused, by reason.", "reason")?,
-            ended: counters("switchtower_streams_ended_total", "Streams that ended, by reason.", "reason")?,
-            streams,
-            sent_bytes,
-            ack_seconds,
+            streams: register_int_gauge_with_registry!(
+                "switchtower_streams",
+                "Open streams of agents.",
+                registry
+            )?,
+            sent_bytes: register_int_counter_with_registry!(
+                "switchtower_delta_bytes_total",
+                "Payload bytes sent to agents.",
+                registry
+            )?,
+            updates: register_int_counter_vec_with_registry!(
+                "switchtower_updates_total",
+                "Updates sent, by kind.",
+                &["kind"],
+                registry
+            )?,
+            nacks: register_int_counter_vec_with_registry!(
+                "switchtower_nacks_total",
+                "Updates that agents refused, by reason.",
+                &["reason"],
+                registry
+            )?,
+            ack_seconds: register_histogram_with_registry!(seconds, registry)?,
+            ended: register_int_counter_vec_with_registry!(
+                "switchtower_streams_ended_total",
+                "Streams that ended, by reason.",
+                &["reason"],
+                registry
+            )?,
         })
     }
 

@@ -2,7 +2,11 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, Registry, exponential_buckets,
+    register_histogram_vec_with_registry, register_histogram_with_registry,
+    register_int_counter_with_registry,
+};
 use switchtower_core::propagation::{Milestone, Outcome, TraceContext};
 
 use crate::metrics::{Exemplar, Exemplars};
@@ -38,7 +42,7 @@ impl PropagationMetrics {
     /// A name is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         // From half a millisecond to 262 seconds.
-        let buckets = prometheus::exponential_buckets(0.000_5, 2.0, 20)?;
+        let buckets = exponential_buckets(0.000_5, 2.0, 20)?;
         let ack = HistogramOpts::new(
             ACK,
             "From the receipt of a change to a node's acknowledgement, per change and node.",
@@ -47,35 +51,35 @@ impl PropagationMetrics {
             PROPAGATION,
             "From the receipt of a change until a share of the connected nodes that it concerns held it.",
         );
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(name, help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
         let metrics = Self {
-            ack: Histogram::with_opts(ack.buckets(buckets.clone()))?,
-            propagation: HistogramVec::new(propagation.buckets(buckets.clone()), &["nodes"])?,
+            ack: register_histogram_with_registry!(ack.buckets(buckets.clone()), registry)?,
+            propagation: register_histogram_vec_with_registry!(
+                propagation.buckets(buckets.clone()),
+                &["nodes"],
+                registry
+            )?,
             bounds: buckets,
             exemplars: Exemplars::default(),
-            excluded: counter(
+            excluded: register_int_counter_with_registry!(
                 "switchtower_propagation_excluded_total",
                 "Nodes whose stream ended before they acknowledged a revision, per revision.",
+                registry
             )?,
-            given_up: counter(
+            given_up: register_int_counter_with_registry!(
                 "switchtower_propagation_given_up_total",
                 "Revisions that were not followed to the end because too many were open.",
+                registry
             )?,
-            unread: counter(
+            unread: register_int_counter_with_registry!(
                 "switchtower_traces_dropped_total",
                 "Revisions without traces because the exporter had too many to do.",
+                registry
             )?,
         };
         // Every series exists from the start, because rate() misses the first increase of a new one.
         for milestone in Milestone::ASCENDING {
             metrics.propagation.with_label_values(&[label(milestone)]);
         }
-        registry.register(Box::new(metrics.ack.clone()))?;
-        registry.register(Box::new(metrics.propagation.clone()))?;
         Ok(metrics)
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{Gauge, IntCounterVec, Opts, Registry};
+use prometheus::{Gauge, IntCounterVec, Registry, register_int_counter_vec_with_registry};
 use tokio::sync::watch as channel;
 
 use super::WatchedResource;
@@ -115,20 +115,24 @@ impl WatchMetrics {
     /// # Errors
     /// A name is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounterVec::new(Opts::new(name, help), &["resource"])?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
         Ok(Self {
-            errors: counter(
+            errors: register_int_counter_vec_with_registry!(
                 "switchtower_watch_errors_total",
                 "Lists and watches that failed and were retried.",
+                &["resource"],
+                registry
             )?,
-            lists: counter("switchtower_watch_lists_total", "Complete lists that were started.")?,
-            undecodable: counter(
+            lists: register_int_counter_vec_with_registry!(
+                "switchtower_watch_lists_total",
+                "Complete lists that were started.",
+                &["resource"],
+                registry
+            )?,
+            undecodable: register_int_counter_vec_with_registry!(
                 "switchtower_watch_undecodable_total",
                 "Objects that could not be decoded.",
+                &["resource"],
+                registry
             )?,
         })
     }
