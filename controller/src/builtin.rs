@@ -1,9 +1,9 @@
-//! The built-in settings: what holds on every node that no ProxyProfile takes.
+//! The built-in settings, which apply to every node without a ProxyProfile.
 //!
-//! At the installation they are taken over from kube-proxy's configuration, so that the first commit on a node treats
+//! At the installation they are adopted from kube-proxy's configuration, so that the first commit on a node treats
 //! connections as kube-proxy did. The decision is stored in the ConfigMap `switchtower-builtin-settings` and never
 //! repeated: no restart, and no later edit or deletion of kube-proxy's ConfigMap, changes a whole fleet outside of a
-//! rollout. A ProxyProfile is the way to other settings.
+//! rollout. Use a ProxyProfile to change settings.
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
@@ -103,14 +103,14 @@ pub async fn keep(client: Client, namespace: String, record: Record) {
             Ok(Some(_)) => {}
             Ok(None) => match api.create(&PostParams::default(), &record.config_map()).await {
                 Ok(_) => {
-                    tracing::warn!(%namespace, "the ConfigMap {CONFIG_MAP} was deleted; it is there again: make a ProxyProfile to change settings");
+                    tracing::warn!(%namespace, "the ConfigMap {CONFIG_MAP} was deleted and is restored; use a ProxyProfile to change settings");
                 }
                 Err(error) => {
-                    tracing::warn!(%error, %namespace, "the ConfigMap {CONFIG_MAP} was deleted and cannot be written again");
+                    tracing::warn!(%error, %namespace, "the ConfigMap {CONFIG_MAP} was deleted and cannot be restored");
                 }
             },
             Err(error) => {
-                tracing::debug!(%error, "watching the ConfigMap {CONFIG_MAP} failed; it is tried again");
+                tracing::debug!(%error, "watching the ConfigMap {CONFIG_MAP} failed; retrying");
             }
         }
     }

@@ -478,7 +478,7 @@ impl Session {
     }
 }
 
-/// Returns the end that a stream error stands for.
+/// Maps a stream error to the end of the session.
 fn broken(status: &Status) -> End {
     match status.code() {
         tonic::Code::OutOfRange

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_that_is_none_is_a_problem_and_decides_nothing() {
+    fn invalid_configuration_is_a_problem_and_ignored() {
         for data in [json!({}), json!({"config.conf": "{"}), json!({"kubeconfig": "apiVersion: v1"})] {
             let kube_proxy = Some(read(&map(&data)));
             let record = decide(Found { kube_proxy, ..Found::default() });

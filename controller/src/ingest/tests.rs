@@ -43,7 +43,7 @@ fn services_that_are_not_served() {
 }
 
 #[test]
-fn a_full_service() {
+fn complete_service_is_converted() {
     let ingested = ingest_service(
         &json!({"type": "LoadBalancer", "clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd96::9", "10.96.0.10"],
             "ports": [{"name": "http", "port": 80, "nodePort": 30080},
@@ -203,7 +203,7 @@ fn internal_addresses_come_before_external_ones() {
 }
 
 #[test]
-fn an_empty_node_is_kept() {
+fn empty_node_is_kept() {
     let (node, problems) =
         ingest_node(&json!({"metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": ""}}}));
     assert_eq!(problems, []);
@@ -211,7 +211,7 @@ fn an_empty_node_is_kept() {
 }
 
 #[test]
-fn a_node_that_goes_is_not_eligible() {
+fn deleted_node_is_not_eligible() {
     let tainted = json!({"metadata": {"name": "n1"},
         "spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}});
     let deleted = json!({"metadata": {"name": "n1", "deletionTimestamp": "2026-01-01T00:00:00Z"}});

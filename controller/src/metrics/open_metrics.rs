@@ -224,7 +224,7 @@ share 0.25
     }
 
     #[test]
-    fn who_asks_for_it_gets_it() {
+    fn open_metrics_served_on_request() {
         let prometheus = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
              application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.3";
         for accept in

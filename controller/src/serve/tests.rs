@@ -290,7 +290,7 @@ impl Agent {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_then_deltas_and_what_changes_meanwhile_comes_together() {
+async fn snapshot_precedes_deltas_and_changes_are_combined() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     assert_eq!(first.from, None);
@@ -310,7 +310,7 @@ async fn a_snapshot_then_deltas_and_what_changes_meanwhile_comes_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_assignment_of_settings_is_followed_like_any_change() {
+async fn settings_assignment_is_followed_like_any_change() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     let (_other, _) = Agent::settled(&lab, "n2").await;
@@ -331,7 +331,7 @@ async fn an_assignment_of_settings_is_followed_like_any_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_made_anew_at_once_is_served_on() {
+async fn recreated_node_keeps_its_stream() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     let record = NodeRecord { name: "n1".to_owned(), zone: "z".to_owned(), ..NodeRecord::default() };
@@ -347,7 +347,7 @@ async fn a_node_that_is_made_anew_at_once_is_served_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_comes_back_continues() {
+async fn reconnecting_agent_resumes() {
     let lab = Lab::start(Limits::default()).await;
     let (agent, first) = Agent::settled(&lab, "n1").await;
     drop(agent);
@@ -381,7 +381,7 @@ fn view(update: &Update) -> View {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_view_that_the_kernel_does_not_hold_is_not_taken_for_synced() {
+async fn view_missing_in_kernel_does_not_count_as_synced() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     lab.change(1);
@@ -404,7 +404,7 @@ async fn a_view_that_the_kernel_does_not_hold_is_not_taken_for_synced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kernel_ahead_of_its_agents_view_keeps_its_number() {
+async fn kernel_ahead_of_view_keeps_its_generation() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     (1..4).for_each(|number| lab.change(number));
@@ -473,7 +473,7 @@ async fn refusals_are_typed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_a_false_acknowledgement_and_a_deleted_node_end_the_stream() {
+async fn stream_ends_on_flood_false_ack_and_deleted_node() {
     let lab = Lab::start(Limits { messages_per_second: 5.0, ..Limits::default() }).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     for _ in 0..100 {
@@ -491,7 +491,7 @@ async fn a_flood_a_false_acknowledgement_and_a_deleted_node_end_the_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_is_followed_to_every_connected_node() {
+async fn change_is_followed_to_every_connected_node() {
     let lab = Lab::start(Limits::default()).await;
     let (mut first, _) = Agent::settled(&lab, "n1").await;
     let (mut second, _) = Agent::settled(&lab, "n2").await;

@@ -17,7 +17,7 @@ pub(super) const DISTRIBUTE: &str = "switchtower.distribute";
 /// One node: from the first byte to the acknowledgement.
 pub(super) const SEND: &str = "switchtower.send";
 
-/// Event: when the cluster says that the change began.
+/// Event: start of the change according to the cluster.
 pub(super) const TRIGGERED: &str = "switchtower.triggered";
 /// Event: the connection has the whole update.
 pub(super) const SENT: &str = "switchtower.sent";
@@ -36,7 +36,7 @@ pub(super) const CHANGE_ID: &str = "switchtower.change.id";
 pub(super) const REVISION: &str = "switchtower.revision";
 /// Changes that were compiled together.
 pub(super) const TOGETHER: &str = "switchtower.changes.together";
-/// When the cluster says that the change began, RFC 3339.
+/// Start of the change according to the cluster, RFC 3339.
 pub(super) const TRIGGER_TIME: &str = "switchtower.trigger_time";
 /// Nodes that a change concerns.
 pub(super) const ELIGIBLE: &str = "switchtower.nodes.eligible";

@@ -145,7 +145,7 @@ async fn pages_then_events_then_bookmarks_carry_the_version_on() {
 }
 
 #[tokio::test]
-async fn what_went_away_meanwhile_is_deleted_after_the_next_complete_list() {
+async fn missed_deletions_follow_the_next_complete_list() {
     for expired in [refused(410, "Expired"), events(&[("ERROR", failure(410, "Expired"))])] {
         let mut lab = lab();
         lab.request(&[]).await.send_response(list(7, "", &[object("a", 3), object("b", 5), object("c", 6)]));
@@ -164,7 +164,7 @@ async fn what_went_away_meanwhile_is_deleted_after_the_next_complete_list() {
 }
 
 #[tokio::test]
-async fn an_object_that_cannot_be_decoded_stops_nothing() {
+async fn undecodable_object_does_not_block_others() {
     let mut lab = lab();
     lab.request(&[]).await.send_response(list(7, "", &[broken("a", 3), object("b", 5)]));
     assert_eq!(lab.batch().await, ("+b".into(), 7, true));
@@ -182,7 +182,7 @@ async fn an_object_that_cannot_be_decoded_stops_nothing() {
 }
 
 #[tokio::test]
-async fn a_failed_watch_goes_on_from_where_it_was() {
+async fn failed_watch_resumes_from_its_version() {
     let mut lab = lab();
     lab.request(&[]).await.send_response(list(7, "", &[object("a", 3)]));
     assert_eq!(lab.batch().await, ("+a".into(), 7, true));
@@ -198,7 +198,7 @@ async fn a_failed_watch_goes_on_from_where_it_was() {
 }
 
 #[tokio::test]
-async fn an_expired_page_starts_the_list_again() {
+async fn expired_page_restarts_the_list() {
     let mut lab = lab();
     lab.request(&[]).await.send_response(list(7, "next", &[object("a", 3)]));
     assert_eq!(lab.batch().await, ("+a".into(), 0, false));
@@ -208,7 +208,7 @@ async fn an_expired_page_starts_the_list_again() {
 }
 
 #[tokio::test]
-async fn a_silent_watch_of_an_idle_cluster_goes_on() {
+async fn silent_watch_of_idle_cluster_continues() {
     let mut lab = lab();
     lab.request(&[]).await.send_response(list(7, "", &[object("a", 3)]));
     assert_eq!(lab.batch().await, ("+a".into(), 7, true));
@@ -221,7 +221,7 @@ async fn a_silent_watch_of_an_idle_cluster_goes_on() {
 }
 
 #[tokio::test]
-async fn an_api_server_that_went_back_in_time_is_listed_anew() {
+async fn restored_api_server_is_listed_again() {
     for end in [events(&[]), refused(500, "InternalError")] {
         let mut lab = lab();
         lab.request(&[]).await.send_response(list(90, "", &[object("a", 80), object("b", 85)]));
@@ -236,7 +236,7 @@ async fn an_api_server_that_went_back_in_time_is_listed_anew() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_without_an_answer_is_given_up() {
+async fn list_without_response_times_out() {
     let mut lab = lab();
     let _unanswered = lab.request(&["limit=500"]).await;
     lab.request(&["limit=500"]).await.send_response(list(7, "", &[]));

@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_at_its_bound_displaces_only_its_own_and_no_young_one() {
+    fn source_at_its_limit_displaces_only_its_own_aged_ones() {
         let mut port = Port::new();
         for _ in 0..3 {
             assert_eq!(port.stranger(1), Ok(None));
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pool_makes_room_at_the_expense_of_the_largest() {
+    fn full_pool_displaces_from_the_largest_source() {
         let mut port = Port::new();
         for from in [1, 1, 1, 2, 2, 3] {
             assert_eq!(port.stranger(from), Ok(None));

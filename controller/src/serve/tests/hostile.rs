@@ -274,7 +274,7 @@ async fn besieged(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_hostile_connections_keep_no_agent_out() {
+async fn hostile_connections_do_not_keep_agents_out() {
     let _alone = ALONE.lock().await;
     let field = Field::start(true).await;
     println!("{:<34} {:>8} {:>9} {:>9} {:>9}", "", "opened", "median", "slowest", "reviews");
@@ -328,7 +328,7 @@ async fn without_keys_forged_tokens_wait_behind_nodes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fleet_behind_one_unknown_address_gets_in() {
+async fn fleet_behind_one_unknown_address_connects() {
     let _alone = ALONE.lock().await;
     let field = Field::start(true).await;
     let mut coming = JoinSet::new();
@@ -357,7 +357,7 @@ async fn a_fleet_behind_one_unknown_address_gets_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_without_a_stream_is_closed() {
+async fn connection_without_stream_is_closed() {
     let _alone = ALONE.lock().await;
     let field = Field::start(true).await;
     let started = Instant::now();
@@ -372,7 +372,7 @@ async fn a_connection_without_a_stream_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_shows_no_token_takes_no_place() {
+async fn calls_without_token_do_not_use_the_stream_limit() {
     let limits = Limits { streams_per_second: 0.001, stream_burst: 1.0, ..Limits::default() };
     let lab = Lab::start(limits).await;
     for _ in 0..5 {
@@ -425,7 +425,7 @@ impl rustls::time_provider::TimeProvider for LongAgo {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_generation_once_sent_is_never_used_again() {
+async fn sent_generation_is_never_reused() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     lab.change(1);

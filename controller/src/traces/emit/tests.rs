@@ -80,7 +80,7 @@ fn by_name(spans: &[SpanData]) -> BTreeMap<String, &SpanData> {
 }
 
 #[test]
-fn a_change_is_one_trace_whose_spans_are_in_order() {
+fn change_is_one_trace_with_ordered_spans() {
     let spans = emitted(&coalesced(&[true]));
     let names = by_name(&spans);
     assert_eq!(names.len(), spans.len(), "{names:?}");
@@ -129,7 +129,7 @@ fn changes_that_were_carried_by_another_link_to_it() {
 }
 
 #[test]
-fn a_troubled_change_is_kept_whatever_was_decided_before() {
+fn troubled_change_is_always_kept() {
     let mut tracker = Tracker::new(Limits::default());
     let slot = tracker.join("n1".into(), 0);
     let publication =
