@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::jiff::Timestamp;
@@ -36,6 +36,7 @@ use queries::QueryQueue;
 
 use crate::propagation::{Propagation, unix_nanoseconds};
 use crate::status::{Floor, Floors, Observation};
+use crate::sync::{lock, read, write};
 
 /// Time since the API server last responded on every watch; `None` before it did.
 pub type UpstreamAge = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
@@ -123,10 +124,6 @@ pub struct Fleet {
     compressing: tokio::sync::Mutex<()>,
     /// Known source addresses of agents.
     known: Arc<KnownAddresses>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Fleet {
@@ -282,11 +279,11 @@ impl Fleet {
     }
 
     pub(crate) fn read<T>(&self, look: impl FnOnce(&Layers) -> T) -> T {
-        look(&self.layers.read().unwrap_or_else(PoisonError::into_inner))
+        look(&read(&self.layers))
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut Layers) -> T) -> T {
-        change(&mut self.layers.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut write(&self.layers))
     }
 
     /// Plans the next update of a node. Compresses a snapshot first if one is missing; never returns `Compress`.

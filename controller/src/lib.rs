@@ -30,6 +30,7 @@ pub mod run;
 pub mod serve;
 pub mod session;
 pub mod status;
+mod sync;
 mod text;
 mod token_bucket;
 pub mod traces;

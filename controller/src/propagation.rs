@@ -2,7 +2,7 @@
 //!
 //! Invariants: recording never waits for the reader. A reader that is too slow loses records, which are counted.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use switchtower_admin_api::ChangeReport;
@@ -11,6 +11,8 @@ use switchtower_core::propagation::{
 };
 use switchtower_proto::v1::ChangeInfo;
 use tokio::sync::{Notify, mpsc};
+
+use crate::sync::lock;
 
 mod metrics;
 
@@ -132,6 +134,6 @@ impl Propagation {
     }
 
     fn lock(&self) -> MutexGuard<'_, Tracker> {
-        self.tracker.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tracker)
     }
 }

@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry as Metrics};
 use switchtower_crds::{NodeState, ProxyStatusStatus};
 
 use crate::ingest::NodeIdentity;
+use crate::sync::{read, write};
 
 pub mod absence;
 mod assignments;
@@ -67,7 +68,7 @@ impl Floors {
     /// The floor of one node; zero if it has no row.
     #[must_use]
     pub fn get(&self, node: &str) -> Floor {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).get(node).copied().unwrap_or_default()
+        read(&self.0).get(node).copied().unwrap_or_default()
     }
 
     pub(crate) fn set(&self, node: &Arc<str>, status: Option<&ProxyStatusStatus>) {
@@ -78,11 +79,11 @@ impl Floors {
             generation: u64::try_from(highest).unwrap_or(0),
             session: status.connection.as_ref().map_or(0, |known| u64::try_from(known.session).unwrap_or(0)),
         };
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(node.clone(), floor);
+        write(&self.0).insert(node.clone(), floor);
     }
 
     pub(crate) fn remove(&self, node: &str) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(node);
+        write(&self.0).remove(node);
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use crate::sync::lock;
 
 /// Time for which an address stays known after an agent authenticated from it. Longer than the lifetime of a token,
 /// so that an agent behind address translation is still known when it reconnects with the next one.
@@ -25,7 +27,7 @@ pub(crate) struct KnownAddresses(Mutex<Addresses>);
 
 impl KnownAddresses {
     fn with<T>(&self, look: impl FnOnce(&mut Addresses) -> T) -> T {
-        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        look(&mut lock(&self.0))
     }
 
     /// Sets the addresses of a Node.

@@ -11,8 +11,9 @@ use switchtower_core::view::View;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::Source;
 
-use super::{Fleet, lock};
+use super::Fleet;
 use crate::status::Observation;
+use crate::sync::lock;
 
 /// Progress of a revision.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -103,7 +104,7 @@ impl Fleet {
         self.propagation.changes(limit, |change| change.service.as_ref().is_some_and(of))
     }
 
-    /// Returns the identifier of this process, for which alone revisions are valid.
+    /// Returns the identifier of this process. Revisions are only valid within one process.
     #[must_use]
     pub fn instance_name(&self) -> String {
         self.instance.iter().map(|byte| format!("{byte:02x}")).collect()

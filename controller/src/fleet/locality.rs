@@ -9,7 +9,8 @@ use switchtower_core::locality::{Detection, Localities, Locality, PodChange};
 use switchtower_core::wire;
 use switchtower_proto::v1::NodeRecord;
 
-use super::{Fleet, Nodes, lock};
+use super::{Fleet, Nodes};
+use crate::sync::lock;
 
 /// Inputs of local detection in addition to the settings.
 #[derive(Debug, Default)]

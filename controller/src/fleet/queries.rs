@@ -3,13 +3,14 @@
 //! Invariants: one query at a time per node, at a limited rate, with an answer of limited length. A caller waits at
 //! most [`QUERY_TIMEOUT`], including the wait for its turn. An agent can only answer queries about its own node.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use switchtower_proto::v1::{Answer, Query as QueryMessage};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Fleet;
+use crate::sync::lock;
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Timeout of a query, including the wait for its turn.
@@ -90,17 +91,17 @@ impl Default for QueryQueue {
 
 impl QueryQueue {
     fn allowed(&self, now: Instant) -> bool {
-        self.allowance.lock().unwrap_or_else(PoisonError::into_inner).take(now)
+        lock(&self.allowance).take(now)
     }
 
     fn put(&self, query: Query) -> oneshot::Receiver<Outcome> {
         let (answer, answered) = oneshot::channel();
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((query, answer));
+        *lock(&self.waiting) = Some((query, answer));
         answered
     }
 
     fn take(&self) -> Option<(Query, oneshot::Sender<Outcome>)> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.waiting).take()
     }
 }
 

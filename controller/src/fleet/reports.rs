@@ -9,7 +9,8 @@ use switchtower_core::model::ObjectKey;
 use switchtower_proto::v1::HealthCheckFailure;
 use tokio::time::Instant;
 
-use super::{Fleet, lock};
+use super::Fleet;
+use crate::sync::lock;
 use crate::text::sanitized;
 
 /// Maximum number of problems per node and minute.

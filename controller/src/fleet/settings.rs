@@ -10,9 +10,10 @@ use switchtower_core::propagation::{Change as FollowedChange, Publication, Trace
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings};
 
-use super::{Fleet, Nodes, lock};
+use super::{Fleet, Nodes};
 use crate::propagation::{new_trace, unix_nanoseconds};
 use crate::status::Observation;
+use crate::sync::lock;
 
 /// Profile and revision of settings.
 pub type SettingsName = (Arc<str>, u64);

@@ -1,6 +1,6 @@
 //! Refuses writes of a process that may not be the active controller any more.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use http::{Method, Request};
 use kube::client::Body;
@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use tower::filter::{FilterLayer, Predicate};
 
 use super::LEASE;
+use crate::sync::{read, write};
 
 /// A write was refused before it left the process.
 #[derive(Debug, thiserror::Error)]
@@ -32,19 +33,19 @@ impl Fence {
     /// Whether this process may write.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        let open = *self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let open = *read(&self.0);
         matches!(open, Open::Until(end) if Instant::now() < end)
     }
 
     pub(super) fn open_until(&self, end: Instant) {
-        let mut open = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut open = write(&self.0);
         if !matches!(*open, Open::Never) {
             *open = Open::Until(end);
         }
     }
 
     pub(super) fn close(&self) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Open::Never;
+        *write(&self.0) = Open::Never;
     }
 
     /// For the client of everything that only the active controller may write. Reads pass.

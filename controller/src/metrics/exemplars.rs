@@ -3,7 +3,9 @@
 //! Invariants: there is at most one per bucket, so that their number is bounded by the histograms'.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::sync::lock;
 
 /// One observation and its trace.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,7 +46,7 @@ impl Exemplars {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Series, Vec<Option<Exemplar>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 
@@ -53,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bucket_has_the_latest_observation_up_to_its_bound() {
+    fn bucket_keeps_its_latest_exemplar() {
         let exemplars = Exemplars::default();
         let seen =
             |trace, value| exemplars.note("seconds", "all", &[1.0, 2.0], Exemplar { trace, value, at: 7.0 });

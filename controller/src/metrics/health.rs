@@ -1,12 +1,14 @@
 //! Liveness and readiness: whether the engine makes progress, and how old what the API server said last is.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::Readiness;
+
+use crate::sync::lock;
 
 /// Maximum duration of one step of the engine. The first compile of 50,000 Services takes seconds; beyond this it
 /// hangs.
@@ -28,11 +30,11 @@ impl Busy {
     }
 
     fn set(&self, since: Option<Instant>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        *lock(&self.0) = since;
     }
 
     fn elapsed(&self) -> Option<Duration> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since.elapsed())
+        lock(&self.0).map(|since| since.elapsed())
     }
 }
 
@@ -97,7 +99,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_engine_that_is_stuck_is_not_live() {
+    async fn stuck_engine_is_not_live() {
         let health = health(Some(0));
         assert_eq!(live(State(health.clone())).await.0, StatusCode::OK);
         let working = health.busy.begin();

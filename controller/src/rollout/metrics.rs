@@ -3,7 +3,7 @@
 //! Series about single rollouts exist for those that are under way and for the latest of each profile, so that their
 //! number is bounded by that of profiles. They tell what the API server has, as of the last round.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -12,6 +12,8 @@ use switchtower_core::rollout::{FailureReason, Progress, State};
 use switchtower_crds::ProxyRollout;
 
 use super::convert;
+
+use crate::sync::lock;
 
 /// Why nodes were returned to what they had.
 const CAUSES: [&str; 3] = ["failure", "abort", "superseded"];
@@ -96,7 +98,7 @@ impl RolloutMetrics {
             }
         }
         shown.extend(latest.into_values().filter_map(|(_, standing)| standing));
-        *self.standings.known.lock().unwrap_or_else(PoisonError::into_inner) = shown;
+        *lock(&self.standings.known) = shown;
     }
 }
 
@@ -178,7 +180,7 @@ impl Standings {
 
     fn fill(&self) {
         self.gauges().into_iter().for_each(IntGaugeVec::reset);
-        for standing in self.known.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for standing in lock(&self.known).iter() {
             let Standing { rollout, state, reason, step, steps, nodes, advanced } = standing;
             self.info.with_label_values(&[rollout, state, reason]).set(1);
             self.step.with_label_values(&[rollout]).set(*step);

@@ -1,11 +1,12 @@
 //! Admission of new streams: a maximum number of open streams, and a maximum rate of new ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::fleet::metrics::StreamMetrics;
 use crate::session::Limits;
+use crate::sync::lock;
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Counts and limits the open streams.
@@ -39,7 +40,7 @@ impl Admission {
 
     /// Admits a new stream. Returns `None`, and counts a refusal, if too many are open or too many came at once.
     pub(super) fn admit(self: &Arc<Self>) -> Option<Permit> {
-        let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bucket = lock(&self.bucket);
         if self.open.load(Ordering::Relaxed) >= self.max_streams || !bucket.take(Instant::now()) {
             self.metrics.refused("too_many_streams");
             return None;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -16,6 +16,7 @@ pub(crate) use table::{Bounds, Class, GateLimits, Pool, Rejection, Stage};
 
 use crate::fleet::addresses::KnownAddresses;
 use crate::fleet::metrics::StreamMetrics;
+use crate::sync::lock;
 use crate::token_bucket::Rate;
 use table::{Id, Table};
 
@@ -129,10 +130,6 @@ pub(crate) struct Gate {
     reviews: Mutex<HashMap<IpAddr, Weak<Semaphore>>>,
     known: Arc<KnownAddresses>,
     metrics: StreamMetrics,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Gate {

@@ -4,17 +4,19 @@
 //! its pod still exists. It prevents forged tokens from using reviews, or anything else that agents wait for.
 
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use kube::Client;
-use prometheus::{IntGauge, Registry};
+use prometheus::{IntGauge, Registry, register_int_gauge_with_registry};
 use ring::signature::{
     self, ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, RsaPublicKeyComponents, UnparsedPublicKey,
 };
 use serde::Deserialize;
+
+use crate::sync::lock;
 
 /// Minimum interval between reads of the keys, however many tokens name unknown keys.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -121,11 +123,11 @@ impl Keys {
     /// # Errors
     /// The metric's name is already registered.
     pub fn new(source: impl KeySource, registry: &Registry) -> Result<Self, prometheus::Error> {
-        let count = IntGauge::new(
+        let count = register_int_gauge_with_registry!(
             "switchtower_token_keys",
             "Keys of the API server that tokens are verified with; 0: every token needs a review, forged ones too.",
+            registry
         )?;
-        registry.register(Box::new(count.clone()))?;
         let (state, reading) = Default::default();
         Ok(Self { source: Box::new(source), state, reading, count })
     }
@@ -184,7 +186,7 @@ impl Keys {
     }
 
     fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
-        look(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        look(&mut lock(&self.state))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
@@ -15,6 +15,8 @@ use sha2::{Digest as _, Sha256};
 use switchtower_telemetry::{span, spans};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
+
+use crate::sync::lock;
 
 /// Lifetime of a cache entry. Short, because the token of a deleted pod becomes invalid with the pod.
 const REMEMBERED: Duration = Duration::from_secs(10);
@@ -106,14 +108,14 @@ impl<T: Clone> Reviews<T> {
     }
 
     fn remembered(&self, hash: &[u8; 32]) -> Option<T> {
-        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        let accepted = lock(&self.accepted);
         let (until, holder) = accepted.get(hash)?;
         (*until > Instant::now()).then(|| holder.clone())
     }
 
     fn remember(&self, hash: [u8; 32], holder: &T) {
         let now = Instant::now();
-        let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accepted = lock(&self.accepted);
         if accepted.len() >= self.most {
             accepted.retain(|_, (until, _)| *until > now);
         }

@@ -5,10 +5,12 @@
 //! forgotten, and whoever wished decides again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use switchtower_crds::ProfileAssignment;
 use tokio::sync::Notify;
+
+use crate::sync::lock;
 
 /// What the row in the API server says.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,7 +41,7 @@ pub struct Assignments {
 
 impl Assignments {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Rows are to name these revisions.

@@ -1,10 +1,12 @@
 //! Identifiers of spans: the roots have those that travelled with their change, all others are random.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use opentelemetry::trace::{SpanId, TraceId};
 use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator};
 use switchtower_core::propagation::TraceContext;
+
+use crate::sync::lock;
 
 /// Gives the next root span the identifiers that were chosen for it. There is one user: the task that builds
 /// traces, which builds one span after the other.
@@ -19,18 +21,18 @@ impl ChosenIds {
     pub(super) fn choose(&self, context: TraceContext) {
         let trace = TraceId::from_bytes(context.trace.to_be_bytes());
         let span = SpanId::from_bytes(context.span.to_be_bytes());
-        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = (Some(trace), Some(span));
+        *lock(&self.next) = (Some(trace), Some(span));
     }
 }
 
 impl IdGenerator for ChosenIds {
     fn new_trace_id(&self) -> TraceId {
-        let chosen = self.next.lock().unwrap_or_else(PoisonError::into_inner).0.take();
+        let chosen = lock(&self.next).0.take();
         chosen.unwrap_or_else(|| self.random.new_trace_id())
     }
 
     fn new_span_id(&self) -> SpanId {
-        let chosen = self.next.lock().unwrap_or_else(PoisonError::into_inner).1.take();
+        let chosen = lock(&self.next).1.take();
         chosen.unwrap_or_else(|| self.random.new_span_id())
     }
 }
