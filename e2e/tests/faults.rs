@@ -39,8 +39,12 @@ fn scene(name: &str) -> (Scene, SocketAddr) {
 fn content(node: &FleetNode) -> BTreeMap<String, std::collections::BTreeSet<String>> {
     let mut content = BTreeMap::new();
     for family in ["ip", "ip6"] {
-        for set in ["frontends", "inside", "outside", "backends", "slots", "refused", "vips", "cluster_ips"] {
-            let elements = kernel::elements(&node.net.namespace, family, set).unwrap();
+        for map in ["frontends", "inside", "outside", "backends", "slots"] {
+            let elements = kernel::map_elements(&node.net.namespace, family, map).unwrap();
+            content.insert(format!("{family} {map}"), elements);
+        }
+        for set in ["refused", "vips", "cluster_ips"] {
+            let elements = kernel::set_elements(&node.net.namespace, family, set).unwrap();
             content.insert(format!("{family} {set}"), elements);
         }
     }

@@ -1,12 +1,24 @@
-//! Reads what a node's kernel holds with `nft -j`, sharing no code with the agent that wrote it.
+//! Reads a node's kernel through `nft` and the crate `nftables`, sharing no code with the agent that wrote the rules.
+//!
+//! The crate's schema (0.6.3) expresses our sets and the map `stamp`. It cannot parse the other maps:
+//! - keys and values of type `classid` (nftables-rs issue 224): `frontends`, `inside`, `outside`, `guarded`, `slots`,
+//!   `affinity`, and the maps of the pools;
+//! - concatenated values (issue 207): `backends` and the sticky maps;
+//! - verdicts as values (issue 237): `source_lists`.
+//!
+//! [`map_elements`] therefore reads maps as `nft` prints them, which suffices to compare states.
 
 use std::collections::BTreeSet;
 use std::net::Ipv6Addr;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use nftables::expr::Expression;
+use nftables::helper::{DEFAULT_NFT, get_current_ruleset_with_args};
+use nftables::schema::{Map, NfListObject, NfObject, Set};
 
 use crate::lab::namespace::Namespace;
+
+const TABLE: &str = "switchtower";
 
 /// The stamp that both tables contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,51 +30,74 @@ pub struct Stamp {
     pub deviations: u32,
 }
 
-/// Reads the stamp, which both tables carry.
+/// Reads the stamp, which both tables contain.
 ///
 /// # Errors
-/// A table or its stamp is missing, or the two differ.
+/// A table or its stamp is missing, or the stamps differ.
 pub fn stamp(namespace: &Namespace) -> Result<Stamp> {
-    let (ipv4, ipv6) = (stamp_of(namespace, "ip")?, stamp_of(namespace, "ip6")?);
+    let stamp_of = |family| -> Result<Stamp> {
+        let listed = list(namespace, &["list", "map", family, TABLE, "stamp"])?;
+        let map = listed.iter().find_map(|object| match object {
+            NfObject::ListObject(NfListObject::Map(map)) => Some(map),
+            _ => None,
+        });
+        parse_stamp(map.context("nft lists no map stamp")?).with_context(|| format!("table {family}"))
+    };
+    let (ipv4, ipv6) = (stamp_of("ip")?, stamp_of("ip6")?);
     ensure!(ipv4 == ipv6, "the stamps of the two tables differ: {ipv4:?} and {ipv6:?}");
     Ok(ipv4)
 }
 
-fn stamp_of(namespace: &Namespace, family: &str) -> Result<Stamp> {
-    let text = namespace.output("nft", &["-j", "list", "map", family, "switchtower", "stamp"])?;
+fn parse_stamp(map: &Map<'_>) -> Result<Stamp> {
     let mut entries = [None; 2];
-    for (key, value) in pairs(&objects(&text)?, "stamp")? {
-        let index = key.as_u64().and_then(|key| usize::try_from(key).ok()).unwrap_or(usize::MAX);
-        let address: Ipv6Addr = value.as_str().context("a stamp value is not a string")?.parse()?;
-        if let Some(entry) = entries.get_mut(index) {
-            *entry = Some(u128::from(address));
+    for element in map.elem.iter().flat_map(|elements| elements.iter()) {
+        let Expression::List(pair) = element else { bail!("{element:?} is not a pair") };
+        let [Expression::Number(key), Expression::String(value)] = pair.as_slice() else {
+            bail!("{pair:?} is not a number and an address");
+        };
+        if let Some(entry) = usize::try_from(*key).ok().and_then(|key| entries.get_mut(key)) {
+            *entry = Some(u128::from(value.parse::<Ipv6Addr>()?));
         }
     }
-    let [Some(digest), Some(second)] = entries else { bail!("the stamp of table {family} is incomplete") };
+    let [Some(digest), Some(second)] = entries else { bail!("the stamp is incomplete") };
     // The high 64 bits are the generation, the low 32 the deviations.
     let generation = u64::try_from(second >> 64)?;
     let deviations = u32::try_from(second & u128::from(u32::MAX))?;
     Ok(Stamp { generation, digest, deviations })
 }
 
-/// All elements of a map or set, as text, in no order.
+/// All elements of a set, unordered.
 ///
 /// # Errors
-/// It cannot be listed.
-pub fn elements(namespace: &Namespace, family: &str, set: &str) -> Result<BTreeSet<String>> {
-    let text = namespace.output("nft", &["-j", "list", "map", family, "switchtower", set]);
-    let text = match text {
-        Ok(text) => text,
-        Err(_) => namespace.output("nft", &["-j", "list", "set", family, "switchtower", set])?,
-    };
-    for object in objects(&text)? {
-        let body = object.get("map").or_else(|| object.get("set"));
-        if let Some(body) = body.filter(|body| body["name"] == set) {
-            let elements = body["elem"].as_array().cloned().unwrap_or_default();
-            return Ok(elements.iter().map(Value::to_string).collect());
-        }
-    }
-    bail!("nft lists no {set}")
+/// The set cannot be listed.
+pub fn set_elements(namespace: &Namespace, family: &str, set: &str) -> Result<BTreeSet<String>> {
+    let listed = list(namespace, &["list", "set", family, TABLE, set])?;
+    let found = listed.iter().find_map(|object| match object {
+        NfObject::ListObject(NfListObject::Set(set)) => Some(set),
+        _ => None,
+    });
+    let found: &Set<'_> = found.with_context(|| format!("nft lists no set {set}"))?;
+    Ok(found.elem.iter().flat_map(|elements| elements.iter()).map(|element| format!("{element:?}")).collect())
+}
+
+/// All elements of a map as `nft` prints them, unordered.
+///
+/// # Errors
+/// The map cannot be listed.
+pub fn map_elements(namespace: &Namespace, family: &str, map: &str) -> Result<BTreeSet<String>> {
+    let text = namespace.output("nft", &["-nn", "list", "map", family, TABLE, map])?;
+    Ok(printed_elements(&text))
+}
+
+fn printed_elements(text: &str) -> BTreeSet<String> {
+    let elements = text.split_once("elements = {").and_then(|(_, rest)| rest.split_once('}'));
+    let elements = elements.map_or("", |(elements, _)| elements).split(',').map(str::trim);
+    elements.filter(|element| !element.is_empty()).map(str::to_owned).collect()
+}
+
+fn list(namespace: &Namespace, arguments: &[&str]) -> Result<Vec<NfObject<'static>>> {
+    let listed = namespace.run(|| get_current_ruleset_with_args(DEFAULT_NFT, arguments.iter().copied()))?;
+    Ok(listed.with_context(|| format!("nft {}", arguments.join(" ")))?.objects.into_owned())
 }
 
 /// The whole table as `nft` prints it, for messages and for comparing before with after.
@@ -111,26 +146,29 @@ fn ask_generation() -> Result<u32> {
     Ok(u32::from_be_bytes([answer[24], answer[25], answer[26], answer[27]]))
 }
 
-fn objects(text: &str) -> Result<Vec<Value>> {
-    let mut document: Value = serde_json::from_str(text).context("the output of nft -j")?;
-    match document["nftables"].take() {
-        Value::Array(objects) => Ok(objects),
-        _ => bail!("nft -j printed no list"),
-    }
-}
+#[cfg(test)]
+mod tests {
+    use nftables::schema::Nftables;
 
-fn pairs(objects: &[Value], map: &str) -> Result<Vec<(Value, Value)>> {
-    let body = objects.iter().filter_map(|object| object.get("map")).find(|body| body["name"] == map);
-    let body = body.with_context(|| format!("nft lists no map {map}"))?;
-    let elements = body["elem"].as_array().cloned().unwrap_or_default();
-    elements
-        .into_iter()
-        .map(|element| match element {
-            Value::Array(mut pair) if pair.len() == 2 => {
-                let value = pair.pop().unwrap_or_default();
-                Ok((pair.pop().unwrap_or_default(), value))
-            }
-            other => bail!("an element of {map} is no pair: {other}"),
-        })
-        .collect()
+    use super::*;
+
+    #[test]
+    fn stamp_parsed_from_nft_output() {
+        let text = r#"{"nftables": [{"map": {"family": "ip", "name": "stamp", "table": "switchtower",
+            "type": "mark", "handle": 132, "map": "ipv6_addr",
+            "elem": [[0, "::2a:0:0:0:7"], [1, "::2a:4:0:0:3"], [2, "::1"]]}}]}"#;
+        let listed: Nftables<'_> = serde_json::from_str(text).unwrap();
+        let NfObject::ListObject(NfListObject::Map(map)) = &listed.objects[0] else { panic!("{listed:?}") };
+        let stamp = parse_stamp(map).unwrap();
+        assert_eq!(stamp, Stamp { generation: 0x2a_0004, digest: (0x2a << 64) | 7, deviations: 3 });
+    }
+
+    #[test]
+    fn printed_elements_split_across_lines() {
+        let text = "map backends {\n type classid : ipv4_addr . inet_service\n elements = { 8000:0 : 10.0.0.1 . 80,\n \
+             8000:1 : 10.0.0.2 . 80 }\n}";
+        let expected = ["8000:0 : 10.0.0.1 . 80", "8000:1 : 10.0.0.2 . 80"];
+        assert_eq!(printed_elements(text), expected.map(str::to_owned).into());
+        assert!(printed_elements("map backends {\n}").is_empty());
+    }
 }
