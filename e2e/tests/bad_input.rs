@@ -1,5 +1,5 @@
-//! Objects that the API server accepts and that make no sense. They never stop other Services, they are reported
-//! with an Event where somebody can do something about them, and what is left of them works.
+//! Invalid or inconsistent objects that the API server accepts. They never affect other Services, an Event reports
+//! them if a user can fix them, and their valid parts work.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -20,7 +20,7 @@ use switchtower_e2e::probe::{Outcome, Transport};
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
-/// Another Service answers, and follows a change: the controller and the agents go on.
+/// Checks that another Service works and follows a change: controller and agents are alive.
 fn others_work(scene: &Scene) {
     let name = format!("other-{:08x}", rand::random::<u32>());
     let service = scene.service(&name, &json!({}));
@@ -34,7 +34,7 @@ fn others_work(scene: &Scene) {
     fleet().settled(SOON).unwrap();
 }
 
-/// Waits for an Event with a reason about an object of this name.
+/// Waits for an Event with a reason on an object of this name.
 fn event(namespace: &str, object: &str, reason: &str) -> String {
     let api: Api<Event> = Api::all(fleet().kube().client());
     wait::until(&format!("an Event {reason} about {namespace}/{object}"), SOON, || {
@@ -42,14 +42,14 @@ fn event(namespace: &str, object: &str, reason: &str) -> String {
         let found = events.items.into_iter().find(|event| {
             event.reason.as_deref() == Some(reason) && event.involved_object.name.as_deref() == Some(object)
         });
-        ensure!(found.is_some(), "there is none");
+        ensure!(found.is_some(), "there is no such Event");
         Ok(found.and_then(|event| event.message).unwrap_or_default())
     })
     .unwrap()
 }
 
 #[test]
-fn the_older_of_two_services_keeps_an_external_address() {
+fn older_of_two_services_keeps_external_address() {
     let _alone = alone();
     let scene = Scene::new("conflict");
     let spec = json!({"externalIPs": ["192.0.2.41"]});
@@ -57,7 +57,7 @@ fn the_older_of_two_services_keeps_an_external_address() {
     scene.endpoints("first", &["a1"]);
     let to = SocketAddr::new("192.0.2.41".parse().unwrap(), 80);
     answered_by("alone", scene.pod("b1"), Transport::Tcp, to, &["a1"]);
-    // Creation times have whole seconds.
+    // Creation times have a resolution of seconds.
     std::thread::sleep(Duration::from_millis(1100));
     scene.service("a-second", &spec);
     scene.endpoints("a-second", &["c1"]);
@@ -76,11 +76,11 @@ fn slices_with_odd_ports_keep_the_rest_of_their_service() {
     scene.endpoints("web", &["a1"]);
     let (pod, node) = scene.fleet.pod("c1").unwrap();
     let endpoints = [objects::endpoint(pod, &node.net, false)];
-    // A slice whose ports have no number means "all ports" to others and nothing to a service proxy.
+    // A slice whose ports have no number means "all ports" to other consumers, and nothing to a service proxy.
     let mut slice = objects::slice("odd-ports", "web-none", "web", false, &[], &endpoints);
     slice["ports"] = json!([{"name": "tcp", "protocol": "TCP"}]);
     scene.fleet.kube().apply(&slice).unwrap();
-    // A name that no port of the Service has.
+    // A port name that the Service lacks.
     let slice = objects::slice("odd-ports", "web-name", "web", false, &[("x", "TCP", 8080)], &endpoints);
     scene.fleet.kube().apply(&slice).unwrap();
     answered_by("the rest", scene.pod("b1"), Transport::Tcp, cluster_ip(&service, false), &["a1"]);
@@ -88,7 +88,7 @@ fn slices_with_odd_ports_keep_the_rest_of_their_service() {
 }
 
 #[test]
-fn a_slice_that_belongs_to_nothing_does_nothing() {
+fn slice_without_service_has_no_effect() {
     let _alone = alone();
     let scene = Scene::new("orphans");
     let (pod, node) = scene.fleet.pod("c1").unwrap();
@@ -107,14 +107,14 @@ fn a_slice_that_belongs_to_nothing_does_nothing() {
     names["endpoints"] = json!([{"addresses": ["pod.example"]}]);
     scene.fleet.kube().apply(&names).unwrap();
     others_work(&scene);
-    // The slice was there before its Service.
+    // The slice exists before its Service.
     let service = scene.service("later", &json!({}));
     let to = cluster_ip(&service, false);
     answered_by("a slice older than its Service", scene.pod("b1"), Transport::Tcp, to, &["c1"]);
 }
 
 #[test]
-fn the_same_endpoint_in_two_slices_counts_once_and_outlives_one() {
+fn endpoint_in_two_slices_counts_once() {
     let _alone = alone();
     let scene = Scene::new("twice");
     let service = scene.service("web", &json!({}));
@@ -134,7 +134,7 @@ fn the_same_endpoint_in_two_slices_counts_once_and_outlives_one() {
 }
 
 #[test]
-fn a_node_without_addresses_zone_or_pod_cidr_is_a_row_and_stops_nobody() {
+fn bare_node_has_a_row_and_disturbs_no_other() {
     let _alone = alone();
     let scene = Scene::new("bare-node");
     let bare = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bare"}});
@@ -161,7 +161,7 @@ fn a_thousand_endpoints_do_not_stop_the_rest() {
     let service = scene.service("web", &json!({}));
     let (pod, node) = scene.fleet.pod("c1").unwrap();
     for slice in 0..10 {
-        // Addresses that nobody has, of no node: this is about programming them.
+        // Addresses without a host on any node: this test is about programming them.
         let endpoints: Vec<_> = (0..100)
             .map(|index| {
                 json!({"addresses": [format!("10.99.{slice}.{index}")], "conditions": {"ready": true}})
@@ -179,11 +179,11 @@ fn a_thousand_endpoints_do_not_stop_the_rest() {
 }
 
 #[test]
-fn a_health_check_node_port_that_is_taken_is_told_and_answers_when_it_is_free() {
+fn taken_health_check_node_port_reported_and_retried() {
     let _alone = alone();
     let scene = Scene::new("taken");
     let net = &scene.node("beta").net;
-    // Of the part of the range that the API server doesn't give away by itself.
+    // From the part of the range that the API server does not allocate automatically.
     let port = 30_045;
     let to = SocketAddr::new(net.address(false), port);
     let squatter = net.namespace.run(|| TcpListener::bind(to)).unwrap().unwrap();

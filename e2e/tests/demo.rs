@@ -1,4 +1,4 @@
-//! `make demo` shows what it claims, and the cluster that it keeps can be explored with the commands that it prints.
+//! `make demo` shows what it claims, and its printed commands work on the cluster that it keeps.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -15,7 +15,7 @@ fn kept_demo(log: &std::path::Path) -> Process {
     let mut command = Command::new(programs::workspace("demo").unwrap());
     command.arg("--keep");
     let demo = Process::start("demo", command, log).unwrap();
-    wait::until("the demonstration is over", Duration::from_secs(180), || {
+    wait::until("the demonstration ended early", Duration::from_secs(180), || {
         demo.check_running()?;
         ensure!(demo.log_text().contains("The cluster runs until Ctrl-C"), "{}", demo.log_text());
         Ok(())
@@ -33,7 +33,7 @@ fn shell(script: &str) -> String {
 }
 
 #[test]
-fn the_demo_shows_every_scene_and_can_be_explored() {
+fn demo_shows_every_scene_and_can_be_explored() {
     let folder = tempfile::tempdir().unwrap();
     let demo = kept_demo(&folder.path().join("demo.log"));
     let printed = demo.log_text();
@@ -48,13 +48,13 @@ fn the_demo_shows_every_scene_and_can_be_explored() {
     ] {
         assert!(printed.contains(expected), "not shown: {expected}\n{printed}");
     }
-    // Every printed command but the one that never ends.
+    // Every printed command except the one that never exits.
     let explore = printed.split("── Explore").nth(1).unwrap();
     let commands: Vec<_> = explore.lines().filter(|line| line.starts_with("  ")).map(str::trim).collect();
     assert!(commands.len() >= 8, "{explore}");
     let source = commands[0];
     for command in commands.iter().filter(|command| !command.starts_with("tail -f")) {
-        // `explain` exits with 1 where it explains a drop.
+        // `explain` exits with 1 if it explains a drop.
         let tolerated = if command.contains("explain") { "|| [ $? = 1 ]" } else { "" };
         let text = shell(&format!("{source}; {command} {tolerated}"));
         let looks_broken = text.contains("Pending") || text.contains("0/1");
@@ -63,5 +63,5 @@ fn the_demo_shows_every_scene_and_can_be_explored() {
     demo.signal(libc::SIGINT);
     demo.wait(Duration::from_secs(20)).unwrap();
     let directory = source.trim_start_matches(". ").trim_end_matches("/environment");
-    assert!(!std::path::Path::new(directory).exists(), "{directory} is left");
+    assert!(!std::path::Path::new(directory).exists(), "{directory} remains");
 }

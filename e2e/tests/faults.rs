@@ -1,5 +1,5 @@
-//! What goes wrong in a fleet: killed agents and controllers, foreign hands in the ruleset, Nodes that come and go.
-//! These tests disturb the fleet that they share, so they run one after another.
+//! Faults in a fleet: killed agents and controllers, foreign changes of the ruleset, Nodes that come and go. These
+//! tests disturb the shared fleet, so they run one after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -20,8 +20,8 @@ use switchtower_e2e::switchtower::FleetNode;
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
-/// How long rows and kernels may take to agree. An agent comes back when its pause is over, a lost stream shows after
-/// ten seconds and a repaired change of others for thirty.
+/// Timeout for rows and kernels to agree. An agent reconnects after its backoff, a lost stream is reported after ten
+/// seconds, and a repaired foreign change for thirty.
 const AGREED: Duration = Duration::from_secs(60);
 
 /// A Service on a1, b1 and c1, and its ClusterIP.
@@ -35,7 +35,7 @@ fn scene(name: &str) -> (Scene, SocketAddr) {
     (scene, to)
 }
 
-/// All content of both tables, as sets: the order of slots is history.
+/// All elements of both tables, as sets: the order of slots depends on history.
 fn content(node: &FleetNode) -> BTreeMap<String, std::collections::BTreeSet<String>> {
     let mut content = BTreeMap::new();
     for family in ["ip", "ip6"] {
@@ -55,7 +55,7 @@ fn content(node: &FleetNode) -> BTreeMap<String, std::collections::BTreeSet<Stri
 fn rows_and_kernels_agree_within_two_seconds_of_a_change() {
     let _alone = alone();
     let (scene, to) = scene("agree");
-    // A busy machine may be late now and then; that it is late again and again would be our doing.
+    // A busy machine may delay single changes; repeated delays would be the product's fault.
     let mut took: Vec<Duration> =
         [&["a1"][..], &["a1", "c2"][..], &["b1"][..], &["a2"][..], &["b1", "c1"][..]]
             .into_iter()
@@ -70,7 +70,7 @@ fn rows_and_kernels_agree_within_two_seconds_of_a_change() {
 }
 
 #[test]
-fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
+fn killed_agent_adopts_kernel_state_without_writing() {
     let _alone = alone();
     let (scene, to) = scene("kill-agent");
     let alpha = scene.node("alpha");
@@ -86,10 +86,10 @@ fn a_killed_agent_adopts_what_the_kernel_holds_and_writes_nothing() {
     })
     .unwrap();
     let after = kernel::transactions(&alpha.net.namespace).unwrap();
-    assert_eq!(after, before, "the agent wrote something; it says:\n{}", scene.fleet.agent_log(alpha));
+    assert_eq!(after, before, "the agent wrote to the kernel; its log:\n{}", scene.fleet.agent_log(alpha));
     assert_eq!(content(alpha), content_before);
     connection.exchange().unwrap();
-    // And from here on an endpoint's change arrives as ever.
+    // From now on, changes of endpoints arrive as usual.
     scene.endpoints("web", &["a1", "b1"]);
     answered_by("changed", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1"]);
     scene.fleet.settled(AGREED).unwrap();
@@ -115,7 +115,7 @@ fn an_absent_agent_is_a_row_that_says_so() {
     let (scene, _) = scene("absent");
     let beta = scene.node("beta");
     scene.fleet.stop_agent(beta, libc::SIGKILL).unwrap();
-    wait::until("beta's row says that its agent is gone", AGREED, || {
+    wait::until("beta's row reports its missing agent", AGREED, || {
         let row = scene.fleet.row("beta")?;
         let ready = row.conditions.iter().find(|condition| condition.type_ == "Ready");
         let ready = ready.map(|condition| (condition.status.clone(), condition.reason.clone()));
@@ -147,7 +147,7 @@ fn a_flushed_ruleset_is_repaired() {
         Ok(())
     })
     .unwrap();
-    wait::until("the agent counts it", SOON, || {
+    wait::until("the agent counts the repair", SOON, || {
         let repaired = scene.fleet.agent_metric(gamma, "switchtower_drift_total", "")?;
         ensure!(repaired >= 1.0, "{repaired}");
         Ok(())
@@ -156,12 +156,12 @@ fn a_flushed_ruleset_is_repaired() {
 }
 
 #[test]
-fn rules_of_kube_proxy_beside_ours_show_on_the_row() {
+fn foreign_kube_proxy_rules_reported_in_row() {
     let _alone = alone();
     let (scene, to) = scene("exclusive");
     let beta = scene.node("beta");
     let state = |wanted: &str, exclusive: &str| {
-        wait::until("the row tells of kube-proxy", AGREED, || {
+        wait::until("the row reports kube-proxy", AGREED, || {
             let row = scene.fleet.row("beta")?;
             let condition = row.conditions.iter().find(|condition| condition.type_ == "Exclusive");
             let status = condition.map(|condition| condition.status.as_str());
@@ -184,7 +184,7 @@ fn rules_of_kube_proxy_beside_ours_show_on_the_row() {
 }
 
 #[test]
-fn a_foreign_element_goes_and_a_removed_one_comes_back() {
+fn foreign_element_removed_and_missing_one_restored() {
     let _alone = alone();
     let (scene, to) = scene("foreign-hand");
     let gamma = scene.node("gamma");
@@ -207,7 +207,7 @@ fn a_foreign_element_goes_and_a_removed_one_comes_back() {
 }
 
 #[test]
-fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
+fn traffic_continues_without_controller() {
     let _alone = alone();
     let (scene, to) = scene("kill-controller");
     let generation = scene.fleet.row("alpha").unwrap().generation.applied;
@@ -234,7 +234,7 @@ fn without_controller_traffic_goes_on_and_a_new_one_carries_on() {
 }
 
 #[test]
-fn a_standing_api_server_stops_no_packet_and_no_stream() {
+fn stopped_api_server_affects_no_packet_or_stream() {
     let _alone = alone();
     let (scene, to) = scene("api-server");
     let api_server = scene.fleet.control_plane().api_server();
@@ -269,7 +269,7 @@ fn kubectl_shows_and_waits_for_every_node() {
 }
 
 #[test]
-fn a_node_that_is_deleted_and_made_anew_is_served_again() {
+fn recreated_node_is_served_again() {
     let _alone = alone();
     let (scene, to) = scene("node-again");
     let beta = scene.node("beta");
@@ -279,7 +279,7 @@ fn a_node_that_is_deleted_and_made_anew_is_served_again() {
     answered_by("the others", scene.pod("c2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
     scene.fleet.register(beta).unwrap();
     assert_ne!(uid("beta"), before);
-    // The old Pod of the agent is bound to the old Node; its DaemonSet would make a new one.
+    // The old Pod of the agent is bound to the old Node; its DaemonSet would create a new one.
     scene.fleet.stop_agent(beta, libc::SIGTERM).unwrap();
     scene.fleet.start_agent(beta).unwrap();
     wait::until("beta is served", AGREED, || scene.fleet.agrees(beta)).unwrap();
@@ -306,7 +306,7 @@ fn new_connections_survive_endpoints_that_come_and_go() {
             outcomes
         });
         for round in 0..25 {
-            // b1 stays all the time; the pods themselves never stop serving.
+            // b1 stays; the pods themselves never stop serving.
             let pods: &[&str] = if round % 2 == 0 { &["b1", "c1"] } else { &["a1", "b1"] };
             scene.endpoints("web", pods);
             std::thread::sleep(Duration::from_millis(100));
@@ -343,7 +343,7 @@ fn services_that_swap_an_address_both_work_afterwards() {
 }
 
 #[test]
-fn nothing_leaves_a_node_without_translation_while_a_service_has_no_endpoint() {
+fn untranslated_packets_never_leave_without_endpoints() {
     let _alone = alone();
     let (scene, to) = scene("empty");
     scene.endpoints("web", &[]);

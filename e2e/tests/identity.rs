@@ -1,5 +1,5 @@
-//! Who is an agent: tokens of the real TokenRequest API, reviewed by the real API server. Whoever is refused is
-//! counted with its own reason, and never disturbs the nodes' own agents.
+//! Authentication of agents: tokens of the real TokenRequest API, reviewed by the real API server. Every refusal is
+//! counted under its reason, and never disturbs the nodes' own agents.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -25,7 +25,8 @@ fn count(fleet: &Fleet, metric: &str, reason: &str) -> f64 {
     fleet.controller_metric(metric, &format!("reason=\"{reason}\"")).unwrap()
 }
 
-/// A stranger in alpha's namespace with this name and token is refused for `reason`, and alpha's agent stays.
+/// Checks that a second agent in alpha's namespace with this name and token is refused for `reason`, while alpha's
+/// own agent stays connected.
 fn refused(name: &str, token: &str, reason: &str) {
     let fleet = fleet();
     let before = count(fleet, REFUSALS, reason);
@@ -84,7 +85,7 @@ fn an_expired_token_is_refused() {
     let _alone = alone();
     let pod = fleet().agent_pod("alpha").unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    // The API makes no token for less than ten minutes; signed with its own key, this one is as genuine.
+    // The API issues no token for less than ten minutes; this one, signed with its key, is equivalent.
     let claims = json!({
         "iss": ISSUER, "aud": [AUDIENCE],
         "sub": format!("system:serviceaccount:{NAMESPACE}:{AGENT_ACCOUNT}"),
@@ -133,7 +134,7 @@ fn plaintext_is_refused() {
         node(fleet(), "beta").net.namespace.run(|| TcpStream::connect(address)).unwrap().unwrap();
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    // Closed, with or without a TLS alert; never an HTTP/2 frame of ours.
+    // The connection closes, with or without a TLS alert, but never with an HTTP/2 frame.
     let mut answer = Vec::new();
     drop(stream.read_to_end(&mut answer));
     assert!(answer.len() < 16, "{answer:?}");
@@ -162,7 +163,7 @@ fn a_second_agent_of_a_node_supersedes_the_first() {
         Ok(())
     })
     .unwrap();
-    // The second goes, as after a rolling update that went wrong; the first takes over again.
+    // The second agent ends, as after a failed rolling update; the first takes over again.
     drop(second);
     wait::until("gamma's own agent serves again", Duration::from_secs(60), || {
         let now = fleet.row("gamma")?.connection.context("the row has no connection")?.session;
@@ -173,7 +174,7 @@ fn a_second_agent_of_a_node_supersedes_the_first() {
     .unwrap();
 }
 
-/// A JSON Web Token signed with the API server's key.
+/// Signs a JSON Web Token with the API server's key.
 fn signed(claims: &Value) -> String {
     let pem = std::fs::read_to_string(fleet().control_plane().service_account_key()).unwrap();
     let key = KeyPair::from_pem(&pem).unwrap();
@@ -184,7 +185,7 @@ fn signed(claims: &Value) -> String {
     format!("{text}.{}", base64url(&fixed(&signature)))
 }
 
-/// An ECDSA signature as the two numbers of 32 bytes that JSON Web Tokens want, from ASN.1.
+/// Converts an ECDSA signature from ASN.1 to the two 32-byte numbers of JSON Web Tokens.
 fn fixed(signature: &[u8]) -> Vec<u8> {
     let mut rest = &signature[2..];
     let mut result = Vec::new();

@@ -1,4 +1,4 @@
-//! The laboratory itself: that what it shows about packets is true without Switchtower.
+//! The laboratory itself: its results about packets are correct without Switchtower.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -36,7 +36,7 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
                 if ipv6 { "[fd99::1]:9".parse().unwrap() } else { "203.0.113.99:9".parse().unwrap() };
             let patience = Duration::from_millis(300);
             let outcome = probe::send_with_timeout(&one.namespace, transport, nobody, patience).unwrap();
-            assert_eq!(outcome, Outcome::Silence, "what no one answers leaves no trace and no refusal");
+            assert_eq!(outcome, Outcome::Silence, "an unused address gives neither an answer nor a refusal");
         }
     }
     let mut connection = probe::LongConnection::open(&a.namespace, (c.ipv4, 8080).into()).unwrap();
@@ -46,7 +46,7 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
 }
 
 #[test]
-fn the_control_plane_starts_serves_kubectl_and_leaves_nothing_behind() {
+fn control_plane_serves_kubectl_and_leaves_nothing_behind() {
     let control_plane = ControlPlane::start().unwrap();
     assert!(control_plane.kube().get_cluster::<Namespace>("default").unwrap().is_some());
     assert!(control_plane.kubectl(&["get", "namespaces"]).unwrap().contains("kube-system"));

@@ -1,5 +1,5 @@
-//! Pods whose addresses are not of their Node's pod CIDR, as with Calico's own address management: what kube-proxy was
-//! told is taken over at the installation and kept, and where it is not known the rows tell.
+//! Pods with addresses outside their Node's pod CIDR, as with Calico's IPAM. The controller adopts kube-proxy's
+//! detection mode at installation and keeps it; if it is unknown, the rows report it.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -19,17 +19,17 @@ use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
 
 use switchtower_e2e::scene::{Scene, cluster_ip, eventually, node, nodes};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const RECORD: &str = "switchtower-builtin-settings";
 const VIPS: [&str; 2] = ["203.0.113.77", "2001:db8:113::77"];
 
-/// Gamma is a Node with pod CIDRs that its pods are not in.
+/// Gives gamma pod CIDRs that do not contain its pods.
 fn move_cidr(fleet: &Fleet) {
     let gamma = node(fleet, "gamma");
     fleet.kube().delete_cluster::<Node>("gamma").unwrap();
     let mut object = objects::node(&gamma.net, &gamma.zone);
     object["spec"] = json!({"podCIDR": "10.244.77.0/24", "podCIDRs": ["10.244.77.0/24", "fd00:244:77::/64"]});
-    wait::until("the Node can be made anew", PATIENCE, || fleet.kube().apply(&object)).unwrap();
+    wait::until("the Node can be created again", TIMEOUT, || fleet.kube().apply(&object)).unwrap();
 }
 
 fn record(fleet: &Fleet, key: &str) -> anyhow::Result<String> {
@@ -41,7 +41,7 @@ fn record(fleet: &Fleet, key: &str) -> anyhow::Result<String> {
 /// State, and reason and message of the condition LocalDetection.
 #[track_caller]
 fn detection(fleet: &Fleet, name: &str, state: &str, reason: &str, part: &str) {
-    wait::until(&format!("the row {name} says {reason}"), PATIENCE, || {
+    wait::until(&format!("the row {name} reports {reason}"), TIMEOUT, || {
         let row = fleet.row(name)?;
         let condition = row.conditions.iter().find(|condition| condition.type_ == "LocalDetection");
         let condition = condition.context("no such condition")?;
@@ -59,10 +59,10 @@ fn detection(fleet: &Fleet, name: &str, state: &str, reason: &str, part: &str) {
 fn restart_controller(fleet: &Fleet) {
     fleet.stop_controller(15).unwrap();
     fleet.start_controller().unwrap();
-    fleet.settled(PATIENCE).unwrap();
+    fleet.settled(TIMEOUT).unwrap();
 }
 
-/// The pods of gamma are seen under their own addresses, and have the short cut of externalTrafficPolicy Local.
+/// Checks that gamma's pods are seen under their own addresses, and use the short cut of externalTrafficPolicy Local.
 fn pods_are_local(scene: &Scene, to: impl Fn(bool) -> SocketAddr) {
     for ipv6 in [false, true] {
         let own = Outcome::Reply { backend: "a1".to_owned(), source: scene.pod_address("c1", ipv6) };
@@ -80,20 +80,20 @@ fn kube_proxy_settings_are_taken_over_and_kept() {
     fleet.install().unwrap();
     fleet.start_controller().unwrap();
     fleet.nodes().iter().for_each(|node| fleet.start_agent(node).unwrap());
-    fleet.settled(PATIENCE).unwrap();
+    fleet.settled(TIMEOUT).unwrap();
     assert_eq!(
         record(fleet, "origin").unwrap(),
         "Defaults",
         "nothing is known of kube-proxy, and there are no pods"
     );
 
-    // What cannot be known at the installation is told as soon as pods show it.
+    // Unknown at installation: reported as soon as pods reveal it.
     let scene = Scene::of(fleet, "outside");
     let service = scene.load_balancer("web", &json!({"externalTrafficPolicy": "Local"}), &VIPS);
     scene.endpoints("web", &["a1", "c2"]);
     detection(fleet, "gamma", "PodsNotLocal", "PodsOutside", "2 ready endpoints");
     detection(fleet, "alpha", "Synced", "PodsInside", "10.244.");
-    wait::until("an Event on the Node", PATIENCE, || {
+    wait::until("an Event on the Node", TIMEOUT, || {
         let api: Api<Event> = Api::all(fleet.kube().client());
         let events = fleet.kube().block_on(api.list(&ListParams::default()))?.items;
         let wanted = |event: &Event| {
@@ -107,7 +107,7 @@ fn kube_proxy_settings_are_taken_over_and_kept() {
     scene.endpoints("web", &["a1"]);
     detection(fleet, "gamma", "Synced", "PodsInside", "10.244.77.0/24");
 
-    // Decided anew beside kubeadm's kube-proxy.
+    // Decided again with kubeadm's kube-proxy in place.
     fleet.stop_controller(15).unwrap();
     let config = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: \"\"\n\
                   clusterCIDR: 10.244.0.0/16,fd00:244::/32\nconntrack: {maxPerCore: 0, min: null}\n";
@@ -116,16 +116,16 @@ fn kube_proxy_settings_are_taken_over_and_kept() {
     fleet.kube().apply(&map).unwrap();
     fleet.kube().delete::<ConfigMap>(NAMESPACE, RECORD).unwrap();
     fleet.start_controller().unwrap();
-    fleet.settled(PATIENCE).unwrap();
+    fleet.settled(TIMEOUT).unwrap();
     assert_eq!(record(fleet, "origin").unwrap(), "KubeProxy");
     detection(fleet, "gamma", "Synced", "PodsInside", "10.244.0.0/16");
     let to = |ipv6| cluster_ip(&service, ipv6);
     pods_are_local(&scene, to);
 
-    // Neither the end of kube-proxy nor a restart changes anything; the record comes back.
+    // Neither the removal of kube-proxy nor a restart changes it; a deleted record is written again.
     fleet.kube().delete::<ConfigMap>("kube-system", "kube-proxy").unwrap();
     fleet.kube().delete::<ConfigMap>(NAMESPACE, RECORD).unwrap();
-    wait::until("the record is written again", PATIENCE, || record(fleet, "origin")).unwrap();
+    wait::until("the record is written again", TIMEOUT, || record(fleet, "origin")).unwrap();
     restart_controller(fleet);
     assert_eq!(record(fleet, "origin").unwrap(), "KubeProxy");
     detection(fleet, "gamma", "Synced", "PodsInside", "10.244.0.0/16");

@@ -1,4 +1,4 @@
-//! What the kustomize components render to, alone and in overlays as their comments show them.
+//! Rendered output of the kustomize components, on their own and in overlays as in their comments.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use switchtower_e2e::lab::programs;
 
 fn root() -> PathBuf {
-    // Cargo runs a test in its package's folder.
+    // Cargo runs tests in the package's folder.
     std::env::current_dir().unwrap().parent().unwrap().to_owned()
 }
 
-/// Renders an overlay; kustomize takes relative paths only, so it is written beside the manifests.
+/// Renders an overlay, written next to the manifests because kustomize only accepts relative paths.
 fn rendered(overlay: &Value) -> Vec<Value> {
     let folder = tempfile::tempdir_in(root()).unwrap();
     fs::write(folder.path().join("kustomization.yaml"), overlay.to_string()).unwrap();
@@ -71,7 +71,7 @@ fn the_sysctl_container_has_the_agents_image() {
         json!([{"name": "switchtower.dev/switchtower-node-agent", "newName": private, "newTag": "v1"}]);
     let in_overlay = rendered(&overlay(&renamed, &["conntrack-sysctls"]));
     assert_eq!(images(&in_overlay), [format!("{private}:v1"), format!("{private}:v1")]);
-    // As `kustomize edit set image` does in a base of one's own; the component is added by another overlay.
+    // A base as edited by `kustomize edit set image`, with the component added by another overlay.
     let base = tempfile::tempdir_in(root()).unwrap();
     fs::write(base.path().join("kustomization.yaml"), overlay(&renamed, &[]).to_string()).unwrap();
     let name = base.path().file_name().unwrap().to_str().unwrap();
@@ -96,7 +96,7 @@ fn every_object_of_a_component_has_the_namespace() {
     named(&objects, "ConfigMap", "switchtower-dashboards");
     assert_eq!(named(&objects, "Deployment", "switchtower-controller")["spec"]["replicas"], 2);
     named(&objects, "PodDisruptionBudget", "switchtower-controller");
-    // Monitors find the Pods and a port that these have.
+    // Monitors select existing Pods and ports.
     for (name, kind) in [("switchtower-controller", "Deployment"), ("switchtower-node-agent", "DaemonSet")] {
         let monitor = named(&objects, "PodMonitor", name);
         let template = &named(&objects, kind, name)["spec"]["template"];

@@ -1,5 +1,5 @@
-//! Alert rules and dashboards ask only for metrics that the controller and the agents print, and every alert has a
-//! runbook. Tests that count what the shared fleet does run one after another.
+//! Alert rules and dashboards only use metrics that the controller and the agents export, and every alert has a
+//! runbook. Tests that count events of the shared fleet run one after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -20,7 +20,7 @@ use switchtower_e2e::lab::wait;
 use switchtower_e2e::scene::{SOON, Scene, alone, fleet, node};
 
 fn root() -> PathBuf {
-    // Cargo runs a test in its package's folder.
+    // Cargo runs tests in the package's folder.
     std::env::current_dir().unwrap().parent().unwrap().to_owned()
 }
 
@@ -28,7 +28,7 @@ fn rules() -> String {
     fs::read_to_string(root().join("manifests/components/alerts/rules.yaml")).unwrap()
 }
 
-/// Names of metrics in an expression, without what a histogram appends.
+/// Metric names in an expression, without the suffixes of histograms.
 fn metrics_in(text: &str) -> BTreeSet<String> {
     let words = text.split(|character: char| !character.is_ascii_alphanumeric() && character != '_');
     let ours =
@@ -56,30 +56,30 @@ fn dashboards() -> Vec<(String, Vec<String>)> {
 }
 
 #[test]
-fn alerts_and_dashboards_ask_for_metrics_that_exist() {
+fn alerts_and_dashboards_use_existing_metrics() {
     let _alone = alone();
     let scene = Scene::new("measured");
     scene.service("web", &json!({}));
     scene.endpoints("web", &["a1"]);
     scene.fleet.settled(SOON).unwrap();
-    // A node that is behind, so that its series exists: its agent is gone while something changes.
+    // A node that lags behind, so that its series exists: a change while its agent is stopped.
     let alpha = node(scene.fleet, "alpha");
     scene.fleet.stop_agent(alpha, libc::SIGKILL).unwrap();
     scene.endpoints("web", &["a1", "b1"]);
-    let behind = wait::until("the controller says that alpha is behind", SOON, || {
+    let behind = wait::until("the controller reports that alpha lags behind", SOON, || {
         let seconds = scene.fleet.controller_metric("switchtower_node_behind_seconds", "node=\"alpha\"")?;
         ensure!(seconds > 0.0, "{seconds} seconds");
         scene.fleet.controller_metric("switchtower_nodes", "")
     });
     assert_eq!(behind.unwrap(), 3.0, "all states together are all nodes");
     scene.fleet.run_agent(alpha).unwrap();
-    // A profile, so that there is a rollout to tell of.
+    // A profile, so that a rollout exists.
     let profile = json!({
         "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "measured"},
         "spec": {"strategy": {"steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []}}},
     });
     scene.fleet.kube().apply(&profile).unwrap();
-    wait::until("the rollout is complete, and told", Duration::from_secs(40), || {
+    wait::until("the rollout is complete and reported", Duration::from_secs(40), || {
         let labels = "reason=\"Complete\",rollout=\"measured-1\",state=\"Complete\"";
         let told = scene.fleet.controller_metric("switchtower_rollout_info", labels)?;
         ensure!(told == 1.0, "{told}");
@@ -96,7 +96,7 @@ fn alerts_and_dashboards_ask_for_metrics_that_exist() {
         .lines()
         .filter_map(|line| line.strip_prefix("# TYPE ")?.split_whitespace().next().map(str::to_owned))
         .collect();
-    // Series that only exist once it happened to somebody, and the one that was there a moment ago.
+    // Series that exist only after certain events, and the one observed a moment ago.
     let rare = [
         "switchtower_nacks_total",
         "switchtower_refusals_total",
@@ -111,7 +111,7 @@ fn alerts_and_dashboards_ask_for_metrics_that_exist() {
         let names: BTreeSet<_> = expressions.iter().flat_map(|text| metrics_in(text)).collect();
         assert!(names.len() > 5, "{file}: {names:?}");
         for name in names {
-            assert!(exist.contains(&name) || rare.contains(&name.as_str()), "{file} asks for {name}");
+            assert!(exist.contains(&name) || rare.contains(&name.as_str()), "{file} uses {name}");
         }
     }
 }
@@ -150,7 +150,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
 }
 
 #[test]
-fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
+fn programming_latency_measured_as_by_kube_proxy() {
     let _alone = alone();
     let scene = Scene::new("triggered");
     scene.service("web", &json!({}));
@@ -162,7 +162,7 @@ fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
     let (count, sum) = (metric(&format!("{measured}_count")), metric(&format!("{measured}_sum")));
     let arrived = metric("kubeproxy_sync_proxy_rules_endpoint_changes_total");
 
-    // A change that began twenty seconds ago.
+    // A change that was triggered twenty seconds ago.
     let began = SystemTime::now() - Duration::from_secs(20);
     let (pod, at) = scene.fleet.pod("c2").unwrap();
     let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
@@ -185,7 +185,7 @@ fn the_agent_measures_from_the_trigger_to_the_kernel_as_kube_proxy_does() {
 }
 
 #[test]
-fn ports_without_a_local_endpoint_are_counted_as_kube_proxy_does() {
+fn ports_without_local_endpoint_counted_as_by_kube_proxy() {
     let _alone = alone();
     let scene = Scene::new("nobody-local");
     scene.service("web", &json!({"internalTrafficPolicy": "Local"}));
@@ -195,7 +195,7 @@ fn ports_without_a_local_endpoint_are_counted_as_kube_proxy_does() {
         let labels = "ip_family=\"IPv6\",traffic_policy=\"internal\"";
         scene.fleet.agent_metric(node(scene.fleet, name), metric, labels)
     };
-    // The agent counts when it writes its file, at most every 30 s.
+    // The agent counts them when it writes its file, at most every 30 s.
     wait::until("gamma counts its two ports", Duration::from_secs(45), || {
         let counted = count("gamma")?;
         ensure!(counted == 2.0, "{counted} ports");

@@ -1,5 +1,5 @@
-//! Why an agent is missing, on its node's row: what the kubelet says of its Pod (written by the test, on the real
-//! API server), what the agent itself says, and what keeps the controller from accepting it. The other nodes go on.
+//! Reasons for a missing agent in its node's row: the kubelet's report on its Pod (written by the test to the real
+//! API server), the agent's own report, and obstacles to its connection. The other nodes keep working.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -19,11 +19,11 @@ use switchtower_e2e::switchtower::{AGENT_ACCOUNT, Fleet, FleetNode, NAMESPACE};
 
 use switchtower_e2e::scene::{alone, fleet, node};
 
-/// A lost stream shows after ten seconds, and an agent is asked every five.
+/// Timeout: a lost stream is reported after ten seconds, and agents' reports are polled every five.
 const SHOWN: Duration = Duration::from_secs(45);
 const BOOTSTRAP: &str = "switchtower-bootstrap";
 
-/// Writes the status of a node's agent's Pod, as its kubelet would.
+/// Writes the status of a node's agent Pod, as its kubelet would.
 fn pod_status(node: &FleetNode, state: &Value, last_state: &Value, restarts: u32) {
     let name = &node.net.name;
     let mut pod = objects::pod(NAMESPACE, &format!("{AGENT_ACCOUNT}-{name}"), name, AGENT_ACCOUNT);
@@ -44,7 +44,7 @@ fn running(node: &FleetNode) {
     pod_status(node, &json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), &json!({}), 0);
 }
 
-/// Waits until a node's row is not ready for this reason, and says these words; the other nodes are in order.
+/// Waits until a node's row is not ready for this reason with this message; the other nodes stay ready.
 fn shows(node: &FleetNode, reason: &str, words: &[&str]) {
     let name = &node.net.name;
     wait::until(&format!("{reason} on the row of {name}"), SHOWN, || {
@@ -67,7 +67,7 @@ fn in_order() {
 }
 
 #[test]
-fn a_pod_that_does_not_run_is_named_with_the_kubelets_reason() {
+fn failed_pod_reported_with_kubelets_reason() {
     let _alone = alone();
     let alpha = node(fleet(), "alpha");
     fleet().stop_agent(alpha, libc::SIGKILL).unwrap();
@@ -85,7 +85,7 @@ fn a_pod_that_does_not_run_is_named_with_the_kubelets_reason() {
 }
 
 #[test]
-fn a_kubelet_that_is_gone_is_the_reason_where_the_agent_is_gone_too() {
+fn lost_kubelet_is_reason_only_with_lost_agent() {
     let _alone = alone();
     let fleet = fleet();
     let beta = node(fleet, "beta");
@@ -97,7 +97,7 @@ fn a_kubelet_that_is_gone_is_the_reason_where_the_agent_is_gone_too() {
     };
     ready("Unknown", "Kubelet stopped posting node status.");
     std::thread::sleep(Duration::from_millis(500));
-    wait::until("the agent alone counts", SHOWN, || fleet.agrees(beta)).unwrap();
+    wait::until("only the agent counts", SHOWN, || fleet.agrees(beta)).unwrap();
     fleet.stop_agent(beta, libc::SIGKILL).unwrap();
     shows(beta, "NodeStatusUnknown", &["Kubelet stopped posting node status."]);
     ready("True", "");
@@ -105,7 +105,7 @@ fn a_kubelet_that_is_gone_is_the_reason_where_the_agent_is_gone_too() {
     in_order();
 }
 
-/// Starts alpha's agent with another content of its bootstrap folder and waits for the reason on its row.
+/// Starts alpha's agent with another content of its bootstrap folder and waits for the reason in its row.
 fn with_bootstrap(fleet: &Fleet, files: &[(&str, &str)], reason: &str, words: &[&str]) {
     let gamma = node(fleet, "gamma");
     running(gamma);
@@ -118,19 +118,19 @@ fn with_bootstrap(fleet: &Fleet, files: &[(&str, &str)], reason: &str, words: &[
     }
     fleet.run_agent(gamma).unwrap();
     shows(gamma, reason, words);
-    // The kernel keeps what it held, and nobody's hand is needed once the files are right.
+    // The kernel keeps its state, and correct files suffice for recovery.
     fleet.write_bootstrap(gamma).unwrap();
     in_order();
 }
 
 #[test]
-fn an_agent_without_its_bootstrap_files_says_so_itself() {
+fn agent_reports_missing_bootstrap_files() {
     let _alone = alone();
     with_bootstrap(fleet(), &[], "BootstrapMissing", &["ca.crt"]);
 }
 
 #[test]
-fn empty_and_garbled_bootstrap_files_are_told() {
+fn empty_and_garbled_bootstrap_files_reported() {
     let _alone = alone();
     with_bootstrap(fleet(), &[("ca.crt", ""), ("controllers", "")], "BootstrapInvalid", &["certificate"]);
     let garbage = "\u{1}\u{2} garbage\n";
@@ -143,7 +143,7 @@ fn empty_and_garbled_bootstrap_files_are_told() {
 }
 
 #[test]
-fn an_agent_with_another_authority_does_not_trust_the_controller_and_says_so() {
+fn agent_with_foreign_ca_reports_untrusted_controller() {
     let _alone = alone();
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::default();
@@ -155,7 +155,7 @@ fn an_agent_with_another_authority_does_not_trust_the_controller_and_says_so() {
 }
 
 #[test]
-fn a_deleted_emptied_or_garbled_bootstrap_config_map_is_written_again() {
+fn damaged_bootstrap_config_map_is_rewritten() {
     let _alone = alone();
     let kube = fleet().kube();
     let api: Api<ConfigMap> = Api::namespaced(kube.client(), NAMESPACE);
@@ -163,7 +163,7 @@ fn a_deleted_emptied_or_garbled_bootstrap_config_map_is_written_again() {
     let comes_back = |what: &str| {
         wait::until(what, Duration::from_secs(20), || {
             let map: Option<ConfigMap> = kube.get(NAMESPACE, BOOTSTRAP)?;
-            ensure!(map.context("it is not there")?.data == good.data, "it holds something else");
+            ensure!(map.context("it does not exist")?.data == good.data, "its content differs");
             Ok(())
         })
         .unwrap();
@@ -179,7 +179,7 @@ fn a_deleted_emptied_or_garbled_bootstrap_config_map_is_written_again() {
 }
 
 #[test]
-fn a_taken_port_shows_on_every_row_and_is_waited_for() {
+fn taken_controller_port_reported_and_retried() {
     let _alone = alone();
     let fleet = fleet();
     fleet.stop_controller(libc::SIGKILL).unwrap();

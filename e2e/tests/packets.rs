@@ -1,4 +1,4 @@
-//! Services reach their pods: every kind of address, protocol, family and policy, proved by packets.
+//! Services reach their pods: every kind of address, protocol, family and policy, verified by packets.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -58,7 +58,7 @@ fn sources_are_kept_or_masqueraded_as_kube_proxy_does() {
         let (c2, gamma) = (scene.pod("c2"), scene.node("gamma"));
         eventually("a pod keeps its address", c2, transport, to, sees(scene.pod_address("c2", ipv6)));
         let node_address = gamma.net.address(ipv6);
-        // To a load balancer's address a pod is masqueraded like everybody, by the first address of its gateway.
+        // A pod is masqueraded to a load balancer's address like any client, with the first address of its gateway.
         eventually(
             "an off-cluster client is masqueraded",
             &gamma.net.client,
@@ -76,7 +76,7 @@ fn sources_are_kept_or_masqueraded_as_kube_proxy_does() {
 }
 
 #[test]
-fn external_policy_local_keeps_the_client_and_drops_where_nothing_is_local() {
+fn external_policy_local_keeps_client_and_drops_elsewhere() {
     let scene = Scene::new("etp-local");
     let vips = ["203.0.113.3", "2001:db8:113::3"];
     let service = scene.load_balancer("web", &json!({"externalTrafficPolicy": "Local"}), &vips);
@@ -167,7 +167,7 @@ fn node_hints_keep_traffic_on_the_node_until_one_is_missing() {
 }
 
 #[test]
-fn a_health_check_node_port_tells_which_nodes_have_local_endpoints() {
+fn health_check_node_port_reports_local_endpoints() {
     let scene = Scene::new("health-check");
     let policy = json!({"externalTrafficPolicy": "Local"});
     let service = scene.load_balancer("web", &policy, &["203.0.113.9", "2001:db8:113::9"]);
@@ -195,7 +195,7 @@ fn a_health_check_node_port_tells_which_nodes_have_local_endpoints() {
         expect("beta", ipv6, "200", 1);
         expect("gamma", ipv6, "503", 0);
     }
-    // A pod that shuts down still serves where it is the last, but the load balancer is told to leave.
+    // A terminating pod serves if it is the last one, but the load balancer must drain the node.
     scene.endpoints_with("web", &["a1", "a2", "b1"], |name, endpoint| match name {
         "a1" => endpoint,
         _ => objects::terminating(endpoint, true),
@@ -246,7 +246,7 @@ fn without_endpoints_clients_are_refused_at_once() {
         eventually("a port that is not defined", scene.pod("c1"), transport, unused, refused);
     }
     let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
-    // Of the part of the range that the API server doesn't give away by itself.
+    // From the part of the range that the API server does not allocate automatically.
     let nobody = SocketAddr::new(ip("10.96.0.250"), 80);
     eventually("a free address of the ServiceCIDR", scene.pod("c1"), Transport::Tcp, nobody, silent);
 }
@@ -267,7 +267,7 @@ fn session_affinity_holds_a_client_to_its_pod() {
         let wanted = BTreeMap::from([(first.backend().unwrap().to_owned(), 30)]);
         assert_eq!(spread, wanted, "{transport:?} to {to}");
     }
-    // The pod that it is held to goes: another one answers, and holds it from then on.
+    // The client's pod is removed: another one answers, and keeps the client from then on.
     let (to, from) = (cluster_ip(&service, false), scene.pod("c2"));
     let held = probe::send(from, Transport::Tcp, to).unwrap().backend().unwrap().to_owned();
     let rest: Vec<_> = ["a1", "b1", "c1"].into_iter().filter(|pod| *pod != held).collect();
@@ -301,7 +301,7 @@ fn source_ranges_guard_the_load_balancer_and_nothing_else() {
 }
 
 #[test]
-fn a_udp_flow_leaves_a_removed_pod_and_a_tcp_connection_stays() {
+fn udp_flow_leaves_removed_pod_and_tcp_connection_stays() {
     let scene = Scene::new("flows");
     let service = scene.service("web", &json!({}));
     scene.endpoints("web", &["a1"]);
@@ -338,7 +338,7 @@ fn a_udp_flow_leaves_a_removed_pod_and_a_tcp_connection_stays() {
 }
 
 #[test]
-fn a_service_that_goes_leaves_nothing_that_answers() {
+fn deleted_service_no_longer_answers() {
     let scene = Scene::new("gone");
     let service = scene.service("web", &json!({}));
     scene.endpoints("web", &["a1", "c1"]);
@@ -349,7 +349,7 @@ fn a_service_that_goes_leaves_nothing_that_answers() {
 }
 
 #[test]
-fn a_service_of_another_proxy_is_left_alone() {
+fn service_of_another_proxy_is_ignored() {
     let scene = Scene::new("foreign");
     let spec = json!({"ports": [{"name": "tcp", "protocol": "TCP", "port": 80}]});
     let mut object = objects::service("foreign", "web", &spec);
@@ -371,7 +371,7 @@ fn a_service_of_another_proxy_is_left_alone() {
 }
 
 #[test]
-fn internal_policy_local_with_client_and_backend_on_the_host_network() {
+fn internal_policy_local_on_the_host_network() {
     let scene = Scene::new("host-network");
     let service = scene.service("web", &json!({"internalTrafficPolicy": "Local"}));
     let beta = &scene.node("beta").net;
@@ -393,10 +393,10 @@ fn internal_policy_local_with_client_and_backend_on_the_host_network() {
     }
 }
 
-/// As the EndpointSlice controller writes it: an endpoint that is not ready is a ready one where the Service says so,
-/// and none once its pod was evicted.
+/// An endpoint as the EndpointSlice controller writes it: an unready endpoint counts as ready if the Service
+/// publishes unready addresses, and disappears once its pod is evicted.
 #[test]
-fn a_pod_that_is_not_ready_is_published_where_the_service_says_so_until_it_is_evicted() {
+fn publish_not_ready_addresses_until_eviction() {
     let scene = Scene::new("not-ready");
     let service = scene.service("web", &json!({"publishNotReadyAddresses": true}));
     scene.endpoints_with("web", &["a1"], |_, mut endpoint| {
@@ -412,7 +412,7 @@ fn a_pod_that_is_not_ready_is_published_where_the_service_says_so_until_it_is_ev
 }
 
 #[test]
-fn a_service_that_becomes_an_external_name_loses_its_address_and_gets_one_again() {
+fn external_name_and_back_releases_and_regains_address() {
     let scene = Scene::new("external-name");
     let service = scene.service("web", &json!({}));
     scene.endpoints("web", &["a1"]);

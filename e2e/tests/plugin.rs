@@ -1,11 +1,11 @@
-//! `kubectl switchtower` on the real API server, controller, agents and kernels: each command, and for the commonest
-//! failures that it names the cause.
+//! `kubectl switchtower` on the real API server, controller, agents and kernels: each command, and its diagnosis of
+//! common failures.
 //!
-//! What it says about a packet is held against a packet. These tests disturb the fleet that they share, so they run
-//! one after another.
+//! Its statements about packets are verified with packets. These tests disturb the shared fleet, so they run one
+//! after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
-#![allow(clippy::print_stdout, reason = "what the plugin says is shown where a test fails")]
+#![allow(clippy::print_stdout, reason = "the plugin's output explains a failed test")]
 
 #[cfg(test)]
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use switchtower_e2e::switchtower::plugin::{self, Answer};
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
-/// Runs the plugin; prints what it said if the test fails.
+/// Runs the plugin; prints its output if the test fails.
 fn ask(arguments: &[&str]) -> Answer {
     let answer = plugin::run(fleet(), arguments).unwrap();
     println!(
@@ -40,7 +40,7 @@ fn json_of(arguments: &[&str]) -> Value {
     ask(&arguments).json().unwrap()
 }
 
-/// A Service on a1, b1 and c1, in force everywhere, and its ClusterIP.
+/// A Service on a1, b1 and c1, in force on all nodes, and its ClusterIP.
 fn scene(name: &str, extra: &Value) -> (Scene, SocketAddr) {
     let scene = Scene::new(name);
     let service = scene.service("web", extra);
@@ -56,7 +56,7 @@ fn a_fleet_in_order() {
     let _alone = alone();
     let (scene, _) = scene("in-order", &json!({}));
     scene.fleet.settled(SOON).unwrap();
-    wait::until("drift of tests before is no longer shown", Duration::from_secs(45), || {
+    wait::until("drift of earlier tests is no longer reported", Duration::from_secs(45), || {
         let answer = ask(&["status"]);
         ensure!(answer.code == 0, "{}", answer.text);
         Ok(())
@@ -77,13 +77,13 @@ fn a_fleet_in_order() {
 }
 
 #[test]
-fn an_explanation_agrees_with_packets_and_kernels() {
+fn explain_agrees_with_packets_and_kernels() {
     let _alone = alone();
     let (scene, to) = scene("explained", &json!({"type": "NodePort"}));
     answered_by("as explained", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
     let explained = json_of(&["explain", "svc/explained/web:tcp", "--node", "alpha", "--all"]);
     let findings = explained["groups"][0]["findings"].as_array().unwrap();
-    // ClusterIP and NodePort of both families; from pods, the node, and for the NodePort from outside.
+    // ClusterIP and NodePort of both families, from pods and the node; the NodePort also from outside.
     assert_eq!(findings.len(), 2 * (2 + 3), "{findings:#?}");
     for finding in findings {
         assert_eq!(finding["outcome"], "forwarded", "{finding:#}");
@@ -96,7 +96,7 @@ fn an_explanation_agrees_with_packets_and_kernels() {
     let all = ask(&["explain", "explained/web"]);
     assert_eq!(all.code, 0);
     assert!(all.text.contains("on 3 nodes (alpha, beta, gamma)"), "{}", all.text);
-    // Source ranges, affinity and both policies: the kernel is compared in these too.
+    // Source ranges, affinity and both policies: `explain` compares the kernel in these cases too.
     let extra = json!({
         "loadBalancerSourceRanges": ["203.0.113.0/24", "198.18.0.0/15"], "externalTrafficPolicy": "Local",
         "sessionAffinity": "ClientIP",
@@ -122,7 +122,7 @@ fn without_local_endpoints_the_policy_is_named() {
     let (scene, to) = scene("local", &json!({"internalTrafficPolicy": "Local"}));
     scene.endpoints("web", &["b1"]);
     assert_eq!(ask(&["wait", "local/web"]).code, 0);
-    eventually("nobody is local", scene.pod("a2"), Transport::Tcp, to, |outcome| {
+    eventually("no endpoint is local", scene.pod("a2"), Transport::Tcp, to, |outcome| {
         *outcome == Outcome::Silence
     });
     let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
@@ -134,7 +134,7 @@ fn without_local_endpoints_the_policy_is_named() {
     let groups = json_of(&["explain", "local/web"]);
     let groups: Vec<_> = groups["groups"].as_array().unwrap().iter().map(|group| &group["names"]).collect();
     assert_eq!(groups, [&json!(["alpha", "gamma"]), &json!(["beta"])]);
-    // Without any endpoint it is another matter.
+    // Without any endpoint, the reason differs.
     scene.endpoints("web", &[]);
     assert_eq!(ask(&["wait", "local/web"]).code, 0);
     eventually("nobody at all", scene.pod("a2"), Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
@@ -165,7 +165,7 @@ fn a_source_outside_the_ranges_is_named() {
 }
 
 #[test]
-fn a_missing_agent_is_named_and_what_it_misses() {
+fn missing_agent_named_with_missed_changes() {
     let _alone = alone();
     let (scene, _) = scene("agent-down", &json!({}));
     let beta = scene.node("beta");
@@ -178,7 +178,7 @@ fn a_missing_agent_is_named_and_what_it_misses() {
         "{}",
         waited.text
     );
-    wait::until("status says it", Duration::from_secs(25), || {
+    wait::until("status reports it", Duration::from_secs(25), || {
         let answer = ask(&["status"]);
         ensure!(answer.code == 1);
         let first = answer.text.lines().skip_while(|line| !line.starts_with("NODE")).nth(1);
@@ -202,7 +202,7 @@ fn a_missing_agent_is_named_and_what_it_misses() {
 }
 
 #[test]
-fn an_agent_that_stands_still_is_stale_and_wait_says_so() {
+fn stopped_agent_is_stale_and_reported_by_wait() {
     let _alone = alone();
     let (scene, _) = scene("agent-stale", &json!({}));
     let gamma = scene.node("gamma");
@@ -210,10 +210,10 @@ fn an_agent_that_stands_still_is_stale_and_wait_says_so() {
     // SAFETY: a signal to a process of this test.
     unsafe { libc::kill(process, libc::SIGSTOP) };
     scene.endpoints("web", &["a1"]);
-    // First, so that the two others hold it when the shorter time begins.
+    // First, so that the two others apply the change before the shorter timeout starts.
     let enough = ask(&["wait", "agent-stale/web", "--timeout", "20s", "--percent", "60"]);
     let waited = ask(&["wait", "agent-stale/web", "--timeout", "3s"]);
-    let status = wait::until("status says it", Duration::from_secs(25), || {
+    let status = wait::until("status reports it", Duration::from_secs(25), || {
         let answer = ask(&["status"]);
         ensure!(answer.text.contains("ST0103") && answer.text.contains("(gamma)"), "{}", answer.text);
         Ok(answer)
@@ -239,13 +239,13 @@ fn a_foreign_flush_is_named() {
     let (scene, _) = scene("flushed", &json!({}));
     let alpha = scene.node("alpha");
     alpha.net.namespace.output("nft", &["flush", "ruleset"]).unwrap();
-    wait::until("status says it", SOON, || {
+    wait::until("status reports it", SOON, || {
         let answer = ask(&["status"]);
         ensure!(answer.text.contains("ST0106") && answer.text.contains("(alpha)"), "{}", answer.text);
         Ok(())
     })
     .unwrap();
-    // It was repaired: packets and kernel are in order again.
+    // Repaired: packets and kernel are correct again.
     wait::until("repaired", SOON, || {
         let answer = ask(&["diff", "alpha"]);
         ensure!(answer.code == 0, "{}", answer.text);
@@ -255,7 +255,7 @@ fn a_foreign_flush_is_named() {
 }
 
 #[test]
-fn the_rules_of_a_node_and_an_agent_that_does_not_answer() {
+fn rules_of_a_node_and_of_an_unresponsive_agent() {
     let _alone = alone();
     let (scene, to) = scene("rules", &json!({}));
     let gamma = scene.node("gamma");
@@ -284,7 +284,7 @@ fn the_stages_of_the_last_change() {
     let (scene, _) = scene("traced", &json!({}));
     scene.endpoints("web", &["a1"]);
     assert_eq!(ask(&["wait", "traced/web"]).code, 0);
-    let changes = wait::until("the change is followed to its end", SOON, || {
+    let changes = wait::until("the change is traced to its end", SOON, || {
         let changes = json_of(&["trace", "traced/web", "--last"]);
         ensure!(changes[0]["all"].is_u64() && changes[0]["outstanding"] == 0, "{changes:#}");
         Ok(changes)
@@ -304,15 +304,15 @@ fn the_stages_of_the_last_change() {
 }
 
 #[test]
-fn without_a_controller_rows_say_that_they_are_old() {
+fn rows_marked_outdated_without_controller() {
     let _alone = alone();
     let (scene, _) = scene("no-controller", &json!({}));
     scene.fleet.stop_controller(libc::SIGTERM).unwrap();
     let status = ask(&["status"]);
     let explained = ask(&["explain", "no-controller/web"]);
     let waited = ask(&["wait", "no-controller/web", "--timeout", "1s"]);
-    // Nobody renews the rows: they still say Ready, and everybody can see that this is old.
-    let outdated = wait::until("the rows are out of date", Duration::from_secs(60), || {
+    // The rows are no longer renewed: they still report Ready, but visibly outdated.
+    let outdated = wait::until("the rows are outdated", Duration::from_secs(60), || {
         let answer = ask(&["check", "--post"]);
         let named = "3 of 3 nodes (alpha, beta, gamma)";
         ensure!(answer.text.contains("FAILED   ST0116") && answer.text.contains(named), "{}", answer.text);
@@ -361,7 +361,7 @@ fn before_an_installation() {
     fleet().kube().apply(&proxy).unwrap();
     let answer = ask(&["check", "--pre"]);
     fleet().kube().delete::<k8s_openapi::api::apps::v1::DaemonSet>("kube-system", "kube-proxy").unwrap();
-    // No failure: an installation begins beside it.
+    // Not an error: an installation can start with kube-proxy running.
     assert_eq!(answer.code, 0, "{}", answer.text);
     assert!(answer.text.contains("warning  ST0402"), "{}", answer.text);
 }
@@ -386,12 +386,12 @@ fn before_a_migration_from_kubeadm() {
         fleet().kube().delete::<k8s_openapi::api::core::v1::ConfigMap>("kube-system", name).unwrap();
     }
     assert_eq!(answer.code, 0, "{}", answer.text);
-    // Left-over configuration, kubeadm, firewalls, localhost.
+    // Leftover configuration, kubeadm, firewalls, localhost.
     for part in ["ST0415", "ST0411", "ST0414", "ST0416", "NodePorts on all addresses"] {
         assert!(answer.text.contains(part), "{part}: {}", answer.text);
     }
     assert!(!disabled.text.contains("ST0411"), "{}", disabled.text);
-    // This fleet was installed without any kube-proxy.
+    // This fleet was installed without kube-proxy.
     assert!(after.text.contains("ST0413"), "{}", after.text);
     assert!(
         refused.text.contains("ST0409") && !refused.text.contains("there is no DaemonSet"),
@@ -457,7 +457,7 @@ fn rights_decide_who_may_ask() {
 }
 
 #[test]
-fn wrong_use_gets_a_sentence_that_says_what_to_do() {
+fn usage_errors_name_the_remedy() {
     let _alone = alone();
     let (_scene, _) = scene("wrong", &json!({}));
     let cases: &[(&[&str], &str)] = &[

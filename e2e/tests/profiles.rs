@@ -1,6 +1,5 @@
-//! Profiles and rollouts by plain kubectl: what the API server refuses, what makes no sense all the same, who wins a
-//! node, what a deleted profile leaves behind. These tests share the fleet, so they run one after another, each from
-//! a fleet without profiles.
+//! Profiles and rollouts with plain kubectl: validation by the API server, invalid combinations, overlaps, deleted
+//! profiles. These tests share the fleet, so they run one after another, each from a fleet without profiles.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -20,9 +19,8 @@ use switchtower_e2e::switchtower::FleetNode;
 
 use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip, fleet};
 
-/// How long a rollout may take on a machine that builds something else beside. Agents whose controllers die one after
-/// another come back later and later.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Timeout of a rollout on a busy machine. The reconnect backoff of agents grows if their controllers die repeatedly.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn kubectl(arguments: &[&str]) -> Result<String> {
     fleet().control_plane().kubectl(arguments)
@@ -38,7 +36,7 @@ fn apply(name: &str, spec: &Value) -> Result<String> {
     kubectl(&["apply", "-f", &path.to_string_lossy()])
 }
 
-/// Settings that can be told apart, without probes, all at once; `extra` goes over it.
+/// Distinguishable settings, without probes, on all nodes at once; `extra` overrides them.
 fn spec(interval: u32, extra: &Value) -> Value {
     let mut spec = json!({
         "settings": {"minimumIntervalMilliseconds": interval},
@@ -57,7 +55,7 @@ fn rollout(name: &str) -> Result<ProxyRolloutStatus> {
 
 #[track_caller]
 fn reaches(name: &str, state: &str, waiting_on: Option<&str>) -> ProxyRolloutStatus {
-    wait::until(&format!("{name} is {state}"), PATIENCE, || {
+    wait::until(&format!("{name} is {state}"), TIMEOUT, || {
         let status = rollout(name)?;
         ensure!(status.state == state && status.waiting_on.as_deref() == waiting_on, "{status:?}");
         Ok(status)
@@ -66,7 +64,7 @@ fn reaches(name: &str, state: &str, waiting_on: Option<&str>) -> ProxyRolloutSta
     .unwrap()
 }
 
-/// What the rows say is in force on each node.
+/// The revision in force on each node, according to the rows.
 fn in_force() -> BTreeMap<String, String> {
     let names = ["alpha", "beta", "gamma"].map(|name| {
         let row = fleet().row(name).unwrap();
@@ -77,7 +75,7 @@ fn in_force() -> BTreeMap<String, String> {
 
 #[track_caller]
 fn nodes_have(expected: [&str; 3]) {
-    wait::until(&format!("the nodes have {expected:?}"), PATIENCE, || {
+    wait::until(&format!("the nodes have {expected:?}"), TIMEOUT, || {
         let found = in_force();
         ensure!(found.values().eq(expected), "{found:?}");
         Ok(())
@@ -96,7 +94,7 @@ fn condition(name: &str, kind: &str) -> Result<(String, String)> {
 #[track_caller]
 fn profile_is(name: &str, kind: &str, status: &str, reason: &str) {
     let what = format!("{name}: {kind}={status} {reason}");
-    wait::until(&what, PATIENCE, || {
+    wait::until(&what, TIMEOUT, || {
         let found = condition(name, kind)?;
         ensure!(found == (status.to_owned(), reason.to_owned()), "{found:?}");
         Ok(())
@@ -105,20 +103,20 @@ fn profile_is(name: &str, kind: &str, status: &str, reason: &str) {
     .unwrap();
 }
 
-/// One node's label; `value` "-" removes it.
+/// Sets a label of a node; `value` "-" removes it.
 fn label(node: &str, key: &str, value: &str) {
     let change = if value == "-" { format!("{key}-") } else { format!("{key}={value}") };
     kubectl(&["label", "--overwrite", "node", node, &change]).unwrap();
 }
 
-/// A fleet whose nodes have a revision of a profile `base` that holds them all at the lowest priority.
+/// A fleet whose nodes all have a revision of a profile `base` with the lowest priority.
 fn start(name: &str) -> (MutexGuard<'static, ()>, Scene) {
     let alone = alone();
     let scene = Scene::new(name);
-    scene.fleet.settled(PATIENCE).unwrap();
+    scene.fleet.settled(TIMEOUT).unwrap();
     apply("base", &spec(0, &json!({"priority": -1000, "changeCause": name}))).unwrap();
-    wait::until("the base profile is everywhere", PATIENCE, || {
-        // One read: the condition of one moment beside the generation of the next proves nothing.
+    wait::until("the base profile is everywhere", TIMEOUT, || {
+        // One read: condition and generation must belong to the same moment.
         let base: ProxyProfile = fleet().kube().get_cluster("base")?.context("no profile base")?;
         let generation = base.metadata.generation;
         let status = base.status.unwrap_or_default();
@@ -135,12 +133,12 @@ fn start(name: &str) -> (MutexGuard<'static, ()>, Scene) {
     (alone, scene)
 }
 
-/// Deletes a profile, and lets `base` take its nodes over.
+/// Deletes a profile and waits until `base` takes over its nodes.
 fn leave(name: &str) {
     kubectl(&["delete", "pxp", name, "--wait=false"]).unwrap();
     let cause = format!("after {name} {:08x}", rand::random::<u32>());
     apply("base", &spec(0, &json!({"priority": -1000, "changeCause": cause}))).unwrap();
-    wait::until(&format!("{name} is gone"), PATIENCE, || {
+    wait::until(&format!("{name} is deleted"), TIMEOUT, || {
         let left: Option<ProxyProfile> = fleet().kube().get_cluster(name)?;
         ensure!(left.is_none(), "{:?}", left.and_then(|left| left.status));
         Ok(())
@@ -189,9 +187,9 @@ fn invalid_profiles_are_rejected_on_apply() {
 #[test]
 fn kubectl_explains_every_kind() {
     let _alone = alone();
-    // The API server publishes what it says of a new kind a moment after it serves it.
+    // The API server publishes the schema of a new kind shortly after it serves the kind.
     let explains = |arguments: &[&str], words: &[&str]| {
-        wait::until(&format!("kubectl explain {arguments:?}"), PATIENCE, || {
+        wait::until(&format!("kubectl explain {arguments:?}"), TIMEOUT, || {
             let text = kubectl(&[&["explain"], arguments].concat())?;
             let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
             for word in words {
@@ -232,7 +230,7 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
         node.net.namespace.output("cat", &[&path]).unwrap().trim().to_owned()
     };
     let on_all_nodes = |wanted: &[(&str, &str)]| {
-        wait::until(&format!("every node has {wanted:?}"), PATIENCE, || {
+        wait::until(&format!("every node has {wanted:?}"), TIMEOUT, || {
             for node in fleet().nodes() {
                 for (name, value) in wanted {
                     let found = read(node, name);
@@ -259,12 +257,12 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
         ("udp_timeout_stream", "71"),
     ]);
     connection.exchange().unwrap();
-    // The sizes are the whole kernel's, and only the host's own network may change them: the node says that it could
-    // not, and goes on.
+    // Table sizes are global to the kernel and writable only in the host's network namespace: the node reports the
+    // failure and continues.
     apply("tracking", &spec(1, &with(json!({"maxPerCore": 1, "min": 777_777})))).unwrap();
     reaches("tracking-2", "Complete", None);
     for node in fleet().nodes() {
-        wait::until(&format!("{} says so", node.net.name), PATIENCE, || {
+        wait::until(&format!("{} says so", node.net.name), TIMEOUT, || {
             let failures = fleet().agent_metric(node, "switchtower_sysctl_failures", "")?;
             ensure!(failures >= 1.0, "{failures} failures");
             let told = fleet().agent_log(node).contains("a kernel setting cannot be written");
@@ -273,7 +271,7 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
         })
         .unwrap();
     }
-    // What is left out has its default, or is as it was found.
+    // Omitted settings have their defaults or keep the previous values.
     let [udp, stream] = untouched;
     on_all_nodes(&[
         ("tcp_timeout_established", "86400"),
@@ -282,7 +280,7 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
         ("udp_timeout_stream", &stream),
     ]);
     connection.exchange().unwrap();
-    scene.fleet.settled(PATIENCE).unwrap();
+    scene.fleet.settled(TIMEOUT).unwrap();
     leave("tracking");
 }
 
@@ -310,7 +308,7 @@ fn rollout_waits_for_canary_and_approvals() {
         "steps": [canary, {"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": []},
     });
     apply("canaried", &spec(1, &json!({"strategy": strategy}))).unwrap();
-    // The selector matches no node: it waits, and no node is touched.
+    // The selector matches no node: the rollout waits, and no node is changed.
     let status = reaches("canaried-1", "Paused", Some("CanaryNodes"));
     assert_eq!((status.progress.step.as_str(), status.progress.touched_nodes), ("1/2", 0));
     label("beta", "test/canary", "true");
@@ -318,7 +316,7 @@ fn rollout_waits_for_canary_and_approvals() {
     assert_eq!((status.progress.updated.as_str(), status.failed), ("1/3", 0));
     let base = in_force()["alpha"].clone();
     nodes_have([&base, "canaried@1", &base]);
-    // Endpoints are never held up.
+    // Endpoints are never delayed.
     let service = scene.service("web", &json!({}));
     for pod in ["a1", "c1"] {
         scene.endpoints("web", &[pod]);
@@ -359,7 +357,7 @@ fn rollout_waits_for_canary_and_approvals() {
         "canaried@1",
         "3/3",
     ];
-    wait::until("the columns tell of it", PATIENCE, || {
+    wait::until("the columns show it", TIMEOUT, || {
         let table = kubectl(&["get", "pxr", "canaried-1"])?;
         ensure!(columns.iter().all(|word| table.contains(word)), "{table}");
         Ok(())
@@ -370,10 +368,10 @@ fn rollout_waits_for_canary_and_approvals() {
     leave("canaried");
 }
 
-/// Waits until Events with these reasons tell of a rollout.
+/// Waits until Events with these reasons exist on a rollout.
 fn events(rollout: &str, reasons: &[&str]) {
     let api: Api<k8s_openapi::api::core::v1::Event> = Api::all(fleet().kube().client());
-    wait::until(&format!("Events about {rollout}"), PATIENCE, || {
+    wait::until(&format!("Events about {rollout}"), TIMEOUT, || {
         let events = fleet().kube().block_on(api.list(&ListParams::default()))?;
         let about =
             events.items.into_iter().filter(|event| event.involved_object.name.as_deref() == Some(rollout));
@@ -385,7 +383,7 @@ fn events(rollout: &str, reasons: &[&str]) {
 }
 
 #[test]
-fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
+fn overlapping_profile_reports_the_winner() {
     let (_alone, _scene) = start("overlap");
     let east = json!({"matchLabels": {"topology.kubernetes.io/zone": "east"}});
     apply("east", &spec(1, &json!({"nodeSelector": east, "priority": 5}))).unwrap();
@@ -394,7 +392,7 @@ fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
     nodes_have(["east@1", "east@1", &base]);
     profile_is("base", "Overlapping", "True", "OtherProfileWins");
     profile_is("east", "Overlapping", "False", "NoOverlap");
-    // A relabelled node keeps what it has until a rollout of its new profile comes.
+    // A relabelled node keeps its settings until its new profile's rollout reaches it.
     label("gamma", "topology.kubernetes.io/zone", "east");
     std::thread::sleep(Duration::from_secs(2));
     nodes_have(["east@1", "east@1", &base]);
@@ -403,9 +401,9 @@ fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
     reaches("east-2", "Complete", None);
     nodes_have(["east@2"; 3]);
     label("gamma", "topology.kubernetes.io/zone", "west");
-    // In use: deleting it takes nothing from its nodes before the profile below has them.
+    // In use: its nodes keep the revision until the next profile takes over.
     kubectl(&["delete", "pxp", "east", "--wait=false"]).unwrap();
-    wait::until("east is gone", PATIENCE, || {
+    wait::until("east is gone", TIMEOUT, || {
         let names = in_force();
         ensure!(names.values().all(|name| *name == base || name.starts_with("east@")), "{names:?}");
         let left: Option<ProxyProfile> = fleet().kube().get_cluster("east")?;
@@ -418,7 +416,7 @@ fn of_overlapping_profiles_one_wins_and_the_other_says_so() {
 }
 
 #[test]
-fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
+fn edit_supersedes_and_deletion_releases_all_nodes() {
     let (_alone, _scene) = start("supersede");
     let soak = json!({
         "steps": [{"nodes": 1, "soakSeconds": 3600}, {"nodes": "100%"}], "gates": {"probes": []},
@@ -429,36 +427,36 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
     apply("edited", &spec(2, &json!({"strategy": soak}))).unwrap();
     reaches("edited-1", "Superseded", None);
     assert_eq!(reaches("edited-2", "Soaking", Some("Soak")).progress.touched_nodes, 1);
-    wait::until("no node has the superseded revision", PATIENCE, || {
+    wait::until("no node has the superseded revision", TIMEOUT, || {
         let names = in_force();
         ensure!(names.values().all(|name| *name == base || name == "edited@2"), "{names:?}");
         Ok(())
     })
     .unwrap();
-    // Aborted: the node is returned, and the abort is final.
+    // Aborted: the node is rolled back, and the abort is final.
     let patch = |spec: &str| kubectl(&["patch", "pxr", "edited-2", "--type=merge", "-p", spec]);
     patch(r#"{"spec":{"abort":true}}"#).unwrap();
     reaches("edited-2", "Aborted", None);
-    // To what it had without the profile, not to the built-in settings.
+    // Back to its revision before the profile, not to the built-in settings.
     nodes_have([&base; 3]);
     assert!(patch(r#"{"spec":{"abort":false}}"#).is_err());
     profile_is("edited", "Stalled", "True", "RolloutAborted");
-    // Tried again by a person; then the profile is deleted on the way.
+    // Retried by the user; then the profile is deleted during the rollout.
     apply("edited", &spec(2, &json!({"strategy": soak, "changeCause": "again"}))).unwrap();
     reaches("edited-3", "Soaking", Some("Soak"));
     leave("edited");
-    wait::until("nobody is left behind", PATIENCE, || {
+    wait::until("no node is left behind", TIMEOUT, || {
         let names = in_force();
         ensure!(names.values().all(|name| name.starts_with("base@") && *name != base), "{names:?}");
         let gone: Option<ProxyRollout> = fleet().kube().get_cluster("edited-3")?;
-        ensure!(gone.is_none(), "the rollout of the deleted profile is still there");
+        ensure!(gone.is_none(), "the rollout of the deleted profile still exists");
         Ok(())
     })
     .unwrap();
-    // Created again under its name: it begins anew.
+    // Created again under the same name: a new rollout starts.
     apply("edited", &spec(3, &json!({}))).unwrap();
     profile_is("edited", "Ready", "True", "UpToDate");
-    wait::until("the new profile has the nodes", PATIENCE, || {
+    wait::until("the new profile has the nodes", TIMEOUT, || {
         let names = in_force();
         ensure!(names.values().all(|name| name.starts_with("edited@")), "{names:?}");
         Ok(())
@@ -468,7 +466,7 @@ fn an_edit_on_the_way_supersedes_and_a_deleted_profile_leaves_nobody_behind() {
 }
 
 #[test]
-fn nodes_return_to_what_each_of_them_had_of_other_profiles() {
+fn nodes_return_to_their_previous_revisions() {
     let (_alone, scene) = start("own-ways");
     let base = in_force()["alpha"].clone();
     label("gamma", "test/few", "true");
@@ -476,7 +474,7 @@ fn nodes_return_to_what_each_of_them_had_of_other_profiles() {
     apply("few", &spec(1, &few)).unwrap();
     reaches("few-1", "Complete", None);
     nodes_have([&base, &base, "few@1"]);
-    // A profile over all of them; most had another one than gamma.
+    // A profile over all of them; all nodes except gamma had another one.
     let by_hand = json!({
         "steps": [{"nodes": "100%", "approval": "Manual"}], "maxUnavailable": "100%", "gates": {"probes": []},
     });
@@ -489,13 +487,13 @@ fn nodes_return_to_what_each_of_them_had_of_other_profiles() {
         format!("{}@{}", previous.name, previous.revision)
     };
     assert_eq!(["alpha", "beta", "gamma"].map(remembered), [&base, &base, "few@1"]);
-    // The next controller knows of it too.
+    // The next controller knows the previous revisions too.
     scene.fleet.stop_controller(libc::SIGKILL).unwrap();
     scene.fleet.start_controller().unwrap();
     kubectl(&["patch", "pxr", "wide-1", "--type=merge", "-p", r#"{"spec":{"abort":true}}"#]).unwrap();
     reaches("wide-1", "Aborted", None);
     nodes_have([&base, &base, "few@1"]);
-    // What is gone is not returned to, and not waited for.
+    // A deleted revision is neither restored nor waited for.
     apply("wide", &spec(3, &json!({"priority": 9, "strategy": by_hand}))).unwrap();
     reaches("wide-2", "Paused", Some("Approval"));
     nodes_have(["wide@2"; 3]);
@@ -540,7 +538,7 @@ fn a_rollout_made_by_hand_moves_nobody() {
 }
 
 #[test]
-fn a_killed_controller_is_followed_by_one_that_goes_on() {
+fn next_controller_continues_rollout_of_killed_one() {
     let (_alone, scene) = start("killed");
     let strategy = json!({
         "steps": [
@@ -552,7 +550,7 @@ fn a_killed_controller_is_followed_by_one_that_goes_on() {
     let restart = || {
         scene.fleet.stop_controller(9).unwrap();
         scene.fleet.start_controller().unwrap();
-        scene.fleet.controller_listens(PATIENCE).unwrap();
+        scene.fleet.controller_listens(TIMEOUT).unwrap();
     };
     let approve = |step: u32| {
         let patch = json!({"spec": {"approvedStep": step}}).to_string();
@@ -571,11 +569,11 @@ fn a_killed_controller_is_followed_by_one_that_goes_on() {
     let first = assigned();
     restart();
     reaches("steps-1", "Paused", Some("Approval"));
-    assert_eq!((assigned(), first.len()), (first.clone(), 1), "a restart touches nobody");
+    assert_eq!((assigned(), first.len()), (first.clone(), 1), "a restart changes no node");
     approve(1);
     restart();
     reaches("steps-1", "Paused", Some("Approval"));
-    wait::until("two nodes have it", PATIENCE, || {
+    wait::until("two nodes have it", TIMEOUT, || {
         ensure!(assigned().len() == 2 && rollout("steps-1")?.progress.steps_done == 1, "{:?}", assigned());
         Ok(())
     })
@@ -587,7 +585,7 @@ fn a_killed_controller_is_followed_by_one_that_goes_on() {
     reaches("steps-1", "Complete", None);
     nodes_have(["steps@1"; 3]);
     restart();
-    scene.fleet.settled(PATIENCE).unwrap();
+    scene.fleet.settled(TIMEOUT).unwrap();
     nodes_have(["steps@1"; 3]);
     leave("steps");
 }

@@ -1,6 +1,5 @@
-//! Which settings are in force after rollouts that fail, are aborted, or whose profile is deleted: what the messages
-//! name, as rows and packets show it. These tests share the fleet, so they run one after another, each from a fleet
-//! without profiles.
+//! Settings in force after rollouts that fail, are aborted, or whose profile is deleted: messages, rows and packets
+//! agree. These tests share the fleet, so they run one after another, each from a fleet without profiles.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -17,8 +16,8 @@ use switchtower_e2e::probe::{self, Transport};
 
 use switchtower_e2e::scene::{Scene, alone, cluster_ip, fleet};
 
-/// How long a rollout may take on a machine that builds something else beside.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Timeout of a rollout on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// A pod of each node.
 const PODS: [(&str, &str); 3] = [("alpha", "a2"), ("beta", "b1"), ("gamma", "c1")];
 
@@ -26,7 +25,7 @@ fn kubectl(arguments: &[&str]) -> Result<String> {
     fleet().control_plane().kubectl(arguments)
 }
 
-/// A fleet without profiles, and a Service whose backend tells where a connection comes from.
+/// A fleet without profiles, and a Service whose backend reports the client's address.
 struct Stage {
     scene: Scene,
     to: SocketAddr,
@@ -37,13 +36,13 @@ impl Stage {
     fn new(name: &str) -> Self {
         let alone = alone();
         let scene = Scene::new(name);
-        scene.fleet.settled(PATIENCE).unwrap();
+        scene.fleet.settled(TIMEOUT).unwrap();
         let service = scene.service("web", &json!({"type": "NodePort"}));
         scene.endpoints("web", &["a1"]);
         Self { to: cluster_ip(&service, false), scene, _alone: alone }
     }
 
-    /// Settings for all nodes of a profile at once, without probes; `extra` goes over the spec.
+    /// Applies a profile's settings to all nodes at once, without probes; `extra` overrides the spec.
     fn apply(&self, name: &str, settings: &Value, extra: &Value) {
         let mut spec = json!({
             "settings": settings,
@@ -61,14 +60,14 @@ impl Stage {
         kubectl(&["apply", "-f", &path.to_string_lossy()]).unwrap();
     }
 
-    /// A strategy whose canary waits for a person.
-    fn by_hand() -> Value {
+    /// A strategy with a manually approved canary.
+    fn manual() -> Value {
         json!({
             "steps": [{"nodes": 1, "approval": "Manual"}, {"nodes": "100%"}], "gates": {"probes": []},
         })
     }
 
-    /// A strategy whose canary fails where node ports are not served on the node's own addresses.
+    /// A strategy whose canary fails if node ports are not served on the node's own addresses.
     fn probing(&self) -> Value {
         let web = json!({"namespace": self.scene.namespace, "name": "web", "port": "tcp"});
         json!({
@@ -80,7 +79,7 @@ impl Stage {
     }
 
     fn reaches(&self, rollout: &str, state: &str) -> ProxyRolloutStatus {
-        wait::until(&format!("{rollout} is {state}"), PATIENCE, || {
+        wait::until(&format!("{rollout} is {state}"), TIMEOUT, || {
             let object: Option<ProxyRollout> = fleet().kube().get_cluster(rollout)?;
             let status = object.with_context(|| format!("no ProxyRollout {rollout}"))?.status;
             let status = status.context("without status")?;
@@ -91,11 +90,11 @@ impl Stage {
         .unwrap()
     }
 
-    /// Each node has this revision in force and no other assigned, and packets of its pods tell whether it
-    /// masquerades.
+    /// Checks that each node has this revision in force and no other assigned, and that packets of its pods are
+    /// masqueraded accordingly.
     fn nodes_have(&self, expected: [(&str, bool); 3]) {
         let what = format!("the nodes have {expected:?}");
-        wait::until(&what, PATIENCE, || {
+        wait::until(&what, TIMEOUT, || {
             for ((node, pod), (revision, masquerades)) in PODS.into_iter().zip(expected) {
                 let row: ProxyStatus = fleet().kube().get_cluster(node)?.context("no row")?;
                 let assigned = row.spec.profile.map(|known| format!("{}@{}", known.name, known.revision));
@@ -114,9 +113,9 @@ impl Stage {
         .unwrap();
     }
 
-    /// Waits until a profile that was deleted is gone.
+    /// Waits until a deleted profile is removed.
     fn gone(&self, profile: &str) {
-        wait::until(&format!("{profile} is gone"), PATIENCE, || {
+        wait::until(&format!("{profile} is deleted"), TIMEOUT, || {
             let left: Option<ProxyProfile> = fleet().kube().get_cluster(profile)?;
             ensure!(left.is_none(), "{:?}", left.and_then(|left| left.status));
             Ok(())
@@ -126,7 +125,7 @@ impl Stage {
     }
 }
 
-/// The revision that a rollout says its nodes were returned to.
+/// The revision that a rollout names as its nodes' previous one.
 fn told(status: &ProxyRolloutStatus) -> String {
     let stalled = status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap();
     let (_, told) = stalled.message.split_once("all nodes were returned to ").unwrap();
@@ -134,7 +133,7 @@ fn told(status: &ProxyRolloutStatus) -> String {
 }
 
 #[test]
-fn later_changes_that_fail_or_are_aborted_return_to_the_latest_good_one() {
+fn failed_and_aborted_changes_return_to_latest_good_one() {
     let stage = Stage::new("again");
     let good = json!({"masqueradeAll": true});
     stage.apply("again", &good, &json!({}));
@@ -145,11 +144,11 @@ fn later_changes_that_fail_or_are_aborted_return_to_the_latest_good_one() {
     let status = stage.reaches("again-2", "Failed");
     assert_eq!((told(&status).as_str(), status.failed), ("again@1", 1));
     stage.nodes_have([("again@1", true); 3]);
-    // Another good one, and then two that a person ends.
+    // Another good revision, and then two that the user aborts.
     stage.apply("again", &good, &json!({"changeCause": "good again"}));
     stage.reaches("again-3", "Complete");
     for number in [4, 5] {
-        let strategy = json!({"strategy": Stage::by_hand(), "changeCause": format!("aborted {number}")});
+        let strategy = json!({"strategy": Stage::manual(), "changeCause": format!("aborted {number}")});
         stage.apply("again", &json!({"masqueradeAll": false}), &strategy);
         let rollout = format!("again-{number}");
         stage.reaches(&rollout, "Paused");
@@ -163,7 +162,7 @@ fn later_changes_that_fail_or_are_aborted_return_to_the_latest_good_one() {
 }
 
 #[test]
-fn later_changes_of_an_overlapping_profile_return_to_its_own_good_one() {
+fn overlapping_profile_returns_to_its_own_good_revision() {
     let stage = Stage::new("edge");
     kubectl(&["label", "--overwrite", "node", "gamma", "test/edge=true"]).unwrap();
     stage.apply("below", &json!({}), &json!({"priority": -5}));
@@ -186,7 +185,7 @@ fn later_changes_of_an_overlapping_profile_return_to_its_own_good_one() {
     stage.apply("edge", &bad, &over(Some(stage.probing()), "bad"));
     assert_eq!(told(&stage.reaches("edge-2", "Failed")), "edge@1");
     stage.nodes_have(expected);
-    stage.apply("edge", &json!({}), &over(Some(Stage::by_hand()), "aborted"));
+    stage.apply("edge", &json!({}), &over(Some(Stage::manual()), "aborted"));
     stage.reaches("edge-3", "Paused");
     kubectl(&["patch", "pxr", "edge-3", "--type=merge", "-p", r#"{"spec":{"abort":true}}"#]).unwrap();
     assert_eq!(told(&stage.reaches("edge-3", "Aborted")), "edge@1");
@@ -201,7 +200,7 @@ fn later_changes_of_an_overlapping_profile_return_to_its_own_good_one() {
 }
 
 #[test]
-fn profiles_that_are_deleted_together_leave_the_builtin_settings() {
+fn profiles_deleted_together_leave_the_builtin_settings() {
     let stage = Stage::new("together");
     kubectl(&["label", "--overwrite", "node", "gamma", "test/edge=true"]).unwrap();
     let masquerade = json!({"masqueradeAll": true});
@@ -211,8 +210,8 @@ fn profiles_that_are_deleted_together_leave_the_builtin_settings() {
     stage.apply("narrow", &masquerade, &edge);
     stage.reaches("narrow-1", "Complete");
     stage.nodes_have([("wide@1", true), ("wide@1", true), ("narrow@1", true)]);
-    // In the foreground, which also deletes their rollouts first, and while one of them rolls something out.
-    let strategy = json!({"strategy": Stage::by_hand(), "changeCause": "on the way"});
+    // Foreground deletion removes the rollouts first; one of them is in progress.
+    let strategy = json!({"strategy": Stage::manual(), "changeCause": "on the way"});
     stage.apply("wide", &masquerade, &strategy);
     stage.reaches("wide-2", "Paused");
     kubectl(&["delete", "pxp", "wide", "narrow", "--wait=false", "--cascade=foreground"]).unwrap();

@@ -1,5 +1,5 @@
-//! Settings go through a fleet of twelve nodes: canary, waves, gates, rollback, by plain kubectl, with a controller
-//! that dies. These tests share the fleet, so they run one after another.
+//! Settings roll out to a fleet of twelve nodes: canary, waves, gates and rollback, with plain kubectl and killed
+//! controllers. These tests share the fleet, so they run one after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
@@ -19,13 +19,13 @@ use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
 
 use switchtower_e2e::scene::{self, Scene, alone, cluster_ip, node_port};
 
-/// A whole rollout, on a machine that builds something else beside. Agents whose controllers die one after another
-/// come back later and later.
+/// Timeout of a whole rollout on a busy machine. The reconnect backoff of agents grows if their controllers die
+/// repeatedly.
 const ROLLOUT: Duration = Duration::from_secs(120);
 const NODES: usize = 12;
 const CANARY: &str = "n05";
 
-/// Twelve nodes in three zones; two have a pod, one is labelled as a canary.
+/// Twelve nodes in three zones; two have a pod, one has the canary label.
 fn fleet() -> &'static Fleet {
     static FLEET: OnceLock<Fleet> = OnceLock::new();
     FLEET.get_or_init(|| {
@@ -49,7 +49,7 @@ fn kubectl(fleet: &Fleet, arguments: &[&str]) -> String {
     fleet.control_plane().kubectl(arguments).unwrap()
 }
 
-/// The fleet for one test: every node holds the built-in settings, as the profile's stable revision.
+/// The fleet for one test: every node has the built-in settings, as the profile's stable revision.
 struct Trip {
     scene: Scene,
     vip: SocketAddr,
@@ -60,7 +60,7 @@ struct Trip {
 impl Trip {
     fn new(name: &str) -> Self {
         let alone = alone();
-        // A test that failed may have left the fleet without one.
+        // A failed test may have left the fleet without a controller.
         if fleet().check_controller().is_err() {
             fleet().start_controller().unwrap();
         }
@@ -74,13 +74,13 @@ impl Trip {
         });
         let target = trip.apply(&format!("before {name}"), &json!({}), &at_once);
         trip.follow(&target, |status| status.state == "Complete", |_, _| ());
-        // A node whose agent was away follows when it is back.
+        // A node whose agent was missing follows once it reconnects.
         trip.has(&target, &all());
         trip.scene.fleet.settled(ROLLOUT).unwrap();
         trip
     }
 
-    /// The labelled canary, then half, then all; `canary` goes over the first step.
+    /// The labelled canary, then half, then all; `canary` overrides the first step.
     fn strategy(&self, canary: &Value) -> Value {
         let web = json!({"namespace": self.scene.namespace, "name": "web", "port": "tcp"});
         let mut first = json!({
@@ -103,7 +103,7 @@ impl Trip {
         })
     }
 
-    /// Writes the profile with `kubectl apply`; returns the name of the revision that comes of it.
+    /// Applies the profile with kubectl; returns the name of its revision.
     fn apply(&self, cause: &str, settings: &Value, strategy: &Value) -> String {
         let profile = json!({
             "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "default"},
@@ -126,18 +126,18 @@ impl Trip {
         profile.context("there is no ProxyProfile default")
     }
 
-    /// The latest rollout's name.
+    /// Name of the latest rollout.
     fn rollout(&self) -> String {
         self.profile().unwrap().status.unwrap().rollout.unwrap()
     }
 
-    /// Changes the latest rollout with `kubectl patch`.
+    /// Patches the latest rollout with kubectl.
     fn patch(&self, change: &Value) {
         let patch = json!({"spec": change}).to_string();
         kubectl(self.scene.fleet, &["patch", "pxr", &self.rollout(), "--type=merge", "-p", &patch]);
     }
 
-    /// Watches the rollout of `target` until `wanted`, and looks at `each` standing on the way.
+    /// Watches the rollout of `target` until `wanted`, and calls `each` with every observed state.
     fn follow(
         &self,
         target: &str,
@@ -146,7 +146,7 @@ impl Trip {
     ) -> ProxyRolloutStatus {
         let deadline = Instant::now() + ROLLOUT;
         loop {
-            // Nodes first: what the status says of them is not older.
+            // Nodes first, so that the status is at least as recent as the nodes.
             let touched = self.touched(target);
             let rollout: Option<ProxyRollout> = self
                 .profile()
@@ -176,7 +176,7 @@ impl Trip {
         .unwrap();
     }
 
-    /// The nodes that the revision is assigned to.
+    /// The nodes to which the revision is assigned.
     fn touched(&self, target: &str) -> BTreeSet<String> {
         let rows: kube::Api<ProxyStatus> = kube::Api::all(self.scene.fleet.kube().client());
         let rows = self.scene.fleet.kube().block_on(rows.list(&kube::api::ListParams::default())).unwrap();
@@ -215,10 +215,10 @@ fn canary() -> BTreeSet<String> {
 }
 
 #[test]
-fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
+fn good_change_reaches_all_without_delaying_endpoints() {
     let trip = Trip::new("good");
     let mut connection = LongConnection::open(trip.scene.pod("e1"), trip.vip).unwrap();
-    // Each standing that is looked for below lasts long enough to be seen on a busy machine.
+    // Each expected state lasts long enough to be observed on a busy machine.
     let mut strategy = trip.strategy(&json!({"soakSeconds": 3}));
     strategy["steps"][1]["soakSeconds"] = json!(3);
     let target = trip.apply("good", &json!({"masqueradeAll": true}), &strategy);
@@ -232,7 +232,7 @@ fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
             if walk.last().is_none_or(|(_, last)| last != touched) {
                 walk.push((step, touched.clone()));
             }
-            // While the canary soaks the Service loses an endpoint: every node follows at once.
+            // During the canary's soak time the Service loses an endpoint: every node follows at once.
             if !endpoints_changed && touched == &canary() {
                 endpoints_changed = true;
                 trip.scene.endpoints("web", &["a1"]);
@@ -270,7 +270,7 @@ fn a_good_change_walks_from_the_canary_to_all_and_endpoints_do_not_wait() {
 }
 
 #[test]
-fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
+fn breaking_change_stops_at_canary_and_rolls_back() {
     let trip = Trip::new("bad");
     let metric = |name: &str, labels: &str| trip.scene.fleet.controller_metric(name, labels).unwrap();
     let counts = || {
@@ -291,7 +291,7 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
         |_, touched| touched_ever.extend(touched.iter().cloned()),
     );
     assert_eq!(touched_ever, canary(), "exactly the canary");
-    assert_eq!(trip.touched(&target), BTreeSet::new(), "which has its settings back");
+    assert_eq!(trip.touched(&target), BTreeSet::new(), "which has its previous settings again");
     let gap = watcher.stop();
     println!("from the last good answer of the canary's NodePort to the next one: {gap:?}");
     assert!(!gap.is_zero(), "the change did break the NodePort");
@@ -303,31 +303,31 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
     assert!(failure.message.contains("node-port"), "{failure:?}");
     let trace = failure.trace_id.clone().unwrap_or_default();
     assert!(trace.len() == 32 && u128::from_str_radix(&trace, 16).is_ok_and(|id| id != 0), "{failure:?}");
-    // Node, reason, errno and trace, wherever a person may look.
+    // Node, reason, errno and trace are in every place that a user may check.
     let evidence = [CANARY, "ProbeFailed", "errno 111", &trace];
     let message = &status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap().message;
     assert!(evidence.iter().all(|word| message.contains(word)), "{message}");
-    let is_told = |event: &Value| {
+    let is_reported = |event: &Value| {
         let about = event["involvedObject"]["name"] == trip.rollout().as_str();
         let text = event["message"].as_str().unwrap_or_default();
         about && event["reason"] == "RolloutFailed" && evidence.iter().all(|word| text.contains(word))
     };
-    wait::until("an Event has the evidence", ROLLOUT, || {
+    wait::until("an Event contains the evidence", ROLLOUT, || {
         let events = kubectl(trip.scene.fleet, &["get", "events", "-A", "-o", "json"]);
         let events: Value = serde_json::from_str(&events)?;
-        ensure!(events["items"].as_array().into_iter().flatten().any(is_told), "{events}");
+        ensure!(events["items"].as_array().into_iter().flatten().any(is_reported), "{events}");
         Ok(())
     })
     .unwrap();
     assert_eq!(counts(), (before.0 + 1.0, before.1 + 1.0));
     let labels = format!("rollout=\"{}\",state=\"Failed\"", trip.rollout());
-    wait::until("the metrics tell the state", ROLLOUT, || {
+    wait::until("the metrics report the state", ROLLOUT, || {
         let info = metric("switchtower_rollout_info", &format!("reason=\"NodeFailed\",{labels}"));
         ensure!(info == 1.0, "{info}");
         Ok(())
     })
     .unwrap();
-    // The same revision is never tried again by itself, not even by another controller.
+    // The same revision is never retried automatically, not even by another controller.
     trip.scene.fleet.stop_controller(libc::SIGKILL).unwrap();
     trip.scene.fleet.start_controller().unwrap();
     trip.scene.fleet.settled(ROLLOUT).unwrap();
@@ -338,7 +338,7 @@ fn a_change_that_breaks_a_node_port_stops_at_the_canary_which_answers_again() {
 }
 
 #[test]
-fn a_canary_returns_by_itself_while_the_controller_is_gone() {
+fn canary_rolls_back_without_controller() {
     let trip = Trip::new("alone");
     let fleet = trip.scene.fleet;
     let node = trip.node(CANARY);
@@ -352,7 +352,7 @@ fn a_canary_returns_by_itself_while_the_controller_is_gone() {
     watcher.answering(true);
     let gap = watcher.stop();
     assert!(gap < Duration::from_secs(5), "it did not answer for {gap:?}");
-    // The next controller learns from the agent what happened.
+    // The next controller learns the result from the agent.
     fleet.start_controller().unwrap();
     let status = trip.follow(
         &target,
@@ -381,7 +381,7 @@ fn pause_approve_and_abort_by_kubectl() {
     trip.patch(&json!({"paused": true}));
     trip.follow(&target, |status| status.waiting_on.as_deref() == Some("Resume"), |_, _| ());
     trip.patch(&json!({"approvedStep": 1}));
-    // Approved and paused: a controller that is asked for something else meanwhile touches nothing.
+    // Approved and paused: a controller with other work in the queue changes no node.
     trip.scene.endpoints("web", &["a1"]);
     trip.scene.fleet.settled(ROLLOUT).unwrap();
     assert_eq!((trip.touched(&target), trip.masquerading()), (canary(), canary()));
@@ -395,13 +395,13 @@ fn pause_approve_and_abort_by_kubectl() {
 }
 
 #[test]
-fn too_many_agents_that_are_gone_freeze_it_until_they_are_back() {
+fn too_many_missing_agents_freeze_rollout() {
     let trip = Trip::new("frozen");
     let fleet = trip.scene.fleet;
     let target =
         trip.apply("frozen", &json!({"masqueradeAll": true}), &trip.strategy(&json!({"approval": "Manual"})));
     trip.follow(&target, |status| status.waiting_on.as_deref() == Some("Approval"), |_, _| ());
-    // Four of the eleven that it has not touched: more than a fifth.
+    // Four of the eleven unchanged nodes: more than a fifth.
     let gone = ["n02", "n03", "n07", "n09"].map(|name| trip.node(name));
     for node in gone {
         fleet.stop_agent(node, libc::SIGKILL).unwrap();
@@ -410,7 +410,7 @@ fn too_many_agents_that_are_gone_freeze_it_until_they_are_back() {
     let stalled = status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap();
     assert_eq!((stalled.status.as_str(), stalled.reason.as_str()), ("True", "Frozen"));
     assert!(stalled.message.contains("of 11 nodes that it has not touched"), "{}", stalled.message);
-    // Not even an approval moves it.
+    // An approval does not move it either.
     trip.patch(&json!({"approvedStep": 1}));
     trip.scene.endpoints("web", &["a1"]);
     scene::answered_by("while it is frozen", trip.scene.pod("a1"), Transport::Tcp, trip.vip, &["a1"]);
@@ -424,7 +424,7 @@ fn too_many_agents_that_are_gone_freeze_it_until_they_are_back() {
 }
 
 #[test]
-fn a_controller_that_is_killed_at_every_step_loses_nothing() {
+fn controller_killed_at_every_step_loses_nothing() {
     let trip = Trip::new("killed");
     let fleet = trip.scene.fleet;
     let target = trip.apply("killed", &json!({"masqueradeAll": true}), &trip.strategy(&json!({})));
@@ -451,7 +451,7 @@ fn a_controller_that_is_killed_at_every_step_loses_nothing() {
     assert_eq!((trip.touched(&target), trip.masquerading()), (all(), all()));
 }
 
-/// Connects to an address again and again from a node's client, and notes for how long at most nobody answered.
+/// Connects to an address repeatedly from a node's client, and records the longest period without an answer.
 struct Watcher {
     stop: Arc<AtomicBool>,
     answering: Arc<AtomicBool>,
@@ -491,7 +491,7 @@ impl Watcher {
         Self { stop, answering, thread }
     }
 
-    /// Waits until it answers, or until it does not.
+    /// Waits until the address answers, or until it does not.
     fn answering(&self, wanted: bool) {
         wait::until("the NodePort changes", ROLLOUT, || {
             ensure!(self.answering.load(Ordering::Relaxed) == wanted, "answering is not yet {wanted}");
@@ -500,7 +500,7 @@ impl Watcher {
         .unwrap();
     }
 
-    /// From the last good answer to the next one, at most; zero if all answered.
+    /// Maximum time from an answer to the next one; zero if every connection was answered.
     fn stop(self) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn root() -> PathBuf {
-    // Cargo runs a test in its package's folder.
+    // Cargo runs tests in the package's folder.
     std::env::current_dir().unwrap().parent().unwrap().to_owned()
 }
 
@@ -34,7 +34,7 @@ fn sources() -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_module_says_what_it_is() {
+fn modules_start_with_docs() {
     for path in sources() {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("//! "), "{}: the first line is not a `//!` comment", path.display());
@@ -42,16 +42,16 @@ fn every_module_says_what_it_is() {
 }
 
 #[test]
-fn no_file_is_longer_than_600_lines() {
+fn files_have_at_most_600_lines() {
     for path in sources() {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
         assert!(lines <= 600, "{} has {lines} lines: split it", path.display());
     }
 }
 
-/// A module file that no `mod` line names is compiled by nobody.
+/// A module file without a `mod` declaration is never compiled.
 #[test]
-fn no_module_file_is_an_orphan() {
+fn module_files_are_declared() {
     let all = sources();
     let texts: Vec<_> = all.iter().map(|path| (path, fs::read_to_string(path).unwrap())).collect();
     for path in &all {
@@ -84,7 +84,7 @@ fn no_module_file_is_an_orphan() {
     }
 }
 
-/// The crates that a crate links, itself included.
+/// The crates that a crate links, including itself.
 fn links(package: &str) -> BTreeSet<String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -104,13 +104,13 @@ fn links_none_of(package: &str, forbidden: &[&str]) {
 }
 
 #[test]
-fn the_agent_links_neither_the_kubernetes_client_nor_the_compiler() {
+fn agent_links_neither_kubernetes_client_nor_compiler() {
     let forbidden = ["kube", "kube-client", "k8s-openapi", "switchtower-core", "switchtower-crds"];
     links_none_of("switchtower-node-agent", &forbidden);
 }
 
 #[test]
-fn the_compiler_is_pure() {
+fn compiler_links_no_io() {
     links_none_of("switchtower-core", &["kube", "kube-client", "k8s-openapi", "tonic", "tokio", "hyper"]);
 }
 
@@ -129,9 +129,9 @@ fn one_tls_provider_is_linked() {
     }
 }
 
-/// A scenario whose test was renamed or removed is a scenario that nobody tests.
+/// A renamed or removed test would leave its scenario untested.
 #[test]
-fn every_test_that_the_parity_page_names_exists() {
+fn parity_page_names_existing_tests() {
     let page = fs::read_to_string(root().join("docs/parity.md")).unwrap();
     let names: BTreeSet<&str> = page
         .split('`')
@@ -146,7 +146,7 @@ fn every_test_that_the_parity_page_names_exists() {
     let texts: Vec<_> = sources().iter().map(|path| fs::read_to_string(path).unwrap()).collect();
     for name in names {
         let definition = format!("fn {name}(");
-        // An attribute or a comment may stand between, so the whole item before the function is looked at.
+        // Attributes or comments may stand between: search the whole item before the function.
         let is_test = |text: &String| {
             text.match_indices(&definition).any(|(at, _)| {
                 let before = text[..at].rsplit("\n\n").next().unwrap_or_default();
@@ -176,9 +176,9 @@ fn programs() -> BTreeSet<(String, String)> {
     programs.map(|(package, target)| (text(package), text(&target["name"]))).collect()
 }
 
-/// An engine builds the same images as `make cluster` assembles without one.
+/// The Dockerfile and `make cluster` build the same images.
 #[test]
-fn the_dockerfile_has_the_images_that_the_cluster_runs() {
+fn dockerfile_builds_images_of_the_cluster() {
     let dockerfile = fs::read_to_string(root().join("manifests/Dockerfile")).unwrap();
     let programs = programs();
     for image in switchtower_e2e::cluster::images::switchtower_images(Path::new("")) {

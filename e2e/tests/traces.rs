@@ -1,8 +1,8 @@
-//! One change is one trace, as a real OpenTelemetry Collector receives it; and no collector slows a change down.
-//! These tests restart the controller that they share, so they run one after another.
+//! One change is one trace, as a real OpenTelemetry Collector receives it, and no collector slows down a change.
+//! These tests restart the shared controller, so they run one after another.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
-#![allow(clippy::print_stdout, reason = "the spans that came are shown where a test fails")]
+#![allow(clippy::print_stdout, reason = "the received spans explain a failed test")]
 
 #[cfg(test)]
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,14 +28,14 @@ fn now() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos()).unwrap()
 }
 
-/// Whose environment asks for export.
+/// The processes that export.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Who {
     Controller,
     AgentsToo,
 }
 
-/// The fleet with other processes, in this environment. Every agent is connected and settled.
+/// Restarts the fleet with this environment, and returns when every agent is connected and settled.
 fn restarted(who: Who, environment: &[(&str, &str)]) -> &'static Fleet {
     let fleet = fleet();
     fleet.stop_controller(libc::SIGTERM).unwrap();
@@ -48,7 +48,7 @@ fn restarted(who: Who, environment: &[(&str, &str)]) -> &'static Fleet {
     }
     wait::until("all agents are served again", Duration::from_secs(30), || {
         fleet.check_controller()?;
-        // Asked of the new processes: the controller may still count the streams of those before them.
+        // Query the new processes: the controller may still count the streams of the old ones.
         for node in fleet.nodes() {
             let connected = fleet.agent_metric(node, "switchtower_controller_connected", "")?;
             ensure!(connected == 1.0, "{} is not connected", node.net.name);
@@ -60,7 +60,7 @@ fn restarted(who: Who, environment: &[(&str, &str)]) -> &'static Fleet {
     fleet
 }
 
-/// Makes a change with kubectl, as the endpoints controller would: an EndpointSlice with the time of its trigger.
+/// Changes an EndpointSlice with kubectl, with the trigger time that the endpoints controller sets.
 fn change_with_kubectl(fleet: &Fleet, namespace: &str, pod: &str, triggered: u64) {
     let (found, node) = fleet.pod(pod).unwrap();
     let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
@@ -79,7 +79,7 @@ fn change_with_kubectl(fleet: &Fleet, namespace: &str, pod: &str, triggered: u64
         .unwrap();
 }
 
-/// A collector, and the fleet that exports to it.
+/// Starts a collector, and restarts the fleet to export to it.
 fn collecting(who: Who, sampler: &str) -> Collector {
     let lab = fleet().lab();
     let collector = Collector::start(lab.root_address(), lab.directory()).unwrap();
@@ -93,8 +93,8 @@ fn collecting(who: Who, sampler: &str) -> Collector {
     collector
 }
 
-/// One endpoint takes another's place. The time that the change says it began at, and its trace, once `from_agents`
-/// spans of agents are in it.
+/// Replaces one endpoint by another. Returns the trigger time and the trace, once it contains `from_agents` spans of
+/// agents.
 fn traced_change(
     scene: &Scene,
     namespace: &str,
@@ -122,7 +122,7 @@ fn is_agents(span: &Span) -> bool {
     span.attribute("service.name") == "switchtower-node-agent"
 }
 
-/// The spans of the trace whose root tells of `object`, once every node's acknowledgement is in it.
+/// The spans of the trace whose root names `object`, once it contains every node's acknowledgement.
 fn trace_of(collector: &Collector, object: &str, after: u64) -> Result<Vec<Span>> {
     let spans = collector.spans()?;
     let is_root = |span: &&Span| {
@@ -150,7 +150,7 @@ fn a_change_made_with_kubectl_is_one_trace() {
     {
         assert_eq!(named(name).len(), 1, "{name}");
     }
-    // Every span lies inside its parent, and nothing of it lies outside of the time that the test saw.
+    // Every span lies inside its parent, and inside the time that the test measured.
     for span in &trace {
         assert!(before <= span.start && span.start <= span.end && span.end <= after, "{span:?}");
         if let Some(parent) = by_id.get(span.parent.as_str()) {
@@ -186,7 +186,7 @@ fn a_change_made_with_kubectl_is_one_trace() {
     exemplars_lead_to_traces(scene.fleet, &collector);
 }
 
-/// The metrics of changes name traces that the collector has, in a text that Prometheus' own parser takes.
+/// Exemplars refer to traces that the collector has, in a text that Prometheus' own parser accepts.
 fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
     let text = fleet.open_metrics().unwrap();
     promtool::parse_open_metrics(&text, fleet.lab().directory()).unwrap();
@@ -202,7 +202,7 @@ fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
         let known: BTreeSet<_> = collector.spans()?.into_iter().map(|span| span.trace).collect();
         let unknown: Vec<_> =
             acknowledged.union(&propagated).filter(|trace| !known.contains(*trace)).collect();
-        ensure!(unknown.is_empty(), "{unknown:?} are not there");
+        ensure!(unknown.is_empty(), "{unknown:?} are missing");
         Ok(())
     })
     .unwrap();
@@ -211,10 +211,10 @@ fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
 #[test]
 fn an_assignment_of_settings_is_one_trace_and_rows_name_it() {
     let _alone = alone();
-    // Nobody samples: assignments are kept all the same.
+    // No sampler is active: assignments are exported nevertheless.
     let collector = collecting(Who::Controller, "always_off");
     let scene = Scene::new("settings");
-    wait::until("drift of a test before is no longer shown", Duration::from_secs(45), || {
+    wait::until("drift of an earlier test is no longer reported", Duration::from_secs(45), || {
         scene.fleet.nodes().iter().try_for_each(|node| {
             let state = scene.fleet.row(&node.net.name)?.state;
             ensure!(state == "Synced", "{} is {state}", node.net.name);
@@ -259,23 +259,24 @@ fn an_assignment_of_settings_is_one_trace_and_rows_name_it() {
 }
 
 #[test]
-fn an_agent_that_exports_tells_its_part_itself() {
+fn exporting_agent_sends_its_own_spans() {
     let _alone = alone();
     let collector = collecting(Who::AgentsToo, "always_on");
     let scene = Scene::new("agents-tell");
-    // On each of three nodes: apply, receive, plan, the transaction, and flows, for an endpoint is gone.
+    // On each of three nodes: apply, receive, plan, the transaction, and flows, because an endpoint was removed.
     let (_, trace) = traced_change(&scene, "agents-tell", &collector, 15);
     let root = trace.iter().find(|span| span.parent.is_empty()).unwrap();
     let named = |name: &str| trace.iter().filter(|span| span.name == name).collect::<Vec<_>>();
     let applies = named("switchtower.apply");
-    assert_eq!(applies.len(), 3, "the controller does not tell it again");
+    assert_eq!(applies.len(), 3, "the controller does not export it too");
     for apply in applies {
         let node = apply.attribute("k8s.node.name");
         assert!(is_agents(apply) && apply.parent == root.id, "{apply:?}");
         assert_eq!(apply.attribute("service.instance.id"), node);
         let send = named("switchtower.send");
         let send = send.iter().find(|send| send.attribute("k8s.node.name") == node).unwrap();
-        // One clock here: the update arrives after it was sent, and is acknowledged after it was applied.
+        // All processes share one clock: the update arrives after it was sent, and is acknowledged after it was
+        // applied.
         assert!(send.start <= apply.start && apply.end <= send.end, "{apply:?} in {send:?}");
         let children: Vec<_> = trace.iter().filter(|span| span.parent == apply.id).collect();
         let child = |name: &str| {
@@ -288,11 +289,11 @@ fn an_agent_that_exports_tells_its_part_itself() {
         for (first, then) in [(receive, plan), (plan, commit), (commit, flows)] {
             assert!(first.start <= first.end && first.end <= then.start, "{first:?} before {then:?}");
         }
-        assert!(commit.end <= apply.end && apply.end <= flows.start, "flows are looked at afterwards");
+        assert!(commit.end <= apply.end && apply.end <= flows.start, "flows are checked afterwards");
         assert_ne!(commit.attribute("switchtower.nft.ops"), "0");
     }
 
-    // Drift has no change: the repair is a trace of its own.
+    // Drift has no change: its repair is a separate trace.
     let alpha = node(scene.fleet, "alpha");
     let before = now();
     alpha.net.namespace.output("nft", &["delete", "table", "ip", "switchtower"]).unwrap();
@@ -308,12 +309,12 @@ fn an_agent_that_exports_tells_its_part_itself() {
 }
 
 #[test]
-fn what_else_is_done_is_told_as_ordinary_spans() {
+fn background_work_exported_as_ordinary_spans() {
     let _alone = alone();
     let collector = collecting(Who::AgentsToo, "always_on");
     let scene = Scene::new("ordinary");
     scene.service("web", &json!({}));
-    // A profile for no node: its ProxyRollout is made, and found to be complete.
+    // A profile without nodes: its ProxyRollout is created and completes.
     let profile = json!({
         "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "ordinary"},
         "spec": {"nodeSelector": {"matchLabels": {"ordinary": "none"}}},
@@ -321,7 +322,7 @@ fn what_else_is_done_is_told_as_ordinary_spans() {
     scene.fleet.kube().apply(&profile).unwrap();
     scene.fleet.settled(SOON).unwrap();
     assert_eq!(plugin::run(scene.fleet, &["diff", "alpha"]).unwrap().code, 0);
-    // Which span, from which service, with which attribute.
+    // Span, service and attribute.
     let controller = "switchtower-controller";
     let agent = "switchtower-node-agent";
     let wanted = [
@@ -351,14 +352,14 @@ fn what_else_is_done_is_told_as_ordinary_spans() {
         let reviews = spans.iter().filter(|span| span.name == "switchtower.token.review");
         let parents = reviews.filter_map(|review| by_id.get(review.parent.as_str()));
         let parents: BTreeSet<_> = parents.map(|parent| parent.name.as_str()).collect();
-        ensure!(parents == ["switchtower.admin.request"].into(), "reviews stand in {parents:?}");
+        ensure!(parents == ["switchtower.admin.request"].into(), "reviews have parents {parents:?}");
         Ok(())
     })
     .unwrap();
     restarted(Who::Controller, &[]);
 }
 
-/// The tree as people read it.
+/// The tree in readable form.
 fn outline(trace: &[Span]) -> String {
     fn below(trace: &[Span], parent: &str, depth: usize, start: u64, text: &mut String) {
         let mut children: Vec<_> = trace.iter().filter(|span| span.parent == parent).collect();
@@ -377,7 +378,7 @@ fn outline(trace: &[Span]) -> String {
     text
 }
 
-/// Mean time of a change from its receipt to a node's acknowledgement, over a run of changes.
+/// Mean time of a change from its receipt to a node's acknowledgement, over a series of changes.
 fn mean_of_changes(scene: &Scene, changes: usize) -> Duration {
     let metric =
         |name: &str| scene.fleet.controller_metric(&format!("switchtower_change_ack_seconds_{name}"), "");
@@ -392,7 +393,7 @@ fn mean_of_changes(scene: &Scene, changes: usize) -> Duration {
 }
 
 #[test]
-fn neither_a_dead_collector_nor_a_silent_one_slows_a_change() {
+fn dead_or_silent_collector_slows_no_change() {
     let _alone = alone();
     let scene = Scene::new("silent");
     scene.service("web", &json!({}));
@@ -412,18 +413,18 @@ fn neither_a_dead_collector_nor_a_silent_one_slows_a_change() {
     let with = endpoints.map(|endpoint| {
         let environment = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
-            // More than fits, soon.
+            // Fill the export queue quickly.
             ("OTEL_BSP_SCHEDULE_DELAY", "50"),
             ("OTEL_BSP_MAX_QUEUE_SIZE", "64"),
             ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "16"),
         ];
         restarted(Who::AgentsToo, &environment);
-        // What slows a change slows it each time; a machine that is busy for a moment does not.
+        // A systematic delay affects each run; a short load of the machine does not.
         let means = [(); 3].map(|()| mean_of_changes(&scene, 60));
         println!("a change takes {means:?} with {endpoint}");
         (means.into_iter().min().unwrap(), endpoint)
     });
-    // The machine may be busier at the end than at the start: both are measured.
+    // The load of the machine may grow during the test: measure before and after.
     let without = before.max(without());
     for (with, endpoint) in with {
         println!("a change takes {without:?} without a collector, {with:?} with {endpoint}");

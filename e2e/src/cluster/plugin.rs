@@ -18,7 +18,7 @@ const MANIFEST: &str = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"
     "spec": {"ports": [{"port": 80}]}}"#;
 
 /// Timeout of a command while changes are still in progress after upstream's tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs the commands, and prints a line for each and the total. Each must exit with code 0 and print the expected
 /// text.
@@ -41,7 +41,7 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let mut results = Results::default();
     for (arguments, expected) in commands {
         let name = format!("kubectl switchtower {}", arguments.join(" "));
-        results.add(&name, || wait_until(&name, PATIENCE, || run(layout, tools, arguments, expected)))?;
+        results.add(&name, || wait_until(&name, TIMEOUT, || run(layout, tools, arguments, expected)))?;
     }
     kubectl.run("delete --namespace default service/plugin-test")?;
     results.end("plugin")

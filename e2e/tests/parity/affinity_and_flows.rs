@@ -1,7 +1,6 @@
 //! Session affinity, and UDP flows that exist while the cluster changes.
 //!
-//! What becomes of flows is compared with kube-proxy at every change of a case: by the backend that a flow had, it
-//! stays, moves or ends.
+//! Flows are compared with kube-proxy at every change of a case by their previous backend: they stay, move or end.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -19,13 +18,13 @@ fn sticky(endpoints: Vec<switchtower_e2e::parity::case::Endpoint>) -> Service {
 }
 
 #[test]
-fn a_client_sticks_to_a_pod_on_every_kind_of_address_with_both_policies() {
+fn affinity_on_every_kind_of_address_with_both_policies() {
     let service = sticky(vec![ready(P1), ready(P2), ready(P3), ready(P5)]);
     let local = then(&service, |service| {
         service.external_local = true;
         service.internal_local = true;
     });
-    // That one client sees one pod is what the comparison of a sticky Service asserts.
+    // The comparison of a sticky Service asserts that one client sees one pod.
     let states = agree(vec![service], vec![local]);
     let pods = states[1].pods(Origin::Client, Kind::NodePort);
     assert!(pods.iter().all(|pod| ["p1", "p2"].contains(&pod.as_str())), "{pods:?}");
@@ -42,7 +41,7 @@ fn affinity_is_switched_on_and_off() {
 }
 
 #[test]
-fn affinity_is_refreshed_by_every_connection_and_expires_without() {
+fn affinity_refreshed_by_connections_and_expires() {
     const TIMEOUT: Duration = Duration::from_secs(3);
     let mut world = world();
     let mut service = cluster_ip(vec![ready(P1), ready(P3), ready(P5)]);
@@ -51,7 +50,7 @@ fn affinity_is_refreshed_by_every_connection_and_expires_without() {
     service.affinity_seconds = Some(TIMEOUT.as_secs() as u32);
     let states = agree_in(&mut world, vec![service], Vec::new());
     let probe = states[0].probe(Origin::LocalPod, Kind::ClusterIP);
-    // For twice the timeout, each connection well before it ends; a busy machine is asked again.
+    // For twice the timeout, with connections well before it ends; a busy machine gets another attempt.
     let steadily = || {
         let (mut theirs, mut ours) = (BTreeSet::new(), BTreeSet::new());
         for _ in 0..10 {
@@ -67,7 +66,7 @@ fn affinity_is_refreshed_by_every_connection_and_expires_without() {
     };
     let pods = (0..10).find_map(|_| steadily()).expect("ten connections in time");
     assert!(pods.iter().all(|pods| pods.len() == 1), "kube-proxy and Switchtower: {pods:?}");
-    // Then one of the three is chosen anew after each timeout: the same one twenty times is once in 10^9.
+    // Then one of the three is chosen again after each timeout: the same one twenty times has a probability of 10^-9.
     let (mut theirs, mut ours) = (BTreeSet::new(), BTreeSet::new());
     for _ in 0..20 {
         let answers = world.ask_with_pauses(&probe, &[TIMEOUT + Duration::from_millis(500)]).unwrap();
@@ -81,7 +80,7 @@ fn affinity_is_refreshed_by_every_connection_and_expires_without() {
 }
 
 #[test]
-fn a_client_whose_pod_is_gone_moves_and_sticks_again() {
+fn client_of_removed_pod_moves_and_sticks_again() {
     let service = sticky(vec![ready(P1)]);
     let moved = then(&service, |service| service.endpoints = vec![ready(P3), ready(P5)]);
     let back = then(&service, |service| service.endpoints = vec![ready(P1)]);
@@ -99,7 +98,7 @@ fn udp(endpoints: Vec<switchtower_e2e::parity::case::Endpoint>) -> Service {
 }
 
 #[test]
-fn a_udp_flow_leaves_an_endpoint_that_is_gone_and_stays_with_one_that_serves() {
+fn udp_flow_leaves_removed_and_keeps_serving_endpoint() {
     let service = udp(vec![ready(P1), ready(P3), ready(P5)]);
     let one_less = then(&service, |service| drop(service.endpoints.remove(1)));
     let states = agree(vec![service], vec![one_less]);
@@ -107,7 +106,7 @@ fn a_udp_flow_leaves_an_endpoint_that_is_gone_and_stays_with_one_that_serves() {
 }
 
 #[test]
-fn a_udp_flow_stays_with_an_endpoint_that_serves_while_it_terminates() {
+fn udp_flow_stays_with_terminating_serving_endpoint() {
     let service = udp(vec![ready(P1), ready(P3)]);
     let ending = then(&service, |service| service.endpoints[0] = terminating(P1, true));
     let ended = then(&service, |service| service.endpoints[0] = terminating(P1, false));
@@ -156,7 +155,7 @@ fn udp_flows_when_a_new_service_takes_over_an_external_address() {
 }
 
 #[test]
-fn a_udp_client_that_came_before_the_first_ready_endpoint_is_served() {
+fn udp_client_before_first_ready_endpoint_is_served() {
     let service = udp(vec![unready(P1)]);
     let now = then(&service, |service| service.endpoints = vec![ready(P1)]);
     let states = agree(vec![service], vec![now]);
@@ -165,7 +164,7 @@ fn a_udp_client_that_came_before_the_first_ready_endpoint_is_served() {
 }
 
 #[test]
-fn a_service_that_goes_takes_its_addresses_with_it() {
+fn deleted_service_releases_its_addresses() {
     let service = balancer(vec![ready(P1)]);
     let name = service.name.clone();
     let mut other = cluster_ip(vec![ready(P3)]);

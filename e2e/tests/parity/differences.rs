@@ -1,4 +1,4 @@
-//! Where the two differ on purpose, kube-proxy's side included: the table in docs/parity.md.
+//! Deliberate differences, including kube-proxy's behaviour: the table in docs/parity.md.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use switchtower_e2e::parity::{Kind, Origin, Probe, World, essence};
 use crate::support::{P1, REFUSED, agree_in, balancer, cluster_ip, port, ready, unready, world};
 
 const SOON: Duration = Duration::from_secs(30);
-/// For what kube-proxy leaves to its next full sync, up to an hour later.
+/// Timeout for behaviour that kube-proxy delays until its next full sync, up to an hour later.
 const WHILE: Duration = Duration::from_secs(3);
 
 fn single(protocol: Protocol) -> Service {
@@ -23,8 +23,9 @@ fn single(protocol: Protocol) -> Service {
     service
 }
 
-/// A flow of a local pod to the Service, answered by p1 in both worlds, comes to this end here after `change`, while
-/// kube-proxy's goes on. A datagram on its way while the flow ends is lost without a word: the end is what stays.
+/// Checks that a flow of a local pod to the Service, answered by p1 in both worlds, ends with Switchtower after
+/// `change`, while kube-proxy keeps it. A datagram in transit at that moment is lost silently: the final state is
+/// checked.
 fn ends_here(world: &mut World, end: &str, change: impl FnOnce(&mut World, Service)) {
     let service = single(Protocol::UDP);
     let states = agree_in(world, vec![service.clone()], Vec::new());
@@ -32,7 +33,7 @@ fn ends_here(world: &mut World, end: &str, change: impl FnOnce(&mut World, Servi
     let before = world.ask_flow(&flow).unwrap();
     assert_eq!((before.kube_proxy.as_str(), before.switchtower.as_str()), ("p1", "p1"));
     change(world, service);
-    wait::until("the flow has ended here, and there not", SOON, || {
+    wait::until("the flow ends with Switchtower and not with kube-proxy", SOON, || {
         let now = world.ask_flow(&flow)?;
         ensure!((now.kube_proxy.as_str(), now.switchtower.as_str()) == ("p1", end), "{now:?}");
         Ok(())
@@ -41,12 +42,12 @@ fn ends_here(world: &mut World, end: &str, change: impl FnOnce(&mut World, Servi
 }
 
 #[test]
-fn a_udp_flow_to_a_service_that_is_gone_ends_here_and_stays_with_kube_proxy() {
+fn udp_flow_ends_with_service_unlike_kube_proxy() {
     ends_here(&mut world(), "no answer", |world, _| drop(agree_in(world, Vec::new(), Vec::new())));
 }
 
 #[test]
-fn a_udp_flow_to_a_service_without_serving_endpoints_ends_here_and_stays_with_kube_proxy() {
+fn udp_flow_ends_with_last_endpoint_unlike_kube_proxy() {
     ends_here(&mut world(), REFUSED, |world, mut service| {
         service.endpoints = vec![unready(P1)];
         world.apply(&service).unwrap();
@@ -54,8 +55,8 @@ fn a_udp_flow_to_a_service_without_serving_endpoints_ends_here_and_stays_with_ku
 }
 
 #[test]
-fn a_udp_flow_to_a_port_that_is_renamed_is_ended_here_and_stays_with_kube_proxy() {
-    // The Service has the new name, the slices have it not yet.
+fn udp_flow_ends_with_port_rename_unlike_kube_proxy() {
+    // The Service has the new port name, its slices do not have it yet.
     let renamed = |target| {
         let mut service = single(Protocol::UDP);
         service.ports[0].name = "renamed".to_owned();
@@ -69,7 +70,7 @@ fn a_udp_flow_to_a_port_that_is_renamed_is_ended_here_and_stays_with_kube_proxy(
 }
 
 #[test]
-fn a_health_check_on_an_address_of_another_family_is_answered_here_and_refused_by_kube_proxy() {
+fn health_check_of_other_family_answered_unlike_kube_proxy() {
     let mut world = world();
     let mut service = balancer(vec![ready(P1)]);
     service.families = Families::Ipv4;
@@ -95,13 +96,13 @@ fn answers(world: &World, probe: &Probe) -> [String; 2] {
 }
 
 #[test]
-fn rules_that_others_delete_come_back_here_at_once() {
+fn deleted_rules_restored_immediately_unlike_kube_proxy() {
     let mut world = world();
     let states = agree_in(&mut world, vec![single(Protocol::TCP)], Vec::new());
     let probe = states[0].probe(Origin::LocalPod, Kind::ClusterIP);
     assert_eq!(answers(&world, &probe), ["p1", "p1"]);
     world.delete_tables().unwrap();
-    let after = wait::until("the rules are there again", SOON, || {
+    let after = wait::until("the rules are restored", SOON, || {
         let [theirs, ours] = answers(&world, &probe);
         ensure!(ours == "p1", "Switchtower: {ours}");
         Ok(theirs)
@@ -112,7 +113,7 @@ fn rules_that_others_delete_come_back_here_at_once() {
 }
 
 #[test]
-fn a_new_service_cidr_is_known_here_at_once() {
+fn new_service_cidr_known_immediately_unlike_kube_proxy() {
     const RANGE: &str = "10.222.0.0/24";
     let mut world = world();
     agree_in(&mut world, vec![single(Protocol::TCP)], Vec::new());

@@ -1,4 +1,4 @@
-//! Which endpoints a Service uses.
+//! Selection of a Service's endpoints.
 
 use switchtower_e2e::parity::{Kind, Origin};
 
@@ -34,7 +34,7 @@ fn one_of_several_hinted_zones_is_enough() {
 }
 
 #[test]
-fn unready_endpoints_count_neither_for_traffic_nor_for_zone_hints() {
+fn unready_endpoints_ignored_for_traffic_and_zone_hints() {
     let in_zone = [zones(unready(P1), &["a"]), zones(ready(P3), &["a"]), zones(ready(P5), &["b"])];
     let service = cluster_ip(in_zone.to_vec());
     let alone = then(&service, |service| {
@@ -43,7 +43,7 @@ fn unready_endpoints_count_neither_for_traffic_nor_for_zone_hints() {
     });
     let states = agree(vec![service], vec![alone]);
     assert_eq!(states[0].pods(FROM, Kind::ClusterIP), ["p3"]);
-    // Nothing ready in the zone: no filtering at all.
+    // No ready endpoint in the zone: no filtering at all.
     assert_eq!(states[1].pods(FROM, Kind::ClusterIP), ["p4", "p5"]);
 }
 
@@ -62,7 +62,7 @@ fn node_hints_come_before_zone_hints_before_all_endpoints() {
 }
 
 #[test]
-fn an_unready_endpoint_with_a_node_hint_leaves_the_zone_to_decide() {
+fn unready_endpoint_with_node_hint_leaves_zone_hints() {
     let hinted = |endpoint, node, zone| nodes(zones(endpoint, &[zone]), &[node]);
     let endpoints =
         vec![hinted(unready(P1), "n1", "a"), hinted(ready(P3), "n2", "a"), hinted(ready(P5), "n3", "b")];
@@ -70,7 +70,7 @@ fn an_unready_endpoint_with_a_node_hint_leaves_the_zone_to_decide() {
 }
 
 #[test]
-fn external_policy_local_ignores_hints_and_the_cluster_list_does_not() {
+fn external_policy_local_ignores_hints_unlike_cluster() {
     let mut service =
         balancer(vec![zones(ready(P1), &["b"]), zones(ready(P3), &["a"]), zones(ready(P5), &["b"])]);
     service.external_local = true;
@@ -98,7 +98,7 @@ fn internal_policy_local_without_any_endpoint_is_refused() {
 }
 
 #[test]
-fn internal_policy_local_with_endpoints_elsewhere_only_is_dropped() {
+fn internal_policy_local_without_local_endpoints_is_dropped() {
     let mut service = cluster_ip(vec![ready(P3), ready(P5)]);
     service.internal_local = true;
     agreed(service).all(FROM, Kind::ClusterIP, SILENCE);
@@ -121,7 +121,7 @@ fn terminating_endpoints_serve_until_one_is_ready() {
 }
 
 #[test]
-fn local_policy_prefers_ready_and_falls_back_to_local_terminating_endpoints() {
+fn local_policy_falls_back_to_local_terminating_endpoints() {
     let mut service = balancer(vec![ready(P1), terminating(P2, true), ready(P3), terminating(P4, true)]);
     service.external_local = true;
     service.internal_local = true;

@@ -1,4 +1,4 @@
-//! What both proxies tell load balancers and people over HTTP.
+//! Health responses of both proxies over HTTP.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::{P1, P2, P3, P5, agree_in, balancer, ready, terminating, wor
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// Waits until both answer the same, with this beginning.
+/// Waits until both proxies give the same response, with this beginning.
 #[track_caller]
 fn both_answer(world: &World, to: SocketAddr, path: &str, beginning: &str) -> Vec<String> {
     wait::until(&format!("GET {path} of {to}: {beginning}"), SOON, || {
@@ -62,7 +62,7 @@ fn health_check_node_ports_come_and_go_with_type_and_policy() {
     let to = SocketAddr::new(world.node_address(false), port);
     both_answer(&world, to, "/any/path", "HTTP/1.1 200");
     agree_in(&mut world, vec![local], vec![Step::Apply(balancer(vec![ready(P1)]))]);
-    wait::until("nobody listens any more", SOON, || {
+    wait::until("the port is closed", SOON, || {
         let answers = world.ask_node(to, "/")?;
         let told = |answer: &str| answer.starts_with("HTTP");
         ensure!(!told(&answers.kube_proxy) && !told(&answers.switchtower), "{answers:?}");
@@ -72,7 +72,7 @@ fn health_check_node_ports_come_and_go_with_type_and_policy() {
 }
 
 #[test]
-fn a_node_that_the_autoscaler_takes_away_is_alive_and_not_healthy() {
+fn node_removed_by_autoscaler_is_alive_and_not_healthy() {
     let world = world();
     let to = SocketAddr::new(world.node_address(false), 10_256);
     both_answer(&world, to, "/healthz", "HTTP/1.1 200");
@@ -90,7 +90,7 @@ fn a_node_that_the_autoscaler_takes_away_is_alive_and_not_healthy() {
 }
 
 #[test]
-fn a_node_that_is_being_deleted_is_alive_and_not_healthy() {
+fn node_being_deleted_is_alive_and_not_healthy() {
     const FINALIZER: &str = "example.com/kept-for-a-moment";
     let mut world = world();
     let to = SocketAddr::new(world.node_address(false), 10_256);
@@ -106,7 +106,7 @@ fn a_node_that_is_being_deleted_is_alive_and_not_healthy() {
     let answer = both_answer(&world, to, "/healthz", "HTTP/1.1 503");
     assert!(answer.last().unwrap().contains(r#""nodeEligible":false"#), "{answer:?}");
     both_answer(&world, to, "/livez", "HTTP/1.1 200");
-    // Packets are served as before, while the Node is on its way and when it is there again.
+    // Packets are served as before, while the Node is deleted and after it was created again.
     let service =
         balancer(vec![zones(ready(P1), &["a"]), zones(ready(P3), &["a"]), zones(ready(P5), &["b"])]);
     agree_in(&mut world, vec![service.clone()], Vec::new());

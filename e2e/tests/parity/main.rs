@@ -1,9 +1,9 @@
-//! The scenarios of kube-proxy's conformance, one test each, and random clusters: both proxies must do the same to
-//! the same packets. docs/parity.md lists the scenarios.
+//! The scenarios of kube-proxy's conformance, one test each, and random clusters: both proxies must treat the same
+//! packets equally. docs/parity.md lists the scenarios.
 //!
-//! All tests share one control plane and two laboratories, one after another. Each state is probed from five
-//! origins, at every address of every Service, and any difference from the real kube-proxy fails; beside that, a
-//! test says what its scenario is about.
+//! All tests share one control plane and two laboratories, one after another. Each state is probed from five origins,
+//! at every address of every Service, and any difference from the real kube-proxy fails. In addition, each test
+//! asserts the expected results of its scenario.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,7 +26,7 @@ use switchtower_e2e::parity::{Verdict, explain, generate, run, shrink};
 #[test]
 fn random_clusters_and_changes_agree_with_kube_proxy() {
     let mut world = support::world();
-    // More, and other seeds, are for the program `differential`.
+    // The program `differential` runs more cases and other seeds.
     let (seed, cases) = generate::TESTED;
     for number in 0..cases {
         let case = generate::case(seed, number);

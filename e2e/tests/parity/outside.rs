@@ -20,7 +20,7 @@ fn external_policy_cluster_uses_all_endpoints_and_masquerades() {
     }
 }
 
-/// A Service with external policy Local, two endpoints here and two elsewhere.
+/// A Service with external policy Local, two endpoints on the node and two elsewhere.
 fn local() -> switchtower_e2e::parity::case::Service {
     let mut service = balancer(vec![ready(P1), ready(P2), ready(P3), ready(P5)]);
     service.external_local = true;
@@ -28,7 +28,7 @@ fn local() -> switchtower_e2e::parity::case::Service {
 }
 
 #[test]
-fn external_policy_local_from_outside_uses_local_endpoints_and_keeps_the_client() {
+fn external_policy_local_from_outside_keeps_the_client() {
     let state = agreed(local());
     for kind in OUTSIDE {
         assert_eq!(state.pods(Origin::Client, kind), ["p1", "p2"], "{kind:?}");
@@ -37,7 +37,7 @@ fn external_policy_local_from_outside_uses_local_endpoints_and_keeps_the_client(
 }
 
 #[test]
-fn external_policy_local_from_a_local_pod_uses_all_endpoints_and_keeps_the_pod() {
+fn external_policy_local_from_a_local_pod_keeps_the_pod() {
     let state = agreed(local());
     for kind in OUTSIDE {
         assert_eq!(state.pods(Origin::LocalPod, kind), ["p1", "p2", "p3", "p5"], "{kind:?}");
@@ -54,13 +54,13 @@ fn external_policy_local_from_the_host_uses_all_endpoints() {
 }
 
 #[test]
-fn external_policy_local_without_a_local_endpoint_is_silent_from_outside() {
+fn external_policy_local_without_endpoint_drops_outside() {
     let mut service = balancer(vec![ready(P3), ready(P5)]);
     service.external_local = true;
     let state = agreed(service);
     for kind in OUTSIDE {
         state.all(Origin::Client, kind, SILENCE);
-        // A pod of another node is outside for this one.
+        // For this node, a pod of another node is outside.
         state.all(Origin::RemotePod, kind, SILENCE);
         assert_eq!(state.pods(Origin::LocalPod, kind), ["p3", "p5"], "{kind:?}");
     }
@@ -90,7 +90,7 @@ fn internal_policy_local_leaves_external_addresses_alone() {
 }
 
 #[test]
-fn source_ranges_guard_each_address_of_the_balancer_and_no_node_port() {
+fn source_ranges_guard_balancer_addresses_only() {
     let mut service = balancer(vec![ready(P1), ready(P3)]);
     service.source_ranges = vec!["198.18.0.0/16".to_owned(), "fd18::/16".to_owned()];
     let nobody = then(&service, |service| {
@@ -114,7 +114,7 @@ fn source_ranges_drop_pods_outside_and_admit_the_node_inside() {
     assert_eq!(state.pods(Origin::Host, Kind::LoadBalancer), ["p1", "p3"]);
 }
 
-/// A node that has the balancer's address itself sends from it; where its own address is allowed, so is that one.
+/// A node that owns the balancer's address uses it as source; if the node's own address is allowed, so is this one.
 #[test]
 fn source_ranges_admit_the_balancers_own_address_from_the_node() {
     let mut world = world();
@@ -145,7 +145,7 @@ fn addresses_of_a_balancer_in_mode_proxy_are_not_served() {
 }
 
 #[test]
-fn an_external_address_that_no_node_has_is_served_in_the_cluster() {
+fn external_address_without_a_node_is_served_in_cluster() {
     let state = agreed(balancer(vec![ready(P3)]));
     for origin in [Origin::LocalPod, Origin::RemotePod, Origin::Host] {
         assert_eq!(state.pods(origin, Kind::ExternalIP), ["p3"], "{origin:?}");
@@ -166,7 +166,7 @@ fn node_ports_are_never_served_on_loopback() {
 }
 
 #[test]
-fn terminating_endpoints_serve_node_ports_and_cluster_ips_on_both_nodes() {
+fn terminating_endpoints_serve_on_both_nodes() {
     let both = balancer(vec![terminating(P1, true), terminating(P3, true)]);
     let local = then(&both, |service| {
         service.external_local = true;

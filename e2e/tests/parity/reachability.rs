@@ -1,4 +1,4 @@
-//! Services are reached, or not, in the way that kube-proxy has it.
+//! Reachability of Services, compared with kube-proxy.
 
 use switchtower_e2e::parity::case::{Families, Protocol, ServiceType, Step};
 use switchtower_e2e::parity::{Kind, ORIGINS, Origin};
@@ -6,7 +6,7 @@ use switchtower_e2e::parity::{Kind, ORIGINS, Origin};
 use crate::support::{P1, P3, P5, REFUSED, SILENCE, agree, agreed, balancer, cluster_ip, port, ready, then};
 
 #[test]
-fn a_pod_reaches_a_cluster_ip_over_tcp_and_udp_and_other_protocols_are_refused() {
+fn cluster_ip_serves_tcp_and_udp_and_refuses_other_protocols() {
     let mut service = cluster_ip(vec![ready(P1), ready(P3)]);
     service.ports = vec![port(Protocol::TCP, 80, 8080), port(Protocol::UDP, 81, 8081)];
     let state = agreed(service);
@@ -31,7 +31,7 @@ fn a_free_address_of_the_service_range_is_silent() {
 }
 
 #[test]
-fn without_endpoints_everybody_is_refused_everywhere() {
+fn without_endpoints_every_origin_is_refused() {
     let state = agreed(balancer(Vec::new()));
     for origin in ORIGINS {
         for kind in [Kind::ClusterIP, Kind::ExternalIP, Kind::LoadBalancer, Kind::NodePort] {
@@ -66,7 +66,7 @@ fn ports_come_and_go_and_share_a_number_between_protocols() {
 }
 
 #[test]
-fn labels_for_other_proxies_and_for_headless_services_take_one_down_and_bring_it_back() {
+fn proxy_name_and_headless_labels_remove_and_restore() {
     let service = balancer(vec![ready(P1), ready(P3)]);
     let labelled = |key: &str, value: &str| {
         then(&service, |service| service.labels = vec![(key.to_owned(), value.to_owned())])
@@ -81,7 +81,7 @@ fn labels_for_other_proxies_and_for_headless_services_take_one_down_and_bring_it
     for up in [0, 2, 4] {
         assert_eq!(states[up].pods(Origin::Client, Kind::NodePort), ["p1", "p3"]);
     }
-    // The first takes the Service away, the second its endpoints.
+    // The first step removes the Service, the second its endpoints.
     states[1].all(Origin::LocalPod, Kind::ClusterIP, SILENCE);
     states[3].all(Origin::LocalPod, Kind::ClusterIP, REFUSED);
     for down in [1, 3] {
@@ -123,7 +123,7 @@ fn a_cluster_ip_keeps_the_address_of_a_pod_across_nodes() {
 }
 
 #[test]
-fn a_single_stack_service_has_one_family_and_a_dual_stack_one_both() {
+fn single_stack_has_one_family_and_dual_stack_both() {
     let single = |families| {
         let mut service = balancer(vec![ready(P1), ready(P5)]);
         service.families = families;

@@ -1,4 +1,4 @@
-//! Settings: kube-proxy by its configuration file, Switchtower by a ProxyProfile.
+//! Settings: kube-proxy's by its configuration file, Switchtower's by a ProxyProfile.
 
 use switchtower_e2e::parity::case::{Service, Step};
 use switchtower_e2e::parity::settings::{Detection, Settings};
@@ -17,7 +17,7 @@ fn detecting(detection: Detection) -> Settings {
     Settings { detection, ..Settings::default() }
 }
 
-/// A Service with endpoints on other nodes, then the same with policy Local and an endpoint on the node.
+/// A Service with endpoints on other nodes, then with policy Local and an endpoint on the node.
 fn elsewhere_then_local() -> (Service, Vec<Step>) {
     let service = balancer(vec![ready(P3), ready(P5)]);
     let local = then(&service, |service| {
@@ -28,7 +28,7 @@ fn elsewhere_then_local() -> (Service, Vec<Step>) {
 }
 
 #[test]
-fn masquerade_all_hides_every_client_of_a_cluster_ip_and_nothing_else_changes() {
+fn masquerade_all_affects_cluster_ips_only() {
     let settings = Settings { masquerade_all: true, ..Settings::default() };
     let (service, steps) = elsewhere_then_local();
     let states = with(settings, service, steps);
@@ -42,7 +42,7 @@ fn masquerade_all_hides_every_client_of_a_cluster_ip_and_nothing_else_changes() 
 }
 
 #[test]
-fn without_local_detection_no_cluster_ip_is_masqueraded_and_no_pod_comes_in_by_a_short_cut() {
+fn no_local_detection_disables_masquerading_and_short_cut() {
     let (service, mut steps) = elsewhere_then_local();
     steps.push(then(&service, |service| service.external_local = true));
     let states = with(detecting(Detection::None), service, steps);
@@ -58,7 +58,7 @@ fn without_local_detection_no_cluster_ip_is_masqueraded_and_no_pod_comes_in_by_a
 }
 
 #[test]
-fn by_the_networks_of_the_cluster_a_pod_of_another_node_is_a_local_one() {
+fn cluster_cidr_detection_includes_pods_of_other_nodes() {
     let (service, steps) = elsewhere_then_local();
     let states = with(detecting(Detection::ClusterCidr), service, steps);
     for (origin, kept) in [(Origin::LocalPod, true), (Origin::RemotePod, true), (Origin::Client, false)] {
@@ -71,7 +71,7 @@ fn by_the_networks_of_the_cluster_a_pod_of_another_node_is_a_local_one() {
 }
 
 #[test]
-fn by_one_interface_only_the_pod_behind_it_is_local() {
+fn interface_detection_includes_only_pod_behind_it() {
     let (service, steps) = elsewhere_then_local();
     let states = with(detecting(Detection::BridgeInterface("pod3".to_owned())), service, steps);
     let kept = [(Origin::LocalPod, true), (Origin::EndpointPod, false), (Origin::RemotePod, false)];
@@ -85,7 +85,7 @@ fn by_one_interface_only_the_pod_behind_it_is_local() {
 }
 
 #[test]
-fn by_the_beginning_of_interface_names_all_pods_of_the_node_are_local() {
+fn interface_prefix_detection_includes_all_pods_of_node() {
     let (service, steps) = elsewhere_then_local();
     let states = with(detecting(Detection::InterfaceNamePrefix("pod".to_owned())), service, steps);
     let kept = [(Origin::LocalPod, true), (Origin::EndpointPod, true), (Origin::RemotePod, false)];
@@ -125,7 +125,7 @@ fn node_ports_on_one_network_are_served_on_its_addresses_only() {
 }
 
 #[test]
-fn node_ports_on_networks_of_one_family_are_served_on_all_addresses_of_the_other() {
+fn node_ports_on_networks_of_one_family_leave_the_other_open() {
     let state = node_ports(&["10.77.0.0/24"]);
     assert_eq!(state.pods(Origin::Client, Kind::SecondaryNodePort), ["p1", "p3"]);
     for kind in [Kind::NodePort, Kind::GatewayNodePort] {

@@ -1,4 +1,4 @@
-//! Words of the scenarios: Services and endpoints in a line, and what came back.
+//! Helpers of the scenarios: concise Services and endpoints, and assertions on answers.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -7,14 +7,14 @@ use switchtower_e2e::parity::case::{Case, Endpoint, Families, Port, Protocol, Se
 use switchtower_e2e::parity::settings::Settings;
 use switchtower_e2e::parity::{Agreed, Kind, Origin, Probe, Verdict, World, explain, run};
 
-/// Pods by their place: two on the node under test (zone a), two on a node of the same zone, two in zone b.
+/// Pods by location: two on the node under test (zone a), two on a node of the same zone, two in zone b.
 pub(crate) const P1: usize = 0;
 pub(crate) const P2: usize = 1;
 pub(crate) const P3: usize = 2;
 pub(crate) const P4: usize = 3;
 pub(crate) const P5: usize = 4;
 
-/// The two laboratories; started by the test that comes first.
+/// The two laboratories, started on first use.
 pub(crate) fn world() -> MutexGuard<'static, World> {
     static WORLD: OnceLock<Mutex<World>> = OnceLock::new();
     let start = || Mutex::new(World::start().unwrap_or_else(|error| panic!("{error:#}")));
@@ -25,7 +25,7 @@ pub(crate) fn world() -> MutexGuard<'static, World> {
 pub(crate) struct State(Vec<Agreed>);
 
 impl State {
-    /// One of the probes from an origin to a kind of address.
+    /// A probe from an origin to a kind of address.
     pub(crate) fn probe(&self, origin: Origin, kind: Kind) -> Probe {
         let wanted = |agreed: &&Agreed| agreed.probe.origin == origin && agreed.probe.kind == kind;
         self.0.iter().find(wanted).unwrap().probe.clone()
@@ -39,7 +39,7 @@ impl State {
         found.into_iter().flat_map(|agreed| agreed.answers.iter().cloned()).collect()
     }
 
-    /// The pods that answered; everything was answered.
+    /// The pods that answered; every probe must have been answered.
     pub(crate) fn pods(&self, origin: Origin, kind: Kind) -> Vec<String> {
         let pods: BTreeSet<String> = self
             .answers(origin, kind)
@@ -49,7 +49,7 @@ impl State {
         pods.into_iter().collect()
     }
 
-    /// Asserts that everything from an origin to a kind of address met the same.
+    /// Asserts that all probes from an origin to a kind of address had the same outcome.
     #[track_caller]
     pub(crate) fn all(&self, origin: Origin, kind: Kind, wanted: &str) {
         assert_eq!(self.answers(origin, kind), BTreeSet::from([wanted.to_owned()]), "{origin:?} to {kind:?}");
@@ -68,13 +68,13 @@ impl State {
 pub(crate) const REFUSED: &str = "refused";
 pub(crate) const SILENCE: &str = "no answer";
 
-/// Runs the Services and the changes; every state must agree with kube-proxy.
+/// Applies the Services and the changes; every state must agree with kube-proxy.
 #[track_caller]
 pub(crate) fn agree(services: Vec<Service>, steps: Vec<Step>) -> Vec<State> {
     agree_in(&mut world(), services, steps)
 }
 
-/// The same in the world of a test that goes on with it.
+/// The same in a world that the test continues to use.
 #[track_caller]
 pub(crate) fn agree_in(world: &mut World, services: Vec<Service>, steps: Vec<Step>) -> Vec<State> {
     agree_with(world, Settings::default(), services, steps)
@@ -96,7 +96,7 @@ pub(crate) fn agree_with(
     }
 }
 
-/// One state.
+/// Applies one Service and returns its state.
 #[track_caller]
 pub(crate) fn agreed(service: Service) -> State {
     agree(vec![service], Vec::new()).pop().unwrap()
@@ -122,7 +122,7 @@ pub(crate) fn cluster_ip(endpoints: Vec<Endpoint>) -> Service {
     }
 }
 
-/// The same with every kind of address.
+/// The same Service with every kind of address.
 pub(crate) fn balancer(endpoints: Vec<Endpoint>) -> Service {
     let ips = |texts: [&str; 2]| texts.map(|text| text.parse().unwrap()).to_vec();
     let mut service = Service {
@@ -156,22 +156,22 @@ pub(crate) fn ready(pod: usize) -> Endpoint {
     }
 }
 
-/// An endpoint that is not ready and does not terminate.
+/// An endpoint that is neither ready nor terminating.
 pub(crate) fn unready(pod: usize) -> Endpoint {
     Endpoint { ready: false, serving: false, ..ready(pod) }
 }
 
-/// An endpoint that terminates, and still serves or not.
+/// A terminating endpoint, optionally still serving.
 pub(crate) fn terminating(pod: usize, serving: bool) -> Endpoint {
     Endpoint { ready: false, serving, terminating: true, ..ready(pod) }
 }
 
-/// The same endpoint with zone hints.
+/// The endpoint with zone hints.
 pub(crate) fn zones(endpoint: Endpoint, zones: &[&str]) -> Endpoint {
     Endpoint { zones: zones.iter().map(|&zone| zone.to_owned()).collect(), ..endpoint }
 }
 
-/// The same endpoint with node hints.
+/// The endpoint with node hints.
 pub(crate) fn nodes(endpoint: Endpoint, nodes: &[&str]) -> Endpoint {
     Endpoint { nodes: nodes.iter().map(|&node| node.to_owned()).collect(), ..endpoint }
 }

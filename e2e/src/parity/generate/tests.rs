@@ -4,7 +4,7 @@ use super::super::case::PODS;
 use super::*;
 
 #[test]
-fn the_same_seed_gives_the_same_case() {
+fn same_seed_gives_same_case() {
     assert_eq!(case(7, 3), case(7, 3));
     assert_ne!(case(7, 3), case(7, 4));
     assert_ne!(case(7, 3), case(8, 3));
