@@ -1,4 +1,4 @@
-//! The command line. Every flag has an environment twin.
+//! Command line. Every flag of the agent has an environment variable.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,22 +6,22 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Holds this node's view of all Services and commits it to nftables.
+/// Programs Services on this node: receives its view from a controller and commits it to nftables.
 ///
-/// Exit codes: 0 after SIGTERM, 1 if the agent could not start, 2 for a wrong command line.
+/// Exit codes: 0 after SIGTERM, 1 if the agent cannot start, 2 for an invalid command line.
 #[derive(Debug, Parser)]
 #[command(name = "switchtower-node-agent", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// What to do instead of running the agent.
+    /// Command to run instead of the agent.
     #[command(subcommand)]
     pub command: Option<Action>,
-    /// The agent's settings.
+    /// Settings of the agent.
     #[command(flatten)]
     pub agent: AgentArgs,
-    /// Format of the log.
+    /// Log format.
     #[arg(long, global = true, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Level or filter of the log, for example `info` or `switchtower_node_agent=debug`.
+    /// Log level or filter, for example `info` or `switchtower_node_agent=debug`.
     #[arg(long, global = true, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
 }
@@ -29,31 +29,32 @@ pub struct Cli {
 /// Settings of the agent.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// The Node's name; must be the one in the token.
+    /// Name of the Node; must match the token.
     #[arg(long, env = "SWITCHTOWER_NODE_NAME")]
     pub node_name: Option<String>,
-    /// Another name for the Node than --node-name, as kube-proxy has it.
+    /// Name of the Node if it differs from --node-name, as in kube-proxy.
     #[arg(long, env = "SWITCHTOWER_HOSTNAME_OVERRIDE")]
     pub hostname_override: Option<String>,
-    /// Controllers, https://HOST:PORT, several separated by commas.
+    /// Comma-separated controllers as https://HOST:PORT.
     #[arg(long, env = "SWITCHTOWER_CONTROLLER", value_delimiter = ',')]
     pub controller: Vec<String>,
-    /// Token file; read anew for every connection.
+    /// Token file; read again for every connection.
     #[arg(long, env = "SWITCHTOWER_TOKEN_FILE", default_value = "/var/run/secrets/tokens/switchtower")]
     pub token_file: PathBuf,
-    /// The controller's CA (PEM; one, or two during rotation). Default: ca.crt in --bootstrap-dir.
+    /// CA of the controller (PEM; one certificate, or two during a rotation). Default: ca.crt in --bootstrap-dir.
     #[arg(long, env = "SWITCHTOWER_CA_FILE")]
     pub ca_file: Option<PathBuf>,
-    /// Directory with `ca.crt` and `controllers` (host:port per line), as the ConfigMap switchtower-bootstrap.
+    /// Directory with `ca.crt` and `controllers` (one host:port per line): the ConfigMap switchtower-bootstrap.
     #[arg(long, env = "SWITCHTOWER_BOOTSTRAP_DIR")]
     pub bootstrap_dir: Option<PathBuf>,
-    /// Where the view and the controllers' addresses are kept across restarts.
+    /// Directory that keeps the view and the addresses of controllers across restarts.
     #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
     pub state_dir: PathBuf,
-    /// Hours after which a view on disk that no agent has had in force is not programmed any more; 0: never.
+    /// Maximum age in hours of a view on disk that is programmed at start, counted from the last time an agent held it;
+    /// 0: no limit.
     #[arg(long, env = "SWITCHTOWER_SNAPSHOT_MAX_AGE_HOURS", default_value_t = 24)]
     pub snapshot_max_age_hours: u32,
-    /// Addresses of /metrics and /proxyMode, several separated by commas; IPv6 with or without brackets.
+    /// Comma-separated addresses of /metrics and /proxyMode; IPv6 with or without brackets.
     #[arg(
         long,
         env = "SWITCHTOWER_METRICS_BIND_ADDRESS",
@@ -62,7 +63,7 @@ pub struct AgentArgs {
         default_value = "127.0.0.1:10249"
     )]
     pub metrics_bind_address: Vec<SocketAddr>,
-    /// Address of /healthz and /livez; `[::]` is both families, and IPv4 alone where there is no IPv6.
+    /// Address of /healthz and /livez; `[::]` listens on both families, or on IPv4 only on a node without IPv6.
     #[arg(
         long,
         env = "SWITCHTOWER_HEALTHZ_BIND_ADDRESS",
@@ -73,7 +74,7 @@ pub struct AgentArgs {
 }
 
 impl AgentArgs {
-    /// The age from which on a view on disk is not programmed; `None`: there is no limit.
+    /// Maximum age of a view on disk that is programmed at start; `None`: no limit.
     #[must_use]
     pub fn snapshot_limit(&self) -> Option<Duration> {
         let hours = u64::from(self.snapshot_max_age_hours);
@@ -81,8 +82,8 @@ impl AgentArgs {
     }
 }
 
-/// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest that is the same on all nodes cannot know the family. What
-/// stands behind the last colon is the port.
+/// Parses `ADDRESS:PORT`; the port follows the last colon. IPv6 needs no brackets, because a manifest that is the same
+/// on all nodes cannot know the family.
 fn address_and_port(text: &str) -> Result<SocketAddr, String> {
     let without_brackets = || {
         let (address, port) = text.rsplit_once(':')?;
@@ -90,47 +91,47 @@ fn address_and_port(text: &str) -> Result<SocketAddr, String> {
     };
     let parsed = text.parse().ok().or_else(without_brackets);
     parsed.ok_or_else(|| {
-        "an IP address and a port are expected, as 192.0.2.1:10249 or [2001:db8::1]:10249".to_owned()
+        "expected an IP address and a port, for example 192.0.2.1:10249 or [2001:db8::1]:10249".to_owned()
     })
 }
 
-/// Other things that the binary does.
+/// Commands other than the agent itself.
 #[derive(Debug, Subcommand)]
 pub enum Action {
-    /// Deletes the agent's nftables tables of this network namespace and its state files; without the tables Services do
-    /// not work on this node. Fails while an agent is running.
+    /// Delete the agent's nftables tables in this network namespace, and its state files. Services stop working on this
+    /// node. Fails while an agent is running.
     Cleanup {
-        /// Where the agent kept its files.
+        /// State directory of the agent.
         #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
         state_dir: PathBuf,
-        /// Wait for SIGTERM afterwards: a DaemonSet's containers must not end.
+        /// Wait for SIGTERM afterwards: containers of a DaemonSet must not exit.
         #[arg(long)]
         stay: bool,
-        /// Only say what would be removed.
+        /// Only print what would be removed.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Sets the kernel's connection tracking as kube-proxy does; for a privileged init container.
+    /// Set the kernel's connection tracking as kube-proxy does; for a privileged init container.
     Sysctl {
-        /// nf_conntrack_max per core; 0 leaves it alone.
+        /// nf_conntrack_max per core; 0 keeps the current value.
         #[arg(long, env = "SWITCHTOWER_CONNTRACK_MAX_PER_CORE", default_value_t = 32_768)]
         max_per_core: u32,
-        /// Least nf_conntrack_max.
+        /// Minimum of nf_conntrack_max.
         #[arg(long, env = "SWITCHTOWER_CONNTRACK_MIN", default_value_t = 131_072)]
         min: u32,
-        /// Seconds an established TCP flow may be idle; 0 leaves it alone.
+        /// Timeout of an idle established TCP flow in seconds; 0 keeps the current value.
         #[arg(long, env = "SWITCHTOWER_CONNTRACK_TCP_TIMEOUT_ESTABLISHED", default_value_t = 86_400)]
         tcp_timeout_established: u64,
-        /// Seconds a TCP flow stays in CLOSE_WAIT; 0 leaves it alone.
+        /// Timeout of a TCP flow in CLOSE_WAIT in seconds; 0 keeps the current value.
         #[arg(long, env = "SWITCHTOWER_CONNTRACK_TCP_TIMEOUT_CLOSE_WAIT", default_value_t = 3_600)]
         tcp_timeout_close_wait: u64,
     },
 }
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable lines.
     Text,
     /// One JSON object per line.
     Json,
@@ -141,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_both_families_may_come_without_brackets() {
+    fn addresses_parse_without_brackets() {
         for (text, address) in [
             ("192.0.2.1:10249", "192.0.2.1:10249"),
             ("[fd00::1]:10249", "[fd00::1]:10249"),
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_parses() {
+    fn command_line_parses() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
         let cli = Cli::parse_from(["agent", "--node-name", "n", "--controller", "https://a:1,https://b:2"]);

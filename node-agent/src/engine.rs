@@ -22,7 +22,7 @@ mod trial;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
-use switchtower_proto::v1::{HealthCheckFailure, Nack, NackReason};
+use switchtower_proto::v1::{Nack, NackReason};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::controller::backoff::full_jitter;
@@ -41,6 +41,7 @@ use crate::traces::{Applying, Traces};
 
 pub use drift::DriftCause;
 pub use messages::{AgentStatus, Command, Event};
+use report::Conditions;
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 
 /// Hold after a resumed stream. A controller that resumes a view sends missing changes immediately; without an update
@@ -114,15 +115,6 @@ pub struct Engine {
     conditions: Conditions,
     /// Health checks changed since the last commit.
     health_checks_changed: bool,
-}
-
-/// Findings that no generation covers; every report carries them.
-#[derive(Debug, Default)]
-struct Conditions {
-    /// Rules of kube-proxy exist alongside ours.
-    foreign_proxy: bool,
-    /// healthCheckNodePorts that cannot be bound.
-    health_check_failures: Vec<HealthCheckFailure>,
 }
 
 impl Engine {

@@ -1,11 +1,11 @@
-//! What the node answers when it is asked for its health, with kube-proxy's semantics.
+//! Health of the node, with kube-proxy's semantics.
 //!
 //! `/healthz` (200 if the data plane keeps up and the node is eligible) and `/livez` (without eligibility) are
 //! for load balancers and the kubelet; neither depends on the controller. The node is unhealthy only while
-//! its oldest change that is not committed is older than twice the sync period, or the engine has been at work on one
-//! command, and so has taken no other, for as long.
+//! its oldest uncommitted change is older than twice the sync period, or the engine has been executing one command for
+//! that long.
 //!
-//! healthCheckNodePort answers follow the commit: what is published here is what the kernel holds.
+//! healthCheckNodePort answers follow the commit: published targets match the kernel.
 
 mod bounded;
 mod node_ports;
@@ -22,10 +22,10 @@ use tokio::sync::watch;
 
 use crate::state::State;
 
-pub use node_ports::serve_node_ports;
+pub use node_ports::{BindFailures, serve_node_ports};
 pub use server::{health_router, metrics_router, serve};
 
-/// kube-proxy's default syncPeriod, twice.
+/// Age of a change that makes the node unhealthy: twice kube-proxy's default syncPeriod.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
 /// One healthCheckNodePort.
@@ -39,14 +39,14 @@ pub struct Check {
     pub ready_ipv6: u32,
 }
 
-/// healthCheckNodePorts to serve, and where.
+/// healthCheckNodePorts with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HealthTargets {
-    /// (namespace, name) of the Service → its port and numbers of local endpoints.
+    /// Port and local endpoints by (namespace, name) of the Service.
     pub checks: BTreeMap<(String, String), Check>,
-    /// Addresses to listen on; unspecified ones mean all.
+    /// Addresses to listen on; an unspecified one covers its family.
     pub bind: Vec<IpAddr>,
-    /// The Node is known and neither being deleted nor about to be.
+    /// The Node is known, and neither deleted nor about to be.
     pub eligible: bool,
 }
 
@@ -67,7 +67,7 @@ impl HealthTargets {
     }
 }
 
-/// All addresses if nodePortAddresses match all, the node's primary ones if there are none, else the host's
+/// Returns all addresses if nodePortAddresses match all, the node's primary ones if there are none, else the host's
 /// addresses inside them.
 fn bind_addresses(state: &State, host_addresses: &[IpAddr]) -> Vec<IpAddr> {
     let cidrs = state.settings().map(|settings| settings.node_port_addresses.as_slice()).unwrap_or_default();
@@ -93,7 +93,7 @@ fn bind_addresses(state: &State, host_addresses: &[IpAddr]) -> Vec<IpAddr> {
     addresses
 }
 
-/// Whether an IPv6 socket takes IPv6 alone, or IPv4 too.
+/// Restricts an IPv6 socket to IPv6, or lets it accept IPv4 as well.
 fn only_ipv6(socket: &TcpSocket, only: bool) -> std::io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let value = libc::c_int::from(only);
@@ -133,9 +133,9 @@ fn contains(cidr: &Cidr, address: IpAddr) -> bool {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Since when the oldest change waits.
+    /// Arrival of the oldest uncommitted change.
     queued: Option<Instant>,
-    /// Since when the engine has been at work on one command.
+    /// Start of the command that the engine is executing.
     busy: Option<Instant>,
     /// The kernel holds a view that the agent knows.
     holds_view: bool,
@@ -144,7 +144,7 @@ struct Shared {
     applied: Option<SystemTime>,
 }
 
-/// The answers, shared by the engine that sets them and the servers that give them.
+/// Health, shared by the engine that sets it and the servers that report it.
 #[derive(Clone)]
 pub struct Health {
     shared: Arc<Mutex<Shared>>,
@@ -175,42 +175,41 @@ impl Health {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A change waits to be committed.
+    /// Notes an uncommitted change.
     pub fn queued(&self) {
         self.lock().queued.get_or_insert_with(Instant::now);
     }
 
-    /// Nothing waits any more.
+    /// Notes that everything is committed.
     pub fn applied(&self) {
         let mut shared = self.lock();
         (shared.queued, shared.applied, shared.holds_view) = (None, Some(SystemTime::now()), true);
     }
 
-    /// The kernel holds a newer generation than the agent's view, and forwards by it.
+    /// Notes that the kernel forwards by a newer generation than the agent's view.
     pub fn held(&self) {
         self.lock().holds_view = true;
     }
 
-    /// Whether this agent can replace another one: the kernel holds a view, and what the agent was given to find a
-    /// controller with is `usable`. Stays true once it was: a controller that goes away, or files that do, take no
-    /// node out of service.
+    /// Returns whether this agent can replace another one: the kernel holds a view, and the agent's bootstrap files are
+    /// `usable`. It stays true: a controller or files that disappear later take no node out of service.
     pub fn ready(&self, usable: bool) -> bool {
         let mut shared = self.lock();
         shared.ready |= shared.holds_view && usable;
         shared.ready
     }
 
-    /// The engine begins to work on a command.
+    /// Notes that the engine starts a command.
     pub fn busy(&self) {
         self.lock().busy = Some(Instant::now());
     }
 
-    /// The engine waits for the next command.
+    /// Notes that the engine is idle.
     pub fn idle(&self) {
         self.lock().busy = None;
     }
 
-    /// What the kernel holds now; nobody is woken if it is what was published before.
+    /// Publishes the targets in the kernel; wakes subscribers only if they changed.
     pub fn publish(&self, targets: HealthTargets) {
         self.targets.send_if_modified(|current| {
             let changed = *current != targets;
@@ -219,12 +218,12 @@ impl Health {
         });
     }
 
-    /// Follows what is published.
+    /// Subscribes to the published targets.
     pub fn subscribe(&self) -> watch::Receiver<HealthTargets> {
         self.targets.subscribe()
     }
 
-    /// The state now.
+    /// Returns the current reading.
     pub fn read(&self) -> Reading {
         self.read_at(Instant::now())
     }

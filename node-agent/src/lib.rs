@@ -1,7 +1,7 @@
-//! The node agent: session → state (pure) → nft.
+//! The node agent: controller session → state (pure) → kernel.
 //!
-//! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges only what
-//! the kernel holds. It never links the Kubernetes client and needs no Kubernetes API.
+//! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges a generation once
+//! the kernel holds it. It links no Kubernetes client and needs no Kubernetes API.
 
 pub mod cleanup;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The agent's own log: to standard error, with a level that settings may change while it runs.
+//! Log to standard error; settings may change its level at run time.
 
 use anyhow::Context as _;
 use switchtower_telemetry::spans::{self, BoxedLayer};
@@ -7,7 +7,7 @@ use tracing_subscriber::{EnvFilter, Layer as _, fmt, reload};
 
 use crate::cli::LogFormat;
 
-/// Changes what is logged.
+/// Handle for the level of the log.
 pub struct LogLevel {
     default: String,
     current: String,
@@ -15,12 +15,12 @@ pub struct LogLevel {
 }
 
 impl LogLevel {
-    /// A level that is changed by `set`; `default` is the command line's filter.
+    /// Creates a handle that changes the level by `set`; `default` is the filter of the command line.
     pub fn new(default: &str, set: impl Fn(EnvFilter) -> Result<(), reload::Error> + Send + 'static) -> Self {
         LogLevel { default: default.to_owned(), current: default.to_owned(), set: Box::new(set) }
     }
 
-    /// Logs at `level` from now on; empty: as the command line says. Returns whether that is a change.
+    /// Applies `level`; empty selects the filter of the command line. Returns whether the level changed.
     pub fn apply(&mut self, level: &str) -> bool {
         let wanted = if level.is_empty() { &self.default } else { level };
         if self.current == wanted {
@@ -29,27 +29,26 @@ impl LogLevel {
         let filter = match EnvFilter::try_new(wanted) {
             Ok(filter) => filter,
             Err(error) => {
-                tracing::warn!(level = wanted, %error, "the log level is unknown and stays as it is");
+                tracing::warn!(level = wanted, %error, "unknown log level; keeping the current one");
                 return false;
             }
         };
         if let Err(error) = (self.set)(filter) {
-            tracing::warn!(level = wanted, %error, "the log level cannot be changed");
+            tracing::warn!(level = wanted, %error, "cannot change the log level");
             return false;
         }
-        tracing::info!(level = wanted, "the log level was changed");
+        tracing::info!(level = wanted, "log level changed");
         self.current = wanted.to_owned();
         true
     }
 }
 
-/// Logs to standard error from now on; `exported` is the layer that exports spans.
+/// Starts the log to standard error; `exported` is the layer that exports spans.
 ///
 /// # Errors
-/// `filter` is none, or something logs already.
+/// `filter` is invalid, or a log exists already.
 pub fn to_stderr(filter: &str, format: LogFormat, exported: Option<BoxedLayer>) -> anyhow::Result<LogLevel> {
-    let parsed =
-        EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?} is not a filter"))?;
+    let parsed = EnvFilter::try_new(filter).with_context(|| format!("invalid --log-level {filter:?}"))?;
     let (level, handle) = reload::Layer::new(parsed);
     let wanted = spans::in_log(level);
     let lines = fmt::layer().with_writer(std::io::stderr);
@@ -71,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_level_follows_and_returns_to_the_command_lines() {
+    fn empty_level_restores_the_command_line() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = seen.clone();
         let mut level = LogLevel::new("info", move |filter| {

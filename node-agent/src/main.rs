@@ -1,4 +1,4 @@
-//! The node agent's binary; everything is in the library.
+//! Binary of the node agent; the code is in the library.
 
 use clap::Parser as _;
 
@@ -7,7 +7,7 @@ fn main() -> std::process::ExitCode {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             use std::io::Write as _;
-            // Where standard error is closed there is nobody to tell.
+            // A closed standard error leaves no way to report.
             let _ = writeln!(std::io::stderr(), "switchtower-node-agent: {error:#}");
             std::process::ExitCode::FAILURE
         }

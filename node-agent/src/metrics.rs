@@ -42,10 +42,10 @@ pub struct Metrics {
     pub(crate) health_check_bind_failures: IntCounter,
 }
 
-/// Registers the gauge that names the node which this agent's series belong to.
+/// Registers the gauge that identifies the node of this agent's series.
 ///
 /// # Errors
-/// The name is registered already.
+/// The name is already registered.
 pub fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
     let info = GaugeVec::new(
         Opts::new("switchtower_agent_info", "Always 1: the node and the version of the agent."),
@@ -64,7 +64,7 @@ impl Metrics {
         let family = &["ip_family"];
         let sync = HistogramOpts::new(
             "kubeproxy_sync_proxy_rules_duration_seconds",
-            "Time of one sync of the rules.",
+            "Duration of one sync of the rules.",
         )
         .buckets(exponential_buckets(0.001, 2.0, 15)?);
         let apply =
@@ -72,7 +72,7 @@ impl Metrics {
                 .buckets(exponential_buckets(0.000_05, 2.0, 18)?);
         let conntrack = HistogramOpts::new(
             "kubeproxy_conntrack_reconciler_sync_duration_seconds",
-            "Time of one pass of the conntrack reconciler.",
+            "Duration of one pass of the conntrack reconciler.",
         )
         .buckets(exponential_buckets(0.001, 2.0, 15)?);
         let metrics = Metrics {
@@ -80,11 +80,11 @@ impl Metrics {
             sync_duration: HistogramVec::new(sync, family)?,
             last_timestamp: gauges(
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
-                "Last successful sync.",
+                "Time of the last successful sync.",
             )?,
             last_queued: gauges(
                 "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
-                "Last queued sync.",
+                "Time of the last queued sync.",
             )?,
             sync_failures: IntCounter::new(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
@@ -95,10 +95,14 @@ impl Metrics {
                 "kubeproxy_conntrack_reconciler_deleted_entries_total",
                 "Conntrack entries that the reconciler deleted.",
             )?,
-            healthz: counters("kubeproxy_proxy_healthz_total", "Answers of /healthz.", "code")?,
-            livez: counters("kubeproxy_proxy_livez_total", "Answers of /livez.", "code")?,
+            healthz: counters("kubeproxy_proxy_healthz_total", "Responses of /healthz.", "code")?,
+            livez: counters("kubeproxy_proxy_livez_total", "Responses of /livez.", "code")?,
             apply: HistogramVec::new(apply, &["mode"])?,
-            apply_errors: counters("switchtower_apply_errors_total", "Commits that failed whole.", "errno")?,
+            apply_errors: counters(
+                "switchtower_apply_errors_total",
+                "Failed commits, by error number.",
+                "errno",
+            )?,
             drift: counters(
                 "switchtower_drift_total",
                 "Foreign changes of our tables that were repaired.",
@@ -106,33 +110,30 @@ impl Metrics {
             )?,
             drift_watched: IntGauge::new(
                 "switchtower_drift_watched",
-                "1 while foreign changes of our tables are noticed.",
+                "1 while the agent monitors its tables for foreign changes.",
             )?,
-            generation: IntGauge::new(
-                "switchtower_kernel_generation",
-                "The generation that the kernel holds.",
-            )?,
+            generation: IntGauge::new("switchtower_kernel_generation", "Generation in the kernel.")?,
             connected: IntGauge::new(
                 "switchtower_controller_connected",
                 "1 while a controller serves this node.",
             )?,
             snapshot_written: Gauge::new(
                 "switchtower_snapshot_timestamp_seconds",
-                "When the snapshot file was last written.",
+                "Time of the last write of the snapshot file.",
             )?,
             refused: IntGauge::new(
                 "switchtower_refused_items",
-                "Items of the view that are not in the kernel.",
+                "Items of the view that the kernel refused.",
             )?,
             services: IntGauge::new("switchtower_services", "Services in the view.")?,
             endpoints: IntGauge::new("switchtower_endpoints", "Endpoints in the view.")?,
             sysctl_failures: IntGauge::new(
                 "switchtower_sysctl_failures",
-                "Kernel settings that could not be set.",
+                "Kernel settings that could not be applied.",
             )?,
             health_check_bind_failures: IntCounter::new(
                 "switchtower_health_check_bind_failures_total",
-                "Attempts to listen on a healthCheckNodePort that failed.",
+                "Failed attempts to listen on a healthCheckNodePort.",
             )?,
         };
         metrics.register_all(registry)?;

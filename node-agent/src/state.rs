@@ -1,9 +1,12 @@
-//! The node's view: the layers exactly as received, and what follows for the kernel. Pure: no clock, no IO.
+//! The node's view: the layers exactly as received, and the resulting changes of the kernel. Pure: no clock, no IO.
 //!
-//! An update is staged while its parts arrive and changes nothing. [`State::end`] checks the digest, folds
-//! the stage into the layers, and returns the difference of the merged views before and after; that
-//! difference costs what changed. A refused update leaves no trace. What the controller sent (desired) is
-//! kept exactly; where the kernel deviates from it is the commit's result, or a trial of settings.
+//! An update is staged while its parts arrive and has no effect. [`State::end`] checks the digest, folds the stage into
+//! the layers, and returns the difference of the merged views, at a cost proportional to the changes.
+//!
+//! Invariants:
+//! * A refused update has no effect.
+//! * The layers are exactly as the controller sent them; only refused items and trials of settings make the kernel
+//!   deviate.
 
 mod evidence;
 mod layer;
@@ -35,7 +38,7 @@ use trial::Trials;
 pub use trial::{Moved, TrialRecord};
 use update::Staging;
 
-/// Limits of what an agent accepts; beyond them an update is refused whole, never truncated.
+/// Limits of an update; the agent refuses a larger one as a whole and never truncates it.
 pub mod limits {
     /// Payload of one part in bytes.
     pub const PART: usize = 1 << 20;
@@ -51,13 +54,13 @@ pub mod limits {
     pub const CHANGES: usize = 8_000_000;
 }
 
-/// Why an update is refused. Nothing of it was applied.
+/// Refusal of an update, which had no effect.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("update refused ({reason:?}): {detail}")]
 pub struct Refusal {
     /// The reason for the NACK.
     pub reason: NackReason,
-    /// What was wrong, for people.
+    /// Description of the fault.
     pub detail: String,
 }
 
@@ -77,12 +80,12 @@ impl From<Malformed> for Refusal {
     }
 }
 
-/// What an update changed.
+/// Effect of an update.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// The difference of the merged views, in the order in which it is to be applied.
+    /// Difference of the merged views, in the order of application.
     pub changes: Vec<KernelChange>,
-    /// What the conntrack reconciler has to look at.
+    /// Work for the conntrack reconciler.
     pub(crate) udp: UdpChanges,
     /// The set of health checks, or a count in it, changed.
     pub health_checks: bool,
@@ -90,7 +93,7 @@ pub struct Applied {
     pub trial: bool,
 }
 
-/// How much the view holds.
+/// Size of the view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
     /// Distinct Services.
@@ -105,7 +108,7 @@ pub struct Counts {
     pub items: usize,
 }
 
-/// Names of the features that this agent knows, for `Update.required_features`.
+/// Features of this agent, for `Update.required_features`.
 pub const FEATURES: &[&str] = &[];
 
 /// The layers as received, the place in the controller's log, and the update that is being received.
@@ -135,7 +138,7 @@ fn position(kind: LayerKind) -> Option<usize> {
 }
 
 impl State {
-    /// An empty view that nothing can be resumed from.
+    /// Creates an empty view, which cannot be resumed.
     pub fn new() -> Self {
         State {
             layers: KINDS.map(Layer::new),
@@ -150,7 +153,7 @@ impl State {
         }
     }
 
-    /// Whether there is a view at all: an update or a snapshot file was applied.
+    /// Returns whether an update or a snapshot file was applied.
     pub fn is_loaded(&self) -> bool {
         self.loaded
     }
@@ -160,17 +163,17 @@ impl State {
         self.generation
     }
 
-    /// The digest of the view: the sum of the layers' digests.
+    /// Returns the digest of the view: the sum of the layers' digests.
     pub fn digest(&self) -> Digest {
         self.layers.iter().fold(Digest::default(), |sum, layer| sum.plus(layer.digest))
     }
 
-    /// Where in the controller's log the view stands.
+    /// Position of the view in the controller's log.
     pub fn resume(&self) -> Option<&Resume> {
         self.resume.as_ref()
     }
 
-    /// What the view was compiled from.
+    /// Source of the view.
     pub fn source(&self) -> Option<&Source> {
         self.source.as_ref()
     }
@@ -180,32 +183,32 @@ impl State {
         self.layer(LayerKind::Node).node.as_deref()
     }
 
-    /// The settings in force, if the view has any: the desired ones, or others while a trial says so.
+    /// Settings in force, if the view has any: the desired ones, or those of a trial.
     pub fn settings(&self) -> Option<&Settings> {
         self.trials.in_force()
     }
 
-    /// Takes what was kept of a trial of settings before a restart.
+    /// Restores the record of a trial from before a restart.
     pub fn remember(&mut self, record: TrialRecord) -> Moved {
         self.trials.remember(record)
     }
 
-    /// When a round of probes is due by itself.
+    /// Time of the next round of probes, if one is scheduled.
     pub fn round_due(&self) -> Option<Instant> {
         self.trials.due()
     }
 
-    /// The results of a round of probes.
+    /// Evaluates a round of probes.
     pub fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> Moved {
         self.trials.measured(number, measured, now)
     }
 
-    /// What is to be kept of the trial of settings across a restart.
+    /// Record of the trial for a restart.
     pub fn trial_record(&self) -> Option<&TrialRecord> {
         self.trials.record()
     }
 
-    /// Where the last trial of settings stands.
+    /// Status of the last trial of settings.
     pub fn trial_status(&self) -> Option<TrialStatus> {
         self.trials.status()
     }
@@ -220,7 +223,7 @@ impl State {
         self.layer(LayerKind::Node).health_checks.values()
     }
 
-    /// How much the view holds. Costs nothing: everything is counted as it changes.
+    /// Size of the view, counted incrementally.
     pub fn counts(&self) -> Counts {
         Counts {
             services: self.ports.services(),
@@ -243,7 +246,7 @@ impl State {
     }
 
     fn layer(&self, kind: LayerKind) -> &Layer {
-        // Every kind but the unspecified one has a place, and that one is refused where it comes in.
+        // Parsing refuses the only kind without a position, the unspecified one.
         &self.layers[position(kind).unwrap_or_default()]
     }
 }

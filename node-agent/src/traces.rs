@@ -1,20 +1,20 @@
-//! The agent's own spans, exported over OTLP where the `OTEL_*` environment asks for it.
+//! Spans of the agent, exported over OTLP if the `OTEL_*` environment configures it.
 //!
-//! Who tells what of a change's trace:
+//! Exporters of a change's spans:
 //!
-//! | span | told by |
+//! | span | exported by |
 //! |---|---|
 //! | `switchtower.change`, `.ingest`, `.compile`, `.distribute`, `.send` | the controller |
 //! | `switchtower.apply` with `.receive`, `.plan`, `.nft.commit` of each attempt | the agent, if it exports; else the controller, from the timings in the acknowledgement |
 //! | `switchtower.conntrack.clean`, after the acknowledgement | the agent |
-//! | `switchtower.repair`, a trace of its own | the agent |
-//! | `switchtower.connect`, `switchtower.snapshot.write`, `switchtower.question`, traces of their own | the agent, as ordinary spans ([`switchtower_telemetry::spans`]) |
+//! | `switchtower.repair`, a separate trace | the agent |
+//! | `switchtower.connect`, `switchtower.snapshot.write`, `switchtower.question`, separate traces | the agent, as ordinary spans ([`switchtower_telemetry::spans`]) |
 //!
-//! An update is told under the first of its changes whose trace is sampled; its `apply` is a child of that change's
-//! root. A view from scratch carries changes of long ago: its `apply` is a trace of its own.
+//! An update is traced under the first of its changes whose trace is sampled; its `apply` is a child of that change's
+//! root. A snapshot carries old changes: its `apply` is a separate trace.
 //!
-//! What holds: ending a span puts it into a bounded queue or drops it; nothing here waits. Without export an update
-//! costs one comparison.
+//! Invariants: ending a span queues it in a bounded queue or drops it, and never blocks. Without export an update costs
+//! one comparison.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -33,7 +33,7 @@ use switchtower_telemetry::spans::{self, BoxedLayer};
 
 use crate::kernel::dataplane::{CommitError, Committed, Repaired};
 
-/// How long the last spans may take when the agent ends.
+/// Timeout of the last export during shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
 const RECEIVE: &str = "switchtower.receive";
@@ -57,10 +57,10 @@ impl Traces {
         Traces { export: None, node: String::new() }
     }
 
-    /// As the environment says. To be called inside the tokio runtime that is to drive the export.
+    /// Configures the export from the environment. Call it inside the tokio runtime that drives the export.
     ///
     /// # Errors
-    /// The environment asks for something that is not possible.
+    /// The environment is invalid.
     pub fn from_environment(node: &str) -> Result<Self, TelemetryError> {
         let Some(exporter) = switchtower_telemetry::exporter()? else { return Ok(Self::none()) };
         let own = vec![KeyValue::new("service.instance.id", node.to_owned())];
@@ -75,19 +75,19 @@ impl Traces {
         Traces { export: Some((provider, tracer)), node: node.to_owned() }
     }
 
-    /// Whether anything is exported.
+    /// Returns whether spans are exported.
     #[must_use]
     pub fn are_exported(&self) -> bool {
         self.export.is_some()
     }
 
-    /// What exports ordinary spans, for the log's subscriber.
+    /// Returns the layer that exports ordinary spans, for the subscriber of the log.
     #[must_use]
     pub fn layer(&self) -> Option<BoxedLayer> {
         self.export.as_ref().map(|(_, tracer)| spans::exported(tracer.clone()))
     }
 
-    /// An update begins. `None` if it is not told.
+    /// Starts the span of an update; `None` if it is not traced.
     pub fn begin(&self, update: &Update) -> Option<Applying> {
         let (_, tracer) = self.export.as_ref()?;
         let of_change = update.from.is_some();
@@ -102,11 +102,11 @@ impl Traces {
             .with_start_time(began)
             .with_attributes(attributes);
         let context = parent.with_span(tracer.build_with_context(builder, &parent));
-        // The environment's sampler may have left it out; then the controller tells it.
+        // A span that the sampler drops is exported by the controller.
         context.span().is_recording().then(|| Applying { tracer: tracer.clone(), context, began, of_change })
     }
 
-    /// Drift was repaired, or could not be.
+    /// Exports a repair of drift, or its failure.
     pub fn repaired(&self, cause: &'static str, started: SystemTime, result: &Result<Repaired, CommitError>) {
         let Some((_, tracer)) = &self.export else { return };
         let mut attributes = vec![KeyValue::new(NODE, self.node.clone()), KeyValue::new(CAUSE, cause)];
@@ -122,16 +122,16 @@ impl Traces {
         child(tracer, &Context::new(), REPAIR, (started, SystemTime::now()), attributes, failed);
     }
 
-    /// Exports what is left, as far as the collector takes it in time. Not from the runtime's own thread.
+    /// Exports queued spans within a timeout. Must not run on the runtime's thread.
     pub fn shut_down(&self) {
         let Some((provider, _)) = &self.export else { return };
         if let Err(error) = provider.shutdown_with_timeout(SHUTDOWN) {
-            tracing::warn!(%error, "the last spans were not exported");
+            tracing::warn!(%error, "cannot export the last spans");
         }
     }
 }
 
-/// The first of an update's changes whose trace is sampled, as a parent.
+/// Returns the first change of an update with a sampled trace, as a parent.
 fn sampled_change(update: &Update) -> Option<Context> {
     let propagator = TraceContextPropagator::new();
     let mut parents = update.changes.iter().map(|change| {
@@ -141,7 +141,7 @@ fn sampled_change(update: &Update) -> Option<Context> {
     parents.find(|parent| parent.span().span_context().is_sampled())
 }
 
-/// The span of one update, from its first message until the kernel holds it.
+/// Span of one update, from its first message until the kernel holds it.
 pub struct Applying {
     tracer: SdkTracer,
     context: Context,
@@ -150,18 +150,18 @@ pub struct Applying {
 }
 
 impl Applying {
-    /// It stands in the trace of a change, so that the controller need not tell it.
+    /// Returns whether the span belongs to the trace of a change, so that the controller need not export it.
     #[must_use]
     pub fn is_of_change(&self) -> bool {
         self.of_change
     }
 
-    /// The update is whole, its digest is right, and the view has it.
+    /// Notes that the view has the complete update.
     pub fn received(&self) {
         self.child(RECEIVE, (self.began, SystemTime::now()), Vec::new(), None);
     }
 
-    /// It was refused; nothing of it was committed.
+    /// Ends the span of a refused update.
     pub fn refused(self, reason: &'static str) {
         let span = self.context.span();
         span.set_attribute(KeyValue::new(REASON, reason));
@@ -169,7 +169,7 @@ impl Applying {
         span.end();
     }
 
-    /// One attempt to commit it. `full`: everything was compared with the kernel.
+    /// Notes an attempt to commit the update; `full` if it compared everything.
     pub fn attempted(&self, full: bool, started: SystemTime, result: &Result<Committed, CommitError>) {
         let now = SystemTime::now();
         match result {
@@ -185,12 +185,12 @@ impl Applying {
         }
     }
 
-    /// The kernel holds it.
+    /// Ends the span: the kernel holds the update.
     pub fn held(&self) {
         self.context.span().end();
     }
 
-    /// A pass over the conntrack table that it made necessary is over.
+    /// Notes the end of the pass over the conntrack table that the update required.
     pub fn flows(&self, took: Duration, deleted: usize) {
         let now = SystemTime::now();
         let deleted = vec![KeyValue::new(DELETED, i64::try_from(deleted).unwrap_or(i64::MAX))];

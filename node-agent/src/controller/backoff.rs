@@ -1,28 +1,28 @@
-//! Pauses between attempts to connect: full jitter below a ceiling that grows with the outage.
+//! Backoff between attempts to connect: full jitter below a ceiling that grows with the outage.
 //!
-//! A controller that restarts or moves is back within seconds, so agents look for it often at first: with 5,000 of
-//! them that is `SHORT_CEILING` for about 3,300 attempts a second, which cost a connection each and which the
-//! controller admits at its own rate. A long outage is not found sooner by looking often.
+//! A controller that restarts or moves is back within seconds, so agents retry often at first: 5,000 agents below
+//! `SHORT_CEILING` make about 3,300 attempts per second, and the controller limits the rate of new streams. Frequent
+//! retries do not shorten a long outage.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Ceiling of the first pause; it doubles with each attempt.
+/// Ceiling of the first delay; it doubles with each attempt.
 pub const FIRST: Duration = Duration::from_millis(500);
-/// Highest ceiling while the outage is short.
+/// Maximum ceiling during a short outage.
 const SHORT_CEILING: Duration = Duration::from_secs(3);
-/// How long an outage is short.
+/// Maximum duration of a short outage.
 const SHORT: Duration = Duration::from_secs(60);
-/// Highest ceiling of a long outage.
+/// Maximum ceiling during a long outage.
 const CEILING: Duration = Duration::from_secs(30);
 
-/// Why there was no session.
+/// Kind of failure of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// The controller is not there, is starting, or has no room.
+    /// The controller is unreachable, starting, or at capacity.
     Away,
-    /// The controller is there and refuses, or is refused.
+    /// The controller rejects the agent, or the agent rejects the controller.
     Refused,
 }
 
@@ -34,7 +34,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The pause after an attempt that began at `began` and failed at `now`.
+    /// Returns the delay after an attempt that began at `began` and failed at `now`.
     pub fn after(&mut self, failure: Failure, began: Instant, now: Instant) -> Duration {
         let outage = now.saturating_duration_since(*self.since.get_or_insert(began));
         let pause = full_jitter(FIRST, ceiling(failure, outage), self.attempt);
@@ -43,7 +43,7 @@ impl Backoff {
     }
 }
 
-/// The ceiling rises from the short one to the long one as the outage becomes twice as long as a short one.
+/// Returns the ceiling, which rises linearly while the outage grows from `SHORT` to twice `SHORT`.
 fn ceiling(failure: Failure, outage: Duration) -> Duration {
     match failure {
         Failure::Refused => CEILING,
@@ -54,7 +54,7 @@ fn ceiling(failure: Failure, outage: Duration) -> Duration {
     }
 }
 
-/// A random pause between 0 and `base` · 2^`attempt`, at most `limit`, at least a tenth of `base`.
+/// Returns a random delay between 0 and `base` · 2^`attempt`, at most `limit`, at least a tenth of `base`.
 pub fn full_jitter(base: Duration, limit: Duration, attempt: u32) -> Duration {
     let ceiling = base.saturating_mul(1_u32.checked_shl(attempt.min(20)).unwrap_or(u32::MAX)).min(limit);
     ceiling.mul_f64(rand::random::<f64>()).max(base / 10)
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pause_grows_and_is_bounded() {
+    fn delay_is_bounded() {
         let (base, limit) = (Duration::from_secs(1), Duration::from_secs(30));
         for attempt in [0, 1, 5, 31, 32, u32::MAX] {
             let pause = full_jitter(base, limit, attempt);
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fleet_returns_within_seconds_of_a_short_outage() {
+    fn fleet_returns_within_seconds_of_a_short_outage() {
         const FLEET: usize = 5_000;
         for outage in [2, 10, 30, 60].map(Duration::from_secs) {
             let start = Instant::now();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_outage_and_a_refusal_are_not_hammered_at() {
+    fn long_outages_and_refusals_back_off() {
         assert_eq!(ceiling(Failure::Away, SHORT), SHORT_CEILING);
         assert_eq!(ceiling(Failure::Away, 10 * SHORT), CEILING);
         assert_eq!(ceiling(Failure::Refused, Duration::ZERO), CEILING);

@@ -1,7 +1,6 @@
-//! Where controllers are and whom to trust: flags, the bootstrap directory, what Welcome told.
+//! Addresses and credentials of controllers: flags, the bootstrap directory, peers from Welcome.
 //!
-//! Files are read anew for every attempt to connect, so that a rotated CA or token and a moved controller are
-//! found without a restart.
+//! Every attempt to connect reads the files again, so that a rotated CA or token and a moved controller need no restart.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -10,17 +9,17 @@ use std::path::{Path, PathBuf};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 
-/// Most addresses that are kept.
+/// Maximum number of addresses.
 const ADDRESS_LIMIT: usize = 64;
-/// Longest host:port.
+/// Maximum length of host:port.
 const ADDRESS_LENGTH: usize = 300;
-/// Largest file that is read.
+/// Maximum size of a file in bytes.
 const FILE_LIMIT: u64 = 1 << 20;
 
-/// What the token file holds, in errors.
+/// Name of the token in errors.
 const TOKEN: &str = "the token";
 
-/// Why there is nothing to connect with.
+/// Missing or invalid bootstrap input.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
     /// A file cannot be read.
@@ -40,13 +39,13 @@ pub enum BootstrapError {
         path: PathBuf,
     },
     /// No CA file is set.
-    #[error("no CA is known: pass --ca-file, or --bootstrap-dir with a ca.crt in it")]
+    #[error("no CA: pass --ca-file, or --bootstrap-dir with a file `ca.crt`")]
     NoCa,
     /// No controller's address is known.
-    #[error("no controller is known: pass --controller, or --bootstrap-dir with a file `controllers` in it")]
+    #[error("no controller address: pass --controller, or --bootstrap-dir with a file `controllers`")]
     NoController,
-    /// The bootstrap directory has a list of controllers, and none in it.
-    #[error("{path} names no controller; it must hold one host:port a line")]
+    /// The list of controllers in the bootstrap directory is empty.
+    #[error("{path} lists no controller; it must hold one host:port per line")]
     NoAddress {
         /// The file.
         path: PathBuf,
@@ -60,9 +59,9 @@ pub enum BootstrapError {
 }
 
 impl BootstrapError {
-    /// The reason as one CamelCase word.
+    /// Returns the CamelCase reason.
     #[must_use]
-    pub fn word(&self) -> &'static str {
+    pub fn reason(&self) -> &'static str {
         match self {
             Self::Read { what: TOKEN, .. } | Self::EmptyToken { .. } => "TokenMissing",
             Self::Read { source, .. } if source.kind() != std::io::ErrorKind::NotFound => "BootstrapInvalid",
@@ -72,10 +71,10 @@ impl BootstrapError {
     }
 }
 
-/// The sources.
+/// Sources of addresses and credentials.
 #[derive(Debug, Clone)]
 pub struct Controllers {
-    /// From the command line: `https://host:port` or `host:port`.
+    /// Addresses of the command line: `https://host:port` or `host:port`.
     pub flags: Vec<String>,
     /// A directory with `ca.crt` and `controllers`.
     pub bootstrap: Option<PathBuf>,
@@ -83,16 +82,16 @@ pub struct Controllers {
     pub ca_file: Option<PathBuf>,
     /// The token.
     pub token_file: PathBuf,
-    /// Where peers are remembered.
+    /// State directory, which keeps the peers.
     pub state: Option<PathBuf>,
     /// Peers of the last Welcome.
     peers: Vec<String>,
-    /// What names were last resolved to.
+    /// Latest addresses of resolved names.
     resolved: BTreeMap<String, Vec<SocketAddr>>,
 }
 
 impl Controllers {
-    /// Sources without peers yet.
+    /// Creates sources without peers.
     pub fn new(
         flags: Vec<String>,
         bootstrap: Option<PathBuf>,
@@ -111,10 +110,10 @@ impl Controllers {
         }
     }
 
-    /// `host:port` of all known controllers in order of trust in the source: flag, file, Welcome, disk.
+    /// Returns `host:port` of all known controllers, the most trusted source first: flags, file, Welcome, disk.
     ///
     /// # Errors
-    /// None is known.
+    /// There is none.
     pub fn addresses(&self) -> Result<Vec<String>, BootstrapError> {
         let lines = |path: PathBuf| -> Vec<String> {
             read(&path, "addresses").map(|text| text.lines().map(str::to_owned).collect()).unwrap_or_default()
@@ -139,12 +138,12 @@ impl Controllers {
         Err(listed.map_or(BootstrapError::NoController, |path| BootstrapError::NoAddress { path }))
     }
 
-    /// Remembers what a `host:port` of [`Controllers::addresses`] was resolved to.
+    /// Records the addresses of a `host:port` of [`Controllers::addresses`].
     pub fn resolved(&mut self, controller: &str, addresses: &[SocketAddr]) {
         self.resolved.insert(controller.to_owned(), addresses.to_vec());
     }
 
-    /// The addresses of all known controllers, sorted, as far as they need no name service or were resolved before.
+    /// Returns the sorted addresses of all known controllers, without names that were never resolved.
     #[must_use]
     pub fn known_addresses(&self) -> Vec<SocketAddr> {
         let controllers = self.addresses().unwrap_or_default();
@@ -155,7 +154,7 @@ impl Controllers {
         known.collect::<BTreeSet<SocketAddr>>().into_iter().collect()
     }
 
-    /// Remembers the peers that a controller told. Returns the file to keep them in and its content if they are new.
+    /// Records the peers from Welcome. Returns their file and its content if they are new.
     pub fn remember(&mut self, peers: &[String]) -> Option<(PathBuf, Vec<u8>)> {
         let peers: Vec<String> =
             peers.iter().filter_map(|peer| normalize(peer)).take(ADDRESS_LIMIT).collect();
@@ -167,7 +166,7 @@ impl Controllers {
         Some((self.state.as_ref()?.join("controllers"), content.into_bytes()))
     }
 
-    /// The CA certificates: one, or two during a rotation.
+    /// Returns the CA certificates: one, or two during a rotation.
     ///
     /// # Errors
     /// No file is set, it cannot be read, or holds no certificate.
@@ -183,7 +182,7 @@ impl Controllers {
         if certificates.is_empty() { Err(BootstrapError::NoCertificate { path }) } else { Ok(certificates) }
     }
 
-    /// The token.
+    /// Returns the token.
     ///
     /// # Errors
     /// The file cannot be read or is empty.
@@ -206,7 +205,7 @@ fn read(path: &Path, what: &'static str) -> Result<String, BootstrapError> {
     std::fs::read_to_string(path).map_err(failed)
 }
 
-/// `host:port` without scheme and slash; `None` if there is no port or it cannot be an address.
+/// Returns `host:port` without scheme and slash; `None` if it is not a valid address with a port.
 fn normalize(address: &str) -> Option<String> {
     let address = address.trim();
     let address = address.strip_prefix("https://").unwrap_or(address).trim_end_matches('/');
@@ -223,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_come_in_order_and_once() {
+    fn addresses_ordered_and_unique() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("controllers"), "b:9443\n# nothing\n\n[2001:db8::1]:9443\n")
             .unwrap();
@@ -242,23 +241,23 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_the_bootstrap_directory_has_a_word() {
+    fn bootstrap_faults_have_reasons() {
         let directory = tempfile::tempdir().unwrap();
         let (path, put) = (directory.path(), |name: &str, text: &str| {
             std::fs::write(directory.path().join(name), text).unwrap();
         });
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
-        assert_eq!(controllers.addresses().unwrap_err().word(), "BootstrapMissing");
-        assert_eq!(controllers.ca().unwrap_err().word(), "BootstrapMissing");
-        assert_eq!(controllers.token().unwrap_err().word(), "TokenMissing");
+        assert_eq!(controllers.addresses().unwrap_err().reason(), "BootstrapMissing");
+        assert_eq!(controllers.ca().unwrap_err().reason(), "BootstrapMissing");
+        assert_eq!(controllers.token().unwrap_err().reason(), "TokenMissing");
         for garbage in ["", "\u{1}\u{2} no address\n"] {
             put("controllers", garbage);
             put("ca.crt", garbage);
             put("token", "");
-            assert_eq!(controllers.addresses().unwrap_err().word(), "BootstrapInvalid", "{garbage:?}");
-            assert_eq!(controllers.ca().unwrap_err().word(), "BootstrapInvalid", "{garbage:?}");
-            assert_eq!(controllers.token().unwrap_err().word(), "TokenMissing");
+            assert_eq!(controllers.addresses().unwrap_err().reason(), "BootstrapInvalid", "{garbage:?}");
+            assert_eq!(controllers.ca().unwrap_err().reason(), "BootstrapInvalid", "{garbage:?}");
+            assert_eq!(controllers.token().unwrap_err().reason(), "TokenMissing");
         }
     }
 }

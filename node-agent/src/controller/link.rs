@@ -1,56 +1,56 @@
-//! Whether a controller is connected, and if not, why: the agent's own word for who asks from outside.
+//! Status of the link to the controller, served at `/connection` on the health port.
 //!
-//! A node whose agent finds no controller cannot report that through the controller. It says it on its health
-//! port at `/connection`, where the controller asks agents that do not come, and a person can. Health and
-//! liveness do not depend on it: the data plane works without a controller.
+//! An agent without a controller cannot report that through the controller. The controller queries `/connection` of
+//! absent agents, and operators can do so as well. Health and liveness do not depend on the link, because the data plane
+//! works without a controller.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 
-/// Most bytes of a detail.
+/// Maximum length of a detail in bytes.
 const DETAIL_LIMIT: usize = 512;
 
-/// Why there is no stream.
+/// Kind of missing stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absence {
-    /// No attempt has ended yet.
+    /// No attempt has finished yet.
     Unknown,
-    /// The controller is away; a later attempt may find it.
+    /// The controller is unreachable; a later attempt may succeed.
     ControllerAway,
-    /// What the agent was given does not lead to a controller that accepts it: files, credentials or its version.
+    /// No attempt can succeed with the current files, credentials or version.
     Unusable,
 }
 
-/// The answer at `/connection`.
+/// Response of `/connection`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ContactState {
     /// A controller's stream is open.
     pub connected: bool,
-    /// One CamelCase word: why not. Empty while connected.
+    /// CamelCase reason; empty while connected.
     pub reason: &'static str,
-    /// For people, at most 512 bytes: the controller's address while connected, what failed otherwise.
+    /// Address of the controller while connected, else the error; at most 512 bytes.
     pub detail: String,
-    /// Why there is no stream; `None` while there is one.
+    /// `None` while connected.
     #[serde(skip)]
     pub absence: Option<Absence>,
 }
 
 impl ContactState {
-    /// There is a controller, or only its absence keeps the agent from one.
+    /// Returns whether the agent is connected, or would be if a controller were reachable.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         matches!(self.absence, None | Some(Absence::ControllerAway))
     }
 }
 
-/// The last word, shared by the session that knows and the server that tells.
+/// Latest status, shared by the session and the health server.
 #[derive(Debug, Clone)]
 pub struct Contact(Arc<Mutex<ContactState>>);
 
 impl Default for Contact {
     fn default() -> Self {
-        let detail = "no attempt to connect has ended yet".to_owned();
+        let detail = "no attempt to connect has finished yet".to_owned();
         Self(Arc::new(Mutex::new(ContactState {
             connected: false,
             reason: "Starting",
@@ -61,18 +61,18 @@ impl Default for Contact {
 }
 
 impl Contact {
-    /// A stream to the controller at `address` is open.
+    /// Notes an open stream to the controller at `address`.
     pub fn made(&self, address: &str) {
         self.set(ContactState { connected: true, reason: "", detail: shortened(address), absence: None });
     }
 
-    /// There is no stream, for this reason.
+    /// Notes a missing stream.
     pub fn lost(&self, reason: &'static str, absence: Absence, detail: &str) {
         let (detail, absence) = (shortened(detail), Some(absence));
         self.set(ContactState { connected: false, reason, detail, absence });
     }
 
-    /// What is known now.
+    /// Returns the latest status.
     #[must_use]
     pub fn state(&self) -> ContactState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_word_counts() {
+    fn latest_status_returned() {
         let contact = Contact::default();
         assert_eq!(contact.state().reason, "Starting");
         contact.made("192.0.2.1:9443");
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_detail_is_cut_between_letters() {
+    fn long_detail_cut_between_letters() {
         let contact = Contact::default();
         contact.lost("Refused", Absence::Unusable, &"ö".repeat(400));
         assert_eq!(contact.state().detail.len(), DETAIL_LIMIT);

@@ -1,7 +1,7 @@
-//! The stream to a controller: connect, say Hello, take updates, give acknowledgements; for ever.
+//! Sessions with a controller: connects, sends Hello, receives updates, sends acknowledgements, and reconnects.
 //!
-//! Nothing here touches the kernel: losing the controller changes no packet's fate. Addresses are tried in
-//! turn with a deadline and back-off with full jitter; a GoAway's `retry_after` is honoured.
+//! Sessions never access the kernel, so losing the controller affects no packet. Attempts go through the addresses in
+//! turn, with timeouts and backoff; a GoAway's `retry_after` overrides the backoff.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -33,27 +33,27 @@ use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
 pub use trust::Distrust;
 
-/// The name in the controller's certificate, whatever its address.
+/// Name in the controller's certificate, for every address.
 pub const SERVER_NAME: &str = "switchtower-controller";
-/// Versions of the protocol that this agent speaks.
+/// Supported versions of the protocol.
 pub const VERSIONS: &[u32] = &[1];
-/// A message larger than a part of 1 MiB and its frame is refused.
+/// Maximum size of a message in bytes: a part of 1 MiB with its frame.
 const MESSAGE_LIMIT: usize = 2 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-/// Long enough for one lost SYN, which the kernel repeats after a second. A host that is down answers nothing, and a
-/// new attempt finds it sooner than the kernel's later repetitions.
+/// Long enough for one lost SYN, which the kernel retransmits after a second. For a host that comes back, a new attempt
+/// is faster than the kernel's later retransmissions.
 const TCP_DEADLINE: Duration = Duration::from_millis(2_500);
 const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// Without any message for this long the stream is dead.
+/// Timeout of a stream without any message.
 const SILENCE: Duration = Duration::from_secs(30);
-/// The longest pause that a GoAway may ask for.
+/// Maximum delay that a GoAway may request.
 const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(300);
 
-/// Why a session ended.
+/// Error that ended a session.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// Nothing to connect with.
+    /// Bootstrap input is missing or invalid.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
     /// TLS cannot be set up.
@@ -64,9 +64,9 @@ pub enum SessionError {
     Connect {
         /// host:port.
         address: String,
-        /// What failed, with its causes.
+        /// Error with its causes.
         reason: String,
-        /// The connection stood, and its certificate was refused.
+        /// Fault of the controller's certificate, if that is the cause.
         distrust: Option<Distrust>,
     },
     /// The controller refused the stream.
@@ -74,41 +74,41 @@ pub enum SessionError {
     Refused {
         /// The gRPC code.
         code: tonic::Code,
-        /// What it said.
+        /// Message of the controller.
         detail: String,
     },
-    /// The controller said goodbye.
-    #[error("the controller said goodbye ({reason:?}): {detail}")]
+    /// The controller sent a GoAway.
+    #[error("the controller closed the stream ({reason:?}): {detail}")]
     GoAway {
-        /// Why.
+        /// Reason of the GoAway.
         reason: GoAwayReason,
-        /// For people.
+        /// Message of the controller.
         detail: String,
-        /// How long to stay away.
+        /// Delay before the next attempt.
         retry_after: Duration,
     },
     /// The stream ended.
     #[error("the stream ended")]
     Ended,
-    /// Nothing came for too long.
-    #[error("nothing came from the controller for {} s", SILENCE.as_secs())]
+    /// No message arrived in time.
+    #[error("no message from the controller for {} s", SILENCE.as_secs())]
     Silent,
-    /// The controller does not keep to the protocol.
-    #[error("the controller does not keep to the protocol: {0}")]
+    /// The controller violated the protocol.
+    #[error("the controller violated the protocol: {0}")]
     Protocol(&'static str),
-    /// The engine is gone; the agent is stopping.
+    /// The engine has stopped.
     #[error("the agent is stopping")]
     Stopping,
 }
 
 impl SessionError {
-    /// The reason as one CamelCase word, as it stands in the conditions of the node's `ProxyStatus`.
+    /// Returns the CamelCase reason for the conditions of the node's `ProxyStatus`.
     #[must_use]
-    pub fn word(&self) -> &'static str {
+    pub fn reason(&self) -> &'static str {
         match self {
-            Self::Bootstrap(error) => error.word(),
+            Self::Bootstrap(error) => error.reason(),
             Self::Tls(_) => "BootstrapInvalid",
-            Self::Connect { distrust, .. } => distrust.map_or("ControllerUnreachable", Distrust::word),
+            Self::Connect { distrust, .. } => distrust.map_or("ControllerUnreachable", Distrust::reason),
             Self::Refused { .. } => "ControllerRefused",
             Self::GoAway { .. } => "SentAway",
             Self::Ended | Self::Silent => "StreamLost",
@@ -117,7 +117,7 @@ impl SessionError {
         }
     }
 
-    /// Whether the controller is away, or this agent will not find one that accepts it.
+    /// Returns whether a later attempt may succeed without other files, credentials or version.
     #[must_use]
     pub fn absence(&self) -> Absence {
         use tonic::Code;
@@ -142,10 +142,10 @@ impl SessionError {
 }
 
 impl SessionError {
-    /// How soon another attempt may do better.
+    /// Returns the kind of failure for the backoff.
     fn failure(&self) -> Failure {
         match self {
-            // The controller's doing, and its time is not to be wasted: a token or a certificate changes rarely.
+            // Tokens and certificates change rarely, so frequent retries would only load the controller.
             Self::Refused { code, .. } if *code != tonic::Code::Unavailable => Failure::Refused,
             Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => Failure::Refused,
             _ => Failure::Away,
@@ -153,18 +153,18 @@ impl SessionError {
     }
 }
 
-/// What a session needs to know about this agent.
+/// Identity of this agent in Hello.
 #[derive(Clone)]
 pub struct Identity {
-    /// The Node's name; compared with the credential's.
+    /// Name of the Node; the controller compares it with the token.
     pub node_name: String,
     /// Release of the running kernel.
     pub kernel_version: String,
-    /// Writes files.
+    /// Writes the file of peers.
     pub files: StateFiles,
 }
 
-/// Keeps a session to one of the controllers until `stop` becomes true.
+/// Keeps a session with one of the controllers until `stop` becomes true.
 pub async fn run(
     mut controllers: Controllers,
     identity: Identity,
@@ -175,7 +175,7 @@ pub async fn run(
 ) {
     let mut turn = 0_usize;
     let mut backoff = Backoff::default();
-    let mut told = false;
+    let mut logged = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
@@ -187,8 +187,8 @@ pub async fn run(
         if matches!(error, SessionError::Stopping) {
             return;
         }
-        contact.lost(error.word(), error.absence(), &error.to_string());
-        // Files that are not there yet (the kubelet brings them) cost nobody anything to look for.
+        contact.lost(error.reason(), error.absence(), &error.to_string());
+        // Missing files, which the kubelet may still be mounting, are cheap to check.
         let waiting = matches!(error, SessionError::Bootstrap(_));
         if waiting || began.elapsed() > SILENCE {
             backoff = Backoff::default();
@@ -198,10 +198,10 @@ pub async fn run(
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(backoff::FIRST, backoff::FIRST, 0);
         }
-        if !(waiting && told) {
+        if !(waiting && logged) {
             tracing::warn!(%error, retry_in_ms = pause.as_millis() as u64, "no controller; the data plane keeps its last generation");
         }
-        told = waiting;
+        logged = waiting;
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|stop| *stop) => return,
@@ -209,8 +209,8 @@ pub async fn run(
     }
 }
 
-/// Resolves a controller's address, and has the kernel let connections to all known ones pass.
-async fn clear_the_way(
+/// Resolves a controller's address, and removes frontends that would capture connections to any known controller.
+async fn resolve(
     controllers: &mut Controllers,
     address: &str,
     commands: &mpsc::Sender<Command>,
@@ -218,18 +218,18 @@ async fn clear_the_way(
     let unreachable =
         |reason: String| SessionError::Connect { address: address.to_owned(), reason, distrust: None };
     let found = timeout(CONNECT_DEADLINE, tokio::net::lookup_host(address)).await;
-    let found = found.map_err(|_| unreachable("the name service does not answer".to_owned()))?;
+    let found = found.map_err(|_| unreachable("timeout while resolving the name".to_owned()))?;
     let found: Vec<SocketAddr> = found.map_err(|error| unreachable(chain(&error)))?.collect();
     controllers.resolved(address, &found);
     let (done, attempted) = oneshot::channel();
     let command = Command::Controllers { addresses: controllers.known_addresses(), done };
     commands.send(command).await.map_err(|_| SessionError::Stopping)?;
-    // An engine that is busy must not keep the agent from connecting: most of the time nothing is in the way.
+    // A busy engine must not delay the connection: usually no frontend is in the way.
     let _ = timeout(CONNECT_DEADLINE, attempted).await;
     Ok(found)
 }
 
-/// Connects to the controller `address`, which was resolved to `target`.
+/// Connects to the controller `address` at its resolved addresses `target`.
 async fn connect(
     controllers: &Controllers,
     address: &str,
@@ -259,7 +259,7 @@ async fn connect(
     });
     let failed =
         |reason: String, distrust| SessionError::Connect { address: address.to_owned(), reason, distrust };
-    // TLS is the connector's; tonic must not see https, or it would add its own.
+    // The connector provides TLS; for an https URI tonic would add its own.
     let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
         .map_err(|error| failed(chain(&error), None))?
         .http2_keep_alive_interval(PING_INTERVAL)
@@ -298,13 +298,13 @@ async fn session(
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
-    // It is over when the stream begins, not when it ends.
+    // The span covers opening the stream only.
     drop(span);
     let (mut stream, mut incoming) = opened?;
     stream.pump(&mut incoming).await
 }
 
-/// From the files that say where a controller is to its Welcome.
+/// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
 async fn open<'a>(
     controllers: &mut Controllers,
     turn: usize,
@@ -316,7 +316,7 @@ async fn open<'a>(
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
     let address = addresses[turn % addresses.len()].clone();
-    let target = clear_the_way(controllers, &address, commands).await?;
+    let target = resolve(controllers, &address, commands).await?;
     let channel = connect(controllers, &address, target).await?;
     let (events_sender, events) = mpsc::unbounded_channel();
     let (status, answer) = oneshot::channel();
@@ -348,7 +348,7 @@ async fn open<'a>(
     };
     let Welcome { version, session, controller, peers, resumed } = welcome;
     if !VERSIONS.contains(&version) {
-        return Err(SessionError::Protocol("it chose a version that was not offered"));
+        return Err(SessionError::Protocol("it chose a version that the agent did not offer"));
     }
     tracing::info!(%address, controller, session, resumed, "connected");
     tracing::Span::current().record("server.address", address.as_str());
@@ -410,7 +410,7 @@ impl Stream<'_> {
         let mut pings = tokio::time::interval(PING_INTERVAL);
         let mut heard = Instant::now();
         loop {
-            // Acknowledgements first: a controller that floods must not starve them.
+            // Acknowledgements first: a flood of messages must not starve them.
             tokio::select! {
                 biased;
                 event = self.events.recv() => match event {
@@ -449,7 +449,7 @@ impl Stream<'_> {
 
     async fn send(&self, message: FromAgent) -> Result<(), SessionError> {
         let message = AgentMessage { message: Some(message) };
-        // A controller that does not read for this long is as good as gone.
+        // A controller that does not read for this long counts as lost.
         match timeout(SILENCE, self.out.send(message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(SessionError::Ended),
@@ -476,7 +476,7 @@ impl Stream<'_> {
             }
             Some(FromController::Pong(_)) => Ok(()),
             Some(FromController::Welcome(_)) => Err(SessionError::Protocol("a second Welcome")),
-            // A kind of message that a later version added: nothing that this one has to know.
+            // A message kind of a later version, which this version may ignore.
             None => Ok(()),
         }
     }

@@ -10,6 +10,7 @@ use switchtower_proto::v1::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::DriftCause;
+use crate::health::BindFailures;
 use crate::state::Measured;
 
 /// Input of the engine.
@@ -68,6 +69,12 @@ pub enum Command {
     },
     /// Write the snapshot file and stop; the kernel keeps its state.
     Stop,
+}
+
+impl From<BindFailures> for Command {
+    fn from(BindFailures(failures): BindFailures) -> Self {
+        Command::HealthCheckFailures(failures)
+    }
 }
 
 /// Output of the engine; the session fills in its number.

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use switchtower_proto::v1::{
-    Ack, ApplyTimings, Deviation, Deviations, Query, Report, Stamp as WireStamp, TrialStatus, View,
+    Ack, ApplyTimings, Deviation, Deviations, HealthCheckFailure, Query, Report, Stamp as WireStamp,
+    TrialStatus, View,
 };
 
 use super::sync::Confidence;
@@ -14,6 +15,15 @@ use crate::traces::Applying;
 
 /// Maximum number of refused items that an Ack names.
 const SAMPLES: usize = 16;
+
+/// Findings that no generation covers; every report carries them.
+#[derive(Debug, Default)]
+pub(super) struct Conditions {
+    /// Rules of kube-proxy exist alongside ours.
+    pub(super) foreign_proxy: bool,
+    /// healthCheckNodePorts that cannot be bound.
+    pub(super) health_check_failures: Vec<HealthCheckFailure>,
+}
 
 impl Engine {
     /// Returns the status that opens a stream.

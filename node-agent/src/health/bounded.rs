@@ -1,8 +1,7 @@
-//! Serves HTTP to a bounded number of connections, whatever is done with them.
+//! HTTP server with a bounded number of connections.
 //!
-//! The ports are open to everybody who reaches the node. Connections that say nothing must not use up the descriptors
-//! that the kubelet's probe, a scrape or the controller's stream needs: beyond the limit the oldest connection is closed
-//! for the newest.
+//! The ports are open to every host that reaches the node. Silent connections must not exhaust the descriptors that the
+//! kubelet's probe, a scrape or the controller's stream needs: beyond the limit, a new connection closes the oldest.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,12 +12,12 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 
-/// How long a client may take to send a request's head, and a connection may be idle between requests.
+/// Timeout for the head of a request, and for an idle connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pause after a connection that could not be accepted, for lack of descriptors or memory.
+/// Delay after a failed accept, for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until it is dropped, which closes all connections.
+/// Serves until dropped, which closes all connections.
 pub(super) async fn serve(listener: TcpListener, router: Router, limit: usize) {
     let mut tasks = JoinSet::new();
     let mut open: VecDeque<AbortHandle> = VecDeque::with_capacity(limit);
@@ -26,7 +25,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limit: usize) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::debug!(%error, "a connection cannot be accepted");
+                tracing::debug!(%error, "cannot accept a connection");
                 if let Some(oldest) = open.pop_front() {
                     oldest.abort();
                 }
@@ -46,7 +45,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limit: usize) {
 }
 
 async fn connection(stream: TcpStream, router: Router) {
-    // A client that goes away, or sends something else than HTTP, is of no interest.
+    // Errors of clients, such as a reset or a request that is not HTTP, need no report.
     let _ = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)

@@ -1,4 +1,4 @@
-//! healthCheckNodePort servers: how a cloud load balancer learns whether this node has local endpoints.
+//! healthCheckNodePort servers, which report local endpoints to cloud load balancers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -14,26 +14,29 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::{Health, HealthTargets};
-use crate::engine::Command;
 use crate::metrics::Metrics;
 
-/// Pause before a port that could not be bound is tried again.
+/// Interval between two attempts to bind a port.
 const BIND_RETRY: Duration = Duration::from_secs(5);
-/// Most failures that are told.
+/// Maximum number of reported failures.
 const FAILURES: usize = 16;
-/// Most open connections to one port at one address: there may be hundreds of them.
+/// Maximum number of open connections to one port at one address; there may be hundreds of ports.
 const CONNECTIONS: usize = 16;
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+
+/// healthCheckNodePorts that cannot be bound; sent whenever the set changes.
+#[derive(Debug)]
+pub struct BindFailures(pub Vec<HealthCheckFailure>);
 
 type Service = (String, String);
 
 struct Server(JoinHandle<()>);
 
 impl Server {
-    /// Ends it; its port is free afterwards.
+    /// Stops the server and releases its port.
     async fn close(mut self) {
         self.0.abort();
-        // That it was aborted is no news.
+        // The only error is the abort itself.
         let _ = (&mut self.0).await;
     }
 }
@@ -44,16 +47,20 @@ impl Drop for Server {
     }
 }
 
-/// Keeps one listener per health check and address; follows what is published after commits. Counts are read
-/// when a question comes, so only a new or vanished port touches a listener. What cannot be listened on is tried
-/// again, and told to the engine when it changes.
-pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::Sender<Command>) {
+/// Keeps one listener per health check and address, following the published targets. Requests read the counts, so only
+/// a new or removed port affects listeners. Retries ports that cannot be bound, and sends changes of this set to
+/// `notices`.
+pub async fn serve_node_ports<N: From<BindFailures>>(
+    health: Health,
+    metrics: Metrics,
+    notices: mpsc::Sender<N>,
+) {
     let mut targets = health.subscribe();
     let mut servers: BTreeMap<(Service, SocketAddr), Server> = BTreeMap::new();
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     loop {
         let wanted = listeners(&targets.borrow_and_update());
-        // All of them before the first is opened: the same port may be wanted on other addresses.
+        // Close all before opening any: the same port may move to other addresses.
         let unwanted: Vec<_> = servers.keys().filter(|key| !wanted.contains(*key)).cloned().collect();
         for server in unwanted.iter().filter_map(|key| servers.remove(key)).collect::<Vec<_>>() {
             server.close().await;
@@ -71,7 +78,7 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::
                 Err(error) => {
                     metrics.health_check_bind_failures.inc();
                     let ((namespace, name), address) = key;
-                    tracing::warn!(namespace, name, %address, %error, "cannot listen on the healthCheckNodePort; trying again");
+                    tracing::warn!(namespace, name, %address, %error, "cannot listen on the healthCheckNodePort; retrying");
                     let key = Some(HealthCheckKey { namespace, name });
                     let (address, error) = (address.to_string(), error.to_string());
                     failures.push(HealthCheckFailure { key, address, error });
@@ -80,9 +87,9 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::
         }
         let failed = !failures.is_empty();
         failures.truncate(FAILURES);
-        if failures != told {
-            told.clone_from(&failures);
-            if commands.send(Command::HealthCheckFailures(failures)).await.is_err() {
+        if failures != reported {
+            reported.clone_from(&failures);
+            if notices.send(BindFailures(failures).into()).await.is_err() {
                 return;
             }
         }
@@ -97,7 +104,7 @@ pub async fn serve_node_ports(health: Health, metrics: Metrics, commands: mpsc::
     }
 }
 
-/// Every health check with every address that it is to be listened on.
+/// Returns every pair of health check and address to listen on.
 fn listeners(targets: &HealthTargets) -> BTreeSet<(Service, SocketAddr)> {
     let checks = targets.checks.iter();
     checks
@@ -118,14 +125,14 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     };
     socket.set_reuseaddr(true)?;
     if address.is_ipv6() {
-        // 0.0.0.0 and [::] are bound side by side.
+        // 0.0.0.0 and [::] are separate listeners.
         super::only_ipv6(&socket, true)?;
     }
     socket.bind(address)?;
     socket.listen(128)
 }
 
-/// Every path is answered, as kube-proxy does.
+/// Answers every path, as kube-proxy does.
 fn router(health: Health, service: Service, ipv6: bool) -> Router {
     Router::new().fallback(async move || {
         let check = health.targets.borrow().checks.get(&service).copied();
@@ -152,11 +159,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_port_moves_to_other_addresses_without_a_pause() {
+    async fn port_moves_to_other_addresses_without_a_pause() {
         let health = Health::default();
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
-        let (commands, mut told) = mpsc::channel(16);
-        tokio::spawn(serve_node_ports(health.clone(), metrics.clone(), commands));
+        let (notices, mut failures) = mpsc::channel::<BindFailures>(16);
+        tokio::spawn(serve_node_ports(health.clone(), metrics.clone(), notices));
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let targets = |bind: &str| HealthTargets {
             checks: [(("shop".into(), "cart".into()), Check { port: free, ready_ipv4: 1, ready_ipv6: 0 })]
@@ -170,11 +177,11 @@ mod tests {
             health.publish(targets(bind));
             let deadline = tokio::time::Instant::now() + BIND_RETRY / 2;
             while tokio::net::TcpStream::connect((reached, free)).await.is_err() {
-                assert!(tokio::time::Instant::now() < deadline, "nobody listens on {reached} in time");
+                assert!(tokio::time::Instant::now() < deadline, "no listener on {reached} in time");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
         assert_eq!(metrics.health_check_bind_failures.get(), 0);
-        assert!(told.try_recv().is_err(), "no failure was told");
+        assert!(failures.try_recv().is_err(), "no failure reported");
     }
 }

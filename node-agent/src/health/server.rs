@@ -17,14 +17,14 @@ use super::{Health, Reading};
 use crate::controller::link::Contact;
 use crate::metrics::Metrics;
 
-/// Pause between two attempts to listen.
+/// Interval between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
-/// Most open connections to one port.
+/// Maximum number of open connections to one port.
 const CONNECTIONS: usize = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
 
-/// `/healthz`, `/livez` and `/readyz`, and `/connection`, which says whether there is a controller and why not.
+/// Returns the routes `/healthz`, `/livez`, `/readyz`, and `/connection` with the status of the controller's link.
 pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
     let (for_healthz, for_livez, for_readyz) = (health.clone(), health.clone(), health.clone());
     let (contact, for_connection) = (contact.clone(), contact.clone());
@@ -48,7 +48,7 @@ pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> R
         .route("/connection", get(async move || Json(for_connection.state())))
 }
 
-/// `/metrics`, `/proxyMode`, and `/healthz` as kube-proxy's metrics server has it.
+/// Returns the routes `/metrics`, `/proxyMode` and `/healthz` of kube-proxy's metrics server.
 pub fn metrics_router(registry: Registry) -> Router {
     Router::new()
         .route("/metrics", get(async move || exposition(&registry)))
@@ -56,12 +56,12 @@ pub fn metrics_router(registry: Registry) -> Router {
         .route("/healthz", get(async || "ok"))
 }
 
-/// Asked by the kubelet, which replaces the next agent of a rolling update only when this one is ready.
+/// Readiness for the kubelet: a rolling update replaces the next agent only when this one is ready.
 fn readiness(health: &Health, contact: &Contact) -> impl IntoResponse + use<> {
     let (reading, state) = (health.read(), contact.state());
     let latched = health.ready(state.is_usable());
     let (reason, detail) = if !reading.healthy {
-        ("ProgrammingStuck", "a change has been waiting for the kernel for a minute or more".to_owned())
+        ("ProgrammingStuck", "a change has not been committed to the kernel for at least a minute".to_owned())
     } else if latched {
         ("", String::new())
     } else if !state.is_usable() {
@@ -69,7 +69,7 @@ fn readiness(health: &Health, contact: &Contact) -> impl IntoResponse + use<> {
     } else {
         (
             "NoView",
-            "neither a controller nor the snapshot file has given a view that the kernel holds".to_owned(),
+            "the kernel holds no view yet, neither of a controller nor of the snapshot file".to_owned(),
         )
     };
     let ready = reason.is_empty();
@@ -77,7 +77,7 @@ fn readiness(health: &Health, contact: &Contact) -> impl IntoResponse + use<> {
     (code, Json(json!({ "ready": ready, "reason": reason, "detail": detail })))
 }
 
-/// `eligible` is part of what `/healthz` says and not of what `/livez` says.
+/// `eligible` appears in the body of `/healthz`, but not of `/livez`.
 fn answer(
     reading: Reading,
     good: bool,
@@ -90,7 +90,7 @@ fn answer(
     (code, headers, body(reading, eligible, SystemTime::now()).to_string())
 }
 
-/// kube-proxy's body; while healthy, `lastUpdated` is the current time, which older probes expect.
+/// Body as in kube-proxy; while healthy, `lastUpdated` is the current time, as older probes expect.
 fn body(reading: Reading, eligible: Option<bool>, now: SystemTime) -> Value {
     let updated = if reading.healthy { Some(now) } else { reading.last_updated };
     let updated = rfc3339(updated.unwrap_or(SystemTime::UNIX_EPOCH));
@@ -118,13 +118,13 @@ fn exposition(registry: &Registry) -> impl IntoResponse + use<> {
     match TextEncoder::new().encode(&registry.gather(), &mut text) {
         Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
         Err(error) => {
-            let text = format!("metrics cannot be encoded: {error}").into_bytes();
+            let text = format!("cannot encode metrics: {error}").into_bytes();
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], text)
         }
     }
 }
 
-/// `[::]` is both families, whatever the machine's default; 0.0.0.0 where there is no IPv6.
+/// Listens on both families for `[::]`, whatever the machine's default, or on 0.0.0.0 without IPv6.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let SocketAddr::V6(v6) = address else { return listen_with(&TcpSocket::new_v4, address) };
     let bound = listen_with(&TcpSocket::new_v6, address);
@@ -146,8 +146,8 @@ fn listen_with(socket: &dyn Fn() -> io::Result<TcpSocket>, address: SocketAddr) 
     socket.listen(BACKLOG)
 }
 
-/// Serves until the process ends; an address that cannot be bound is tried again, because the node can do its
-/// work without being asked for its health.
+/// Serves until the process exits. Retries an address that cannot be bound, because forwarding does not depend on the
+/// health server.
 pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
     loop {
         match listen(address) {
@@ -156,7 +156,7 @@ pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
                 return super::bounded::serve(listener, router, CONNECTIONS).await;
             }
             Err(error) => {
-                tracing::error!(%address, what, %error, "cannot listen; is another proxy running on this node? trying again");
+                tracing::error!(%address, what, %error, "cannot listen; retrying; check for another proxy on this node");
             }
         }
         tokio::time::sleep(BIND_RETRY).await;
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_body_is_kube_proxys() {
+    fn body_matches_kube_proxy() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         let stale = Reading {
             healthy: false,
@@ -183,6 +183,6 @@ mod tests {
         assert_eq!(body["status"]["IPv4"]["healthy"], false);
         let healthy = super::body(Reading { healthy: true, ..stale }, None, now);
         assert_eq!(healthy["lastUpdated"], "2023-11-14T22:13:20Z", "as of now while healthy");
-        assert!(healthy.get("nodeEligible").is_none(), "/livez says nothing of it");
+        assert!(healthy.get("nodeEligible").is_none(), "/livez does not report it");
     }
 }

@@ -1,4 +1,4 @@
-//! kube-proxy's measures of changes on their way into the kernel, with its names and buckets.
+//! Metrics of changes on their way to the kernel, with kube-proxy's names and buckets.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use prometheus::{
 use super::FAMILIES;
 use crate::state::WithoutLocal;
 
-/// The measures. Both families are in one transaction and get the same values.
+/// The metrics. One transaction covers both families, so both get the same values.
 #[derive(Clone)]
 pub(crate) struct Programming {
     latency: HistogramVec,
@@ -36,8 +36,8 @@ impl Programming {
         let counter = |name: &str, help: &str| {
             add(registry, IntCounterVec::new(Opts::new(name, help), &["ip_family"])?)
         };
-        // Dashboards and alerts of kube-proxy's nftables mode ask for it. Elements and rules leave the kernel in
-        // the transaction that makes them needless, so there is no separate cleanup that could fail.
+        // Dashboards and alerts of kube-proxy's nftables mode query it. The agent deletes elements and rules in the
+        // same transaction, so there is no separate cleanup that could fail.
         let cleanup = IntCounter::new(
             "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
             "Cleanups after a sync that failed; always 0, because a sync cleans up itself.",
@@ -46,34 +46,34 @@ impl Programming {
         let programming = Self {
             latency: histogram(
                 "kubeproxy_network_programming_duration_seconds",
-                "From the trigger time of an EndpointSlice to the kernel.",
+                "Latency from the trigger time of an EndpointSlice to the kernel.",
                 network_programming_buckets()?,
             )?,
             full: histogram(
                 "kubeproxy_sync_full_proxy_rules_duration_seconds",
-                "Time of a sync that compared everything.",
+                "Duration of a full sync.",
                 exponential_buckets(0.001, 2.0, 15)?,
             )?,
             partial: histogram(
                 "kubeproxy_sync_partial_proxy_rules_duration_seconds",
-                "Time of a sync that wrote what changed.",
+                "Duration of a sync of changes only.",
                 exponential_buckets(0.001, 2.0, 15)?,
             )?,
             endpoints_pending: gauge(
                 "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
-                "Changes of endpoints that wait for the kernel.",
+                "Endpoint changes that are not in the kernel yet.",
             )?,
             endpoints_total: counter(
                 "kubeproxy_sync_proxy_rules_endpoint_changes_total",
-                "Changes of endpoints that arrived.",
+                "Endpoint changes received.",
             )?,
             services_pending: gauge(
                 "kubeproxy_sync_proxy_rules_service_changes_pending",
-                "Changes of Services that wait for the kernel.",
+                "Service changes that are not in the kernel yet.",
             )?,
             services_total: counter(
                 "kubeproxy_sync_proxy_rules_service_changes_total",
-                "Changes of Services that arrived.",
+                "Service changes received.",
             )?,
             no_local: add(
                 registry,
@@ -86,7 +86,7 @@ impl Programming {
                 )?,
             )?,
         };
-        // Shown from the start: a dashboard has zeros instead of no data.
+        // Exported from the start: dashboards show zeros instead of no data.
         for family in FAMILIES {
             for histogram in [&programming.latency, &programming.full, &programming.partial] {
                 let _ = histogram.with_label_values(&[family]);
@@ -98,7 +98,7 @@ impl Programming {
         Ok(programming)
     }
 
-    /// Changes arrived.
+    /// Counts received changes.
     pub(crate) fn arrived(&self, endpoints: u64, services: u64) {
         for family in FAMILIES {
             self.endpoints_total.with_label_values(&[family]).inc_by(endpoints);
@@ -106,7 +106,7 @@ impl Programming {
         }
     }
 
-    /// This many changes wait.
+    /// Sets the number of changes that are not in the kernel yet.
     pub(crate) fn pending(&self, endpoints: u64, services: u64) {
         let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         for family in FAMILIES {
@@ -115,14 +115,14 @@ impl Programming {
         }
     }
 
-    /// The kernel holds a change this long after its trigger.
+    /// Records the latency of a change from its trigger to the kernel.
     pub(crate) fn programmed(&self, after: Duration) {
         for family in FAMILIES {
             self.latency.with_label_values(&[family]).observe(after.as_secs_f64());
         }
     }
 
-    /// This many service ports have no local endpoint.
+    /// Sets the number of service ports without a local endpoint.
     pub(crate) fn without_local(&self, ports: WithoutLocal) {
         for (policy, counts) in [("internal", ports.internal), ("external", ports.external)] {
             for (family, count) in FAMILIES.into_iter().zip([counts.0, counts.1]) {
@@ -132,7 +132,7 @@ impl Programming {
         }
     }
 
-    /// A sync succeeded.
+    /// Records a successful sync.
     pub(super) fn synced(&self, full: bool, took: Duration) {
         let duration = if full { &self.full } else { &self.partial };
         for family in FAMILIES {
@@ -146,7 +146,7 @@ fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Res
     Ok(collector)
 }
 
-/// Quarters of a second, then seconds to a minute, then coarser to five minutes.
+/// Buckets of kube-proxy: quarters of a second, then seconds to a minute, then coarser to five minutes.
 fn network_programming_buckets() -> Result<Vec<f64>, prometheus::Error> {
     let parts = [
         linear_buckets(0.25, 0.25, 2)?,

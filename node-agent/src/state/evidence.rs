@@ -1,45 +1,44 @@
-//! What rounds of probes found, and what follows from comparing them. Pure.
+//! Results of rounds of probes, and their comparison. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use switchtower_proto::v1::ProbeResult;
 
-/// What one round found for one probe at one address.
+/// Result of one probe at one address in one round.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Measured {
     /// The probe's name.
     pub probe: String,
-    /// Where it connected to; `None`: nowhere.
+    /// Destination; `None` if there is none.
     pub address: Option<SocketAddr>,
-    /// What came of it.
+    /// Outcome.
     pub outcome: Outcome,
 }
 
-/// What came of a probe.
+/// Outcome of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// Connected, and answered where an answer was asked for: the sources that each backend saw, by what it
-    /// called itself.
+    /// Connected, and answered if the probe requests an answer.
     Passed {
-        /// Empty unless the source was asked for.
+        /// Sources that each backend saw; empty unless the probe compares sources.
         seen: Seen,
     },
-    /// No connection, or no good answer.
+    /// No connection, or no valid answer.
     Failed {
         /// The error number; 0 if there is none.
         errno: i32,
-        /// For people.
+        /// Description of the failure.
         detail: String,
     },
-    /// There is nothing to connect to, whatever the settings. Counts neither way.
+    /// No destination, whatever the settings; neither a success nor a failure.
     Absent {
-        /// For people.
+        /// Reason.
         detail: String,
     },
 }
 
-/// The sources that each backend saw.
+/// Sources by the name of the backend that saw them.
 pub type Seen = BTreeMap<String, BTreeSet<IpAddr>>;
 
 impl Measured {
@@ -55,7 +54,7 @@ impl Measured {
     }
 }
 
-/// A backend that answered before and after, and saw no source twice.
+/// Returns an old and a new source of a backend that saw no common source before and after.
 fn changed_source(before: &Seen, after: &Seen) -> Option<(IpAddr, IpAddr)> {
     before.iter().find_map(|(backend, old)| {
         let new = after.get(backend)?;
@@ -66,7 +65,7 @@ fn changed_source(before: &Seen, after: &Seen) -> Option<(IpAddr, IpAddr)> {
     })
 }
 
-/// Whether a probe that passed before failed after, or the source changed.
+/// Returns whether a probe that passed before fails after, or its source changed.
 fn failed(before: &Measured, after: &Measured) -> bool {
     match (before.seen(), &after.outcome) {
         (Some(_), Outcome::Failed { .. }) => true,
@@ -75,12 +74,12 @@ fn failed(before: &Measured, after: &Measured) -> bool {
     }
 }
 
-/// Whether something of a round counts against the settings that are tried.
+/// Returns whether any result counts against the settings under trial.
 pub(super) fn any_failed(before: &[Measured], after: &[Measured]) -> bool {
     after.iter().any(|after| before.iter().any(|before| before.same_place(after) && failed(before, after)))
 }
 
-/// The results for the controller: one for each probe and address of the baseline, then those that came later.
+/// Returns the results for the controller: one per probe and address of the baseline, then later ones.
 pub(super) fn results(
     before: &[Measured],
     after: &[Measured],
@@ -129,7 +128,7 @@ fn result(
     }
 }
 
-/// The latest failure in words.
+/// Describes the latest failure.
 fn explain(
     before: Option<&Measured>,
     after: Option<&Measured>,

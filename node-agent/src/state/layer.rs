@@ -1,7 +1,7 @@
-//! One layer as received, and an overlay of changes that are not applied yet.
+//! A layer as received, and an overlay of changes that are not applied yet.
 //!
-//! An [`Overlay`] costs what changed, is checked against the layer below while it is built, and either folds
-//! into the layer or is dropped: the layer is never half changed.
+//! The cost of an [`Overlay`] follows the changes. It is checked against the layer below while it is built, and either
+//! folds into the layer or is dropped: a layer is never partly changed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -84,11 +84,11 @@ impl Layer {
     }
 }
 
-/// A pool as it will be.
+/// Staged pool.
 #[derive(Default)]
 pub(super) struct StagedPool {
     pub(super) exists: bool,
-    /// The members of the layer below no longer count.
+    /// Discards the members of the layer below.
     pub(super) cleared: bool,
     pub(super) added: BTreeSet<PackedEndpoint>,
     pub(super) removed: BTreeSet<PackedEndpoint>,
@@ -127,7 +127,7 @@ impl Overlay {
         self.items -= 1;
     }
 
-    /// Checks one change against the layer below and the changes before it, and takes it in.
+    /// Checks one change against the layer below and earlier changes, and adds it.
     pub(super) fn apply(
         &mut self,
         base: &Layer,
@@ -175,7 +175,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Takes out a frontend if it is there.
+    /// Removes a frontend, if it exists.
     fn replace_frontend(&mut self, base: &Layer, id: FrontendId, ports: &Interner) {
         let before = match self.frontends.get(&id) {
             Some(staged) => staged.clone(),
@@ -409,7 +409,7 @@ fn describe(key: &PoolKey) -> String {
     format!("the pool of {}/{}:{}", port.namespace, port.name, port.port)
 }
 
-/// Checks that an item may stand in a layer of this kind.
+/// Checks that a layer of this kind may contain the item.
 fn check_place(layer: LayerKind, kind: &Kind) -> Result<(), Refusal> {
     let role = |key: Option<&PoolKey>| key.map(|key| key.role).unwrap_or_default();
     let right = match kind {

@@ -7,7 +7,7 @@ use switchtower_proto::v1::{FrontendKind, LayerKind};
 use super::State;
 use super::pack::{IpFamily, PoolId, PoolRole};
 
-/// Numbers of service ports, per family.
+/// Numbers of service ports, as (IPv4, IPv6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct WithoutLocal {
     /// With internalTrafficPolicy Local.
@@ -17,13 +17,13 @@ pub(crate) struct WithoutLocal {
 }
 
 impl State {
-    /// Counts them. Walks all frontends, so not for every update.
+    /// Counts service ports without local endpoints. Walks all frontends, so do not call it for every update.
     pub(crate) fn without_local_endpoints(&self) -> WithoutLocal {
         let (cluster, own) = (self.layer(LayerKind::Cluster), self.layer(LayerKind::Node));
         let (mut internal, mut external) = (BTreeSet::new(), BTreeSet::new());
         for (id, frontend) in &cluster.frontends {
             let inside = frontend.kind() == FrontendKind::ClusterIp;
-            // Refused instead of dropped: there is no endpoint anywhere.
+            // Without any endpoint in the cluster, connections are refused instead of dropped.
             if !frontend.drops_without_local(inside) {
                 continue;
             }

@@ -1,5 +1,5 @@
-//! Merging the layers: for each (service port, family, role) the whole pool of the most specific layer that
-//! has it, NODE before ZONE before CLUSTER. Frontends and the rest stand in one layer only.
+//! Merge of the layers: for each (service port, family, role) the whole pool of the most specific layer that has it,
+//! NODE before ZONE before CLUSTER. All other items exist in one layer only.
 
 use std::collections::BTreeSet;
 
@@ -11,24 +11,24 @@ use super::update::StagedLayer;
 use super::{Applied, State, position};
 use crate::kernel::change::KernelChange;
 
-/// What the conntrack reconciler has to look at after an update.
+/// Work for the conntrack reconciler after an update.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct UdpChanges {
     /// A UDP pool or frontend of this family changed.
     pub(crate) ipv4: bool,
     /// The same for IPv6.
     pub(crate) ipv6: bool,
-    /// UDP frontends with an address that are gone: their flows are stale, whatever the backend.
+    /// Removed UDP frontends with an address: all their flows are stale.
     pub(crate) gone: BTreeSet<FrontendId>,
 }
 
 impl UdpChanges {
-    /// Everything has to be looked at.
+    /// Everything changed.
     pub(crate) fn all() -> Self {
         UdpChanges { ipv4: true, ipv6: true, gone: BTreeSet::new() }
     }
 
-    /// Nothing has to be looked at.
+    /// Returns whether nothing changed.
     pub(crate) fn is_empty(&self) -> bool {
         !self.ipv4 && !self.ipv6
     }
@@ -40,7 +40,7 @@ impl UdpChanges {
         }
     }
 
-    /// Adds what a later update brought.
+    /// Adds the changes of a later update.
     pub(crate) fn merge(&mut self, later: UdpChanges) {
         self.ipv4 |= later.ipv4;
         self.ipv6 |= later.ipv6;
@@ -48,14 +48,14 @@ impl UdpChanges {
     }
 }
 
-/// The order in which a pool is looked for.
+/// Lookup order of a pool.
 pub(super) const SPECIFIC_FIRST: [LayerKind; 3] = [LayerKind::Node, LayerKind::Zone, LayerKind::Cluster];
 
 fn after<'a>(base: &'a Layer, staged: &'a StagedLayer) -> After<'a> {
     After { base, staged }
 }
 
-/// A layer as it will be.
+/// Layer after the update.
 struct After<'a> {
     base: &'a Layer,
     staged: &'a StagedLayer,
@@ -106,8 +106,8 @@ fn touched(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> (BTreeSet<PoolId>,
     (pools, frontends)
 }
 
-/// The difference of the merged views, in an order in which each step refers only to what exists: facts,
-/// pools that come or change, frontends that go, frontends that come, pools that go, local endpoints.
+/// Returns the difference of the merged views, ordered so that each step refers to existing items only: facts, new or
+/// changed pools, removed frontends, new frontends, removed pools, local endpoints.
 pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: &Interner) -> Applied {
     let mut applied = Applied::default();
     let (pools, frontends) = touched(before, staged);
@@ -133,8 +133,8 @@ pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: 
     applied
 }
 
-/// Flows become stale where an endpoint goes, and where the first one comes: flows of NodePorts are kept while there
-/// is none. One more beside others changes nothing for those that exist.
+/// Flows become stale when an endpoint is removed, and when the first one is added, because flows of NodePorts without
+/// endpoints are kept. Further endpoints do not affect existing flows.
 fn can_make_flows_stale(change: &KernelChange, before: &[Layer; 4], id: &PoolId) -> bool {
     match change {
         KernelChange::Pool { removed, .. } if removed.is_empty() => {
@@ -168,7 +168,7 @@ fn pool_difference(
         StagedLayer::Unchanged if old == new => return None,
         StagedLayer::Changed(overlay) if old == new => match overlay.pools.get(id) {
             None => return None,
-            // The net effect stands in the overlay: no walk over the pool's other members.
+            // The overlay has the net effect, without a walk over the pool's other members.
             Some(pool) if !pool.cleared => {
                 (pool.added.iter().copied().collect(), pool.removed.iter().copied().collect())
             }
@@ -182,7 +182,7 @@ fn pool_difference(
     Some(KernelChange::Pool { key, added: unpack(&added), removed: unpack(&removed) })
 }
 
-/// Members that come and members that go, both sorted.
+/// Returns added and removed members, both sorted.
 fn members_difference(
     old: &Layer,
     new: &After<'_>,
@@ -239,7 +239,7 @@ fn frontend_difference(
 
 const UDP: u8 = 17;
 
-/// Node record and ServiceCIDRs. Which settings are in force follows from more than the layers.
+/// Returns changes of the node record and ServiceCIDRs; trials decide on the settings.
 fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
     for (base, staged) in before.iter().zip(staged) {
         let node = match staged {
@@ -272,7 +272,7 @@ fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) 
     }
 }
 
-/// Local endpoints, and whether a health check changed.
+/// Returns changes of local endpoints, and whether a health check changed.
 fn node_items(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
     for (base, staged) in before.iter().zip(staged) {
         match staged {
@@ -303,17 +303,17 @@ fn node_items(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Appl
     }
 }
 
-/// What the reconciler says about one conntrack entry.
+/// Verdict on a conntrack entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flow {
-    /// Not one of ours, or to a backend that still serves.
+    /// Foreign, or to a serving backend.
     Keep,
-    /// To a backend that no longer serves, to none, or to a Service that is gone.
+    /// To a backend that no longer serves, to none, or to a deleted Service.
     Stale,
 }
 
 impl State {
-    /// The whole merged view as additions, for [`crate::kernel::dataplane::Dataplane::adopt`].
+    /// Returns the whole merged view as additions, for [`crate::kernel::dataplane::Dataplane::adopt`].
     pub fn view(&self) -> Vec<KernelChange> {
         let mut changes = Vec::new();
         changes.extend(self.settings().cloned().map(KernelChange::Settings));
@@ -339,10 +339,10 @@ impl State {
         changes
     }
 
-    /// Whether a UDP conntrack entry is stale, exactly as kube-proxy decides: the original destination is one
+    /// Returns whether a UDP conntrack entry is stale, as in kube-proxy: the original destination is one
     /// of our frontends and the reply's source is not a serving endpoint of it. `gone` are frontends that were
     /// removed; a live frontend on the same address and port overrides them. NodePort flows of a service port
-    /// without serving endpoints are kept: their match is by port number alone and would hit foreign flows.
+    /// without serving endpoints are kept: their match is by port number only and would hit foreign flows.
     pub(crate) fn udp_flow(
         &self,
         destination: std::net::SocketAddr,

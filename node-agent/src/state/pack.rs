@@ -1,7 +1,6 @@
-//! Compact forms of the items that a view holds tens of thousands of.
+//! Compact forms of items: 6 or 18 bytes per endpoint, about 50 per frontend, and one copy of a service port's name.
 //!
-//! What is kept per endpoint is 6 or 18 bytes, per frontend about 50, and a service port's name is kept once.
-//! Packing checks: what cannot be packed is malformed and never enters the view, so unpacking cannot fail.
+//! Packing validates: malformed items never enter the view, so unpacking cannot fail.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,12 +10,12 @@ use switchtower_proto::v1::{
     Target, Verdict,
 };
 
-/// Longest namespace, name or port name that is accepted; Kubernetes' own limit for names.
+/// Maximum length of a namespace, name or port name: Kubernetes' limit for names.
 const NAME_LIMIT: usize = 253;
-/// Most source ranges of one frontend.
+/// Maximum number of source ranges of one frontend.
 const SOURCE_RANGE_LIMIT: usize = 10_000;
 
-/// Something in a message that the protocol does not allow; says what.
+/// Violation of the protocol in a message, with its description.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Malformed(pub(crate) String);
@@ -85,7 +84,7 @@ impl PoolRole {
         }
     }
 
-    /// `None` for a role that is unknown.
+    /// Returns `None` for an unknown role.
     pub(crate) fn try_from_proto(number: i32) -> Option<Self> {
         PoolRole::parse(number).ok()
     }
@@ -127,7 +126,7 @@ impl PackedEndpoint {
         PackedEndpoint { length: slice.len() as u8, bytes }
     }
 
-    /// From an address and a port as conntrack gives them.
+    /// Packs an address and a port of a conntrack entry.
     pub(crate) fn from_parts(address: std::net::IpAddr, port: u16) -> Self {
         let mut bytes = [0; 18];
         let length = match address {
@@ -220,7 +219,7 @@ impl Members {
         }
     }
 
-    /// Adds many: merged once, not one by one, so that a pool of n members costs O(n log n).
+    /// Adds members in one merge, so that a pool of n members costs O(n log n).
     pub(crate) fn extend(&mut self, endpoints: &std::collections::BTreeSet<PackedEndpoint>) {
         if endpoints.len() <= 4 {
             endpoints.iter().for_each(|endpoint| self.insert(endpoint));
@@ -267,7 +266,7 @@ impl FrontendId {
         })
     }
 
-    /// The frontend that serves a destination address, or the NodePort if `address` is `None`.
+    /// Returns the key of a destination address, or of the NodePort if `address` is `None`.
     pub(crate) fn of(family: IpFamily, address: Option<std::net::IpAddr>, protocol: u8, port: u16) -> Self {
         let mut bytes = [0; 16];
         match address {
@@ -335,13 +334,13 @@ impl PackedFrontend {
         FrontendKind::try_from(i32::from(self.kind)).unwrap_or_default()
     }
 
-    /// Whether packets from inside or outside are dropped while no endpoint is on this node, though others have some.
+    /// Returns whether packets from inside or outside are dropped while only other nodes have endpoints.
     pub(crate) fn drops_without_local(&self, inside: bool) -> bool {
         let (role, when_empty) = if inside { self.inside } else { self.outside };
         (i32::from(role), i32::from(when_empty)) == (Role::Local as i32, Verdict::Drop as i32)
     }
 
-    /// Which pool serves pods and host processes of the node.
+    /// Role of the pool that serves pods and host processes of the node.
     pub(crate) fn inside_role(&self) -> PoolRole {
         PoolRole::try_from_proto(i32::from(self.inside.0)).unwrap_or(PoolRole::Cluster)
     }
@@ -410,7 +409,7 @@ pub(crate) fn check_address(address: &[u8]) -> Result<(), Malformed> {
     }
 }
 
-/// Checks a port and a protocol that are kept as they came.
+/// Checks a port and a protocol that are not packed.
 pub(crate) fn check_port(protocol: i32, port: u32) -> Result<(), Malformed> {
     port_number(port)?;
     protocol_number(protocol).map(|_| ())
@@ -429,8 +428,8 @@ struct Interned {
     references: u32,
 }
 
-/// Service ports by number. A number lives as long as something in the view refers to it; what an abandoned
-/// update brought is freed by [`Interner::sweep`].
+/// Service ports by number. A number lives as long as an item of the view refers to it; [`Interner::sweep`] frees those
+/// of an abandoned update.
 #[derive(Default)]
 pub(crate) struct Interner {
     entries: Vec<Option<Interned>>,
@@ -442,7 +441,7 @@ pub(crate) struct Interner {
 }
 
 impl Interner {
-    /// The number of a service port, a new one if it is unknown.
+    /// Returns the number of a service port, a new one for an unknown port.
     pub(crate) fn intern(&mut self, port: &ServicePort) -> Result<PortId, Malformed> {
         let text = encode(port)?;
         if let Some(id) = self.ids.get(text.as_str()) {
@@ -490,7 +489,7 @@ impl Interner {
         }
     }
 
-    /// Frees the numbers that nothing refers to. Costs what was interned or released since the last time.
+    /// Frees unreferenced numbers. The cost follows the numbers interned or released since the last call.
     pub(crate) fn sweep(&mut self) {
         for id in std::mem::take(&mut self.candidates) {
             let Some(slot) = self.entries.get_mut(id as usize) else { continue };
@@ -516,7 +515,7 @@ impl Interner {
     }
 }
 
-/// A NUL cannot stand in a Kubernetes name, so the parts stay apart.
+/// Separator of the parts; Kubernetes names contain no NUL.
 fn encode(port: &ServicePort) -> Result<String, Malformed> {
     let ServicePort { namespace, name, port, protocol } = port;
     for part in [namespace, name, port] {
@@ -539,7 +538,7 @@ fn service_hash(text: &str) -> u64 {
     hasher.finish()
 }
 
-/// Checks a pool's key and gives its packed form.
+/// Checks and packs a pool's key.
 pub(crate) fn pack_pool(key: &PoolKey, ports: &mut Interner) -> Result<PoolId, Malformed> {
     let PoolKey { service_port, family, role } = key;
     let Some(service_port) = service_port else { return malformed("a pool has no service port") };

@@ -1,4 +1,4 @@
-//! What settings may say; the limits stand in `fleet.proto`.
+//! Validation of settings, with the limits of `fleet.proto`.
 
 use std::collections::BTreeSet;
 
@@ -7,24 +7,24 @@ use switchtower_proto::v1::{LocalDetection, Probe, ProbeKind, Settings, Trial};
 use super::Refusal;
 use super::pack::{Malformed, check_cidr, check_name};
 
-/// Most probes of a trial.
+/// Maximum number of probes of a trial.
 const PROBES: usize = 16;
-/// Longest watching, in milliseconds.
+/// Maximum observation after the switch, in milliseconds.
 const WINDOW: u32 = 3_600_000;
-/// Longest deadline of a probe, in milliseconds.
+/// Maximum timeout of a probe, in milliseconds.
 const TIMEOUT: u32 = 10_000;
-/// Longest path of a probe, in bytes.
+/// Maximum path of a probe, in bytes.
 const PATH: usize = 256;
-/// Most address blocks in one list.
+/// Maximum number of address blocks in one list.
 const BLOCKS: usize = 1_000;
-/// Levels of the log; empty is the command line's.
+/// Log levels; empty selects that of the command line.
 const LEVELS: [&str; 6] = ["", "error", "warn", "info", "debug", "trace"];
 
 fn malformed(what: String) -> Result<(), Malformed> {
     Err(Malformed(what))
 }
 
-/// Checks settings with their trial.
+/// Validates settings with their trial.
 pub(super) fn check_settings(settings: &Settings) -> Result<(), Refusal> {
     check_values(settings)?;
     settings.trial.as_deref().map_or(Ok(()), check_trial)?;
@@ -32,8 +32,7 @@ pub(super) fn check_settings(settings: &Settings) -> Result<(), Refusal> {
     [settings].into_iter().chain(fallback).try_for_each(check_known)
 }
 
-/// A way to recognise local pods that is not known yet cannot be taken for none: connections would be masqueraded
-/// otherwise than asked for.
+/// Refuses an unknown way to recognise local pods: ignoring it would masquerade other connections than requested.
 fn check_known(settings: &Settings) -> Result<(), Refusal> {
     match LocalDetection::try_from(settings.local_detection) {
         Ok(_) => Ok(()),
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_protocol_allows_is_taken() {
+    fn valid_settings_accepted() {
         let with_path = probed(|probe| {
             probe.compare_source = true;
             probe.http_path = "/clientip".into();
@@ -130,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused_with_a_reason() {
+    fn invalid_settings_refused_with_a_reason() {
         let block = Cidr { address: vec![10, 0, 0, 1], prefix_length: 8 };
         let cases = [
             (Settings { log_level: "loud".into(), ..settings() }, "log level"),
@@ -156,14 +155,14 @@ mod tests {
             ),
         ];
         for (bad, reason) in cases {
-            let Refusal { reason: word, detail } = check_settings(&bad).unwrap_err();
-            assert_eq!(word, NackReason::Malformed, "{detail}");
-            assert!(detail.contains(reason), "{detail:?} does not say {reason:?}");
+            let Refusal { reason: nack, detail } = check_settings(&bad).unwrap_err();
+            assert_eq!(nack, NackReason::Malformed, "{detail}");
+            assert!(detail.contains(reason), "{detail:?} does not contain {reason:?}");
         }
     }
 
     #[test]
-    fn a_detection_that_is_not_known_is_not_taken_for_none() {
+    fn unknown_local_detection_refused() {
         let of_tomorrow = Settings { local_detection: 99, ..settings() };
         let behind = tried(|trial| trial.fallback = Some(Box::new(of_tomorrow.clone())));
         for unknown in [of_tomorrow, behind] {

@@ -1,7 +1,7 @@
-//! Where the probes of a trial connect to, from the view.
+//! Destinations of the probes of a trial.
 //!
-//! The frontends are looked for once per trial; each round only looks at those, so that watching costs the same
-//! in any cluster.
+//! A trial searches the view's frontends once; its rounds only visit the results, so their cost does not depend on the
+//! cluster.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -15,32 +15,32 @@ use super::pack::{FrontendId, IpFamily, PoolId, PortId};
 
 const TCP: u8 = 6;
 
-/// A round of probes, ready to be run.
+/// Round of probes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Round {
-    /// Comes back with the results.
+    /// Number, which the results repeat.
     pub number: u64,
-    /// What to connect to; at least one for each probe.
+    /// Destinations, at least one per probe.
     pub targets: Vec<Target>,
 }
 
-/// One connection of a round.
+/// Connection of a round.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {
     /// The probe.
     pub probe: Probe,
-    /// Where to; `None` if nowhere.
+    /// Destination; `None` if there is none.
     pub address: Option<SocketAddr>,
-    /// Why there is nothing to connect to.
+    /// Reason for a missing destination.
     pub absent: Option<String>,
 }
 
-/// A probe by its position, and a frontend that it goes to.
+/// Position of a probe, and a frontend for it.
 pub(super) type Found = (usize, FrontendId);
 
 impl State {
-    /// The round of probes that is to be run now, if one is. Only to be asked while the kernel holds the view and
-    /// the settings in force.
+    /// Returns the round of probes to run now, if any. Call it only while the kernel holds the view and the settings in
+    /// force.
     pub fn next_round(&mut self, now: Instant) -> Option<Round> {
         let (number, probes) = self.trials.round(now)?;
         let found = match self.trials.frontends.take() {
@@ -84,7 +84,7 @@ impl State {
         for (index, probe) in probes.iter().enumerate() {
             let own = || all.iter().filter(|(at, ..)| *at == index);
             let number = probe.port.parse::<u16>().ok();
-            // A Service's number stands at its ClusterIP; a NodePort has another.
+            // The port number of a Service is that of its ClusterIP; a NodePort has another.
             let numbered: BTreeSet<PortId> = own()
                 .filter(|(_, id, _, kind)| *kind == FrontendKind::ClusterIp && Some(id.port) == number)
                 .map(|(_, _, port, _)| *port)
@@ -124,7 +124,7 @@ impl State {
         addresses.into_iter().map(target).collect()
     }
 
-    /// Why a connection to a frontend must fail, whatever the settings.
+    /// Returns the reason why a connection to a frontend must fail, whatever the settings.
     fn nothing_behind(&self, id: &FrontendId) -> Option<String> {
         let Some(frontend) = self.layer(LayerKind::Cluster).frontends.get(id) else {
             return Some("the Service no longer has this address and port".to_owned());

@@ -1,4 +1,4 @@
-//! Where probes connect to, for views of all kinds.
+//! Destinations of probes, for views of all kinds.
 
 use switchtower_proto::v1::{
     Endpoint, Family, Frontend, FrontendKey, NodeRecord, PoolKey, Role, Settings, Trial, UpdateEnd,
@@ -39,7 +39,7 @@ fn probe(kind: ProbeKind, port: &str) -> Probe {
     }
 }
 
-/// The first round's targets: probe, address, whether something is there.
+/// The first round's targets: probe, address, whether a destination exists.
 fn targets(mut fleet: Fleet, probes: Vec<Probe>) -> Vec<(String, String, bool)> {
     let mut state = State::new();
     let mut play = |(update, parts): (switchtower_proto::v1::Update, Vec<_>)| {

@@ -47,7 +47,7 @@ impl Model {
                 KernelChange::Node(node) => self.node = node,
                 KernelChange::Settings(settings) => self.settings = settings,
                 KernelChange::HostAddresses(_) | KernelChange::Controllers(_) => {
-                    unreachable!("the view has nothing of the node's own")
+                    unreachable!("the view has no item of the node")
                 }
             }
         }
@@ -472,7 +472,7 @@ fn losing_an_override_shows_the_default_again() {
     };
     assert_eq!(applied.changes, [pool(&[3], &[])]);
 
-    // What changes under an override is kept, and does not reach the kernel.
+    // Changes under an override are kept, and do not reach the kernel.
     let parts = [sender.play(&Step::Toggle(LayerKind::Cluster, 0, Role::Cluster, vec![1, 4]))];
     let applied = play(&mut state, &sender.update(Some(1), 2), &parts).unwrap();
     assert_eq!(applied.changes, []);
@@ -533,7 +533,7 @@ fn udp_flows_are_judged_as_kube_proxy_does() {
         state.udp_flow("10.96.0.3:80".parse().unwrap(), "10.0.0.2:8080".parse().unwrap(), gone)
     };
     assert_eq!(flow(&applied.udp.gone), Flow::Stale, "the Service is gone");
-    assert_eq!(flow(&BTreeSet::new()), Flow::Keep, "after the pass is done the address is nobody's");
+    assert_eq!(flow(&BTreeSet::new()), Flow::Keep, "after the pass no frontend has the address");
 }
 
 #[test]

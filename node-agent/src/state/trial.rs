@@ -1,8 +1,8 @@
-//! Trying settings on this node: which settings are in force, and when that changes. Pure: rounds of probes are
-//! handed out, their results and the time are handed in.
+//! Trials of settings: decides which settings are in force. Pure: the caller runs the rounds of probes and passes in
+//! results and the time.
 //!
-//! The machine is specified in `fleet.proto` ("Trial of settings"). What is in force is known from the first view
-//! on; a trial differs from an ordinary change only in who decides: settings without one are in force at once.
+//! `fleet.proto` ("Trial of settings") specifies the state machine. Settings without a trial enter into force
+//! immediately.
 
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,13 @@ use switchtower_proto::v1::{
 use super::evidence::{self, Measured};
 use super::targets::Found;
 
-/// Pause between two rounds while new settings are watched.
+/// Interval between two rounds after the switch.
 pub(crate) const ROUND_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where a trial stands, as it is kept across a restart of the agent.
+/// Record of a trial across a restart of the agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrialRecord {
-    /// The settings that are tried, with their trial, whose fallback is what this node returns to.
+    /// Settings under trial; the trial's fallback is the target of a rollback.
     pub tried: Settings,
     /// The settings in force.
     pub in_force: Settings,
@@ -33,30 +33,30 @@ pub struct TrialRecord {
     pub again: Option<Vec<Measured>>,
 }
 
-/// What an event changed.
+/// Effect of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Moved {
-    /// Other settings are in force: they must be committed.
+    /// The settings in force changed and must be committed.
     pub settings: bool,
-    /// The trial's status changed in a way that is kept and reported.
+    /// The trial's status changed: record and report it.
     pub status: bool,
 }
 
-/// What is in force, and the trial that decides about it.
+/// Settings in force, and the trial that decides on them.
 #[derive(Debug, Default)]
 pub(super) struct Trials {
     in_force: Option<Settings>,
     current: Option<TrialRecord>,
-    /// From before a restart, while the view does not hold the settings that it is about.
+    /// Record from before a restart, until the view holds its settings.
     remembered: Option<TrialRecord>,
-    /// Number of the last round that was handed out, and whether its results are due.
+    /// Number of the last round; `running` until its results arrive.
     round: u64,
     running: bool,
-    /// Not before this time; `None`: as soon as the kernel holds the settings in force.
+    /// Earliest start of the next round; `None`: as soon as the kernel holds the settings in force.
     next: Option<Instant>,
-    /// End of the watching; set when its first round begins.
+    /// End of the observation after the switch; set by its first round.
     until: Option<Instant>,
-    /// Where the probes go; found by the first round.
+    /// Frontends of the probes; found by the first round.
     pub(super) frontends: Option<Vec<Found>>,
 }
 
@@ -77,8 +77,8 @@ fn fallback(tried: &Settings) -> Option<Settings> {
     Some(bare(tried.trial.as_ref()?.fallback.as_deref()?))
 }
 
-/// What this node tries: settings of another profile that are proved on it are what it returns to, whatever most nodes
-/// had.
+/// Returns the settings under trial on this node. If the node runs proven settings of another profile, they become the
+/// fallback instead of those of most nodes.
 fn with_own_fallback(desired: &Settings, in_force: &Settings) -> Settings {
     let mut tried = desired.clone();
     if let Some(trial) = tried.trial.as_mut().filter(|_| desired.profile != in_force.profile) {
@@ -93,10 +93,10 @@ impl Trials {
         self.in_force.as_ref()
     }
 
-    /// Takes what was kept of a trial before a restart.
+    /// Restores a record from before a restart.
     pub(super) fn remember(&mut self, record: TrialRecord) -> Moved {
         match &self.current {
-            // The view is of after the trial's beginning: it goes on. The view's settings are the same.
+            // The view holds the settings under trial, so the trial continues.
             None if self.in_force.as_ref().is_some_and(|in_force| same(in_force, &record.tried)) => {
                 self.resume(record)
             }
@@ -119,7 +119,7 @@ impl Trials {
         (self.running, self.next, self.until, self.frontends) = (false, None, None, None);
     }
 
-    /// The controller wants these settings.
+    /// Takes over the desired settings.
     pub(super) fn desire(&mut self, desired: &Settings) -> Moved {
         let before = self.in_force.clone();
         let status = self.take(desired);
@@ -141,7 +141,7 @@ impl Trials {
             return false;
         }
         let in_force = match (&self.current, self.in_force.take()) {
-            // What is not proved is left before something else is tried.
+            // Roll back unproven settings before the next trial.
             (Some(current), Some(_)) if current.phase == TrialPhase::Watching => {
                 let own = fallback(&current.tried).filter(|own| own.profile != desired.profile);
                 own.or_else(|| fallback(desired))
@@ -166,12 +166,12 @@ impl Trials {
         true
     }
 
-    /// When the next round is due, if one is to come by itself.
+    /// Time of the next round, if one is scheduled.
     pub(super) fn due(&self) -> Option<Instant> {
         self.next.filter(|_| !self.running)
     }
 
-    /// Number and probes of the round that is to be run now, if one is.
+    /// Returns number and probes of the round to run now, if any.
     pub(super) fn round(&mut self, now: Instant) -> Option<(u64, Vec<Probe>)> {
         let current = self.current.as_ref()?;
         let wanted = match current.phase {
@@ -236,7 +236,7 @@ impl Trials {
         Moved { settings: false, status: first }
     }
 
-    /// What is to be kept across a restart; `None`: nothing.
+    /// Record for a restart; `None`: nothing.
     pub(super) fn record(&self) -> Option<&TrialRecord> {
         self.current.as_ref()
     }

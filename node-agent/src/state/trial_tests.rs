@@ -223,7 +223,7 @@ fn settings_without_a_trial_or_without_probes_are_in_force_at_once() {
     bench.desire(&unprobed);
     assert_eq!((bench.in_force(), bench.phase(), bench.cause()), (3, TrialPhase::Passed, None));
     assert!(!bench.round(passed()));
-    // A node that has none yet has nothing to compare with.
+    // A node without settings has no baseline.
     let mut trials = Trials::default();
     assert!(trials.desire(&on_trial(2, 1)).settings);
     assert_eq!(trials.in_force().unwrap(), &settings(2));
@@ -240,7 +240,7 @@ fn a_newer_trial_starts_from_what_is_proved() {
     assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::Before));
     assert_eq!(bench.trials.measured(stale, passed(), bench.at()), Moved::default());
     assert_eq!(bench.in_force(), 1, "results of another trial's round decide nothing");
-    // What is being watched is left first; what passed stays.
+    // Settings under observation are rolled back first; what passed stays.
     for (until_passed, during) in [(false, 1), (true, 2)] {
         let mut bench = Bench::new();
         bench.desire(&on_trial(2, 1));
@@ -293,7 +293,7 @@ fn a_restart_goes_on_where_it_was() {
         assert!(bench.round(failed()), "against the baseline of before the restart");
         assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::RolledBack));
         restart(&mut bench);
-        assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::RolledBack), "never tried again");
+        assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::RolledBack), "never retried");
         assert!(bench.round(passed()));
         restart(&mut bench);
         assert!(bench.trials.status().unwrap().results[0].ok_again);
@@ -325,7 +325,7 @@ fn a_node_returns_to_what_it_had_of_another_profile_itself() {
     for restarts in [false, true] {
         let mut bench = Bench::new();
         bench.desire(&other(7));
-        // Most nodes of the profile had default@1.
+        // The profile's stable revision is default@1.
         bench.desire(&on_trial(2, 1));
         bench.round(passed());
         assert_eq!(in_force(&bench), ("default".to_owned(), 2));
@@ -335,7 +335,7 @@ fn a_node_returns_to_what_it_had_of_another_profile_itself() {
         bench.round(failed());
         assert_eq!((bench.phase(), in_force(&bench)), (TrialPhase::RolledBack, own.clone()));
         assert_eq!(bench.cause(), Some((7, SettingsCause::RolledBack)));
-        // What comes next is compared with that, and returns to it too.
+        // The next trial compares with it, and falls back to it.
         bench.desire(&on_trial(3, 1));
         assert_eq!(in_force(&bench), own);
         bench.round(passed());

@@ -94,7 +94,7 @@ impl State {
         result
     }
 
-    /// Ends the update: checks it whole, applies it to the view, and says what changed.
+    /// Ends the update: checks it whole, applies it to the view, and returns the changes.
     ///
     /// # Errors
     /// The update is not whole, or its content has another digest than announced; the view is as before.
@@ -190,7 +190,7 @@ impl State {
     fn desire(&mut self, applied: &mut Applied) {
         let desired = match self.layer(LayerKind::Settings).settings.as_deref() {
             Some(desired) => desired.clone(),
-            // There never were any.
+            // The view never had settings.
             None if self.settings().is_none() => return,
             None => Settings::default(),
         };
@@ -203,7 +203,7 @@ impl State {
     }
 }
 
-/// By how much the number of endpoints in the CLUSTER layer's pools of role CLUSTER changes.
+/// Returns the change of the number of endpoints in the CLUSTER layer's pools of role CLUSTER.
 fn cluster_endpoints(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> isize {
     let Some(at) = position(LayerKind::Cluster) else { return 0 };
     let count = |layer: &Layer| -> isize {
@@ -277,7 +277,7 @@ impl Staging {
         match staged {
             StagedLayer::Unchanged => {}
             StagedLayer::Changed(overlay) => overlay.apply(&state.layers[at], change, &mut state.ports)?,
-            // Nobody reads a new layer yet: each change is checked by an overlay of its own and folded at once.
+            // A new layer has no readers yet: check each change by a separate overlay and fold it immediately.
             StagedLayer::Replaced(layer) => {
                 let mut overlay = Overlay::default();
                 overlay.apply(layer, change, &mut state.ports)?;

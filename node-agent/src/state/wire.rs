@@ -1,4 +1,4 @@
-//! Reads repeated changes out of a payload one at a time.
+//! Streaming decoder for the changes of a payload.
 //!
 //! A decoded change is some hundred times larger than the two bytes that an empty one takes on the wire, so
 //! a payload is never decoded as a whole: memory follows the largest single change.
@@ -10,7 +10,7 @@ use switchtower_proto::v1::Change;
 
 use super::pack::Malformed;
 
-/// Largest encoded size of one change in bytes. A pool that needs more is sent as several patches.
+/// Maximum encoded size of one change in bytes. Larger pools arrive as several patches.
 pub(crate) const CHANGE_LIMIT: usize = 4 << 20;
 
 /// One field of a message: its number and, if it is length-delimited, its content.

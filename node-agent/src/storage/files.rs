@@ -1,7 +1,7 @@
-//! Writes the files of the state directory on a thread of its own: a disk that stalls must not hold up the data plane.
+//! Writer of the state directory, in its own thread: a stalled disk must not delay the data plane.
 //!
-//! Only the latest content of a file waits to be written. A write that fails is repeated until it succeeds or newer
-//! content replaces it.
+//! Only the latest content of a file is queued. A failed write is retried until it succeeds or newer content replaces
+//! it.
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, rename};
@@ -11,19 +11,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Pause before a failed write is repeated.
+/// Delay before the retry of a failed write.
 const RETRY: Duration = Duration::from_secs(30);
-/// Views name every Service and pod address of the cluster: they are nobody else's to read.
+/// Views contain every Service and pod address of the cluster, so only the owner may read them.
 const FILE_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// What is to become of a file.
+/// Operation on a file.
 pub enum Content {
-    /// It is replaced as a whole by these bytes.
+    /// Replace the file atomically.
     Bytes(Vec<u8>),
-    /// Its modification time becomes the current time.
+    /// Set the modification time to now.
     Touched,
-    /// It is removed.
+    /// Remove the file.
     Removed,
 }
 
@@ -36,7 +36,7 @@ struct Job {
 #[derive(Default)]
 struct Queue {
     waiting: BTreeMap<PathBuf, Job>,
-    /// Since when the current write has been running.
+    /// Start of the current write.
     writing: Option<Instant>,
     closed: bool,
 }
@@ -53,7 +53,7 @@ impl Shared {
     }
 }
 
-/// The thread that writes. It ends when all clones of this are gone and nothing waits any more.
+/// Handle of the writer thread, which exits once all clones are dropped and the queue is empty.
 #[derive(Clone)]
 pub struct StateFiles(Arc<Handle>);
 
@@ -63,7 +63,7 @@ impl StateFiles {
     /// Starts the thread.
     ///
     /// # Errors
-    /// No thread can be started.
+    /// The thread cannot be started.
     pub fn start() -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let worker = shared.clone();
@@ -71,14 +71,14 @@ impl StateFiles {
         Ok(StateFiles(Arc::new(Handle(shared))))
     }
 
-    /// Has `content` stored at `path` and `written` called afterwards; returns at once. Newer content replaces
-    /// content that still waits.
+    /// Queues `content` for `path` and returns immediately; `written` is called after the write. Replaces queued content
+    /// of the same file.
     pub fn put(&self, path: &Path, content: Content, written: Option<Box<dyn Fn() + Send>>) {
         let shared = &self.0.0;
         let mut queue = shared.lock();
         let job = Job { content, written, not_before: None };
         match job.content {
-            // A write that waits sets the time as well.
+            // A queued write sets the time as well.
             Content::Touched => {
                 queue.waiting.entry(path.to_path_buf()).or_insert(job);
             }
@@ -89,8 +89,8 @@ impl StateFiles {
         shared.changed.notify_all();
     }
 
-    /// Waits until everything has been tried at least once, at most `limit`; not at all while a write has been
-    /// running for longer than that. Returns whether everything is on disk.
+    /// Waits at most `limit` until everything queued was tried once; returns immediately if the current write is older
+    /// than `limit`. Returns whether everything is on disk.
     pub fn flush(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let shared = &self.0.0;
@@ -120,11 +120,11 @@ impl Drop for Handle {
     }
 }
 
-/// The result of `read` by a thread of its own; `None` if it takes longer than `limit`, or there is no thread.
+/// Runs `read` in its own thread and returns its result; `None` after `limit`, or without a thread.
 pub fn within<T: Send + 'static>(limit: Duration, read: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (sender, receiver) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("state-reader".into());
-    // A result that comes too late is nobody's.
+    // A late result has no receiver.
     thread.spawn(move || drop(sender.send(read()))).ok()?;
     receiver.recv_timeout(limit).ok()
 }
@@ -158,7 +158,7 @@ fn work(shared: &Shared) {
     }
 }
 
-/// Stores it; gives back what has to be tried again.
+/// Executes the job; returns a failed one for a retry.
 fn store(path: &Path, job: Job) -> Result<(), Job> {
     let result = match &job.content {
         Content::Bytes(bytes) => replace(path, bytes),
@@ -178,14 +178,14 @@ fn store(path: &Path, job: Job) -> Result<(), Job> {
         Err(error) => {
             tracing::warn!(
                 path = %path.display(), %error, retry_in_s = RETRY.as_secs(),
-                "a state file cannot be written; the next agent on this node starts with what the file held before"
+                "cannot write a state file; the next agent on this node would start with its old content"
             );
             Err(Job { not_before: Some(Instant::now() + RETRY), ..job })
         }
     }
 }
 
-/// Creates the directory of state files, for its owner alone. One that exists is left as it is.
+/// Creates the state directory with access for its owner only. Leaves an existing one unchanged.
 ///
 /// # Errors
 /// It cannot be created.
@@ -193,7 +193,7 @@ pub fn create_directory(directory: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(directory)
 }
 
-/// Replaces the file as a whole: after a crash it is either the old one or the new one.
+/// Replaces the file atomically: after a crash it has either the old or the new content.
 ///
 /// # Errors
 /// The directory or the file cannot be written.
@@ -203,7 +203,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary(path);
     let mut options = OpenOptions::new();
     let mut file = options.write(true).create(true).truncate(true).mode(FILE_MODE).open(&temporary)?;
-    // One that an interrupted write left behind keeps its mode.
+    // A leftover of an interrupted write may have another mode.
     file.set_permissions(Permissions::from_mode(FILE_MODE))?;
     file.write_all(bytes)?;
     file.sync_all()?;
@@ -211,13 +211,13 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Where a new version of the file is written before it replaces the old one.
+/// Returns the path of the temporary file that replaces `path`.
 #[must_use]
 pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
-/// Removes the file; one that does not exist is no error.
+/// Removes the file; an absent file is no error.
 ///
 /// # Errors
 /// It exists and cannot be removed.
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_replaced_removed_and_private() {
+    fn files_replaced_removed_and_private() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state/view");
         let files = StateFiles::start().unwrap();
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leftover_that_others_can_read_becomes_private() {
+    fn readable_leftover_becomes_private() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("view");
         std::fs::write(temporary(&path), "left").unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_is_kept_and_reported_as_not_on_disk() {
+    fn failed_write_kept_and_reported() {
         let directory = tempfile::tempdir().unwrap();
         let blocked = directory.path().join("file/view");
         std::fs::write(directory.path().join("file"), "not a directory").unwrap();
@@ -278,11 +278,11 @@ mod tests {
         let other = directory.path().join("other");
         files.put(&other, bytes("two"), None);
         assert!(!files.flush(LIMIT), "the first still waits");
-        assert_eq!(std::fs::read_to_string(&other).unwrap(), "two", "it holds up no other file");
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "two", "other files are not delayed");
     }
 
     #[test]
-    fn a_stalled_disk_costs_the_caller_a_bounded_time() {
+    fn stalled_disk_delays_the_caller_a_bounded_time() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("view");
         // Opening a pipe for writing waits for a reader.

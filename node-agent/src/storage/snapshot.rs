@@ -1,6 +1,6 @@
-//! The view on disk: what a restarted or rebooted agent knows before it reaches a controller.
+//! Snapshot file: the view for a restarted or rebooted agent without a controller.
 //!
-//! The file supplies the view only; the kernel's stamp says whether it is current. It is written to a
+//! The file holds the view only; the kernel's stamp decides whether it is current. It is written to a
 //! temporary file, synced and renamed (by [`crate::storage::files`]), ends in a checksum, and is ignored with a reason if
 //! it is damaged or of another version.
 
@@ -15,15 +15,15 @@ use switchtower_proto::v1::{Change, Deviation, LayerKind, Resume, Source, Update
 use crate::kernel::dataplane::Refused;
 use crate::state::{Refusal, State};
 
-/// Name and version of the format; another one is a foreign file.
+/// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTVIEW1";
 /// Marks the end of the items.
 const END: u8 = 0xff;
-/// A larger file is not ours.
+/// Maximum size of the file in bytes.
 const SIZE_LIMIT: u64 = 1 << 30;
 const CHECKSUM: usize = 32;
 
-/// Everything beside the items.
+/// Everything except the items.
 #[derive(Clone, PartialEq, Message)]
 struct Header {
     #[prost(uint64, tag = "1")]
@@ -38,7 +38,7 @@ struct Header {
     deviations: Vec<Deviation>,
 }
 
-/// Why a file is not used.
+/// Unusable snapshot file.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// It cannot be read or written.
@@ -54,7 +54,7 @@ pub enum SnapshotError {
     Unusable {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the content.
         reason: String,
     },
 }
@@ -65,16 +65,16 @@ pub struct SnapshotFile {
     path: PathBuf,
 }
 
-/// A view read back.
+/// View from a snapshot file.
 pub struct Restored {
     /// The view.
     pub state: State,
-    /// What the kernel refused when the file was written.
+    /// Items that the kernel refused when the file was written.
     pub refused: Vec<Refused>,
 }
 
 impl SnapshotFile {
-    /// The file in `directory`, which is created when first written.
+    /// Returns the file in `directory`, which the first write creates.
     pub fn new(directory: &Path) -> Self {
         SnapshotFile { path: directory.join("view.snapshot") }
     }
@@ -87,12 +87,12 @@ impl SnapshotFile {
         SnapshotError::Unusable { path: self.path.clone(), reason: reason.into() }
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// How long ago the file was written or confirmed; zero if its time is in the future.
+    /// Returns the time since the last write or confirmation; zero for a time in the future.
     ///
     /// # Errors
     /// There is no file, or its time cannot be read.
@@ -100,7 +100,7 @@ impl SnapshotFile {
         Ok(now.duration_since(std::fs::metadata(&self.path)?.modified()?).unwrap_or_default())
     }
 
-    /// The content of the file for a view.
+    /// Encodes a view as the content of the file.
     ///
     /// # Errors
     /// A record is too large for the format.
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_back() {
+    fn view_round_trips() {
         let directory = tempfile::tempdir().unwrap();
         let file = SnapshotFile::new(directory.path());
         assert!(file.read().unwrap().is_none());
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_refused() {
+    fn damaged_file_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = SnapshotFile::new(directory.path());
         write(&file, &testing::state(3, 2), &[]);

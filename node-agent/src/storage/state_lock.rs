@@ -1,25 +1,25 @@
-//! One agent per state directory: two that run on a node at the same time would undo each other's work.
+//! Lock of the state directory: two agents on one node would revert each other's changes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Held until it is dropped, or the process ends in any way.
+/// Lock, held until dropped or until the process exits.
 #[derive(Debug)]
 pub struct StateLock {
     _file: File,
 }
 
-/// Why the lock is not held.
+/// Failure to take the lock.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process has it.
+    /// Another process holds it.
     #[error("another node agent (process {holder}) runs on this node with the state directory {directory}")]
     Held {
         /// The directory.
         directory: PathBuf,
-        /// What the other process wrote about itself: its id in its own PID namespace.
+        /// Process id of the holder in its own PID namespace.
         holder: String,
     },
     /// The file cannot be opened or locked.
@@ -36,7 +36,7 @@ impl StateLock {
     /// Takes the lock of `directory`, which is created if it is absent.
     ///
     /// # Errors
-    /// Another process has it, or the directory cannot be written.
+    /// Another process holds it, or the directory cannot be written.
     pub fn take(directory: &Path) -> Result<Self, LockError> {
         let path = directory.join("lock");
         let failed = |source| LockError::Io { path: path.clone(), source };
@@ -48,7 +48,7 @@ impl StateLock {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
-                // For people only: it may be absent.
+                // Informational: it may be empty.
                 let _ = file.take(20).read_to_string(&mut holder);
                 let (directory, holder) = (directory.to_path_buf(), holder.trim().to_owned());
                 return Err(LockError::Held { directory, holder });
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_one_has_it_at_a_time() {
+    fn lock_is_exclusive() {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         let first = StateLock::take(&state).unwrap();

@@ -1,8 +1,8 @@
-//! What is kept of a trial of settings across a restart of the agent.
+//! Record of a trial of settings across a restart of the agent.
 //!
-//! A few kilobytes, written whenever a trial's standing changes and, unless the disk stalls, before the kernel follows
-//! it: whatever happens to the agent, the next one knows which settings are in force and what failed. The file of the view is
-//! written less often, and says nothing about it.
+//! It has a few kilobytes and is written whenever the trial's status changes; unless the disk stalls, before the kernel
+//! follows. After a crash the next agent therefore knows the settings in force and the failures. The snapshot file is
+//! written less often, and does not cover trials.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,10 +13,10 @@ use switchtower_proto::v1::{Settings, TrialPhase};
 
 use crate::state::{Measured, Outcome, TrialRecord};
 
-/// Name and version of the format; another one is a foreign file.
+/// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTRIAL1";
 const CHECKSUM: usize = 32;
-/// A larger file is not ours.
+/// Maximum size of the file in bytes.
 const SIZE_LIMIT: u64 = 16 << 20;
 
 /// The file of a state directory.
@@ -25,13 +25,13 @@ pub struct TrialFile {
     path: PathBuf,
 }
 
-/// Why the file is not read or not written.
+/// Unusable trial file.
 #[derive(Debug, thiserror::Error)]
 #[error("trial file {path}: {source}")]
 pub struct TrialFileError {
     /// The file.
     pub path: PathBuf,
-    /// What is wrong; [`io::ErrorKind::InvalidData`] if it is damaged or of another version.
+    /// Cause; [`io::ErrorKind::InvalidData`] if it is damaged or of another version.
     pub source: io::Error,
 }
 
@@ -90,7 +90,7 @@ struct SeenBy {
 }
 
 impl TrialFile {
-    /// The file in `directory`, which is created when first written.
+    /// Returns the file in `directory`, which the first write creates.
     pub fn new(directory: &Path) -> Self {
         TrialFile { path: directory.join("trial") }
     }
@@ -99,12 +99,12 @@ impl TrialFile {
         TrialFileError { path: self.path.clone(), source }
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The content of the file for a record.
+    /// Encodes a record as the content of the file.
     pub fn encode(record: &TrialRecord) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(content(record).encode_to_vec());
@@ -135,7 +135,7 @@ impl TrialFile {
             return Err(unusable("it is of another version"));
         };
         let content = Content::decode(content).map_err(|error| unusable(&error.to_string()))?;
-        record(content).map(Some).ok_or_else(|| unusable("it does not tell the trial's phase"))
+        record(content).map(Some).ok_or_else(|| unusable("it lacks the phase of the trial"))
     }
 }
 

@@ -91,7 +91,7 @@ fn what_nobody_collects_is_not_told() {
 fn a_view_from_scratch_is_a_trace_of_its_own_and_of_no_change() {
     let (traces, kept) = traces();
     let of_change = traces.begin(&update(Some(7), &[SAMPLED])).unwrap();
-    assert!(of_change.is_of_change(), "the controller does not tell it again");
+    assert!(of_change.is_of_change(), "the controller does not export it again");
     let whole = traces.begin(&update(None, &[SAMPLED])).unwrap();
     assert!(!whole.is_of_change());
     whole.attempted(true, SystemTime::now(), &Ok(Committed::default()));

@@ -1,4 +1,4 @@
-//! Answers to a controller's questions, beside the stream's own messages: a long answer holds up no update.
+//! Answers to a controller's queries, in a separate task: a long answer does not delay updates.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use tokio::task::JoinHandle;
 use crate::engine::Command;
 use crate::kernel::inspector::QueryError;
 
-/// Most bytes of payload in one part.
+/// Maximum payload of one part in bytes.
 const PART: usize = 128 << 10;
 
-/// Answers the questions of one stream; what is not sent yet ends with it.
+/// Answers the queries of one stream; dropping it cancels a running answer.
 pub(super) struct Answers {
     commands: mpsc::Sender<Command>,
     out: mpsc::Sender<AgentMessage>,
@@ -26,10 +26,10 @@ impl Answers {
         Answers { commands, out, turn: Arc::new(Semaphore::new(1)), running: None }
     }
 
-    /// Begins to answer; a second question meanwhile is refused, and so bounded to one task.
+    /// Starts an answer; refuses a second concurrent query, so there is at most one task.
     pub(super) fn begin(&mut self, query: Query) {
         let Ok(turn) = self.turn.clone().try_acquire_owned() else {
-            // A controller that keeps to the protocol never sees this, so a full queue may swallow it.
+            // Only a controller that violates the protocol gets this, so a full queue may drop it.
             let refusal = part(query.id, Vec::new(), true, QueryError::Busy.to_string());
             let _ = self.out.try_send(refusal);
             return;
@@ -50,8 +50,8 @@ fn part(id: u64, part: Vec<u8>, last: bool, error: String) -> AgentMessage {
     AgentMessage { message: Some(FromAgent::Answer(Answer { id, part, last, error })) }
 }
 
-/// Asks the engine and sends its answer in parts. Whoever is gone meanwhile needs no answer. The turn ends before
-/// the last part is sent: whoever has that may ask again.
+/// Queries the engine and sends its answer in parts. Releases the permit before sending the last part: a controller
+/// that has it may send the next query.
 async fn answer(
     commands: mpsc::Sender<Command>,
     out: mpsc::Sender<AgentMessage>,
@@ -68,7 +68,7 @@ async fn answer(
         Ok(Err(error)) => (Vec::new(), error),
         Err(_) => return,
     };
-    // What is left after the whole parts, possibly nothing, ends the answer.
+    // The remainder, possibly empty, is the last part.
     let parts = payload.chunks_exact(PART);
     let rest = parts.remainder();
     for bytes in parts {

@@ -89,7 +89,7 @@ async fn hello_update_ack_and_resume() {
     assert_eq!(agent.connected.connected.get(), 1);
     assert!(agent.contact.state().connected);
 
-    // The stream breaks; the agent comes back with what it holds, and a delta continues from there.
+    // The stream breaks; the agent reconnects with its view, and a delta continues from there.
     drop(stream);
     let mut stream = controller.accept().await;
     let view = stream.hello.view.clone().unwrap();
@@ -196,7 +196,7 @@ async fn goodbyes_are_honoured() {
         let goodbye = GoAway { reason: reason as i32, detail: "later".into(), retry_after_milliseconds };
         stream.send(FromController::GoAway(goodbye)).await;
         let mut stream = controller.accept().await;
-        assert!(began.elapsed() >= Duration::from_millis(300), "{reason:?} came back too early");
+        assert!(began.elapsed() >= Duration::from_millis(300), "{reason:?} reconnected too early");
         // After the Welcome it is the same.
         stream.welcome(1, &[]).await;
         let goodbye = GoAway { reason: reason as i32, detail: String::new(), retry_after_milliseconds: 0 };
@@ -258,13 +258,13 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
         let attempt = || connect(&controllers, "controller:9443", vec![controller.address]);
         let refused = attempt().await;
         let refused = refused.map(|_| ()).unwrap_err();
-        assert_eq!(refused.word(), "ControllerUntrusted", "{name}: {refused}");
-        // During a rotation the file holds both authorities, and is read anew for each attempt.
+        assert_eq!(refused.reason(), "ControllerUntrusted", "{name}: {refused}");
+        // During a rotation the file holds both authorities, and every attempt reads it again.
         std::fs::write(path.join("ca.crt"), format!("{}{}", other.ca, controller.ca)).unwrap();
         assert_eq!(attempt().await.is_ok(), name == SERVER_NAME);
         assert!(
             tokio::time::timeout(Duration::from_millis(50), controller.accept()).await.is_err(),
-            "nobody said Hello"
+            "no Hello arrived"
         );
     }
 }
@@ -275,12 +275,9 @@ async fn a_clock_that_is_off_is_named_as_such() {
     for (validity, text) in [
         (
             (now + 3 * day / 2, now + 10 * day),
-            "is behind: by it, the controller's certificate becomes valid only in 1 d 1",
+            "is behind: the controller's certificate becomes valid in 1 d 1",
         ),
-        (
-            (now - 10 * day, now - 3 * day / 2),
-            "is ahead: by it, the controller's certificate expired 1 d 12 h ago",
-        ),
+        ((now - 10 * day, now - 3 * day / 2), "is ahead: the controller's certificate expired 1 d 12 h ago"),
     ] {
         let controller = FakeController::start_valid(SERVER_NAME, validity).await;
         let directory = tempfile::tempdir().unwrap();
@@ -290,7 +287,7 @@ async fn a_clock_that_is_off_is_named_as_such() {
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
         let refused =
             connect(&controllers, "controller:9443", vec![controller.address]).await.map(|_| ()).unwrap_err();
-        assert_eq!(refused.word(), "ClockSkew", "{refused}");
+        assert_eq!(refused.reason(), "ClockSkew", "{refused}");
         assert!(refused.to_string().contains(text), "{refused}");
     }
 }

@@ -1,27 +1,27 @@
-//! Why the controller's certificate is not accepted: it is somebody else's, or this node's clock is wrong.
+//! Faults of the controller's certificate: a foreign authority or name, or a wrong clock on this node.
 
 use std::time::Duration;
 
 use rustls::CertificateError;
 
-/// What is wrong with the certificate, as this node sees it.
+/// Fault of the certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Distrust {
-    /// It is of another authority, or for another name.
+    /// Another authority issued it, or it is for another name.
     NotTheControllers,
-    /// It begins this much later than the node's clock says it is. The controller dates its certificate back by an
+    /// It becomes valid this long after the time of the node's clock. The controller dates its certificate back by an
     /// hour, so the clock is behind by more than that.
     NotValidYet(Option<Duration>),
-    /// It ended this long before what the node's clock says. The controller renews it months before.
+    /// It expired this long before the time of the node's clock. The controller renews it months before.
     Expired(Option<Duration>),
 }
 
 impl Distrust {
-    /// Finds the cause in an error of the connection; `None` if it is no certificate.
+    /// Finds the fault in a connection error; `None` if the certificate is not the cause.
     pub(super) fn of(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
         let mut next = Some(error);
         while let Some(error) = next {
-            // An io::Error names as its source that of the error it carries, which would pass over the latter.
+            // The source of an io::Error is the source of its inner error: check the inner error itself.
             let carried = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
             let tls = carried.and_then(|inner| inner.downcast_ref::<rustls::Error>());
             if let Some(rustls::Error::InvalidCertificate(fault)) = tls {
@@ -32,26 +32,26 @@ impl Distrust {
         None
     }
 
-    /// The reason as one CamelCase word.
-    pub(super) fn word(self) -> &'static str {
+    /// Returns the CamelCase reason.
+    pub(super) fn reason(self) -> &'static str {
         match self {
             Self::NotTheControllers => "ControllerUntrusted",
             Self::NotValidYet(_) | Self::Expired(_) => "ClockSkew",
         }
     }
 
-    /// What it means and what to do, for people.
+    /// Returns an explanation with the remedy, if the fault is a clock.
     pub(super) fn advice(self) -> Option<String> {
         let span = |span: Option<Duration>| span.map_or_else(|| "an unknown time".to_owned(), duration);
         match self {
             Self::NotTheControllers => None,
             Self::NotValidYet(early) => Some(format!(
-                "this node's clock is behind: by it, the controller's certificate becomes valid only in {}; \
+                "this node's clock is behind: the controller's certificate becomes valid in {}; \
                  set the clock (NTP)",
                 span(early)
             )),
             Self::Expired(late) => Some(format!(
-                "this node's clock is ahead: by it, the controller's certificate expired {} ago; set the clock \
+                "this node's clock is ahead: the controller's certificate expired {} ago; set the clock \
                  (NTP). If the clock is right, the controller could not renew its certificate; its log says why",
                 span(late)
             )),
@@ -76,7 +76,7 @@ impl From<&CertificateError> for Distrust {
     }
 }
 
-/// The two largest units: "3 d 4 h", "5 h 12 min", "40 s".
+/// Formats the two largest units: "3 d 4 h", "5 h 12 min", "40 s".
 fn duration(span: Duration) -> String {
     let seconds = span.as_secs();
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans_are_readable() {
+    fn durations_formatted_with_two_units() {
         for (seconds, text) in [(40, "40 s"), (61, "1 min"), (18_720, "5 h 12 min"), (273_600, "3 d 4 h")] {
             assert_eq!(duration(Duration::from_secs(seconds)), text);
         }

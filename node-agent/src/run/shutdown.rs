@@ -1,0 +1,106 @@
+//! Shutdown: stop signals, the end of the session, and the last snapshot of the engine.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, watch};
+
+use crate::controller::bootstrap::Controllers;
+use crate::controller::link::Contact;
+use crate::controller::session::Identity;
+use crate::engine::Command;
+use crate::metrics::Metrics;
+
+/// Timeout of the shutdown.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Waits for SIGTERM or SIGINT.
+pub(super) async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Runs the session until a stop signal; an engine that exits earlier is an error.
+pub(super) async fn until_stopped(
+    controllers: Controllers,
+    identity: Identity,
+    commands: mpsc::Sender<Command>,
+    metrics: Metrics,
+    contact: Contact,
+) -> anyhow::Result<()> {
+    let (stop, stopped) = watch::channel(false);
+    let session = tokio::spawn(crate::controller::session::run(
+        controllers,
+        identity,
+        commands.clone(),
+        metrics,
+        contact,
+        stopped,
+    ));
+    tokio::select! {
+        signal = stop_signal() => signal?,
+        () = commands.closed() => {
+            anyhow::bail!("the engine's thread exited unexpectedly; see the log for the reason. The kernel keeps its state");
+        }
+    }
+    tracing::info!("stopping; the kernel keeps its state");
+    // A dropped receiver has stopped already.
+    let _ = stop.send(true);
+    let _ = session.await;
+    let _ = commands.send(Command::Stop).await;
+    Ok(())
+}
+
+/// Waits for the engine's thread, which needs the runtime's timers until it exits.
+pub(super) fn wait_for(runtime: &tokio::runtime::Runtime, engine: &std::thread::JoinHandle<()>) {
+    let ended = runtime.block_on(async {
+        tokio::time::timeout(STOP_DEADLINE, async {
+            while !engine.is_finished() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+    });
+    if ended.is_err() {
+        tracing::warn!(
+            "timeout while stopping the engine; the snapshot file may be older than the kernel's state"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus::Registry;
+
+    use super::*;
+    use crate::storage::files::StateFiles;
+
+    #[test]
+    fn agent_fails_when_the_engine_exits() {
+        let metrics = Metrics::register(&Registry::new()).unwrap();
+        let identity = Identity {
+            node_name: "n".into(),
+            kernel_version: String::new(),
+            files: StateFiles::start().unwrap(),
+        };
+        let controllers = Controllers::new(Vec::new(), None, None, "/nonexistent".into(), None);
+        let (commands, received) = mpsc::channel(1);
+        let engine = std::thread::spawn(move || {
+            let _received = received;
+            panic!("this is a test");
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let ended = runtime.block_on(async {
+            let agent = until_stopped(controllers, identity, commands, metrics, Contact::default());
+            tokio::time::timeout(Duration::from_secs(20), agent).await.unwrap()
+        });
+        assert!(engine.join().is_err());
+        assert!(ended.unwrap_err().to_string().contains("engine"));
+    }
+}
