@@ -14,7 +14,7 @@ test: ## Check format and lints and run all tests; the last line is the total
 alerts: ## Test the alert rules with promtool (part of test)
 	@hack/alerts.sh
 
-audit: ## Check licences, bans and sources of all dependencies
+audit: ## Check licences, bans and sources of all dependencies (part of test)
 	@hack/audit.sh
 
 bench: ## Compare performance with the real kube-proxy (minutes)

@@ -18,7 +18,11 @@ cluster_log=$(mktemp)
 # Build the programs of the cluster tests in the background, with idle CPU time.
 nice -n 19 hack/cluster-setup.sh test >"$cluster_log" 2>&1 &
 cluster_pid=$!
-trap 'kill "$cluster_pid" 2>/dev/null || true; rm -f "$log" "$cluster_log"' EXIT
+# Building cargo-deny takes minutes the first time; the check itself takes seconds.
+audit_log=$(mktemp)
+nice -n 19 hack/audit.sh >"$audit_log" 2>&1 &
+audit_pid=$!
+trap 'kill "$cluster_pid" "$audit_pid" 2>/dev/null || true; rm -f "$log" "$cluster_log" "$audit_log"' EXIT
 
 total() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
@@ -91,6 +95,12 @@ fi
 if ((status != 0 && failed == 0)); then
     failed=1
 fi
+
+say "licences, bans and sources of dependencies"
+wait "$audit_pid" || {
+    cat "$audit_log" >&2
+    failed=$((failed + 1))
+}
 
 # Cluster tests: kubelets, containers, manifests, and upstream's tests. Their results are part of the total.
 if kill -0 "$cluster_pid" 2>/dev/null; then
