@@ -5,6 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+mod limits;
+
+pub use limits::LimitArgs;
+
 /// Programs Kubernetes Services on every node through thin agents, and shows in ProxyStatus what each
 /// kernel holds.
 #[derive(Debug, Parser)]
@@ -111,6 +115,9 @@ pub struct ServeArgs {
     /// How logs are written.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+    /// Bounds of Services.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest with `$(HOST_IP):9443` cannot know the family. What follows the last

@@ -7,6 +7,7 @@
 mod categorize;
 mod claims;
 mod emit;
+mod limits;
 mod nodes;
 mod pods;
 mod ports;
@@ -23,13 +24,15 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use switchtower_proto::v1::Protocol;
 
-pub use self::service::{MAX_FRONTENDS, MAX_POOL_MEMBERS, MAX_SERVICE_MEMBERS, MAX_SOURCE_RANGES};
+pub use self::limits::{Limits, Usage};
+pub use self::service::{MAX_POOL_MEMBERS, MAX_SOURCE_RANGES};
 
 use self::claims::Claims;
 use self::emit::Emitter;
+use self::limits::{Admission, Bound, Demand};
 use self::nodes::Nodes;
 use self::service::Output;
-use crate::compiled::Compiled;
+use crate::compiled::{Compiled, ProblemReason};
 use crate::locality::PodChange;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
 use crate::wire;
@@ -64,6 +67,7 @@ pub struct Compiler {
     /// What every Service contributed at the last compile.
     outputs: BTreeMap<ObjectKey, Output>,
     dirty: BTreeSet<ObjectKey>,
+    admission: Admission,
     endpoints: usize,
     /// Ready endpoints that appeared or went since the last compile.
     pods: Vec<PodChange>,
@@ -73,6 +77,13 @@ impl Compiler {
     /// A compiler that knows nothing.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Bounds what Services may occupy.
+    #[must_use]
+    pub fn limited(mut self, limits: Limits) -> Self {
+        self.admission.limits = limits;
+        self
     }
 
     /// Keeps Services from taking the addresses and ports at which agents reach their controllers.
@@ -163,7 +174,8 @@ impl Compiler {
         if std::mem::take(&mut self.api_servers_changed) {
             self.claims.reserve_api_servers(self.api_servers());
         }
-        for key in std::mem::take(&mut self.dirty) {
+        // A Service that grows beyond a bound, or shrinks below it, makes others dirty.
+        while let Some(key) = self.dirty.pop_first() {
             self.compile_service(&key, &mut emitter);
         }
         self.claims.settle(&mut emitter);
@@ -187,13 +199,18 @@ impl Compiler {
 
     fn compile_service(&mut self, key: &ObjectKey, emitter: &mut Emitter) {
         let service = self.services.get(key);
-        let mut new = match service {
-            None => Output::default(),
-            Some(service) => {
-                let keys = self.slices_of.get(key).into_iter().flatten();
-                let slices: Vec<_> = keys.filter_map(|slice| self.slices.get(slice)).collect();
-                service::compile(service, &slices)
-            }
+        let keys = self.slices_of.get(key).into_iter().flatten();
+        let slices: Vec<_> = keys.filter_map(|slice| self.slices.get(slice)).collect();
+        let limits = self.admission.limits;
+        let demand = service.map(|service| Demand {
+            created: service.created,
+            usage: limits::demand(service, &slices, limits.service),
+        });
+        self.dirty.extend(self.admission.update(key, demand));
+        let mut new = match (service, self.admission.refusal(key)) {
+            (None, _) => Output::default(),
+            (Some(service), None) => service::compile(service, &slices, limits.service),
+            (Some(service), Some(bound)) => refused(service, bound, limits),
         };
         let old = self.outputs.remove(key).unwrap_or_default();
         emitter.problems(&old.problems, &new.problems);
@@ -207,6 +224,11 @@ impl Compiler {
         if service.is_some() {
             self.outputs.insert(key.clone(), new);
         }
+    }
+
+    /// Number of Services that a bound keeps out.
+    pub fn refused(&self) -> usize {
+        self.admission.refused()
     }
 
     #[cfg(test)]
@@ -228,6 +250,20 @@ impl Compiler {
     pub fn zone_of(&self, name: &str) -> Option<Arc<str>> {
         self.nodes.zone(name)
     }
+}
+
+/// A Service that is not programmed, and the reason for its owner.
+fn refused(service: &Service, bound: Bound, limits: Limits) -> Output {
+    let (scope, limit) = match bound {
+        Bound::Namespace => (format!("namespace {} has", service.key.namespace), limits.namespace),
+        Bound::Total => ("the cluster has".to_owned(), limits.total),
+    };
+    let message = format!(
+        "not programmed: {scope} more than {} addresses with ports or {} endpoints in its Services, and the oldest \
+         Services take precedence",
+        limit.frontends, limit.endpoints
+    );
+    Output::only(service::problem(service, ProblemReason::LimitExceeded, message))
 }
 
 fn is_api_server(service: &ObjectKey) -> bool {

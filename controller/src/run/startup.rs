@@ -188,7 +188,8 @@ pub(super) async fn start_synced(
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
-    let compiler = Compiler::new().reserving(bootstrap::resolve(&args.advertise).await);
+    let compiler =
+        Compiler::new().limited(args.limits.limits()).reserving(bootstrap::resolve(&args.advertise).await);
     let outputs = Outputs { head, nodes: vec![nodes], events, busy: busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
     let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches);

@@ -11,6 +11,7 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
+use super::limits::Usage;
 use super::ports::{Ports, distinct_ports};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
@@ -20,11 +21,6 @@ use crate::wire;
 pub const MAX_POOL_MEMBERS: usize = 65_000;
 /// Source ranges of one frontend at most; a Service with more is reported, and its surplus left out.
 pub const MAX_SOURCE_RANGES: usize = 1_000;
-
-/// Frontends of one Service at most. Of one with more, each port keeps the same first external addresses.
-pub const MAX_FRONTENDS: usize = 10_000;
-/// Members of all pools of one Service together, in all layers, at most; the rest is left out and reported.
-pub const MAX_SERVICE_MEMBERS: usize = 200_000;
 
 /// Everything that a Service contributes, to be compared with what it contributed before.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -44,13 +40,22 @@ pub(super) struct Output {
     pub(super) endpoints: usize,
     /// Members of all pools.
     members: usize,
+    /// Maximum of `members`.
+    room: usize,
+}
+
+impl Output {
+    /// Contributes nothing but a problem.
+    pub(super) fn only(problem: Problem) -> Self {
+        Self { problems: vec![problem], ..Self::default() }
+    }
 }
 
 /// Compiles one Service from its slices, in the order of their keys.
-pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
-    let mut output = Output::default();
+pub(super) fn compile(service: &Service, slices: &[&EndpointSlice], limit: Usage) -> Output {
+    let mut output = Output { room: limit.endpoints, ..Output::default() };
     let mut ports = distinct_ports(service, &mut output.problems);
-    let external_addresses = bound_frontends(service, &mut ports, &mut output.problems);
+    let external_addresses = bound_frontends(service, &mut ports, limit.frontends, &mut output.problems);
     output.problems.extend(slices.iter().filter_map(|slice| foreign_addresses(slice)));
     for cluster_ip in &service.cluster_ips {
         for port in ports.values() {
@@ -64,9 +69,14 @@ pub(super) fn compile(service: &Service, slices: &[&EndpointSlice]) -> Output {
 
 /// Leaves out ports beyond the limit. Returns how many external addresses of a family each of the others may have:
 /// every port has two frontends of its own, by its ClusterIP and its node port.
-fn bound_frontends(service: &Service, ports: &mut Ports<'_>, problems: &mut Vec<Problem>) -> usize {
+fn bound_frontends(
+    service: &Service,
+    ports: &mut Ports<'_>,
+    limit: usize,
+    problems: &mut Vec<Problem>,
+) -> usize {
     let families = service.cluster_ips.len().max(1);
-    let (wanted, most) = (ports.len(), MAX_FRONTENDS / (2 * families));
+    let (wanted, most) = (ports.len(), (limit / (2 * families)).max(1));
     while ports.len() > most {
         ports.pop_last();
     }
@@ -74,7 +84,7 @@ fn bound_frontends(service: &Service, ports: &mut Ports<'_>, problems: &mut Vec<
         let message = format!("{wanted} ports: the first {most} in the order of their names are used");
         problems.push(problem(service, ProblemReason::LimitExceeded, message));
     }
-    let room = MAX_FRONTENDS / (families * ports.len().max(1)) - 2;
+    let room = (limit / (families * ports.len().max(1))).saturating_sub(2);
     let addresses = |ipv6: bool| {
         let all = service.external_ips.iter().chain(&service.load_balancer_ips);
         all.filter(|address| address.is_ipv6() == ipv6).count()
@@ -160,15 +170,20 @@ impl Outside {
     }
 }
 
+/// Every frontend of a load balancer has the ranges: with many frontends each has fewer.
 fn source_ranges(service: &Service, family: Family, output: &mut Output) -> Vec<IpNet> {
     let of_family = |net: &&IpNet| wire::family(net.addr()) == family;
     let ranges: BTreeSet<IpNet> = service.source_ranges.iter().filter(of_family).map(IpNet::trunc).collect();
-    if ranges.len() > MAX_SOURCE_RANGES {
-        let message =
-            format!("{} loadBalancerSourceRanges: the first {MAX_SOURCE_RANGES} are used", ranges.len());
-        output.problems.push(problem(service, ProblemReason::LimitExceeded, message));
+    let frontends = service.ports.len() * service.load_balancer_ips.len();
+    let most = (output.room / frontends.max(1)).clamp(1, MAX_SOURCE_RANGES);
+    if ranges.len() > most {
+        let message = format!("{} loadBalancerSourceRanges: the first {most} are used", ranges.len());
+        let problem = problem(service, ProblemReason::LimitExceeded, message);
+        if !output.problems.contains(&problem) {
+            output.problems.push(problem);
+        }
     }
-    ranges.into_iter().take(MAX_SOURCE_RANGES).collect()
+    ranges.into_iter().take(most).collect()
 }
 
 fn frontends(
@@ -235,7 +250,7 @@ fn pools(
     let pool =
         |role: Role| PoolKey { service_port: Some(key.clone()), family: family.into(), role: role.into() };
     let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
-        let room = MAX_POOL_MEMBERS.min(MAX_SERVICE_MEMBERS - output.members);
+        let room = MAX_POOL_MEMBERS.min(output.room - output.members);
         let members: BTreeSet<Address> = addresses.iter().copied().take(room).collect();
         output.members += members.len();
         if !members.is_empty() {
@@ -245,7 +260,7 @@ fn pools(
             let message = if room == MAX_POOL_MEMBERS {
                 format!("{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used", addresses.len())
             } else {
-                format!("more than {MAX_SERVICE_MEMBERS} endpoints of all ports: the others are left out")
+                format!("more than {} endpoints of all ports: the others are left out", output.room)
             };
             let problem = problem(service, ProblemReason::LimitExceeded, message);
             if !output.problems.contains(&problem) {
@@ -285,7 +300,7 @@ fn local_endpoints(
     uses_local: bool,
     output: &mut Output,
 ) {
-    if output.members >= MAX_SERVICE_MEMBERS {
+    if output.members >= output.room {
         return; // What no pool has a member for is not used.
     }
     for (address, endpoint) in endpoints {
