@@ -160,7 +160,7 @@ mod tests {
         let listed: Nftables<'_> = serde_json::from_str(text).unwrap();
         let NfObject::ListObject(NfListObject::Map(map)) = &listed.objects[0] else { panic!("{listed:?}") };
         let stamp = parse_stamp(map).unwrap();
-        assert_eq!(stamp, Stamp { generation: 0x2a_0004, digest: (0x2a << 64) | 7, deviations: 3 });
+        assert_eq!(stamp, Stamp { generation: 0x2a, digest: (0x2a << 64) | 7, deviations: 3 });
     }
 
     #[test]
