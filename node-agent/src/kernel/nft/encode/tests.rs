@@ -1,3 +1,5 @@
+//! Tests of the encoder.
+
 use super::super::element::{Key, Range};
 use super::*;
 
