@@ -267,7 +267,8 @@ fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
 /// agents wait for a missing ConfigMap.
 pub async fn keep(client: Client, namespace: String, ca_certificate: String, mut peers: Peers) {
     loop {
-        let bootstrap = Bootstrap { ca_certificate: ca_certificate.clone(), controllers: peers.next() };
+        let bootstrap =
+            Bootstrap { ca_certificate: ca_certificate.clone(), controllers: peers.take_current() };
         match tokio::time::timeout(TIMEOUT, bootstrap.publish(&client, &namespace)).await {
             Ok(Ok(())) => {
                 let controllers = &bootstrap.controllers;

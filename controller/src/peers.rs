@@ -39,7 +39,7 @@ impl Peers {
         self.0.borrow().clone()
     }
 
-    /// Waits for another list than the one that [`Peers::next`] returned last. Never returns once updates have ended.
+    /// Waits for another list than the one that [`Peers::take_current`] returned last. Never returns once updates have ended.
     pub async fn changed(&mut self) {
         if self.0.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -47,7 +47,7 @@ impl Peers {
     }
 
     /// The current list, marked as seen.
-    pub fn next(&mut self) -> Vec<String> {
+    pub fn take_current(&mut self) -> Vec<String> {
         self.0.borrow_and_update().clone()
     }
 }
