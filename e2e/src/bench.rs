@@ -83,7 +83,8 @@ impl Percentiles {
 
 /// Runs the measurement; `progress` receives one line per step.
 ///
-/// # Errors A part does not start, or a change does not reach the kernel in time.
+/// # Errors
+/// A part does not start, or a change does not reach the kernel in time.
 pub fn run(size: Size, progress: &dyn Fn(&str)) -> Result<Figures> {
     progress("a control plane and two nodes");
     let specs = [NodeSpec::new("n1", "a", &[]), NodeSpec::new("n2", "a", &[])];

@@ -47,7 +47,8 @@ pub enum Verdict {
 
 /// Runs a case until the proxies disagree.
 ///
-/// # Errors The laboratory fails, which proves nothing about the proxies.
+/// # Errors
+/// The laboratory fails, which proves nothing about the proxies.
 pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
     let mut services = case.services.clone();
     let (mut agreements, mut wavered) = (Vec::new(), Vec::new());
@@ -92,7 +93,8 @@ pub fn run(world: &mut World, case: &Case) -> Result<Verdict> {
 
 /// Shrinks a disagreeing case as far as possible within `attempts` runs.
 ///
-/// # Errors As [`run`].
+/// # Errors
+/// As [`run`].
 pub fn shrink(world: &mut World, found: Disagreement, mut attempts: usize) -> Result<Disagreement> {
     let mut smallest = found;
     'smaller: loop {

@@ -79,7 +79,8 @@ pub fn send(from: &Namespace, transport: Transport, to: SocketAddr) -> Result<Ou
 
 /// Sends one probe with a timeout.
 ///
-/// # Errors As [`send`].
+/// # Errors
+/// As [`send`].
 pub fn send_with_timeout(
     from: &Namespace,
     transport: Transport,
@@ -92,7 +93,8 @@ pub fn send_with_timeout(
 /// Sends `count` probes one after another and counts the backends that answered; `refused` and `no answer` are
 /// counted too.
 ///
-/// # Errors As [`send`].
+/// # Errors
+/// As [`send`].
 pub fn spread(
     from: &Namespace,
     transport: Transport,
@@ -112,7 +114,8 @@ pub fn spread(
 
 /// Sends one probe from the calling thread's namespace.
 ///
-/// # Errors The answer is not a pod's, or a socket fails for a reason unrelated to the network.
+/// # Errors
+/// The answer is not a pod's, or a socket fails for a reason unrelated to the network.
 pub fn once(transport: Transport, to: SocketAddr, timeout: Duration) -> Result<Outcome> {
     let answer = match transport {
         Transport::Tcp => tcp(to, timeout),
@@ -178,7 +181,8 @@ pub struct LongConnection {
 impl LongConnection {
     /// Opens the connection from a namespace.
     ///
-    /// # Errors It cannot be opened, or the answer is not a pod's.
+    /// # Errors
+    /// It cannot be opened, or the answer is not a pod's.
     pub fn open(from: &Namespace, to: SocketAddr) -> Result<Self> {
         let stream = from.run(|| TcpStream::connect_timeout(&to, TIMEOUT))??;
         stream.set_read_timeout(Some(TIMEOUT))?;
@@ -194,7 +198,8 @@ impl LongConnection {
 
     /// Sends a line and waits for its echo.
     ///
-    /// # Errors The connection is broken, or the echo is missing or differs.
+    /// # Errors
+    /// The connection is broken, or the echo is missing or differs.
     pub fn exchange(&mut self) -> Result<()> {
         self.stream.write_all(b"still there?\n")?;
         let line = self.line()?;

@@ -92,7 +92,8 @@ impl Fleet {
     /// Builds the fleet, starts the controller and the agents, and returns when every agent has applied its first
     /// view.
     ///
-    /// # Errors A part does not start; the message names it and quotes the end of its log.
+    /// # Errors
+    /// A part does not start; the message names it and quotes the end of its log.
     pub fn start(specs: &[NodeSpec]) -> Result<Self> {
         let fleet = Self::build(specs)?;
         fleet.install()?;
@@ -106,7 +107,8 @@ impl Fleet {
 
     /// Builds the control plane, nodes and pods. Starts and installs nothing of the product.
     ///
-    /// # Errors As [`Fleet::start`].
+    /// # Errors
+    /// As [`Fleet::start`].
     pub fn build(specs: &[NodeSpec]) -> Result<Self> {
         let (control_plane, network) = std::thread::scope(|scope| {
             let control_plane = scope.spawn(ControlPlane::start);
@@ -136,7 +138,8 @@ impl Fleet {
 
     /// Installs the CRDs, the namespace, ServiceAccounts and RBAC from the manifests that users apply.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn install(&self) -> Result<()> {
         self.install_rights()?;
         self.install_crds()
@@ -144,7 +147,8 @@ impl Fleet {
 
     /// Installs everything except the CRDs.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn install_rights(&self) -> Result<()> {
         let directory = self.lab.directory();
         let files = [
@@ -197,7 +201,8 @@ impl Fleet {
 
     /// Returns a pod and its node.
     ///
-    /// # Errors There is no such pod.
+    /// # Errors
+    /// There is no such pod.
     pub fn pod(&self, name: &str) -> Result<(&PodNet, &FleetNode)> {
         let all = self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (pod, node)));
         all.into_iter().find(|(pod, _)| pod.name == name).with_context(|| format!("no pod {name}"))
@@ -240,7 +245,8 @@ impl Fleet {
 
     /// Waits until the controller publishes its address and accepts connections.
     ///
-    /// # Errors It exits, or does not do so in time.
+    /// # Errors
+    /// It exits, or does not do so in time.
     pub fn controller_listens(&self, deadline: Duration) -> Result<()> {
         wait::until("the controller listens", deadline, || {
             self.check_controllers()?;
@@ -252,7 +258,8 @@ impl Fleet {
 
     /// Checks that the controller is running.
     ///
-    /// # Errors It has exited, or was never started.
+    /// # Errors
+    /// It has exited, or was never started.
     pub fn check_controller(&self) -> Result<()> {
         lock(&self.controller).as_ref().context("the controller is not started")?.check_running()
     }
@@ -277,7 +284,8 @@ impl Fleet {
 
     /// Signals the controller and waits until it exits.
     ///
-    /// # Errors It does not exit.
+    /// # Errors
+    /// It does not exit.
     pub fn stop_controller(&self, signal: i32) -> Result<()> {
         let Some(process) = lock(&self.controller).take() else { return Ok(()) };
         process.signal(signal);
@@ -287,7 +295,8 @@ impl Fleet {
     /// Starts a node's agent: creates its Pod and a token bound to the Pod, and runs the program in the node's
     /// namespace.
     ///
-    /// # Errors The API server refuses, or the program does not start.
+    /// # Errors
+    /// The API server refuses, or the program does not start.
     pub fn start_agent(&self, node: &FleetNode) -> Result<()> {
         let pod = self.agent_pod(&node.net.name)?;
         let token = self.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], TOKEN_SECONDS)?;
@@ -300,7 +309,8 @@ impl Fleet {
 
     /// Restarts a node's agent with its existing files.
     ///
-    /// # Errors The program does not start.
+    /// # Errors
+    /// The program does not start.
     pub fn run_agent(&self, node: &FleetNode) -> Result<()> {
         let process = self.agent_process(node, &node.net.name, &node.directory.join("token"))?;
         *lock(&node.agent) = Some(process);
@@ -310,7 +320,8 @@ impl Fleet {
     /// Starts a second agent in a node's namespace, which claims to be `name` and uses the given token file. It has
     /// its own state and ports, and ends when the returned process is dropped.
     ///
-    /// # Errors The program does not start.
+    /// # Errors
+    /// The program does not start.
     pub fn stranger(&self, node: &FleetNode, name: &str, token: &str) -> Result<Process> {
         let id = rand::random::<u32>();
         let directory = self.lab.directory().join(format!("stranger-{id:08x}"));
@@ -340,7 +351,8 @@ impl Fleet {
 
     /// Creates the Pod of a node's agent unless it exists.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn agent_pod(&self, node: &str) -> Result<Pod> {
         let name = format!("{AGENT_ACCOUNT}-{node}");
         self.kube().apply(&objects::pod(NAMESPACE, &name, node, AGENT_ACCOUNT))?;
@@ -357,7 +369,8 @@ impl Fleet {
 
     /// Requests a token from the TokenRequest API, optionally bound to a Pod.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn token(
         &self,
         account: &str,
@@ -388,7 +401,8 @@ impl Fleet {
 
     /// Signals a node's agent and waits until it exits.
     ///
-    /// # Errors It does not exit.
+    /// # Errors
+    /// It does not exit.
     pub fn stop_agent(&self, node: &FleetNode, signal: i32) -> Result<()> {
         let Some(process) = lock(&node.agent).take() else { return Ok(()) };
         process.signal(signal);
@@ -407,7 +421,8 @@ impl Fleet {
 
     /// Status of a node's ProxyStatus object.
     ///
-    /// # Errors The object or its status is missing.
+    /// # Errors
+    /// The object or its status is missing.
     pub fn row(&self, node: &str) -> Result<ProxyStatusStatus> {
         let row: Option<ProxyStatus> = self.kube().get_cluster(node)?;
         row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("the ProxyStatus has no status")
@@ -420,14 +435,16 @@ impl Fleet {
 
     /// Applies the Node object of a node.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn register(&self, node: &FleetNode) -> Result<()> {
         self.kube().apply(&objects::node(&node.net, &node.zone)).map(drop)
     }
 
     /// Writes the controller's ConfigMap to files, as a kubelet mounts it.
     ///
-    /// # Errors The controller does not write it, or a file cannot be written.
+    /// # Errors
+    /// The controller does not write it, or a file cannot be written.
     pub fn write_bootstrap(&self, node: &FleetNode) -> Result<()> {
         let directory = node.directory.join("bootstrap");
         fs::create_dir_all(&directory)?;

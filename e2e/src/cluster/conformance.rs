@@ -123,7 +123,8 @@ pub struct Report {
 
 /// Runs the tests and prints the report.
 ///
-/// # Errors A test failed that passes with kube-proxy.
+/// # Errors
+/// A test failed that passes with kube-proxy.
 pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     fs::create_dir_all(&run.out).with_context(|| format!("making {}", run.out.display()))?;
     let out = fs::canonicalize(&run.out).context("resolving the report's folder")?;

@@ -88,7 +88,8 @@ fn bootstrap(map: &str) -> Value {
 
 /// Applies each fault to the last node, and prints a line for each and the total.
 ///
-/// # Errors A fault was not reported.
+/// # Errors
+/// A fault was not reported.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
     let Some(node) = layout.node_names().pop() else { bail!("the cluster has no nodes") };

@@ -26,7 +26,8 @@ pub enum Then {
 /// Installs the handlers, which run the action and end this process. The end of the parent counts as an interrupt: if
 /// `make` is killed with SIGKILL, the cluster is no longer wanted.
 ///
-/// # Errors The handlers cannot be installed.
+/// # Errors
+/// The handlers cannot be installed.
 pub fn watch(then: Then) -> Result<()> {
     // SAFETY: prctl with these arguments touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } != 0 {

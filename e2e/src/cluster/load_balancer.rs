@@ -53,7 +53,8 @@ struct Frontend {
 impl LoadBalancer {
     /// Creates a load balancer for this cluster without changing anything.
     ///
-    /// # Errors The kubeconfig is unusable.
+    /// # Errors
+    /// The kubeconfig is unusable.
     pub fn new(layout: &Layout) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

@@ -92,7 +92,8 @@ impl Machine {
     /// Kills with SIGKILL all processes of this program in the machine's network namespace, including containers in
     /// the host network.
     ///
-    /// # Errors There is none.
+    /// # Errors
+    /// There is none.
     pub fn kill(&self, program: &str) -> Result<()> {
         let pids = run_line(&format!("ip netns pids {}", self.name))?;
         let runs = |pid: &&str| {

@@ -117,7 +117,8 @@ impl Results {
 
     /// Prints the total under this label.
     ///
-    /// # Errors A test failed.
+    /// # Errors
+    /// A test failed.
     pub fn end(self, label: &str) -> Result<()> {
         print(&format!("{label}: {} passed, {} failed", self.passed, self.failed))?;
         if self.failed > 0 {

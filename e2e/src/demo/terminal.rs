@@ -76,7 +76,8 @@ impl Terminal {
 
     /// Writes all recorded output as an SVG image.
     ///
-    /// # Errors The file cannot be written.
+    /// # Errors
+    /// The file cannot be written.
     pub(super) fn write_svg(&self, path: &Path) -> Result<()> {
         let image = anstyle_svg::Term::new().min_width_px(880).render_svg(&self.copy.borrow());
         std::fs::write(path, image).with_context(|| format!("writing {}", path.display()))

@@ -29,7 +29,8 @@ impl Debug for Kube {
 impl Kube {
     /// Creates a client for a configuration.
     ///
-    /// # Errors The configuration is unusable.
+    /// # Errors
+    /// The configuration is unusable.
     pub fn new(config: Config, runtime: Arc<Runtime>) -> Result<Self> {
         let client = {
             let _entered = runtime.enter();
@@ -53,7 +54,8 @@ impl Kube {
     /// Creates or changes an object by server-side apply. The object is JSON with apiVersion and kind; a `status` is
     /// written through the status subresource.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn apply(&self, object: &Value) -> Result<DynamicObject> {
         let parsed: DynamicObject =
             serde_json::from_value(object.clone()).context("the object has no kind")?;
@@ -93,7 +95,8 @@ impl Kube {
 
     /// Reads an object; `None` if it does not exist.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn get<K>(&self, namespace: &str, name: &str) -> Result<Option<K>>
     where
         K: Resource<Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
@@ -105,7 +108,8 @@ impl Kube {
 
     /// Reads a cluster-scoped object; `None` if it does not exist.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn get_cluster<K>(&self, name: &str) -> Result<Option<K>>
     where
         K: Resource<Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
@@ -117,7 +121,8 @@ impl Kube {
 
     /// Deletes an object immediately; a missing object is not an error.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn delete<K>(&self, namespace: &str, name: &str) -> Result<()>
     where
         K: Resource<Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
@@ -129,7 +134,8 @@ impl Kube {
 
     /// Deletes a cluster-scoped object; a missing object is not an error.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn delete_cluster<K>(&self, name: &str) -> Result<()>
     where
         K: Resource<Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
@@ -141,7 +147,8 @@ impl Kube {
 
     /// Checks that the API server is ready.
     ///
-    /// # Errors It is not ready, or does not answer.
+    /// # Errors
+    /// It is not ready, or does not answer.
     pub fn ready(&self) -> Result<()> {
         let request = http::Request::get("/readyz").body(Vec::new())?;
         let answer = self.client.request_text(request);

@@ -48,7 +48,8 @@ impl ControlPlane {
     /// Starts a control plane and waits until the API server is ready and the namespace `default` has its
     /// ServiceAccount. Takes about five seconds.
     ///
-    /// # Errors A program is missing or does not become ready; the message contains the end of its log.
+    /// # Errors
+    /// A program is missing or does not become ready; the message contains the end of its log.
     pub fn start() -> Result<Self> {
         drop(rustls::crypto::ring::default_provider().install_default());
         cleanup::sweep();
@@ -118,7 +119,8 @@ impl ControlPlane {
 
     /// Runs kubectl and returns its output.
     ///
-    /// # Errors It failed; the message contains its standard error.
+    /// # Errors
+    /// It failed; the message contains its standard error.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(programs::control_plane("kubectl")?);
         command.arg("--kubeconfig").arg(self.kubeconfig()).args(arguments);

@@ -8,14 +8,16 @@ use anyhow::{Context as _, Result};
 
 /// Sends a GET and returns the whole response: status line, headers, body.
 ///
-/// # Errors The server does not answer.
+/// # Errors
+/// The server does not answer.
 pub fn http_get(address: SocketAddr, path: &str) -> Result<String> {
     get(address, path, "")
 }
 
 /// Sends a GET with further header lines, each terminated by CRLF.
 ///
-/// # Errors The server does not answer.
+/// # Errors
+/// The server does not answer.
 pub fn get(address: SocketAddr, path: &str, headers: &str) -> Result<String> {
     let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))
         .with_context(|| format!("connecting to {address}"))?;

@@ -28,7 +28,8 @@ pub struct KubeProxy {
 impl KubeProxy {
     /// Starts kube-proxy in a node's namespace as that node. `settings` are fields of its configuration.
     ///
-    /// # Errors It cannot be started.
+    /// # Errors
+    /// It cannot be started.
     pub fn start(control_plane: &ControlPlane, lab: &Lab, node: &NodeNet, settings: &Value) -> Result<Self> {
         let directory = lab.directory().to_owned();
         let forwarded = forward_api_server(control_plane, lab)?;
@@ -44,7 +45,8 @@ impl KubeProxy {
 
     /// Restarts kube-proxy with other settings.
     ///
-    /// # Errors It cannot be started.
+    /// # Errors
+    /// It cannot be started.
     pub fn restart(&mut self, node: &NodeNet, settings: &Value) -> Result<()> {
         self.process.signal(libc::SIGTERM);
         self.process.wait(Duration::from_secs(10))?;
@@ -54,7 +56,8 @@ impl KubeProxy {
 
     /// Checks in its metrics that kube-proxy has written every change that it received.
     ///
-    /// # Errors It has not, or does not answer.
+    /// # Errors
+    /// It has not, or does not answer.
     pub fn is_idle(&self, node: &NodeNet) -> Result<()> {
         let metrics = node.namespace.run(|| http_get(METRICS.into(), "/metrics"))??;
         check_idle(&metrics)

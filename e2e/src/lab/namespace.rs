@@ -43,14 +43,16 @@ impl Namespace {
 
     /// Runs lines of `ip -batch` in the namespace.
     ///
-    /// # Errors A line was rejected.
+    /// # Errors
+    /// A line was rejected.
     pub fn ip(&self, lines: &str) -> Result<()> {
         ip_batch(Some(&self.0.name), lines)
     }
 
     /// Runs `work` on a new thread inside the namespace. Sockets that it opens stay there.
     ///
-    /// # Errors The namespace could not be entered.
+    /// # Errors
+    /// The namespace could not be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let worker = scope.spawn(|| -> Result<T> {
@@ -70,7 +72,8 @@ impl Namespace {
 
     /// Sets sysctls, given as (path below /proc/sys with dots, value).
     ///
-    /// # Errors A sysctl does not exist or could not be written.
+    /// # Errors
+    /// A sysctl does not exist or could not be written.
     pub fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
         self.run(|| {
             for (key, value) in settings {
@@ -83,7 +86,8 @@ impl Namespace {
 
     /// Runs a command in the namespace and returns its output.
     ///
-    /// # Errors It could not be started, or failed; the message contains its standard error.
+    /// # Errors
+    /// It could not be started, or failed; the message contains its standard error.
     pub fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(program);
         command.args(arguments);
@@ -107,7 +111,8 @@ fn enter(descriptor: i32) -> io::Result<()> {
 
 /// Runs lines of `ip -batch` in a namespace, or in this process's own.
 ///
-/// # Errors A line was rejected.
+/// # Errors
+/// A line was rejected.
 pub fn ip_batch(namespace: Option<&str>, lines: &str) -> Result<()> {
     use std::io::Write as _;
     let mut command = Command::new("ip");

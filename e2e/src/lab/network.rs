@@ -95,7 +95,8 @@ fn lan_address(number: u8, host: u8, ipv6: bool) -> IpAddr {
 impl Lab {
     /// Creates the switch and connects this machine to it.
     ///
-    /// # Errors Namespaces or devices cannot be created.
+    /// # Errors
+    /// Namespaces or devices cannot be created.
     pub fn create() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         cleanup::sweep();
@@ -133,7 +134,8 @@ impl Lab {
 
     /// Creates a node with a client behind it, and routes between its pods and those of `others`.
     ///
-    /// # Errors Namespaces or devices cannot be created.
+    /// # Errors
+    /// Namespaces or devices cannot be created.
     pub fn add_node(&self, name: &str, index: u8, others: &[&NodeNet]) -> Result<NodeNet> {
         let namespace = Namespace::create(&format!("{}-{name}", self.id))?;
         harden(&namespace)?;
@@ -152,7 +154,8 @@ impl Lab {
 
     /// Creates the `index`th pod (from 1) of a node and starts its server.
     ///
-    /// # Errors Namespaces or devices cannot be created, or the server does not start.
+    /// # Errors
+    /// Namespaces or devices cannot be created, or the server does not start.
     pub fn add_pod(&self, node: &NodeNet, name: &str, index: u8) -> Result<PodNet> {
         let namespace = Namespace::create(&format!("{}-pod-{name}", self.id))?;
         harden(&namespace)?;
@@ -185,7 +188,8 @@ impl Lab {
 
     /// Starts a pod's server in a namespace; a node's namespace makes it a pod of the host network.
     ///
-    /// # Errors It does not start.
+    /// # Errors
+    /// It does not start.
     pub fn start_server(&self, namespace: &Namespace, name: &str) -> Result<Process> {
         let ports: Vec<_> = POD_PORTS.iter().map(u16::to_string).collect();
         let ports = ports.join(",");

@@ -66,7 +66,8 @@ impl Process {
 
     /// Checks that the process is running.
     ///
-    /// # Errors It has exited; the message contains the last lines of its log.
+    /// # Errors
+    /// It has exited; the message contains the last lines of its log.
     pub fn check_running(&self) -> Result<()> {
         match self.child().try_wait().with_context(|| format!("checking on {}", self.name))? {
             None => Ok(()),
@@ -89,7 +90,8 @@ impl Process {
 
     /// Waits until the process exits.
     ///
-    /// # Errors It still runs after `deadline`.
+    /// # Errors
+    /// It still runs after `deadline`.
     pub fn wait(&self, deadline: Duration) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {

@@ -9,7 +9,8 @@ pub const CONTROL_PLANE_VARIABLE: &str = "SWITCHTOWER_CONTROL_PLANE";
 
 /// Path of a program of the control plane, built by `make setup`.
 ///
-/// # Errors It does not exist; the message names the command to run.
+/// # Errors
+/// It does not exist; the message names the command to run.
 pub fn control_plane(name: &str) -> Result<PathBuf> {
     let path = match std::env::var_os(CONTROL_PLANE_VARIABLE) {
         Some(folder) => PathBuf::from(folder).join(name),
@@ -24,7 +25,8 @@ pub fn control_plane(name: &str) -> Result<PathBuf> {
 /// Path of a program that `make setup` builds from a folder of `e2e/tools`. `make` sets the variable
 /// `SWITCHTOWER_TOOL_<NAME>`; without it (plain `cargo test`), the newest build in the cache is used.
 ///
-/// # Errors It does not exist; the message names the command to run.
+/// # Errors
+/// It does not exist; the message names the command to run.
 pub fn tool(name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(format!("SWITCHTOWER_TOOL_{}", name.to_uppercase())) {
         return Ok(path.into());
@@ -60,7 +62,8 @@ fn newest_build() -> Result<PathBuf> {
 
 /// Path of a program of this workspace: in the folder of the running program or, for a test, the folder above it.
 ///
-/// # Errors It does not exist; the message names the command to run.
+/// # Errors
+/// It does not exist; the message names the command to run.
 pub fn workspace(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding the path of this program")?;
     let folders = own.ancestors().skip(1).take(2);

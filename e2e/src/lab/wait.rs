@@ -6,7 +6,8 @@ use anyhow::{Result, anyhow};
 
 /// Calls `attempt` every 20 ms until it succeeds.
 ///
-/// # Errors The deadline passed; the message contains `what` and the last error.
+/// # Errors
+/// The deadline passed; the message contains `what` and the last error.
 pub fn until<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     loop {

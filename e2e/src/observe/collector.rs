@@ -55,7 +55,8 @@ pub struct Collector {
 impl Collector {
     /// Starts a collector on a port of an address, with its files in a directory, and waits until it listens.
     ///
-    /// # Errors It is not built, or does not listen in time.
+    /// # Errors
+    /// It is not built, or does not listen in time.
     pub fn start(address: IpAddr, directory: &Path) -> Result<Self> {
         let address = TcpListener::bind((address, 0))?.local_addr()?;
         let file = directory.join(format!("spans-{}.json", address.port()));
@@ -85,7 +86,8 @@ impl Collector {
 
     /// All spans so far.
     ///
-    /// # Errors The collector has exited, or its file is not OTLP as JSON.
+    /// # Errors
+    /// The collector has exited, or its file is not OTLP as JSON.
     pub fn spans(&self) -> Result<Vec<Span>> {
         self.process.check_running()?;
         let text = fs::read_to_string(&self.file).unwrap_or_default();

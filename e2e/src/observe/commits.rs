@@ -23,7 +23,8 @@ pub struct Commits {
 impl Commits {
     /// Starts to listen.
     ///
-    /// # Errors The socket cannot be opened in the namespace.
+    /// # Errors
+    /// The socket cannot be opened in the namespace.
     pub fn listen(namespace: &Namespace) -> Result<Self> {
         let socket = namespace.run(open)?.context("listening to nf_tables")?;
         let (tell, heard) = channel();

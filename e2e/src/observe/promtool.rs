@@ -10,7 +10,8 @@ use crate::lab::programs;
 
 /// Parses a text with Prometheus' own parser; `directory` receives its files.
 ///
-/// # Errors The parser rejects it; the message is the parser's.
+/// # Errors
+/// The parser rejects it; the message is the parser's.
 pub fn parse_open_metrics(text: &str, directory: &Path) -> Result<()> {
     let (file, blocks) = (directory.join("metrics.txt"), directory.join("metrics-blocks"));
     fs::write(&file, with_times(text)).with_context(|| format!("writing {}", file.display()))?;

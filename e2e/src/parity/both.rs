@@ -37,7 +37,8 @@ impl World {
 
     /// Sends one packet of a probe's kind after each pause. Returns the backends, or the outcomes without one.
     ///
-    /// # Errors A probe could not be sent.
+    /// # Errors
+    /// A probe could not be sent.
     pub fn ask_with_pauses(&self, probe: &Probe, pauses: &[Duration]) -> Result<Both<Vec<String>>> {
         self.both(|side| {
             let once = |pause: &Duration| {
@@ -62,7 +63,8 @@ impl World {
 
     /// Sends a datagram on a flow. Returns the backend, or the outcome without one.
     ///
-    /// # Errors It could not be sent.
+    /// # Errors
+    /// It could not be sent.
     pub fn ask_flow(&self, flow: &Both<Flow>) -> Result<Both<String>> {
         self.both(|side| {
             let flow = if side == Side::KubeProxy { &flow.kube_proxy } else { &flow.switchtower };
@@ -72,14 +74,16 @@ impl World {
 
     /// Runs lines of `ip -batch` on node n1.
     ///
-    /// # Errors A line was rejected.
+    /// # Errors
+    /// A line was rejected.
     pub fn on_node(&self, lines: &str) -> Result<()> {
         self.both(|side| self.namespace(side, Origin::Host).ip(lines)).map(drop)
     }
 
     /// Response of node n1 to `GET path` on one of its addresses. An error is returned as text too.
     ///
-    /// # Errors A namespace could not be entered.
+    /// # Errors
+    /// A namespace could not be entered.
     pub fn ask_node(&self, to: SocketAddr, path: &str) -> Result<Both<String>> {
         let url = format!("http://{to}{path}");
         self.both(|side| {
@@ -95,7 +99,8 @@ impl World {
     /// Creates the deleted Node n1 again. The agent's Pod was bound to the old Node: its DaemonSet would create a new
     /// Pod.
     ///
-    /// # Errors The API server refuses, or the agent does not start or gets no view.
+    /// # Errors
+    /// The API server refuses, or the agent does not start or gets no view.
     pub fn make_node_again(&self) -> Result<()> {
         let node = self.fleet.nodes().first().context("no node")?;
         self.fleet.register(node)?;
@@ -114,7 +119,8 @@ impl World {
 
     /// Deletes the proxies' IPv4 tables on node n1, as a foreign program might.
     ///
-    /// # Errors A table does not exist.
+    /// # Errors
+    /// A table does not exist.
     pub fn delete_tables(&self) -> Result<()> {
         self.both(|side| {
             let table = if side == Side::KubeProxy { "kube-proxy" } else { "switchtower" };
@@ -125,7 +131,8 @@ impl World {
 
     /// Restores kube-proxy after [`World::delete_tables`].
     ///
-    /// # Errors It does not start.
+    /// # Errors
+    /// It does not start.
     pub fn repair_kube_proxy(&mut self) -> Result<()> {
         self.restart_kube_proxy(&self.settings().clone())
     }

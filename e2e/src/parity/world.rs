@@ -74,7 +74,8 @@ pub struct World {
 impl World {
     /// Builds both laboratories and starts a proxy on each node n1.
     ///
-    /// # Errors A part does not start.
+    /// # Errors
+    /// A part does not start.
     pub fn start() -> Result<Self> {
         let specs = specs();
         let fleet = Fleet::build(&specs)?;
@@ -193,7 +194,8 @@ impl World {
 
     /// Creates or changes a Service with its slices, without comparing.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     pub fn apply(&mut self, service: &Service) -> Result<()> {
         self.write(self.services.get(&service.name), service)?;
         self.services.insert(service.name.clone(), service.clone());

@@ -44,7 +44,8 @@ pub(super) fn answer(mut packet: &[u8], ipv6: bool, port: u16) -> Option<String>
 
 /// Opens the socket from which [`serve`] answers, in a pod.
 ///
-/// # Errors The process lacks the right, or the kernel lacks raw SCTP sockets.
+/// # Errors
+/// The process lacks the right, or the kernel lacks raw SCTP sockets.
 pub fn listen(ipv6: bool) -> io::Result<Socket> {
     socket(ipv6)
 }

@@ -46,7 +46,8 @@ struct Flight {
 /// Sends all shots from the calling thread's namespace and waits until each has an outcome; shots still pending after
 /// `timeout` count as silence. Slow answers, a sign of a busy machine, extend the timeout.
 ///
-/// # Errors A socket fails for a reason unrelated to the network, or an answer is not a pod's.
+/// # Errors
+/// A socket fails for a reason unrelated to the network, or an answer is not a pod's.
 pub fn volley(shots: &[Shot], timeout: Duration) -> Result<Vec<Outcome>> {
     let start = Instant::now();
     let mut deadline = start + timeout;
@@ -83,7 +84,8 @@ pub struct Flow(Socket);
 impl Flow {
     /// Opens the flow in the calling thread's namespace.
     ///
-    /// # Errors The socket cannot be opened.
+    /// # Errors
+    /// The socket cannot be opened.
     pub fn open(to: SocketAddr, source_port: u16) -> Result<Self> {
         let shot = Shot { transport: Transport::Udp, to, source_port };
         let socket = bound(shot).with_context(|| format!("a flow to {to}"))?;

@@ -11,14 +11,16 @@ const AGENT: ([u8; 4], u16) = ([127, 0, 0, 1], 10249);
 impl Fleet {
     /// Sum of a controller metric over the series that contain `labels` (as exposed, for example `reason="expired"`).
     ///
-    /// # Errors The controller does not answer.
+    /// # Errors
+    /// The controller does not answer.
     pub fn controller_metric(&self, name: &str, labels: &str) -> Result<f64> {
         Ok(sum_metric(&http_get(self.metrics_address(), "/metrics")?, name, labels))
     }
 
     /// All metrics of the controller and of all agents, as exposed.
     ///
-    /// # Errors One of them does not answer.
+    /// # Errors
+    /// One of them does not answer.
     pub fn metrics(&self) -> Result<String> {
         let mut text = http_get(self.metrics_address(), "/metrics")?;
         for node in self.nodes() {
@@ -29,7 +31,8 @@ impl Fleet {
 
     /// Sum of a metric of a node's agent.
     ///
-    /// # Errors The agent does not answer.
+    /// # Errors
+    /// The agent does not answer.
     pub fn agent_metric(&self, node: &FleetNode, name: &str, labels: &str) -> Result<f64> {
         let text = node.net.namespace.run(|| http_get(AGENT.into(), "/metrics"))??;
         Ok(sum_metric(&text, name, labels))
@@ -37,7 +40,8 @@ impl Fleet {
 
     /// The controller's metrics in the OpenMetrics format, requested with Prometheus' Accept header.
     ///
-    /// # Errors The controller does not answer, or answers in another format.
+    /// # Errors
+    /// The controller does not answer, or answers in another format.
     pub fn open_metrics(&self) -> Result<String> {
         let accept = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
              application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.3";

@@ -23,7 +23,8 @@ pub struct Answer {
 impl Answer {
     /// Parses the output as JSON.
     ///
-    /// # Errors The output is not JSON.
+    /// # Errors
+    /// The output is not JSON.
     pub fn json(&self) -> Result<Value> {
         serde_json::from_str(&self.text).with_context(|| format!("{self:?} is not JSON"))
     }

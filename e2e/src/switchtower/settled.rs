@@ -25,7 +25,8 @@ impl Fleet {
     /// agree: the row is Ready, desired equals applied, and the stamp that `nft` reads from the kernel has the same
     /// generation and digest. Returns the time that it took.
     ///
-    /// # Errors They do not agree in time; the message names the node and the difference.
+    /// # Errors
+    /// They do not agree in time; the message names the node and the difference.
     pub fn settled(&self, deadline: Duration) -> Result<Duration> {
         let start = Instant::now();
         let mut barrier = None;
@@ -47,7 +48,8 @@ impl Fleet {
 
     /// Checks that a node's row and its kernel agree.
     ///
-    /// # Errors They differ; the message says in what.
+    /// # Errors
+    /// They differ; the message says in what.
     pub fn agrees(&self, node: &FleetNode) -> Result<()> {
         let name = &node.net.name;
         if let Some(agent) = lock(&node.agent).as_ref() {
@@ -88,7 +90,8 @@ struct Barrier {
 impl Barrier {
     /// Captures the newest resourceVersions.
     ///
-    /// # Errors The API server refuses.
+    /// # Errors
+    /// The API server refuses.
     fn now(fleet: &Fleet) -> Result<Self> {
         let services = newest::<Service>(fleet)?;
         let slices = newest::<EndpointSlice>(fleet)?;
@@ -98,7 +101,8 @@ impl Barrier {
 
     /// Checks that the controller has processed them and the kernel of every node holds them.
     ///
-    /// # Errors Not yet, or the controller does not answer.
+    /// # Errors
+    /// Not yet, or the controller does not answer.
     fn passed(&mut self, fleet: &Fleet) -> Result<()> {
         // Taken: after an error, another controller with other certificates may have taken over.
         let admin = match self.admin.take() {
