@@ -132,7 +132,8 @@ impl Field {
             async move { Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(field.tls(from).await?)) }
         });
         let endpoint = tonic::transport::Endpoint::from_static("http://controller");
-        let channel = endpoint.connect_with_connector(dial).await.map_err(|error| format!("{error:?}"))?;
+        let connected = endpoint.connect_with_connector(dial).await;
+        let channel = connected.map_err(|error| format!("transport error: {error:?}"))?;
         let (out, messages) = mpsc::channel(16);
         let mut request = Request::new(ReceiverStream::new(messages));
         request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
@@ -143,7 +144,7 @@ impl Field {
 
     async fn agent(self: &Arc<Self>, number: usize) -> Result<Agent, String> {
         let token = self.signer.sign(&claims(&node_name(number)));
-        // As an agent does: an attempt that ends early is followed by the next.
+        // Retries as an agent does, also if the connection ends during the TLS handshake.
         let mut agent = loop {
             match self.stream(node_address(number), &token).await {
                 Ok(agent) => break agent,
