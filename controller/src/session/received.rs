@@ -11,6 +11,8 @@ use super::{End, Pause, Session, bounded};
 use crate::status::observation::{Failure, nack_word};
 use crate::text::sanitized;
 
+/// Maximum delay before a snapshot that the agent cannot accept is sent again without a change of the view.
+const REFUSED_SNAPSHOT_DELAY: Duration = Duration::from_secs(3_600);
 /// Maximum number of kernel settings in a row.
 const KERNEL_SETTINGS: usize = 8;
 
@@ -143,12 +145,17 @@ impl Session {
         }
         if unknown || in_flight.snapshot || self.refusals > 1 {
             let now = Instant::now();
-            let pause = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
+            let backoff = self.limits.pause * (1 << self.refusals.min(7).saturating_sub(1));
+            // An agent refuses the same snapshot every time for these reasons.
+            let permanent =
+                in_flight.snapshot && matches!(reason, NackReason::OverLimit | NackReason::Malformed);
+            let (earliest, latest) =
+                if permanent { (backoff, REFUSED_SNAPSHOT_DELAY) } else { (self.limits.pause, backoff) };
             self.pause = Some(Pause {
                 refused: in_flight.after.digest(),
-                wait_for_change: unknown,
-                earliest: now + self.limits.pause,
-                until: now + pause.mul_f64(rand::random_range(0.5..1.0)),
+                wait_for_change: unknown || permanent,
+                earliest: now + earliest,
+                until: now + latest.mul_f64(rand::random_range(0.5..1.0)),
             });
         }
     }
