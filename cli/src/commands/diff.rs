@@ -105,7 +105,7 @@ mod tests {
         let text = text(&other, Style::PLAIN);
         assert!(text.contains("-+ 10.96.0.1:80/TCP: missing in the kernel\n... and 2 more\n"), "{text}");
         assert!(
-            text.contains("! ST0108  the kernel does not hold what it should: 3 differences of 12"),
+            text.contains("! ST0108  the kernel does not match the desired state: 3 differences of 12"),
             "{text}"
         );
     }
