@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use switchtower_proto::v1::Change;
 
 use crate::locality::PodChange;
-use crate::model::{LayerId, ObjectKey};
+use crate::model::{LayerId, ObjectKey, Service};
 
 /// The outcome of one compile: exactly what differs from the one before.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -63,4 +63,10 @@ pub struct Problem {
     pub reason: ProblemReason,
     /// What was found and what holds now, for people.
     pub message: String,
+}
+
+impl Problem {
+    pub(crate) fn of_service(service: &Service, reason: ProblemReason, message: String) -> Self {
+        Self { object: ProblemObject::Service(service.key.clone()), reason, message }
+    }
 }

@@ -22,18 +22,13 @@ mod model;
 mod order;
 pub mod profile;
 mod selector;
+mod survey;
 
-#[cfg(test)]
-mod fixtures;
-#[cfg(test)]
-mod overlap_simulation;
-#[cfg(test)]
-mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use decide::{Decision, Transition, decide};
-pub use describe::{Condition, Status};
+pub use decide::{Decision, decide};
+pub use describe::{Condition, Status, Transition};
 pub use judge::{Health, health};
 pub use model::{
     Acknowledgements, Agent, Assignment, Excluded, Failure, FailureReason, FleetNode, Observed, Progress,

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use switchtower_proto::v1::Protocol;
 
-use super::service::problem;
 use crate::compiled::{Problem, ProblemReason};
 use crate::model::{Service, ServicePortSpec};
 
@@ -18,13 +17,13 @@ pub(super) fn distinct_ports<'a>(service: &'a Service, problems: &mut Vec<Proble
     for port in &service.ports {
         if port.port == 0 || port.protocol == Protocol::Unspecified {
             let message = format!("port {} has no number or no protocol: it is left out", named(&port.name));
-            problems.push(problem(service, ProblemReason::InvalidPort, message));
+            problems.push(Problem::of_service(service, ProblemReason::InvalidPort, message));
             continue;
         }
         if ports.insert((&*port.name, i32::from(port.protocol)), port).is_some() {
             let protocol = port.protocol.as_str_name();
             let message = format!("two {protocol} ports {}: the last one is used", named(&port.name));
-            problems.push(problem(service, ProblemReason::DuplicatePort, message));
+            problems.push(Problem::of_service(service, ProblemReason::DuplicatePort, message));
         }
     }
     problems.extend(shared_numbers(service, &ports, "port", |port| Some(port.port)));
@@ -49,7 +48,7 @@ fn shared_numbers(
                 "ports {} and {used} have the same {protocol} {field} {number}: {used} is used",
                 named(&other.name)
             );
-            problems.push(problem(service, ProblemReason::DuplicatePort, message));
+            problems.push(Problem::of_service(service, ProblemReason::DuplicatePort, message));
         }
     }
     problems

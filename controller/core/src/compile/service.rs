@@ -82,7 +82,7 @@ fn bound_frontends(
     }
     if wanted > most {
         let message = format!("{wanted} ports: the first {most} in the order of their names are used");
-        problems.push(problem(service, ProblemReason::LimitExceeded, message));
+        problems.push(Problem::of_service(service, ProblemReason::LimitExceeded, message));
     }
     let room = (limit / (families * ports.len().max(1))).saturating_sub(2);
     let addresses = |ipv6: bool| {
@@ -92,7 +92,7 @@ fn bound_frontends(
     let wanted = addresses(false).max(addresses(true));
     if wanted > room {
         let message = format!("{wanted} external addresses of {} ports: {room} are used", ports.len());
-        problems.push(problem(service, ProblemReason::LimitExceeded, message));
+        problems.push(Problem::of_service(service, ProblemReason::LimitExceeded, message));
     }
     room
 }
@@ -106,10 +106,6 @@ fn foreign_addresses(slice: &EndpointSlice) -> Option<Problem> {
         reason: ProblemReason::InvalidAddress,
         message: format!("{foreign} addresses are not {family}, the slice's addressType: they are not used"),
     })
-}
-
-pub(super) fn problem(service: &Service, reason: ProblemReason, message: String) -> Problem {
-    Problem { object: ProblemObject::Service(service.key.clone()), reason, message }
 }
 
 fn compile_port(
@@ -178,7 +174,7 @@ fn source_ranges(service: &Service, family: Family, output: &mut Output) -> Vec<
     let most = (output.room / frontends.max(1)).clamp(1, MAX_SOURCE_RANGES);
     if ranges.len() > most {
         let message = format!("{} loadBalancerSourceRanges: the first {most} are used", ranges.len());
-        let problem = problem(service, ProblemReason::LimitExceeded, message);
+        let problem = Problem::of_service(service, ProblemReason::LimitExceeded, message);
         if !output.problems.contains(&problem) {
             output.problems.push(problem);
         }
@@ -262,7 +258,7 @@ fn pools(
             } else {
                 format!("more than {} endpoints of all ports: the others are left out", output.room)
             };
-            let problem = problem(service, ProblemReason::LimitExceeded, message);
+            let problem = Problem::of_service(service, ProblemReason::LimitExceeded, message);
             if !output.problems.contains(&problem) {
                 output.problems.push(problem);
             }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::decide::{Survey, Transition};
+use super::survey::Survey;
 use super::{Acknowledgements, Excluded, Progress, Revision, Rollout, State, Time, WaitingOn};
 
 /// A decision for people. Counts are those of the fleet at the decision.
@@ -38,6 +38,17 @@ pub struct Condition {
     /// One CamelCase word.
     pub reason: &'static str,
     /// What is going on.
+    pub message: String,
+}
+
+/// A change of state, reported as an Event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transition {
+    /// Machine-readable reason in CamelCase.
+    pub reason: &'static str,
+    /// The Event is of type Warning.
+    pub warning: bool,
+    /// Human-readable message with the evidence.
     pub message: String,
 }
 

@@ -178,10 +178,10 @@ fn hash(to: &Revision, profile: &Profile) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixtures::{assignment, connected, joined};
     use super::super::profile::{self, settled, superseded};
     use super::super::{Selector, Time};
     use super::*;
+    use crate::rollout::tests::fixtures::{assignment, connected, joined};
 
     fn profile(name: &str, deleting: bool) -> Profile {
         Profile {

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::fixtures::{assignment, labelled, step, strategy};
 use super::*;
+use fixtures::{assignment, labelled, step, strategy};
 
 mod evidence;
+pub(super) mod fixtures;
+mod overlap_simulation;
+mod simulation;
 
 const NOW: Time = Time(1_000_000_000);
 

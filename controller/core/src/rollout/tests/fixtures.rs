@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::*;
+use crate::rollout::*;
 
 /// So many of all nodes, at once.
-pub(super) fn step(nodes: Quantity) -> Step {
+pub(in crate::rollout) fn step(nodes: Quantity) -> Step {
     Step {
         name: String::new(),
         selector: None,
@@ -19,12 +19,12 @@ pub(super) fn step(nodes: Quantity) -> Step {
 }
 
 /// Nodes with a label, whatever its value.
-pub(super) fn labelled(key: &str) -> Selector {
+pub(in crate::rollout) fn labelled(key: &str) -> Selector {
     Selector { requirements: vec![Requirement::Exists(key.into())] }
 }
 
 /// The defaults of the API, with these steps and all nodes at once.
-pub(super) fn strategy(steps: Vec<Step>) -> Strategy {
+pub(in crate::rollout) fn strategy(steps: Vec<Step>) -> Strategy {
     Strategy {
         steps,
         max_unavailable: Quantity::Percent(100),
@@ -36,7 +36,7 @@ pub(super) fn strategy(steps: Vec<Step>) -> Strategy {
 }
 
 /// Canaries, a share, all; spread over zones.
-pub(super) fn walk(canaries: Step, share: u8, soak: [u64; 2]) -> Vec<Step> {
+pub(in crate::rollout) fn walk(canaries: Step, share: u8, soak: [u64; 2]) -> Vec<Step> {
     let seconds = soak.map(Duration::from_secs);
     let mut steps = vec![canaries, step(Quantity::Percent(share)), step(Quantity::Percent(100))];
     for (step, soak) in steps.iter_mut().zip(seconds) {
@@ -47,7 +47,7 @@ pub(super) fn walk(canaries: Step, share: u8, soak: [u64; 2]) -> Vec<Step> {
 }
 
 /// A rollout of which nothing was decided yet.
-pub(super) fn rollout(target: Revision, stable: Revision, strategy: Strategy) -> Rollout {
+pub(in crate::rollout) fn rollout(target: Revision, stable: Revision, strategy: Strategy) -> Rollout {
     Rollout {
         uid: format!("rollout of {target}").into(),
         target,
@@ -63,7 +63,7 @@ pub(super) fn rollout(target: Revision, stable: Revision, strategy: Strategy) ->
 }
 
 /// A node that has just joined, without a row.
-pub(super) fn joined(name: &str, labels: BTreeMap<String, String>, agent: Agent) -> FleetNode {
+pub(in crate::rollout) fn joined(name: &str, labels: BTreeMap<String, String>, agent: Agent) -> FleetNode {
     FleetNode {
         name: name.into(),
         uid: format!("uid-{name}").into(),
@@ -79,17 +79,17 @@ pub(super) fn joined(name: &str, labels: BTreeMap<String, String>, agent: Agent)
 }
 
 /// What a row names from now on.
-pub(super) fn assignment(revision: Revision, at: Time) -> Assignment {
+pub(in crate::rollout) fn assignment(revision: Revision, at: Time) -> Assignment {
     Assignment { revision, at, trace: String::new(), previous: None }
 }
 
 /// A stream that begins now.
-pub(super) fn connected(since: Time) -> Agent {
+pub(in crate::rollout) fn connected(since: Time) -> Agent {
     Agent::connected(Observed { since, ..Observed::default() })
 }
 
 /// An agent takes what it is told; of settings that break its node it returns to the built-in ones by itself.
-pub(super) fn take(seen: &mut Observed, wanted: Revision, broken: bool) {
+pub(in crate::rollout) fn take(seen: &mut Observed, wanted: Revision, broken: bool) {
     seen.in_force = broken.then(Revision::builtin);
     seen.trial = broken.then(|| Trial {
         revision: wanted.clone(),

@@ -8,8 +8,9 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::profile::settled;
-use super::*;
+use super::fixtures;
+use crate::rollout::profile::settled;
+use crate::rollout::*;
 
 const NODES: usize = 1_000;
 const STEPS: usize = 250;

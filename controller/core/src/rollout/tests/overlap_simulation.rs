@@ -13,11 +13,11 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::fixtures::{assignment, connected, joined, labelled, step, take, walk};
-use super::profile::{
+use super::fixtures::{self, assignment, connected, joined, labelled, step, take, walk};
+use crate::rollout::profile::{
     Past, Profile, fallback, next_revision, origin, returns_to, settled, stable, superseded, winner,
 };
-use super::*;
+use crate::rollout::*;
 
 const NODES: usize = 120;
 const STEPS: usize = 600;
