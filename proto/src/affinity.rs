@@ -1,4 +1,4 @@
-//! How long a node remembers a client of a Service with ClientIP affinity.
+//! Timeouts of ClientIP session affinity.
 //!
 //! The kernel takes a timeout from the rule that remembers the client. Rules are the same for all Services, so
 //! there is one for each value of [`TIMEOUTS`], and a timeout in between is rounded up.

@@ -1,8 +1,8 @@
 //! OTLP export of spans over gRPC, for the controller and the agents: asked for by the standard `OTEL_*` environment,
 //! off without it. Spans of changes are built from recorded times where they are known; [`spans`] are the others.
 //!
-//! What holds: spans wait in a bounded queue (`OTEL_BSP_MAX_QUEUE_SIZE`) for a thread of the exporter's own. Whoever
-//! ends a span never waits; where a collector is dead or slow, spans are dropped and counted.
+//! Invariants: spans wait in a bounded queue (`OTEL_BSP_MAX_QUEUE_SIZE`) for a thread of the exporter's own. Ending a
+//! span never blocks; where a collector is dead or slow, spans are dropped and counted.
 
 use std::env;
 
@@ -18,7 +18,7 @@ pub mod spans;
 #[doc(hidden)]
 pub use tracing;
 
-/// Why spans cannot be exported although they are asked for.
+/// Error in the export settings of the environment.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     /// The endpoint, its certificate or another setting is not valid.
@@ -63,7 +63,7 @@ pub fn resource(service: &'static str, own: Vec<KeyValue>) -> Resource {
     }
 }
 
-/// Whether the standard environment asks for traces over OTLP.
+/// Returns true if the standard environment enables traces over OTLP.
 fn is_asked_for(variable: impl Fn(&str) -> Option<String>) -> Result<bool, TelemetryError> {
     let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
     let endpoints = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];

@@ -3,7 +3,7 @@
 
 /// A node's part of a change: from its first message until the kernel holds it.
 pub const APPLY: &str = "switchtower.apply";
-/// What the kernel has to be told.
+/// Planning of the kernel transaction.
 pub const PLAN: &str = "switchtower.plan";
 /// The kernel's transaction.
 pub const COMMIT: &str = "switchtower.nft.commit";
@@ -17,5 +17,5 @@ pub const GENERATION: &str = "switchtower.generation";
 pub const MODE: &str = "switchtower.apply.mode";
 /// Operations in the kernel's transaction.
 pub const OPERATIONS: &str = "switchtower.nft.ops";
-/// Why something failed or was refused.
+/// Reason of a failure or rejection.
 pub const REASON: &str = "error.type";

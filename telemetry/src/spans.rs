@@ -1,7 +1,7 @@
 //! Ordinary spans: what a program does beside the changes that it carries, told with `tracing` where it is done and
 //! exported like everything else.
 //!
-//! What holds: without export none of them is made, and whoever makes one never waits. They are no part of the log,
+//! Invariants: without export none of them is made, and whoever makes one never waits. They are no part of the log,
 //! and the log's lines are no events of spans.
 
 use std::fmt::Display;
@@ -14,7 +14,7 @@ use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::layer::{Filter, SubscriberExt as _};
 use tracing_subscriber::{Layer, Registry};
 
-/// How the targets of our crates begin.
+/// Prefix of the targets of our crates.
 const OURS: &str = "switchtower_";
 
 /// A layer over the registry of spans.

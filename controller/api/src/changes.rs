@@ -12,15 +12,15 @@ pub struct ChangeReport {
     pub trace_id: String,
     /// "EndpointSlice default/web-x7".
     pub object: String,
-    /// "namespace/name" of the Service that it concerns; empty where the object does not tell.
+    /// "namespace/name" of the Service that it concerns; empty if unknown.
     pub service: String,
     /// The layers' revision that contains it.
     pub revision: u64,
-    /// When the watch delivered it, in nanoseconds since 1970.
+    /// Time of delivery by the watch, in nanoseconds since 1970.
     pub received_unix_nanoseconds: u64,
-    /// When the cluster says that it began, in nanoseconds since 1970 on another clock.
+    /// Start time recorded by the cluster, in nanoseconds since 1970 on another clock.
     pub triggered_unix_nanoseconds: Option<u64>,
-    /// How many changes were compiled together with it, itself included.
+    /// Number of changes compiled together, this one included.
     pub compiled_together: u32,
     /// Its compile began.
     pub compiling: u64,
@@ -38,7 +38,7 @@ pub struct ChangeReport {
     pub acknowledged: u32,
     /// Nodes whose stream ended before.
     pub excluded: u32,
-    /// Nodes that were not waited for any longer.
+    /// Nodes given up after the timeout.
     pub given_up: u32,
     /// Nodes that have yet to acknowledge it.
     pub outstanding: u32,
@@ -56,9 +56,9 @@ pub struct ChangeReport {
 pub struct NodeReport {
     /// The node.
     pub node: String,
-    /// When it held the change, in microseconds since its receipt.
+    /// Time from receipt until the node held the change, in microseconds.
     pub after: u64,
-    /// When the update began to be sent, in microseconds since the receipt. It is 0 if the update was under way
+    /// Time from receipt until sending began, in microseconds. It is 0 if the update was under way
     /// before.
     pub sending: Option<u64>,
     /// From the end of sending to the acknowledgement, in microseconds.
@@ -77,8 +77,8 @@ pub struct NodeReport {
 pub struct RefusalReport {
     /// The node.
     pub node: String,
-    /// When, in microseconds since the change was received.
+    /// Time since receipt of the change, in microseconds.
     pub after: u64,
-    /// One CamelCase word.
+    /// Machine-readable reason in CamelCase.
     pub reason: String,
 }

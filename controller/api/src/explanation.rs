@@ -16,7 +16,7 @@ pub struct Explanation {
     pub groups: Vec<NodeGroup>,
     /// Nodes on which this may not be in force: not connected, behind, or refusing. At most 50.
     pub not_current: Vec<NodeStatus>,
-    /// How many those are.
+    /// Total number of such nodes.
     pub not_current_total: usize,
 }
 
@@ -24,11 +24,11 @@ pub struct Explanation {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeGroup {
-    /// How many nodes.
+    /// Number of nodes.
     pub nodes: usize,
     /// Names of the first of them.
     pub names: Vec<String>,
-    /// What holds on every node of the group.
+    /// Findings common to every node of the group.
     pub findings: Vec<Finding>,
 }
 
@@ -42,19 +42,19 @@ pub struct Finding {
     pub service_port: String,
     /// ClusterIP, NodePort, LoadBalancer, externalIP.
     pub kind: String,
-    /// Who connects.
+    /// Kind of client.
     pub from: String,
     /// The source address that was tried; absent where the nodes of a group have different ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<IpAddr>,
-    /// What becomes of it.
+    /// Outcome of the connection.
     pub outcome: Outcome,
     /// The message code, unless it is forwarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
-    /// Why, in a sentence.
+    /// Explanation, in a sentence.
     pub why: String,
-    /// Where it may go. Empty where the nodes of a group have different endpoints: `example` has those of one.
+    /// Possible endpoints. Empty if the nodes of a group have different endpoints: `example` has those of one.
     pub endpoints: Vec<String>,
     /// The endpoint sees the node's address.
     pub masquerade: bool,
@@ -68,12 +68,12 @@ pub struct Finding {
     /// One node of a group, where its nodes differ in frontend, source, endpoints, hairpin or path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub example: Option<Example>,
-    /// What the kernel holds; absent where no node was asked.
+    /// Comparison with the kernel; absent if no node was queried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelCheck>,
 }
 
-/// What becomes of a connection.
+/// Outcome of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
@@ -81,13 +81,13 @@ pub enum Outcome {
     Forwarded,
     /// No Service is concerned.
     NotServed,
-    /// The client is told at once.
+    /// The client receives a rejection immediately.
     Refused,
     /// The client times out.
     Dropped,
 }
 
-/// What holds on one node of a group.
+/// Details of one node of a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Example {
@@ -98,15 +98,15 @@ pub struct Example {
     /// The source address that was tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<IpAddr>,
-    /// Why, in a sentence.
+    /// Explanation, in a sentence.
     pub why: String,
-    /// Where it may go.
+    /// Possible endpoints.
     pub endpoints: Vec<String>,
     /// The steps through its maps.
     pub path: Vec<String>,
 }
 
-/// Whether a kernel agrees.
+/// Result of the comparison with a kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", tag = "state", content = "detail")]
 pub enum KernelCheck {
@@ -114,7 +114,7 @@ pub enum KernelCheck {
     Agrees,
     /// It holds something else.
     Differs(String),
-    /// It could not be asked.
+    /// The query failed.
     Unknown(String),
 }
 
@@ -130,7 +130,7 @@ pub struct NodeStatus {
     pub desired: u64,
     /// Generation that its kernel holds.
     pub applied: u64,
-    /// What its agent refused last, if that still stands.
+    /// Latest rejection by the agent, unless resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
 }

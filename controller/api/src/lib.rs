@@ -30,9 +30,9 @@ pub const OPERATOR: &str = "switchtower-operator";
 pub struct ControllerInfo {
     /// The replica's name.
     pub replica: String,
-    /// Its version.
+    /// Version of the controller.
     pub version: String,
-    /// How old what the API server said last is; `null` before anything was heard.
+    /// Age of the latest data from the API server; `null` before the first.
     pub upstream_age_milliseconds: Option<u64>,
     /// Revision of the layers, one counter per process.
     pub revision: u64,
@@ -42,13 +42,13 @@ pub struct ControllerInfo {
     pub connected: usize,
 }
 
-/// `GET /v1/progress`: how far changes have got.
+/// `GET /v1/progress`: progress of changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Progress {
     /// The process that answered: a revision means nothing to another.
     pub instance: String,
-    /// The revision that has everything that was asked for; `null`: the watches have not delivered it yet.
+    /// Revision that contains everything requested; `null` until the watches deliver it.
     pub revision: Option<u64>,
     /// Nodes that are connected.
     pub connected: usize,
@@ -58,7 +58,7 @@ pub struct Progress {
     pub waiting: Vec<String>,
     /// Nodes left out, because they are not connected, at most 50.
     pub excluded: Vec<String>,
-    /// How many those are.
+    /// Total number of excluded nodes.
     pub excluded_total: usize,
 }
 
@@ -66,7 +66,7 @@ pub struct Progress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ApiError {
-    /// What happened and what to do.
+    /// Error message with the solution.
     pub message: String,
     /// The message code, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]

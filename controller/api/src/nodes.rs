@@ -8,19 +8,19 @@ use serde::{Deserialize, Serialize};
 pub struct NodeDiff {
     /// The node.
     pub node: String,
-    /// What the controller wants there.
+    /// State that the controller wants.
     pub desired: Stage,
-    /// What the agent acknowledged.
+    /// State that the agent acknowledged.
     pub acknowledged: Stage,
-    /// What the kernel's own stamp says; `null` without one.
+    /// Stamp in the kernel; `null` if there is none.
     pub kernel: Option<Stage>,
     /// Frontends that the kernel must have.
     pub frontends: usize,
-    /// How the kernel's content differs, a line each. Empty: it does not.
+    /// Differences of the kernel's content, one per line; empty if it matches.
     pub differences: Vec<String>,
-    /// How many there are, of which at most 200 are listed.
+    /// Total number of differences; at most 200 are listed.
     pub differences_total: usize,
-    /// What the agent left out on purpose, for people.
+    /// Human-readable deviations: items that the agent left out deliberately.
     pub deviations: Vec<String>,
 }
 
@@ -47,9 +47,9 @@ pub struct NodeRules {
     pub services: Vec<String>,
     /// Chains, by family and name.
     pub chains: Vec<ChainInfo>,
-    /// Elements as lines, at most as many as asked for.
+    /// Elements as lines, up to the requested limit.
     pub elements: Vec<String>,
-    /// How many elements match.
+    /// Number of matching elements.
     pub elements_total: u64,
 }
 
@@ -61,7 +61,7 @@ pub struct ChainInfo {
     pub family: String,
     /// Its name.
     pub name: String,
-    /// Where it is hooked; empty for a chain that others jump to.
+    /// Hook of the chain; empty for a regular chain.
     pub hook: String,
     /// Its rules.
     pub rules: u32,

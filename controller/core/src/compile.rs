@@ -1,6 +1,6 @@
 //! The compiler: from Services, EndpointSlices and Nodes to the changes of each layer.
 //!
-//! What holds: a change of one object recompiles the Services it concerns and nothing else; the outcome is
+//! Invariants: a change of one object recompiles the Services it concerns and nothing else; the outcome is
 //! exactly what differs from before; the same objects give the same layers whatever the order in which they
 //! arrived.
 
@@ -64,7 +64,7 @@ pub struct Compiler {
     claims: Claims,
     /// Slices of the API server's own Service changed since the last compile.
     api_servers_changed: bool,
-    /// What every Service contributed at the last compile.
+    /// Contribution of every Service at the last compile.
     outputs: BTreeMap<ObjectKey, Output>,
     dirty: BTreeSet<ObjectKey>,
     admission: Admission,
@@ -182,7 +182,7 @@ impl Compiler {
         Compiled { pods: std::mem::take(&mut self.pods), ..emitter.finish() }
     }
 
-    /// Where the API servers listen: the endpoints of the Service default/kubernetes.
+    /// Addresses of the API servers: the endpoints of the Service default/kubernetes.
     fn api_servers(&self) -> BTreeSet<SocketAddr> {
         let service = ObjectKey { namespace: API_SERVER.0.into(), name: API_SERVER.1.into() };
         let keys = self.slices_of.get(&service).into_iter().flatten();
@@ -241,7 +241,7 @@ impl Compiler {
         Counts { services: self.services.len(), endpoints: self.endpoints, nodes: self.nodes.len() }
     }
 
-    /// Whether a Node of this name exists.
+    /// Returns true if a Node of this name exists.
     pub fn has_node(&self, name: &str) -> bool {
         self.nodes.contains(name)
     }

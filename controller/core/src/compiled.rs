@@ -1,4 +1,4 @@
-//! What the compiler hands on: changes per layer, and what was wrong with the objects.
+//! Output of the compiler: changes per layer, and problems of the objects.
 
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ pub struct Problem {
     pub object: ProblemObject,
     /// Why.
     pub reason: ProblemReason,
-    /// What was found and what holds now, for people.
+    /// Human-readable problem and consequence.
     pub message: String,
 }
 

@@ -3,7 +3,7 @@
 //! A node's view is the sum of the layers that it subscribes to. Each layer is kept once for all nodes,
 //! together with a log of its latest changes in encoded form: nodes at the same place get the same bytes.
 //!
-//! What holds:
+//! Invariants:
 //! * [`Layers::apply`] and a delta cost what changed, whatever the cluster's size.
 //! * Whoever applies what [`Layers::plan`] gives has, afterwards, exactly the items and the digest of the
 //!   layers, from whatever place it came.
@@ -30,9 +30,9 @@ mod tests;
 
 use log::Layer;
 
-/// Most bytes of payload in a part, with room for what deflate adds to bytes that do not compress.
+/// Maximum payload bytes in a part, with room for what deflate adds to bytes that do not compress.
 const PART: usize = (1 << 20) - (32 << 10);
-/// Most change descriptions in an update.
+/// Maximum number of change descriptions in an update.
 const INFOS: usize = 16;
 
 /// The layers that a node gets, one of each kind.
@@ -75,7 +75,7 @@ impl Cursor {
         self.revision
     }
 
-    /// What the view consists of.
+    /// Components of the view.
     #[must_use]
     pub fn subscription(&self) -> &Subscription {
         &self.subscription
@@ -91,7 +91,7 @@ impl Cursor {
 /// Bounds of a layer's log. It also never grows beyond a quarter of its layer (but for 64 KiB).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogLimits {
-    /// Most entries.
+    /// Maximum number of entries.
     pub entries: usize,
     /// Maximum size in bytes, bookkeeping included.
     pub bytes: usize,
@@ -105,7 +105,7 @@ impl Default for LogLimits {
     }
 }
 
-/// What [`Layers::apply`] did.
+/// Result of [`Layers::apply`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
     /// The new revision.
@@ -123,19 +123,19 @@ pub struct Plan {
     pub whole: bool,
     /// Some layer is sent as a snapshot.
     pub snapshot: bool,
-    /// What to send, in order.
+    /// Parts to send, in order.
     pub parts: Vec<Part>,
-    /// How many changes of the node's layers it carries, at least 1.
+    /// Number of changes of the node's layers in it, at least 1.
     pub changes: u64,
     /// Descriptions of the latest changes, at most 16.
     pub infos: Vec<ChangeInfo>,
-    /// Where the node is when it has applied it.
+    /// Cursor of the node after the update.
     pub after: Cursor,
     /// Up to where each resource is processed.
     pub source: Source,
 }
 
-/// What [`Layers::plan`] found.
+/// Result of [`Layers::plan`].
 #[derive(Debug)]
 pub enum Planned {
     /// The node has everything; it may be taken to be at this place.
@@ -214,7 +214,7 @@ impl Layers {
         }
     }
 
-    /// Where the layers stand; grows by one with each [`Layers::apply`].
+    /// Revision of the layers; grows by one with each [`Layers::apply`].
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.revision
@@ -322,7 +322,7 @@ impl Layers {
         view
     }
 
-    /// Whether a node has this health check.
+    /// Returns true if the node has this health check.
     #[must_use]
     pub fn has_health_check(&self, node: &Arc<str>, key: &HealthCheckKey) -> bool {
         let layer = self.layers.get(&LayerId::Node(node.clone()));
@@ -357,7 +357,7 @@ impl Layers {
             .or_else(|| Some(self.head(subscription)).filter(|cursor| cursor.digest() == digest))
     }
 
-    /// How many changes of a node's layers came after its place.
+    /// Number of changes of a node's layers after its cursor.
     #[must_use]
     pub fn pending(&self, subscription: &Subscription, from: &Cursor) -> u64 {
         let (now, then) = (subscription.layers(), from.subscription.layers());
@@ -376,7 +376,7 @@ impl Layers {
         pending
     }
 
-    /// What a node has to be sent. `from` is its place, `None` if it has nothing that can be continued.
+    /// Plans the update of a node. `from` is its cursor, `None` if it has nothing that can be continued.
     #[must_use]
     pub fn plan(&self, subscription: &Subscription, from: Option<&Cursor>) -> Planned {
         let mut plan = Plan {
@@ -461,7 +461,7 @@ fn note<'a>(infos: &mut Vec<ChangeInfo>, entries: impl ExactSizeIterator<Item = 
     infos.drain(..excess);
 }
 
-/// Where a layer's kind stands in [`KINDS`].
+/// Index of a layer's kind in [`KINDS`].
 fn position(id: &LayerId) -> usize {
     let kind = kind(id);
     KINDS.iter().position(|other| *other == kind).unwrap_or_default()

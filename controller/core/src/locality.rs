@@ -1,4 +1,4 @@
-//! Whether a node recognises its own pods: their addresses, compared with its local detection.
+//! Checks that a node recognizes its own pods: compares their addresses with its local detection.
 //!
 //! A pod that local detection misses loses its source address on the way to a ClusterIP, and finds no short cut
 //! behind externalTrafficPolicy Local. The agent cannot notice (it knows no pods), the controller can.
@@ -12,10 +12,10 @@ use switchtower_proto::v1::{LocalDetection, Settings};
 
 use crate::wire;
 
-/// How many addresses a report names.
+/// Maximum number of addresses that a report names.
 const SAMPLES: usize = 3;
 
-/// How a node recognises connections of its own pods, as far as their addresses decide.
+/// Local detection of a node, as far as addresses decide.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Detection {
     /// Not at all.
@@ -30,7 +30,7 @@ pub enum Detection {
 }
 
 impl Detection {
-    /// What settings mean on a node with these pod CIDRs.
+    /// Resolves settings for a node with these pod CIDRs.
     #[must_use]
     pub fn of(settings: &Settings, pod_cidrs: &[IpNet]) -> Self {
         match settings.local_detection() {
@@ -53,7 +53,7 @@ impl Detection {
         }
     }
 
-    /// A pod with this address is taken for somebody else. Never where no network of its family is known: then
+    /// The node takes a pod with this address for a foreign source. Never where no network of its family is known: then
     /// nothing of the family is masqueraded.
     #[must_use]
     pub fn misses(&self, pod: IpAddr) -> bool {
@@ -74,19 +74,19 @@ pub struct PodChange {
     pub present: bool,
 }
 
-/// What is known of a node's detection.
+/// State of a node's local detection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Locality {
     /// The way of detection.
     pub detection: Detection,
-    /// How many pods are missed.
+    /// Number of missed pods.
     pub missed: usize,
     /// The first of their addresses.
     pub samples: Vec<IpAddr>,
 }
 
 impl Locality {
-    /// What is wrong where pods are missed, and what to do.
+    /// Human-readable problem and solution if pods are missed.
     #[must_use]
     pub fn missed_message(&self) -> String {
         let list = |items: Vec<String>| items.join(", ");
@@ -178,13 +178,13 @@ impl Localities {
         }
     }
 
-    /// How many pods of a node are missed.
+    /// Returns the number of missed pods of a node.
     #[must_use]
     pub fn missed(&self, node: &str) -> usize {
         self.nodes.get(node).map_or(0, |pods| pods.missed.len())
     }
 
-    /// How a node fares; `None` if nothing is known of it.
+    /// Returns the state of a node; `None` if it is unknown.
     #[must_use]
     pub fn of(&self, node: &str) -> Option<Locality> {
         let pods = self.nodes.get(node)?;

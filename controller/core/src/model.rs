@@ -1,4 +1,4 @@
-//! What the compiler reads: the facts of Services, EndpointSlices and Nodes that matter, normalised.
+//! Input of the compiler: the facts of Services, EndpointSlices and Nodes that matter, normalised.
 //!
 //! Everything here is plain data in its smallest form. The controller makes it from API objects and drops
 //! the rest: an EndpointSlice held as the API type costs 80 times as much.
@@ -154,9 +154,9 @@ pub enum Input {
 pub enum LayerId {
     /// The same for all nodes.
     Cluster,
-    /// What topology hints select in a zone.
+    /// Endpoints that topology hints select in a zone.
     Zone(Arc<str>),
-    /// What only one node has.
+    /// Items of a single node.
     Node(Arc<str>),
     /// One revision of one profile.
     Settings(Arc<str>, u64),

@@ -1,11 +1,11 @@
-//! What became of each change: when it was received, compiled, and held by how many nodes. Pure: time and
+//! Progress of each change: when it was received, compiled, and held by how many nodes. Pure: time and
 //! identifiers are arguments.
 //!
 //! Changes that were compiled together share one revision of the layers and one [`Record`]. A node is followed
 //! while its stream is open and it has acknowledged something in it; its first synchronisation is never
 //! counted as latency.
 //!
-//! What holds:
+//! Invariants:
 //! * An acknowledgement costs the revisions that it covers, a publication one bit per node that it concerns.
 //! * Everything is bounded ([`Limits`]). What is dropped is counted.
 //! * A node that leaves before it acknowledged is excluded from the record, not waited for; a change that no
@@ -38,9 +38,9 @@ pub struct Change {
     pub id: u64,
     /// "EndpointSlice default/web-x7", "ProxyRollout default-7".
     pub object: Arc<str>,
-    /// The Service that it concerns, where the object tells.
+    /// The Service that it concerns, if the object names one.
     pub service: Option<ObjectKey>,
-    /// When the watch delivered it.
+    /// Time of delivery by the watch.
     pub received: UnixNanoseconds,
     /// What the cluster says about when it began (`endpoints.kubernetes.io/last-change-trigger-time`); on
     /// another clock, in whole seconds.
@@ -51,27 +51,27 @@ pub struct Change {
     pub origin: Option<TraceContext>,
 }
 
-/// What was compiled together, and when.
+/// Changes compiled together, with times.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Publication {
     /// The first of the changes, at most 16, oldest first.
     pub changes: Vec<Change>,
-    /// How many there were.
+    /// Total number of changes.
     pub total: u32,
-    /// When the compile began.
+    /// Start of the compile.
     pub compiling: UnixNanoseconds,
-    /// When the layers had the result and the streams were woken.
+    /// Time at which the layers had the result and the streams were woken.
     pub published: UnixNanoseconds,
 }
 
 /// One update on its way to one node and back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Delivery {
-    /// When the controller began to send it.
+    /// Start of sending.
     pub started: UnixNanoseconds,
-    /// When its last part was handed to the connection.
+    /// Time at which the connection took the last part.
     pub sent: UnixNanoseconds,
-    /// When the acknowledgement arrived.
+    /// Arrival of the acknowledgement.
     pub acknowledged: UnixNanoseconds,
     /// The node's generation.
     pub generation: u64,

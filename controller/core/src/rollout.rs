@@ -3,7 +3,7 @@
 //! [`decide()`] looks at one rollout, the whole fleet and the time, and says what to store and which nodes to move.
 //! [`profile`] says which profile a node belongs to, which revision is stable, and when a new rollout begins.
 //!
-//! What holds:
+//! Invariants:
 //! * A node is touched iff its row names the target. Counts are made of that at each decision, never kept.
 //! * What a decision needs beyond rows and agents is in [`Progress`], which is stored with each decision before
 //!   any node is moved: a controller that dies in between loses nothing and repeats nothing.
@@ -42,7 +42,7 @@ pub use selector::{Requirement, Selector};
 pub struct Time(pub i64);
 
 impl Time {
-    /// How long ago `earlier` was; zero if it lies in the future.
+    /// Returns the time since `earlier`; zero if it lies in the future.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))

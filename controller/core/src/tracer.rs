@@ -1,4 +1,4 @@
-//! What happens to the first packet of a connection on a node, by the node's view.
+//! Traces the first packet of a connection through a node's view.
 //!
 //! The tracer follows the rules that the kernel is programmed with, step by step, and says which it took:
 //! tests compare it with the rules of kube-proxy, and it is what an explanation of a packet's fate is made of.
@@ -16,7 +16,7 @@ use crate::names;
 use crate::view::View;
 use crate::wire::{self, address, net, octets};
 
-/// Where a packet comes from, as the node sees it.
+/// Origin of a packet, as the node sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// A pod of this node.
@@ -35,7 +35,7 @@ impl Source {
         }
     }
 
-    /// What a node takes a source address for. Where local pods are known by their interface, an address of the
+    /// Classification of a source address by a node. Where local pods are known by their interface, an address of the
     /// node's pod CIDRs is taken to be one.
     pub fn of(view: &View, address: IpAddr) -> Self {
         let within = |cidrs: &[Cidr]| cidrs.iter().filter_map(net).any(|net| net.contains(&address));
@@ -68,7 +68,7 @@ pub struct Packet {
     pub port: u16,
 }
 
-/// What becomes of it.
+/// Outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
     /// It goes to one of these endpoints.
@@ -81,7 +81,7 @@ pub enum Fate {
         /// it would never see its own answer.
         hairpin: Option<Endpoint>,
     },
-    /// The client is told at once.
+    /// The client receives a rejection immediately.
     Reject(Cause),
     /// The client times out.
     Drop(Cause),
@@ -213,7 +213,7 @@ impl Tracer<'_> {
         within(&source) || (primary.is_some_and(|node| within(&node)) && self.view.frontends().any(balanced))
     }
 
-    /// Whether local pods can be told from other sources in this family.
+    /// Returns true if the node can recognize local pods of this family.
     fn detection(&self) -> bool {
         detects_local_pods(self.view, self.family())
     }
@@ -261,18 +261,18 @@ impl Tracer<'_> {
     }
 }
 
-/// Whose connections to a ClusterIP are masqueraded.
+/// Sources whose connections to a ClusterIP are masqueraded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClusterIpMasquerade {
     /// All.
     All,
     /// Those that do not come from a pod of the node.
     NotLocalPods,
-    /// None, because local pods cannot be told from others.
+    /// None, because the node cannot recognize local pods.
     Nobody,
 }
 
-/// What a node's settings say about connections to a ClusterIP of a family.
+/// Masquerading by a node's settings of connections to a ClusterIP of a family.
 #[must_use]
 pub fn cluster_ip_masquerade(view: &View, family: Family) -> ClusterIpMasquerade {
     if view.settings().is_some_and(|settings| settings.masquerade_all) {

@@ -62,7 +62,7 @@ impl View {
         }
     }
 
-    /// Tells the addresses of the node's interfaces, which only the node knows. Without them a NodePort is taken to
+    /// Sets the addresses of the node's interfaces, which only the node knows. Without them a NodePort is taken to
     /// be served on the node's primary addresses alone.
     pub fn set_host_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         self.host_addresses = addresses.into_iter().collect();
@@ -95,7 +95,7 @@ impl View {
         })
     }
 
-    /// Whether this is an endpoint on the node: its connections to itself through a Service are masqueraded.
+    /// Returns true for an endpoint on the node: its connections to itself through a Service are masqueraded.
     pub fn is_local_endpoint(&self, protocol: Protocol, endpoint: &Endpoint) -> bool {
         self.local_endpoints.contains(&LocalEndpoint {
             address: endpoint.address.clone(),

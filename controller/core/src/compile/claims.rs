@@ -1,4 +1,4 @@
-//! Who gets an address, protocol and port that several Services claim.
+//! Arbitrates addresses, protocols and ports that several Services claim.
 //!
 //! The kind of address decides first, so that an older Service cannot capture a later Service's ClusterIP by
 //! an externalIP; then age, namespace and name, UID. The loser takes over when the winner goes.
@@ -47,14 +47,14 @@ enum Obstacle {
     Reserved(Owner),
 }
 
-/// Losers that were told, and why they lose.
+/// Losers with a reported conflict, and the cause.
 #[derive(Debug)]
 struct Told {
     obstacle: Obstacle,
     losers: BTreeSet<ObjectKey>,
 }
 
-/// What becomes of the claims on one key.
+/// Outcome of the claims on one key.
 enum Outcome<'a> {
     Served(&'a Rank, &'a Frontend),
     /// A node port of this Service covers it.
@@ -65,7 +65,7 @@ enum Outcome<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Claims {
     claimants: BTreeMap<FrontendKey, BTreeMap<Rank, Frontend>>,
-    /// What was published for the keys that changed since the last settlement.
+    /// Published frontends of the keys that changed since the last settlement.
     touched: BTreeMap<FrontendKey, Option<Frontend>>,
     told: BTreeMap<FrontendKey, Told>,
     reserved: Reserved,
@@ -217,7 +217,7 @@ impl Claims {
         keep(&mut self.on_nodes, node_port(key), key, external && self.reserved.is_node(address));
     }
 
-    /// Publishes the winners of the keys that changed, and tells the losers.
+    /// Publishes the winners of the keys that changed, and reports conflicts to the losers.
     pub(super) fn settle(&mut self, emitter: &mut Emitter) {
         for (key, published) in std::mem::take(&mut self.touched) {
             self.tell_losers(&key, emitter);
@@ -243,7 +243,7 @@ impl Claims {
         };
         let claimants = self.claimants.get(key).into_iter().flatten().map(|(rank, _)| &rank.service);
         let losers: BTreeSet<_> = claimants.filter(|service| Some(*service) != winner).cloned().collect();
-        // Who was told of another winner is told again: that Event sends its reader to the wrong Service.
+        // A loser to another winner gets a new Event: the previous one names the wrong Service.
         let told = self.told.remove(key).filter(|told| told.obstacle == obstacle);
         let told = told.map(|told| told.losers).unwrap_or_default();
         for loser in losers.difference(&told) {

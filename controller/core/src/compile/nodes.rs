@@ -21,7 +21,7 @@ pub(super) struct Nodes {
     removed: BTreeSet<Arc<str>>,
     /// Services whose endpoints or hints name a node, whether the Node exists or not.
     concerned: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
-    /// How many service ports have a local endpoint.
+    /// Number of service ports with a local endpoint.
     local: BTreeMap<Arc<str>, BTreeMap<LocalEndpoint, usize>>,
     /// Health check ports: a new Node gets all of them.
     health: BTreeMap<ObjectKey, (u16, ReadyCounts)>,

@@ -13,7 +13,7 @@ fn of(slice: Option<&EndpointSlice>) -> BTreeSet<(&Arc<str>, IpAddr)> {
     ready.filter_map(|endpoint| Some((endpoint.node.as_ref()?, endpoint.address))).collect()
 }
 
-/// What changes by the step from one version to the other; costs the size of both.
+/// Returns the changes between two versions; costs the size of both.
 pub(super) fn difference(
     old: Option<&EndpointSlice>,
     new: Option<&EndpointSlice>,

@@ -11,12 +11,12 @@ use switchtower_proto::v1::{Family, FrontendKey, Protocol};
 
 use crate::wire;
 
-/// Where the kubelet listens on every node.
+/// Port of the kubelet on every node.
 const KUBELET_PORT: u16 = 10_250;
-/// Where the node agent answers health checks on every node.
+/// Health check port of the node agent on every node.
 const AGENT_HEALTH_PORT: u16 = 10_256;
 
-/// Whose address and port it is.
+/// Owner of a reserved address and port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
     Controller,
@@ -40,7 +40,7 @@ impl fmt::Display for Owner {
 pub(super) struct Reserved {
     controllers: BTreeSet<SocketAddr>,
     api_servers: BTreeSet<SocketAddr>,
-    /// How many Nodes have the address.
+    /// Number of Nodes with the address.
     nodes: BTreeMap<IpAddr, usize>,
 }
 
@@ -70,12 +70,12 @@ impl Reserved {
         }
     }
 
-    /// Whether a Node has this address.
+    /// Returns true if a Node has this address.
     pub(super) fn is_node(&self, address: IpAddr) -> bool {
         self.nodes.contains_key(&address)
     }
 
-    /// Who needs the address and port of a frontend that is no ClusterIP.
+    /// Returns the owner of the address and port of a frontend that is no ClusterIP.
     pub(super) fn owner(&self, key: &FrontendKey) -> Option<Owner> {
         let port = u16::try_from(key.port).ok().filter(|_| key.protocol() == Protocol::Tcp)?;
         let of_node = match port {

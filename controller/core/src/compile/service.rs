@@ -1,4 +1,4 @@
-//! What one Service gives: its frontends, and its items in each layer.
+//! Compiles one Service: its frontends, and its items in each layer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -25,7 +25,7 @@ pub const MAX_SOURCE_RANGES: usize = 1_000;
 /// Everything that a Service contributes, to be compared with what it contributed before.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(super) struct Output {
-    /// Frontends that it would have if nobody else claimed them.
+    /// Frontends that it would have without other claims.
     pub(super) frontends: BTreeMap<FrontendKey, Frontend>,
     /// Pools by layer.
     pub(super) pools: BTreeMap<LayerId, BTreeMap<PoolKey, BTreeSet<Address>>>,

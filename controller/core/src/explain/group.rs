@@ -3,7 +3,7 @@
 use switchtower_admin_api::codes;
 use switchtower_admin_api::{Example, Finding, Outcome};
 
-/// What makes a Service behave in the same way on two nodes.
+/// Key of nodes on which a Service behaves alike.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Signature(Vec<Line>);
 

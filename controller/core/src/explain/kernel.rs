@@ -31,7 +31,7 @@ pub struct Held {
     pub sources: BTreeSet<IpNet>,
 }
 
-/// What one side of a frontend leads to.
+/// Destination of one side of a frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Side {
     /// To an endpoint.
@@ -44,14 +44,14 @@ pub enum Side {
     Broken,
 }
 
-/// How a connection is forwarded.
+/// Forwarding of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Forward {
     /// To one of these, sorted.
     pub endpoints: Vec<Endpoint>,
     /// "never", "cluster_ip" (all but local pods), "always".
     pub masquerade: String,
-    /// How long a client stays with its endpoint, in seconds; 0: not at all.
+    /// Session affinity timeout in seconds; 0 without affinity.
     pub affinity_seconds: u32,
 }
 
@@ -135,7 +135,7 @@ fn outermost(ranges: &BTreeSet<IpNet>) -> BTreeSet<IpNet> {
     ranges.iter().filter(|range| !inner(range)).copied().collect()
 }
 
-/// What was read from a kernel.
+/// Content read from a kernel.
 pub fn found(frontend: &KernelFrontend) -> Held {
     let side = |target: &Option<KernelTarget>| {
         let target = target.clone().unwrap_or_default();
@@ -155,7 +155,7 @@ pub fn found(frontend: &KernelFrontend) -> Held {
     Held { outside: side(&frontend.outside), inside: side(&frontend.inside), sources }
 }
 
-/// How a kernel differs from what it must hold, one line a frontend, sorted.
+/// Returns the differences of a kernel, one line per frontend, sorted.
 pub fn differences(
     expected: &BTreeMap<FrontendKey, Held>,
     found: &BTreeMap<FrontendKey, Held>,

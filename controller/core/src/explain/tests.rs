@@ -135,7 +135,7 @@ fn no_endpoints_and_source_ranges() {
     assert_eq!(last.why, "203.0.114.9 is in none of loadBalancerSourceRanges (203.0.113.0/24)");
 }
 
-/// What an agent would answer if its kernel held exactly this.
+/// Answer of an agent whose kernel holds exactly this.
 fn kernel_of(key: &FrontendKey, held: &Held) -> KernelFrontend {
     let target = |side: &Side| {
         let verdict =

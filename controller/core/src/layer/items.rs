@@ -1,6 +1,6 @@
 //! The items of one layer in a compact form, and what a change does to them.
 //!
-//! What holds: the digest and the buckets' digests always are those of the items; a change that does nothing
+//! Invariants: the digest and the buckets' digests always are those of the items; a change that does nothing
 //! or cannot hold (a member added twice) is dropped here and never reaches an agent.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +13,7 @@ use switchtower_proto::v1::{
     NodeRecord, PoolKey, PoolPatch, ServicePort, Settings,
 };
 
-/// Most endpoints in one pool patch: a patch stays far below the size of a part.
+/// Maximum number of endpoints in one pool patch: a patch stays far below the size of a part.
 const PATCH: usize = 8_192;
 
 /// Encoded key or message.

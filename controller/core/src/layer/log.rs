@@ -16,7 +16,7 @@ use crate::model::LayerId;
 const SMALL: usize = 32 << 10;
 /// A log may always hold this much, however small its layer is.
 const LOG_MINIMUM: usize = 64 << 10;
-/// What an entry costs beside its payload, in bytes: itself, its vectors and its share of the descriptions.
+/// Cost of an entry in addition to its payload, in bytes: itself, its vectors and its share of the descriptions.
 const ENTRY: usize = 512;
 /// Joined segments that are kept for other nodes at the same place.
 const JOINED: usize = 8;
@@ -41,7 +41,7 @@ struct Joined {
 pub(super) struct Layer {
     kind: LayerKind,
     pub(super) items: Items,
-    /// The log tells everything that came after this revision.
+    /// The log covers everything after this revision.
     floor: u64,
     floor_digest: Digest,
     log: VecDeque<Entry>,
@@ -116,7 +116,7 @@ impl Layer {
         self.log.len()
     }
 
-    /// Whether the log tells everything after `revision`.
+    /// Returns true if the log covers everything after `revision`.
     pub(super) fn covers(&self, revision: u64) -> bool {
         revision >= self.floor
     }

@@ -1,4 +1,4 @@
-//! What is known of the changes that were compiled together.
+//! State of the changes that were compiled together.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl Milestone {
     /// From the first to be reached to the last.
     pub const ASCENDING: [Self; 3] = [Self::Half, Self::Most, Self::All];
 
-    /// How many of `nodes` it takes.
+    /// Returns the number of nodes required, out of `nodes`.
     fn share(self, nodes: u32) -> u32 {
         match self {
             Self::Half => nodes.div_ceil(2),
@@ -43,11 +43,11 @@ impl Milestone {
 pub struct NodeAck {
     /// The node.
     pub node: Arc<str>,
-    /// When it held the revision.
+    /// Time at which the node held the revision.
     pub at: UnixNanoseconds,
     /// The update that brought it; `None` if the node had everything without one.
     pub delivery: Option<Delivery>,
-    /// The change in whose trace the update is told: its root span. One update carries many changes.
+    /// Root span of the change whose trace has the update. One update carries many changes.
     pub carrier: TraceContext,
 }
 
@@ -56,9 +56,9 @@ pub struct NodeAck {
 pub struct Refusal {
     /// The node.
     pub node: Arc<str>,
-    /// When.
+    /// Time of the rejection.
     pub at: UnixNanoseconds,
-    /// One CamelCase word.
+    /// Machine-readable reason in CamelCase.
     pub reason: &'static str,
 }
 
@@ -67,7 +67,7 @@ pub struct Refusal {
 pub struct Record {
     /// The layers' revision.
     pub revision: u64,
-    /// What was compiled, and when.
+    /// Changes compiled, with times.
     pub publication: Publication,
     /// Nodes that it concerned and that were followed when it was published.
     pub eligible: u32,
@@ -111,7 +111,7 @@ impl Record {
         }
     }
 
-    /// When a share of the nodes held it; `None`: not yet, or there were no nodes.
+    /// Returns the time at which a share of the nodes held it; `None` if not yet, or without nodes.
     #[must_use]
     pub fn reached(&self, milestone: Milestone) -> Option<UnixNanoseconds> {
         self.reached[milestone as usize]
@@ -123,7 +123,7 @@ impl Record {
         self.waiting.len() == 0
     }
 
-    /// How many nodes have yet to acknowledge it.
+    /// Number of nodes that have yet to acknowledge it.
     #[must_use]
     pub fn outstanding(&self) -> u32 {
         u32::try_from(self.waiting.len()).unwrap_or(u32::MAX)

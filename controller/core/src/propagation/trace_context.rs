@@ -10,7 +10,7 @@ pub struct TraceContext {
     pub trace: u128,
     /// The span in it.
     pub span: u64,
-    /// Whoever started the trace keeps it. Traces that turn out slow or failed are kept anyway.
+    /// The origin of the trace samples it. Traces that turn out slow or failed are kept anyway.
     pub sampled: bool,
 }
 

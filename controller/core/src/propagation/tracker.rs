@@ -11,13 +11,13 @@ use super::{Delivery, Publication, TraceContext, UnixNanoseconds};
 /// Bounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
-    /// Most revisions that wait for nodes. The oldest is given up for a new one.
+    /// Maximum number of revisions that wait for nodes. The oldest is given up for a new one.
     pub open: usize,
-    /// Most settled revisions that are remembered.
+    /// Maximum number of settled revisions that are remembered.
     pub settled: usize,
     /// A node that takes longer from send to acknowledgement is always kept. Nanoseconds.
     pub slow: u64,
-    /// A revision that is not settled this long after its publication is told of as it is. Nanoseconds.
+    /// Time after publication at which an unsettled revision is reported as it is, in nanoseconds.
     pub patience: u64,
     /// The share of the other nodes that is kept, 0 to 1.
     pub share: f64,
@@ -33,7 +33,7 @@ impl Default for Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slot(usize);
 
-/// What a step brought about.
+/// Result of a step.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
     /// Per change that a node acknowledged: from its receipt, in nanoseconds, and its trace.
@@ -175,21 +175,21 @@ impl Tracker {
         outcome
     }
 
-    /// Tells of revisions that have waited long enough. They stay open.
+    /// Reports revisions that have waited long enough. They stay open.
     pub fn overdue(&mut self, now: UnixNanoseconds) -> Outcome {
         let mut outcome = Outcome::default();
         self.conclude_overdue(now, &mut outcome);
         outcome
     }
 
-    /// When [`Tracker::overdue`] will have something to tell next.
+    /// Next time at which [`Tracker::overdue`] has something to report.
     #[must_use]
     pub fn next_overdue(&self) -> Option<UnixNanoseconds> {
         let first = self.open.values().find(|record| !record.told)?;
         Some(first.publication.published.saturating_add(self.limits.patience))
     }
 
-    /// What is remembered, the latest revision first.
+    /// Records, latest revision first.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
         // Open and settled revisions are interleaved; both are in order, but for those that settled late.
         let mut all: Vec<&Record> = self.open.values().chain(&self.settled).collect();
@@ -217,7 +217,7 @@ impl Tracker {
         range.filter(|(_, record)| record.waiting.contains(slot.0)).map(|(revision, _)| *revision).collect()
     }
 
-    /// The change under which an update is told: the oldest that is sampled, else the oldest.
+    /// The change whose trace has an update: the oldest that is sampled, else the oldest.
     fn carrier(&self, covered: &[u64]) -> Option<TraceContext> {
         let records = covered.iter().filter_map(|revision| self.open.get(revision));
         let mut changes = records.flat_map(|record| &record.publication.changes);

@@ -15,18 +15,18 @@ use super::{
 const FAILURES: usize = 16;
 /// Nodes that a message names.
 const NAMED: usize = 3;
-/// What to store, and then to do.
+/// State to store, then actions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
     /// To be stored before anything else is done.
     pub progress: Progress,
     /// The same for people, with the counts.
     pub status: Status,
-    /// What happened, for Events.
+    /// Changes of state, for Events.
     pub transitions: Vec<Transition>,
     /// Nodes to be given another revision, by name.
     pub moves: BTreeMap<std::sync::Arc<str>, Revision>,
-    /// When to decide again if nothing happens.
+    /// Time until the next decision if nothing happens.
     pub again_in: Option<Duration>,
 }
 
@@ -63,7 +63,7 @@ struct Work<'a> {
     survey: &'a Survey<'a>,
     now: Time,
     progress: Progress,
-    /// What people should know about the state.
+    /// Human-readable detail of the state.
     note: Option<String>,
 }
 

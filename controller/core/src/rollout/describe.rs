@@ -1,16 +1,16 @@
-//! A decision in words: counts, conditions, Events.
+//! Human-readable form of a decision: counts, conditions, Events.
 
 use std::collections::BTreeMap;
 
 use super::survey::Survey;
 use super::{Acknowledgements, Excluded, Progress, Revision, Rollout, State, Time, WaitingOn};
 
-/// A decision for people. Counts are those of the fleet at the decision.
+/// Human-readable form of a decision. Counts are those of the fleet at the decision.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Status {
     /// The current step from 1, or the last one; 0 before the first.
     pub step: usize,
-    /// How many steps there are.
+    /// Number of steps.
     pub steps: usize,
     /// Nodes whose row names the target.
     pub touched: usize,
@@ -20,11 +20,11 @@ pub struct Status {
     pub eligible: usize,
     /// Nodes of the profile that are left out, by name.
     pub excluded: Vec<Excluded>,
-    /// How long nodes took to acknowledge the target; `None`: no node whose time is known.
+    /// Time that nodes took to acknowledge the target; `None`: no node whose time is known.
     pub acknowledgements: Option<Acknowledgements>,
     /// Ready (not with every state), Reconciling, Stalled.
     pub conditions: Vec<Condition>,
-    /// What is going on, in a sentence.
+    /// Human-readable summary, in a sentence.
     pub message: String,
 }
 
@@ -35,9 +35,9 @@ pub struct Condition {
     pub kind: &'static str,
     /// "True" or "False".
     pub status: &'static str,
-    /// One CamelCase word.
+    /// Machine-readable reason in CamelCase.
     pub reason: &'static str,
-    /// What is going on.
+    /// Human-readable message.
     pub message: String,
 }
 
@@ -146,7 +146,7 @@ fn message(
     }
 }
 
-/// What its nodes return to, or returned to. Nodes of one rollout can return to revisions of several profiles.
+/// Describes the revisions to which its nodes return or returned. Nodes of one rollout can return to revisions of several profiles.
 fn way_back(rollout: &Rollout, progress: &Progress, survey: &Survey<'_>) -> String {
     let revisions = match progress.state {
         State::RollingBack => survey.returned(&rollout.stable).into_values().collect(),

@@ -1,4 +1,4 @@
-//! What becomes of the nodes of a profile that is being deleted.
+//! Handover of the nodes of a profile that is being deleted.
 //!
 //! They go to the profile that selects them without it, or to the built-in settings, by a rollout of the deleted
 //! profile itself: a *handover*, a last revision of it whose settings are those that the nodes get afterwards. So its
@@ -19,7 +19,7 @@ use super::{Agent, Assignment, FleetNode, Revision, State};
 /// A handover that is to begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handover {
-    /// What the nodes get afterwards; the handover has its settings.
+    /// Revision that the nodes get afterwards; the handover has its settings.
     pub to: Revision,
     /// The number of the deleted profile's revision that carries them.
     pub number: u64,
@@ -28,7 +28,7 @@ pub struct Handover {
     pub hash: String,
 }
 
-/// What nodes of a deleted profile get. `winner`: the profile that selects them without it.
+/// Returns the revision for nodes of a deleted profile. `winner`: the profile that selects them without it.
 #[must_use]
 pub fn destination(winner: Option<&str>, profiles: &[Profile], rollouts: &[Past]) -> Revision {
     let revision = winner.map_or_else(Revision::builtin, |winner| stable(winner, rollouts));
@@ -36,7 +36,7 @@ pub fn destination(winner: Option<&str>, profiles: &[Profile], rollouts: &[Past]
     if profiles.iter().any(there) { revision } else { Revision::builtin() }
 }
 
-/// Whether a handover to a revision still leads where nodes would be without the profile.
+/// Returns true if a handover to a revision still leads where nodes would be without the profile.
 pub(super) fn is_valid(to: &Revision, profiles: &[Profile], rollouts: &[Past]) -> bool {
     to.is_builtin() || destination(Some(&to.profile), profiles, rollouts) == *to
 }
@@ -128,7 +128,7 @@ pub fn orphaned(node: &FleetNode, profiles: &[Profile], rollouts: &[Past]) -> Op
     (!cared_for).then(|| destination(winner, profiles, rollouts))
 }
 
-/// How many nodes with revisions that nothing describes may be moved now: a tenth of the fleet, less those that are
+/// Number of nodes with revisions without a ProxyRollout that may move now: a tenth of the fleet, less those that are
 /// on their way to what they were given.
 #[must_use]
 pub fn orphans_at_once(fleet: &[FleetNode]) -> usize {

@@ -1,4 +1,4 @@
-//! What a node's agent says about the node: well, not well, or failed because of the target.
+//! Judges a node by its agent's reports: healthy, unhealthy, or failed because of the target.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub fn health(node: &FleetNode, now: Time) -> Health {
     }
 }
 
-/// What became of a node that was given the target.
+/// Outcome of a node that was assigned the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// It holds the target and passed the gates.
@@ -131,7 +131,7 @@ fn refused(observed: &Observed) -> Option<Finding> {
     })
 }
 
-/// What others did to the node, or the node to its stream, since it was touched.
+/// Foreign changes and lost streams since the node was touched.
 fn disturbed(observed: &Observed, touched: Time, strategy: &Strategy) -> Option<Finding> {
     if let Some((_, cause)) = observed.drift.as_ref().filter(|(at, _)| *at > touched) {
         return Some((

@@ -1,4 +1,4 @@
-//! What decisions are made of.
+//! Inputs of decisions.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,7 +26,7 @@ impl Revision {
         Self { profile: Self::BUILTIN.into(), number: 0 }
     }
 
-    /// Whether these are the built-in settings.
+    /// Returns true for the built-in settings.
     #[must_use]
     pub fn is_builtin(&self) -> bool {
         self.number == 0
@@ -49,7 +49,7 @@ pub enum Quantity {
 }
 
 impl Quantity {
-    /// How many of `all` that is; never more than there are.
+    /// Returns the number out of `all`, at most `all`.
     #[must_use]
     pub fn of(self, all: usize) -> usize {
         match self {
@@ -66,22 +66,22 @@ pub struct Step {
     pub name: String,
     /// Which nodes; `None`: all of the profile.
     pub selector: Option<Selector>,
-    /// How many of them hold the target at the end.
+    /// Number of them that hold the target at the end.
     pub nodes: Quantity,
     /// Label keys whose values tell the groups from which nodes are taken in turn.
     pub spread_by: Vec<String>,
-    /// How long its nodes are watched after all of them hold the target.
+    /// Time for which its nodes are watched after all of them hold the target.
     pub soak: Duration,
     /// A person approves it afterwards.
     pub manual: bool,
 }
 
-/// How a rollout proceeds.
+/// Strategy of a rollout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Strategy {
     /// In their order.
     pub steps: Vec<Step>,
-    /// How many nodes may be out of order at the same time; at least one.
+    /// Maximum number of nodes that may be unavailable at the same time; at least one.
     pub max_unavailable: Quantity,
     /// From the assignment to a connected node's acknowledgement; and how long the agent of a canary may be gone.
     pub apply_deadline: Duration,
@@ -98,11 +98,11 @@ pub struct Strategy {
 pub struct Rollout {
     /// Seeds the order of nodes.
     pub uid: Arc<str>,
-    /// What is rolled out.
+    /// Revision to roll out.
     pub target: Revision,
-    /// What nodes return to.
+    /// Revision to which nodes return.
     pub stable: Revision,
-    /// How.
+    /// Strategy.
     pub strategy: Strategy,
     /// No further node is touched.
     pub paused: bool,
@@ -114,11 +114,11 @@ pub struct Rollout {
     pub superseded: bool,
     /// Its profile is being deleted, and it gives the nodes the settings of this revision, which they get afterwards.
     pub handover: Option<Revision>,
-    /// What was stored with the last decision.
+    /// Progress stored with the last decision.
     pub progress: Progress,
 }
 
-/// Where a rollout stands.
+/// State of a rollout.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum State {
     /// No node was touched yet.
@@ -176,7 +176,7 @@ impl State {
         }
     }
 
-    /// The state of a word; an unknown one is [`State::Pending`].
+    /// Parses a state; an unknown one is [`State::Pending`].
     #[must_use]
     pub fn from_word(word: &str) -> Self {
         Self::ALL.into_iter().find(|state| state.word() == word).unwrap_or_default()
@@ -189,7 +189,7 @@ impl State {
     }
 }
 
-/// What has to happen before a rollout goes on.
+/// Event that a rollout waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WaitingOn {
     /// Nodes take the target.
@@ -226,7 +226,7 @@ impl WaitingOn {
         Self::UnreachableNodes,
     ];
 
-    /// Of a word; `None` if there is no such word.
+    /// Parses the name; `None` if there is no such word.
     #[must_use]
     pub fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|waiting| waiting.word() == word)
@@ -249,24 +249,24 @@ impl WaitingOn {
     }
 }
 
-/// What is stored between decisions.
+/// State stored between decisions.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Progress {
-    /// Where it stands.
+    /// State.
     pub state: State,
-    /// What it waits for.
+    /// Event that it waits for.
     pub waiting_on: Option<WaitingOn>,
     /// Steps that are done.
     pub steps_done: usize,
-    /// When the first node of the current step was seen to be touched.
+    /// Time at which the first node of the current step was seen to be touched.
     pub step_began_at: Option<Time>,
     /// Since when all nodes of the current step hold the target.
     pub soaking_since: Option<Time>,
-    /// When a node or a step advanced last.
+    /// Time of the latest advance of a node or a step.
     pub advanced_at: Option<Time>,
-    /// How many nodes held the target then.
+    /// Number of nodes that held the target then.
     pub updated: usize,
-    /// How many nodes failed.
+    /// Number of failed nodes.
     pub failed: usize,
     /// The first of them, at most 16.
     pub failures: Vec<Failure>,
@@ -317,7 +317,7 @@ impl FailureReason {
         }
     }
 
-    /// The reason of a word; `None` if there is no such word.
+    /// Parses a reason; `None` if there is no such word.
     #[must_use]
     pub fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|reason| reason.word() == word)
@@ -331,7 +331,7 @@ pub struct Failure {
     pub node: String,
     /// The word of a [`FailureReason`].
     pub reason: String,
-    /// What happened.
+    /// Human-readable message.
     pub message: String,
     /// The kernel's error number, 0 if there is none.
     pub errno: i32,
@@ -344,11 +344,11 @@ pub struct Failure {
 pub struct Excluded {
     /// The node.
     pub node: Arc<str>,
-    /// One CamelCase word.
+    /// Machine-readable reason in CamelCase.
     pub reason: &'static str,
 }
 
-/// How long nodes took from being sent a revision to acknowledging it. Reported, never judged by: a node whose kernel
+/// Time that nodes took from being sent a revision to acknowledging it. Reported, never judged by: a node whose kernel
 /// is busy is no worse for that.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Acknowledgements {
@@ -371,7 +371,7 @@ pub struct Assignment {
     pub at: Time,
     /// Trace of the assignment, 32 hexadecimal digits; empty if it is not known.
     pub trace: String,
-    /// What the node had of another profile before a rollout touched it, and returns to; see
+    /// Revision of another profile that the node had before a rollout touched it, and returns to; see
     /// [`profile::origin`](super::profile::origin).
     pub previous: Option<Revision>,
 }
@@ -387,21 +387,21 @@ pub struct FleetNode {
     pub labels: Arc<BTreeMap<String, String>>,
     /// The profile that it belongs to.
     pub profile: Option<Arc<str>>,
-    /// What its row names or is about to name; `None` before anything was assigned.
+    /// Revision that its row names or is about to name; `None` before anything was assigned.
     pub assigned: Option<Assignment>,
-    /// What its row still names while something else is being written.
+    /// Revision that its row still names while something else is being written.
     pub still: Option<Revision>,
     /// The row does not name `assigned` yet: the node has not been told.
     pub pending: bool,
     /// The row names a revision that no ProxyRollout describes, as after somebody removed its finalizer.
     pub unknown: bool,
-    /// What is known of its agent.
+    /// State of its agent.
     pub agent: Agent,
     /// Since when its agent has been gone, as far as this controller knows.
     pub lost: Option<Time>,
 }
 
-/// What is known of a node's agent.
+/// State of a node's agent.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Agent {
     /// Nothing yet: this controller has just started.
@@ -425,7 +425,7 @@ impl Agent {
 /// A connected agent.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Observed {
-    /// When its stream began.
+    /// Start of its stream.
     pub since: Time,
     /// Settings of the last view that it acknowledged; `None` before the first.
     pub acknowledged: Option<Revision>,
@@ -439,20 +439,20 @@ pub struct Observed {
     pub refused_items: u32,
     /// Removals that are held back.
     pub held_removals: u32,
-    /// Where its last trial of settings stands.
+    /// State of its latest trial of settings.
     pub trial: Option<Trial>,
-    /// When its tables were changed by others last, as far as this controller knows, and by what.
+    /// Time and cause of the latest foreign change of its tables known to this controller.
     pub drift: Option<(Time, String)>,
-    /// When its streams were lost lately.
+    /// Times of recent stream losses.
     pub losses: Vec<Time>,
 }
 
 /// An update that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// One CamelCase word.
+    /// Machine-readable reason in CamelCase.
     pub reason: String,
-    /// What the agent says.
+    /// Reports of a connected agent.
     pub detail: String,
     /// The kernel's error number, 0 if it was not the kernel.
     pub errno: i32,
@@ -463,15 +463,15 @@ pub struct Refusal {
 /// A trial of settings on a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trial {
-    /// What is tried.
+    /// Revision on trial.
     pub revision: Revision,
-    /// Where it stands.
+    /// State.
     pub phase: TrialPhase,
     /// The first probe whose failure counts: its name, address and what happened.
     pub evidence: Option<(String, i32)>,
 }
 
-/// Where a trial stands.
+/// Phase of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrialPhase {
     /// The probes run with the old settings.

@@ -1,6 +1,6 @@
 //! Which profile a node belongs to, which revision is stable, and when a rollout begins.
 //!
-//! What holds: a node without an assignment gets the stable revision of its profile; a node that holds a revision of
+//! Invariants: a node without an assignment gets the stable revision of its profile; a node that holds a revision of
 //! another profile keeps it until a rollout moves it, and gets it back if that comes to nothing; revisions of a profile
 //! are never numbered twice, also if it is deleted and created again.
 
@@ -18,7 +18,7 @@ pub struct Profile {
     pub uid: Arc<str>,
     /// The highest one wins.
     pub priority: i32,
-    /// When it was created: of equal priorities the oldest wins.
+    /// Creation time: of equal priorities the oldest wins.
     pub created: Time,
     /// Which nodes it is for.
     pub selector: Selector,
@@ -33,15 +33,15 @@ pub struct Profile {
 pub struct Past {
     /// UID of the profile that owns it.
     pub owner: Arc<str>,
-    /// What it rolls out.
+    /// Revision that it rolls out.
     pub target: Revision,
     /// The hash of that.
     pub hash: String,
-    /// What its nodes return to while no revision of the profile was complete.
+    /// Revision to which its nodes return while no revision of the profile was complete.
     pub fallback: Revision,
     /// It hands the nodes of a deleted profile over to this revision.
     pub handover: Option<Revision>,
-    /// Where it stands.
+    /// State.
     pub state: State,
 }
 
@@ -164,7 +164,7 @@ pub(super) fn unused_number(profile: &Profile, rollouts: &[Past], highest: u64) 
     named.map(|past| past.target.number).max().unwrap_or(0).max(highest) + 1
 }
 
-/// Whether a rollout has lost its place: to a later one, or with its profile; a handover, because its nodes would go
+/// Returns true if a rollout is superseded: to a later one, or with its profile; a handover, because its nodes would go
 /// elsewhere now.
 #[must_use]
 pub fn superseded(past: &Past, rollouts: &[Past], profiles: &[Profile]) -> bool {
@@ -179,7 +179,7 @@ pub fn superseded(past: &Past, rollouts: &[Past], profiles: &[Profile]) -> bool 
     later || !stands
 }
 
-/// What a node's row should name where no rollout decides; `None`: what it names stays.
+/// Returns the revision for a node's row where no rollout decides; `None`: what it names stays.
 ///
 /// `winner`: name and stable revision of the node's profile, and whether a rollout of it is under way. `profiles`:
 /// there is some profile; before the first, rows name nothing.

@@ -23,7 +23,7 @@ pub enum Requirement {
 }
 
 impl Selector {
-    /// Whether an object with these labels is selected.
+    /// Returns true if an object with these labels is selected.
     #[must_use]
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.requirements.iter().all(|requirement| match requirement {

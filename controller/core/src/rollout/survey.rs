@@ -93,7 +93,7 @@ impl<'a> Survey<'a> {
         excluded
     }
 
-    /// How long the nodes took that acknowledged the target, as far as that is known.
+    /// Returns acknowledgement times of the target, as far as they are known.
     pub(super) fn acknowledgements(&self, target: &Revision) -> Option<Acknowledgements> {
         let took = self.members.iter().filter_map(|member| match &member.node.agent {
             super::Agent::Connected(observed) if observed.acknowledged.as_ref() == Some(target) => {
@@ -137,7 +137,7 @@ impl<'a> Survey<'a> {
         too_much.then_some((unhealthy, all))
     }
 
-    /// What each node of the profile has, if it has been assigned anything.
+    /// Returns the revisions assigned to nodes of the profile.
     pub(super) fn assigned(&self) -> Vec<Revision> {
         let mine = self.members.iter().filter(|member| member.mine);
         mine.filter_map(|member| Some(member.node.assigned.as_ref()?.revision.clone())).collect()

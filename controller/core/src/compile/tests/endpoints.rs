@@ -10,7 +10,7 @@ fn balancer() -> Service {
     Service { load_balancer_ips: vec!["198.51.100.1".parse().unwrap()], ..web() }
 }
 
-/// What n1, n2 (zone a) and n3 (zone b) use for policy Cluster.
+/// Endpoints that n1, n2 (zone a) and n3 (zone b) use for policy Cluster.
 #[track_caller]
 fn check_cluster(endpoints: &[&str], n1: &[u8], n2: &[u8], n3: &[u8]) {
     let world = compiled(web(), endpoints);

@@ -1,4 +1,4 @@
-//! What counts as evidence against a revision: nodes that go dark because of it, and what proves nothing.
+//! Evidence against a revision: nodes that go dark because of it, and what proves nothing.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What the tests of rollouts share: steps, strategies, and agents that do what they are told.
+//! Fixtures of rollout tests: steps, strategies, and agents that follow assignments.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -78,7 +78,7 @@ pub(in crate::rollout) fn joined(name: &str, labels: BTreeMap<String, String>, a
     }
 }
 
-/// What a row names from now on.
+/// Assignment in a row.
 pub(in crate::rollout) fn assignment(revision: Revision, at: Time) -> Assignment {
     Assignment { revision, at, trace: String::new(), previous: None }
 }
@@ -88,7 +88,7 @@ pub(in crate::rollout) fn connected(since: Time) -> Agent {
     Agent::connected(Observed { since, ..Observed::default() })
 }
 
-/// An agent takes what it is told; of settings that break its node it returns to the built-in ones by itself.
+/// Applies an assignment; of settings that break its node it returns to the built-in ones by itself.
 pub(in crate::rollout) fn take(seen: &mut Observed, wanted: Revision, broken: bool) {
     seen.in_force = broken.then(Revision::builtin);
     seen.trial = broken.then(|| Trial {
