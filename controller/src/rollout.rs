@@ -1,13 +1,11 @@
-//! Takes settings through the fleet: watches ProxyProfiles and ProxyRollouts, decides, and carries it out.
+//! Rolls settings out to the fleet: watches ProxyProfiles and ProxyRollouts, decides, and carries the decisions out.
 //!
-//! [`switchtower_core::rollout`] decides; here is what it needs and what follows from it. A round looks at everything
-//! as it is stored, and does what is to be done; there is no other state, so that a controller that dies anywhere is
-//! followed by one that goes on.
+//! [`switchtower_core::rollout`] decides; this module collects its inputs and applies its decisions. Each round starts
+//! from the stored objects and keeps no other state, so that a restarted controller continues at any point.
 //!
-//! What holds: a decision is stored in the ProxyRollout before any row changes; a row changes before its node gets
-//! other settings; every write carries the version that it was decided on. Updates of Services and endpoints go on
-//! whatever happens here. A round costs the number of nodes, and there is none while nothing is under way and nothing
-//! changes.
+//! Invariants: a decision is stored in the ProxyRollout before any row changes. A row changes before its node gets
+//! other settings. Every write carries the version on which it was decided. Updates of Services and endpoints never
+//! wait for rollouts. A round costs O(nodes); there are no rounds while no rollout is active and nothing changes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
@@ -52,16 +50,16 @@ pub use metrics::RolloutMetrics;
 use objects::Objects;
 pub(crate) use settings::laid_over;
 
-/// Between two rounds while a rollout is under way.
+/// Interval between rounds while a rollout is active.
 const TICK: Duration = Duration::from_millis(500);
-/// Between two rounds at the least: what happens meanwhile is looked at together.
+/// Minimum interval between rounds: changes within it share a round.
 const GATHER: Duration = Duration::from_millis(50);
-/// After a request that the API server did not answer, or refused for good.
+/// Delay after a request that the API server did not answer, or refused permanently.
 const RETRY: Duration = Duration::from_secs(5);
-/// After a request that it answered with an error.
+/// Delay after a request about an object that the API server answered with an error.
 const RETRY_OBJECT: Duration = Duration::from_secs(1);
 
-/// Keeps an object until nothing needs it.
+/// Finalizer that keeps an object while it is needed.
 pub const FINALIZER: &str = "switchtower.dev/in-use";
 
 type Events<K> = std::pin::Pin<Box<dyn Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send>>;
@@ -73,15 +71,15 @@ where
     Box::pin(watcher(api.clone(), watcher::Config::default()).default_backoff())
 }
 
-/// A revision that the API server will not take.
+/// A revision whose ProxyRollout the API server refuses.
 struct Refused {
-    /// What it says.
+    /// Message of the API server.
     message: String,
-    /// Something else, such as a quota, may have changed by then.
-    again_at: Instant,
+    /// Time of the next attempt: a quota, for example, may have changed by then.
+    retry_at: Instant,
 }
 
-/// The task that decides about settings.
+/// The task that runs rollouts.
 pub struct Rollouts {
     profile_api: Api<ProxyProfile>,
     rollout_api: Api<ProxyRollout>,
@@ -93,23 +91,24 @@ pub struct Rollouts {
     rollouts: Objects<ProxyRollout>,
     nodes: HashMap<Arc<str>, NodeIdentity>,
     nodes_synced: bool,
-    /// Nodes whose row names a revision that no rollout describes.
+    /// Nodes with an assigned revision that no rollout describes.
     unknown: HashMap<Arc<str>, Revision>,
-    /// What agents are served: which revision each node has been told, since when; and the settings.
-    told: HashMap<Arc<str>, (Revision, Instant)>,
-    served: BTreeMap<SettingsName, Settings>,
+    /// The revision that each node is served, and since when.
+    served: HashMap<Arc<str>, (Revision, Instant)>,
+    /// The settings of all served revisions.
+    served_settings: BTreeMap<SettingsName, Settings>,
     clock: Clock,
     /// Profiles whose new revision the API server refuses.
     refused: BTreeMap<String, Refused>,
-    /// No request before this time: the API server cannot be reached.
+    /// End of a pause of all requests: the API server cannot be reached.
     paused_until: Option<Instant>,
-    /// Objects that the API server did not take, and when to try again. Others do not wait for them.
+    /// Objects that the API server refused, and the time of the next attempt. Other objects do not wait for them.
     postponed: BTreeMap<String, Instant>,
-    complained: Option<Instant>,
+    error_logged: Option<Instant>,
 }
 
 impl Rollouts {
-    /// A task that knows nothing yet.
+    /// Creates the task, without any objects.
     #[must_use]
     pub fn new(
         client: Client,
@@ -130,21 +129,20 @@ impl Rollouts {
             nodes: HashMap::new(),
             nodes_synced: false,
             unknown: HashMap::new(),
-            told: HashMap::new(),
-            served: BTreeMap::new(),
+            served: HashMap::new(),
+            served_settings: BTreeMap::new(),
             refused: BTreeMap::new(),
             clock: Clock::new(Box::new(Timestamp::now)),
             paused_until: None,
             postponed: BTreeMap::new(),
-            complained: None,
+            error_logged: None,
         }
     }
 
-    /// Reads what there is, and gives nodes the settings that their rows name, so that agents get the right ones from
-    /// the first moment.
+    /// Reads all objects and serves the assigned settings, so that agents get the right ones from the start.
     ///
     /// # Errors
-    /// The API server refused, or the CRDs are not installed; [`Rollouts::run`] goes on trying.
+    /// The API server refused, or the CRDs are not installed; [`Rollouts::run`] retries.
     pub async fn load(&mut self) -> Result<(), kube::Error> {
         self.rollouts.replace(requests::list(&self.rollout_api).await?);
         self.profiles.replace(requests::list(&self.profile_api).await?);
@@ -152,44 +150,44 @@ impl Rollouts {
         Ok(())
     }
 
-    /// Runs until the sender of node events is gone.
+    /// Runs until the sender of node events is dropped.
     pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeEvent>, mut restores: Restores) {
         let (mut profiles, mut rollouts) = (events(&self.profile_api), events(&self.rollout_api));
         let assignments = self.assignments.clone();
-        let mut news = true;
+        let mut dirty = true;
         loop {
-            if news && self.ready() {
+            if dirty && self.ready() {
                 self.round().await;
-                news = false;
-            } else if news && self.knows_rows() {
-                // Nodes are told what their rows name whatever else has to wait.
+                dirty = false;
+            } else if dirty && self.knows_rows() {
+                // Serving assigned settings never waits for rounds.
                 self.serve();
             }
-            let wake = self.wake_up(news);
+            let wake = self.wake_up(dirty);
             tokio::select! {
                 event = nodes.recv() => match event {
-                    Some(event) => news |= self.node(event),
+                    Some(event) => dirty |= self.node(event),
                     None => return,
                 },
                 Some(event) = profiles.next() => match event {
-                    Ok(event) => news |= self.profiles.take(event),
+                    Ok(event) => dirty |= self.profiles.apply(event),
                     Err(error) => self.watch_failed(&error),
                 },
                 Some(event) = rollouts.next() => match event {
-                    Ok(event) => news |= self.rollouts.take(event),
+                    Ok(event) => dirty |= self.rollouts.apply(event),
                     Err(error) => self.watch_failed(&error),
                 },
-                () = assignments.row_changed() => news = true,
+                () = assignments.row_changed() => dirty = true,
                 Ok(()) = restores.changed() => {
-                    // What was said since the restore, such as an abort, is in the lists alone.
+                    // Only complete lists contain the changes since the restore, such as an abort.
                     (profiles, rollouts) = (events(&self.profile_api), events(&self.rollout_api));
-                    self.profiles.distrust();
-                    self.rollouts.distrust();
+                    self.profiles.invalidate();
+                    self.rollouts.invalidate();
                 }
-                () = sleep_until(wake) => news = true,
+                () = sleep_until(wake) => dirty = true,
             }
-            // What comes together is looked at together.
-            if news {
+            // Changes within a short time share a round.
+            if dirty {
                 tokio::time::sleep(GATHER).await;
                 while let Ok(event) = nodes.try_recv() {
                     self.node(event);
@@ -198,12 +196,12 @@ impl Rollouts {
         }
     }
 
-    /// Deciding from a part of the nodes or objects would be deciding wrongly.
+    /// Returns true if all nodes and objects are known: decisions on a part of them would be wrong.
     fn ready(&self) -> bool {
         self.nodes_synced && self.knows_rows() && !self.is_paused()
     }
 
-    /// What rows name can be served.
+    /// Returns true if the assigned settings of all rows are known.
     fn knows_rows(&self) -> bool {
         self.assignments.loaded() && self.profiles.synced() && self.rollouts.synced()
     }
@@ -212,22 +210,22 @@ impl Rollouts {
         self.paused_until.is_some_and(|until| until > Instant::now())
     }
 
-    /// Requests about this object make sense now.
-    fn may_ask(&self, object: &str) -> bool {
+    /// Returns true if no pause or delay applies to requests about this object.
+    fn may_request(&self, object: &str) -> bool {
         let now = Instant::now();
         !self.is_paused() && self.postponed.get(object).is_none_or(|until| *until <= now)
     }
 
-    fn wake_up(&mut self, news: bool) -> Option<Instant> {
+    fn wake_up(&mut self, dirty: bool) -> Option<Instant> {
         let now = Instant::now();
         self.paused_until = self.paused_until.filter(|until| *until > now);
         self.postponed.retain(|_, until| *until > now);
         let under_way = || self.under_way() || self.profiles.iter().any(is_deleting);
         match self.paused_until {
             Some(until) => Some(until),
-            None if !news && self.ready() && under_way() => Some(now + TICK),
+            None if !dirty && self.ready() && under_way() => Some(now + TICK),
             None => {
-                let refused = self.refused.values().map(|refused| refused.again_at);
+                let refused = self.refused.values().map(|refused| refused.retry_at);
                 refused.chain(self.postponed.values().copied()).min()
             }
         }
@@ -237,7 +235,7 @@ impl Rollouts {
         self.rollouts.iter().any(convert::is_under_way)
     }
 
-    /// True: it matters.
+    /// Records a node event. Returns true if it changes the inputs of a round.
     fn node(&mut self, event: NodeEvent) -> bool {
         match event {
             NodeEvent::Applied(identity) => {
@@ -252,17 +250,19 @@ impl Rollouts {
         }
     }
 
-    /// Without the CRDs there are no objects of them.
+    /// Logs the failure of a watch.
     fn watch_failed(&mut self, error: &watcher::Error) {
         let missing = match error {
             watcher::Error::InitialListFailed(error) => is_missing_kind(error),
             _ => false,
         };
-        self.complain(missing, error);
+        self.log_error(missing, error);
     }
 
-    /// A request about an object failed. An error that the API server answers may concern that object alone; where
-    /// nothing answers, or the kind is missing, other requests would fail alike.
+    /// Handles the failure of a request about an object.
+    ///
+    /// An error that the API server returned postpones that object only. If the API server does not answer or the kind
+    /// is missing, all requests pause.
     fn request_failed(&mut self, object: &str, error: &kube::Error) {
         let now = Instant::now();
         if matches!(error, kube::Error::Api(_)) && !is_missing_kind(error) {
@@ -270,23 +270,23 @@ impl Rollouts {
         } else {
             self.paused_until = Some(now + RETRY);
         }
-        self.complain(is_missing_kind(error), error);
+        self.log_error(is_missing_kind(error), error);
     }
 
-    /// At most once a minute.
-    fn complain(&mut self, missing: bool, error: &(dyn std::error::Error + 'static)) {
+    /// Logs at most one error per minute.
+    fn log_error(&mut self, missing: bool, error: &(dyn std::error::Error + 'static)) {
         let now = Instant::now();
-        if self.complained.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
+        if self.error_logged.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
             return;
         }
-        self.complained = Some(now);
+        self.error_logged = Some(now);
         if missing {
             tracing::error!(
                 "the kinds ProxyProfile and ProxyRollout (switchtower.dev/v1alpha1) are not installed; install them \
-                 with `kubectl apply -k crds/yaml`; nodes keep their settings meanwhile, and it is tried again"
+                 with `kubectl apply -k crds/yaml`; nodes keep their settings; retrying"
             );
         } else {
-            tracing::warn!(error = %Chain(error), "rollouts wait for the API server; nodes keep their settings meanwhile, and it is tried again");
+            tracing::warn!(error = %Chain(error), "rollouts wait for the API server; nodes keep their settings; retrying");
         }
     }
 }

@@ -1,8 +1,10 @@
-//! One `ProxyStatus` per Node: what the node should hold and what its kernel holds, for `kubectl`.
+//! Publishes one `ProxyStatus` per Node: the desired and the applied state, for `kubectl`.
 //!
-//! `row` says what a row should be, `schedule` when it may be written, `writer` writes it. What holds:
-//! every matching Node has a row, also without an agent; rows never hold up the serving of agents; a row
-//! that another replica took over is left to it.
+//! [`absence`] explains why an agent is absent, [`row`] computes a row, `schedule` limits the writes, and `writer`
+//! performs them.
+//!
+//! Invariants: every matching Node has a row, with or without an agent. Rows never delay the serving of agents.
+//! A row that another replica took over belongs to that replica.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -17,6 +19,7 @@ use crate::sync::{read, write};
 pub mod absence;
 mod assignments;
 pub mod backlog;
+mod condition;
 mod local_detection;
 pub mod observation;
 mod requests;
@@ -28,44 +31,44 @@ pub use assignments::{Assignments, StoredAssignment};
 pub use observation::Observation;
 pub use writer::{Writer, WriterSettings};
 
-/// What the writer needs of the registry of streams.
+/// Interface of the writer to the registry of streams.
 pub trait Registry: Send + Sync + 'static {
-    /// What is known of a node's agent; `None` if none came since this process started.
+    /// Returns the latest observation of a node's agent; `None` if no agent connected since this process started.
     fn observe(&self, node: &str) -> Option<Observation>;
 
-    /// Agents have had the time to come back: a missing one is news.
+    /// Returns true once agents had enough time to reconnect, so that a missing agent counts as absent.
     fn settled(&self) -> bool;
 
-    /// Waits until something changed, and names the nodes. May be dropped and called again at any time.
+    /// Waits for changes and returns the names of the changed nodes. Cancel-safe.
     fn changed(&self) -> impl Future<Output = Vec<Arc<str>>> + Send;
 }
 
-/// A Node came, changed its identity, or went.
+/// A change of a Node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodeEvent {
     /// The Node exists and matches the selector.
     Applied(NodeIdentity),
-    /// It does not any more.
+    /// The Node was deleted or no longer matches the selector.
     Gone(Arc<str>),
-    /// All Nodes are known: rows of others are left over.
+    /// The initial list of Nodes is complete: other rows are left over.
     Synced,
 }
 
-/// Where a new session of a node starts from, as its row says.
+/// High-water marks of a node, read from its row. A new session continues above them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Floor {
     /// The highest generation that was ever desired, sent or applied.
     pub generation: u64,
-    /// The number of its last session.
+    /// The number of the last session.
     pub session: u64,
 }
 
-/// Floors of all nodes, shared with the sessions.
+/// High-water marks of all nodes, shared with the sessions.
 #[derive(Debug, Clone, Default)]
 pub struct Floors(Arc<RwLock<HashMap<Arc<str>, Floor>>>);
 
 impl Floors {
-    /// The floor of one node; zero if it has no row.
+    /// Returns the high-water mark of one node; zero if it has no row.
     #[must_use]
     pub fn get(&self, node: &str) -> Floor {
         read(&self.0).get(node).copied().unwrap_or_default()
@@ -87,7 +90,7 @@ impl Floors {
     }
 }
 
-/// Counters of the rows.
+/// Metrics of the rows.
 #[derive(Debug, Clone)]
 pub struct StatusMetrics {
     nodes: IntGaugeVec,
@@ -95,7 +98,7 @@ pub struct StatusMetrics {
 }
 
 impl StatusMetrics {
-    /// Creates and registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
     /// A name is already registered.

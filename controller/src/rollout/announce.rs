@@ -1,4 +1,4 @@
-//! Events about rollouts. Their own bounded queue: an Event that does not fit is in the log, and nothing waits for one.
+//! Publishes Events about rollouts through a bounded queue. An Event that does not fit is in the log only.
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -7,12 +7,12 @@ use switchtower_core::rollout::Transition;
 use switchtower_crds::ProxyRollout;
 use tokio::sync::mpsc;
 
-/// Events waiting to be published.
+/// Capacity of the queue.
 const QUEUE: usize = 256;
-/// The API's limit of an Event's note, bytes.
+/// Maximum length of an Event's note in the API, in bytes.
 const NOTE_BYTES: usize = 1_024;
 
-/// The way in: never blocks, never fails.
+/// Sender of Events. Never blocks.
 #[derive(Debug, Clone)]
 pub(super) struct Announcer(mpsc::Sender<(ObjectReference, Event)>);
 
@@ -26,21 +26,21 @@ impl Announcer {
         tokio::spawn(async move {
             while let Some((object, event)) = events.recv().await {
                 if let Err(error) = recorder.publish(&event, &object).await {
-                    tracing::debug!(%error, reason = event.reason, "publishing an Event failed; the log has its text");
+                    tracing::debug!(%error, reason = event.reason, "failed to publish an Event; its text is in the log");
                 }
             }
         });
         Self(queue)
     }
 
-    /// Tells people, in the log and as an Event.
+    /// Reports a transition in the log and as an Event.
     pub(super) fn announce(&self, rollout: &ProxyRollout, transition: &Transition) {
         let Transition { reason, warning, message } = transition;
         let name = rollout.metadata.name.as_deref().unwrap_or_default();
         if *warning {
-            tracing::warn!(rollout = name, reason, message, "rollout");
+            tracing::warn!(rollout = name, reason, message, "rollout changed");
         } else {
-            tracing::info!(rollout = name, reason, message, "rollout");
+            tracing::info!(rollout = name, reason, message, "rollout changed");
         }
         let event = Event {
             type_: if *warning { EventType::Warning } else { EventType::Normal },
@@ -49,7 +49,7 @@ impl Announcer {
             action: "RollOut".to_owned(),
             secondary: None,
         };
-        // A full queue: the log has it.
+        // If the queue is full, the message is in the log only.
         let _ = self.0.try_send((rollout.object_ref(&()), event));
     }
 }

@@ -1,4 +1,4 @@
-//! Lets go of what nothing needs any more.
+//! Deletes rollouts and releases finalizers that are no longer needed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use switchtower_crds::{ProxyProfile, ProxyRollout};
 use super::facts::Facts;
 use super::{FINALIZER, Rollouts, convert, is_deleting, requests};
 
-/// Finished rollouts of a profile that are kept beside those that are needed.
+/// Number of unneeded finished rollouts that are kept per profile as history.
 const HISTORY: usize = 10;
 
 impl Rollouts {
     pub(super) async fn clean(&mut self, facts: &Facts) {
         let mut spare: BTreeMap<Arc<str>, Vec<(u64, ProxyRollout)>> = BTreeMap::new();
         for object in self.rollouts.iter() {
-            // What somebody made by hand is theirs.
+            // Rollouts that were created by hand are not ours to delete.
             let Some(past) = convert::past(object) else { continue };
             if !is_needed(&past, facts) {
                 spare
@@ -29,50 +29,50 @@ impl Rollouts {
         for rollouts in spare.values_mut() {
             rollouts.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
             for (at, (_, object)) in rollouts.iter().enumerate() {
-                self.let_go(object, at >= HISTORY).await;
+                self.release(object, at >= HISTORY).await;
             }
         }
         let leaving: Vec<ProxyProfile> =
             self.profiles.iter().filter(|object| is_deleting(object)).cloned().collect();
         for object in leaving {
             let name = object.name_any();
-            if self.may_ask(&name)
+            if self.may_request(&name)
                 && facts.holders(&name) == 0
                 && !facts.active(&name)
                 && object.finalizers().iter().any(|known| known == FINALIZER)
             {
                 let released = requests::set_finalizer(&self.profile_api, &object, false).await;
-                self.note(&name, released.map(drop));
+                self.handle_result(&name, released.map(drop));
             }
         }
     }
 
-    /// Removes what is deleted already, or too old.
-    async fn let_go(&mut self, object: &ProxyRollout, too_old: bool) {
-        if !self.may_ask(&object.name_any()) {
+    /// Deletes a rollout that is too old, or releases one that is being deleted.
+    async fn release(&mut self, object: &ProxyRollout, too_old: bool) {
+        if !self.may_request(&object.name_any()) {
             return;
         }
         let deleting = object.metadata.deletion_timestamp.is_some();
         let kept = object.finalizers().iter().any(|known| known == FINALIZER);
         if too_old && !deleting {
             let deleted = requests::delete(&self.rollout_api, object).await;
-            self.note(&object.name_any(), deleted);
+            self.handle_result(&object.name_any(), deleted);
         } else if deleting && kept {
             let released = requests::set_finalizer(&self.rollout_api, object, false).await;
-            self.note(&object.name_any(), released.map(drop));
+            self.handle_result(&object.name_any(), released.map(drop));
         }
     }
 
-    fn note(&mut self, object: &str, outcome: Result<(), kube::Error>) {
-        match outcome {
+    fn handle_result(&mut self, object: &str, result: Result<(), kube::Error>) {
+        match result {
             Err(error) if !requests::is_race(&error) => self.request_failed(object, &error),
             _ => {}
         }
     }
 }
 
-/// Its settings or its outcome still matter: it is under way, a row names it, its profile returns to it, or it tells
-/// that the profile's present revision was tried.
+/// Returns true if the settings or the result of a rollout still matter: it is active, a row names it, its profile
+/// returns to it, or it records that the profile's present revision was tried.
 fn is_needed(past: &Past, facts: &Facts) -> bool {
     let profile = facts.profile(&past.target.profile).filter(|profile| profile.uid == past.owner);
     let latest = profile.is_some()
@@ -83,9 +83,9 @@ fn is_needed(past: &Past, facts: &Facts) -> bool {
     let stable =
         facts.profile(&past.target.profile).is_some() && facts.stable(&past.target.profile) == past.target;
     let leaving = profile.is_some_and(|profile| profile.deleting) && facts.holders(&past.target.profile) == 0;
-    // Nodes may have returned to what has no rollout of its own any more.
-    let told_here =
+    // Nodes may have returned to a revision whose own rollout was deleted.
+    let described_here =
         facts.named(&past.fallback) && !facts.past.iter().any(|other| other.target == past.fallback);
     let had = facts.named(&past.target) || facts.remembered(&past.target);
-    !past.state.is_final() || had || told_here || ((latest || stable) && !leaving)
+    !past.state.is_final() || had || described_here || ((latest || stable) && !leaving)
 }

@@ -1,9 +1,8 @@
-//! The time that decisions are made with.
+//! The clock of decisions.
 //!
-//! A wall clock jumps when somebody or a time service sets it; a soak or a deadline that is under way must become
-//! neither shorter nor longer by that. So here time passes as the monotonic clock says. Where it starts from is what the
-//! wall clock says: at the start of the process, because what is stored has to be compared with something, and
-//! whenever nothing is under way.
+//! A jump of the wall clock must neither shorten nor extend a running soak or deadline, so time advances with the
+//! monotonic clock. The clock is set from the wall clock at the start of the process, because stored times must be
+//! comparable, and whenever no rollout is active.
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::rollout::Time;
@@ -18,28 +17,28 @@ type Wall = Box<dyn Fn() -> Timestamp + Send + Sync>;
 pub(super) struct Clock {
     wall: Wall,
     set: Instant,
-    /// The time then.
+    /// Time at `set`.
     time: Time,
 }
 
 impl Clock {
-    /// A clock that is set now.
+    /// Creates a clock and sets it.
     pub(super) fn new(wall: Wall) -> Self {
         let time = convert::time(wall());
         Self { wall, set: Instant::now(), time }
     }
 
-    /// Sets it by the wall clock.
+    /// Sets the clock from the wall clock.
     pub(super) fn set(&mut self) {
         (self.set, self.time) = (Instant::now(), convert::time((self.wall)()));
     }
 
-    /// The time now.
+    /// Returns the current time.
     pub(super) fn now(&self) -> Time {
         self.at(Instant::now())
     }
 
-    /// The time at a moment of this process, before or after the clock was set.
+    /// Returns the time at a moment of this process, before or after the clock was set.
     pub(super) fn at(&self, moment: Instant) -> Time {
         let milliseconds = |one: Instant, other: Instant| {
             i64::try_from(one.saturating_duration_since(other).as_millis()).unwrap_or(i64::MAX)
@@ -58,7 +57,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn time_passes_whatever_the_wall_clock_does() {
+    async fn time_advances_independently_of_the_wall_clock() {
         let wall = Arc::new(AtomicI64::new(1_000_000));
         let reading = wall.clone();
         let read = move || Timestamp::from_millisecond(reading.load(Ordering::Relaxed)).unwrap_or_default();
@@ -72,6 +71,6 @@ mod tests {
         wall.store(5_000_000, Ordering::Relaxed);
         clock.set();
         assert_eq!(clock.now(), Time(5_000_000));
-        assert_eq!(clock.at(started), Time(4_990_000), "what was before stays as long ago as it was");
+        assert_eq!(clock.at(started), Time(4_990_000), "durations since earlier moments stay the same");
     }
 }

@@ -1,6 +1,7 @@
-//! Between the API's objects and what decisions are made of.
+//! Conversions between API objects and the model of decisions.
 //!
-//! Every conversion is total. What the API server would have refused is read in the way that touches the fewest nodes.
+//! Every conversion is total. Values that the API server should have refused are read in the way that affects the fewest
+//! nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,58 +17,58 @@ use switchtower_core::rollout::{
 };
 use switchtower_crds as api;
 
-/// Left-out nodes that a status names.
+/// Maximum number of excluded nodes that a status names.
 const EXCLUDED: usize = 16;
 
-/// Milliseconds since 1970.
+/// Converts to milliseconds since 1970.
 pub(super) fn time(at: Timestamp) -> Time {
     Time(at.as_millisecond())
 }
 
-/// The API keeps whole seconds. Rounded up, so that what is measured from there on is never too short.
+/// Rounds up to whole seconds, the precision of the API, so that durations from there are never too short.
 pub(super) fn api_time(at: Time) -> meta::Time {
     let seconds = at.0.div_euclid(1_000) + i64::from(at.0.rem_euclid(1_000) != 0);
     meta::Time(Timestamp::from_second(seconds).unwrap_or_default())
 }
 
-/// What was rounded up to the next second is not in the future.
+/// Reads a time that was rounded up: it must not be in the future.
 fn stored_time(at: &meta::Time, now: Time) -> Time {
     let at = time(at.0);
     if at > now && at.0 - now.0 < 1_000 { now } else { at }
 }
 
-/// A number of the API, which is 0 or more.
+/// Converts a non-negative number from the API.
 pub(super) fn number(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
 
-/// A number for the API.
+/// Converts a number to the API.
 pub(super) fn api_number(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// A count for the API.
+/// Converts a count to the API.
 pub(super) fn count(value: usize) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// What a rollout rolls out.
+/// Returns the target of a rollout.
 pub(super) fn target(spec: &api::ProxyRolloutSpec) -> Revision {
     Revision { profile: spec.profile.as_str().into(), number: number(spec.revision) }
 }
 
-/// What its nodes return to while no revision of its profile was complete.
+/// Returns the revision to which nodes return while no revision of the profile is complete.
 pub(super) fn fallback(spec: &api::ProxyRolloutSpec) -> Revision {
     Revision { profile: spec.fallback.profile.as_str().into(), number: number(spec.fallback.revision) }
 }
 
-/// What the nodes of a deleted profile are handed over to.
+/// Returns the revision that takes over the nodes of a deleted profile.
 pub(super) fn handover(spec: &api::ProxyRolloutSpec) -> Option<Revision> {
     let to = spec.handover.as_ref()?;
     Some(Revision { profile: to.profile.as_str().into(), number: number(to.revision) })
 }
 
-/// What a row names.
+/// Reads the assignment of a row.
 pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     let revision = Revision { profile: profile.name.as_str().into(), number: number(profile.revision) };
     let at = profile.assigned_at.as_ref().map_or(Time(0), |at| time(at.0));
@@ -78,7 +79,7 @@ pub(super) fn assigned(profile: &api::ProfileAssignment) -> core::Assignment {
     core::Assignment { revision, at, trace: profile.trace_id.clone().unwrap_or_default(), previous }
 }
 
-/// What a row is to name, the trace of that, and what the row is to remember.
+/// Builds the assignment of a row.
 pub(super) fn assignment(
     revision: &Revision,
     trace: u128,
@@ -97,7 +98,7 @@ pub(super) fn assignment(
     }
 }
 
-/// A selector; `None` selects everything.
+/// Converts a selector; `None` selects everything.
 pub(super) fn selector(from: Option<&api::NodeSelector>) -> Selector {
     let Some(from) = from else { return Selector::default() };
     let labels = from.match_labels.iter();
@@ -114,7 +115,7 @@ pub(super) fn selector(from: Option<&api::NodeSelector>) -> Selector {
     Selector { requirements: labels.chain(expressions).collect() }
 }
 
-/// A quantity; what is neither a number nor a share counts as one node.
+/// Converts a quantity; an invalid one counts as one node.
 fn quantity(from: &IntOrString) -> Quantity {
     match from {
         IntOrString::Int(number) => Quantity::Number(u32::try_from(*number).unwrap_or(1)),
@@ -129,15 +130,15 @@ fn seconds(value: Option<i32>, or: u64) -> Duration {
     Duration::from_secs(value.and_then(|value| u64::try_from(value).ok()).unwrap_or(or))
 }
 
-/// The steps of a handover: those of the deleted profile, without what its nodes may not match any more, and without
-/// people: somebody deleted the profile.
+/// Returns the steps of a handover: those of the deleted profile without node selectors, which the nodes may no longer
+/// match, and without approvals, because a user deleted the profile.
 pub(super) fn handover_steps(steps: &[api::RolloutStep]) -> Vec<api::RolloutStep> {
     let plain =
         |step: &api::RolloutStep| api::RolloutStep { node_selector: None, approval: None, ..step.clone() };
     steps.iter().map(plain).collect()
 }
 
-/// The steps of a profile that names none: one node and a soak, a quarter, all.
+/// Returns the default steps: one node and a soak, a quarter, all.
 #[must_use]
 pub(super) fn default_steps() -> Vec<api::RolloutStep> {
     let step = |name: &str, nodes, soak_seconds| api::RolloutStep {
@@ -182,7 +183,7 @@ fn strategy(from: &api::RolloutStrategy) -> Strategy {
     }
 }
 
-/// A profile as far as it decides about nodes.
+/// Converts a profile.
 pub(super) fn profile(object: &api::ProxyProfile) -> Profile {
     let metadata = &object.metadata;
     Profile {
@@ -196,11 +197,11 @@ pub(super) fn profile(object: &api::ProxyProfile) -> Profile {
     }
 }
 
-/// SHA-256 over what makes a revision, 64 hexadecimal digits.
+/// Returns the SHA-256 of the fields that define a revision, as 64 hexadecimal digits.
 fn hash(spec: &api::ProxyProfileSpec) -> String {
     use std::fmt::Write as _;
     let parts = (&spec.settings, &spec.node_selector, &spec.change_cause);
-    // Maps in it are sorted, and nothing in it can fail to be written.
+    // Maps are sorted, and no field can fail to serialize.
     let text = serde_json::to_vec(&parts).unwrap_or_default();
     Sha256::digest(&text).iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
@@ -208,14 +209,14 @@ fn hash(spec: &api::ProxyProfileSpec) -> String {
     })
 }
 
-/// The profile's UID, if the controller made the rollout for it.
+/// Returns the UID of the profile for which the controller created the rollout; `None` for other objects.
 pub(super) fn owner(object: &api::ProxyRollout) -> Option<Arc<str>> {
     let owners = object.metadata.owner_references.iter().flatten();
     let mut profiles = owners.filter(|owner| owner.kind == "ProxyProfile" && owner.controller == Some(true));
     profiles.find(|owner| owner.name == object.spec.profile).map(|owner| owner.uid.as_str().into())
 }
 
-/// A rollout as far as it decides about its profile.
+/// Converts a rollout for decisions about its profile; `None` if the controller did not create it.
 pub(super) fn past(object: &api::ProxyRollout) -> Option<Past> {
     let status = object.status.as_ref();
     Some(Past {
@@ -228,12 +229,12 @@ pub(super) fn past(object: &api::ProxyRollout) -> Option<Past> {
     })
 }
 
-/// Nothing is final about it yet.
+/// Returns true while a rollout is active.
 pub(super) fn is_under_way(object: &api::ProxyRollout) -> bool {
     past(object).is_some_and(|past| !past.state.is_final())
 }
 
-/// A rollout for its next decision.
+/// Converts a rollout for its next decision.
 pub(super) fn rollout(object: &api::ProxyRollout, stable: Revision, superseded: bool, now: Time) -> Rollout {
     let spec = &object.spec;
     Rollout {
@@ -243,8 +244,7 @@ pub(super) fn rollout(object: &api::ProxyRollout, stable: Revision, superseded: 
         strategy: strategy(&spec.strategy),
         paused: spec.paused.unwrap_or(false),
         approved_steps: spec.approved_step.and_then(|step| usize::try_from(step).ok()).unwrap_or(0),
-        // Who deletes a rollout does not want it. A handover is also deleted by whoever deletes its profile in the
-        // foreground, and wants that.
+        // Deleting a rollout aborts it, except a handover: a foreground deletion of its profile deletes it too.
         abort: spec.abort.unwrap_or(false)
             || (object.metadata.deletion_timestamp.is_some() && spec.handover.is_none()),
         superseded,
@@ -277,7 +277,7 @@ fn progress(status: &api::ProxyRolloutStatus, now: Time) -> Progress {
     }
 }
 
-/// The status that stores a decision. Conditions keep the times of the previous ones where nothing changed.
+/// Builds the status that stores a decision. Unchanged conditions keep their times.
 pub(super) fn status(
     object: &api::ProxyRollout,
     rollout: &Rollout,
@@ -331,7 +331,7 @@ pub(super) fn status(
     }
 }
 
-/// What is known now, or was known of more nodes: another controller process saw them acknowledge.
+/// Keeps the stored acknowledgements if they cover more nodes: an earlier controller process received them.
 fn acknowledgements(
     now: Option<&core::Acknowledgements>,
     before: Option<&api::RolloutAcknowledgements>,
@@ -349,7 +349,7 @@ fn acknowledgements(
     }
 }
 
-/// Conditions with the time of their last change.
+/// Converts conditions. Unchanged ones keep the time of their last transition.
 pub(super) fn conditions(
     from: &[core::Condition],
     previous: &[Condition],
@@ -377,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_stored_is_read_back() {
+    fn stored_progress_is_read_back() {
         let progress_before = Progress {
             state: State::Paused,
             waiting_on: Some(WaitingOn::Approval),

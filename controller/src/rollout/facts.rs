@@ -1,4 +1,4 @@
-//! What a round looks at: profiles, rollouts and the fleet, as they are at one moment.
+//! Inputs of a round: profiles, rollouts and the fleet at one moment.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,15 +15,15 @@ use super::{Rollouts, convert};
 use crate::status::Observation;
 use crate::status::row::DISCONNECT_GRACE;
 
-/// Everything at one moment.
+/// Inputs of a round.
 pub(super) struct Facts {
     pub(super) now: Time,
     pub(super) profiles: Vec<Profile>,
     pub(super) past: Vec<Past>,
     pub(super) fleet: Vec<FleetNode>,
-    /// How many nodes each profile is for.
+    /// Number of nodes of each profile.
     pub(super) nodes: BTreeMap<Arc<str>, usize>,
-    /// Of each profile, how many nodes it selects and another one has, and which.
+    /// For each profile, the number of selected nodes that belong to another profile, and one such profile.
     pub(super) lost: BTreeMap<Arc<str>, (usize, Arc<str>)>,
 }
 
@@ -36,46 +36,46 @@ impl Facts {
         self.profiles.iter().find(|profile| &*profile.name == name)
     }
 
-    /// A rollout of the profile is under way.
+    /// Returns true if a rollout of the profile is active.
     pub(super) fn active(&self, profile: &str) -> bool {
         self.past.iter().any(|past| &*past.target.profile == profile && !past.state.is_final())
     }
 
-    /// The profile says something that no rollout stands for yet.
+    /// Returns true if no rollout exists yet for the profile's present spec.
     pub(super) fn lacks_rollout(&self, profile: &Profile) -> bool {
         next_revision(profile, &self.past, 0).is_some()
     }
 
-    /// The rollout of the revision is under way.
+    /// Returns true if the rollout of the revision is active.
     pub(super) fn is_under_way(&self, revision: &Revision) -> bool {
         self.past.iter().any(|past| past.target == *revision && !past.state.is_final())
     }
 
-    /// Some row names the revision, or is about to.
+    /// Returns true if a node has the revision assigned or requested.
     pub(super) fn named(&self, revision: &Revision) -> bool {
         self.fleet.iter().any(|node| names(node).any(|known| known == revision))
     }
 
-    /// Some node returns to the revision if its rollout comes to nothing.
+    /// Returns true if a node returns to the revision when its rollout fails.
     pub(super) fn remembered(&self, revision: &Revision) -> bool {
         let of = |node: &FleetNode| node.assigned.as_ref()?.previous.as_ref().map(|known| known == revision);
         self.fleet.iter().any(|node| of(node) == Some(true))
     }
 
-    /// How many rows name some revision of a profile.
+    /// Returns the number of nodes with any revision of a profile.
     pub(super) fn holders(&self, profile: &str) -> usize {
         let holds = |node: &&FleetNode| names(node).any(|known| &*known.profile == profile);
         self.fleet.iter().filter(holds).count()
     }
 
-    /// The highest revision of a profile that a row names.
+    /// Returns the highest assigned revision of a profile.
     pub(super) fn highest(&self, profile: &str) -> u64 {
         let named = self.fleet.iter().filter_map(|node| node.assigned.as_ref());
         let named = named.filter(|known| &*known.revision.profile == profile);
         named.map(|known| known.revision.number).max().unwrap_or(0)
     }
 
-    /// Notes a decision that was stored.
+    /// Records a stored decision.
     pub(super) fn set_state(&mut self, revision: &Revision, state: State) {
         for past in self.past.iter_mut().filter(|past| past.target == *revision) {
             past.state = state;
@@ -83,7 +83,7 @@ impl Facts {
     }
 }
 
-/// What a node's row names, and is about to name.
+/// Returns the requested and the stored revision of a node.
 fn names(node: &FleetNode) -> impl Iterator<Item = &Revision> {
     node.assigned.as_ref().map(|known| &known.revision).into_iter().chain(&node.still)
 }
@@ -112,7 +112,7 @@ impl Rollouts {
                 }
             }
             let (assigned, stored) = self.assignments.of(name);
-            let told = self.told.get(name);
+            let served = self.served.get(name);
             let missing = match (settled, stored.had_agent) {
                 (None, _) => Agent::Unknown,
                 (Some(_), true) => Agent::Disconnected,
@@ -123,8 +123,8 @@ impl Rollouts {
                 let previous = known.previous.take();
                 known.previous = previous
                     .and_then(|previous| returns_to(&known.revision, previous, &facts.profiles, &facts.past));
-                // What happened before the node was told is not because of it.
-                if let Some((_, at)) = told.filter(|(revision, _)| *revision == known.revision) {
+                // Events before the node got the settings are not their effect.
+                if let Some((_, at)) = served.filter(|(revision, _)| *revision == known.revision) {
                     known.at = known.at.max(self.clock.at(*at));
                 }
                 known
@@ -138,7 +138,7 @@ impl Rollouts {
                 profile: keeper.or(won),
                 pending: assigned
                     .as_ref()
-                    .is_some_and(|assigned| told.is_none_or(|(told, _)| *told != assigned.revision)),
+                    .is_some_and(|assigned| served.is_none_or(|(served, _)| *served != assigned.revision)),
                 unknown: self.unknown.contains_key(name),
                 still: still
                     .filter(|still| assigned.as_ref().is_some_and(|assigned| assigned.revision != *still)),

@@ -1,7 +1,7 @@
-//! What is measured of rollouts.
+//! Metrics of rollouts.
 //!
-//! Series about single rollouts exist for those that are under way and for the latest of each profile, so that their
-//! number is bounded by that of profiles. They tell what the API server has, as of the last round.
+//! Series of single rollouts exist for active ones and for the latest of each profile, so that the number of profiles
+//! bounds them. They reflect the API server as of the last round.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,21 +15,21 @@ use super::convert;
 
 use crate::sync::lock;
 
-/// Why nodes were returned to what they had.
+/// Causes of rollbacks.
 const CAUSES: [&str; 3] = ["failure", "abort", "superseded"];
-/// What became of a rollout's nodes.
+/// Values of the label `result` of nodes.
 const RESULTS: [&str; 5] = ["eligible", "touched", "updated", "failed", "excluded"];
 
 /// Metrics of rollouts. Clones share them.
 #[derive(Clone)]
 pub struct RolloutMetrics {
-    standings: Arc<Standings>,
+    samples: Arc<Samples>,
     failures: IntCounterVec,
     rollbacks: IntCounterVec,
 }
 
 impl RolloutMetrics {
-    /// Creates and registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
     /// A name is already registered.
@@ -46,22 +46,22 @@ impl RolloutMetrics {
         )?;
         let rollbacks = counters(
             "switchtower_rollout_rollbacks_total",
-            "Rollouts whose nodes were returned to what they had, by cause.",
+            "Rollouts that were rolled back, by cause.",
             "cause",
         )?;
-        // Every series exists from the start: its first increase would be lost otherwise.
+        // Create all series at the start: rate() misses the first increase of a new series.
         for reason in FailureReason::ALL {
             failures.with_label_values(&[reason.word()]);
         }
         for cause in CAUSES {
             rollbacks.with_label_values(&[cause]);
         }
-        let standings = Arc::new(Standings::new()?);
-        registry.register(Box::new(Registered(standings.clone())))?;
-        Ok(Self { standings, failures, rollbacks })
+        let samples = Arc::new(Samples::new()?);
+        registry.register(Box::new(Registered(samples.clone())))?;
+        Ok(Self { samples, failures, rollbacks })
     }
 
-    /// A decision was stored.
+    /// Counts a stored decision.
     pub(super) fn decided(&self, before: &Progress, after: &Progress, touched: usize) {
         if before.state == after.state {
             return;
@@ -74,36 +74,36 @@ impl RolloutMetrics {
         };
         self.rollbacks.with_label_values(&[cause]).inc();
         for failure in &after.failures {
-            // Stored by another version it may have another reason.
+            // Another version may have stored an unknown reason.
             if let Some(reason) = FailureReason::from_word(&failure.reason) {
                 self.failures.with_label_values(&[reason.word()]).inc();
             }
         }
     }
 
-    /// The rollouts as they stand after a round.
-    pub(super) fn show<'a>(&self, rollouts: impl Iterator<Item = &'a ProxyRollout>) {
-        let mut shown: Vec<Standing> = Vec::new();
+    /// Publishes the rollouts after a round.
+    pub(super) fn publish<'a>(&self, rollouts: impl Iterator<Item = &'a ProxyRollout>) {
+        let mut shown: Vec<Sample> = Vec::new();
         let mut latest = std::collections::BTreeMap::new();
         for object in rollouts {
             let Some(past) = convert::past(object) else { continue };
-            let standing = Standing::of(object);
+            let sample = Sample::of(object);
             if !past.state.is_final() {
-                shown.push(standing);
+                shown.push(sample);
                 continue;
             }
             let known = latest.entry(past.target.profile).or_insert((past.target.number, None));
             if past.target.number >= known.0 {
-                *known = (past.target.number, Some(standing));
+                *known = (past.target.number, Some(sample));
             }
         }
-        shown.extend(latest.into_values().filter_map(|(_, standing)| standing));
-        *lock(&self.standings.known) = shown;
+        shown.extend(latest.into_values().filter_map(|(_, sample)| sample));
+        *lock(&self.samples.known) = shown;
     }
 }
 
-/// One rollout in numbers.
-struct Standing {
+/// The values of one rollout.
+struct Sample {
     rollout: String,
     state: String,
     reason: String,
@@ -115,7 +115,7 @@ struct Standing {
     advanced: Option<i64>,
 }
 
-impl Standing {
+impl Sample {
     fn of(object: &ProxyRollout) -> Self {
         let status = object.status.clone().unwrap_or_default();
         let progress = &status.progress;
@@ -138,9 +138,9 @@ impl Standing {
     }
 }
 
-/// All rollouts, told at each scrape: gauges that are filled from time to time would be incomplete in between.
-struct Standings {
-    known: Mutex<Vec<Standing>>,
+/// Gauges of all rollouts, filled at each scrape so that a scrape never sees a partial set.
+struct Samples {
+    known: Mutex<Vec<Sample>>,
     info: IntGaugeVec,
     step: IntGaugeVec,
     steps: IntGaugeVec,
@@ -148,7 +148,7 @@ struct Standings {
     advanced: IntGaugeVec,
 }
 
-impl Standings {
+impl Samples {
     fn new() -> Result<Self, prometheus::Error> {
         let gauges =
             |name: &str, help: &str, labels: &[&str]| IntGaugeVec::new(Opts::new(name, help), labels);
@@ -156,11 +156,15 @@ impl Standings {
             known: Mutex::default(),
             info: gauges(
                 "switchtower_rollout_info",
-                "1 for the state in which a rollout is, and the reason of its conditions.",
+                "1 for the present state of a rollout and the reason of its conditions.",
                 &["rollout", "state", "reason"],
             )?,
-            step: gauges("switchtower_rollout_step", "A rollout's current step, from 1.", &["rollout"])?,
-            steps: gauges("switchtower_rollout_steps", "How many steps a rollout has.", &["rollout"])?,
+            step: gauges(
+                "switchtower_rollout_step",
+                "Current step of a rollout, starting at 1.",
+                &["rollout"],
+            )?,
+            steps: gauges("switchtower_rollout_steps", "Number of steps of a rollout.", &["rollout"])?,
             nodes: gauges(
                 "switchtower_rollout_nodes",
                 "Nodes of a rollout: eligible, touched, updated, failed, excluded.",
@@ -168,7 +172,7 @@ impl Standings {
             )?,
             advanced: gauges(
                 "switchtower_rollout_advanced_timestamp_seconds",
-                "When a node or a step of a rollout advanced last, in seconds since 1970.",
+                "Time of the last progress of a node or step of a rollout, in seconds since 1970.",
                 &["rollout"],
             )?,
         })
@@ -180,8 +184,8 @@ impl Standings {
 
     fn fill(&self) {
         self.gauges().into_iter().for_each(IntGaugeVec::reset);
-        for standing in lock(&self.known).iter() {
-            let Standing { rollout, state, reason, step, steps, nodes, advanced } = standing;
+        for sample in lock(&self.known).iter() {
+            let Sample { rollout, state, reason, step, steps, nodes, advanced } = sample;
             self.info.with_label_values(&[rollout, state, reason]).set(1);
             self.step.with_label_values(&[rollout]).set(*step);
             self.steps.with_label_values(&[rollout]).set(*steps);
@@ -195,7 +199,7 @@ impl Standings {
     }
 }
 
-struct Registered(Arc<Standings>);
+struct Registered(Arc<Samples>);
 
 impl Collector for Registered {
     fn desc(&self) -> Vec<&Desc> {

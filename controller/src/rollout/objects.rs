@@ -1,15 +1,15 @@
-//! The objects of one kind as the API server has them.
+//! The stored objects of one kind.
 
 use std::collections::BTreeMap;
 
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 
-/// Objects by name. Of two versions of an object the newer one counts, whichever way it came, but for complete lists.
+/// Objects by name. The newer of two versions wins regardless of its source, except that a complete list replaces all.
 #[derive(Debug)]
 pub(super) struct Objects<K> {
     known: BTreeMap<String, K>,
-    /// A list that is not complete yet.
+    /// The incomplete list.
     listing: Option<BTreeMap<String, K>>,
     synced: bool,
 }
@@ -33,27 +33,27 @@ impl<K: Resource> Objects<K> {
         self.known.values()
     }
 
-    /// Nothing is known for sure until a list is complete.
-    pub(super) fn distrust(&mut self) {
+    /// Marks all objects as outdated until the next complete list.
+    pub(super) fn invalidate(&mut self) {
         (self.synced, self.listing) = (false, None);
     }
 
-    /// A complete list.
+    /// Replaces all objects by a complete list.
     pub(super) fn replace(&mut self, objects: Vec<K>) {
         self.known = objects.into_iter().map(|object| (object.name_any(), object)).collect();
         self.synced = true;
     }
 
-    /// What the watch says. True: it may be news.
-    pub(super) fn take(&mut self, event: watcher::Event<K>) -> bool {
+    /// Applies an event of the watch. Returns true if objects changed.
+    pub(super) fn apply(&mut self, event: watcher::Event<K>) -> bool {
         match event {
             watcher::Event::Init => self.listing = Some(BTreeMap::new()),
             watcher::Event::InitApply(object) => {
                 self.listing.get_or_insert_default().insert(object.name_any(), object);
             }
             watcher::Event::InitDone => {
-                // As a whole: after a restore of etcd older versions are what there is. What was written meanwhile
-                // comes as the next event.
+                // The list replaces newer versions too: after a restore of etcd older versions are current. Writes
+                // since the list arrive as the next events.
                 self.known = self.listing.take().unwrap_or_default();
                 self.synced = true;
                 return true;
@@ -70,7 +70,7 @@ impl<K: Resource> Objects<K> {
         false
     }
 
-    /// An object as the API server answered. True: it is news.
+    /// Stores an object from the API server. Returns true if it is newer than the known one.
     pub(super) fn put(&mut self, object: K) -> bool {
         let name = object.name_any();
         let old = self.known.get(&name).filter(|known| known.uid() == object.uid());
@@ -101,21 +101,21 @@ mod tests {
     }
 
     #[test]
-    fn newer_versions_count_and_lists_replace() {
+    fn newer_versions_win_and_lists_replace() {
         let mut objects = Objects::default();
         assert!(objects.put(object("a", "1", 5)));
-        assert!(!objects.take(watcher::Event::Apply(object("a", "1", 4))), "an echo of the past");
-        assert!(objects.take(watcher::Event::Apply(object("a", "2", 1))), "another object of that name");
-        assert!(!objects.take(watcher::Event::Delete(object("a", "1", 6))), "of the one before");
+        assert!(!objects.apply(watcher::Event::Apply(object("a", "1", 4))), "an older version");
+        assert!(objects.apply(watcher::Event::Apply(object("a", "2", 1))), "another object of that name");
+        assert!(!objects.apply(watcher::Event::Delete(object("a", "1", 6))), "the previous object");
         assert!(!objects.synced());
-        objects.take(watcher::Event::Init);
-        objects.take(watcher::Event::InitApply(object("b", "3", 7)));
-        assert!(objects.get("a").is_some(), "nothing goes before the list is complete");
-        assert!(objects.take(watcher::Event::InitDone));
+        objects.apply(watcher::Event::Init);
+        objects.apply(watcher::Event::InitApply(object("b", "3", 7)));
+        assert!(objects.get("a").is_some(), "objects stay until the list is complete");
+        assert!(objects.apply(watcher::Event::InitDone));
         assert!(objects.get("a").is_none() && objects.get("b").is_some() && objects.synced());
-        objects.take(watcher::Event::Init);
-        objects.take(watcher::Event::InitApply(object("b", "3", 2)));
-        objects.take(watcher::Event::InitDone);
+        objects.apply(watcher::Event::Init);
+        objects.apply(watcher::Event::InitApply(object("b", "3", 2)));
+        objects.apply(watcher::Event::InitDone);
         assert_eq!(objects.get("b").and_then(|known| known.resource_version()), Some("2".to_owned()));
     }
 }

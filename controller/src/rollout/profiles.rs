@@ -1,4 +1,4 @@
-//! The status of profiles.
+//! Writes the status of profiles.
 
 use kube::ResourceExt as _;
 use switchtower_core::rollout::handover;
@@ -17,7 +17,7 @@ impl Rollouts {
         for mut object in objects {
             let Some(profile) = facts.profile(&object.name_any()) else { continue };
             let refused = self.refused.get(&object.name_any()).map(|refused| refused.message.as_str());
-            // Without a rollout of what the profile says now there is nothing to say about this generation.
+            // The status of this generation depends on its rollout, which does not exist yet.
             if facts.lacks_rollout(profile) && refused.is_none() {
                 continue;
             }
@@ -73,16 +73,16 @@ fn conditions(
         _ if profile.deleting => deleting(profile, latest, facts),
         (Some(refused), _) => {
             let message = format!(
-                "the API server refuses the ProxyRollout of the present settings, and nodes keep what they have: \
+                "the API server refuses the ProxyRollout of the present settings; nodes keep their settings: \
                  {refused}"
             );
             ("RolloutRefused", message)
         }
-        (None, None) => ("Pending", "its first rollout has not begun".to_owned()),
+        (None, None) => ("Pending", "the first rollout has not started".to_owned()),
         (None, Some(State::Complete)) => up_to_date(profile, nodes, facts),
         (None, Some(State::Failed)) => ("RolloutFailed", format!("{name} failed; see its conditions")),
         (None, Some(State::Aborted)) => ("RolloutAborted", format!("{name} was aborted")),
-        (None, Some(_)) => ("RollingOut", format!("{name} is under way")),
+        (None, Some(_)) => ("RollingOut", format!("{name} is in progress")),
     };
     let condition = |kind, holds, reason, message: &str| Condition {
         kind,
@@ -94,11 +94,13 @@ fn conditions(
     let overlapping = match facts.lost.get(&profile.name) {
         Some((count, winner)) => {
             let message = format!(
-                "{count} nodes that it selects belong to {winner} or others: priority decides, then age, then name"
+                "{count} selected nodes belong to {winner} or others: the highest priority wins, then age, then name"
             );
             condition("Overlapping", true, "OtherProfileWins", &message)
         }
-        None => condition("Overlapping", false, "NoOverlap", "no other profile takes a node that it selects"),
+        None => {
+            condition("Overlapping", false, "NoOverlap", "no other profile has precedence on a selected node")
+        }
     };
     vec![
         condition("Ready", reason == "UpToDate", reason, &message),
@@ -108,8 +110,8 @@ fn conditions(
     ]
 }
 
-/// Nodes that were relabelled keep what they have until a rollout moves them, and those whose agent is away follow
-/// when it is back: a complete rollout does not mean that every node has the revision.
+/// Returns reason and message of a complete rollout. Not every node needs to have the revision: a relabelled node keeps
+/// its settings until a rollout moves it, and a node without an agent follows when the agent reconnects.
 fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (&'static str, String) {
     let stable = facts.stable(&profile.name);
     let mine = facts.fleet.iter().filter(|node| node.profile.as_ref() == Some(&profile.name));
@@ -119,34 +121,34 @@ fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (&'static str, 
         format!("all {nodes} nodes of the profile have {stable}")
     } else {
         format!(
-            "{have} of {nodes} nodes of the profile have {stable}; the others keep what they have until the next \
+            "{have} of {nodes} nodes of the profile have {stable}; the others keep their settings until the next \
              rollout; change changeCause to start one"
         )
     };
     ("UpToDate", message)
 }
 
-/// What a deletion waits for.
+/// Returns reason and message of a profile that is being deleted.
 fn deleting(profile: &Profile, latest: Option<&Past>, facts: &Facts) -> (&'static str, String) {
     let holders = facts.holders(&profile.name);
     let handover = latest.and_then(|past| Some((past, past.handover.as_ref()?)));
     match handover {
         Some((past, to)) if !past.state.is_final() => {
             let name = rollout_name(&past.target);
-            ("Deleting", format!("{name} hands its nodes over to {to}; {holders} still have its settings"))
+            ("Deleting", format!("{name} hands its nodes over to {to}; {holders} nodes remain"))
         }
         Some((past, to)) if handover::was_tried(profile, to, &facts.past) && holders > 0 => {
             let message = format!(
                 "{} did not hand its {holders} nodes over to {to}; see its conditions. Change changeCause of this \
-                 profile to try it again, or roll out another profile that selects them",
+                 profile to retry, or roll out another profile that selects the nodes",
                 rollout_name(&past.target)
             );
             ("HandoverFailed", message)
         }
         _ => {
             let message = format!(
-                "waiting until no node has its settings: {holders} still have. They go to the profile that selects \
-                 them without it, or to the built-in settings, by a rollout"
+                "waiting until no node has its settings: {holders} nodes remain. A rollout moves them to the profile that \
+                 selects them next, or to the built-in settings"
             );
             ("Deleting", message)
         }

@@ -1,4 +1,4 @@
-//! Requests about profiles and rollouts.
+//! Requests to the API server about profiles and rollouts.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -12,17 +12,17 @@ use serde_json::json;
 use super::FINALIZER;
 use crate::errors::is_missing_kind;
 
-/// A request that takes longer is given up and tried again.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout of a request.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 async fn in_time<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, kube::Error> {
-    tokio::time::timeout(PATIENCE, request).await.unwrap_or_else(|_| {
-        let message = format!("no answer within {} seconds", PATIENCE.as_secs());
+    tokio::time::timeout(TIMEOUT, request).await.unwrap_or_else(|_| {
+        let message = format!("no answer within {} seconds", TIMEOUT.as_secs());
         Err(kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message)))
     })
 }
 
-/// What the watch will tell soon: somebody else was faster, or the object is there already, or gone.
+/// Returns true if another client changed, created or deleted the object first. The watch delivers that change.
 pub(super) fn is_race(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409) || is_missing_object(error)
 }
@@ -31,7 +31,7 @@ fn is_missing_object(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404) && !is_missing_kind(error)
 }
 
-/// What the API server says about an object that it will not take however often it is tried.
+/// Returns the message of a refusal that no retry can change.
 pub(super) fn refusal(error: &kube::Error) -> Option<String> {
     match error {
         kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
@@ -41,7 +41,7 @@ pub(super) fn refusal(error: &kube::Error) -> Option<String> {
     }
 }
 
-/// All objects of a kind.
+/// Lists all objects of a kind.
 pub(super) async fn list<K>(api: &Api<K>) -> Result<Vec<K>, kube::Error>
 where
     K: Clone + DeserializeOwned + Debug,
@@ -49,7 +49,6 @@ where
     in_time(api.list(&ListParams::default())).await.map(|list| list.items)
 }
 
-/// Creates an object.
 pub(super) async fn create<K>(api: &Api<K>, object: &K) -> Result<K, kube::Error>
 where
     K: Serialize + Clone + DeserializeOwned + Debug,
@@ -57,7 +56,7 @@ where
     in_time(api.create(&PostParams::default(), object)).await
 }
 
-/// Replaces the status over the version that is in `object`.
+/// Replaces the status. The request fails if the version in `object` is not the stored one.
 pub(super) async fn write_status<K>(api: &Api<K>, object: &K) -> Result<K, kube::Error>
 where
     K: Resource + Serialize + Clone + DeserializeOwned + Debug,
@@ -65,7 +64,7 @@ where
     in_time(api.replace_status(&object.name_any(), &PostParams::default(), object)).await
 }
 
-/// Adds or removes the finalizer, over the version that is in `object`.
+/// Adds or removes the finalizer. The request fails if the version in `object` is not the stored one.
 pub(super) async fn set_finalizer<K>(api: &Api<K>, object: &K, present: bool) -> Result<K, kube::Error>
 where
     K: Resource + Clone + DeserializeOwned + Debug,
@@ -80,7 +79,7 @@ where
     in_time(api.patch(&object.name_any(), &PatchParams::default(), &patch)).await
 }
 
-/// Deletes exactly this object; one that is gone is fine.
+/// Deletes the object with this UID. An object that does not exist is no error.
 pub(super) async fn delete<K>(api: &Api<K>, object: &K) -> Result<(), kube::Error>
 where
     K: Resource + Clone + DeserializeOwned + Debug,

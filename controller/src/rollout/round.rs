@@ -1,4 +1,4 @@
-//! One round: what follows from what there is.
+//! One round of decisions.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -25,48 +25,48 @@ use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
 use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::new_trace;
 
-/// A revision that is to have a ProxyRollout.
+/// A revision that needs a ProxyRollout.
 struct NewRevision {
     number: u64,
     hash: String,
-    /// It hands the nodes of a deleted profile over to this one.
+    /// Revision that takes over the nodes of a deleted profile.
     handover: Option<Revision>,
 }
 
-/// Nodes to be given another revision.
+/// New revisions by node.
 type Moves = BTreeMap<Arc<str>, Revision>;
 
 impl Rollouts {
-    /// Looks at everything and does what is to be done.
+    /// Decides about all profiles and rollouts and carries the decisions out.
     pub(super) async fn round(&mut self) {
         if !self.under_way() {
             self.clock.set();
         }
-        // First of all, nodes are told what their rows name: no request may delay that.
+        // Serve the assigned settings first: no request may delay them.
         self.serve();
         let mut facts = self.facts();
         if self.create_revisions(&facts).await {
             facts = self.facts();
         }
         let mut moves = self.decide(&mut facts).await;
-        // Settings before the rows that name them, also of the rollouts that are new.
+        // Publish the settings of new rollouts before rows name them.
         self.serve();
         settle(&facts, &mut moves);
-        // What nodes get together is one trace.
+        // All moves of a round to one revision share a trace.
         let mut traces: BTreeMap<Revision, u128> = BTreeMap::new();
-        let wanted = facts.fleet.iter().filter_map(|node| {
+        let requested = facts.fleet.iter().filter_map(|node| {
             let revision = moves.get(&node.name)?;
             let trace = *traces.entry(revision.clone()).or_insert_with(|| new_trace().trace);
             let previous = origin(node.assigned.as_ref(), revision, &facts.past);
             Some((node.name.clone(), convert::assignment(revision, trace, previous.as_ref(), facts.now)))
         });
-        self.assignments.want(wanted.collect());
+        self.assignments.request(requested.collect());
         self.write_profiles(&facts).await;
         self.clean(&facts).await;
-        self.metrics.show(self.rollouts.iter());
+        self.metrics.publish(self.rollouts.iter());
     }
 
-    /// Makes a ProxyRollout of what profiles say anew. True: there is one more.
+    /// Creates the ProxyRollouts of new revisions. Returns true if it created one.
     async fn create_revisions(&mut self, facts: &Facts) -> bool {
         let mut created = false;
         self.refused.retain(|name, _| facts.profile(name).is_some());
@@ -87,8 +87,8 @@ impl Rollouts {
                 self.refused.remove(&name);
                 continue;
             };
-            let refused = self.refused.get(&name).is_some_and(|refused| refused.again_at > Instant::now());
-            if refused || !self.may_ask(&name) {
+            let refused = self.refused.get(&name).is_some_and(|refused| refused.retry_at > Instant::now());
+            if refused || !self.may_request(&name) {
                 continue;
             }
             let number = revision.number;
@@ -97,15 +97,15 @@ impl Rollouts {
                 switchtower.profile = name,
                 switchtower.profile.revision = convert::api_number(number)
             );
-            let made = self.create_revision(profile, revision, facts).instrument(span.clone()).await;
-            let Err(error) = made else {
+            let result = self.create_revision(profile, revision, facts).instrument(span.clone()).await;
+            let Err(error) = result else {
                 self.refused.remove(&name);
                 created = true;
                 continue;
             };
             spans::failed(&span, &error);
             if requests::is_race(&error) {
-                tracing::debug!(%error, profile = name, "not created yet; the watch will tell");
+                tracing::debug!(%error, profile = name, "the ProxyRollout was not created because of a conflicting change; waiting for the watch");
             } else if let Some(message) = requests::refusal(&error) {
                 let known = self.refused.get(&name).is_some_and(|known| known.message == message);
                 if !known {
@@ -115,7 +115,7 @@ impl Rollouts {
                         "the API server refuses the profile's ProxyRollout"
                     );
                 }
-                self.refused.insert(name, Refused { message, again_at: Instant::now() + RETRY });
+                self.refused.insert(name, Refused { message, retry_at: Instant::now() + RETRY });
             } else {
                 self.request_failed(&name, &error);
             }
@@ -123,7 +123,7 @@ impl Rollouts {
         created
     }
 
-    /// Makes the ProxyRollout of a new revision, with its number or the next one whose name is free.
+    /// Creates the ProxyRollout of a new revision, with its number or the next one whose name is free.
     async fn create_revision(
         &mut self,
         profile: &Profile,
@@ -133,7 +133,7 @@ impl Rollouts {
         let Some(object) = self.profiles.get(&profile.name).cloned() else { return Ok(()) };
         let object = self.keep_profile(object).await?;
         let revision = |number| Revision { profile: profile.name.clone(), number };
-        // Somebody may have made one of that name by hand.
+        // A user may have created an object of that name.
         while self.rollouts.get(&rollout_name(&revision(new.number))).is_some() {
             new.number += 1;
         }
@@ -150,18 +150,18 @@ impl Rollouts {
         let rollout = requests::create(&self.rollout_api, &rollout).await?;
         match &new.handover {
             None => {
-                tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "a profile has a new revision");
+                tracing::info!(rollout = rollout.name_any(), profile = %profile.name, "created a rollout for the new revision of a profile");
             }
             Some(to) => tracing::info!(
                 rollout = rollout.name_any(), profile = %profile.name, %to,
-                "the profile is being deleted; its nodes are handed over"
+                "created a rollout that hands over the nodes of a deleted profile"
             ),
         }
         self.rollouts.put(rollout);
         Ok(())
     }
 
-    /// A profile with a rollout stays until no node has its settings.
+    /// Adds the finalizer, which keeps a profile until no node has its settings.
     async fn keep_profile(&mut self, object: ProxyProfile) -> Result<ProxyProfile, kube::Error> {
         if object.finalizers().iter().any(|known| known == FINALIZER) {
             return Ok(object);
@@ -171,7 +171,7 @@ impl Rollouts {
         Ok(object)
     }
 
-    /// Decides about every rollout that is under way or has nodes, stores the decisions, and returns what follows.
+    /// Decides about every rollout that is active or has nodes, stores the decisions, and returns the moves.
     async fn decide(&mut self, facts: &mut Facts) -> Moves {
         let mut moves = Moves::new();
         let names: Vec<String> = self.rollouts.iter().map(ProxyRollout::name_any).collect();
@@ -181,12 +181,12 @@ impl Rollouts {
                 self.ignore(object, facts.now).await;
                 continue;
             };
-            // The counts of one that is over are right, and no row is to be returned.
+            // A finished rollout without nodes needs neither new counts nor moves.
             let counted = object.status.as_ref().map_or(0, |status| status.progress.touched_nodes);
             if past.state.is_final() && counted == 0 && !facts.named(&past.target) {
                 continue;
             }
-            if !self.may_ask(&name) {
+            if !self.may_request(&name) {
                 continue;
             }
             let superseded = superseded(&past, &facts.past, &facts.profiles);
@@ -201,7 +201,8 @@ impl Rollouts {
         moves
     }
 
-    /// Stores a decision and tells people. False: nothing may follow from it.
+    /// Stores a decision and reports its transitions. Returns true if the decision is stored: only then may its moves be
+    /// carried out.
     async fn store(
         &mut self,
         object: ProxyRollout,
@@ -220,7 +221,7 @@ impl Rollouts {
             switchtower.nodes.moved = i64::try_from(decision.moves.len()).unwrap_or(i64::MAX),
         );
         if !self.write_status(object, status).instrument(span.clone()).await {
-            spans::failed(&span, &"the decision could not be stored; the next round decides anew");
+            spans::failed(&span, &"the decision could not be stored; the next round decides again");
             return false;
         }
         self.metrics.decided(&rollout.progress, &decision.progress, decision.status.touched);
@@ -240,7 +241,7 @@ impl Rollouts {
                 true
             }
             Err(error) => {
-                // The next round decides on what somebody else wrote.
+                // The next round decides on the object that another client wrote.
                 if !requests::is_race(&error) {
                     self.request_failed(&object.name_any(), &error);
                 }
@@ -249,9 +250,10 @@ impl Rollouts {
         }
     }
 
-    /// A rollout that somebody made by hand moves nothing.
+    /// Reports that a rollout that was created by hand is ignored.
     async fn ignore(&mut self, object: ProxyRollout, now: Time) {
-        let message = "not created by the controller: it moves no node. Change a ProxyProfile instead";
+        let message =
+            "the controller did not create this object and ignores it; change a ProxyProfile instead";
         let condition = |kind, status| switchtower_core::rollout::Condition {
             kind,
             status,
@@ -273,7 +275,7 @@ impl Rollouts {
         }
     }
 
-    /// The settings of a revision: of its rollout, or as another one's fallback.
+    /// Returns the settings of a revision, from its rollout or from the fallback of another one.
     fn settings_of(&self, revision: &Revision) -> Option<&ProxySettings> {
         let owned = || self.rollouts.iter().filter(|object| convert::owner(object).is_some());
         let rollout = owned().find(|object| convert::target(&object.spec) == *revision);
@@ -283,14 +285,14 @@ impl Rollouts {
         })
     }
 
-    /// Gives the fleet every revision that a row names or a rollout moves, and every node what its row names.
+    /// Serves the settings of all assigned and active revisions, and each node its assigned revision.
     pub(super) fn serve(&mut self) {
         let base = self.fleet.builtin_settings();
         let mut named: BTreeMap<SettingsName, Settings> = BTreeMap::new();
         for object in self.rollouts.iter() {
             let Some(past) = convert::past(object) else { continue };
             let content = match past.state {
-                // What is proved is in force at once.
+                // Completed revisions need no trial.
                 switchtower_core::rollout::State::Complete => {
                     settings::settings(base, &past.target, &object.spec.settings)
                 }
@@ -298,7 +300,7 @@ impl Rollouts {
             };
             named.insert((past.target.profile.clone(), past.target.number), content);
         }
-        // Nodes can return to what has no rollout any more.
+        // Nodes can return to a revision whose rollout was deleted.
         for object in self.rollouts.iter().filter(|object| convert::owner(object).is_some()) {
             let fallback = convert::fallback(&object.spec);
             if !fallback.is_builtin() {
@@ -308,47 +310,47 @@ impl Rollouts {
         }
         let stored = self.assignments.stored();
         let rows: Vec<_> = stored.iter().map(|(node, profile)| (node, convert::assigned(profile))).collect();
-        // A revision that nothing describes any more keeps the settings that it had.
+        // A revision that no object describes any more keeps its last settings.
         for (_, Assignment { revision, .. }) in &rows {
             let name = (revision.profile.clone(), revision.number);
-            if let (false, Some(settings)) = (named.contains_key(&name), self.served.get(&name)) {
+            if let (false, Some(settings)) = (named.contains_key(&name), self.served_settings.get(&name)) {
                 named.insert(name, settings.clone());
             }
         }
         let mut assignments = Vec::new();
-        let mut told = HashMap::with_capacity(self.nodes.len());
-        let mut tell = |node: &Arc<str>, revision: Revision, trace: Option<u128>| {
+        let mut served = HashMap::with_capacity(self.nodes.len());
+        let mut serve = |node: &Arc<str>, revision: Revision, trace: Option<u128>| {
             let settings = (revision.profile.clone(), revision.number);
             assignments.push(SettingsAssignment { node: node.clone(), settings, trace });
-            let known = self.told.get(node).filter(|(known, _)| *known == revision);
+            let known = self.served.get(node).filter(|(known, _)| *known == revision);
             let since = known.map_or_else(Instant::now, |(_, since)| *since);
-            told.insert(node.clone(), (revision, since));
+            served.insert(node.clone(), (revision, since));
         };
         for (node, Assignment { revision, trace, .. }) in &rows {
             let known =
                 revision.is_builtin() || named.contains_key(&(revision.profile.clone(), revision.number));
             let revision = if known { revision.clone() } else { self.instead_of(revision) };
-            tell(node, revision, u128::from_str_radix(trace, 16).ok());
+            serve(node, revision, u128::from_str_radix(trace, 16).ok());
         }
         let with_row: HashSet<&Arc<str>> = rows.iter().map(|(node, _)| *node).collect();
         for node in self.nodes.keys().filter(|node| !with_row.contains(*node)) {
-            tell(node, Revision::builtin(), None);
+            serve(node, Revision::builtin(), None);
         }
         self.fleet.set_settings(&named);
         self.fleet.assign_settings(assignments);
-        (self.served, self.told) = (named, told);
-        self.note_unknown(rows.into_iter().map(|(node, assignment)| (node.clone(), assignment.revision)));
+        (self.served_settings, self.served) = (named, served);
+        self.report_unknown(rows.into_iter().map(|(node, assignment)| (node.clone(), assignment.revision)));
     }
 
-    /// What a node gets whose row names a revision of which this process knows nothing: what is stable in its profile.
+    /// Returns the replacement of an unknown revision: the stable one of its profile.
     fn instead_of(&self, revision: &Revision) -> Revision {
         let past: Vec<_> = self.rollouts.iter().filter_map(convert::past).collect();
         let stable = stable(&revision.profile, &past);
         if self.settings_of(&stable).is_some() { stable } else { Revision::builtin() }
     }
 
-    /// Notes which rows name revisions that no rollout describes, and tells people of new ones.
-    fn note_unknown(&mut self, rows: impl Iterator<Item = (Arc<str>, Revision)>) {
+    /// Records assigned revisions that no rollout describes, and logs new ones.
+    fn report_unknown(&mut self, rows: impl Iterator<Item = (Arc<str>, Revision)>) {
         let described: HashSet<Revision> = self
             .rollouts
             .iter()
@@ -359,11 +361,11 @@ impl Rollouts {
             rows.filter(|(_, revision)| !revision.is_builtin() && !described.contains(revision)).collect();
         for (node, revision) in &unknown {
             if self.unknown.get(node) != Some(revision) {
-                let told = self.told.get(node).map(|(told, _)| told.to_string()).unwrap_or_default();
+                let served = self.served.get(node).map(|(served, _)| served.to_string()).unwrap_or_default();
                 tracing::error!(
-                    %node, %revision, settings = told,
-                    "the node's row names a revision that no ProxyRollout describes; the node keeps the settings it \
-                     has had from this controller, or gets the stable ones"
+                    %node, %revision, settings = served,
+                    "no ProxyRollout describes the revision that is assigned to the node; the node keeps its last \
+                     settings or gets the stable ones"
                 );
             }
         }
@@ -371,7 +373,7 @@ impl Rollouts {
     }
 }
 
-/// What rows should name where no rollout decides; and the same once more where only the time is wrong.
+/// Adds the moves of nodes about which no rollout decides, and repeats assignments with a time in the future.
 fn settle(facts: &Facts, moves: &mut Moves) {
     let profiles = !facts.profiles.is_empty();
     let stable: BTreeMap<Arc<str>, (Revision, bool)> = facts
@@ -382,7 +384,7 @@ fn settle(facts: &Facts, moves: &mut Moves) {
     let mut orphans = handover::orphans_at_once(&facts.fleet);
     let deleting = |name: &Arc<str>| facts.profile(name).is_some_and(|profile| profile.deleting);
     for node in &facts.fleet {
-        // A handover has it in this round. What follows if that is over now is decided in the next one.
+        // A handover decides about this node in this round; if it ends now, the next round decides.
         if node.profile.as_ref().is_some_and(deleting) {
             continue;
         }
@@ -399,7 +401,7 @@ fn settle(facts: &Facts, moves: &mut Moves) {
         let orphaned = || handover::orphaned(node, &facts.profiles, &facts.past);
         let wanted = settled(node.assigned.as_ref(), winner, profiles).or(handed_over).or_else(orphaned);
         if node.unknown && wanted.is_some() {
-            // Nobody rolls anything out here, so that this is what keeps all of them from changing at once.
+            // No rollout limits these nodes, so limit here how many change at once.
             if orphans == 0 || health(node, facts.now) != Health::Healthy {
                 continue;
             }
@@ -411,13 +413,13 @@ fn settle(facts: &Facts, moves: &mut Moves) {
     }
 }
 
-/// Name of the ProxyRollout of a revision.
+/// Returns the name of a revision's ProxyRollout.
 pub(super) fn rollout_name(target: &Revision) -> String {
     format!("{}-{}", target.profile, target.number)
 }
 
-/// Labels and annotations of the profile are not copied: deployment tools take an object that carries their marks for
-/// one of theirs.
+/// Builds the ProxyRollout of a new revision. Labels and annotations of the profile are not copied: deployment tools
+/// claim objects that carry their marks.
 fn new_rollout(profile: &ProxyProfile, new: &NewRevision, fallback: RolloutFallback) -> ProxyRollout {
     let name = profile.name_any();
     let owner = OwnerReference {
@@ -435,7 +437,7 @@ fn new_rollout(profile: &ProxyProfile, new: &NewRevision, fallback: RolloutFallb
     let mut change_cause = profile.spec.change_cause.clone().unwrap_or_default();
     if let Some(to) = &new.handover {
         strategy.steps = convert::handover_steps(&strategy.steps);
-        change_cause = format!("{name} is being deleted; its nodes go to {to}");
+        change_cause = format!("{name} is being deleted; its nodes move to {to}");
     }
     ProxyRollout {
         metadata: ObjectMeta {

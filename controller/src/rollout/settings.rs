@@ -1,4 +1,4 @@
-//! Settings and probes of the API in the form in which agents get them.
+//! Converts settings and probes from the API to the protocol.
 
 use std::net::IpAddr;
 
@@ -8,19 +8,19 @@ use switchtower_core::wire;
 use switchtower_crds as api;
 use switchtower_proto::v1::{Cidr, LocalDetection, Probe, ProbeKind, Settings, Trial};
 
-/// How long a node repeats its probes after the switch.
+/// Default time for which a node repeats its probes after the switch.
 const WINDOW_SECONDS: i32 = 10;
-/// Longest interval between two commits.
+/// Maximum of the minimum interval between two commits.
 const INTERVAL_MILLISECONDS: u32 = 1_000;
 
-/// A revision's settings: the built-in ones, and over them what the profile says.
+/// Returns the settings of a revision: those of the profile over the built-in ones.
 #[must_use]
 pub(super) fn settings(builtin: &Settings, revision: &Revision, from: &api::ProxySettings) -> Settings {
     let (profile, revision) = (revision.profile.to_string(), revision.number);
     Settings { profile, revision, ..laid_over(builtin, from) }
 }
 
-/// What `from` says, and of `base` the rest.
+/// Returns `base` with the fields that are set in `from` replaced.
 #[must_use]
 pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings {
     let mut settings = base.clone();
@@ -76,7 +76,7 @@ pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings 
     settings
 }
 
-/// A rollout's settings as its nodes try them. Without probes there is nothing to try.
+/// Returns the settings of a rollout with their trial. Without probes there is no trial.
 #[must_use]
 pub(super) fn on_trial(builtin: &Settings, revision: &Revision, spec: &api::ProxyRolloutSpec) -> Settings {
     let mut tried = settings(builtin, revision, &spec.settings);
@@ -94,7 +94,7 @@ pub(super) fn on_trial(builtin: &Settings, revision: &Revision, spec: &api::Prox
     tried
 }
 
-/// The API server's own Service, which every cluster has.
+/// Returns the probe of the API server's Service, which every cluster has.
 fn default_probe() -> api::ServiceProbe {
     let service = api::ServiceReference {
         namespace: "default".to_owned(),
@@ -131,8 +131,8 @@ fn probe(from: &api::ServiceProbe) -> Probe {
     }
 }
 
-/// As in kube-proxy, a family that no network names, while one of the other family does, is served on all its
-/// addresses. No network at all, for agents, stands for the primary addresses.
+/// Returns the networks of NodePorts. As in kube-proxy, a family without a network is served on all its addresses if the
+/// other family has one. Agents serve the primary addresses if there is no network at all.
 fn node_port_networks(from: &[api::NodePortAddress]) -> Vec<Cidr> {
     let networks = from.iter().map(|address| address.0.as_str());
     let mut networks = cidrs(networks.filter(|address| *address != api::NodePortAddress::PRIMARY));
@@ -157,8 +157,8 @@ fn mode(mode: api::LocalDetectionMode) -> LocalDetection {
     }
 }
 
-/// The API server checked them; host bits are cut off, and what is no CIDR all the same is left out. A single address
-/// counts as a network of one.
+/// Parses CIDRs, which the API server has validated. Host bits are cleared, invalid values are ignored, and a single
+/// address counts as a network of one.
 fn cidrs<'a>(from: impl IntoIterator<Item = &'a str>) -> Vec<Cidr> {
     let parsed = from.into_iter().filter_map(|text| {
         let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_has_its_builtin_value() {
+    fn unset_settings_have_builtin_values() {
         let mut expected = builtin_settings();
         (expected.profile, expected.revision) = ("default".to_owned(), 3);
         assert_eq!(settings(&builtin_settings(), &revision(3), &api::ProxySettings::default()), expected);
@@ -200,7 +200,7 @@ mod tests {
         let settings = settings(&builtin_settings(), &revision(1), &from);
         assert_eq!(settings.local_detection(), LocalDetection::ClusterCidr);
         let lengths: Vec<_> = settings.cluster_cidrs.iter().map(|cidr| cidr.prefix_length).collect();
-        assert_eq!(lengths, [8, 8], "host bits are cut off, and each network is there once");
+        assert_eq!(lengths, [8, 8], "host bits are cleared and duplicates removed");
         assert!(settings.masquerade_all);
         assert_eq!(settings.masquerade_mark, 1 << 31);
         let families: Vec<_> =
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_over_shows_where_a_profile_is_silent() {
+    fn adopted_settings_apply_where_a_profile_sets_none() {
         let from = |value| serde_json::from_value::<api::ProxySettings>(value).unwrap();
         let taken = from(serde_json::json!({
             "localDetection": {"mode": "ClusterCIDR", "clusterCIDRs": ["10.0.0.0/8"]},
@@ -233,7 +233,7 @@ mod tests {
         );
         let own = settings(&builtin, &revision(2), &own);
         assert_eq!((own.local_detection(), own.cluster_cidrs.len()), (LocalDetection::NodeCidr, 0));
-        assert_eq!(own.node_port_addresses, [], "the primary addresses, although others were taken over");
+        assert_eq!(own.node_port_addresses, [], "primary addresses, although others were adopted");
     }
 
     #[test]

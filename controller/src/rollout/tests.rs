@@ -1,4 +1,4 @@
-//! Rounds against an API server in memory that refuses requests.
+//! Rounds against an in-memory API server that can refuse requests.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::fleet::metrics::StreamMetrics;
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::Floors;
 
-/// Objects, and how the next creations are answered.
+/// Stored objects, and the answers to the next creations.
 #[derive(Default)]
 struct Server {
     store: Store,
@@ -39,7 +39,7 @@ struct Lab {
     rollouts: Rollouts,
 }
 
-/// A profile whose first revision is rolled out and whose spec changed since.
+/// A profile with a completed first revision and a changed spec.
 async fn lab() -> Lab {
     let server = Arc::new(Mutex::new(Server::default()));
     let mut lab = Lab { rollouts: rollouts(server.clone()), server };
@@ -49,7 +49,7 @@ async fn lab() -> Lab {
     lab.load().await;
     lab.rollouts.round().await;
     lab.finish("default-1").await;
-    assert_eq!(lab.profile_standing(), (Some(1), "default@1".to_owned(), "UpToDate".to_owned()));
+    assert_eq!(lab.profile_status(), (Some(1), "default@1".to_owned(), "UpToDate".to_owned()));
     let mut profile = lab.object(PROFILES, "default");
     profile["metadata"]["generation"] = json!(2);
     profile["spec"]["settings"]["masqueradeAll"] = json!(true);
@@ -85,12 +85,12 @@ impl Lab {
         self.server.lock().unwrap().store.objects.get(&format!("{kind}/{name}")).cloned().unwrap_or_default()
     }
 
-    /// The controller sees what there is.
+    /// Loads all objects into the controller.
     async fn load(&mut self) {
         self.rollouts.load().await.unwrap();
     }
 
-    /// As if all its nodes had it.
+    /// Marks a rollout as complete.
     async fn finish(&mut self, rollout: &str) {
         let mut object = self.object(ROLLOUTS, rollout);
         object["status"]["state"] = json!("Complete");
@@ -100,7 +100,7 @@ impl Lab {
     }
 
     /// Observed generation, target and reason.
-    fn profile_standing(&self) -> (Option<i64>, String, String) {
+    fn profile_status(&self) -> (Option<i64>, String, String) {
         let object: ProxyProfile = serde_json::from_value(self.object(PROFILES, "default")).unwrap();
         let status = object.status.unwrap_or_default();
         let reason = status.conditions.first().map(|ready| ready.reason.clone()).unwrap_or_default();
@@ -109,14 +109,14 @@ impl Lab {
 }
 
 #[tokio::test]
-async fn a_generation_without_its_rollout_is_not_spoken_of() {
-    // Somebody was faster, the API server is busy, or fails.
+async fn generation_without_its_rollout_is_not_reported() {
+    // A conflicting change, a busy API server, and a failure.
     for code in [409, 429, 500] {
         let mut lab = lab().await;
         lab.server.lock().unwrap().refusals.push(code);
         lab.rollouts.round().await;
         assert_eq!(
-            lab.profile_standing(),
+            lab.profile_status(),
             (Some(1), "default@1".to_owned(), "UpToDate".to_owned()),
             "after {code} the status is that of the generation before"
         );
@@ -124,29 +124,29 @@ async fn a_generation_without_its_rollout_is_not_spoken_of() {
         tokio::time::advance(RETRY_OBJECT).await;
         tokio::time::resume();
         lab.rollouts.round().await;
-        let standing = lab.profile_standing();
+        let standing = lab.profile_status();
         assert_eq!(standing, (Some(2), "default@2".to_owned(), "RollingOut".to_owned()), "after {code}");
     }
 }
 
 #[tokio::test]
-async fn a_refused_rollout_is_told_and_tried_again() {
+async fn refused_rollout_is_reported_and_retried() {
     let mut lab = lab().await;
     lab.server.lock().unwrap().refusals = vec![422];
     lab.rollouts.round().await;
     let refused = (Some(2), "default@1".to_owned(), "RolloutRefused".to_owned());
-    assert_eq!(lab.profile_standing(), refused);
+    assert_eq!(lab.profile_status(), refused);
     lab.rollouts.round().await;
-    assert_eq!(lab.profile_standing(), refused, "not tried at each round");
-    assert!(lab.rollouts.wake_up(false).is_some(), "it is tried again although nothing happens");
+    assert_eq!(lab.profile_status(), refused, "not tried at each round");
+    assert!(lab.rollouts.wake_up(false).is_some(), "it is retried without an event");
     tokio::time::pause();
     tokio::time::advance(RETRY * 2).await;
     lab.rollouts.round().await;
-    assert_eq!(lab.profile_standing(), (Some(2), "default@2".to_owned(), "RollingOut".to_owned()));
+    assert_eq!(lab.profile_status(), (Some(2), "default@2".to_owned(), "RollingOut".to_owned()));
 }
 
 #[tokio::test]
-async fn a_jump_of_the_wall_clock_changes_nothing_that_is_under_way() {
+async fn wall_clock_jump_does_not_affect_an_active_rollout() {
     let mut lab = lab().await;
     let jump = Arc::new(std::sync::atomic::AtomicI64::new(0));
     let ahead = jump.clone();
@@ -155,19 +155,19 @@ async fn a_jump_of_the_wall_clock_changes_nothing_that_is_under_way() {
             + Duration::from_secs(ahead.load(std::sync::atomic::Ordering::Relaxed).unsigned_abs())
     }));
     lab.rollouts.round().await;
-    assert_eq!(lab.profile_standing().2, "RollingOut");
+    assert_eq!(lab.profile_status().2, "RollingOut");
     let before = lab.rollouts.facts().now;
     jump.store(86_400, std::sync::atomic::Ordering::Relaxed);
     lab.rollouts.round().await;
     assert!(lab.rollouts.facts().now.since(before) < Duration::from_secs(3_600), "no day has passed");
-    // Nothing is under way any more: the wall clock is believed.
+    // No rollout is active: the clock is set from the wall clock.
     lab.finish("default-2").await;
     lab.rollouts.round().await;
     assert!(lab.rollouts.facts().now.since(before) >= Duration::from_secs(80_000));
 }
 
 #[tokio::test]
-async fn a_name_that_somebody_took_by_hand_is_left_out() {
+async fn name_of_an_object_created_by_hand_is_skipped() {
     let mut lab = lab().await;
     let mut object = lab.object(ROLLOUTS, "default-1");
     object["metadata"] = json!({"name": "default-2", "uid": "by-hand", "generation": 1});
@@ -175,12 +175,12 @@ async fn a_name_that_somebody_took_by_hand_is_left_out() {
     lab.put(ROLLOUTS, &object);
     lab.load().await;
     lab.rollouts.round().await;
-    assert_eq!(lab.profile_standing(), (Some(2), "default@3".to_owned(), "RollingOut".to_owned()));
+    assert_eq!(lab.profile_status(), (Some(2), "default@3".to_owned(), "RollingOut".to_owned()));
     assert_eq!(lab.object(ROLLOUTS, "default-2")["status"]["state"], "Ignored");
 }
 
 #[tokio::test]
-async fn nothing_is_decided_before_the_rows_are_read() {
+async fn no_decision_before_the_rows_are_read() {
     let mut lab = lab().await;
     assert!(lab.rollouts.ready());
     lab.rollouts.assignments = Assignments::default();
@@ -190,7 +190,7 @@ async fn nothing_is_decided_before_the_rows_are_read() {
 }
 
 #[tokio::test]
-async fn an_abort_after_a_restore_of_etcd_is_seen() {
+async fn abort_after_a_restore_of_etcd_is_honored() {
     let mut lab = lab().await;
     lab.rollouts.round().await;
     let state = |lab: &Server| {
@@ -208,7 +208,7 @@ async fn an_abort_after_a_restore_of_etcd_is_seen() {
     tokio::time::sleep(Duration::from_secs(5)).await;
     server.lock().unwrap().store.change(&format!("{ROLLOUTS}/default-2"), |object| {
         object["spec"]["abort"] = json!(true);
-        // Behind what the controller has seen: an ordinary watch would not tell of it either.
+        // An older version than the controller has seen: an ordinary watch would not deliver it either.
         object["metadata"]["resourceVersion"] = json!("1");
     });
     upstream.went_back();
@@ -216,9 +216,9 @@ async fn an_abort_after_a_restore_of_etcd_is_seen() {
     assert_eq!(state(&server.lock().unwrap()), "Aborted");
 }
 
-/// Somebody removed the finalizer of a rollout whose revision a node has.
+/// A user removed the finalizer of a rollout whose revision a node has.
 #[tokio::test]
-async fn a_rollout_that_vanishes_changes_nothing_on_its_nodes() {
+async fn deleted_rollout_changes_nothing_on_its_nodes() {
     let mut lab = lab().await;
     let node: Arc<str> = "n1".into();
     let assigned = switchtower_crds::ProfileAssignment {
@@ -230,8 +230,9 @@ async fn a_rollout_that_vanishes_changes_nothing_on_its_nodes() {
     lab.rollouts.assignments.set(&node, &row);
     lab.rollouts.serve();
     let served = |lab: &Lab| {
-        let (revision, _) = &lab.rollouts.told[&node];
-        let settings = lab.rollouts.served.get(&(revision.profile.clone(), revision.number)).cloned();
+        let (revision, _) = &lab.rollouts.served[&node];
+        let settings =
+            lab.rollouts.served_settings.get(&(revision.profile.clone(), revision.number)).cloned();
         (revision.to_string(), settings)
     };
     let before = served(&lab);
@@ -240,8 +241,8 @@ async fn a_rollout_that_vanishes_changes_nothing_on_its_nodes() {
     lab.load().await;
     assert_eq!(served(&lab), before);
     assert!(lab.rollouts.unknown.contains_key(&node));
-    // The row goes, and with it what was noted about it.
+    // Removing the row also removes the record of its unknown revision.
     lab.rollouts.assignments = Assignments::default();
     lab.rollouts.serve();
-    assert!(lab.rollouts.unknown.is_empty() && lab.rollouts.told.is_empty());
+    assert!(lab.rollouts.unknown.is_empty() && lab.rollouts.served.is_empty());
 }

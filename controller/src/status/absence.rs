@@ -1,8 +1,9 @@
-//! Why an agent is not connected: what its Pod's status, the kubelet, or the agent itself says.
+//! Finds the blocker of an absent agent in the status of its Pod, the status of its Node, or the agent's health port.
 //!
-//! [`pod`] reads a Pod (pure), [`follow`] watches the agents' Pods in the controller's own namespace, [`ask`]
-//! asks agents that run and do not come. The rows take one [`Obstacle`] per node from here. What holds: a node
-//! whose agent is connected costs nothing, and nothing here is needed to serve agents.
+//! [`pod`] reads a Pod (pure), [`follow`] watches the agents' Pods in the controller's namespace, and [`ask`] queries
+//! agents that run and do not connect. Each row takes one [`Blocker`] from here.
+//!
+//! Invariants: a node with a connected agent costs nothing. Serving agents does not depend on this module.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -23,23 +24,25 @@ mod tests;
 use ask::Answer;
 use pod::{AgentPod, Stage};
 
-/// Why a node's agent is not connected, as it stands in the node's row.
+pub use Blocker as Obstacle;
+
+/// The reason why a node's agent is absent, as shown in the node's row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Obstacle {
-    /// One CamelCase word; the kubelet's own where it has one.
+pub struct Blocker {
+    /// CamelCase reason; that of the kubelet if it has one.
     pub reason: Cow<'static, str>,
-    /// For people: what was seen, and where to look.
+    /// Observation and the place to look for details.
     pub message: String,
 }
 
-impl Obstacle {
-    /// An obstacle with a reason of our own.
+impl Blocker {
+    /// Creates a blocker with a reason of this controller.
     pub fn new(reason: &'static str, message: impl Into<String>) -> Self {
         Self { reason: Cow::Borrowed(reason), message: message.into() }
     }
 }
 
-/// What is known of the agents' Pods, shared by the tasks that learn it and the rows that show it.
+/// Known Pods and answers of agents. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Agents(Arc<Shared>);
 
@@ -52,20 +55,20 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// All Pods are known.
+    /// The initial list of Pods is complete.
     synced: bool,
     nodes: HashMap<Arc<str>, NodeAgents>,
-    /// How many Pods there are on all nodes.
+    /// Number of Pods on all nodes.
     pods: usize,
-    /// Nodes to look at again.
+    /// Nodes whose rows must be computed again.
     changed: BTreeSet<Arc<str>>,
     /// Nodes whose agent is not connected.
     missing: BTreeSet<Arc<str>>,
-    /// The controller does not accept agents.
-    closed: Option<Obstacle>,
+    /// Reason why the controller rejects all agents.
+    closed: Option<Blocker>,
 }
 
-/// The agents of one node; during an update there can be two.
+/// The agents of one node; there can be two during an update.
 #[derive(Debug, Default)]
 struct NodeAgents {
     pods: BTreeMap<Arc<str>, AgentPod>,
@@ -73,7 +76,7 @@ struct NodeAgents {
 }
 
 impl NodeAgents {
-    /// The Pod that counts: one that stays before one that leaves, then the youngest.
+    /// Returns the relevant Pod: the newest one, preferring Pods that are not being deleted.
     fn current(&self) -> Option<&AgentPod> {
         self.pods.values().max_by_key(|pod| (!matches!(pod.stage, Stage::Leaving), &pod.created))
     }
@@ -84,7 +87,7 @@ impl Agents {
         lock(&self.0.known)
     }
 
-    /// A Pod came or changed.
+    /// Records a new or changed Pod.
     pub fn pod(&self, pod: AgentPod) {
         let mut known = self.lock();
         let node = pod.node.clone();
@@ -99,7 +102,7 @@ impl Agents {
         self.0.changed.notify_one();
     }
 
-    /// A Pod is gone.
+    /// Removes a Pod.
     pub fn pod_gone(&self, node: &str, name: &str) {
         let mut known = self.lock();
         let Some(entry) = known.nodes.get_mut(node) else { return };
@@ -115,7 +118,7 @@ impl Agents {
         self.0.changed.notify_one();
     }
 
-    /// Every Pod of a complete list: others are gone.
+    /// Replaces all Pods by a complete list.
     pub fn pods_listed(&self, pods: Vec<AgentPod>) {
         let listed: BTreeSet<_> = pods.iter().map(|pod| (pod.node.clone(), pod.name.clone())).collect();
         let left: Vec<_> = {
@@ -135,26 +138,26 @@ impl Agents {
         self.0.changed.notify_one();
     }
 
-    /// The controller does not accept agents, or does again (`None`).
-    pub fn closed(&self, obstacle: Option<Obstacle>) {
+    /// Records why the controller rejects all agents; `None` if it accepts them.
+    pub fn closed(&self, blocker: Option<Blocker>) {
         let mut known = self.lock();
-        if known.closed == obstacle {
+        if known.closed == blocker {
             return;
         }
-        known.closed = obstacle;
+        known.closed = blocker;
         let missing = known.missing.clone();
         known.changed.extend(missing);
         drop(known);
         self.0.changed.notify_one();
     }
 
-    /// The controller does not accept agents.
+    /// Returns true if the controller rejects all agents.
     #[must_use]
-    pub fn are_kept_out(&self) -> bool {
+    pub fn are_rejected(&self) -> bool {
         self.lock().closed.is_some()
     }
 
-    /// Whether a node's agent is not connected. What it answered before it connected is forgotten.
+    /// Records whether a node's agent is disconnected. Drops the answer of an agent that connected.
     pub fn set_missing(&self, node: &Arc<str>, missing: bool) {
         let mut known = self.lock();
         if missing {
@@ -169,41 +172,42 @@ impl Agents {
         }
     }
 
-    /// What keeps a node's agent from being connected. `kubelet`: why the Node is not heard of, if it is not.
+    /// Returns the blocker of a node's agent. `kubelet` is the message of a Node whose kubelet does not report.
     #[must_use]
-    pub fn obstacle(&self, node: &str, kubelet: Option<&str>) -> Option<Obstacle> {
+    pub fn blocker(&self, node: &str, kubelet: Option<&str>) -> Option<Blocker> {
         let known = self.lock();
         if known.closed.is_some() {
             return known.closed.clone();
         }
         if let Some(message) = kubelet {
             let message = format!("The node's kubelet does not report: {message}");
-            return Some(Obstacle::new("NodeStatusUnknown", message));
+            return Some(Blocker::new("NodeStatusUnknown", message));
         }
         let Some((pod, answer)) =
             known.nodes.get(node).and_then(|entry| Some((entry.current()?, entry.answer.as_ref())))
         else {
-            // Where agents are no Pods at all, a missing Pod explains nothing.
+            // If agents do not run as Pods, a missing Pod explains nothing.
             return (known.synced && known.pods > 0).then(|| {
-                Obstacle::new(
+                Blocker::new(
                     "NoAgentPod",
-                    "The node agent has no Pod on this node; do the DaemonSet's nodeSelector and tolerations match it?",
+                    "The node agent has no Pod on this node. Check that the DaemonSet's nodeSelector and tolerations \
+                     match the node.",
                 )
             });
         };
         match &pod.stage {
             Stage::Pending | Stage::Leaving => None,
-            Stage::Obstructed(obstacle) => Some(obstacle.clone()),
-            Stage::Running { last_words, .. } => match answer {
-                Some(answer) => answer.obstacle(&pod.name, last_words.as_deref()),
-                None => last_words.as_ref().map(|words| {
-                    Obstacle::new("AgentRestarted", format!("Pod {} was restarted: {words}", pod.name))
+            Stage::Blocked(blocker) => Some(blocker.clone()),
+            Stage::Running { last_exit, .. } => match answer {
+                Some(answer) => answer.blocker(&pod.name, last_exit.as_deref()),
+                None => last_exit.as_ref().map(|exit| {
+                    Blocker::new("AgentRestarted", format!("Pod {} was restarted: {exit}", pod.name))
                 }),
             },
         }
     }
 
-    /// Waits until something changed, and names the nodes. May be dropped and called again at any time.
+    /// Waits for changes and returns the nodes. Cancel-safe.
     pub async fn changed(&self) -> Vec<Arc<str>> {
         loop {
             let changed = std::mem::take(&mut self.lock().changed);
@@ -214,7 +218,7 @@ impl Agents {
         }
     }
 
-    /// Waits until an agent is missing; returns those that run all the same, and where they answer.
+    /// Waits for missing agents and returns the addresses of those that run.
     pub async fn to_ask(&self) -> Vec<(Arc<str>, SocketAddr)> {
         loop {
             {
@@ -231,7 +235,7 @@ impl Agents {
         }
     }
 
-    /// A missing agent answered, or did not.
+    /// Records the answer of a missing agent.
     pub fn answered(&self, node: &Arc<str>, answer: Answer) {
         let mut known = self.lock();
         if !known.missing.contains(node) {

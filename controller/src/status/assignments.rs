@@ -1,8 +1,7 @@
-//! Which revision of settings each row names, and which one it is to name: what the rows' writer and the rollouts
-//! share.
+//! Stored and requested assignments of settings to nodes, shared by the writer of rows and the rollouts.
 //!
-//! What holds: a wish stands until the row says so, or until somebody else wrote the row meanwhile; then it is
-//! forgotten, and whoever wished decides again.
+//! Invariants: a request lasts until the row contains it. A concurrent write of the row by another client cancels the
+//! request, and the rollout decides again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,30 +11,30 @@ use tokio::sync::Notify;
 
 use crate::sync::lock;
 
-/// What the row in the API server says.
+/// Assignment in the row in the API server.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StoredAssignment {
     /// `spec.profile`.
     pub profile: Option<ProfileAssignment>,
-    /// Some agent has been connected since the row was made.
+    /// An agent has connected since the row was created.
     pub had_agent: bool,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// All rows were read: what is not stored is in no row.
+    /// All rows were read: a node without an entry in `stored` has no assignment.
     loaded: bool,
     stored: HashMap<Arc<str>, StoredAssignment>,
-    wanted: HashMap<Arc<str>, ProfileAssignment>,
-    /// Wishes that the writer has not looked at.
-    news: BTreeSet<Arc<str>>,
+    requested: HashMap<Arc<str>, ProfileAssignment>,
+    /// Nodes with a request that the writer has not seen.
+    pending: BTreeSet<Arc<str>>,
 }
 
 /// Assignments of all nodes. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Assignments {
     inner: Arc<Mutex<Inner>>,
-    wishes: Arc<Notify>,
+    requests: Arc<Notify>,
     rows: Arc<Notify>,
 }
 
@@ -44,44 +43,44 @@ impl Assignments {
         lock(&self.inner)
     }
 
-    /// Rows are to name these revisions.
-    pub fn want(&self, wanted: BTreeMap<Arc<str>, ProfileAssignment>) {
-        if wanted.is_empty() {
+    /// Requests that rows name these revisions.
+    pub fn request(&self, requested: BTreeMap<Arc<str>, ProfileAssignment>) {
+        if requested.is_empty() {
             return;
         }
         let mut inner = self.lock();
-        for (node, assignment) in wanted {
-            if inner.wanted.get(&node).is_some_and(|known| is_same_move(known, &assignment)) {
+        for (node, assignment) in requested {
+            if inner.requested.get(&node).is_some_and(|known| is_same_move(known, &assignment)) {
                 continue;
             }
-            inner.news.insert(node.clone());
-            inner.wanted.insert(node, assignment);
+            inner.pending.insert(node.clone());
+            inner.requested.insert(node, assignment);
         }
         drop(inner);
-        self.wishes.notify_one();
+        self.requests.notify_one();
     }
 
-    /// All rows were read.
+    /// Records that all rows were read.
     pub(crate) fn set_loaded(&self) {
         self.lock().loaded = true;
         self.rows.notify_one();
     }
 
-    /// All rows were read; until then a node without an assignment may well have one.
+    /// Returns true once all rows were read; until then a node without a known assignment may have one.
     #[must_use]
     pub fn loaded(&self) -> bool {
         self.lock().loaded
     }
 
-    /// What a node's row names or is about to name, and what it names now.
+    /// Returns the requested assignment of a node, or the stored one if none is requested, and the stored row.
     #[must_use]
     pub fn of(&self, node: &str) -> (Option<ProfileAssignment>, StoredAssignment) {
         let inner = self.lock();
         let stored = inner.stored.get(node).cloned().unwrap_or_default();
-        (inner.wanted.get(node).cloned().or_else(|| stored.profile.clone()), stored)
+        (inner.requested.get(node).cloned().or_else(|| stored.profile.clone()), stored)
     }
 
-    /// All rows that name a revision.
+    /// Returns all stored assignments.
     #[must_use]
     pub fn stored(&self) -> Vec<(Arc<str>, ProfileAssignment)> {
         let inner = self.lock();
@@ -89,32 +88,36 @@ impl Assignments {
         named.collect()
     }
 
-    /// Waits until a row says something new about its assignment. May be dropped and called again at any time.
+    /// Waits until the assignment in a row changes. Cancel-safe.
     pub async fn row_changed(&self) {
         self.rows.notified().await;
     }
 
-    /// Nodes whose rows are to be written. May be dropped and called again at any time.
-    pub(super) async fn wished(&self) -> Vec<Arc<str>> {
+    /// Waits for requests and returns the nodes. Cancel-safe.
+    pub(super) async fn next_requests(&self) -> Vec<Arc<str>> {
         loop {
-            let news = std::mem::take(&mut self.lock().news);
-            if !news.is_empty() {
-                return news.into_iter().collect();
+            let pending = std::mem::take(&mut self.lock().pending);
+            if !pending.is_empty() {
+                return pending.into_iter().collect();
             }
-            self.wishes.notified().await;
+            self.requests.notified().await;
         }
     }
 
-    /// What the row is to name, if it is something else than `stored`.
-    pub(super) fn wish(&self, node: &str, stored: Option<&ProfileAssignment>) -> Option<ProfileAssignment> {
-        self.lock().wanted.get(node).filter(|wanted| !says(stored, wanted)).cloned()
+    /// Returns the requested assignment of a node if it differs from `stored`.
+    pub(super) fn requested(
+        &self,
+        node: &str,
+        stored: Option<&ProfileAssignment>,
+    ) -> Option<ProfileAssignment> {
+        self.lock().requested.get(node).filter(|requested| !contains(stored, requested)).cloned()
     }
 
-    /// The row in the API server says this.
+    /// Records the row in the API server. Completes the request that it contains.
     pub(crate) fn set(&self, node: &Arc<str>, row: &StoredAssignment) {
         let mut inner = self.lock();
-        if inner.wanted.get(node).is_some_and(|wanted| says(row.profile.as_ref(), wanted)) {
-            inner.wanted.remove(node);
+        if inner.requested.get(node).is_some_and(|requested| contains(row.profile.as_ref(), requested)) {
+            inner.requested.remove(node);
         }
         let before = inner.stored.insert(node.clone(), row.clone());
         drop(inner);
@@ -123,16 +126,16 @@ impl Assignments {
         }
     }
 
-    /// Somebody else wrote the row after the wish was made.
-    pub(super) fn forget_wish(&self, node: &str) {
-        self.lock().wanted.remove(node);
+    /// Cancels the request of a node: another client wrote the row after the request was made.
+    pub(super) fn cancel(&self, node: &str) {
+        self.lock().requested.remove(node);
         self.rows.notify_one();
     }
 
-    /// There is no such row any more.
+    /// Removes a node without a row.
     pub(super) fn remove(&self, node: &str) {
         let mut inner = self.lock();
-        let known = inner.stored.remove(node).is_some() | inner.wanted.remove(node).is_some();
+        let known = inner.stored.remove(node).is_some() | inner.requested.remove(node).is_some();
         drop(inner);
         if known {
             self.rows.notify_one();
@@ -140,18 +143,20 @@ impl Assignments {
     }
 }
 
-/// The same revision with the same way back, whenever it was decided.
+/// Returns true for the same revision with the same previous revision, regardless of the time of assignment.
 fn is_same_move(one: &ProfileAssignment, other: &ProfileAssignment) -> bool {
     (&one.name, one.revision, &one.previous) == (&other.name, other.revision, &other.previous)
 }
 
-/// Whether the row says what it is to say. A CRD that is older than `previous` drops that field: a row without it is
-/// taken as it is, or it would be written again and again. A stored `previous` that is not wanted always differs.
-fn says(stored: Option<&ProfileAssignment>, wanted: &ProfileAssignment) -> bool {
+/// Returns true if the row contains the requested assignment.
+///
+/// A CRD without the field `previous` drops it: a row without the field counts as equal, otherwise the writer would
+/// never stop. A stored `previous` that is not requested always differs.
+fn contains(stored: Option<&ProfileAssignment>, requested: &ProfileAssignment) -> bool {
     let without = |from: &ProfileAssignment| ProfileAssignment { previous: None, ..from.clone() };
     stored.is_some_and(|stored| {
-        let previous = stored.previous.is_none() || stored.previous == wanted.previous;
-        previous && without(stored) == without(wanted)
+        let previous = stored.previous.is_none() || stored.previous == requested.previous;
+        previous && without(stored) == without(requested)
     })
 }
 
@@ -171,34 +176,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_wish_stands_until_the_row_says_so() {
+    async fn request_lasts_until_the_row_contains_it() {
         let assignments = Assignments::default();
         let node: Arc<str> = "n".into();
         assert_eq!(assignments.of("n").0, None);
-        assignments.want(BTreeMap::from([(node.clone(), assignment(2))]));
-        assert_eq!(assignments.wished().await, std::slice::from_ref(&node));
+        assignments.request(BTreeMap::from([(node.clone(), assignment(2))]));
+        assert_eq!(assignments.next_requests().await, std::slice::from_ref(&node));
         assert_eq!(assignments.of("n").0, Some(assignment(2)));
         let row = |revision| StoredAssignment { profile: Some(assignment(revision)), had_agent: true };
         assignments.set(&node, &row(1));
-        assert_eq!(assignments.wish("n", Some(&assignment(1))), Some(assignment(2)));
+        assert_eq!(assignments.requested("n", Some(&assignment(1))), Some(assignment(2)));
         assignments.set(&node, &row(2));
-        assert_eq!(assignments.wish("n", Some(&assignment(2))), None);
+        assert_eq!(assignments.requested("n", Some(&assignment(2))), None);
         assert_eq!(assignments.of("n"), (Some(assignment(2)), row(2)));
         let previous = PreviousRevision { name: "other".into(), revision: 1 };
         let remembers = ProfileAssignment { previous: Some(previous), ..assignment(3) };
-        assignments.want(BTreeMap::from([(node.clone(), remembers)]));
+        assignments.request(BTreeMap::from([(node.clone(), remembers)]));
         assignments.set(&node, &row(3));
-        assert_eq!(assignments.wish("n", Some(&assignment(3))), None, "a CRD of before cannot say more");
+        assert_eq!(assignments.requested("n", Some(&assignment(3))), None, "an older CRD drops the field");
         let stale = ProfileAssignment {
             previous: Some(PreviousRevision { name: "base".into(), revision: 1 }),
             ..assignment(4)
         };
-        assignments.want(BTreeMap::from([(node.clone(), assignment(4))]));
-        assert_eq!(assignments.wish("n", Some(&stale)), Some(assignment(4)), "a leftover is removed");
-        assignments.forget_wish("n");
+        assignments.request(BTreeMap::from([(node.clone(), assignment(4))]));
+        assert_eq!(assignments.requested("n", Some(&stale)), Some(assignment(4)), "a leftover is removed");
+        assignments.cancel("n");
         assignments.set(&node, &row(2));
-        assignments.want(BTreeMap::from([(node.clone(), assignment(3))]));
-        assignments.forget_wish("n");
+        assignments.request(BTreeMap::from([(node.clone(), assignment(3))]));
+        assignments.cancel("n");
         assert_eq!(assignments.of("n").0, Some(assignment(2)));
         assignments.remove("n");
         assert_eq!(assignments.of("n").0, None);

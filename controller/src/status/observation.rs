@@ -1,4 +1,4 @@
-//! What is known of a node's agent: the input of a row.
+//! The latest observation of a node's agent: input of a row.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,91 +9,91 @@ use switchtower_core::locality::Locality;
 use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
 use tokio::time::Instant;
 
-/// Most lost streams that are remembered of a node.
+/// Maximum number of lost streams that are kept per node.
 pub const LOSSES: usize = 32;
 
-/// One node's agent, as the registry of streams saw it last.
+/// State of one node's agent in the registry of streams.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Observation {
-    /// Number of the node's stream; grows with each.
+    /// Number of the session; increases with each stream.
     pub session: u64,
-    /// When the stream began.
+    /// Start of the stream.
     pub since: Timestamp,
-    /// When it ended; `None` while it is open.
+    /// End of the stream; `None` while it is open.
     pub lost_since: Option<Timestamp>,
-    /// What the node should hold.
+    /// Generation that the node should hold.
     pub desired: u64,
-    /// What was sent last.
+    /// Generation that was sent last.
     pub sent: u64,
-    /// What the kernel holds.
+    /// Generation that the kernel holds.
     pub applied: u64,
-    /// The agent acknowledged something in this session, or was resumed without a change.
+    /// The agent acknowledged a generation in this session, or the session resumed without a change.
     pub acknowledged: bool,
-    /// Since when `applied` is below `desired`.
+    /// Time since which `applied` is below `desired`.
     pub behind_since: Option<Timestamp>,
-    /// Digest of what was acknowledged.
+    /// Digest of the acknowledged generation.
     pub digest: Option<[u8; 16]>,
-    /// Of Hello or the last acknowledgement; `None` without any.
+    /// Deviations from Hello or the last acknowledgement.
     pub deviations: Option<Deviations>,
-    /// The refusal that was not followed by an acknowledgement.
+    /// The last refusal, until the next acknowledgement.
     pub failure: Option<Failure>,
-    /// The agent's version.
+    /// Version of the agent.
     pub agent_version: String,
-    /// The node's kernel release.
+    /// Kernel release of the node.
     pub kernel_version: String,
-    /// The addresses of the node's interfaces, as the agent told them; for explanations, never compiled.
+    /// Reported addresses of the node's interfaces. Used in explanations only, never compiled.
     pub addresses: Vec<std::net::IpAddr>,
-    /// Services and endpoints in the node's view, as the agent counted them.
+    /// Reported numbers of services and endpoints in the node's view.
     pub counts: Option<(u32, u32)>,
     /// Foreign changes repaired since the agent started.
     pub drift_repaired: u64,
-    /// The last one's cause.
+    /// Cause of the last foreign change.
     pub drift_cause: String,
-    /// When the number grew last.
+    /// Time of the last repaired foreign change.
     pub drift_at: Option<Timestamp>,
     /// Rules of kube-proxy exist on the node.
     pub foreign_proxy: bool,
-    /// Kernel settings of the profile that are not in force, each with its values and why.
+    /// Kernel settings of the profile that are not in force, each with its values and the reason.
     pub unset_kernel_settings: Vec<String>,
-    /// Profile and revision of the settings in the view that was acknowledged last; `None` before the first.
+    /// Profile and revision of the settings in the last acknowledged view; `None` before the first.
     pub settings: Option<(Arc<str>, u64)>,
-    /// From the sending of these settings to their acknowledgement; `None` if the stream began with them.
+    /// Time from sending these settings to their acknowledgement; `None` if the stream began with them.
     pub settings_took: Option<Duration>,
-    /// The same times by a clock that never jumps.
+    /// The same times on the monotonic clock.
     pub moments: Moments,
-    /// Where the agent's last trial of settings stands, as it told in Hello or Report.
+    /// State of the agent's last trial of settings, from Hello or a report.
     pub trial: Option<TrialStatus>,
-    /// Whether the settings that the node is to have recognise its pods.
+    /// Local detection in the node's desired settings, and the pods that it misses.
     pub locality: Locality,
 }
 
-/// When things happened, for those who measure how long ago that was; the wall clock's times are for people.
+/// Times on the monotonic clock, for durations. The times of the wall clock are for display.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Moments {
-    /// The stream began.
+    /// Start of the stream.
     pub connected: Option<Instant>,
-    /// It ended.
+    /// End of the stream.
     pub lost: Option<Instant>,
-    /// The number of repaired foreign changes grew last.
+    /// Last repaired foreign change.
     pub drifted: Option<Instant>,
-    /// Streams were lost lately without this controller's doing, at most [`LOSSES`].
+    /// The last streams that were lost without a cause in this controller, at most [`LOSSES`].
     pub losses: VecDeque<Instant>,
 }
 
 impl Observation {
-    /// The stream begins.
+    /// Records the start of a stream.
     pub fn note_connected(&mut self) {
         (self.since, self.lost_since) = (Timestamp::now(), None);
         self.moments.connected = Some(Instant::now());
     }
 
-    /// The stream is over.
+    /// Records the end of the stream.
     pub fn note_end(&mut self) {
         self.lost_since = Some(Timestamp::now());
         self.moments.lost = Some(Instant::now());
     }
 
-    /// Remembers that the stream was lost.
+    /// Records that the stream was lost.
     pub fn note_loss(&mut self) {
         if self.moments.losses.len() == LOSSES {
             self.moments.losses.pop_front();
@@ -101,7 +101,7 @@ impl Observation {
         self.moments.losses.push_back(Instant::now());
     }
 
-    /// Foreign changes were repaired, this one the last.
+    /// Records the repair of a foreign change.
     pub fn note_drift(&mut self, cause: String) {
         (self.drift_at, self.drift_cause) = (Some(Timestamp::now()), cause);
         self.moments.drifted = Some(Instant::now());
@@ -111,17 +111,17 @@ impl Observation {
 /// A generation that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// One CamelCase word.
+    /// CamelCase reason of the condition.
     pub reason: &'static str,
-    /// What the agent says.
+    /// Message of the agent.
     pub detail: String,
-    /// The kernel's error number, 0 if it was not the kernel.
+    /// Error number of the kernel; 0 if the kernel is not the cause.
     pub errno: i32,
-    /// Which generation.
+    /// The refused generation.
     pub generation: u64,
 }
 
-/// The reason of a refusal as it stands in a condition.
+/// Returns the condition reason of a refusal.
 #[must_use]
 pub fn nack_word(reason: NackReason) -> &'static str {
     match reason {

@@ -1,4 +1,4 @@
-//! The requests to the API server about one row.
+//! Requests to the API server about one row.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +14,10 @@ use tracing::Instrument as _;
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 
-/// A request that takes longer is given up and tried again.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout of a request.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A row as it stands in the API server.
+/// A row in the API server.
 #[derive(Debug, Clone)]
 pub(super) struct Stored {
     pub(super) uid: String,
@@ -43,41 +43,41 @@ impl From<ProxyStatus> for Stored {
     }
 }
 
-/// What a request is to achieve.
+/// A request about one row.
 #[derive(Debug, Clone)]
 pub(super) enum Request {
-    /// Create the row, owned by the Node, with an assignment if there is one already.
+    /// Create the row, owned by the Node, with its assignment if there is one.
     Create(NodeIdentity, Option<ProfileAssignment>),
-    /// Give the row to the Node that now has its name.
+    /// Make the Node that now has the row's name its owner.
     Adopt(NodeIdentity, Stored),
-    /// Name another revision of settings, over the version that it was decided on.
+    /// Assign another revision of settings. The request fails if the stored version changed.
     Assign(Arc<str>, Box<Stored>, ProfileAssignment),
-    /// Somebody else changed the row's spec: read it.
+    /// Read the row: another client changed its spec.
     Read(Arc<str>),
-    /// Write the status over the version that it was decided on.
+    /// Write the status. The request fails if the stored version changed.
     Write(Arc<str>, Box<Stored>, Box<ProxyStatusStatus>),
-    /// Remove the row: its Node is gone.
+    /// Delete the row: its Node is gone.
     Delete(Arc<str>, Stored),
 }
 
-/// What a request achieved.
+/// Result of a request.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// The row stands like this now.
+    /// The row, as it is stored now.
     Stored(Box<Stored>),
-    /// Somebody else wrote it meanwhile; it stands like this.
+    /// Another client wrote the row first; the row as it is stored now.
     Conflict(Box<Stored>),
-    /// There is no such row.
+    /// The row does not exist.
     Missing,
-    /// The API server refused or could not be reached.
+    /// The API server refused the request or could not be reached.
     Failed(kube::Error),
 }
 
-/// The labels of all outcomes.
+/// Labels of all outcomes.
 pub(super) const OUTCOMES: [&str; 4] = ["ok", "conflict", "missing", "failed"];
 
 impl Outcome {
-    /// The metric label.
+    /// Returns the label of the metric.
     pub(super) fn label(&self) -> &'static str {
         match self {
             Self::Stored(_) => "ok",
@@ -96,7 +96,7 @@ impl Request {
         }
     }
 
-    /// What it does, as a word.
+    /// Returns the verb for spans.
     fn verb(&self) -> &'static str {
         match self {
             Self::Create(..) => "create",
@@ -108,7 +108,7 @@ impl Request {
         }
     }
 
-    /// Carries it out.
+    /// Sends the request.
     pub(super) async fn run(self, api: Api<ProxyStatus>) -> Outcome {
         let span = span!(
             "switchtower.status.write",
@@ -117,7 +117,7 @@ impl Request {
             switchtower.verb = self.verb(),
             switchtower.outcome = tracing::field::Empty,
         );
-        let sent = tokio::time::timeout(PATIENCE, self.send(&api)).instrument(span.clone()).await;
+        let sent = tokio::time::timeout(TIMEOUT, self.send(&api)).instrument(span.clone()).await;
         let outcome = match sent {
             Ok(outcome) => outcome,
             Err(_) => Outcome::Failed(timed_out()),
@@ -174,8 +174,8 @@ impl Request {
     }
 }
 
-/// The assignment as a merge patch that leaves nothing of the one before: a field that is absent from a merge patch
-/// keeps its stored value, so those that are not set are `null`.
+/// Returns the assignment as a merge patch that replaces the stored one. A field that is absent from a merge patch
+/// keeps its stored value, so unset fields are `null`.
 fn whole(assignment: &ProfileAssignment) -> serde_json::Value {
     let ProfileAssignment { name, revision, assigned_at, trace_id, previous } = assignment;
     json!({
@@ -183,7 +183,7 @@ fn whole(assignment: &ProfileAssignment) -> serde_json::Value {
     })
 }
 
-/// After a conflict the row is read again; a missing row is no failure.
+/// Reads the row again after a conflict. A missing row is no failure.
 async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> Outcome {
     match &error {
         kube::Error::Api(status) if status.code == 409 => match api.get_opt(name).await {
@@ -198,16 +198,16 @@ async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> Outc
 }
 
 fn timed_out() -> kube::Error {
-    let message = format!("no answer within {} seconds", PATIENCE.as_secs());
+    let message = format!("no answer within {} seconds", TIMEOUT.as_secs());
     kube::Error::ReadEvents(std::io::Error::new(std::io::ErrorKind::TimedOut, message))
 }
 
-/// All rows, by pages.
+/// Lists all rows, in pages.
 pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored)>, kube::Error> {
     let mut params = ListParams::default().limit(500);
     let mut rows = Vec::new();
     loop {
-        let page = match tokio::time::timeout(PATIENCE, api.list(&params)).await {
+        let page = match tokio::time::timeout(TIMEOUT, api.list(&params)).await {
             Ok(page) => page?,
             Err(_) => return Err(timed_out()),
         };

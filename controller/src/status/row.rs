@@ -1,9 +1,8 @@
-//! A node's row as a pure function of what was observed, the row before, and the time.
+//! Computes a node's row from the observation, the previous row and the time. Pure.
 //!
-//! Conditions come first; STATE and the Ready condition are derived from them, so that the columns never
-//! contradict each other.
+//! STATE and the Ready condition are derived from the other conditions, so that the columns never contradict each
+//! other.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -15,90 +14,66 @@ use switchtower_crds::{
 
 use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
+use super::condition::{Status, Verdict};
 use super::local_detection;
 use super::observation::{Failure, Observation};
 
 #[cfg(test)]
 mod tests;
-use super::absence::Obstacle;
+use super::absence::Blocker;
 
-/// A lost stream shows as disconnected only after this time, so that a move to another replica or a short
-/// interruption is not a transition of the whole fleet.
+/// Delay after which a lost stream shows as disconnected. A short interruption or a move to another replica must not
+/// cause a transition of the whole fleet.
 pub const DISCONNECT_GRACE: Duration = Duration::from_secs(10);
-/// A node may be behind for this long before it shows: changes under way are not a transition.
+/// Delay after which a node shows as behind: an update in flight is no transition.
 pub const BEHIND_GRACE: Duration = Duration::from_secs(5);
-/// How long a repaired foreign change shows as drift.
+/// Time for which a repaired foreign change shows as drift.
 pub const DRIFT_SHOWN: Duration = Duration::from_secs(30);
 
-/// What it means that no agent of a node has connected to this process.
+/// Meaning of the fact that no agent of a node has connected to this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absence {
-    /// Nothing: the process has just started, and for this long the row keeps what it said.
+    /// None: the process has just started. The row stays unchanged for this time.
     Expected(Duration),
-    /// The agent should be back by now, but a busy fleet takes longer: the row must not claim that the node is ready.
+    /// The agent should have reconnected, but a busy fleet takes longer: the row must not claim that the node is ready.
     Overdue,
-    /// Streams were accepted, or could not be, for long enough: the agent is gone.
+    /// The agent is absent: it had enough time to reconnect, or the controller cannot accept streams.
     Certain,
 }
 
-/// What a row is made of.
+/// Inputs of a row.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
-    /// What the registry of streams knows of the node; `None` if no agent came since this process started.
+    /// Observation of the node's agent; `None` if none connected since this process started.
     pub observation: Option<&'a Observation>,
-    /// Why the agent is not connected, if that is known; says nothing while it is.
-    pub obstacle: Option<&'a Obstacle>,
+    /// Known reason why the agent is absent. Ignored while the agent is connected.
+    pub blocker: Option<&'a Blocker>,
     /// The status in the API server.
     pub previous: Option<&'a ProxyStatusStatus>,
     /// `metadata.generation` of the row.
     pub row_generation: Option<i64>,
     /// Name of this replica.
     pub replica: &'a str,
-    /// What the absence of an agent means.
+    /// Meaning of a missing agent.
     pub absence: Absence,
-    /// Now.
+    /// Current time.
     pub now: Timestamp,
 }
 
-/// A row, and when it changes by itself.
+/// A computed row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// The status to be written.
+    /// The status to write.
     pub status: ProxyStatusStatus,
-    /// The word in it.
+    /// The state in `status`.
     pub state: State,
-    /// The row has to be looked at again after this time, whether or not anything happens.
+    /// Delay after which the row can change without a new observation.
     pub check_after: Option<Duration>,
-    /// This process vouches for the status. If not, the row is only carried over and must not be renewed.
+    /// True if this process observed the status. Otherwise the row is only carried over and must not be renewed.
     pub confirmed: bool,
 }
 
-/// One condition before it is merged with the previous one.
-struct Verdict {
-    status: &'static str,
-    reason: Cow<'static, str>,
-    message: String,
-}
-
-impl Verdict {
-    fn new(status: &'static str, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
-        Self { status, reason: reason.into(), message: message.into() }
-    }
-
-    /// The agent is not connected: for this reason, or else for one that only says so.
-    fn not_connected(obstacle: Option<&Obstacle>, reason: &'static str, message: &'static str) -> Self {
-        match obstacle {
-            Some(Obstacle { reason, message }) => Self::new("False", reason.clone(), message.clone()),
-            None => Self::new("False", reason, message),
-        }
-    }
-
-    fn holds(&self) -> bool {
-        self.status == "True"
-    }
-}
-
-/// The conditions that Ready and STATE are derived from.
+/// The conditions from which Ready and STATE are derived.
 struct Verdicts {
     connected: Verdict,
     programmed: Verdict,
@@ -108,7 +83,7 @@ struct Verdicts {
     kernel_settings: Verdict,
 }
 
-/// Makes the row. The times of its last renewal are those of the previous one: they are set when it is written.
+/// Computes the row. The times of the last renewal stay those of the previous row: the writer sets them.
 #[must_use]
 pub fn row(inputs: Inputs<'_>) -> Row {
     let mut check = CheckAfter(None);
@@ -125,7 +100,7 @@ pub fn row(inputs: Inputs<'_>) -> Row {
     row
 }
 
-/// The row as it was read: the agents of a restarted controller need a moment to come back.
+/// Keeps the row as it was read: agents need a moment to reconnect to a restarted controller.
 fn carried_over(previous: &ProxyStatusStatus, rest: Duration) -> Row {
     let state = State::from_name(&previous.state);
     Row {
@@ -136,7 +111,7 @@ fn carried_over(previous: &ProxyStatusStatus, rest: Duration) -> Row {
     }
 }
 
-/// The shortest time after which the row must be looked at again.
+/// Collects the shortest delay after which the row must be computed again.
 struct CheckAfter(Option<Duration>);
 
 impl CheckAfter {
@@ -144,7 +119,7 @@ impl CheckAfter {
         self.0 = Some(self.0.map_or(delay, |known| known.min(delay)));
     }
 
-    /// Whether `limit` has passed since `since`; if not, asks for another look when it has.
+    /// Returns true if `limit` has passed since `since`; otherwise schedules a check for that time.
     fn passed(&mut self, since: Timestamp, limit: Duration, now: Timestamp) -> bool {
         let elapsed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
         if elapsed >= limit {
@@ -158,7 +133,7 @@ impl CheckAfter {
 fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfter) -> Row {
     let now = inputs.now;
     let verdicts = Verdicts {
-        connected: connected(observation, inputs.obstacle, check, now),
+        connected: connected(observation, inputs.blocker, check, now),
         programmed: programmed(observation, check, now),
         consistent: consistent(observation, check, now),
         exclusive: exclusive(observation),
@@ -212,27 +187,31 @@ fn shows(since: Timestamp, limit: Duration, now: Timestamp) -> bool {
 
 fn connected(
     observation: &Observation,
-    obstacle: Option<&Obstacle>,
+    blocker: Option<&Blocker>,
     check: &mut CheckAfter,
     now: Timestamp,
 ) -> Verdict {
     match observation.lost_since {
         Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::not_connected(
-            obstacle,
+            blocker,
             "AgentDisconnected",
-            "The agent's stream ended; the kernel keeps what it held. See the agent's log on the node.",
+            "The agent's stream ended; the kernel keeps its last generation. See the agent's log on the node.",
         ),
-        _ => Verdict::new("True", "StreamOpen", "The agent's stream is open."),
+        _ => Verdict::new(Status::True, "StreamOpen", "The agent's stream is open."),
     }
 }
 
 fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
     if let Some(failure) = &observation.failure {
-        return Verdict::new("False", failure.reason, failure_message(failure));
+        return Verdict::new(Status::False, failure.reason, failure_message(failure));
     }
     let behind = observation.behind_since.is_some_and(|since| check.passed(since, BEHIND_GRACE, now));
     if !observation.acknowledged {
-        return Verdict::new("False", "Programming", "The agent has not acknowledged a generation yet.");
+        return Verdict::new(
+            Status::False,
+            "Programming",
+            "The agent has not acknowledged a generation yet.",
+        );
     }
     if let Some(deviations) = observation.deviations.as_ref() {
         let (reason, message) = if let Some(settings) = &deviations.settings {
@@ -241,71 +220,77 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
                 SettingsCause::RolledBack | SettingsCause::Unspecified => "RolledBack",
             };
             let SettingsDeviation { profile, revision, .. } = settings;
-            (reason, format!("Settings {profile}@{revision} are in force instead."))
+            (reason, format!("The node uses the settings {profile}@{revision} instead."))
         } else if deviations.refused > 0 {
-            ("ItemsRefused", format!("{} items were refused; all others are programmed.", deviations.refused))
+            (
+                "ItemsRefused",
+                format!("The kernel refused {} items; all others are programmed.", deviations.refused),
+            )
         } else {
-            ("DeletionsHeld", format!("{} removals are held back by the delete budget.", deviations.held))
+            ("DeletionsHeld", format!("The delete budget holds back {} removals.", deviations.held))
         };
-        return Verdict::new("False", reason, message);
+        return Verdict::new(Status::False, reason, message);
     }
     if behind {
         return Verdict::new(
-            "False",
+            Status::False,
             "Behind",
-            "The agent has not acknowledged the last generation in time.",
+            "The agent has not acknowledged the latest generation in time.",
         );
     }
-    Verdict::new("True", "UpToDate", "The kernel holds what it should.")
+    Verdict::new(Status::True, "UpToDate", "The kernel holds the desired generation.")
 }
 
 fn failure_message(failure: &Failure) -> String {
     let errno = if failure.errno == 0 { String::new() } else { format!(" (errno {})", failure.errno) };
-    format!("Generation {} was refused: {}{errno}.", failure.generation, failure.detail)
+    format!("The agent refused generation {}: {}{errno}.", failure.generation, failure.detail)
 }
 
 fn consistent(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
     match observation.drift_at {
         Some(at) if !check.passed(at, DRIFT_SHOWN, now) => {
             let cause = if observation.drift_cause.is_empty() { "unknown" } else { &observation.drift_cause };
-            Verdict::new("False", "ForeignChange", format!("A foreign change was repaired; cause: {cause}."))
+            Verdict::new(
+                Status::False,
+                "ForeignChange",
+                format!("The agent repaired a foreign change of its tables; cause: {cause}."),
+            )
         }
-        _ => Verdict::new("True", "NoDrift", "No foreign change of the agent's tables."),
+        _ => Verdict::new(Status::True, "NoDrift", "No program changed the agent's tables."),
     }
 }
 
 fn exclusive(observation: &Observation) -> Verdict {
     if observation.foreign_proxy {
         Verdict::new(
-            "False",
+            Status::False,
             "ForeignProxy",
-            "Rules of kube-proxy exist beside the agent's; stop it and remove its rules (docs/migration.md has the commands).",
+            "Rules of kube-proxy exist alongside the agent's; stop it and remove its rules (commands: docs/migration.md).",
         )
     } else {
-        Verdict::new("True", "OnlyProxy", "No rules of another service proxy were found.")
+        Verdict::new(Status::True, "OnlyProxy", "No rules of another service proxy were found.")
     }
 }
 
 fn local_detection(observation: &Observation) -> Verdict {
-    let (status, reason, message) = local_detection::verdict(&observation.locality);
-    Verdict::new(status, reason, message)
+    local_detection::verdict(&observation.locality)
 }
 
-/// Limits that are too low are a matter of capacity: what is programmed is right, so Ready does not depend on them.
+/// Limits that are too low reduce the capacity only: the programmed rules are right, so Ready does not depend on them.
 fn kernel_settings(observation: &Observation) -> Verdict {
     let unset = &observation.unset_kernel_settings;
     if unset.is_empty() {
         return Verdict::new(
-            "True",
+            Status::True,
             "InForce",
             "The kernel has the connection tracking settings of the profile.",
         );
     }
     let message = format!(
-        "{}. The component conntrack-sysctls sets them at the start of the agent's Pod.",
+        "{}. The component conntrack-sysctls sets them when the agent's Pod starts.",
         unset.join("; ")
     );
-    Verdict::new("False", "NotInForce", message)
+    Verdict::new(Status::False, "NotInForce", message)
 }
 
 fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
@@ -322,7 +307,7 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
         }
     } else if !verdicts.consistent.holds() {
         State::Drifted
-    } else if verdicts.local_detection.status == "False" {
+    } else if verdicts.local_detection.status == Status::False {
         State::PodsNotLocal
     } else if !verdicts.exclusive.holds() {
         State::NotExclusive
@@ -331,23 +316,24 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
     }
 }
 
-/// The reason is that of the condition that decided the state. A second proxy does not make a node unready:
-/// during a migration both run, and what the agent programs is complete. Nor do pods that are not recognised: the
-/// kernel holds what the settings ask for.
+/// Derives Ready with the reason of the condition that decided the state.
+///
+/// A second proxy does not make a node unready: during a migration both run, and the agent's rules are complete.
+/// Neither do pods that local detection misses: the kernel holds what the settings request.
 fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
     let (status, decisive) = match state {
-        State::Synced => ("True", &verdicts.programmed),
-        State::PodsNotLocal => ("True", &verdicts.local_detection),
-        State::NotExclusive => ("True", &verdicts.exclusive),
-        State::Unknown => ("Unknown", &verdicts.connected),
-        State::Stale | State::Absent => ("False", &verdicts.connected),
-        State::Drifted => ("False", &verdicts.consistent),
-        State::Progressing | State::ApplyFailed | State::Deviating => ("False", &verdicts.programmed),
+        State::Synced => (Status::True, &verdicts.programmed),
+        State::PodsNotLocal => (Status::True, &verdicts.local_detection),
+        State::NotExclusive => (Status::True, &verdicts.exclusive),
+        State::Unknown => (Status::Unknown, &verdicts.connected),
+        State::Stale | State::Absent => (Status::False, &verdicts.connected),
+        State::Drifted => (Status::False, &verdicts.consistent),
+        State::Progressing | State::ApplyFailed | State::Deviating => (Status::False, &verdicts.programmed),
     };
     Verdict::new(status, decisive.reason.clone(), decisive.message.clone())
 }
 
-/// What the agent says is in force, or else what it acknowledged.
+/// The settings that the agent reports as in force, otherwise those that it acknowledged.
 fn profile(observation: &Observation) -> Option<ProfileInForce> {
     let instead = observation.deviations.as_ref().and_then(|deviations| deviations.settings.as_ref());
     let (name, revision) = match (instead, &observation.settings) {
@@ -371,7 +357,7 @@ fn deviations(observation: &Observation) -> Option<DeviationCounts> {
     })
 }
 
-/// Kept from the previous row until the node is in order again.
+/// Keeps the error of the previous row until the node is synced again.
 fn last_error(
     observation: &Observation,
     state: State,
@@ -391,14 +377,14 @@ fn last_error(
     }
 }
 
-/// No agent came back to this process: the row keeps what was known and says so.
+/// No agent reconnected to this process: the row keeps the known values and shows that the agent is disconnected.
 fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let lost = Verdict::not_connected(
-        inputs.obstacle,
+        inputs.blocker,
         "AgentDisconnected",
-        "The agent has not connected since the controller started; the kernel keeps what it held.",
+        "The agent has not connected since the controller started; the kernel keeps its last generation.",
     );
-    let ready = Verdict::new("False", lost.reason.clone(), lost.message.clone());
+    let ready = Verdict::new(Status::False, lost.reason.clone(), lost.message.clone());
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
     State::Stale.as_str().clone_into(&mut status.state);
@@ -411,16 +397,14 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     Row { status, state: State::Stale, check_after: None, confirmed: true }
 }
 
-/// The agent has not come back yet. A row that says the node is ready would claim more than is known; one that already
-/// says what is wrong stays.
+/// The agent has not reconnected yet. Ready becomes Unknown; a row that is already not ready stays unchanged.
 fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let ready = previous.conditions.iter().find(|condition| condition.type_ == "Ready");
     if ready.is_some_and(|ready| ready.status == "False") {
         return carried_over(previous, DISCONNECT_GRACE);
     }
-    let message =
-        "The controller restarted and has not heard from the agent yet; the kernel keeps what it held.";
-    let unknown = || Verdict::new("Unknown", "AwaitingAgent", message);
+    let message = "The controller restarted and the agent has not reconnected yet; the kernel keeps its last generation.";
+    let unknown = || Verdict::new(Status::Unknown, "AwaitingAgent", message);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
     State::Unknown.as_str().clone_into(&mut status.state);
@@ -443,9 +427,9 @@ fn replace_conditions<const N: usize>(
 }
 
 fn absent(inputs: Inputs<'_>) -> Row {
-    let message = "No agent of this node has connected. Check that the node agent's pod runs on it.";
-    let not_connected = || Verdict::not_connected(inputs.obstacle, "NoAgent", message);
-    let unknown = || Verdict::new("Unknown", "NoAgent", message);
+    let message = "No agent of this node has connected. Check that the node agent's Pod runs on the node.";
+    let not_connected = || Verdict::not_connected(inputs.blocker, "NoAgent", message);
+    let unknown = || Verdict::new(Status::Unknown, "NoAgent", message);
     let verdicts = Verdicts {
         connected: not_connected(),
         programmed: unknown(),
@@ -480,15 +464,15 @@ fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Con
     .collect()
 }
 
-/// The transition time is that of the previous condition while the status stays the same.
+/// Keeps the transition time of the previous condition while the status stays the same.
 fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
     let known = inputs
         .previous
         .and_then(|previous| previous.conditions.iter().find(|condition| condition.type_ == kind))
-        .filter(|condition| condition.status == verdict.status);
+        .filter(|condition| condition.status == verdict.status.as_str());
     Condition {
         type_: kind.to_owned(),
-        status: verdict.status.to_owned(),
+        status: verdict.status.as_str().to_owned(),
         reason: verdict.reason.into_owned(),
         message: verdict.message,
         observed_generation: inputs.row_generation,
@@ -497,12 +481,12 @@ fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
     }
 }
 
-/// The API keeps whole seconds; finer times would make every row differ from what was read back.
+/// Truncates to whole seconds, the precision of the API: finer times would make every row differ from the stored one.
 pub(super) fn api_time(time: Timestamp) -> Time {
     Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
 }
 
-/// Generations and counters are 63 bits in the API.
+/// Converts a generation or counter to the 63 bits of the API.
 fn to_api(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }

@@ -1,5 +1,5 @@
-//! When rows are looked at and written: a lane for assignments and one for everything else, each with a budget;
-//! transitions first; and a queue of dates.
+//! Schedules the writes of rows: one lane for assignments and one for everything else, each with a rate limit, and
+//! timers for later checks. Transitions precede other writes.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -7,33 +7,33 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Writes of statuses per second, for all rows together.
+/// Status writes per second, for all rows together.
 pub(super) const WRITES_PER_SECOND: u32 = 50;
-/// Writes of assignments per second. A rollback of a wave must reach its nodes within seconds, and there are few waves.
+/// Assignment writes per second. A rollback must reach the nodes of a step within seconds, and steps are few.
 pub(super) const ASSIGNMENTS_PER_SECOND: u32 = 500;
 
-/// The shortest time between two writes of one row that are no transition.
+/// Minimum interval between two writes of one row without a transition.
 pub(super) fn minimum_interval(nodes: usize) -> Duration {
     let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
     Duration::from_secs(1).max(Duration::from_secs(1) * nodes / WRITES_PER_SECOND)
 }
 
-/// Writes per second that may do nothing but renew rows; the rest of the budget is left for news.
+/// Renewals per second; the rest of the budget is for changes.
 const RENEWALS_PER_SECOND: u32 = 20;
 
-/// How often an unchanged row is renewed: every 10 seconds up to 200 nodes, and beyond that as often as its share of
-/// the budget allows (250 seconds at 5,000 nodes).
+/// Interval between renewals of an unchanged row: 10 seconds up to 200 nodes, then proportional to the number of nodes
+/// (250 seconds at 5,000 nodes).
 pub(super) fn renewal_interval(nodes: usize) -> Duration {
     let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
     Duration::from_secs(10).max(Duration::from_secs(1) * nodes / RENEWALS_PER_SECOND)
 }
 
-/// A row that has not been renewed for this long is out of date: two renewals were missed, with time for one retry.
+/// Age at which a row is out of date: two missed renewals and one retry.
 pub(super) fn validity(nodes: usize) -> Duration {
     renewal_interval(nodes) * 2 + Duration::from_secs(10)
 }
 
-/// Names in the order in which they are to be written, and dates at which to look at others again.
+/// Queues of rows to write, and timers of rows to check later.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     assignments: VecDeque<Arc<str>>,
@@ -46,21 +46,21 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// To be written as soon as the budget allows.
+    /// Queues a row for the next write that the budget allows.
     pub(super) fn push(&mut self, name: &Arc<str>, urgent: bool) {
         if self.queued.insert(name.clone()) {
             if urgent { &mut self.urgent } else { &mut self.ordinary }.push_back(name.clone());
         }
     }
 
-    /// To be assigned another revision, regardless of what else there is to be written.
+    /// Queues an assignment, independent of other writes.
     pub(super) fn push_assignment(&mut self, name: &Arc<str>) {
         if self.to_assign.insert(name.clone()) {
             self.assignments.push_back(name.clone());
         }
     }
 
-    /// The next one to be assigned another revision.
+    /// Takes the next assignment.
     pub(super) fn pop_assignment(&mut self) -> Option<Arc<str>> {
         let name = self.assignments.pop_front()?;
         self.to_assign.remove(&name);
@@ -71,7 +71,7 @@ impl Schedule {
         !self.assignments.is_empty()
     }
 
-    /// The next one to be written.
+    /// Takes the next row to write.
     pub(super) fn pop(&mut self) -> Option<Arc<str>> {
         let name = self.urgent.pop_front().or_else(|| self.ordinary.pop_front())?;
         self.queued.remove(&name);
@@ -82,7 +82,7 @@ impl Schedule {
         !self.queued.is_empty()
     }
 
-    /// To be looked at again at a date; of two dates the earlier one counts.
+    /// Schedules a check of the row. The earlier of two dates wins.
     pub(super) fn at(&mut self, name: &Arc<str>, date: Instant) {
         if let Some(known) = self.date_of.get(name).copied() {
             if known <= date {
@@ -94,12 +94,12 @@ impl Schedule {
         self.dates.insert((date, name.clone()));
     }
 
-    /// The earliest date.
+    /// Returns the date of the next check.
     pub(super) fn next_date(&self) -> Option<Instant> {
         self.dates.first().map(|(date, _)| *date)
     }
 
-    /// One name whose date has come.
+    /// Takes a row whose check is due.
     pub(super) fn pop_due(&mut self, now: Instant) -> Option<Arc<str>> {
         let (date, name) = self.dates.first().filter(|(date, _)| *date <= now)?.clone();
         self.dates.remove(&(date, name.clone()));
@@ -143,14 +143,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_clusters_write_every_second_large_ones_within_the_budget() {
+    fn minimum_interval_grows_with_the_cluster() {
         for (nodes, seconds) in [(0, 1), (3, 1), (50, 1), (500, 10), (5_000, 100)] {
             assert_eq!(minimum_interval(nodes), Duration::from_secs(seconds), "{nodes}");
         }
     }
 
     #[test]
-    fn renewals_leave_most_of_the_budget_to_news() {
+    fn renewals_leave_most_of_the_budget_for_changes() {
         for (nodes, interval, valid) in [(0, 10, 30), (200, 10, 30), (1_000, 50, 110), (5_000, 250, 510)] {
             assert_eq!(renewal_interval(nodes), Duration::from_secs(interval), "{nodes}");
             assert_eq!(validity(nodes), Duration::from_secs(valid), "{nodes}");
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn transitions_come_first_and_nothing_is_queued_twice() {
+    fn transitions_precede_other_writes_and_duplicates_are_dropped() {
         let mut schedule = Schedule::default();
         let [a, b]: [Arc<str>; 2] = ["a".into(), "b".into()];
         schedule.push(&a, false);
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_dates_the_earlier_counts() {
+    fn earlier_of_two_dates_wins() {
         let (mut schedule, now, a) = (Schedule::default(), Instant::now(), Arc::<str>::from("a"));
         for seconds in [5, 2, 9] {
             schedule.at(&a, now + Duration::from_secs(seconds));

@@ -1,6 +1,7 @@
-//! Keeps the rows in the API server as they should be, within a write budget.
+//! Writes rows to the API server, within a budget of requests.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use lanes::Lane;
+
 use super::absence::Agents;
 use super::requests::{self, Outcome, Stored};
 use super::row::{Absence, Inputs, Row, row};
@@ -25,22 +28,22 @@ use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 use crate::watch::Restores;
 
-/// After a start, rows of nodes whose agent has not come keep what they said for this long, plus [`GRACE_PER_NODE`]:
-/// a restart of the controller is no transition of the whole fleet.
+/// After a start, rows of missing agents stay unchanged for this time plus [`GRACE_PER_NODE`]: a restart of the
+/// controller must not cause a transition of the whole fleet.
 const GRACE: Duration = Duration::from_secs(10);
-/// Every node adds this to the time that a fleet needs to come back.
+/// Additional reconnection time per node.
 const GRACE_PER_NODE: Duration = Duration::from_millis(10);
-/// A controller that cannot accept agents says so on their rows after this time: the one before it may be leaving.
+/// Delay after which rows show that the controller cannot accept agents: its predecessor may still be shutting down.
 const CLOSED: Duration = Duration::from_secs(20);
-/// Between two transitions of a row that are written before other rows' news: one that flaps holds up nobody.
+/// Minimum interval between prioritized transitions of one row, so that a flapping row does not delay others.
 const URGENT: Duration = Duration::from_secs(1);
-/// From a failed request to the next one about the same row, and between attempts to list.
+/// Delay after a failed request before the next one about the same row, and between attempts to list.
 const RETRY: Duration = Duration::from_secs(5);
-/// The same where the row is to name another revision.
+/// The same delay for an assignment.
 const RETRY_ASSIGNMENT: Duration = Duration::from_secs(1);
-/// So many failures in a row are the API server's, not those of single rows.
+/// Number of consecutive failures that point to the API server rather than to single rows.
 const FAILURES: usize = 8;
-/// Then no request is made for this time.
+/// Pause of all requests after that many failures.
 const PAUSE: Duration = Duration::from_secs(1);
 
 mod lanes;
@@ -54,66 +57,66 @@ type MetadataEvents = std::pin::Pin<
 /// Settings of the writer.
 #[derive(Debug, Clone)]
 pub struct WriterSettings {
-    /// This replica's name, as rows show it.
+    /// Name of this replica in rows.
     pub replica: String,
-    /// What is known of agents that are not connected.
+    /// Blockers of absent agents.
     pub agents: Agents,
 }
 
-/// One node, its row, or both.
+/// A node, a row, or both.
 #[derive(Debug, Default)]
 struct Entry {
     node: Option<NodeIdentity>,
     stored: Option<Stored>,
-    /// UID of the Node and the assignment of a row that is gone.
+    /// UID of the Node and the assignment of a deleted row.
     kept: Option<(String, ProfileAssignment)>,
     state: Option<NodeState>,
     last_write: Option<Instant>,
-    /// When the row is renewed although nothing changed.
+    /// Time of the next renewal without a change.
     renew_at: Option<Instant>,
-    /// When a transition was last due at once.
+    /// Time of the last prioritized transition.
     urgent_at: Option<Instant>,
     in_flight: bool,
-    /// `metadata.generation` as the watch saw it: above the stored one, somebody else changed the spec.
+    /// `metadata.generation` from the watch. If it exceeds the stored one, another client changed the spec.
     seen_generation: Option<i64>,
-    /// A list has another version of it than the stored one, maybe an older one: it is read again.
-    in_doubt: bool,
-    /// Another replica took the node over from this session of ours.
+    /// A list contains another version than the stored one, possibly older: the row must be read again.
+    outdated: bool,
+    /// Session of this replica from which another replica took the node over.
     yielded: Option<u64>,
 }
 
 impl Entry {
-    /// The row is gone. If its Node is not, it is made again with what it assigned: a node moves to other settings by
-    /// a rollout alone.
+    /// Records that the row was deleted. While its Node exists, the row is created again with the same assignment: only
+    /// a rollout moves a node to other settings.
     fn row_gone(&mut self) {
         let gone = self.stored.take();
         self.kept = gone.and_then(|row| Some((row.owner?, row.assignment?))).or(self.kept.take());
     }
 
-    /// The row as it was read or answered. Another replica may have claimed it.
+    /// Stores the row as the API server returned it. Another replica may have claimed it.
     fn take(&mut self, name: &str, row: Stored, replica: &str, session: u64) {
         if taken_over(self.stored.as_ref(), &row, replica, session) {
-            tracing::info!(node = name, "another replica serves this node now; its row is left to it");
+            tracing::info!(node = name, "another replica serves this node now and owns its row");
             self.yielded = Some(session);
         }
-        (self.stored, self.in_doubt) = (Some(row), false);
+        (self.stored, self.outdated) = (Some(row), false);
     }
 
-    /// The row is the Node's, and nobody else changed it since it was read.
+    /// Returns true if the Node owns the row and no other client changed it since it was read.
     fn is_known(&self) -> bool {
         let owner = self.stored.as_ref().and_then(|stored| stored.owner.as_deref());
         let owned = self.node.as_ref().is_some_and(|node| owner == Some(&*node.uid));
         let generation = self.stored.as_ref().and_then(|stored| stored.generation);
-        owned && !self.in_doubt && self.seen_generation <= generation
+        owned && !self.outdated && self.seen_generation <= generation
     }
 
-    /// What a new row assigns by itself.
+    /// Returns the assignment of the node's deleted row.
     fn kept(&self, node: &NodeIdentity) -> Option<ProfileAssignment> {
         self.kept.as_ref().filter(|(uid, _)| **uid == *node.uid).map(|(_, assignment)| assignment.clone())
     }
 }
 
-/// The task that owns all rows.
+/// The task that writes all rows.
 pub struct Writer<R> {
     api: Api<ProxyStatus>,
     registry: Arc<R>,
@@ -125,23 +128,23 @@ pub struct Writer<R> {
     schedule: Schedule,
     budget: Budget,
     assignment_budget: Budget,
-    /// Names of a list of rows that is not complete.
+    /// Names from a list of rows that is not complete yet.
     listing: Option<HashSet<Arc<str>>>,
-    /// Requests under way; true: one that changes the assignment.
-    running: JoinSet<(Arc<str>, bool, Outcome)>,
-    /// How many of them change the assignment.
+    /// Requests in flight.
+    running: JoinSet<(Arc<str>, Lane, Outcome)>,
+    /// Number of assignments in flight.
     assigning: usize,
-    /// Requests that failed since one succeeded.
+    /// Number of consecutive failures.
     failures: usize,
     started: Instant,
     nodes_synced: bool,
-    complained: Option<Instant>,
-    /// No request before this time: the last ones failed, and the next would fail alike.
+    error_logged: Option<Instant>,
+    /// End of a pause after repeated failures.
     paused_until: Option<Instant>,
 }
 
 impl<R: Registry> Writer<R> {
-    /// A writer that has not read anything yet.
+    /// Creates a writer without rows.
     #[must_use]
     pub fn new(
         client: Client,
@@ -169,32 +172,32 @@ impl<R: Registry> Writer<R> {
             failures: 0,
             started: now,
             nodes_synced: false,
-            complained: None,
+            error_logged: None,
             paused_until: None,
         }
     }
 
-    /// Reads all rows once, so that new sessions start from their generations.
+    /// Reads all rows once, so that new sessions continue above their generations.
     ///
     /// # Errors
-    /// The API server refused, or the CRD is not installed; [`Writer::run`] goes on trying.
+    /// The API server refused, or the CRD is not installed; [`Writer::run`] retries.
     pub async fn load(&mut self) -> Result<(), kube::Error> {
         for (name, stored) in requests::list(&self.api).await? {
-            self.read(&name, &stored);
+            self.publish(&name, &stored);
             self.entries.entry(name).or_default().stored = Some(stored);
         }
         self.assignments.set_loaded();
         Ok(())
     }
 
-    /// Writes rows until the sender of node events is gone. `loaded`: [`Writer::load`] succeeded.
+    /// Writes rows until the sender of node events is dropped. `loaded` is true if [`Writer::load`] succeeded.
     pub async fn run(
         mut self,
         loaded: bool,
         mut nodes: mpsc::UnboundedReceiver<NodeEvent>,
         mut restores: Restores,
     ) {
-        if !loaded && !self.load_in_the_end(&mut nodes).await {
+        if !loaded && self.retry_load(&mut nodes).await.is_break() {
             return;
         }
         let names: Vec<_> = self.entries.keys().cloned().collect();
@@ -211,11 +214,11 @@ impl<R: Registry> Writer<R> {
                 },
                 changed = registry.changed() => changed.iter().for_each(|name| self.consider(name)),
                 changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
-                wished = assignments.wished() => wished.iter().for_each(|name| self.consider(name)),
+                requested = assignments.next_requests() => requested.iter().for_each(|name| self.consider(name)),
                 Some(event) = rows.next() => self.metadata(event),
                 Ok(()) = restores.changed() => rows = self.watch_metadata(),
-                Some(Ok((name, assigned, outcome))) = self.running.join_next() => {
-                    self.finished(&name, assigned, outcome);
+                Some(Ok((name, lane, outcome))) = self.running.join_next() => {
+                    self.finished(&name, lane, outcome);
                 }
                 () = sleep_until(wake) => {
                     let now = Instant::now();
@@ -227,12 +230,12 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// Retries until the rows could be read. False: the controller ends.
-    async fn load_in_the_end(&mut self, nodes: &mut mpsc::UnboundedReceiver<NodeEvent>) -> bool {
+    /// Retries until the rows were read. Breaks when the sender of node events is dropped.
+    async fn retry_load(&mut self, nodes: &mut mpsc::UnboundedReceiver<NodeEvent>) -> ControlFlow<()> {
         loop {
             match self.load().await {
-                Ok(()) => return true,
-                Err(error) => self.complain(&error),
+                Ok(()) => return ControlFlow::Continue(()),
+                Err(error) => self.log_error(&error),
             }
             let pause = tokio::time::sleep(RETRY);
             tokio::pin!(pause);
@@ -241,7 +244,7 @@ impl<R: Registry> Writer<R> {
                     () = &mut pause => break,
                     event = nodes.recv() => match event {
                         Some(event) => self.node(event),
-                        None => return false,
+                        None => return ControlFlow::Break(()),
                     },
                 }
             }
@@ -278,7 +281,7 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// Somebody deleted a row or changed its spec; our own writes come back here too and change nothing.
+    /// Handles a row that another client deleted or changed. Writes of this process also arrive here; they change nothing.
     fn metadata(&mut self, event: Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         let (object, gone, listed) = match event {
@@ -294,7 +297,7 @@ impl<R: Registry> Writer<R> {
             Ok(Apply(object)) => (object, false, false),
             Ok(Delete(object)) => (object, true, false),
             Err(error) => {
-                tracing::debug!(%error, "watching ProxyStatus failed; it is tried again");
+                tracing::debug!(%error, "failed to watch ProxyStatus; retrying");
                 return;
             }
         };
@@ -304,8 +307,8 @@ impl<R: Registry> Writer<R> {
         if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
             entry.row_gone();
         } else if listed && object.metadata.resource_version.as_deref() != Some(&stored.version) {
-            // After a restore of etcd older versions are what there is.
-            entry.in_doubt = true;
+            // After a restore of etcd the older version is the current one.
+            entry.outdated = true;
             entry.seen_generation = object.metadata.generation;
         } else if !gone && object.metadata.generation > stored.generation {
             entry.seen_generation = object.metadata.generation;
@@ -315,8 +318,8 @@ impl<R: Registry> Writer<R> {
         self.consider(&name);
     }
 
-    /// Rows that are in no complete list went while the watch was down. One that was made meanwhile is found again when
-    /// it is to be created.
+    /// Removes rows that are missing in a complete list: they were deleted while the watch was down. A row that was
+    /// created since is found when the writer tries to create it.
     fn listed(&mut self) {
         let Some(listed) = self.listing.take() else { return };
         let missing = |(name, entry): &(&Arc<str>, &mut Entry)| {
@@ -334,12 +337,12 @@ impl<R: Registry> Writer<R> {
         gone.iter().for_each(|name| self.consider(name));
     }
 
-    /// Looks at one row: is it due to be written, or when is it to be looked at again?
+    /// Computes one row, and queues its write or schedules the next check.
     fn consider(&mut self, name: &Arc<str>) {
         let interval = minimum_interval(self.entries.len());
         let Some(entry) = self.entries.get_mut(name) else { return };
         if entry.in_flight {
-            return; // It is looked at when the request has ended.
+            return; // `finished` considers it again.
         }
         let (Some(_), Some(stored)) = (&entry.node, &entry.stored) else {
             let left_over = entry.node.is_none() && entry.stored.is_some() && self.nodes_synced;
@@ -354,8 +357,8 @@ impl<R: Registry> Writer<R> {
             self.schedule.push(name, true);
             return;
         }
-        if self.assignments.wish(name, stored.assignment.as_ref()).is_some() {
-            // Its status is looked at when that is done.
+        if self.assignments.requested(name, stored.assignment.as_ref()).is_some() {
+            // `finished` considers its status.
             self.schedule.push_assignment(name);
             return;
         }
@@ -392,8 +395,8 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// An unchanged row, renewed so that its readers can tell it from one that nobody writes any more; foreign edits do
-    /// not last either. Those of a controller that just started are spread over the first interval.
+    /// Renews an unchanged row, so that readers can distinguish it from an abandoned one; this also reverts edits by
+    /// others. After a start the renewals are spread over the first interval.
     fn renew(&mut self, name: &Arc<str>, now: Instant) {
         let interval = renewal_interval(self.entries.len());
         let Some(entry) = self.entries.get_mut(name) else { return };
@@ -405,7 +408,7 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// The row as it should be. `None`: another replica has the node.
+    /// Computes the row; `None` if another replica serves the node.
     fn make(&mut self, name: &Arc<str>) -> Option<Row> {
         let nodes = self.entries.len();
         let entry = self.entries.get_mut(name)?;
@@ -415,7 +418,7 @@ impl<R: Registry> Writer<R> {
             (Some(_), _) => return None,
             (None, _) => {}
         }
-        let closed = self.settings.agents.are_kept_out() && self.started.elapsed() >= CLOSED;
+        let closed = self.settings.agents.are_rejected() && self.started.elapsed() >= CLOSED;
         let settled = self.registry.settled() || closed;
         let absence = if settled { Absence::Certain } else { awaited(self.started.elapsed(), nodes) };
         let kubelet = entry.node.as_ref().and_then(|node| node.kubelet_lost.as_deref());
@@ -427,10 +430,10 @@ impl<R: Registry> Writer<R> {
             None => settled || !came_before,
         };
         agents.set_missing(name, missing);
-        let obstacle = missing.then(|| agents.obstacle(name, kubelet)).flatten();
+        let blocker = missing.then(|| agents.blocker(name, kubelet)).flatten();
         let row = row(Inputs {
             observation: observation.as_ref(),
-            obstacle: obstacle.as_ref(),
+            blocker: blocker.as_ref(),
             previous: stored.and_then(|stored| stored.status.as_ref()),
             row_generation: stored.and_then(|stored| stored.generation),
             replica: &self.settings.replica,
@@ -442,22 +445,22 @@ impl<R: Registry> Writer<R> {
         Some(row)
     }
 
-    /// What others are to know of a row as it was read.
-    fn read(&self, name: &Arc<str>, stored: &Stored) {
+    /// Publishes high-water marks and assignment of a row that was read.
+    fn publish(&self, name: &Arc<str>, stored: &Stored) {
         self.floors.set(name, stored.status.as_ref());
         let had_agent = stored.status.as_ref().is_some_and(|status| status.connection.is_some());
         let row = StoredAssignment { profile: stored.assignment.clone(), had_agent };
         self.assignments.set(name, &row);
     }
 
-    fn finished(&mut self, name: &Arc<str>, assigned: bool, outcome: Outcome) {
+    fn finished(&mut self, name: &Arc<str>, lane: Lane, outcome: Outcome) {
         self.metrics.written(outcome.label());
-        self.assigning -= usize::from(assigned);
+        self.assigning -= usize::from(lane == Lane::Assignment);
         if !matches!(outcome, Outcome::Failed(_)) {
             self.failures = 0;
         }
         if let Outcome::Stored(stored) | Outcome::Conflict(stored) = &outcome {
-            self.read(name, stored);
+            self.publish(name, stored);
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
@@ -468,20 +471,24 @@ impl<R: Registry> Writer<R> {
                 entry.kept = None;
             }
             Outcome::Conflict(stored) => {
-                if assigned {
-                    self.assignments.forget_wish(name);
+                if lane == Lane::Assignment {
+                    self.assignments.cancel(name);
                 }
                 entry.take(name, *stored, &self.settings.replica, session);
             }
             Outcome::Missing => entry.row_gone(),
             Outcome::Failed(error) => {
-                self.complain(&error);
+                self.log_error(&error);
                 let now = Instant::now();
                 self.failures += 1;
                 if self.failures >= FAILURES {
                     self.paused_until = Some(now + PAUSE);
                 }
-                self.schedule.at(name, now + if assigned { RETRY_ASSIGNMENT } else { RETRY });
+                let delay = match lane {
+                    Lane::Assignment => RETRY_ASSIGNMENT,
+                    Lane::Row => RETRY,
+                };
+                self.schedule.at(name, now + delay);
                 return;
             }
         }
@@ -497,25 +504,25 @@ impl<R: Registry> Writer<R> {
         self.assignments.remove(name);
     }
 
-    /// At most once a minute: rows are many, and the cause is one.
-    fn complain(&mut self, error: &kube::Error) {
+    /// Logs at most one error per minute: many rows fail for the same cause.
+    fn log_error(&mut self, error: &kube::Error) {
         let now = Instant::now();
-        if self.complained.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
+        if self.error_logged.is_some_and(|at| now.duration_since(at) < Duration::from_secs(60)) {
             return;
         }
-        self.complained = Some(now);
+        self.error_logged = Some(now);
         if is_missing_kind(error) {
             tracing::error!(
                 "the kind ProxyStatus (switchtower.dev/v1alpha1) is not installed; install it with \
-                 `kubectl apply -k crds/yaml`; agents are served meanwhile, and it is tried again"
+                 `kubectl apply -k crds/yaml`; agents are served without it; retrying"
             );
         } else {
-            tracing::warn!(%error, "writing ProxyStatus failed; agents are served meanwhile, and it is tried again");
+            tracing::warn!(%error, "failed to write ProxyStatus; agents are served without it; retrying");
         }
     }
 }
 
-/// What a missing agent means before streams have been accepted for long.
+/// Returns the meaning of a missing agent for this time after the start.
 fn awaited(elapsed: Duration, nodes: usize) -> Absence {
     let grace = GRACE + GRACE_PER_NODE * u32::try_from(nodes).unwrap_or(u32::MAX);
     match grace.checked_sub(elapsed) {
@@ -524,7 +531,7 @@ fn awaited(elapsed: Duration, nodes: usize) -> Absence {
     }
 }
 
-/// Another replica claimed the row after we last read it, with a session that is not older than ours.
+/// Returns true if another replica claimed the row since it was last read, with a session that is not older than ours.
 fn taken_over(before: Option<&Stored>, now: &Stored, replica: &str, session: u64) -> bool {
     let connection = |stored: &Stored| stored.status.as_ref().and_then(|status| status.connection.clone());
     let Some(claimed) = connection(now) else { return false };
@@ -534,13 +541,13 @@ fn taken_over(before: Option<&Stored>, now: &Stored, replica: &str, session: u64
         && u64::try_from(claimed.session).is_ok_and(|theirs| theirs >= session)
 }
 
-/// STATE or a condition's status or reason changed: worth a write at once.
+/// Returns true if STATE or the status or reason of a condition changed: such a row is written at once.
 fn is_transition(before: &ProxyStatusStatus, after: &ProxyStatusStatus) -> bool {
-    let words = |status: &ProxyStatusStatus| -> Vec<(String, String, String)> {
+    let summary = |status: &ProxyStatusStatus| -> Vec<(String, String, String)> {
         let conditions = status.conditions.iter();
         conditions.map(|known| (known.type_.clone(), known.status.clone(), known.reason.clone())).collect()
     };
-    before.state != after.state || words(before) != words(after)
+    before.state != after.state || summary(before) != summary(after)
 }
 
 async fn sleep_until(date: Option<Instant>) {

@@ -1,7 +1,7 @@
-//! Asks agents that run and are not connected why that is.
+//! Queries agents that run and are not connected for the reason.
 //!
-//! A plain HTTP request to the agent's health port, which load balancers and the kubelet ask too. The answer
-//! is not authenticated: it is shown to people, and nothing else depends on it.
+//! Sends a plain HTTP request to the agent's health port, as load balancers and the kubelet do. The answer is not
+//! authenticated: it is only displayed, and nothing else depends on it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -11,60 +11,60 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::pod::{bounded, word};
-use super::{Agents, Obstacle};
+use super::pod::{bounded, condition_reason};
+use super::{Agents, Blocker};
 
-/// Requests under way at once.
+/// Maximum number of concurrent requests.
 const CONCURRENCY: usize = 16;
-/// Between two rounds.
+/// Interval between rounds.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// For one request.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Longest answer that is read.
+/// Timeout of a request.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum length of an answer, in bytes.
 const LENGTH_LIMIT: u64 = 8 << 10;
 
-/// What an agent answered.
+/// Answer of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// Its word.
-    Heard(Connection),
-    /// Nothing that could be understood: what went wrong.
-    Silent(String),
+    /// The agent's connection status.
+    Status(Connection),
+    /// The request failed or the answer is not valid; the error.
+    Failed(String),
 }
 
 /// The body of `/connection`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Connection {
-    /// It has a stream to a controller, maybe another one.
+    /// The agent has a stream to a controller, possibly another one.
     pub connected: bool,
-    /// Why not, in one word.
+    /// CamelCase reason why it has none.
     #[serde(default)]
     pub reason: String,
-    /// For people.
+    /// Description of the reason.
     #[serde(default)]
     pub detail: String,
 }
 
 impl Answer {
-    /// The obstacle that it names, for the Pod of this name; `last_words` of a container that ended before.
+    /// Returns the blocker in the answer. `last_exit` describes the exit of the Pod's previous container.
     #[must_use]
-    pub fn obstacle(&self, pod: &str, last_words: Option<&str>) -> Option<Obstacle> {
-        let before = last_words.map(|words| format!("; {words}")).unwrap_or_default();
+    pub fn blocker(&self, pod: &str, last_exit: Option<&str>) -> Option<Blocker> {
+        let before = last_exit.map(|exit| format!("; {exit}")).unwrap_or_default();
         match self {
-            Self::Heard(Connection { connected: true, .. }) => None,
-            Self::Heard(Connection { reason, detail, .. }) => Some(Obstacle {
-                reason: word(reason),
-                message: format!("Pod {pod} runs; its agent says: {}{before}", bounded(detail)),
+            Self::Status(Connection { connected: true, .. }) => None,
+            Self::Status(Connection { reason, detail, .. }) => Some(Blocker {
+                reason: condition_reason(reason),
+                message: format!("Pod {pod} is running; its agent reports: {}{before}", bounded(detail)),
             }),
-            Self::Silent(error) => Some(Obstacle::new(
+            Self::Failed(error) => Some(Blocker::new(
                 "AgentNotAnswering",
-                format!("Pod {pod} runs; its agent does not answer: {}{before}", bounded(error)),
+                format!("Pod {pod} is running; its agent does not answer: {}{before}", bounded(error)),
             )),
         }
     }
 }
 
-/// Asks, in rounds, for as long as agents are missing.
+/// Queries missing agents in rounds.
 pub async fn run(agents: Agents) {
     loop {
         let round = agents.to_ask().await;
@@ -79,28 +79,28 @@ pub async fn run(agents: Agents) {
 }
 
 async fn ask(address: SocketAddr) -> Answer {
-    let asked = tokio::time::timeout(PATIENCE, get(address)).await;
+    let asked = tokio::time::timeout(TIMEOUT, get(address)).await;
     let text = match asked {
         Ok(Ok(text)) => text,
-        Ok(Err(error)) => return Answer::Silent(format!("http://{address}/connection: {error}")),
+        Ok(Err(error)) => return Answer::Failed(format!("http://{address}/connection: {error}")),
         Err(_) => {
-            return Answer::Silent(format!(
+            return Answer::Failed(format!(
                 "http://{address}/connection: no answer within {} s",
-                PATIENCE.as_secs()
+                TIMEOUT.as_secs()
             ));
         }
     };
     let body = text.split_once("\r\n\r\n").map(|(_, body)| body).unwrap_or_default();
     match serde_json::from_str(body) {
-        Ok(connection) => Answer::Heard(connection),
+        Ok(connection) => Answer::Status(connection),
         Err(_) => {
             let status = text.lines().next().unwrap_or_default();
-            Answer::Silent(format!("http://{address}/connection answers {status:?}"))
+            Answer::Failed(format!("http://{address}/connection: unexpected answer {status:?}"))
         }
     }
 }
 
-/// HTTP/1.0: the answer ends with the connection.
+/// Sends an HTTP/1.0 request: the end of the connection ends the answer.
 async fn get(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET /connection HTTP/1.0\r\nHost: {address}\r\n\r\n");

@@ -10,7 +10,7 @@ use super::Agents;
 use super::pod::{AgentPod, agent_pod};
 use crate::watch::Restores;
 
-/// Follows them for ever. Where the controller may not read Pods, rows go without; it is tried again.
+/// Watches the Pods until the process ends. Retries while the controller may not read Pods; rows then have no blocker.
 pub async fn run(
     client: Client,
     namespace: String,
@@ -24,7 +24,7 @@ pub async fn run(
         || Box::pin(watch(api.clone(), watcher::Config::default().fields(&selector)).default_backoff());
     let mut events = follow();
     let mut listed: Vec<AgentPod> = Vec::new();
-    let mut complained = false;
+    let mut logged = false;
     loop {
         let event = tokio::select! {
             event = events.next() => event,
@@ -39,15 +39,15 @@ pub async fn run(
             Ok(Event::InitApply(pod)) => listed.extend(agent_pod(&pod)),
             Ok(Event::InitDone) => {
                 agents.pods_listed(std::mem::take(&mut listed));
-                complained = false;
+                logged = false;
             }
             Ok(Event::Apply(pod)) => agent_pod(&pod).into_iter().for_each(|pod| agents.pod(pod)),
             Ok(Event::Delete(pod)) => {
                 agent_pod(&pod).into_iter().for_each(|pod| agents.pod_gone(&pod.node, &pod.name));
             }
             Err(error) => {
-                if !std::mem::replace(&mut complained, true) {
-                    tracing::warn!(%error, %namespace, "watching the agents' Pods failed; rows cannot say why an agent is missing; it is tried again");
+                if !std::mem::replace(&mut logged, true) {
+                    tracing::warn!(%error, %namespace, "failed to watch the agents' Pods; rows do not show why an agent is absent; retrying");
                 }
             }
         }

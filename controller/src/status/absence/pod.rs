@@ -1,4 +1,4 @@
-//! What an agent's Pod says about itself. Pure.
+//! Reads the state of an agent from its Pod. Pure.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -7,47 +7,47 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 use k8s_openapi::jiff::Timestamp;
 
-use super::Obstacle;
+use super::Blocker;
 
-/// The agent's health port, where a Pod does not name one `healthz`.
+/// Health port of an agent whose Pod has no port named `healthz`.
 const HEALTH_PORT: u16 = 10_256;
-/// Most bytes of a message that comes from a Pod.
+/// Maximum length of a message from a Pod, in bytes.
 const MESSAGE_LIMIT: usize = 1_024;
-/// The last words of a container are the end of its log: this many lines of it.
+/// Number of lines that are kept of a container's termination message, which is the end of its log.
 const LAST_LINES: usize = 5;
 
 /// One Pod of the agents' ServiceAccount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AgentPod {
-    /// The node that it is for, also before it is bound to it.
+    /// Node of the Pod, also before it is bound.
     pub node: Arc<str>,
-    /// Its name.
+    /// Name of the Pod.
     pub name: Arc<str>,
-    /// When it was created.
+    /// Creation time.
     pub created: Option<Timestamp>,
-    /// How far it is.
+    /// Stage of its life.
     pub stage: Stage,
 }
 
-/// How far a Pod is.
+/// Stage of a Pod's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stage {
-    /// The kubelet has not said anything about it yet.
+    /// The kubelet has not reported a status yet.
     Pending,
-    /// It does not run, for this reason.
-    Obstructed(Obstacle),
-    /// Its containers run.
+    /// A container does not run.
+    Blocked(Blocker),
+    /// All containers run.
     Running {
-        /// Where the agent answers; `None` while the Pod has no address.
+        /// Address of the agent's health port; `None` while the Pod has no address.
         address: Option<SocketAddr>,
-        /// How the container before this one ended.
-        last_words: Option<String>,
+        /// Description of the previous container's exit.
+        last_exit: Option<String>,
     },
-    /// It is being deleted.
+    /// The Pod is being deleted.
     Leaving,
 }
 
-/// Reads a Pod; `None` if it is for no node in particular.
+/// Reads a Pod; `None` if it belongs to no specific node.
 #[must_use]
 pub fn agent_pod(pod: &Pod) -> Option<AgentPod> {
     Some(AgentPod {
@@ -58,7 +58,7 @@ pub fn agent_pod(pod: &Pod) -> Option<AgentPod> {
     })
 }
 
-/// The node that the Pod is bound to, or that the DaemonSet controller made it for.
+/// Returns the node to which the Pod is bound, or for which the DaemonSet controller created it.
 fn node_of(pod: &Pod) -> Option<&str> {
     let spec = pod.spec.as_ref()?;
     if let Some(node) = spec.node_name.as_deref().filter(|name| !name.is_empty()) {
@@ -77,18 +77,21 @@ fn stage(pod: &Pod) -> Stage {
     }
     let Some(status) = &pod.status else { return Stage::Pending };
     let name = pod.metadata.name.as_deref().unwrap_or_default();
-    let obstructed = |reason: &str, message: String| {
-        Stage::Obstructed(Obstacle { reason: word(reason), message: format!("Pod {name}: {message}") })
+    let blocked = |reason: &str, message: String| {
+        Stage::Blocked(Blocker {
+            reason: condition_reason(reason),
+            message: format!("Pod {name}: {message}"),
+        })
     };
     if let Some(condition) = unscheduled(status) {
-        return obstructed(
+        return blocked(
             condition.0.unwrap_or("Unschedulable"),
             bounded(condition.1.unwrap_or("it is not scheduled")),
         );
     }
     if status.phase.as_deref() == Some("Failed") {
         let message = status.message.as_deref().unwrap_or("it failed, see `kubectl describe pod`");
-        return obstructed(status.reason.as_deref().unwrap_or("PodFailed"), bounded(message));
+        return blocked(status.reason.as_deref().unwrap_or("PodFailed"), bounded(message));
     }
     let containers = status
         .init_container_statuses
@@ -96,37 +99,37 @@ fn stage(pod: &Pod) -> Stage {
         .flatten()
         .map(|container| (container, true))
         .chain(status.container_statuses.iter().flatten().map(|container| (container, false)));
-    let mut last_words = None;
+    let mut last_exit = None;
     let mut seen = false;
     for (container, init) in containers {
         seen = true;
         if let Some((reason, message)) = trouble(container, init) {
-            return obstructed(reason, message);
+            return blocked(reason, message);
         }
-        last_words = last_words.or_else(|| last_end(container));
+        last_exit = last_exit.or_else(|| last_end(container));
     }
     if !seen {
         return Stage::Pending;
     }
-    Stage::Running { address: address(pod, status), last_words }
+    Stage::Running { address: address(pod, status), last_exit }
 }
 
-/// Reason and message of the condition that says that no node takes the Pod.
+/// Returns reason and message of a false condition PodScheduled.
 fn unscheduled(status: &PodStatus) -> Option<(Option<&str>, Option<&str>)> {
     let condition = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled")?;
     (condition.status == "False").then_some((condition.reason.as_deref(), condition.message.as_deref()))
 }
 
-/// Why a container does not run, as the kubelet puts it.
+/// Returns why a container does not run, with the kubelet's reason.
 fn trouble(container: &ContainerStatus, init: bool) -> Option<(&str, String)> {
     let state = container.state.as_ref()?;
     let name = &container.name;
     match state {
         ContainerState { waiting: Some(waiting), .. } => {
             let reason = waiting.reason.as_deref().unwrap_or("ContainerWaiting");
-            let mut message = format!("container {name} waits ({reason})");
-            if let Some(words) = waiting.message.as_deref().filter(|words| !words.is_empty()) {
-                message = format!("{message}: {}", bounded(words));
+            let mut message = format!("container {name} is waiting ({reason})");
+            if let Some(detail) = waiting.message.as_deref().filter(|detail| !detail.is_empty()) {
+                message = format!("{message}: {}", bounded(detail));
             }
             if let Some(end) = last_end(container) {
                 message = format!("{message}; {end}");
@@ -137,15 +140,15 @@ fn trouble(container: &ContainerStatus, init: bool) -> Option<(&str, String)> {
             let reason = end.reason.as_deref().filter(|reason| !reason.is_empty()).unwrap_or("Terminated");
             Some((reason, format!("container {name} {}", ended(end))))
         }
-        // An init container that runs keeps the agent from starting; it is not yet a failure.
+        // A running init container delays the start of the agent; it is not a failure.
         ContainerState { running: Some(_), .. } if init && !restarts(container) => {
-            Some(("PodInitializing", format!("init container {name} runs")))
+            Some(("PodInitializing", format!("init container {name} is still running")))
         }
         _ => None,
     }
 }
 
-/// A sidecar: an init container that goes on beside the others.
+/// Returns true for a sidecar: an init container that keeps running alongside the others.
 fn restarts(container: &ContainerStatus) -> bool {
     container.started == Some(true) && container.ready
 }
@@ -153,23 +156,23 @@ fn restarts(container: &ContainerStatus) -> bool {
 fn last_end(container: &ContainerStatus) -> Option<String> {
     let end = container.last_state.as_ref()?.terminated.as_ref()?;
     let times = container.restart_count;
-    Some(format!("container {} was restarted {times} times, it {}", container.name, ended(end)))
+    Some(format!("container {} was restarted {times} times; it {}", container.name, ended(end)))
 }
 
-/// "ended with exit code 1 (Error): last words".
+/// Formats an exit, for example "ended with exit code 1 (Error): end of the log".
 fn ended(end: &ContainerStateTerminated) -> String {
     let mut text = match end.signal.filter(|signal| *signal != 0) {
-        Some(signal) => format!("was ended by signal {signal}"),
+        Some(signal) => format!("was killed by signal {signal}"),
         None => format!("ended with exit code {}", end.exit_code),
     };
     if let Some(reason) = end.reason.as_deref().filter(|reason| !reason.is_empty()) {
         text = format!("{text} ({reason})");
     }
-    let words = end.message.as_deref().map(bounded).unwrap_or_default();
-    if words.is_empty() { text } else { format!("{text}: {words}") }
+    let message = end.message.as_deref().map(bounded).unwrap_or_default();
+    if message.is_empty() { text } else { format!("{text}: {message}") }
 }
 
-/// Where the agent answers: the port that it names `healthz`, on the Pod's address.
+/// Returns the address of the agent's health port: the port named `healthz` on the Pod's address.
 fn address(pod: &Pod, status: &PodStatus) -> Option<SocketAddr> {
     let ip = status.pod_ip.as_deref()?.parse().ok()?;
     let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
@@ -179,15 +182,15 @@ fn address(pod: &Pod, status: &PodStatus) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, port.unwrap_or(HEALTH_PORT)))
 }
 
-/// A reason as the API server takes it in a condition; one that it would refuse would cost the whole row.
-pub(super) fn word(text: &str) -> Cow<'static, str> {
+/// Returns a reason that the API server accepts in a condition: an invalid one would make it refuse the whole row.
+pub(super) fn condition_reason(text: &str) -> Cow<'static, str> {
     let good = text.len() <= 128
         && text.starts_with(|first: char| first.is_ascii_alphabetic())
         && text.chars().all(|letter| letter.is_ascii_alphanumeric());
     Cow::Owned(if good { text } else { "AgentNotRunning" }.to_owned())
 }
 
-/// The last lines as one, without control characters.
+/// Joins the last lines of a text, without control characters and within [`MESSAGE_LIMIT`].
 pub(super) fn bounded(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = lines.get(lines.len().saturating_sub(LAST_LINES)..).unwrap_or_default().join(" | ");

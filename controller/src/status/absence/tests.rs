@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::ask::{Answer, Connection};
 use super::pod::{AgentPod, Stage, agent_pod};
-use super::{Agents, Obstacle};
+use super::{Agents, Blocker};
 
 const NODE: &str = "alpha";
 
@@ -43,49 +43,49 @@ fn crashed(message: &str) -> Value {
 }
 
 #[track_caller]
-fn obstructed(status: &Value, reason: &str, words: &[&str]) {
-    let Stage::Obstructed(obstacle) = parsed("agent-x", status).stage else {
+fn blocked(status: &Value, reason: &str, words: &[&str]) {
+    let Stage::Blocked(blocker) = parsed("agent-x", status).stage else {
         panic!("{:?}", parsed("agent-x", status).stage)
     };
-    assert_eq!(obstacle.reason, reason, "{}", obstacle.message);
+    assert_eq!(blocker.reason, reason, "{}", blocker.message);
     for word in words {
-        assert!(obstacle.message.contains(word), "{word:?} is not in {:?}", obstacle.message);
+        assert!(blocker.message.contains(word), "{word:?} is not in {:?}", blocker.message);
     }
 }
 
 #[test]
-fn what_keeps_a_pod_from_running_has_the_kubelets_reason() {
+fn blocked_pod_has_the_reason_of_the_kubelet() {
     let waiting = |reason: &str, message: &str| json!({"waiting": {"reason": reason, "message": message}});
     let none = json!({});
-    obstructed(
+    blocked(
         &container(&waiting("ErrImagePull", "not found: agent:9"), &none, 0),
         "ErrImagePull",
         &["Pod agent-x", "container node-agent", "not found: agent:9"],
     );
-    obstructed(&container(&waiting("ImagePullBackOff", ""), &none, 0), "ImagePullBackOff", &["node-agent"]);
-    obstructed(&container(&waiting("ContainerCreating", ""), &none, 0), "ContainerCreating", &[]);
-    obstructed(
+    blocked(&container(&waiting("ImagePullBackOff", ""), &none, 0), "ImagePullBackOff", &["node-agent"]);
+    blocked(&container(&waiting("ContainerCreating", ""), &none, 0), "ContainerCreating", &[]);
+    blocked(
         &container(&waiting("CreateContainerConfigError", "configmap \"x\" not found"), &none, 0),
         "CreateContainerConfigError",
         &["configmap \"x\" not found"],
     );
-    obstructed(
+    blocked(
         &container(&waiting("CrashLoopBackOff", "back-off 40s"), &crashed("no --node-name\n"), 3),
         "CrashLoopBackOff",
         &["back-off 40s", "restarted 3 times", "exit code 1 (Error)", "no --node-name"],
     );
-    obstructed(
+    blocked(
         &container(&json!({"terminated": {"exitCode": 137, "signal": 9, "reason": "OOMKilled"}}), &none, 0),
         "OOMKilled",
         &["signal 9"],
     );
-    obstructed(
+    blocked(
         &json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False",
             "reason": "Unschedulable", "message": "0/3 nodes are available: 1 node didn't have free ports"}]}),
         "Unschedulable",
         &["free ports"],
     );
-    obstructed(
+    blocked(
         &json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}),
         "Evicted",
         &["memory"],
@@ -93,7 +93,7 @@ fn what_keeps_a_pod_from_running_has_the_kubelets_reason() {
 }
 
 #[test]
-fn an_init_container_that_fails_is_named_and_one_that_is_done_is_not() {
+fn failed_init_container_is_named_and_completed_is_not() {
     let with_init = |init: &Value| {
         let mut status = running();
         status["initContainerStatuses"] = json!([{
@@ -101,24 +101,24 @@ fn an_init_container_that_fails_is_named_and_one_that_is_done_is_not() {
         }]);
         status
     };
-    obstructed(&with_init(&crashed("read-only file system")), "Error", &["container sysctl", "read-only"]);
-    obstructed(&with_init(&json!({"running": {}})), "PodInitializing", &["sysctl"]);
+    blocked(&with_init(&crashed("read-only file system")), "Error", &["container sysctl", "read-only"]);
+    blocked(&with_init(&json!({"running": {}})), "PodInitializing", &["sysctl"]);
     let done = with_init(&json!({"terminated": {"exitCode": 0, "reason": "Completed"}}));
     assert!(matches!(parsed("agent-x", &done).stage, Stage::Running { .. }));
 }
 
 #[test]
-fn words_of_a_container_cannot_break_the_row() {
+fn text_of_a_container_cannot_break_the_row() {
     let garbage = format!("first\nsecond\n\u{1b}[31mthird\nfourth\nfifth\nsixth\n{}", "x".repeat(5_000));
     let status = container(&json!({"waiting": {"reason": "no such-word!"}}), &crashed(&garbage), 1);
-    let Stage::Obstructed(Obstacle { reason, message }) = parsed("agent-x", &status).stage else { panic!() };
-    assert_eq!(reason, "AgentNotRunning", "the API server would refuse the kubelet's word");
+    let Stage::Blocked(Blocker { reason, message }) = parsed("agent-x", &status).stage else { panic!() };
+    assert_eq!(reason, "AgentNotRunning", "the API server would refuse the reason");
     assert!(message.len() < 2_048 && !message.contains(char::is_control), "{message}");
     assert!(message.contains("fourth") && !message.contains("second"), "the end of the log: {message}");
 }
 
 #[test]
-fn a_pod_that_is_not_scheduled_is_for_the_node_of_its_affinity() {
+fn unscheduled_pod_belongs_to_the_node_of_its_affinity() {
     let mut pod = pod("agent-x", &json!({"phase": "Pending"}));
     let spec = pod.spec.as_mut().unwrap();
     spec.node_name = None;
@@ -130,38 +130,38 @@ fn a_pod_that_is_not_scheduled_is_for_the_node_of_its_affinity() {
 }
 
 fn reason(agents: &Agents) -> Option<String> {
-    agents.obstacle(NODE, None).map(|obstacle| obstacle.reason.into_owned())
+    agents.blocker(NODE, None).map(|blocker| blocker.reason.into_owned())
 }
 
-fn heard(connected: bool, reason: &str) -> Answer {
-    Answer::Heard(Connection { connected, reason: reason.into(), detail: "detail".into() })
+fn status(connected: bool, reason: &str) -> Answer {
+    Answer::Status(Connection { connected, reason: reason.into(), detail: "detail".into() })
 }
 
 #[tokio::test]
-async fn the_agents_own_word_counts_once_its_pod_runs() {
+async fn answer_of_the_agent_counts_once_its_pod_runs() {
     let (agents, node) = (Agents::default(), NODE.into());
     assert_eq!(reason(&agents), None);
     agents.pod(parsed("agent-x", &running()));
-    assert_eq!(reason(&agents), None, "nobody asked it yet");
+    assert_eq!(reason(&agents), None, "not queried yet");
     agents.set_missing(&node, true);
     let asked = agents.to_ask().await;
     assert_eq!(asked, [(node.clone(), "192.0.2.7:11256".parse().unwrap())]);
     agents.changed().await;
-    agents.answered(&node, heard(false, "BootstrapMissing"));
+    agents.answered(&node, status(false, "BootstrapMissing"));
     assert_eq!(agents.changed().await, std::slice::from_ref(&node));
     assert_eq!(reason(&agents).unwrap(), "BootstrapMissing");
-    agents.answered(&node, Answer::Silent("connection refused".into()));
+    agents.answered(&node, Answer::Failed("connection refused".into()));
     assert_eq!(reason(&agents).unwrap(), "AgentNotAnswering");
-    agents.answered(&node, heard(true, ""));
-    assert_eq!(reason(&agents), None, "on its way to here, or to another replica");
-    agents.answered(&node, heard(false, "not a word"));
+    agents.answered(&node, status(true, ""));
+    assert_eq!(reason(&agents), None, "connecting to this or another replica");
+    agents.answered(&node, status(false, "not a word"));
     assert_eq!(reason(&agents).unwrap(), "AgentNotRunning".to_owned());
     agents.set_missing(&node, false);
     assert_eq!(reason(&agents), None, "it is connected");
 }
 
 #[test]
-fn the_pod_that_stays_counts() {
+fn deleted_pod_does_not_count() {
     let agents = Agents::default();
     let waiting = |reason: &str| container(&json!({"waiting": {"reason": reason}}), &json!({}), 0);
     let mut old = parsed("agent-a", &waiting("CrashLoopBackOff"));
@@ -183,7 +183,7 @@ fn the_pod_that_stays_counts() {
 }
 
 #[test]
-fn a_node_without_an_agents_pod_is_news_only_where_agents_are_pods() {
+fn missing_pod_counts_only_if_agents_run_as_pods() {
     let agents = Agents::default();
     let elsewhere = AgentPod { node: "beta".into(), ..parsed("agent-b", &running()) };
     agents.pod(elsewhere.clone());
@@ -195,11 +195,11 @@ fn a_node_without_an_agents_pod_is_news_only_where_agents_are_pods() {
 }
 
 #[test]
-fn a_lost_kubelet_makes_its_pods_status_old() {
+fn lost_kubelet_precedes_the_status_of_its_pods() {
     let agents = Agents::default();
     agents.pod(parsed("agent-x", &running()));
-    let lost = agents.obstacle(NODE, Some("Kubelet stopped posting node status.")).unwrap();
+    let lost = agents.blocker(NODE, Some("Kubelet stopped posting node status.")).unwrap();
     assert_eq!(lost.reason, "NodeStatusUnknown");
-    agents.closed(Some(Obstacle::new("ControllerNotListening", "")));
-    assert_eq!(agents.obstacle(NODE, Some("")).unwrap().reason, "ControllerNotListening");
+    agents.closed(Some(Blocker::new("ControllerNotListening", "")));
+    assert_eq!(agents.blocker(NODE, Some("")).unwrap().reason, "ControllerNotListening");
 }

@@ -1,4 +1,4 @@
-//! Tables: what was observed, and the columns that `kubectl get proxystatus` prints.
+//! Observations, and the columns that `kubectl get proxystatus` prints for them.
 
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
 use switchtower_core::locality::{Detection, Locality};
@@ -6,7 +6,7 @@ use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
 use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
-use crate::status::absence::Obstacle;
+use crate::status::absence::Blocker;
 use crate::status::observation::{Failure, Observation};
 
 fn now() -> Timestamp {
@@ -40,22 +40,22 @@ fn make(observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>,
 
 fn make_with(
     observation: Option<&Observation>,
-    obstacle: Option<&Obstacle>,
+    blocker: Option<&Blocker>,
     previous: Option<&ProxyStatusStatus>,
     settled: bool,
 ) -> Row {
     let absence = if settled { Absence::Certain } else { Absence::Expected(DISCONNECT_GRACE) };
-    make_absent(observation, obstacle, previous, absence)
+    make_absent(observation, blocker, previous, absence)
 }
 
 fn make_absent(
     observation: Option<&Observation>,
-    obstacle: Option<&Obstacle>,
+    blocker: Option<&Blocker>,
     previous: Option<&ProxyStatusStatus>,
     absence: Absence,
 ) -> Row {
     let row_generation = Some(1);
-    row(Inputs { observation, obstacle, previous, row_generation, replica: "tower-0", absence, now: now() })
+    row(Inputs { observation, blocker, previous, row_generation, replica: "tower-0", absence, now: now() })
 }
 
 /// STATE, Ready and its reason.
@@ -73,7 +73,7 @@ fn check(observation: &Observation, state: &str, ready: &str, reason: &str) -> R
 }
 
 #[test]
-fn a_healthy_node() {
+fn healthy_node_is_synced() {
     let row = check(&healthy(), "Synced", "True", "UpToDate");
     let kinds: Vec<_> = row.status.conditions.iter().map(|condition| condition.type_.as_str()).collect();
     assert_eq!(
@@ -88,7 +88,7 @@ fn a_healthy_node() {
 }
 
 #[test]
-fn limits_that_are_not_in_force_are_a_condition() {
+fn kernel_settings_not_in_force_are_a_condition() {
     let unset = vec!["nf_conntrack_max is 262144, wanted 524288: Read-only file system".to_owned()];
     let row = check(&Observation { unset_kernel_settings: unset, ..healthy() }, "Synced", "True", "UpToDate");
     let condition = row.status.conditions.iter().find(|one| one.type_ == "KernelSettings").unwrap();
@@ -125,7 +125,7 @@ fn every_state_and_its_reason() {
 }
 
 #[test]
-fn a_refusal_is_kept_until_the_node_is_in_order() {
+fn last_error_is_kept_until_the_node_is_synced() {
     let failure = Failure { reason: "KernelRefused", detail: "EPERM".into(), errno: 1, generation: 11 };
     let failed = Observation { failure: Some(failure), ..healthy() };
     let first = check(&failed, "ApplyFailed", "False", "KernelRefused");
@@ -138,52 +138,52 @@ fn a_refusal_is_kept_until_the_node_is_in_order() {
 }
 
 #[test]
-fn a_short_interruption_is_no_transition() {
+fn short_interruption_is_no_transition() {
     let row = check(&Observation { lost_since: Some(ago(4)), ..healthy() }, "Synced", "True", "UpToDate");
     assert_eq!(row.check_after.unwrap().as_secs(), 6);
     assert!(row.status.agent.unwrap().connected_to.is_some());
 }
 
 #[test]
-fn a_node_without_an_agent() {
+fn node_without_an_agent_is_absent() {
     let row = make(None, None, false);
     assert_eq!(columns(&row), ("Absent".into(), "False".into(), "NoAgent".into()));
     assert_eq!(row.status.connection, None);
 }
 
 #[test]
-fn after_a_restart_of_the_controller_rows_stay_until_agents_had_time_to_return() {
+fn rows_stay_after_a_restart_until_agents_could_reconnect() {
     let before = make(Some(&healthy()), None, true).status;
     let early = make(None, Some(&before), false);
     assert_eq!((early.status.clone(), early.check_after), (before.clone(), Some(DISCONNECT_GRACE)));
-    assert!(!early.confirmed, "nobody has seen the agent");
+    assert!(!early.confirmed, "the agent was not observed");
     let late = make(None, Some(&before), true);
     assert_eq!(columns(&late), ("Stale".into(), "False".into(), "AgentDisconnected".into()));
-    assert_eq!(late.status.generation, before.generation, "what the kernel held is kept");
+    assert_eq!(late.status.generation, before.generation, "the last generation is kept");
     assert_eq!(late.status.agent.unwrap().connected_to, None);
 }
 
 #[test]
-fn an_overdue_agent_makes_readiness_unknown() {
+fn overdue_agent_makes_readiness_unknown() {
     let overdue = |before: &ProxyStatusStatus| make_absent(None, None, Some(before), Absence::Overdue);
     let before = make(Some(&healthy()), None, true).status;
     let row = overdue(&before);
     assert_eq!(columns(&row), ("Unknown".into(), "Unknown".into(), "AwaitingAgent".into()));
     assert_eq!(row.status.generation, before.generation);
-    assert_eq!(columns(&overdue(&row.status)), columns(&row), "and stays so");
+    assert_eq!(columns(&overdue(&row.status)), columns(&row), "the row is stable");
     let migrating = Observation { foreign_proxy: true, ..healthy() };
     assert_eq!(overdue(&make(Some(&migrating), None, true).status).status.state, "Unknown");
-    // What is wrong stays said.
+    // A row that is not ready stays unchanged.
     let failed = Observation { drift_at: Some(ago(5)), ..healthy() };
     let failed = make(Some(&failed), None, true).status;
     let row = overdue(&failed);
     assert_eq!((row.status, row.confirmed), (failed, false));
-    // A node without any agent ever is not awaited.
+    // An agent that never connected is not overdue.
     assert_eq!(make_absent(None, None, None, Absence::Overdue).status.state, "Absent");
 }
 
 #[test]
-fn transition_times_move_only_with_the_status() {
+fn transition_time_changes_only_with_the_status() {
     let mut before = make(Some(&healthy()), None, true).status;
     for condition in &mut before.conditions {
         condition.last_transition_time.0 = ago(500);
@@ -206,10 +206,10 @@ fn samples_are_bounded_and_numbers_fit_the_api() {
 }
 
 #[test]
-fn an_obstacle_is_the_reason_of_a_missing_agent_and_of_no_other() {
-    let obstacle = Obstacle::new("ErrImagePull", "no such image");
+fn blocker_is_the_reason_of_an_absent_agent_only() {
+    let blocker = Blocker::new("ErrImagePull", "no such image");
     let with = |observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>| {
-        let row = make_with(observation, Some(&obstacle), previous, true);
+        let row = make_with(observation, Some(&blocker), previous, true);
         let connected = row.status.conditions.iter().find(|known| known.type_ == "Connected").unwrap();
         (columns(&row), connected.message.clone())
     };

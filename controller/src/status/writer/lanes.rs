@@ -1,5 +1,5 @@
-//! Which requests are made next: assignments in a lane of their own, so that a rollback does not wait for the news that
-//! it makes; everything else in the other.
+//! Selects the next requests. Assignments have a lane of their own, so that a rollback does not wait for the status
+//! writes that it causes.
 
 use std::sync::Arc;
 
@@ -12,13 +12,22 @@ use super::super::row::{Row, api_time};
 use super::super::schedule::{renewal_interval, validity};
 use super::Writer;
 
-/// Requests under way at once, but for those that assign.
+/// Maximum number of concurrent requests other than assignments.
 const CONCURRENCY: usize = 8;
-/// Requests under way at once that assign.
+/// Maximum number of concurrent assignments.
 const ASSIGNING: usize = 32;
 
+/// Lane of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Assignments.
+    Assignment,
+    /// All other requests.
+    Row,
+}
+
 impl<R: Registry> Writer<R> {
-    /// Starts what the budgets allow. Returns when to wake up at the latest.
+    /// Starts the requests that the budgets allow. Returns the latest time to call it again.
     pub(super) fn start_requests(&mut self) -> Option<Instant> {
         let date = self.schedule.next_date();
         self.paused_until = self.paused_until.filter(|date| *date > Instant::now());
@@ -28,7 +37,7 @@ impl<R: Registry> Writer<R> {
         earlier(date, earlier(self.start_assignments(), self.start_writes()))
     }
 
-    /// Assignments wait for nothing but each other.
+    /// Starts assignments, which wait only for each other.
     fn start_assignments(&mut self) -> Option<Instant> {
         while self.schedule.has_assignments() && self.assigning < ASSIGNING {
             if let Err(date) = self.assignment_budget.take(Instant::now()) {
@@ -64,20 +73,20 @@ impl<R: Registry> Writer<R> {
         if let Some(entry) = self.entries.get_mut(&name) {
             entry.in_flight = true;
         }
-        let assigned = matches!(request, Request::Assign(..));
-        self.assigning += usize::from(assigned);
+        let lane = if matches!(request, Request::Assign(..)) { Lane::Assignment } else { Lane::Row };
+        self.assigning += usize::from(lane == Lane::Assignment);
         let api = self.api.clone();
         self.running.spawn(async move {
             let outcome = request.run(api).await;
-            (name, assigned, outcome)
+            (name, lane, outcome)
         });
     }
 
     fn next_assignment(&self, name: &Arc<str>) -> Option<Request> {
         let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
         let stored = entry.stored.as_ref().filter(|_| entry.is_known())?;
-        let wish = self.assignments.wish(name, stored.assignment.as_ref())?;
-        Some(Request::Assign(name.clone(), Box::new(stored.clone()), wish))
+        let requested = self.assignments.requested(name, stored.assignment.as_ref())?;
+        Some(Request::Assign(name.clone(), Box::new(stored.clone()), requested))
     }
 
     fn next_request(&mut self, name: &Arc<str>) -> Option<Request> {
@@ -86,8 +95,8 @@ impl<R: Registry> Writer<R> {
             (None, None) => None,
             (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
             (Some(node), None) => {
-                let wish = self.assignments.wish(name, None);
-                Some(Request::Create(node.clone(), wish.or_else(|| entry.kept(node))))
+                let requested = self.assignments.requested(name, None);
+                Some(Request::Create(node.clone(), requested.or_else(|| entry.kept(node))))
             }
             (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
                 Some(Request::Adopt(node.clone(), stored.clone()))

@@ -14,13 +14,13 @@ use switchtower_crds::{PreviousRevision, ProfileAssignment};
 
 use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
-use crate::status::absence::{Agents, Obstacle};
+use crate::status::absence::{Agents, Blocker};
 use crate::status::{
     Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings,
 };
 use crate::watch::Upstream;
 
-/// Rows, and what was asked: method and name.
+/// Stored rows, and the writes as method and name.
 #[derive(Default)]
 struct Server {
     store: Store,
@@ -134,7 +134,7 @@ impl Lab {
         self.nodes.send(NodeEvent::Applied(identity)).unwrap();
     }
 
-    /// Virtual time: everything that can happen without waiting longer happens before this returns.
+    /// Advances the virtual time; all work that is due completes.
     async fn wait(&self, milliseconds: u64) {
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
     }
@@ -143,7 +143,7 @@ impl Lab {
         self.server.lock().unwrap().store.objects.get(&path(name)).cloned().unwrap_or_default()
     }
 
-    /// As somebody else changes it.
+    /// Changes a row as another client.
     fn change(&self, name: &str, change: impl FnOnce(&mut Value)) {
         self.server.lock().unwrap().store.change(&path(name), change);
     }
@@ -172,7 +172,7 @@ fn stored(replica: &str, session: i64) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_follows_its_node() {
+async fn row_follows_its_node() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.wait(100).await;
@@ -198,7 +198,7 @@ async fn a_row_follows_its_node() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn left_over_rows_go_once_all_nodes_are_known() {
+async fn left_over_rows_are_deleted_once_all_nodes_are_known() {
     let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     lab.wait(2_000).await;
     assert!(lab.writes().is_empty());
@@ -208,7 +208,7 @@ async fn left_over_rows_go_once_all_nodes_are_known() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_missing_crd_is_waited_for() {
+async fn writer_waits_for_a_missing_crd() {
     let lab = lab(Server { missing: true, ..Server::default() }).await;
     lab.node("n1", "u1");
     lab.wait(30_000).await;
@@ -219,7 +219,7 @@ async fn a_missing_crd_is_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn transitions_are_written_at_once_and_the_rest_once_a_second() {
+async fn transitions_are_written_at_once_others_once_per_second() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.wait(100).await;
@@ -245,7 +245,7 @@ async fn transitions_are_written_at_once_and_the_rest_once_a_second() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_that_another_replica_took_is_left_to_it() {
+async fn row_of_another_replica_is_not_written() {
     let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     assert_eq!((lab.floors.get("n1").generation, lab.floors.get("n1").session), (70, 4));
     lab.node("n1", "u1");
@@ -270,7 +270,7 @@ async fn a_row_that_another_replica_took_is_left_to_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_says_why_its_agent_is_missing() {
+async fn row_shows_the_blocker_of_its_agent() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.wait(30_000).await;
@@ -281,7 +281,7 @@ async fn a_row_says_why_its_agent_is_missing() {
         ready["reason"].as_str().unwrap().to_owned()
     };
     assert_eq!(reason(), "NoAgent");
-    lab.agents.closed(Some(Obstacle::new("ControllerNotListening", "the port is taken")));
+    lab.agents.closed(Some(Blocker::new("ControllerNotListening", "the port is taken")));
     lab.wait(2_000).await;
     assert_eq!(reason(), "ControllerNotListening");
     lab.agents.closed(None);
@@ -291,7 +291,7 @@ async fn a_row_says_why_its_agent_is_missing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
+async fn assignments_carry_the_version_of_their_decision() {
     let lab = lab(Server::default()).await;
     let name: Arc<str> = "n1".into();
     let want = |revision| {
@@ -302,10 +302,10 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
             trace_id: None,
             previous: None,
         };
-        lab.assignments.want(BTreeMap::from([(name.clone(), assignment)]));
+        lab.assignments.request(BTreeMap::from([(name.clone(), assignment)]));
     };
     let named = || lab.row("n1")["spec"]["profile"]["revision"].clone();
-    // Before there is a row: it is born with the assignment.
+    // Requested before the row exists: the row is created with the assignment.
     want(1);
     lab.node("n1", "u1");
     lab.wait(100).await;
@@ -315,7 +315,7 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
     want(2);
     lab.wait(100).await;
     assert_eq!((named(), lab.writes()[0].as_str()), (json!(2), "PATCH n1"));
-    // Somebody else was faster: what they wrote stays until the next decision.
+    // Another client wrote first: its assignment stays until the next decision.
     lab.change("n1", |row| row["spec"]["profile"] = json!({"name": "other", "revision": 9}));
     want(3);
     lab.wait(2_000).await;
@@ -331,19 +331,19 @@ async fn assignments_are_written_over_the_version_that_they_were_decided_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_missing_agent_is_news_once_agents_had_the_time_to_come_back() {
+async fn missing_agent_counts_after_the_time_to_reconnect() {
     let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
     lab.node("n1", "u1");
     lab.wait(9_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Synced", "agents need a moment");
-    assert!(lab.writes().is_empty(), "nobody can confirm the row");
+    assert!(lab.writes().is_empty(), "the row cannot be confirmed");
     lab.wait(3_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Unknown", "it must not claim to be ready");
     lab.wait(120_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Unknown", "streams are not accepted yet");
-    lab.agents.closed(Some(Obstacle::new("ControllerNotListening", "the port is taken")));
+    lab.agents.closed(Some(Blocker::new("ControllerNotListening", "the port is taken")));
     lab.wait(12_000).await;
-    assert_eq!(lab.row("n1")["status"]["state"], "Stale", "nobody can come");
+    assert_eq!(lab.row("n1")["status"]["state"], "Stale", "no agent can connect");
     lab.agents.closed(None);
     lab.fleet.settled.store(true, Ordering::Relaxed);
     lab.wait(12_000).await;
@@ -351,7 +351,7 @@ async fn a_missing_agent_is_news_once_agents_had_the_time_to_come_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
+async fn deleted_row_is_created_again_with_its_assignment() {
     let mut row = stored("tower-0", 4);
     row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
     let lab = lab(Server::with("n1", row)).await;
@@ -360,7 +360,7 @@ async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
     lab.fleet.set("n1", observed(71, 5));
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7, "the nodes keep their settings");
-    // Another Node of that name is not the one that was moved there.
+    // A new Node of the same name does not inherit the assignment.
     lab.server.lock().unwrap().store.objects.clear();
     lab.node("n1", "u2");
     lab.wait(2_000).await;
@@ -369,7 +369,7 @@ async fn a_row_that_was_deleted_is_made_again_with_its_assignment() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_that_went_while_the_watch_was_down_is_made_again() {
+async fn row_deleted_during_a_watch_failure_is_created_again() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.node("n2", "u2");
@@ -381,7 +381,7 @@ async fn a_row_that_went_while_the_watch_was_down_is_made_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_that_flaps_is_written_at_most_once_a_second() {
+async fn flapping_row_is_written_at_most_once_per_second() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.wait(2_000).await;
@@ -397,7 +397,7 @@ async fn a_row_that_flaps_is_written_at_most_once_a_second() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_assignment_removes_what_it_does_not_say() {
+async fn assignment_removes_unset_fields() {
     let mut row = stored("tower-0", 4);
     row["spec"]["profile"] = json!({
         "name": "edge", "revision": 1, "assignedAt": "2026-01-01T00:00:00Z", "traceID": "0af7",
@@ -406,24 +406,24 @@ async fn an_assignment_removes_what_it_does_not_say() {
     let lab = lab(Server::with("n1", row)).await;
     lab.node("n1", "u1");
     let mut wanted = ProfileAssignment { name: "edge".into(), revision: 2, ..ProfileAssignment::default() };
-    lab.assignments.want(BTreeMap::from([("n1".into(), wanted.clone())]));
+    lab.assignments.request(BTreeMap::from([("n1".into(), wanted.clone())]));
     lab.wait(100).await;
     assert_eq!(lab.row("n1")["spec"]["profile"], json!({"name": "edge", "revision": 2}));
     assert_eq!(lab.assignments.of("n1").1.profile, Some(wanted.clone()));
-    // The same revision with another origin is another assignment.
+    // The same revision with another previous revision is another assignment.
     wanted.previous = Some(PreviousRevision { name: "base".into(), revision: 1 });
     wanted.trace_id = Some("0af8".into());
-    lab.assignments.want(BTreeMap::from([("n1".into(), wanted.clone())]));
+    lab.assignments.request(BTreeMap::from([("n1".into(), wanted.clone())]));
     lab.wait(2_000).await;
     assert_eq!(lab.assignments.of("n1").1.profile, Some(wanted));
     lab.writes();
     lab.wait(60_000).await;
-    assert!(lab.writes().iter().all(|write| write != "PATCH n1"), "a row that says so is left alone");
+    assert!(lab.writes().iter().all(|write| write != "PATCH n1"), "an equal row is not written");
 }
 
-/// A wave of 1,250 nodes fails: each has news for its row, and each is to be returned.
+/// A step of 1,250 nodes fails: each row has a change, and each node must be rolled back.
 #[tokio::test(start_paused = true)]
-async fn a_wave_is_assigned_within_seconds_before_its_statuses() {
+async fn rollback_is_assigned_before_statuses_are_written() {
     const NODES: usize = 1_250;
     let mut server = Server { broken: "n7", latency: Duration::from_millis(20), ..Server::default() };
     server.store.silent = true;
@@ -442,7 +442,7 @@ async fn a_wave_is_assigned_within_seconds_before_its_statuses() {
     }
     lab.wait(2_000).await;
     let wanted = ProfileAssignment { name: "default".into(), revision: 1, ..ProfileAssignment::default() };
-    lab.assignments.want(names.iter().map(|name| (name.clone(), wanted.clone())).collect());
+    lab.assignments.request(names.iter().map(|name| (name.clone(), wanted.clone())).collect());
     let told = || {
         let stored = lab.assignments.stored();
         stored.iter().filter(|(_, profile)| profile.revision == 1).count()
@@ -458,7 +458,7 @@ async fn a_wave_is_assigned_within_seconds_before_its_statuses() {
         );
     }
     println!("{} rows assigned in {:?}", told(), begun.elapsed());
-    // The row that fails is tried again, and alone.
+    // Only the failed row is retried.
     lab.server.lock().unwrap().broken = "";
     lab.wait(1_500).await;
     assert_eq!(told(), NODES);
@@ -468,7 +468,7 @@ async fn a_wave_is_assigned_within_seconds_before_its_statuses() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_fails_holds_up_no_other_row() {
+async fn failed_request_delays_no_other_row() {
     let lab = lab(Server { broken: "n1", ..Server::default() }).await;
     for name in ["n1", "n2", "n3"] {
         lab.node(name, name);
@@ -482,7 +482,7 @@ async fn a_request_that_fails_holds_up_no_other_row() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_of_a_restored_etcd_are_read_again() {
+async fn rows_are_read_again_after_a_restore_of_etcd() {
     let mut row = stored("tower-0", 4);
     row["metadata"]["generation"] = json!(9);
     row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
@@ -501,14 +501,14 @@ async fn rows_of_a_restored_etcd_are_read_again() {
     lab.wait(2_000).await;
     assert_eq!(assigned(), Some(3));
     let wanted = ProfileAssignment { name: "default".into(), revision: 7, ..ProfileAssignment::default() };
-    lab.assignments.want(BTreeMap::from([("n1".into(), wanted)]));
+    lab.assignments.request(BTreeMap::from([("n1".into(), wanted)]));
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7);
 }
 
-/// Two replicas write the same rows, each for the agents that it serves.
+/// Two replicas write rows, each for the agents that it serves.
 #[tokio::test(start_paused = true)]
-async fn two_writers_leave_each_other_what_they_serve() {
+async fn two_writers_do_not_overwrite_each_other() {
     let one = lab(Server::default()).await;
     let other = replica(one.server.clone(), "tower-1").await;
     for lab in [&one, &other] {
@@ -528,7 +528,7 @@ async fn two_writers_leave_each_other_what_they_serve() {
     }
     one.writes();
     one.wait(600_000).await;
-    // Each row is renewed every ten seconds, by the one replica that serves its node.
+    // The replica that serves a node renews its row every ten seconds.
     let writes = one.writes().len();
     assert!((100..=140).contains(&writes), "{writes} writes in ten minutes without news");
     // The agent moves: its row follows the new session.

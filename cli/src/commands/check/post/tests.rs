@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
 use serde_json::{Value, json};
 use switchtower_controller::status::absence::ask::{Answer, Connection};
-use switchtower_controller::status::absence::{Agents, Obstacle, pod::agent_pod};
+use switchtower_controller::status::absence::{Agents, Blocker, pod::agent_pod};
 use switchtower_controller::status::observation::{Failure, Observation, nack_word};
 use switchtower_controller::status::row::{Absence, Inputs, row};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
@@ -43,19 +43,19 @@ enum Fault {
     /// Observed state of the agent's session.
     Observed(Box<Observation>),
     /// The stream ended a minute ago, for this reason if one is known.
-    Lost(Option<Obstacle>),
+    Lost(Option<Blocker>),
     /// No agent ever came.
-    Never(Option<Obstacle>),
+    Never(Option<Blocker>),
     /// The controller restarted and the agent has not connected.
     Restarted(Absence),
 }
 
 /// The node's row, as the controller makes it.
 fn row_of(name: &str, fault: &Fault) -> ProxyStatus {
-    let make = |observation: Option<&Observation>, obstacle, previous, absence| {
+    let make = |observation: Option<&Observation>, blocker, previous, absence| {
         row(Inputs {
             observation,
-            obstacle,
+            blocker,
             previous,
             row_generation: Some(1),
             replica: "controller-0",
@@ -68,8 +68,8 @@ fn row_of(name: &str, fault: &Fault) -> ProxyStatus {
     let lost = Observation { lost_since: Some(ago(60)), ..healthy() };
     let mut status = match fault {
         Fault::Observed(observation) => make(Some(&**observation), None, Some(&before), Absence::Certain),
-        Fault::Lost(obstacle) => make(Some(&lost), obstacle.as_ref(), Some(&before), Absence::Certain),
-        Fault::Never(obstacle) => make(None, obstacle.as_ref(), None, Absence::Certain),
+        Fault::Lost(blocker) => make(Some(&lost), blocker.as_ref(), Some(&before), Absence::Certain),
+        Fault::Never(blocker) => make(None, blocker.as_ref(), None, Absence::Certain),
         Fault::Restarted(absence) => make(None, None, Some(&before), *absence),
     };
     status.reported_at = Some(Time(ago(5)));
@@ -79,8 +79,8 @@ fn row_of(name: &str, fault: &Fault) -> ProxyStatus {
     object
 }
 
-/// Blockers of the agent of node-1, read from its Pod and from its health port.
-fn obstacle(container: &Value, phase: &str, answer: Option<Answer>) -> Option<Obstacle> {
+/// Blocker of the agent of node-1, read from its Pod and from its health port.
+fn blocker(container: &Value, phase: &str, answer: Option<Answer>) -> Option<Blocker> {
     let pod: Pod = serde_json::from_value(json!({
         "metadata": {"name": "agent-x"},
         "spec": {"nodeName": "node-1", "containers": [{"name": "node-agent"}]},
@@ -93,7 +93,7 @@ fn obstacle(container: &Value, phase: &str, answer: Option<Answer>) -> Option<Ob
     if let Some(answer) = answer {
         agents.answered(&"node-1".into(), answer);
     }
-    agents.obstacle("node-1", None)
+    agents.blocker("node-1", None)
 }
 
 fn container(state: &Value) -> Value {
@@ -104,12 +104,12 @@ fn container(state: &Value) -> Value {
 fn says(reason: &str) -> Fault {
     let connection = Connection { connected: false, reason: reason.into(), detail: "as it says".into() };
     let running = container(&json!({"running": {"startedAt": null}}));
-    Fault::Lost(obstacle(&running, "Running", Some(Answer::Heard(connection))))
+    Fault::Lost(blocker(&running, "Running", Some(Answer::Status(connection))))
 }
 
 fn waiting(reason: &str, message: &str) -> Fault {
     let state = json!({"waiting": {"reason": reason, "message": message}});
-    Fault::Never(obstacle(&container(&state), "Pending", None))
+    Fault::Never(blocker(&container(&state), "Pending", None))
 }
 
 fn refused(reason: NackReason, errno: i32) -> Fault {
@@ -191,24 +191,24 @@ fn agents_that_are_away_are_blamed_for_their_own_reason() {
         blames(&says(reason), "ST0102", &[reason, "as it says"]);
     }
     blames(&Fault::Lost(None), "ST0102", &["AgentDisconnected"]);
-    let silent = Answer::Silent("connection refused".into());
+    let silent = Answer::Failed("connection refused".into());
     let running = container(&json!({"running": {"startedAt": null}}));
-    let killed = Fault::Lost(obstacle(&running, "Running", Some(silent)));
+    let killed = Fault::Lost(blocker(&running, "Running", Some(silent)));
     blames(&killed, "ST0102", &["AgentNotAnswering", "connection refused"]);
     blames(&waiting("ErrImagePull", "agent:9 not found"), "ST0101", &["ErrImagePull", "agent:9 not found"]);
     blames(&waiting("CrashLoopBackOff", "back-off 5m0s"), "ST0101", &["CrashLoopBackOff", "back-off"]);
     let ended = container(&json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}}));
-    blames(&Fault::Lost(obstacle(&ended, "Running", None)), "ST0102", &["OOMKilled", "exit code 137"]);
+    blames(&Fault::Lost(blocker(&ended, "Running", None)), "ST0102", &["OOMKilled", "exit code 137"]);
     let elsewhere = Agents::default();
     let other = json!({"metadata": {"name": "a"}, "spec": {"nodeName": "node-9", "containers": []}});
     elsewhere.pods_listed(agent_pod(&serde_json::from_value(other).unwrap()).into_iter().collect());
-    blames(&Fault::Never(elsewhere.obstacle("node-1", None)), "ST0101", &["NoAgentPod", "tolerations"]);
+    blames(&Fault::Never(elsewhere.blocker("node-1", None)), "ST0101", &["NoAgentPod", "tolerations"]);
     blames(&Fault::Never(None), "ST0101", &["NoAgent"]);
-    let down = Agents::default().obstacle("node-1", Some("Kubelet stopped posting node status."));
+    let down = Agents::default().blocker("node-1", Some("Kubelet stopped posting node status."));
     blames(&Fault::Lost(down), "ST0112", &["NodeStatusUnknown", "Kubelet stopped"]);
     let closed = Agents::default();
-    closed.closed(Some(Obstacle::new("ControllerNotListening", "another program uses 192.0.2.9:9443")));
-    let closed = closed.obstacle("node-1", None);
+    closed.closed(Some(Blocker::new("ControllerNotListening", "another program uses 192.0.2.9:9443")));
+    let closed = closed.blocker("node-1", None);
     blames(&Fault::Lost(closed), "ST0306", &["ControllerNotListening", "192.0.2.9:9443"]);
     blames(&Fault::Restarted(Absence::Overdue), "ST0111", &["AwaitingAgent"]);
     blames(&Fault::Restarted(Absence::Certain), "ST0102", &["AgentDisconnected"]);
@@ -216,7 +216,7 @@ fn agents_that_are_away_are_blamed_for_their_own_reason() {
 
 #[test]
 fn connected_agents_are_blamed_for_what_they_report() {
-    blames(&refused(NackReason::Kernel, 1), "ST0104", &["KernelRefused", "Generation 11", "errno 1"]);
+    blames(&refused(NackReason::Kernel, 1), "ST0104", &["KernelRefused", "generation 11", "errno 1"]);
     blames(&refused(NackReason::DigestMismatch, 0), "ST0104", &["DigestMismatch"]);
     blames(&refused(NackReason::OverLimit, 0), "ST0104", &["OverLimit"]);
     blames(&refused(NackReason::UnknownFeature, 0), "ST0104", &["UnknownFeature"]);
