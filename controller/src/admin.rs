@@ -1,8 +1,8 @@
-//! The admin API: what the controller knows and what nodes' kernels hold, for `kubectl switchtower`.
+//! The admin API for `kubectl switchtower`: the state of the controller and the content of the nodes' kernels.
 //!
-//! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_admin_api`]. There is no path
-//! without a token: who may create tokens of the ServiceAccounts `switchtower-viewer` and `switchtower-operator` may
-//! read, and the API server decides that. Nothing here changes anything.
+//! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_admin_api`]. Every request
+//! needs a token of the ServiceAccount `switchtower-viewer` or `switchtower-operator`; RBAC decides who may create one.
+//! All requests are read-only.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -36,13 +36,13 @@ mod progress;
 
 use auth::{AdminAuthenticator, Caller};
 
-/// Requests at a time.
+/// Maximum number of concurrent requests.
 const REQUESTS: usize = 16;
 
-/// Most changes in an answer.
+/// Maximum number of changes in an answer.
 const CHANGES: usize = 100;
 
-/// What the handlers share.
+/// Shared state of the handlers.
 #[derive(Clone)]
 pub struct Admin {
     fleet: Arc<Fleet>,
@@ -50,34 +50,35 @@ pub struct Admin {
     replica: Arc<str>,
 }
 
-/// Why a request fails.
+/// Errors of requests.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The token is not good for this.
+    /// The token does not permit the request.
     #[error(transparent)]
     Refused(#[from] auth::Refusal),
-    /// A name that is none.
-    #[error("{0:?} is no address: write an IPv4 or IPv6 address")]
+    /// A parameter is not an IP address.
+    #[error("{0:?} is not an IPv4 or IPv6 address")]
     NotAnAddress(String),
     /// The Service is not served.
     #[error(
-        "no frontend of Service {0}; is it headless, of type ExternalName, or labelled for another proxy?"
+        "Service {0} has no frontend; check whether it exists, is headless, has the type ExternalName, or is labelled \
+         for another proxy"
     )]
     UnknownService(String),
     /// The node is not served.
-    #[error("there is no Node {0}, or it is left out by the controller's --node-selector")]
+    #[error("Node {0} does not exist or does not match the controller's --node-selector")]
     UnknownNode(String),
-    /// Its kernel cannot be asked.
+    /// The agent could not be queried.
     #[error(transparent)]
     Query(#[from] QueryError),
-    /// The agent's answer makes no sense.
-    #[error("the answer of {0} is not understood; is its agent of another version?")]
+    /// The agent's answer cannot be decoded.
+    #[error("cannot decode the answer of node {0}; check the version of its agent")]
     Answer(String),
-    /// There is no such path.
-    #[error("there is no such path; is kubectl-switchtower newer than the controller?")]
+    /// The path does not exist.
+    #[error("this path does not exist; check whether kubectl-switchtower is newer than the controller")]
     NoSuchPath,
-    /// A defect.
-    #[error("the request could not be finished: {0}")]
+    /// A defect of the controller.
+    #[error("internal error: {0}")]
     Internal(String),
 }
 
@@ -116,13 +117,13 @@ impl IntoResponse for AdminError {
 }
 
 impl Admin {
-    /// Puts it together.
+    /// Creates the admin API.
     #[must_use]
     pub fn new(fleet: Arc<Fleet>, authenticator: AdminAuthenticator, replica: &str) -> Self {
         Self { fleet, authenticator: Arc::new(authenticator), replica: replica.into() }
     }
 
-    /// The paths. Authentication lies around all of them, the one for unknown paths included.
+    /// Returns the routes. Authentication covers all of them, including the fallback for unknown paths.
     pub fn router(self) -> Router {
         Router::new()
             .route("/v1/controller", get(controller))
@@ -138,14 +139,14 @@ impl Admin {
             .with_state(self)
     }
 
-    /// Serves until it is dropped.
+    /// Serves requests until the future is dropped.
     pub async fn serve(self, listener: TcpListener, tls: Arc<ServerTls>, metrics: StreamMetrics) {
         let gate = Gate::new("admin", GateLimits::requests(), Arc::default(), metrics);
         http1::serve(tls::incoming(listener, tls, gate), self.router()).await;
     }
 }
 
-/// Tells of a request as a span: OpenTelemetry's semantic conventions of HTTP servers.
+/// Records a request as a span, with OpenTelemetry's semantic conventions for HTTP servers.
 async fn traced(request: Request, next: Next) -> Response {
     let path = request.extensions().get::<MatchedPath>();
     let span = span!(

@@ -1,8 +1,9 @@
-//! What agents need to find and trust the controller: the CA, and the ConfigMap `switchtower-bootstrap`.
+//! Publishes the data with which agents find and trust the controller: the CA, and the ConfigMap
+//! `switchtower-bootstrap`.
 //!
-//! The CA is made once. Of several controllers that start at the same time one creates the Secret, the
-//! others read it. The ConfigMap is written at every start, and again when somebody deletes or changes it. It is
-//! no part of the manifests, so that applying them again does not reset it.
+//! The CA is generated once. If several controllers start at the same time, one creates the Secret and the others read
+//! it. The controller writes the ConfigMap at every start, and again after another client deleted or changed it. The
+//! manifests do not contain it, so that applying them does not reset it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -28,10 +29,10 @@ pub const BOOTSTRAP_CONFIG_MAP: &str = "switchtower-bootstrap";
 const MANAGER: &str = "switchtower-controller";
 /// Timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Minimum interval between two writes of the ConfigMap: another writer is not fought.
+/// Minimum interval between two writes of the ConfigMap, in case another client keeps changing it.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// A CA as PEM texts.
+/// A CA in PEM format.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CaPem {
     /// The certificate.
@@ -40,46 +41,46 @@ pub struct CaPem {
     pub key: String,
 }
 
-/// Why agents cannot be bootstrapped.
+/// Errors of the bootstrap.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
     /// The Secret could not be read or created.
     #[error(
-        "reading or creating the Secret {namespace}/{CA_SECRET}; the namespace must exist and the controller be \
-         allowed to get and create Secrets in it (or use --tls-dir)"
+        "cannot read or create the Secret {namespace}/{CA_SECRET}; check that the namespace exists and that the \
+         controller may get and create Secrets in it, or use --tls-dir"
     )]
     Secret {
-        /// Its namespace.
+        /// Namespace of the Secret.
         namespace: String,
-        /// The API server's answer.
+        /// Error of the API server.
         #[source]
         source: Box<kube::Error>,
     },
-    /// The Secret exists and lacks something.
+    /// The Secret exists and is incomplete.
     #[error(
-        "the Secret {namespace}/{CA_SECRET} has no usable {field}; repair it, or delete it to have a new CA made"
+        "the Secret {namespace}/{CA_SECRET} has no usable {field}; repair it, or delete it and restart the controller to generate a new CA"
     )]
     Incomplete {
-        /// Its namespace.
+        /// Namespace of the Secret.
         namespace: String,
         /// The missing key of its data.
         field: &'static str,
     },
     /// A file of --tls-dir could not be read or written.
-    #[error("reading or writing {path} (--tls-dir)")]
+    #[error("cannot read or write {path} (--tls-dir)")]
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The system's error.
+        /// Error of the system.
         #[source]
         source: std::io::Error,
     },
-    /// The CA could not be made.
-    #[error("making a CA")]
+    /// The CA could not be generated.
+    #[error("cannot generate a CA")]
     Generate(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Reads the CA from a directory, or makes one there.
+/// Reads the CA from a directory, or generates it there.
 ///
 /// # Errors
 /// A file cannot be read or written, or `generate` fails.
@@ -116,7 +117,7 @@ fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
     file.write_all(text.as_bytes())
 }
 
-/// Reads the CA from the Secret, or makes it: created once, whoever is first.
+/// Reads the CA from the Secret, or generates and stores it. The first of several controllers wins.
 ///
 /// # Errors
 /// The API server refuses, the Secret is incomplete, or `generate` fails.
@@ -163,22 +164,22 @@ fn ca_of(secret: &Secret, namespace: &str) -> Result<CaPem, BootstrapError> {
     Ok(CaPem { certificate: text("ca.crt")?, key: text("ca.key")? })
 }
 
-/// What the ConfigMap holds.
+/// Content of the ConfigMap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bootstrap {
-    /// The CA's certificate as PEM text.
+    /// Certificate of the CA, in PEM format.
     pub ca_certificate: String,
     /// `host:port` of every controller.
     pub controllers: Vec<String>,
 }
 
 impl Bootstrap {
-    /// By key: the certificate, and the controllers, one a line.
+    /// Returns the data of the ConfigMap: the certificate, and the controllers, one per line.
     fn data(&self) -> [(&'static str, String); 2] {
         [("ca.crt", self.ca_certificate.clone()), ("controllers", self.controllers.join("\n") + "\n")]
     }
 
-    /// The ConfigMap holds it; further keys are somebody else's business.
+    /// Returns true if the ConfigMap contains this data. Other keys are ignored.
     fn is_in(&self, map: &ConfigMap) -> bool {
         let data = map.data.as_ref();
         self.data().iter().all(|(key, text)| data.and_then(|data| data.get(*key)) == Some(text))
@@ -198,7 +199,7 @@ impl Bootstrap {
         api.patch(BOOTSTRAP_CONFIG_MAP, &params, &Patch::Apply(&object)).await.map(drop)
     }
 
-    /// Waits until the ConfigMap is gone or holds something else. A watch that fails is tried again.
+    /// Waits until the ConfigMap is deleted or changed. Retries a failed watch.
     pub async fn is_lost(&self, client: &Client, namespace: &str) {
         let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
         let seen = watcher::watch_object(api, BOOTSTRAP_CONFIG_MAP).default_backoff();
@@ -208,18 +209,18 @@ impl Bootstrap {
                 Ok(Some(map)) if self.is_in(&map) => {}
                 Ok(_) => return,
                 Err(error) => {
-                    tracing::debug!(%error, "watching the ConfigMap failed; it is tried again");
+                    tracing::debug!(%error, "failed to watch the ConfigMap; retrying");
                 }
             }
         }
     }
 }
 
-/// Where agents reach this controller: what the flags say, or else the address of --listen, or, if that is
-/// the unspecified one, the address from which the API server is reached.
+/// Returns the addresses under which agents reach this controller: those of the flags, otherwise the address of
+/// --listen. If that is unspecified, uses the source address of connections to the API server.
 ///
 /// # Errors
-/// The local address cannot be found; nothing is sent to find it.
+/// The kernel has no source address for the API server. Sends no packets.
 pub fn advertised(
     flags: &[String],
     listen: SocketAddr,
@@ -232,18 +233,17 @@ pub fn advertised(
     Ok(vec![SocketAddr::new(address, listen.port()).to_string()])
 }
 
-/// Longest wait for the name service, for all names together.
+/// Timeout of the name resolution.
 const RESOLVE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The addresses behind `host:port`. A name that cannot be resolved is logged and left out: agents resolve it
-/// themselves.
+/// Resolves `host:port`. Logs and omits names that cannot be resolved: agents resolve them on their own.
 pub async fn resolve(controllers: &[String]) -> Vec<SocketAddr> {
     let lookups = controllers.iter().map(|controller| async move {
         let found = tokio::time::timeout(RESOLVE_DEADLINE, tokio::net::lookup_host(controller)).await;
         match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
             Ok(addresses) => addresses.collect(),
             Err(error) => {
-                tracing::warn!(controller, %error, "cannot resolve the advertised name: Services are not kept from using its addresses");
+                tracing::warn!(controller, %error, "cannot resolve the advertised name; Services that use its addresses are not rejected");
                 Vec::new()
             }
         }
@@ -251,7 +251,7 @@ pub async fn resolve(controllers: &[String]) -> Vec<SocketAddr> {
     futures::future::join_all(lookups).await.into_iter().flatten().collect()
 }
 
-/// Connecting a UDP socket sends nothing and makes the kernel choose the source address.
+/// Returns the source address to a peer. Connecting a UDP socket makes the kernel choose it without sending a packet.
 fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
     use std::net::ToSocketAddrs as _;
     let port = peer.port_u16().unwrap_or(443);
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_gets_its_ca_once() {
+    fn directory_gets_its_ca_once() {
         use std::os::unix::fs::PermissionsExt as _;
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("tls");
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_config_map_is_told_from_a_good_one() {
+    fn changed_config_map_is_detected() {
         let bootstrap = Bootstrap {
             ca_certificate: "certificate".into(),
             controllers: vec!["192.0.2.1:9443".into(), "192.0.2.2:9443".into()],
@@ -326,7 +326,7 @@ mod tests {
         };
         let good = [("ca.crt", "certificate"), ("controllers", "192.0.2.1:9443\n192.0.2.2:9443\n")];
         assert!(bootstrap.is_in(&map(&good)));
-        assert!(bootstrap.is_in(&map(&[good[0], good[1], ("note", "of somebody's")])));
+        assert!(bootstrap.is_in(&map(&[good[0], good[1], ("note", "of another client")])));
         for bad in [vec![], vec![good[0]], vec![good[0], ("controllers", "garbage")]] {
             assert!(!bootstrap.is_in(&map(&bad)), "{bad:?}");
         }

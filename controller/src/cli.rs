@@ -1,4 +1,4 @@
-//! The command line. Every flag has an environment twin, `SWITCHTOWER_` and its name in capitals.
+//! The command line. Every flag has an environment variable: `SWITCHTOWER_` and the name of the flag in capitals.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,12 +9,11 @@ mod limits;
 
 pub use limits::LimitArgs;
 
-/// Programs Kubernetes Services on every node through thin agents, and shows in ProxyStatus what each
-/// kernel holds.
+/// Programs Kubernetes Services on every node through node agents and reports the state of each kernel in ProxyStatus.
 #[derive(Debug, Parser)]
 #[command(name = "switchtower-controller", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// What to do instead of running the controller.
+    /// Subcommand; without one the controller runs.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Settings of the controller.
@@ -22,22 +21,22 @@ pub struct Cli {
     pub serve: ServeArgs,
 }
 
-/// Everything but running the controller.
+/// Subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Compile manifests offline, without a cluster, and print what one node would get.
+    /// Compile manifests offline, without a cluster, and print the view of one node.
     ///
-    /// Exit codes: 0 printed, 1 something could not be read or the node is not among the manifests.
+    /// Exit codes: 0 success, 1 the manifests cannot be read or do not contain the node.
     Render(RenderArgs),
 }
 
-/// Flags of the controller. Exit codes: 0 ended by a signal, 1 could not start, 2 wrong usage.
+/// Flags of the controller. Exit codes: 0 stopped by a signal, 1 startup failed, 2 invalid usage.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
-    /// Kubeconfig file; without it the pod's ServiceAccount, or KUBECONFIG, or ~/.kube/config is used.
+    /// Kubeconfig file. Default: the ServiceAccount of the Pod, KUBECONFIG, or ~/.kube/config.
     #[arg(long, env = "SWITCHTOWER_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
-    /// Where agents connect (TLS). IPv6 addresses need no brackets.
+    /// Address and port for agents (TLS). IPv6 addresses need no brackets.
     #[arg(
         long,
         env = "SWITCHTOWER_LISTEN",
@@ -50,10 +49,10 @@ pub struct ServeArgs {
     /// which it reaches the API server, and the port of --listen.
     #[arg(long, env = "SWITCHTOWER_ADVERTISE", value_delimiter = ',', value_name = "HOST:PORT")]
     pub advertise: Vec<String>,
-    /// Namespace of the agents' ServiceAccount, of the CA's Secret and of the bootstrap ConfigMap.
+    /// Namespace of the agents' ServiceAccount, the CA Secret and the bootstrap ConfigMap.
     #[arg(long, env = "SWITCHTOWER_NAMESPACE", default_value = "switchtower-system", value_name = "NAME")]
     pub namespace: String,
-    /// Directory with ca.crt and ca.key, created if missing; instead of the Secret switchtower-ca.
+    /// Directory of ca.crt and ca.key, which are generated if missing. Replaces the Secret switchtower-ca.
     #[arg(long, env = "SWITCHTOWER_TLS_DIR", value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
     /// ServiceAccount whose tokens identify agents.
@@ -67,8 +66,8 @@ pub struct ServeArgs {
     /// Audience of the agents' tokens.
     #[arg(long, env = "SWITCHTOWER_AUDIENCE", default_value = "switchtower", value_name = "NAME")]
     pub audience: String,
-    /// Label selector of the Nodes that are served and have a ProxyStatus. The default takes Nodes without
-    /// the label too.
+    /// Label selector of the Nodes that are served and have a ProxyStatus. The default also selects Nodes without the
+    /// label.
     #[arg(
         long,
         env = "SWITCHTOWER_NODE_SELECTOR",
@@ -76,7 +75,7 @@ pub struct ServeArgs {
         value_name = "SELECTOR"
     )]
     pub node_selector: String,
-    /// Where /metrics, /livez, /healthz and /readyz answer (plain HTTP).
+    /// Address and port of /metrics, /livez, /healthz and /readyz (plain HTTP).
     #[arg(
         long,
         env = "SWITCHTOWER_METRICS_LISTEN",
@@ -85,8 +84,8 @@ pub struct ServeArgs {
         value_name = "ADDRESS"
     )]
     pub metrics_listen: SocketAddr,
-    /// Where the admin API answers kubectl switchtower (TLS, with a token). Leave it on loopback: kubectl reaches
-    /// it by port-forward.
+    /// Address and port of the admin API for kubectl switchtower (TLS, with a token). Keep it on loopback: kubectl uses
+    /// port-forward.
     #[arg(
         long,
         env = "SWITCHTOWER_ADMIN_LISTEN",
@@ -95,11 +94,10 @@ pub struct ServeArgs {
         value_name = "ADDRESS"
     )]
     pub admin_listen: SocketAddr,
-    /// This replica's name in ProxyStatus; by default the host's name.
+    /// Name of this replica in ProxyStatus. Default: the name of the host.
     #[arg(long, env = "SWITCHTOWER_REPLICA", value_name = "NAME")]
     pub replica: Option<String>,
-    /// Level or filter of the log, for example `debug` or `info,switchtower_controller::rollout=debug`; RUST_LOG
-    /// overrides it.
+    /// Log level or filter, for example `debug` or `info,switchtower_controller::rollout=debug`. RUST_LOG overrides it.
     #[arg(long, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
     /// Seconds without a renewal after which another controller takes over the Lease. Only the controller that holds the
@@ -112,7 +110,7 @@ pub struct ServeArgs {
         value_name = "SECONDS"
     )]
     pub lease_seconds: u8,
-    /// How logs are written.
+    /// Log format.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
     /// Bounds of Services.
@@ -120,8 +118,8 @@ pub struct ServeArgs {
     pub limits: LimitArgs,
 }
 
-/// `ADDRESS:PORT`. IPv6 needs no brackets: a manifest with `$(HOST_IP):9443` cannot know the family. What follows the last
-/// colon is the port.
+/// Parses `ADDRESS:PORT`, with the port after the last colon. IPv6 needs no brackets: a manifest with `$(HOST_IP):9443`
+/// cannot know the family.
 fn address_and_port(text: &str) -> Result<SocketAddr, String> {
     let without_brackets = || {
         let (address, port) = text.rsplit_once(':')?;
@@ -129,29 +127,29 @@ fn address_and_port(text: &str) -> Result<SocketAddr, String> {
     };
     let parsed = text.parse().ok().or_else(without_brackets);
     parsed.ok_or_else(|| {
-        "an IP address and a port are expected, such as 192.0.2.1:9443 or [2001:db8::1]:9443".to_owned()
+        "expected an IP address and a port, such as 192.0.2.1:9443 or [2001:db8::1]:9443".to_owned()
     })
 }
 
-/// A filter that can be understood.
+/// Validates a log filter.
 fn log_filter(text: &str) -> Result<String, String> {
     match tracing_subscriber::EnvFilter::try_new(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(error) => Err(format!("{error}; write a level such as debug, or TARGET=LEVEL,...")),
+        Err(error) => Err(format!("{error}; use a level such as debug, or TARGET=LEVEL,...")),
     }
 }
 
 /// Flags of `render`.
 #[derive(Debug, Args)]
 pub struct RenderArgs {
-    /// Directory, file, or - for standard input, with Services, EndpointSlices, Nodes and ServiceCIDRs in
-    /// YAML or JSON; Lists are understood, other kinds are passed over.
+    /// Directory, file, or - for standard input, with Services, EndpointSlices, Nodes and ServiceCIDRs in YAML or JSON.
+    /// Lists are supported; other kinds are ignored.
     #[arg(long, value_name = "DIR|FILE|-")]
     pub from: PathBuf,
     /// Name of the node to print.
     #[arg(long, value_name = "NAME")]
     pub node: String,
-    /// How to print.
+    /// Output format.
     #[arg(long, value_enum, default_value_t = RenderFormat::Text)]
     pub format: RenderFormat,
 }
@@ -159,18 +157,18 @@ pub struct RenderArgs {
 /// Output of `render`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RenderFormat {
-    /// For people.
+    /// Text.
     Text,
-    /// For programs.
+    /// JSON.
     Json,
 }
 
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -181,12 +179,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_flag_has_an_environment_twin() {
+    fn every_flag_has_an_environment_variable() {
         for argument in Cli::command().get_arguments() {
             let Some(flag) = argument.get_long().filter(|flag| !matches!(*flag, "help" | "version")) else {
                 continue;

@@ -1,7 +1,7 @@
-//! Events about objects that cannot be served as they are.
+//! Events about objects with problems.
 //!
-//! Publishing costs a request or two, so it has its own bounded queue and rate: Events that do not fit are
-//! counted and dropped, and nothing else ever waits for them.
+//! Publishing costs up to two requests, so it has a bounded queue and a rate limit. Events that do not fit are counted
+//! and dropped; nothing waits for them.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -15,20 +15,20 @@ use prometheus::{IntCounterVec, Opts, Registry};
 use switchtower_core::compiled::{Problem, ProblemObject, ProblemReason};
 use tokio::sync::mpsc;
 
-/// Problems waiting to be published.
+/// Capacity of the queue.
 const QUEUE: usize = 1_000;
-/// The shortest time between two publications: ten a second.
+/// Minimum interval between Events: ten per second.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// The same problem is published again only after this time.
+/// Interval after which an unchanged problem is published again.
 const REPEAT: Duration = Duration::from_secs(3_600);
-/// Longest publication.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Problems remembered to tell repetitions.
+/// Timeout of one Event.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Maximum number of known problems, for the detection of repetitions.
 const REMEMBERED: usize = 10_000;
-/// The API's limit of an Event's note, bytes.
+/// Maximum length of an Event's note in the API, in bytes.
 const NOTE_BYTES: usize = 1_024;
 
-/// The way in: never blocks, never fails.
+/// Sender of problems. Never blocks.
 #[derive(Debug, Clone)]
 pub struct EventSink {
     queue: mpsc::Sender<Problem>,
@@ -36,7 +36,7 @@ pub struct EventSink {
 }
 
 impl EventSink {
-    /// Queues problems; what does not fit is counted.
+    /// Queues problems. Counts and drops those that do not fit.
     pub fn report(&self, problems: impl IntoIterator<Item = Problem>) {
         for problem in problems {
             if self.queue.try_send(problem).is_err() {
@@ -46,10 +46,10 @@ impl EventSink {
     }
 }
 
-/// Creates the queue and the task that empties it.
+/// Creates the queue and the task that publishes its problems.
 ///
 /// # Errors
-/// The counter's name is already registered.
+/// The name of the counter is already registered.
 pub fn publisher(
     client: Client,
     replica: &str,
@@ -80,16 +80,16 @@ async fn publish(
             continue;
         }
         log(&problem);
-        let published = tokio::time::timeout(PATIENCE, publish_one(&client, &recorder, &problem)).await;
+        let published = tokio::time::timeout(TIMEOUT, publish_one(&client, &recorder, &problem)).await;
         let outcome = match published {
-            Ok(Ok(true)) => "published",
-            Ok(Ok(false)) => "gone",
+            Ok(Ok(Published::Yes)) => "published",
+            Ok(Ok(Published::ObjectGone)) => "gone",
             Ok(Err(error)) => {
-                tracing::debug!(%error, "publishing an Event failed; the log has its text");
+                tracing::debug!(%error, "failed to publish an Event; its text is in the log");
                 "failed"
             }
             Err(_) => {
-                tracing::debug!("publishing an Event took too long; the log has its text");
+                tracing::debug!("publishing an Event timed out; its text is in the log");
                 "failed"
             }
         };
@@ -113,9 +113,20 @@ fn log(problem: &Problem) {
     }
 }
 
-/// False: the object is gone. Its UID, without which `kubectl describe` does not find the Event, is asked for
-/// now: problems are rare, and holding the UIDs of all objects for them is not worth the memory.
-async fn publish_one(client: &Client, recorder: &Recorder, problem: &Problem) -> Result<bool, kube::Error> {
+/// Result of publishing an Event.
+enum Published {
+    Yes,
+    /// The object of the Event does not exist any more.
+    ObjectGone,
+}
+
+/// Publishes one Event. Reads the UID of its object first, without which `kubectl describe` does not find the Event:
+/// problems are rare, so keeping the UIDs of all objects is not worth the memory.
+async fn publish_one(
+    client: &Client,
+    recorder: &Recorder,
+    problem: &Problem,
+) -> Result<Published, kube::Error> {
     let reference = match &problem.object {
         ProblemObject::Service(key) => {
             reference(&Api::<Service>::namespaced(client.clone(), &key.namespace), &key.name).await?
@@ -125,7 +136,7 @@ async fn publish_one(client: &Client, recorder: &Recorder, problem: &Problem) ->
         }
         ProblemObject::Node(name) => reference(&Api::<Node>::all(client.clone()), name).await?,
     };
-    let Some(reference) = reference else { return Ok(false) };
+    let Some(reference) = reference else { return Ok(Published::ObjectGone) };
     let event = Event {
         type_: EventType::Warning,
         reason: reason(problem.reason).to_owned(),
@@ -134,7 +145,7 @@ async fn publish_one(client: &Client, recorder: &Recorder, problem: &Problem) ->
         secondary: None,
     };
     recorder.publish(&event, &reference).await?;
-    Ok(true)
+    Ok(Published::Yes)
 }
 
 async fn reference<K>(api: &Api<K>, name: &str) -> Result<Option<ObjectReference>, kube::Error>
@@ -166,7 +177,7 @@ fn reason(reason: ProblemReason) -> &'static str {
     }
 }
 
-/// What was being done.
+/// Returns the action of the Event.
 fn action(reason: ProblemReason) -> &'static str {
     match reason {
         ProblemReason::FailedToStartServiceHealthcheck => "Listen",
@@ -174,13 +185,13 @@ fn action(reason: ProblemReason) -> &'static str {
     }
 }
 
-/// At most `limit` bytes, cut at a character.
+/// Truncates to at most `limit` bytes, at a character boundary.
 pub(crate) fn shorten(text: &str, limit: usize) -> String {
     let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= limit).last();
     text[..end.unwrap_or(0)].to_owned()
 }
 
-/// When each problem was published last: a Node's heartbeat must not repeat its problem every few minutes.
+/// Hash and time of the last Event per problem, so that a Node's heartbeats do not repeat its problem.
 #[derive(Debug, Default)]
 struct Known(HashMap<(ProblemObject, ProblemReason), (u64, Instant)>);
 
@@ -194,7 +205,7 @@ impl Known {
             return false;
         }
         if self.0.len() >= REMEMBERED {
-            self.0.clear(); // Rare; the cost is a few repeated Events.
+            self.0.clear(); // Costs a few repeated Events.
         }
         self.0.insert(key, (hash, now));
         true
@@ -206,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_problem_is_published_once_an_hour() {
+    fn unchanged_problem_is_published_once_per_hour() {
         let problem = |message: &str| Problem {
             object: ProblemObject::Node("n1".into()),
             reason: ProblemReason::IncompleteNode,
@@ -220,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn notes_are_cut_at_a_character() {
+    fn notes_are_truncated_at_a_character_boundary() {
         assert_eq!(shorten("aé", 2), "a");
         assert_eq!(shorten("aé", 3), "aé");
         assert_eq!(shorten("", 3), "");

@@ -1,4 +1,4 @@
-//! `render`: compiles manifests offline and prints what one node would get.
+//! `render`: compiles manifests offline and prints the view of one node.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
@@ -26,24 +26,24 @@ pub use manifests::ManifestError;
 #[cfg(test)]
 mod tests;
 
-/// Why nothing could be printed.
+/// Errors of `render`.
 #[derive(Debug, thiserror::Error)]
 pub enum RenderError {
     /// The manifests could not be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// The node is not among them.
-    #[error("no Node {0:?} among the manifests; add it, its labels and status matter")]
+    /// The manifests do not contain the node.
+    #[error("the manifests do not contain the Node {0:?}; add it with its labels and status")]
     UnknownNode(String),
     /// The output could not be written.
-    #[error("writing the output")]
+    #[error("cannot write the output")]
     Write(#[from] std::io::Error),
     /// The output could not be encoded.
-    #[error("encoding the output as JSON")]
+    #[error("cannot encode the output as JSON")]
     Json(#[from] serde_json::Error),
 }
 
-/// What one node would program.
+/// The view of one node.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct View {
@@ -54,7 +54,7 @@ struct View {
     problems: Vec<String>,
 }
 
-/// One frontend and where its connections go.
+/// A frontend and its targets.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct FrontendView {
@@ -70,7 +70,7 @@ struct FrontendView {
     source_ranges: Vec<String>,
 }
 
-/// Endpoints, or what happens without any.
+/// Endpoints, or the verdict if there are none.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct TargetView {

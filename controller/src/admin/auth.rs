@@ -1,7 +1,7 @@
-//! Who may ask: holders of a token of one of two ServiceAccounts, for the audience `switchtower-admin`.
+//! Authentication: callers need a token of one of two ServiceAccounts, for the audience `switchtower-admin`.
 //!
-//! The right to create such a token is RBAC's (`serviceaccounts/token` of that name), so that an administrator
-//! grants and takes it like any other, and it works with every kind of kubeconfig.
+//! RBAC controls who may create such a token (`serviceaccounts/token` of that name), so an administrator grants and
+//! revokes it like any other permission, and it works with every kind of kubeconfig.
 
 use std::sync::Arc;
 
@@ -16,44 +16,44 @@ use switchtower_admin_api::{AUDIENCE, OPERATOR, VIEWER};
 use super::AdminError;
 use crate::serve::review::{Reviewer, Reviews, TOKEN, Unavailable};
 
-/// Most remembered tokens.
+/// Maximum number of cached tokens.
 const REMEMBERED_TOKENS: usize = 1_024;
-/// Reviews at a time.
+/// Maximum number of concurrent reviews.
 const REVIEWS: usize = 8;
 
-/// What a caller may do.
+/// Permissions of a caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caller {
-    /// Reads what the controller knows, and single Services from kernels.
+    /// Reads the controller's state, and single Services from kernels.
     Viewer,
-    /// Also reads whole tables, which costs the node some time.
+    /// Also reads whole tables, which costs CPU time on the node.
     Operator,
 }
 
 impl Caller {
-    /// For whole tables.
+    /// Returns an error unless the caller is an operator.
     pub(super) fn must_be_operator(self) -> Result<(), Refusal> {
         if self == Self::Operator { Ok(()) } else { Err(Refusal::OperatorOnly) }
     }
 }
 
-/// Why a caller is refused.
+/// Reasons to refuse a caller.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// No token.
-    #[error("the request has no bearer token; kubectl switchtower asks the API server for one")]
+    /// The request has no token.
+    #[error("the request has no bearer token; kubectl switchtower requests one from the API server")]
     NoToken,
-    /// Not for us, expired, or made up.
+    /// The token is invalid, expired or for another audience.
     #[error("the API server does not accept the token for the audience {AUDIENCE}: {0}")]
     NotAuthenticated(String),
-    /// Of another user.
-    #[error("the token is of {0}, not of the ServiceAccount {VIEWER} or {OPERATOR}")]
+    /// The token belongs to another user.
+    #[error("the token belongs to {0}, not to the ServiceAccount {VIEWER} or {OPERATOR}")]
     ForeignUser(String),
-    /// The API server cannot be asked.
-    #[error("the token cannot be reviewed now: {0}; try again")]
+    /// The API server cannot review the token.
+    #[error("the token cannot be reviewed now: {0}; retry later")]
     ReviewUnavailable(String),
-    /// A viewer asks for what operators may read.
-    #[error("a token of {OPERATOR} is needed to read a node's whole tables")]
+    /// The request needs an operator.
+    #[error("reading a node's whole tables requires a token of {OPERATOR}")]
     OperatorOnly,
 }
 
@@ -80,7 +80,7 @@ pub struct AdminAuthenticator {
 }
 
 impl AdminAuthenticator {
-    /// The ServiceAccounts are those of this namespace.
+    /// Creates an authenticator for the ServiceAccounts of a namespace.
     #[must_use]
     pub fn new(reviewer: impl Reviewer, namespace: &str) -> Self {
         Self {
@@ -99,7 +99,7 @@ impl AdminAuthenticator {
     }
 
     fn judge(&self, status: TokenReviewStatus) -> Result<Caller, Refusal> {
-        // An API server that does not know audiences answers with none.
+        // An API server without support for audiences returns none.
         let ours =
             status.audiences.is_some_and(|audiences| audiences.iter().any(|audience| audience == AUDIENCE));
         if status.authenticated != Some(true) || !ours {
@@ -118,7 +118,7 @@ impl AdminAuthenticator {
     }
 }
 
-/// Lets a request through with its caller, or answers it.
+/// Adds the caller to a request, or refuses the request.
 pub(super) async fn authenticate(
     State(authenticator): State<Arc<AdminAuthenticator>>,
     mut request: Request,
@@ -130,7 +130,7 @@ pub(super) async fn authenticate(
             next.run(request).await
         }
         Err(refusal) => {
-            tracing::warn!(%refusal, "a request to the admin API was refused");
+            tracing::warn!(%refusal, "refused a request to the admin API");
             AdminError::from(refusal).into_response()
         }
     }
@@ -140,7 +140,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = AdminError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        // Without the layer around the router there is no caller, and no answer.
+        // Without the authentication layer there is no caller: refuse.
         parts.extensions.get().copied().ok_or_else(|| Refusal::NoToken.into())
     }
 }

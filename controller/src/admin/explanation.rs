@@ -1,4 +1,4 @@
-//! Explanations of a Service: on one node, checked against its kernel, or on all nodes, grouped by what differs.
+//! Explanations of a Service: on one node, checked against its kernel, or on all nodes, grouped by findings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -13,12 +13,12 @@ use switchtower_proto::v1::FrontendKey;
 use super::{AdminError, nodes};
 use crate::fleet::Fleet;
 
-/// Most nodes that are listed as not current.
+/// Maximum number of nodes that are listed as not current.
 const NOT_CURRENT: usize = 50;
-/// Most names in a group.
+/// Maximum number of names in a group.
 const NAMES: usize = 20;
 
-/// What is to be explained.
+/// The Service to explain.
 #[derive(Debug, Clone)]
 pub(super) struct Question {
     pub(super) namespace: String,
@@ -70,7 +70,7 @@ pub(super) async fn on_node(
     })
 }
 
-/// Adds to each finding whether the kernel agrees.
+/// Compares each finding with the kernel.
 async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>, findings: &mut [Finding]) {
     let frontends = explain::frontends(view, subject);
     let keys = frontends.iter().filter_map(|frontend| frontend.key.as_ref());
@@ -105,7 +105,7 @@ async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>
 
 pub(super) async fn on_all(fleet: &Arc<Fleet>, question: Question) -> Result<Explanation, AdminError> {
     let fleet = fleet.clone();
-    // A cluster of thousands of nodes takes a while.
+    // Explaining thousands of nodes would block the runtime.
     let all = tokio::task::spawn_blocking(move || grouped(&fleet, &question));
     all.await.map_err(|error| AdminError::Internal(error.to_string()))?
 }

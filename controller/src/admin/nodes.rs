@@ -1,4 +1,4 @@
-//! What a node's kernel holds, beside what it should.
+//! Content of a node's kernel, compared with the view.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use super::AdminError;
 use crate::fleet::Fleet;
 use crate::fleet::queries::Query;
 
-/// Most differences in an answer.
+/// Maximum number of differences in an answer.
 const DIFFERENCES: usize = 200;
-/// Most frontends that are read.
+/// Maximum number of frontends that are read.
 const FRONTENDS: u32 = 100_000;
-/// How often a kernel is read anew while changes are on their way to it.
+/// Maximum number of reads of a kernel while changes are in flight.
 const ATTEMPTS: usize = 5;
-/// Between two of them.
+/// Interval between reads.
 const PAUSE: Duration = Duration::from_millis(200);
 
 async fn ask(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable, AdminError> {
@@ -28,7 +28,7 @@ async fn ask(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable
     KernelTable::decode(payload.as_slice()).map_err(|_| AdminError::Answer(node.to_owned()))
 }
 
-/// Reads single frontends, and once more while changes are under way.
+/// Reads single frontends, repeatedly while changes are in flight.
 pub(super) async fn lookup(
     fleet: &Arc<Fleet>,
     node: &str,
@@ -37,7 +37,7 @@ pub(super) async fn lookup(
     settled(fleet, node, Query { what: "lookup", filter, limit: 0 }).await
 }
 
-/// Asks until the kernel's stamp is what the node should hold, or it is clear that it will not be soon.
+/// Queries until the kernel's stamp has the desired digest, at most [`ATTEMPTS`] times.
 async fn settled(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable, AdminError> {
     let mut table = ask(fleet, node, query.clone()).await?;
     for _ in 1..ATTEMPTS {
@@ -51,7 +51,7 @@ async fn settled(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelT
     Ok(table)
 }
 
-/// Where a kernel's frontends lead.
+/// Returns the targets of a kernel's frontends.
 pub(super) fn found(table: &KernelTable) -> BTreeMap<FrontendKey, Held> {
     let frontends = table.frontends.iter();
     frontends.filter_map(|frontend| Some((frontend.key.clone()?, explain::found(frontend)))).collect()
@@ -92,7 +92,7 @@ pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, Adm
     })
 }
 
-/// What the kernel does with the packets of one Service: its frontends, looked up one by one.
+/// Returns the frontends of one Service, looked up one by one in the kernel.
 pub(super) async fn rules_of(
     fleet: &Arc<Fleet>,
     node: &str,

@@ -1,14 +1,14 @@
-//! How far changes have got: the barrier of `kubectl switchtower wait`.
+//! Progress of changes: the barrier of `kubectl switchtower wait`.
 
 use serde::Deserialize;
 use switchtower_admin_api::Progress;
 
 use crate::fleet::Fleet;
 
-/// Most names in an answer.
+/// Maximum number of names in an answer.
 const NAMES: usize = 50;
 
-/// What is waited for: resourceVersions that must have been processed, or a revision of an earlier answer.
+/// The changes to wait for: resourceVersions that must have been processed, or a revision from an earlier answer.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Parameters {
     #[serde(default)]

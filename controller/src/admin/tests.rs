@@ -1,4 +1,4 @@
-//! The paths against a fleet without streams and a reviewer in memory.
+//! Requests to a fleet without streams, with an in-memory reviewer.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::propagation::{Propagation, PropagationMetrics};
 use crate::serve::review::{Review, Reviewer};
 use crate::status::Floors;
 
-/// Accepts tokens that are the user's name, for the audience before the @.
+/// Accepts tokens of the form AUDIENCE@USER.
 struct Fake;
 
 impl Reviewer for Fake {
@@ -88,7 +88,7 @@ const VIEWER: &str = "switchtower-admin@switchtower-viewer";
 const OPERATOR: &str = "switchtower-admin@switchtower-operator";
 
 #[tokio::test]
-async fn nobody_gets_past_without_the_right_token() {
+async fn requests_without_a_valid_token_are_refused() {
     let cases = [
         ("", StatusCode::UNAUTHORIZED),
         ("switchtower@switchtower-viewer", StatusCode::UNAUTHORIZED),
@@ -99,14 +99,14 @@ async fn nobody_gets_past_without_the_right_token() {
     for (token, wanted) in cases {
         let (status, body) = get_as(token, "/v1/controller").await;
         assert_eq!(status, wanted, "{token}: {body}");
-        // Unknown paths tell strangers nothing.
+        // Unknown paths reveal nothing to unauthenticated callers.
         let (unknown, _) = get_as(token, "/nothing").await;
         assert_eq!(unknown, if wanted == StatusCode::OK { StatusCode::NOT_FOUND } else { wanted });
     }
 }
 
 #[tokio::test]
-async fn whole_tables_are_for_operators() {
+async fn whole_tables_require_an_operator() {
     for path in ["/v1/nodes/n1/diff", "/v1/nodes/n1/rules"] {
         let (status, body) = get_as(VIEWER, path).await;
         assert_eq!((status, &body["code"]), (StatusCode::FORBIDDEN, &"ST0404".into()), "{body}");
@@ -117,7 +117,7 @@ async fn whole_tables_are_for_operators() {
 }
 
 #[tokio::test]
-async fn the_controller_and_the_progress() {
+async fn controller_and_progress_are_reported() {
     let (_, body) = get_as(VIEWER, "/v1/controller").await;
     let known = (&body["replica"], &body["nodes"], &body["connected"], &body["upstreamAgeMilliseconds"]);
     assert_eq!(known, (&"controller-0".into(), &1.into(), &0.into(), &70.into()));
@@ -131,18 +131,18 @@ async fn the_controller_and_the_progress() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_explained() {
+async fn unknown_services_and_nodes_are_errors() {
     let (status, body) = get_as(VIEWER, "/v1/services/default/none/explanation").await;
     assert_eq!((status, &body["code"]), (StatusCode::NOT_FOUND, &"ST0207".into()));
     let (status, body) = get_as(VIEWER, "/v1/services/default/none/explanation?from=here").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
-    assert!(body["message"].as_str().unwrap().contains("write an IPv4 or IPv6 address"), "{body}");
+    assert!(body["message"].as_str().unwrap().contains("is not an IPv4 or IPv6 address"), "{body}");
     let (status, _) = get_as(VIEWER, "/v1/services/default/none/explanation?node=n9").await;
     assert_eq!(status, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
-async fn the_last_changes_of_a_service() {
+async fn last_changes_of_a_service_are_returned() {
     let (status, body) = get_as(VIEWER, "/v1/services/shop/cart/changes?limit=5").await;
     assert_eq!((status, body.as_array().map(Vec::len)), (StatusCode::OK, Some(1)), "{body}");
     let known = (&body[0]["object"], &body[0]["compiling"], &body[0]["eligible"]);

@@ -35,7 +35,7 @@ pub struct Query {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueryError {
     /// No such Node.
-    #[error("there is no Node {0}, or it is left out by the controller's --node-selector")]
+    #[error("Node {0} does not exist or does not match the controller's --node-selector")]
     UnknownNode(String),
     /// The agent is not connected.
     #[error("the agent of {0} is not connected, so its kernel cannot be queried")]

@@ -1,4 +1,4 @@
-//! Reads manifests from files as the watches would have brought them.
+//! Reads manifests from files, with the same result as the watches.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -12,43 +12,43 @@ use serde_json::Value;
 use crate::ingest::Ingested;
 use crate::watch::Watched;
 
-/// Why manifests could not be read.
+/// Errors of reading manifests.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
     /// A file or directory could not be read.
-    #[error("reading {path}")]
+    #[error("cannot read {path}")]
     Read {
-        /// Which.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// The system's error.
+        /// Error of the system.
         #[source]
         source: std::io::Error,
     },
     /// A document is neither YAML nor JSON.
     #[error("{path} is not valid YAML or JSON: {message}")]
     Syntax {
-        /// In which file.
+        /// Path of the file.
         path: PathBuf,
-        /// The parser's message.
+        /// Message of the parser.
         message: String,
     },
-    /// An object does not have the form of its kind.
+    /// An object does not match the schema of its kind.
     #[error("{path}: {object} cannot be decoded")]
     Object {
-        /// In which file.
+        /// Path of the file.
         path: PathBuf,
         /// Kind and name.
         object: String,
-        /// The decoder's error.
+        /// Error of the decoder.
         #[source]
         source: serde_json::Error,
     },
 }
 
-/// Reads a file, a directory (its .yaml, .yml and .json files by name, not deeper), or standard input (`-`).
+/// Reads a file, the .yaml, .yml and .json files of a directory, or standard input (`-`). Ignores other kinds.
 ///
 /// # Errors
-/// Something cannot be read, parsed or decoded. Objects of other kinds are passed over.
+/// A file cannot be read, parsed or decoded.
 pub(super) fn read(from: &Path) -> Result<Vec<Ingested>, ManifestError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
@@ -78,7 +78,7 @@ pub(super) fn read(from: &Path) -> Result<Vec<Ingested>, ManifestError> {
 }
 
 fn parse(path: &Path, text: &str, found: &mut Vec<Ingested>) -> Result<(), ManifestError> {
-    // JSON first: it is YAML too, but its own parser is faster and knows no surprises.
+    // Try JSON first: it is also YAML, but its own parser is faster and stricter.
     let documents = match serde_json::from_str::<Value>(text) {
         Ok(document) => vec![document],
         Err(_) => serde_saphyr::from_multiple::<Value>(text)
@@ -93,7 +93,7 @@ fn take(path: &Path, mut object: Value, found: &mut Vec<Ingested>) -> Result<(),
     if let Some(Value::Array(items)) =
         object.get_mut("items").map(Value::take).filter(|_| kind.ends_with("List"))
     {
-        // Items of a typed list carry no kind of their own.
+        // Items of a typed list have no kind.
         let item_kind = kind.trim_end_matches("List");
         for mut item in items {
             if let (Value::Object(fields), false) = (&mut item, item_kind.is_empty()) {
@@ -114,7 +114,7 @@ fn take(path: &Path, mut object: Value, found: &mut Vec<Ingested>) -> Result<(),
     Ok(())
 }
 
-/// An object without a namespace is in `default`, where kubectl would put it.
+/// Decodes an object. Without a namespace it is in `default`, as with kubectl.
 fn decode<K: Watched + DeserializeOwned>(path: &Path, mut object: Value) -> Result<Ingested, ManifestError> {
     let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
     let description = format!("{} {name:?}", K::kind(&()));

@@ -1,4 +1,4 @@
-//! Manifests in, text out.
+//! Manifests and the text that `render` prints for them.
 
 use super::manifests;
 use super::{RenderError, compile, text};
@@ -22,7 +22,7 @@ const MANIFESTS: &str = r#"
 "#;
 
 #[test]
-fn a_node_sees_its_local_endpoints_and_the_rest_of_the_cluster() {
+fn view_has_local_endpoints_and_those_of_the_cluster() {
     let view = compile(manifests::from_text(MANIFESTS).unwrap(), "n2").unwrap();
     let expected = "\
 node n2, zone b: 3 frontends
@@ -41,7 +41,7 @@ node(IPv4):30080/TCP  NodePort  default/web:http  affinity 10800s
 }
 
 #[test]
-fn an_unknown_node_is_an_error() {
+fn unknown_node_is_an_error() {
     let error = compile(manifests::from_text(MANIFESTS).unwrap(), "n9").unwrap_err();
     assert!(matches!(error, RenderError::UnknownNode(name) if name == "n9"));
 }
