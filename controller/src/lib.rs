@@ -3,9 +3,9 @@
 //!
 //! Path of a change: [`watch`] receives it, [`ingest`] converts the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers to the [`fleet`], a [`session`] streams it to each agent,
-//! [`status`] writes what the agents acknowledged, [`propagation`] measures how long it took, and
-//! [`status::absence`] finds out why an agent is absent. [`serve`] accepts the agents' connections and
-//! authenticates them. Of several controllers only the holder of the [`lease`] serves and writes.
+//! [`status`] writes the acknowledged state, and [`propagation`] measures the delay. [`status::absence`] finds the
+//! blocker of an absent agent. [`serve`] accepts and authenticates the connections of agents. Only the holder of the
+//! [`lease`] serves agents and writes objects.
 
 pub mod admin;
 mod background;

@@ -10,7 +10,7 @@ use super::RETRY;
 use crate::admin::Admin;
 use crate::fleet::metrics::StreamMetrics;
 use crate::serve::tls::ServerTls;
-use crate::status::absence::{Agents, Obstacle};
+use crate::status::absence::{Agents, Blocker};
 
 /// Binds the address that agents connect to. `None`: another program uses it, possibly the previous controller; the
 /// rows report that until it is free.
@@ -21,7 +21,7 @@ pub(super) async fn bind(address: SocketAddr, agents: &Agents) -> anyhow::Result
             Ok(Some(listener))
         }
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            agents.closed(Some(Obstacle::new(
+            agents.closed(Some(Blocker::new(
                 "ControllerNotListening",
                 format!(
                     "The controller cannot accept agents: another program uses {address}. Stop it, or choose another \

@@ -24,8 +24,6 @@ mod tests;
 use ask::Answer;
 use pod::{AgentPod, Stage};
 
-pub use Blocker as Obstacle;
-
 /// The reason why a node's agent is absent, as shown in the node's row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blocker {

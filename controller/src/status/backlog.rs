@@ -1,5 +1,5 @@
-//! Nodes between the engine and its readers, which start only when the controller becomes active: until then the
-//! latest of each Node is kept, so that a controller that waits for weeks holds no more than there are Nodes.
+//! Buffers Node events between the engine and its readers, which start when the controller becomes active. Keeps only
+//! the latest state of each Node, so that the memory of a standby is bounded by the number of Nodes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ impl Backlog {
     }
 }
 
-/// Passes Nodes on once `active` has ended. Ends when the engine or a reader does.
+/// Forwards Node events once `active` completes. Returns when the engine or a reader ends.
 pub async fn forward(
     mut from: UnboundedReceiver<NodeEvent>,
     readers: Vec<UnboundedSender<NodeEvent>>,
