@@ -32,7 +32,7 @@ use self::emit::Emitter;
 use self::limits::{Admission, Bound, Demand};
 use self::nodes::Nodes;
 use self::service::Output;
-use crate::compiled::{Compiled, ProblemReason};
+use crate::compiled::{Compiled, Problem, ProblemReason};
 use crate::locality::PodChange;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
 use crate::wire;
@@ -263,7 +263,7 @@ fn refused(service: &Service, bound: Bound, limits: Limits) -> Output {
          Services take precedence",
         limit.frontends, limit.endpoints
     );
-    Output::only(service::problem(service, ProblemReason::LimitExceeded, message))
+    Output::only(Problem::of_service(service, ProblemReason::LimitExceeded, message))
 }
 
 fn is_api_server(service: &ObjectKey) -> bool {
