@@ -142,25 +142,25 @@ pub enum Planned {
     Nothing(Cursor),
     /// This is to be sent.
     Update(Box<Plan>),
-    /// Compress this ([`RawSnapshot::compress`]), hand it to [`Layers::keep`], and plan again. Compressing
-    /// takes a while and needs no access to the layers, so nobody has to wait for it.
+    /// Compress this ([`RawSnapshot::compress`]), hand it to [`Layers::keep`], and plan again. Encoding and compressing
+    /// take a while and need no access to the layers.
     Compress(Box<RawSnapshot>),
 }
 
-/// A large layer, encoded.
+/// A large layer as it is at a revision. Holding it costs nothing until the layer changes.
 #[derive(Debug)]
 pub struct RawSnapshot {
     layer: LayerId,
     kind: LayerKind,
     revision: u64,
-    payloads: Vec<Vec<u8>>,
+    items: Arc<items::Items>,
 }
 
 impl RawSnapshot {
-    /// Compresses it.
+    /// Encodes and compresses it.
     #[must_use]
     pub fn compress(self) -> Snapshot {
-        let parts = self.payloads.into_iter().map(|raw| compress(self.kind, raw)).collect();
+        let parts = log::encode(&self.items).into_iter().map(|raw| compress(self.kind, raw)).collect();
         Snapshot { layer: self.layer, revision: self.revision, parts }
     }
 }

@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use switchtower_core::compile::Compiler;
+use switchtower_core::layer::{Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
-use switchtower_proto::v1::Protocol;
+use switchtower_proto::v1::{Protocol, Source};
 
 fn object(number: u32, suffix: &str) -> ObjectKey {
     ObjectKey { namespace: "default".into(), name: format!("s{number}{suffix}").into() }
@@ -58,20 +59,7 @@ fn slice(number: u32, round: u32) -> EndpointSlice {
 
 /// The shortest of many runs: what else the machine does only ever adds.
 fn one_change(services: u32) -> Duration {
-    let mut compiler = Compiler::new();
-    for number in 0..100u32 {
-        compiler.apply(Input::Node(Node {
-            name: format!("n{number}").into(),
-            addresses: vec![address(192, number)],
-            pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
-            zone: None,
-            eligible: true,
-        }));
-    }
-    for number in 0..services {
-        compiler.apply(Input::Service(service(number)));
-        compiler.apply(Input::Slice(slice(number, 0)));
-    }
+    let mut compiler = cluster(100, services);
     compiler.compile();
     let runs = (1..=300).map(|round| {
         let start = Instant::now();
@@ -84,6 +72,51 @@ fn one_change(services: u32) -> Duration {
         taken
     });
     runs.min().unwrap()
+}
+
+fn cluster(nodes: u32, services: u32) -> Compiler {
+    let mut compiler = Compiler::new();
+    for number in 0..nodes {
+        compiler.apply(Input::Node(Node {
+            name: format!("n{number}").into(),
+            addresses: vec![address(192, number)],
+            pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
+            zone: None,
+            eligible: true,
+        }));
+    }
+    for number in 0..services {
+        compiler.apply(Input::Service(service(number)));
+        compiler.apply(Input::Slice(slice(number, 0)));
+    }
+    compiler
+}
+
+/// Layers touched, log entries added and bytes sent by one endpoint change.
+fn one_change_in_a_fleet(nodes: u32) -> (usize, usize, usize) {
+    let mut compiler = cluster(nodes, 200);
+    let mut layers = Layers::new(LogLimits::default());
+    let apply = |compiler: &mut Compiler, layers: &mut Layers| {
+        let compiled = compiler.compile();
+        layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
+    };
+    apply(&mut compiler, &mut layers);
+    let node = Subscription { node: "n5".into(), zone: None, settings: ("builtin".into(), 0) };
+    let (before, entries) = (layers.head(&node), layers.log_entries());
+    compiler.apply(Input::Slice(slice(100, 1)));
+    let applied = apply(&mut compiler, &mut layers);
+    let Planned::Update(plan) = layers.plan(&node, Some(&before)) else { panic!("nothing is to be sent") };
+    let bytes = plan.parts.iter().map(|part| part.payload.len()).sum();
+    (applied.touched.len(), layers.log_entries() - entries, bytes)
+}
+
+#[test]
+fn an_endpoint_change_touches_as_many_layers_in_any_fleet() {
+    let small = one_change_in_a_fleet(100);
+    assert_eq!((small.0, small.1), (2, 2), "CLUSTER and the endpoint's node");
+    for nodes in [1_000, 5_000] {
+        assert_eq!(one_change_in_a_fleet(nodes), small, "{nodes} nodes");
+    }
 }
 
 #[test]

@@ -40,7 +40,8 @@ struct Joined {
 #[derive(Debug)]
 pub(super) struct Layer {
     kind: LayerKind,
-    pub(super) items: Items,
+    /// Shared with a snapshot while it is encoded.
+    pub(super) items: Arc<Items>,
     /// The log covers everything after this revision.
     floor: u64,
     floor_digest: Digest,
@@ -54,7 +55,7 @@ impl Layer {
     pub(super) fn new(kind: LayerKind, floor: u64) -> Self {
         Self {
             kind,
-            items: Items::new(kind),
+            items: Arc::new(Items::new(kind)),
             floor,
             floor_digest: Digest::default(),
             log: VecDeque::new(),
@@ -74,8 +75,9 @@ impl Layer {
     ) -> (usize, bool) {
         let mut effective = Vec::new();
         let mut dropped = 0;
+        let items = Arc::make_mut(&mut self.items);
         for change in changes {
-            dropped += usize::from(!self.items.apply(change, &mut effective));
+            dropped += usize::from(!items.apply(change, &mut effective));
         }
         if effective.is_empty() {
             return (dropped, false);
@@ -184,16 +186,15 @@ impl Layer {
                 self.delta(snapshot.revision, parts);
                 return Ok(());
             }
-            let payloads = self.encode();
-            let raw = RawSnapshot { layer: id.clone(), kind: self.kind, revision: head, payloads };
-            return Err(Box::new(raw));
+            let items = self.items.clone();
+            return Err(Box::new(RawSnapshot { layer: id.clone(), kind: self.kind, revision: head, items }));
         }
         let part = |payload: Vec<u8>| Part {
             layer: self.kind as i32,
             kind: PartKind::Snapshot as i32,
             payload: payload.into(),
         };
-        parts.extend(self.encode().into_iter().map(part));
+        parts.extend(encode(&self.items).into_iter().map(part));
         Ok(())
     }
 
@@ -202,23 +203,6 @@ impl Layer {
         if known.as_ref().is_none_or(|known| known.revision < snapshot.revision) {
             *known = Some(Arc::new(snapshot));
         }
-    }
-
-    /// At least one payload, also if the layer is empty: it says that the layer is replaced.
-    fn encode(&self) -> Vec<Vec<u8>> {
-        let (mut payloads, mut buckets, mut size) = (Vec::new(), Vec::new(), 0);
-        for bucket in self.items.buckets() {
-            // Key and length of the bucket within the list.
-            let length = bucket.encoded_len() + 8;
-            if size + length > PART && !buckets.is_empty() {
-                payloads.push(Buckets { buckets: std::mem::take(&mut buckets) }.encode_to_vec());
-                size = 0;
-            }
-            size += length;
-            buckets.push(bucket);
-        }
-        payloads.push(Buckets { buckets }.encode_to_vec());
-        payloads
     }
 }
 
@@ -235,4 +219,21 @@ fn encode_segments(changes: Vec<Change>) -> Vec<Bytes> {
     }
     segments.push(Segment { changes: segment }.encode_to_vec().into());
     segments
+}
+
+/// At least one payload, also if the layer is empty: it says that the layer is replaced.
+pub(super) fn encode(items: &Items) -> Vec<Vec<u8>> {
+    let (mut payloads, mut buckets, mut size) = (Vec::new(), Vec::new(), 0);
+    for bucket in items.buckets() {
+        // Key and length of the bucket within the list.
+        let length = bucket.encoded_len() + 8;
+        if size + length > PART && !buckets.is_empty() {
+            payloads.push(Buckets { buckets: std::mem::take(&mut buckets) }.encode_to_vec());
+            size = 0;
+        }
+        size += length;
+        buckets.push(bucket);
+    }
+    payloads.push(Buckets { buckets }.encode_to_vec());
+    payloads
 }

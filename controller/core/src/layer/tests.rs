@@ -336,6 +336,18 @@ fn a_large_snapshot_is_compressed_once_and_shared() {
 }
 
 #[test]
+fn a_snapshot_under_way_is_of_its_revision() {
+    let mut layers = filled(2_000);
+    let Planned::Compress(raw) = layers.plan(&node(0), None) else { panic!("nothing is compressed yet") };
+    toggle(&mut layers, true);
+    layers.keep(raw.compress());
+    let Planned::Update(late) = layers.plan(&node(0), None) else { panic!("it was compressed before") };
+    let kinds: Vec<_> = late.parts.iter().map(Part::kind).collect();
+    assert!(kinds.contains(&PartKind::SnapshotDeflate), "{kinds:?}");
+    assert!(kinds.contains(&PartKind::Delta), "what came after it follows: {kinds:?}");
+}
+
+#[test]
 fn nodes_at_the_same_place_get_the_same_bytes() {
     let mut layers = filled(1_000);
     let places = [0, 1].map(|number| layers.head(&node(number)));
