@@ -54,6 +54,8 @@ pub(crate) use settings::laid_over;
 const TICK: Duration = Duration::from_millis(500);
 /// Minimum interval between rounds: changes within it share a round.
 const GATHER: Duration = Duration::from_millis(50);
+/// Maximum interval between two rounds in a large fleet.
+const LONGEST_GATHER: Duration = Duration::from_secs(1);
 /// Delay after a request that the API server did not answer, or refused permanently.
 const RETRY: Duration = Duration::from_secs(5);
 /// Delay after a request about an object that the API server answered with an error.
@@ -105,6 +107,8 @@ pub struct Rollouts {
     /// Objects that the API server refused, and the time of the next attempt. Other objects do not wait for them.
     postponed: BTreeMap<String, Instant>,
     error_logged: Option<Instant>,
+    /// Time that the last round took to read all nodes.
+    reading: Duration,
 }
 
 impl Rollouts {
@@ -136,6 +140,7 @@ impl Rollouts {
             paused_until: None,
             postponed: BTreeMap::new(),
             error_logged: None,
+            reading: Duration::ZERO,
         }
     }
 
@@ -155,9 +160,11 @@ impl Rollouts {
         let (mut profiles, mut rollouts) = (events(&self.profile_api), events(&self.rollout_api));
         let assignments = self.assignments.clone();
         let mut dirty = true;
+        let mut pause = GATHER;
         loop {
             if dirty && self.ready() {
                 self.round().await;
+                pause = pause_after(self.reading);
                 dirty = false;
             } else if dirty && self.knows_rows() {
                 // Serving assigned settings never waits for rounds.
@@ -188,7 +195,7 @@ impl Rollouts {
             }
             // Changes within a short time share a round.
             if dirty {
-                tokio::time::sleep(GATHER).await;
+                tokio::time::sleep(pause).await;
                 while let Ok(event) = nodes.try_recv() {
                     self.node(event);
                 }
@@ -293,6 +300,12 @@ impl Rollouts {
 
 fn is_deleting(profile: &ProxyProfile) -> bool {
     profile.metadata.deletion_timestamp.is_some()
+}
+
+/// Returns the pause after a round that read all nodes in `round`: at most a tenth of the time is spent on rounds while
+/// rows change one by one, as after a start.
+fn pause_after(round: Duration) -> Duration {
+    (round * 9).clamp(GATHER, LONGEST_GATHER)
 }
 
 async fn sleep_until(date: Option<Instant>) {

@@ -43,8 +43,10 @@ impl Rollouts {
             self.clock.set();
         }
         // Serve the assigned settings first: no request may delay them.
+        let began = Instant::now();
         self.serve();
         let mut facts = self.facts();
+        self.reading = began.elapsed();
         if self.create_revisions(&facts).await {
             facts = self.facts();
         }
