@@ -44,7 +44,10 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// is faster than the kernel's later retransmissions.
 const TCP_DEADLINE: Duration = Duration::from_millis(2_500);
 const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
+/// Interval between checks for silence.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// The controller pings every 15 seconds. After this long without a message the agent pings too.
+const QUIET: Duration = Duration::from_secs(20);
 /// Timeout of a stream without any message.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Maximum delay that a GoAway may request.
@@ -262,7 +265,7 @@ async fn connect(
     // The connector provides TLS; for an https URI tonic would add its own.
     let endpoint = Endpoint::from_shared(format!("http://{SERVER_NAME}"))
         .map_err(|error| failed(chain(&error), None))?
-        .http2_keep_alive_interval(PING_INTERVAL)
+        .http2_keep_alive_interval(QUIET)
         .keep_alive_timeout(PING_INTERVAL)
         .keep_alive_while_idle(true);
     match timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(dial)).await {
@@ -420,6 +423,9 @@ impl Stream<'_> {
                 _ = pings.tick() => {
                     if heard.elapsed() > SILENCE {
                         return Err(SessionError::Silent);
+                    }
+                    if heard.elapsed() < QUIET {
+                        continue;
                     }
                     self.sequence += 1;
                     let ping = Ping { sequence: self.sequence, upstream_age_milliseconds: 0 };
