@@ -250,7 +250,7 @@ impl Measured<'_> {
     }
 
     fn idle(&self) -> Result<Idle> {
-        // What the join left to do is not idle time.
+        // The end of the join is not idle time.
         std::thread::sleep(Duration::from_secs(3));
         let before = self.usage()?;
         std::thread::sleep(self.plan.idle);

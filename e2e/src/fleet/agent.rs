@@ -28,7 +28,7 @@ pub(super) struct Applied {
     pub(super) slices: u64,
 }
 
-/// What one hollow agent did, as the measurement reads it.
+/// Progress of one hollow agent, read by the measurement.
 #[derive(Debug, Default)]
 pub(super) struct Hollow {
     generation: AtomicU64,
@@ -115,7 +115,7 @@ impl Agents {
         done: impl Fn(&Hollow) -> bool,
     ) -> Result<Instant> {
         let deadline = Instant::now() + patience;
-        // Agents that are done are not looked at again.
+        // Agents that are done are not checked again.
         let mut next = 0;
         loop {
             while self.agents.get(next).is_some_and(|agent| done(agent)) {
@@ -150,7 +150,7 @@ impl Agents {
         self.agents.iter().map(take).collect()
     }
 
-    /// Where each agent stands before a restart of the controller.
+    /// Returns the streams and snapshots of each agent so far.
     pub(super) fn returns(&self) -> Vec<Returns> {
         let returns = |agent: &Arc<Hollow>| Returns {
             streams: agent.streams.load(Ordering::Acquire),
@@ -222,7 +222,7 @@ async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
                 let _ = answer.send(Err("a hollow agent has no kernel".to_owned()));
                 None
             }
-            // Dropping `done` says that nothing is in the way of the connection.
+            // Dropping `done` lets the session connect.
             _ => None,
         };
         if let Some((generation, Refusal { reason, detail })) = event {

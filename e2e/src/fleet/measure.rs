@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
-/// What a process has used.
+/// CPU time and memory of a process.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Usage {
     /// The time of the reading.
