@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, SystemTime};
 
-use k8s_openapi::jiff::Timestamp;
 use switchtower_core::compiled::{Compiled, Problem};
 use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::locality::Localities;
@@ -23,19 +22,22 @@ pub mod behind;
 mod inspect;
 mod locality;
 pub mod metrics;
+mod news;
 pub mod queries;
 mod reports;
 mod settings;
+mod signal;
 
 pub use inspect::Reach;
+use news::observe;
 pub use settings::{SettingsAssignment, SettingsName, builtin_settings};
+pub(crate) use signal::Signal;
 
 use addresses::KnownAddresses;
 use metrics::StreamMetrics;
-use queries::QueryQueue;
 
 use crate::propagation::{Propagation, unix_nanoseconds};
-use crate::status::{Floor, Floors, Observation};
+use crate::status::{Floor, Floors, News, Observation};
 use crate::sync::{lock, read, write};
 
 /// Time since the API server last responded on every watch; `None` before it did.
@@ -46,25 +48,6 @@ pub type ProblemSink = Arc<dyn Fn(Problem) + Send + Sync>;
 /// Time that agents have to connect after the start, before a missing one is reported: an agent retries only every 30
 /// seconds after a long outage, and a fleet that reconnects at once needs some time.
 const CONNECT_GRACE: Duration = Duration::from_secs(45);
-
-/// Requests to the task of a stream.
-#[derive(Debug, Default)]
-pub(crate) struct Signal {
-    pub(crate) notify: Notify,
-    pub(crate) queries: QueryQueue,
-    end: Mutex<Option<GoAwayReason>>,
-}
-
-impl Signal {
-    fn end(&self, reason: GoAwayReason) {
-        lock(&self.end).get_or_insert(reason);
-        self.notify.notify_one();
-    }
-
-    pub(crate) fn ended(&self) -> Option<GoAwayReason> {
-        *lock(&self.end)
-    }
-}
 
 #[derive(Debug, Default)]
 struct Node {
@@ -81,6 +64,8 @@ struct Node {
     /// Rate limit of its reports about Services.
     report_limit: reports::ReportLimit,
     facts: locality::NodeFacts,
+    /// Most significant change that was reported to the writer of rows and not read since.
+    news: Option<News>,
 }
 
 /// Nodes that a new revision affects.
@@ -101,6 +86,8 @@ struct Nodes {
     /// Revision of each node; the built-in one if absent.
     assigned: HashMap<Arc<str>, SettingsName>,
     localities: Localities,
+    /// Changes for the writer of rows.
+    news: Vec<(Arc<str>, News)>,
 }
 
 /// All nodes and layers.
@@ -118,7 +105,6 @@ pub struct Fleet {
     upstream: UpstreamAge,
     propagation: Arc<Propagation>,
     problems: ProblemSink,
-    dirty: Mutex<BTreeSet<Arc<str>>>,
     changed: Notify,
     /// Serializes the compression of snapshots; a waiting session finds the snapshot ready.
     compressing: tokio::sync::Mutex<()>,
@@ -155,7 +141,6 @@ impl Fleet {
             upstream,
             propagation,
             problems,
-            dirty: Mutex::default(),
             changed: Notify::new(),
             compressing: tokio::sync::Mutex::default(),
             known: Arc::default(),
@@ -203,7 +188,7 @@ impl Fleet {
             {
                 nodes.unassign(&node);
                 self.known.remove_node(&node);
-                self.mark([node]);
+                self.mark(&mut nodes, &node, News::Transition);
             }
         }
         for (node, record) in records {
@@ -211,15 +196,14 @@ impl Fleet {
             let addresses = record.addresses.iter().filter_map(|octets| wire::address(octets));
             self.known.set_node(&node, addresses.collect());
             self.detection_changed(&mut nodes, &node);
-            self.mark([node]);
+            self.mark(&mut nodes, &node, News::Transition);
         }
         self.ready.store(true, Ordering::Release);
         publication.published = unix_nanoseconds(SystemTime::now());
         let Woken { idle, followed } = nodes.wake(&applied);
         // Under the lock, so that an acknowledgement of this revision cannot come first.
         self.propagation.publish(applied.revision, publication, &followed);
-        drop(nodes);
-        self.mark(idle);
+        self.mark_all(&mut nodes, &idle, News::Progress);
         applied.revision
     }
 
@@ -335,33 +319,19 @@ impl Fleet {
         Some((floor.session, signal))
     }
 
-    /// Changes the observation of a node if `session` is still its current stream.
-    pub(crate) fn observe_with(&self, node: &Arc<str>, session: u64, change: impl FnOnce(&mut Observation)) {
-        let mut nodes = lock(&self.nodes);
-        let Some(known) = nodes.nodes.get_mut(node).and_then(|entry| entry.observation.as_mut()) else {
-            return;
-        };
-        if known.session != session {
-            return;
-        }
-        let before = (known.applied >= known.desired).then_some(());
-        change(known);
-        if known.applied >= known.desired {
-            known.behind_since = None;
-        } else if before.is_some() || known.behind_since.is_none() {
-            known.behind_since = Some(Timestamp::now());
-        }
-        drop(nodes);
-        self.mark([node.clone()]);
-    }
-
-    /// Records the position that a node acknowledged, and the update that delivered it, if any.
-    pub(crate) fn reached(&self, node: &Arc<str>, session: u64, cursor: &Cursor, delivery: Option<Delivery>) {
+    /// Records the position that a node reached and the update that delivered it, if any, and changes the node's
+    /// observation.
+    pub(crate) fn reached(
+        &self,
+        node: &Arc<str>,
+        session: u64,
+        cursor: &Cursor,
+        delivery: Option<Delivery>,
+        change: impl FnOnce(&mut Observation) -> News,
+    ) {
         let mut nodes = lock(&self.nodes);
         let Some(entry) = nodes.nodes.get_mut(node) else { return };
-        if entry.observation.as_ref().is_none_or(|known| known.session != session) {
-            return;
-        }
+        let Some(news) = observe(entry, session, change) else { return };
         entry.cursor = Some(cursor.clone());
         let settings = entry.subscription.as_ref().map(|subscription| &subscription.settings);
         // An update that was planned before the node got other settings does not deliver them.
@@ -376,6 +346,7 @@ impl Fleet {
             // The first view of a stream is no latency: from here on it is.
             None => entry.slot = Some(self.propagation.join(node.clone(), revision)),
         }
+        self.mark(&mut nodes, node, news);
     }
 
     /// A node refused an update that leads to a revision of the layers.
@@ -414,50 +385,7 @@ impl Fleet {
         if entry.subscription.is_none() {
             nodes.nodes.remove(node);
         }
-        drop(nodes);
-        self.mark([node.clone()]);
-    }
-
-    fn mark(&self, nodes: impl IntoIterator<Item = Arc<str>>) {
-        let mut dirty = lock(&self.dirty);
-        dirty.extend(nodes);
-        if !dirty.is_empty() {
-            self.changed.notify_one();
-        }
-    }
-}
-
-impl crate::status::Registry for Fleet {
-    fn observe(&self, node: &str) -> Option<Observation> {
-        let nodes = lock(&self.nodes);
-        let entry = nodes.nodes.get(node)?;
-        let mut observation = entry.observation.clone()?;
-        observation.locality = nodes.localities.of(node).unwrap_or_default();
-        // Without a stream, no session keeps these numbers up to date.
-        if observation.lost_since.is_some()
-            && let (Some(subscription), Some(cursor)) = (&entry.subscription, &entry.cursor)
-        {
-            let pending = self.read(|layers| layers.pending(subscription, cursor));
-            observation.desired = observation.sent.max(observation.applied + pending);
-            if observation.applied < observation.desired {
-                observation.behind_since = observation.behind_since.or(observation.lost_since);
-            }
-        }
-        Some(observation)
-    }
-
-    fn settled(&self) -> bool {
-        Fleet::settled(self)
-    }
-
-    async fn changed(&self) -> Vec<Arc<str>> {
-        loop {
-            let changed = std::mem::take(&mut *lock(&self.dirty));
-            if !changed.is_empty() {
-                return changed.into_iter().collect();
-            }
-            self.changed.notified().await;
-        }
+        self.mark(&mut nodes, node, News::Transition);
     }
 }
 
@@ -518,7 +446,7 @@ impl Nodes {
         let mut woken = Woken::default();
         let mut wake = |name: &Arc<str>| match self.nodes.get(name) {
             Some(Node { signal: Some(signal), slot, .. }) => {
-                signal.notify.notify_one();
+                signal.changed();
                 woken.followed.extend(*slot);
             }
             Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),

@@ -15,7 +15,6 @@ use switchtower_proto::v1::fleet_server::{Fleet as FleetService, FleetServer};
 use switchtower_proto::v1::{AgentMessage, GoAwayReason};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 mod admission;
@@ -24,6 +23,7 @@ pub(crate) mod connection;
 pub(crate) mod gate;
 pub(crate) mod http1;
 pub mod keys;
+mod outbound;
 pub mod review;
 pub mod tls;
 
@@ -131,7 +131,7 @@ impl FleetService for Service {
             session.run(request.into_inner()).await;
             drop((permit, authenticated));
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
+        Ok(Response::new(Box::pin(outbound::Flattened::new(outbound))))
     }
 }
 

@@ -23,6 +23,8 @@ use tonic::{Status, Streaming};
 
 use crate::fleet::queries::PendingQuery;
 use crate::fleet::{Fleet, Signal};
+use crate::status::row::BEHIND_GRACE;
+use crate::status::{News, Observation};
 use crate::text::sanitized;
 use crate::token_bucket::{Rate, TokenBucket};
 
@@ -34,6 +36,22 @@ mod received;
 
 use in_flight::InFlight;
 pub use limits::Limits;
+
+/// Messages that are written to the connection together.
+pub(crate) type Batch = Vec<ControllerMessage>;
+
+/// Maximum size of an update that is queued whole, for one write, in bytes.
+const SMALL: usize = 64 << 10;
+/// Maximum number of its parts.
+const SMALL_PARTS: usize = 8;
+
+/// Maximum delay between an acknowledgement and the next update.
+const HOLD: Duration = Duration::from_secs(1);
+/// The next update waits this many times as long as the last one took, so that a busy controller, network or node gets
+/// fewer and larger updates.
+const HOLD_FACTOR: u32 = 2;
+/// Acknowledgement time below which nothing is considered busy.
+const PROMPT: Duration = Duration::from_millis(20);
 
 /// After this time without a response on the watches, the API server may not answer token reviews either.
 const UNHEARD: Duration = Duration::from_secs(30);
@@ -73,7 +91,7 @@ pub(crate) struct Session {
     limits: Arc<Limits>,
     node: Arc<str>,
     expires: SystemTime,
-    out: mpsc::Sender<Result<ControllerMessage, Status>>,
+    out: mpsc::Sender<Batch>,
     number: u64,
     subscription: Subscription,
     /// Position of the agent; `None` if it needs a complete snapshot.
@@ -87,11 +105,16 @@ pub(crate) struct Session {
     /// The kernel did not hold the view of the Hello, and nothing has been acknowledged since.
     unproven: bool,
     in_flight: Option<InFlight>,
+    /// Plan an update even if nothing changed.
+    due: bool,
+    /// Earliest time of the next update.
+    held_until: Option<Instant>,
     pause: Option<Pause>,
     refusals: u32,
     pings: u64,
     query: PendingQuery,
     heard: Instant,
+    spoke: Instant,
     allowance: TokenBucket,
 }
 
@@ -130,7 +153,7 @@ impl Session {
         fleet: Arc<Fleet>,
         limits: Arc<Limits>,
         identity: Identity,
-        out: mpsc::Sender<Result<ControllerMessage, Status>>,
+        out: mpsc::Sender<Batch>,
     ) -> Self {
         let now = Instant::now();
         let per_second = limits.messages_per_second;
@@ -151,11 +174,14 @@ impl Session {
             kernel_at_hello: None,
             unproven: false,
             in_flight: None,
+            due: true,
+            held_until: None,
             pause: None,
             refusals: 0,
             pings: 0,
             query: PendingQuery::default(),
             heard: now,
+            spoke: now,
         }
     }
 
@@ -186,7 +212,7 @@ impl Session {
                 tracing::info!(node = %self.node, session = self.number, reason = name, detail, "closing the stream");
                 let message = go_away(reason, detail, &self.limits);
                 // A peer that reads nothing must not keep the stream open.
-                let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(Ok(message))).await;
+                let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(vec![message])).await;
             }
         }
     }
@@ -246,9 +272,6 @@ impl Session {
                 resume(&self.subscription).or_else(|| resume(last.as_ref()?.subscription()))
             })
         });
-        if let Some(cursor) = &self.cursor {
-            self.fleet.reached(&self.node, self.number, cursor, None);
-        }
         let (generation, highest) = (self.generation, self.highest);
         self.unproven = self
             .cursor
@@ -257,7 +280,7 @@ impl Session {
         let applied = if self.cursor.is_none() || self.unproven { kernel } else { generation };
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
         let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
-        self.fleet.observe_with(&self.node, self.number, |known| {
+        let change = |known: &mut Observation| {
             known.note_connected();
             known.acknowledged = false;
             known.applied = applied;
@@ -274,7 +297,12 @@ impl Session {
             known.settings = settings;
             known.deviations = deviations.map(bounded::deviations);
             known.trial = trial.map(bounded::trial);
-        });
+            News::Transition
+        };
+        match &self.cursor {
+            Some(cursor) => self.fleet.reached(&self.node, self.number, cursor, None, change),
+            None => self.fleet.observe_with(&self.node, self.number, change),
+        }
     }
 
     async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {
@@ -285,13 +313,17 @@ impl Session {
             if let Some(reason) = signal.ended() {
                 return End::GoAway(reason, String::new());
             }
-            if let Err(end) = self.advance().await {
+            signal.stop_waiting();
+            if let Err(end) = self.advance(signal).await {
                 return end;
             }
             if let Some(query) = self.query.next(&signal.queries)
                 && let Err(end) = self.send(ToAgent::Query(query)).await
             {
                 return end;
+            }
+            if self.is_idle() && !signal.wait_for_change() {
+                continue;
             }
             let deadline = self.deadline();
             let outcome = tokio::select! {
@@ -331,26 +363,45 @@ impl Session {
     /// Returns the time of the next check if no event occurs before.
     fn deadline(&self) -> Option<Instant> {
         if let Some(in_flight) = &self.in_flight {
-            return (!in_flight.retried).then(|| in_flight.since + self.limits.acknowledgement);
+            let late = (!in_flight.late).then(|| in_flight.since + BEHIND_GRACE);
+            let lost = (!in_flight.retried).then(|| in_flight.since + self.limits.acknowledgement);
+            return late.into_iter().chain(lost).min();
         }
-        self.pause.as_ref().map(|pause| pause.until)
+        let pause = self.pause.as_ref().map(|pause| pause.until);
+        pause.into_iter().chain(self.held_until).min()
     }
 
-    /// Sends pending changes unless an update is unacknowledged or paused.
-    async fn advance(&mut self) -> Result<(), End> {
-        let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
-        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
-        if let Some(in_flight) = &self.in_flight {
+    /// Only a change, a message or a timer gives it work.
+    fn is_idle(&self) -> bool {
+        self.in_flight.is_none() && self.held_until.is_none()
+    }
+
+    /// Sends pending changes unless an update is unacknowledged, held or paused.
+    async fn advance(&mut self, signal: &Signal) -> Result<(), End> {
+        if let Some(in_flight) = &mut self.in_flight {
             if !in_flight.retried && in_flight.since.elapsed() >= self.limits.acknowledgement {
                 let detail = format!("generation {} was not acknowledged in time", in_flight.to);
                 return Err(End::GoAway(GoAwayReason::Unspecified, detail));
             }
-            let pending = self.fleet.read(|layers| layers.pending(&self.subscription, &in_flight.after));
-            let desired = in_flight.to + pending;
-            self.fleet.observe_with(&self.node, self.number, |known| known.desired = desired);
+            if !in_flight.late && in_flight.since.elapsed() >= BEHIND_GRACE {
+                in_flight.late = true;
+                self.fleet.observe_with(&self.node, self.number, |_| News::Transition);
+            }
             return Ok(());
         }
-        if self.paused() {
+        if self.held_until.is_some_and(|until| until > Instant::now()) {
+            return Ok(());
+        }
+        self.held_until = None;
+        let changed = signal.take_changed();
+        if !changed && !self.due {
+            return Ok(());
+        }
+        let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
+        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
+        // Each change may end the pause.
+        self.due = self.paused();
+        if self.due {
             return Ok(());
         }
         match self.fleet.plan(&self.subscription, self.cursor.as_ref()).await {
@@ -382,21 +433,22 @@ impl Session {
         let generation = self.generation;
         let digest = after.digest().to_bytes();
         let settings = after.subscription().settings.clone();
-        self.fleet.reached(&self.node, self.number, &after, None);
-        self.cursor = Some(after);
         let unproven = self.unproven;
-        self.fleet.observe_with(&self.node, self.number, |known| {
+        self.fleet.reached(&self.node, self.number, &after, None, |known| {
             known.sent = generation;
             known.desired = generation;
             if unproven {
                 // It is still committing: its acknowledgement or refusal is pending.
-                return;
+                return News::Transition;
             }
+            let news = !known.acknowledged || known.settings.as_ref() != Some(&settings);
             known.acknowledged = true;
             known.applied = generation;
             known.digest = Some(digest);
             known.settings = Some(settings);
+            if news { News::Transition } else { News::Progress }
         });
+        self.cursor = Some(after);
     }
 
     fn paused(&mut self) -> bool {
@@ -449,28 +501,52 @@ impl Session {
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.sent = to;
             known.desired = to;
+            News::Progress
         });
-        self.send(ToAgent::Update(update)).await?;
-        for part in parts {
-            self.send(ToAgent::Part(part)).await?;
+        let small = in_flight.bytes() <= SMALL as u64 && parts.len() <= SMALL_PARTS;
+        let begin = std::iter::once(ToAgent::Update(update));
+        let all =
+            begin.chain(parts.into_iter().map(ToAgent::Part)).chain([ToAgent::UpdateEnd(UpdateEnd { to })]);
+        if small {
+            self.send_batch(all.map(message).collect()).await?;
+        } else {
+            // The queue to the connection bounds what waits for a slow peer.
+            for one in all {
+                self.send(one).await?;
+            }
         }
-        self.send(ToAgent::UpdateEnd(UpdateEnd { to })).await?;
         in_flight.sent();
         self.in_flight = Some(in_flight);
         Ok(())
     }
 
-    async fn send(&self, what: ToAgent) -> Result<(), End> {
-        match tokio::time::timeout(self.limits.silence, self.out.send(Ok(message(what)))).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(End::Gone("connection_lost")),
-            Err(_) => Err(End::Gone("takes_nothing")),
-        }
+    async fn send(&mut self, what: ToAgent) -> Result<(), End> {
+        self.send_batch(vec![message(what)]).await
+    }
+
+    async fn send_batch(&mut self, batch: Batch) -> Result<(), End> {
+        let sent = match self.out.try_send(batch) {
+            Err(mpsc::error::TrySendError::Full(batch)) => {
+                let sending = self.out.send(batch);
+                tokio::time::timeout(self.limits.silence, sending)
+                    .await
+                    .map_err(|_| End::Gone("takes_nothing"))?
+                    .is_ok()
+            }
+            sent => sent.is_ok(),
+        };
+        self.spoke = Instant::now();
+        if sent { Ok(()) } else { Err(End::Gone("connection_lost")) }
     }
 
     async fn ping(&mut self) -> Result<(), End> {
         if self.heard.elapsed() > self.limits.silence {
             return Err(End::Gone("silent"));
+        }
+        // The peers have just heard each other.
+        let recent = self.limits.ping / 2;
+        if self.heard.elapsed() < recent && self.spoke.elapsed() < recent {
+            return Ok(());
         }
         self.pings += 1;
         let age = self.fleet.upstream_age().map_or(u64::MAX, |age| age.as_millis() as u64);

@@ -31,16 +31,29 @@ pub use assignments::{Assignments, StoredAssignment};
 pub use observation::Observation;
 pub use writer::{Writer, WriterSettings};
 
+/// Significance of a change of an observation for the node's row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum News {
+    /// Figures changed that the row shows when it is next written.
+    Progress,
+    /// A condition may have changed: the row is compared now.
+    Transition,
+}
+
 /// Interface of the writer to the registry of streams.
 pub trait Registry: Send + Sync + 'static {
-    /// Returns the latest observation of a node's agent; `None` if no agent connected since this process started.
+    /// Returns the latest observation of a node's agent; `None` if no agent connected since this process started. Marks
+    /// earlier changes as read.
     fn observe(&self, node: &str) -> Option<Observation>;
+
+    /// Returns the number of the node's last stream; 0 if there was none.
+    fn session(&self, node: &str) -> u64;
 
     /// Returns true once agents had enough time to reconnect, so that a missing agent counts as absent.
     fn settled(&self) -> bool;
 
-    /// Waits for changes and returns the names of the changed nodes. Cancel-safe.
-    fn changed(&self) -> impl Future<Output = Vec<Arc<str>>> + Send;
+    /// Waits for changes and returns them. Progress of a node is reported once until the node is observed. Cancel-safe.
+    fn changed(&self) -> impl Future<Output = Vec<(Arc<str>, News)>> + Send;
 }
 
 /// A change of a Node.

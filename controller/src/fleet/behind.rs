@@ -9,7 +9,6 @@ use prometheus::proto::MetricFamily;
 use prometheus::{GaugeVec, Opts};
 
 use super::Fleet;
-use crate::status::Registry as _;
 
 /// Maximum number of nodes in the metric: those that have been behind for the longest time.
 const NODES: usize = 100;
@@ -41,14 +40,12 @@ impl Collector for BehindCollector {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let now = Timestamp::now();
-        let since = |name: &Arc<str>| self.fleet.observe(name).and_then(|known| known.behind_since);
-        let names = self.fleet.names();
-        let mut behind: Vec<_> = names.iter().filter_map(|name| Some((since(name)?, name))).collect();
+        let mut behind = self.fleet.behind();
         behind.sort_unstable();
         self.gauge.reset();
         for (since, name) in behind.into_iter().take(NODES) {
             let seconds = now.duration_since(since).as_secs_f64().max(0.0);
-            self.gauge.with_label_values(&[name]).set(seconds);
+            self.gauge.with_label_values(&[&*name]).set(seconds);
         }
         self.gauge.collect()
     }

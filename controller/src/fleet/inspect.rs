@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
 use switchtower_admin_api::ChangeReport;
 use switchtower_admin_api::NodeStatus;
 use switchtower_core::layer::{Layers, Subscription};
@@ -45,6 +46,25 @@ impl Fleet {
         (served().count(), served().filter(|node| node.signal.is_some()).count())
     }
 
+    /// Returns the nodes that are behind, each with the time since when.
+    #[must_use]
+    pub fn behind(&self) -> Vec<(Timestamp, Arc<str>)> {
+        let nodes = lock(&self.nodes);
+        let served = nodes.nodes.iter().filter(|(_, node)| node.subscription.is_some());
+        let since = |node: &super::Node| {
+            let known = node.observation.as_ref()?;
+            // Without a stream no session records that changes are pending.
+            let pending = || match (&node.subscription, &node.cursor) {
+                (Some(subscription), Some(cursor)) => {
+                    self.read(|layers| layers.pending(subscription, cursor))
+                }
+                _ => 0,
+            };
+            known.behind_since.or_else(|| known.lost_since.filter(|_| pending() > 0))
+        };
+        served.filter_map(|(name, node)| Some((since(node)?, name.clone()))).collect()
+    }
+
     /// Returns the last observation of a node's agent.
     #[must_use]
     pub fn observation(&self, node: &str) -> Option<Observation> {
@@ -56,7 +76,8 @@ impl Fleet {
     pub fn standing(&self, node: &str) -> Option<NodeStatus> {
         let nodes = lock(&self.nodes);
         let entry = nodes.nodes.get(node).filter(|entry| entry.subscription.is_some())?;
-        let known = entry.observation.as_ref();
+        let known = self.observed(&nodes, node);
+        let known = known.as_ref();
         let failure = known.and_then(|known| known.failure.as_ref());
         Some(NodeStatus {
             node: node.to_owned(),

@@ -10,6 +10,7 @@ use switchtower_core::wire;
 use switchtower_proto::v1::NodeRecord;
 
 use super::{Fleet, Nodes};
+use crate::status::News;
 use crate::sync::lock;
 
 /// Inputs of local detection in addition to the settings.
@@ -56,13 +57,15 @@ impl Fleet {
         if !change(&mut nodes.localities) {
             return;
         }
+        let after = missed(nodes);
         if !before
-            && missed(nodes)
+            && after
             && let Some(locality) = nodes.localities.of(name)
         {
             (self.problems)(problem(name, &locality));
         }
-        self.mark([name.clone()]);
+        let news = if before == after { News::Progress } else { News::Transition };
+        self.mark(nodes, name, news);
     }
 }
 

@@ -62,7 +62,7 @@ impl Fleet {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 
@@ -83,7 +83,7 @@ mod tests {
         HealthCheckFailure { key: Some(key), address: "[::]:30000".into(), error: "in\u{1b}[2Juse".into() }
     }
 
-    fn fleet() -> (Arc<Fleet>, Arc<Mutex<Vec<Problem>>>) {
+    pub(in super::super) fn fleet() -> (Arc<Fleet>, Arc<Mutex<Vec<Problem>>>) {
         let registry = prometheus::Registry::new();
         let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
         let problems = Arc::new(Mutex::new(Vec::new()));

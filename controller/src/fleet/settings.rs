@@ -12,7 +12,7 @@ use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings}
 
 use super::{Fleet, Nodes};
 use crate::propagation::{new_trace, unix_nanoseconds};
-use crate::status::Observation;
+use crate::status::{News, Observation};
 use crate::sync::lock;
 
 /// Profile and revision of settings.
@@ -103,8 +103,7 @@ impl Fleet {
         let source = self.read(Layers::source);
         let applied = self.write(|layers| layers.apply(changes, &removed, Vec::new(), source));
         let woken = nodes.wake(&applied);
-        drop(nodes);
-        self.mark(woken.idle);
+        self.mark_all(&mut nodes, &woken.idle, News::Progress);
     }
 
     /// Settings of nodes without a profile, and the base of all profiles.
@@ -141,8 +140,7 @@ impl Fleet {
         for ((settings, trace), names) in together {
             self.publish_assignment(&mut nodes, &change_of(&settings, trace, received), &names);
         }
-        drop(nodes);
-        self.mark(idle);
+        self.mark_all(&mut nodes, &idle, News::Progress);
     }
 
     /// Publishes a revision of the layers for the assignment, although no layer changes, so that it is followed like
@@ -156,7 +154,7 @@ impl Fleet {
             node.assigned_at = applied.revision;
             followed.extend(node.slot);
             if let Some(signal) = &node.signal {
-                signal.notify.notify_one();
+                signal.changed();
             }
         }
         let publication = Publication {

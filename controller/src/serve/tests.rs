@@ -24,6 +24,7 @@ use switchtower_proto::v1::{
     Settings, Source, Stamp, Update, View,
 };
 use tokio::net::TcpStream;
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::keys::Keys;
 use super::keys::tests::Published;
@@ -35,6 +36,7 @@ use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::{Floors, Registry as _};
 
+mod load;
 mod refused;
 
 const USER: &str = "system:serviceaccount:switchtower-system:switchtower-node-agent";

@@ -17,6 +17,8 @@ pub(super) struct InFlight {
     pub(super) since: Instant,
     /// The kernel refused it and the agent retries until it succeeds, without a deadline.
     pub(super) retried: bool,
+    /// It has been under way for so long that the row shows it.
+    pub(super) late: bool,
     delivery: Delivery,
 }
 
@@ -30,7 +32,7 @@ impl InFlight {
             snapshot,
             ..Delivery::default()
         };
-        Self { to, after, snapshot: whole, since: Instant::now(), retried: false, delivery }
+        Self { to, after, snapshot: whole, since: Instant::now(), retried: false, late: false, delivery }
     }
 
     /// Payload bytes.

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use switchtower_core::layer::Cursor;
+use switchtower_core::propagation::Delivery;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{Ack, AgentMessage, GoAwayReason, Nack, NackReason, Pong, Report};
 use tokio::time::Instant;
 
-use super::{End, Pause, Session, bounded};
+use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
+use crate::status::News;
 use crate::status::observation::{Failure, nack_word};
 use crate::text::sanitized;
 
@@ -58,7 +61,8 @@ impl Session {
                         return Err(End::GoAway(GoAwayReason::Malformed, detail));
                     }
                     self.unproven = false;
-                    self.note_ack(ack, None);
+                    let cursor = cursor.clone();
+                    self.note_ack(ack, &cursor, None, None, false);
                 }
                 return Ok(());
             }
@@ -76,21 +80,36 @@ impl Session {
         self.unproven = false;
         self.refusals = 0;
         let delivery = in_flight.delivered(ack.timings.as_ref());
-        self.fleet.reached(&self.node, self.number, &in_flight.after, Some(delivery));
+        let late = in_flight.late;
         let settings = &in_flight.after.subscription().settings;
         let switched = self.cursor.as_ref().is_some_and(|cursor| cursor.subscription().settings != *settings);
         let took = Duration::from_nanos(delivery.acknowledged.saturating_sub(delivery.started));
+        self.note_ack(ack, &in_flight.after, Some(delivery), switched.then_some(took), late);
         self.cursor = Some(in_flight.after);
-        self.note_ack(ack, switched.then_some(took));
+        let took = in_flight.since.elapsed();
+        self.held_until = (took >= PROMPT).then(|| Instant::now() + (took * HOLD_FACTOR).min(HOLD));
+        // A number from a session before may be ahead of this one.
+        self.due = self.generation < self.highest;
         Ok(())
     }
 
-    /// `took`: time until a change of settings was acknowledged.
-    fn note_ack(&self, ack: Ack, took: Option<Duration>) {
+    /// `took`: time until a change of settings was acknowledged. `late`: the row may show that the node is behind.
+    fn note_ack(
+        &self,
+        ack: Ack,
+        at: &Cursor,
+        delivery: Option<Delivery>,
+        took: Option<Duration>,
+        late: bool,
+    ) {
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
-        let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
-        self.fleet.observe_with(&self.node, self.number, |known| {
+        let settings = Some(at.subscription().settings.clone());
+        self.fleet.reached(&self.node, self.number, at, delivery, |known| {
+            let same = known.acknowledged
+                && known.failure.is_none()
+                && known.deviations == deviations
+                && known.settings == settings;
             known.acknowledged = true;
             known.applied = generation;
             known.digest = digest.as_slice().try_into().ok();
@@ -99,6 +118,7 @@ impl Session {
             known.settings = settings;
             known.settings_took = took.or(known.settings_took);
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
+            if same && !late { News::Progress } else { News::Transition }
         });
     }
 
@@ -131,6 +151,7 @@ impl Session {
                 errno: nack.errno,
                 generation: nack.generation,
             });
+            News::Transition
         });
     }
 
@@ -138,6 +159,7 @@ impl Session {
     /// immediate repetition would fail in the same way.
     fn recover_from_refusal(&mut self, reason: NackReason, kept: u64) {
         let Some(in_flight) = self.in_flight.take() else { return };
+        self.due = true;
         self.refusals = self.refusals.saturating_add(1);
         let unknown = reason == NackReason::UnknownFeature;
         if !unknown || kept != self.generation {
@@ -174,6 +196,7 @@ impl Session {
             if let Some(trial) = &report.trial {
                 known.trial = Some(bounded::trial(trial.clone()));
             }
+            News::Transition
         });
     }
 }

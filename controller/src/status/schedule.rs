@@ -7,22 +7,35 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Status writes per second, for all rows together.
+/// Minimum budget of writes per second, without assignments.
 pub(super) const WRITES_PER_SECOND: u32 = 50;
+/// Maximum writes per second of rows that only show progress, for all rows together. A write costs as much as dozens
+/// of updates.
+const PROGRESS_PER_SECOND: u32 = 20;
+/// Seconds in which every row of a large fleet can be written once. A new row takes two writes.
+const ROUND: u32 = 10;
+
+/// Maximum writes per second, without assignments. The budget grows with the fleet for transitions; progress and
+/// renewals are also limited by their intervals.
+pub(super) fn writes_per_second(nodes: usize) -> u32 {
+    WRITES_PER_SECOND.max(u32::try_from(nodes).unwrap_or(u32::MAX) / ROUND)
+}
+
 /// Assignment writes per second. A rollback must reach the nodes of a step within seconds, and steps are few.
 pub(super) const ASSIGNMENTS_PER_SECOND: u32 = 500;
 
-/// Minimum interval between two writes of one row without a transition.
+/// Minimum interval between two writes of one row that only show progress: a second up to 20 nodes, 250 seconds at
+/// 5,000.
 pub(super) fn minimum_interval(nodes: usize) -> Duration {
     let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
-    Duration::from_secs(1).max(Duration::from_secs(1) * nodes / WRITES_PER_SECOND)
+    Duration::from_secs(1).max(Duration::from_secs(1) * nodes / PROGRESS_PER_SECOND)
 }
 
 /// Renewals per second; the rest of the budget is for changes.
-const RENEWALS_PER_SECOND: u32 = 20;
+const RENEWALS_PER_SECOND: u32 = 10;
 
-/// Interval between renewals of an unchanged row: 10 seconds up to 200 nodes, then proportional to the number of nodes
-/// (250 seconds at 5,000 nodes).
+/// Interval between renewals of an unchanged row: 10 seconds up to 100 nodes, then proportional to the number of nodes
+/// (500 seconds at 5,000 nodes).
 pub(super) fn renewal_interval(nodes: usize) -> Duration {
     let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
     Duration::from_secs(10).max(Duration::from_secs(1) * nodes / RENEWALS_PER_SECOND)
@@ -122,6 +135,11 @@ impl Budget {
         Self { rate, tokens: rate, filled: now }
     }
 
+    /// Changes the rate.
+    pub(super) fn set_rate(&mut self, per_second: u32) {
+        self.rate = f64::from(per_second);
+    }
+
     /// Takes a token, or says when there will be one.
     pub(super) fn take(&mut self, now: Instant) -> Result<(), Instant> {
         let rate = self.rate;
@@ -144,14 +162,21 @@ mod tests {
 
     #[test]
     fn minimum_interval_grows_with_the_cluster() {
-        for (nodes, seconds) in [(0, 1), (3, 1), (50, 1), (500, 10), (5_000, 100)] {
+        for (nodes, seconds) in [(0, 1), (3, 1), (20, 1), (500, 25), (5_000, 250)] {
             assert_eq!(minimum_interval(nodes), Duration::from_secs(seconds), "{nodes}");
         }
     }
 
     #[test]
+    fn write_budget_covers_every_row_in_ten_seconds() {
+        for (nodes, rate) in [(3, 50), (500, 50), (5_000, 500), (10_000, 1_000)] {
+            assert_eq!(writes_per_second(nodes), rate, "{nodes}");
+        }
+    }
+
+    #[test]
     fn renewals_leave_most_of_the_budget_for_changes() {
-        for (nodes, interval, valid) in [(0, 10, 30), (200, 10, 30), (1_000, 50, 110), (5_000, 250, 510)] {
+        for (nodes, interval, valid) in [(0, 10, 30), (100, 10, 30), (1_000, 100, 210), (5_000, 500, 1_010)] {
             assert_eq!(renewal_interval(nodes), Duration::from_secs(interval), "{nodes}");
             assert_eq!(validity(nodes), Duration::from_secs(valid), "{nodes}");
             let rate = nodes as f64 / renewal_interval(nodes).as_secs_f64();

@@ -23,7 +23,7 @@ use super::row::{Absence, Inputs, Row, row};
 use super::schedule::{
     ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval,
 };
-use super::{Assignments, Floors, NodeEvent, Registry, StatusMetrics, StoredAssignment};
+use super::{Assignments, Floors, News, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 use crate::watch::Restores;
@@ -212,7 +212,12 @@ impl<R: Registry> Writer<R> {
                     Some(event) => self.node(event),
                     None => return,
                 },
-                changed = registry.changed() => changed.iter().for_each(|name| self.consider(name)),
+                changed = registry.changed() => for (name, news) in changed {
+                    match news {
+                        News::Transition => self.consider(&name),
+                        News::Progress => self.progressed(&name),
+                    }
+                },
                 changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
                 requested = assignments.next_requests() => requested.iter().for_each(|name| self.consider(name)),
                 Some(event) = rows.next() => self.metadata(event),
@@ -335,6 +340,16 @@ impl<R: Registry> Writer<R> {
             })
             .collect();
         gone.iter().for_each(|name| self.consider(name));
+    }
+
+    /// Schedules the comparison of a row for the time when it may be written: further progress until then costs nothing.
+    fn progressed(&mut self, name: &Arc<str>) {
+        let (interval, now) = (minimum_interval(self.entries.len()), Instant::now());
+        let last_write = self.entries.get(name).and_then(|entry| entry.last_write);
+        match last_write.map(|at| at + interval).filter(|date| *date > now) {
+            Some(date) => self.schedule.at(name, date),
+            None => self.consider(name),
+        }
     }
 
     /// Computes one row, and queues its write or schedules the next check.
@@ -464,7 +479,7 @@ impl<R: Registry> Writer<R> {
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
-        let session = self.registry.observe(name).map_or(0, |observed| observed.session);
+        let session = self.registry.session(name);
         match outcome {
             Outcome::Stored(stored) => {
                 entry.take(name, *stored, &self.settings.replica, session);

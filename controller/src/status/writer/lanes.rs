@@ -9,11 +9,11 @@ use tokio::time::Instant;
 use super::super::Registry;
 use super::super::requests::Request;
 use super::super::row::{Row, api_time};
-use super::super::schedule::{renewal_interval, validity};
+use super::super::schedule::{renewal_interval, validity, writes_per_second};
 use super::Writer;
 
 /// Maximum number of concurrent requests other than assignments.
-const CONCURRENCY: usize = 8;
+const CONCURRENCY: usize = 32;
 /// Maximum number of concurrent assignments.
 const ASSIGNING: usize = 32;
 
@@ -53,6 +53,7 @@ impl<R: Registry> Writer<R> {
 
     fn start_writes(&mut self) -> Option<Instant> {
         let interval = renewal_interval(self.entries.len());
+        self.budget.set_rate(writes_per_second(self.entries.len()));
         while self.schedule.has_work() && self.running.len() - self.assigning < CONCURRENCY {
             if let Err(date) = self.budget.take(Instant::now()) {
                 return Some(date);

@@ -1,7 +1,7 @@
 //! The writer against an API server in memory, in virtual time.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
 use crate::status::absence::{Agents, Blocker};
 use crate::status::{
-    Assignments, Floors, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings,
+    Assignments, Floors, News, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings,
 };
 use crate::watch::Upstream;
 
@@ -63,29 +63,40 @@ impl Server {
 #[derive(Default)]
 struct Fleet {
     known: Mutex<HashMap<String, Observation>>,
-    changed: Mutex<Vec<Arc<str>>>,
+    changed: Mutex<Vec<(Arc<str>, News)>>,
+    /// Observations that were read.
+    looks: AtomicUsize,
     settled: AtomicBool,
     notify: Notify,
 }
 
 impl Fleet {
     fn set(&self, node: &str, observation: Observation) {
+        self.report(node, observation, News::Transition);
+    }
+
+    fn report(&self, node: &str, observation: Observation, news: News) {
         self.known.lock().unwrap().insert(node.to_owned(), observation);
-        self.changed.lock().unwrap().push(node.into());
+        self.changed.lock().unwrap().push((node.into(), news));
         self.notify.notify_one();
     }
 }
 
 impl Registry for Fleet {
     fn observe(&self, node: &str) -> Option<Observation> {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         self.known.lock().unwrap().get(node).cloned()
+    }
+
+    fn session(&self, node: &str) -> u64 {
+        self.known.lock().unwrap().get(node).map_or(0, |known| known.session)
     }
 
     fn settled(&self) -> bool {
         self.settled.load(Ordering::Relaxed)
     }
 
-    async fn changed(&self) -> Vec<Arc<str>> {
+    async fn changed(&self) -> Vec<(Arc<str>, News)> {
         loop {
             let changed = std::mem::take(&mut *self.changed.lock().unwrap());
             if !changed.is_empty() {
@@ -242,6 +253,33 @@ async fn transitions_are_written_at_once_others_once_per_second() {
     assert!((5..=7).contains(&renewals), "{renewals} renewals in a minute");
     let time = |field: &str| lab.row("n1")["status"][field].as_str().unwrap().parse::<Timestamp>().unwrap();
     assert_eq!(time("staleAfter").duration_since(time("reportedAt")).as_secs(), 30);
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_is_compared_when_rows_are_due() {
+    let lab = lab(Server::default()).await;
+    let nodes: Vec<_> = (0..20).map(|number| format!("n{number}")).collect();
+    for node in &nodes {
+        lab.node(node, "u1");
+        lab.fleet.set(node, observed(1, 1));
+    }
+    lab.wait(2_000).await;
+    lab.fleet.looks.store(0, Ordering::Relaxed);
+    lab.writes();
+    for generation in 2..=101 {
+        for node in &nodes {
+            lab.fleet.report(node, observed(generation, 1), News::Progress);
+        }
+        lab.wait(20).await;
+    }
+    lab.wait(1_500).await;
+    let writes = lab.writes().len();
+    let looks = lab.fleet.looks.load(Ordering::Relaxed);
+    assert!((2..=4).contains(&(writes / nodes.len())), "{writes} writes of 20 rows in 2 s of changes");
+    assert!(looks <= 4 * writes, "{looks} reads for {writes} writes and 2,000 changes");
+    for node in &nodes {
+        assert_eq!(lab.row(node)["status"]["generation"]["applied"], 101);
+    }
 }
 
 #[tokio::test(start_paused = true)]
