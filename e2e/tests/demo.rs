@@ -41,7 +41,7 @@ fn demo_shows_every_scene_and_can_be_explored() {
         "4 pods on 3 nodes answer",
         "DROPPED  LoadBalancer 203.0.113.10:80/TCP on gamma",
         "why       ProbeFailed on node",
-        "two nodes never had the change",
+        "two nodes never got the change",
         "3 of 3 connected nodes hold it",
         "! ST0103  the node has not applied the latest changes: 1 node (gamma)",
         "all three kernels hold the latest generation",
