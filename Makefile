@@ -20,7 +20,7 @@ audit: ## Check licences, bans and sources of all dependencies (part of test)
 bench: ## Compare performance with the real kube-proxy (minutes)
 	@hack/bench.sh
 
-fleet: ## Measure the controller with thousands of hollow agents (NODES=100,500,1000)
+fleet: ## Measure the controller with thousands of hollow agents (NODES=100,500,1000; docs/scale.md)
 	@hack/fleet.sh $(if $(NODES),--nodes $(NODES))
 
 kernels: ## Test the agent on Debian kernels 6.1 and 6.12, emulated (half an hour)
