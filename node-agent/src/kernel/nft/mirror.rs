@@ -120,6 +120,8 @@ struct Port<const N: usize> {
 pub(crate) struct Facts<const N: usize> {
     /// Addresses on which NodePorts are served.
     pub(crate) node_ports: BTreeSet<[u8; N]>,
+    /// Number of further addresses that `nodePortAddresses` selects, beyond the limit.
+    pub(crate) unserved: usize,
     /// The node's primary address.
     pub(crate) primary: Option<[u8; N]>,
     pub(crate) local_pods: Vec<Range<N>>,

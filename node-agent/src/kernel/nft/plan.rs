@@ -14,6 +14,8 @@ use super::mirror::{Facts, Frontend, Mirror, Reference, Refusal, Target, role_in
 use super::text::SEPARATOR;
 use crate::kernel::change::KernelChange;
 
+/// Maximum addresses per family on which node ports are served: each port has an element per address.
+pub(crate) const NODE_PORT_ADDRESSES: usize = 256;
 /// kube-proxy's masquerade bit.
 const DEFAULT_MARK: u32 = 0x4000;
 
@@ -162,7 +164,7 @@ impl Plan {
         let (local_pods, sources) = self.local_pods();
         let settings = self.settings.as_ref();
         let served = settings.map(|settings| settings.node_port_addresses.as_slice()).unwrap_or_default();
-        let node_ports = if served.is_empty() {
+        let mut node_ports: BTreeSet<[u8; N]> = if served.is_empty() {
             own.iter().copied().collect()
         } else {
             let ranges: Vec<Range<N>> = served.iter().filter_map(range).collect();
@@ -170,6 +172,19 @@ impl Plan {
             let addresses = addresses.filter_map(|address| bytes_of(address).as_slice().try_into().ok());
             addresses.filter(|address| ranges.iter().any(|range| range.contains(address))).collect()
         };
+        let unserved = node_ports.len().saturating_sub(NODE_PORT_ADDRESSES);
+        if unserved > 0 {
+            // The node's own addresses first.
+            let mut kept: BTreeSet<[u8; N]> =
+                own.iter().filter(|own| node_ports.contains(*own)).copied().collect();
+            for address in &node_ports {
+                if kept.len() >= NODE_PORT_ADDRESSES {
+                    break;
+                }
+                kept.insert(*address);
+            }
+            node_ports = kept;
+        }
         let mark = settings.map_or(0, |settings| settings.masquerade_mark);
         let rules = RuleConfig {
             mark: if mark == 0 { DEFAULT_MARK } else { mark },
@@ -177,7 +192,7 @@ impl Plan {
             local_pods,
         };
         let controllers = controller_keys(&self.controllers);
-        Facts { node_ports, primary: own.first().copied(), local_pods: sources, rules, controllers }
+        Facts { node_ports, unserved, primary: own.first().copied(), local_pods: sources, rules, controllers }
     }
 
     /// Returns the detection of local pods. A family without a CIDR has none.

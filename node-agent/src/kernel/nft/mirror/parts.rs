@@ -2,14 +2,14 @@
 //!
 //! A transaction blocks other changes of nf_tables in the network namespace, so its size is limited. First come elements
 //! that no packet reaches yet (backends, slots, lists of sources), then the frontends that refer to them, last the
-//! removal of unreferenced elements; small service ports come before large ones, so that no Service waits for the
-//! thousands of elements of another.
+//! removal of unreferenced elements; small service ports and lists of sources come before large ones, so that no Service
+//! waits for the thousands of elements of another.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::Mirror;
-use crate::kernel::nft::element::{Changes, Data, Element};
-use crate::kernel::nft::layout::{Pick, STICKY_MASK};
+use crate::kernel::nft::element::{Changes, Data, Element, LIST_SHIFT};
+use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, Pick, STICKY_MASK};
 
 type Change<const N: usize> = (Option<Data<N>>, Option<Data<N>>);
 
@@ -63,6 +63,10 @@ struct Owners<const N: usize> {
     frontends: HashMap<Vec<u8>, u32>,
     /// Elements by service port.
     weights: HashMap<u32, usize>,
+    /// Ranges by list of sources.
+    lists: HashMap<u32, usize>,
+    /// Frontends that a large list of sources restricts.
+    restricted: HashSet<Vec<u8>>,
     /// Pools with slots that are replaced or removed.
     modified: HashSet<u32>,
     /// Addresses at which a small service port has a frontend.
@@ -76,6 +80,8 @@ impl<const N: usize> Owners<N> {
             backends: HashMap::new(),
             frontends: HashMap::new(),
             weights: HashMap::new(),
+            lists: HashMap::new(),
+            restricted: HashSet::new(),
             modified: HashSet::new(),
             small: HashSet::new(),
             limit,
@@ -96,6 +102,9 @@ impl<const N: usize> Owners<N> {
                     }
                 }
                 _ => {
+                    if let Element::Source(list, _) = element {
+                        *owners.lists.entry(*list).or_default() += 1;
+                    }
                     let value = values(change).into_iter().rfind(|value| Pick::of(*value).is_some());
                     if let (Some(place), Some(value)) = (place(element), value) {
                         owners.frontends.insert(place, value >> 13);
@@ -107,6 +116,11 @@ impl<const N: usize> Owners<N> {
             if let Some(number) = owners.number(element) {
                 *owners.weights.entry(number).or_default() += 1;
             }
+        }
+        for (element, (_, after)) in &changes.0 {
+            let Some(Data::Value(value)) = after else { continue };
+            let large = value & CODE_MASK == CODE_RESTRICTED && owners.is_large_list(value >> LIST_SHIFT);
+            owners.restricted.extend(place(element).filter(|_| large));
         }
         let addresses = changes.0.keys().filter(|element| !owners.is_large(element)).filter_map(address);
         owners.small = addresses.collect();
@@ -125,12 +139,21 @@ impl<const N: usize> Owners<N> {
     }
 
     fn weight(&self, element: &Element<N>) -> usize {
+        if let Element::Source(list, _) | Element::SourceList(list) = element {
+            return self.lists.get(list).copied().unwrap_or_default();
+        }
         let number = self.number(element);
         number.and_then(|number| self.weights.get(&number)).copied().unwrap_or_default()
     }
 
     fn is_large(&self, element: &Element<N>) -> bool {
-        self.weight(element) > self.limit / 8
+        let restricted = !self.restricted.is_empty()
+            && place(element).is_some_and(|place| self.restricted.contains(&place));
+        restricted || self.weight(element) > self.limit / 8
+    }
+
+    fn is_large_list(&self, list: u32) -> bool {
+        self.lists.get(&list).is_some_and(|ranges| *ranges > self.limit / 8)
     }
 
     fn stage(&self, element: &Element<N>, (before, after): &Change<N>) -> Stage {
@@ -243,8 +266,8 @@ fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::element::Key;
-    use crate::kernel::nft::layout::Masquerade;
+    use crate::kernel::nft::element::{Key, Range};
+    use crate::kernel::nft::layout::{CODE_DROP, Masquerade};
 
     fn service(number: u32, members: u32) -> Vec<(Element<4>, Change<4>)> {
         let pool = number << 13;
@@ -281,6 +304,43 @@ mod tests {
         let small: usize = parts[..=first_of_large.unwrap()].iter().map(frontends).sum();
         assert_eq!(small, 1998, "all small ones come before the large one");
         assert_eq!(frontends(parts.last().unwrap()), 1);
+    }
+
+    #[test]
+    fn large_source_list_committed_last() {
+        let mut all: Vec<_> = (2..2000).flat_map(|number| service(number, 3)).collect();
+        let new = |data| (None, Some(data));
+        let mut restrict = |list: u32, ranges: u32| {
+            let address = (0xc633_6400 + list).to_be_bytes();
+            let key = Key { address, port: 80, protocol: 6 };
+            all.push((Element::Frontend(key), new(Data::Value(list << LIST_SHIFT | CODE_RESTRICTED))));
+            all.push((Element::Guarded(key), new(Data::Value(CODE_DROP))));
+            all.push((Element::Vip(address), new(Data::Present)));
+            all.push((Element::SourceList(list), new(Data::Present)));
+            for number in 0..ranges {
+                let range = Range { address: number.to_be_bytes(), prefix: 32 };
+                all.push((Element::Source(list, range), new(Data::Present)));
+            }
+        };
+        restrict(1, 40_000);
+        restrict(2, 10);
+        let parts = parts(Changes(all.into_iter().collect()), 10_000);
+        let part_of = |wanted: &dyn Fn(&Element<4>) -> bool| {
+            let holds = |part: &Changes<4>| part.0.keys().any(|element| wanted(element));
+            (parts.iter().position(holds).unwrap(), parts.iter().rposition(holds).unwrap())
+        };
+        let (list, _) = part_of(&|element| matches!(element, Element::Source(1, _)));
+        let (_, others) = part_of(&|element| match element {
+            Element::Frontend(key) => key.address != 0xc633_6401_u32.to_be_bytes(),
+            _ => false,
+        });
+        assert!(others <= list, "every other frontend precedes the large list");
+        let (large, _) = part_of(&|element| match element {
+            Element::Frontend(key) | Element::Guarded(key) => key.address == 0xc633_6401_u32.to_be_bytes(),
+            Element::Vip(address) => *address == 0xc633_6401_u32.to_be_bytes(),
+            _ => false,
+        });
+        assert_eq!(large, parts.len() - 1, "its frontend refers to the complete list");
     }
 
     #[test]

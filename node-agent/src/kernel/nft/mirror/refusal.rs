@@ -66,6 +66,28 @@ impl<const N: usize> Mirror<N> {
         held
     }
 
+    /// Records the refused elements as missing from the kernel, so that the next transaction retries them.
+    pub(crate) fn requeue_refused(&mut self) {
+        let blocked = std::mem::take(&mut self.blocked);
+        if !blocked.is_empty() {
+            let wanted = self.elements();
+            for element in blocked.into_keys() {
+                match wanted.get(&element) {
+                    Some(data) => self.changes.put(element, None, Some(*data)),
+                    // The kernel refused its removal.
+                    None => self.changes.put(element, Some(Data::Present), None),
+                }
+            }
+        }
+        let refused = std::mem::take(&mut self.refused_members);
+        let (again, kept): (Vec<_>, Vec<_>) = refused.into_iter().partition(|(_, _, _, errno)| *errno != 0);
+        self.refused_members = kept;
+        for (index, role, member, _) in again {
+            self.dirty_ports.insert(index);
+            self.add_member(index, role, (member.address, member.port));
+        }
+    }
+
     /// Counts the changes that [`Mirror::retry_refused`] returned, as opposed to foreign changes.
     pub(crate) fn count_of(&self, retried: &HashMap<Element<N>, Option<Data<N>>>) -> usize {
         let found = |(element, before): &(&Element<N>, &Option<Data<N>>)| {
@@ -103,6 +125,18 @@ impl<const N: usize> Mirror<N> {
                 errno: 0,
             })
             .collect();
+        if self.facts.unserved > 0 {
+            let (served, family) = (self.facts.node_ports.len(), if N == 4 { "IPv4" } else { "IPv6" });
+            let total = served + self.facts.unserved;
+            all.push(Refusal {
+                item: format!("{family} addresses for node ports"),
+                reason: format!(
+                    "nodePortAddresses selects {total} addresses of this node; node ports are served on {served}. Select \
+                     fewer addresses"
+                ),
+                errno: 0,
+            });
+        }
         for (element, errno) in &self.blocked {
             let reason = std::io::Error::from_raw_os_error(*errno);
             let reason = format!("the kernel refused an element of {}: {reason}", element.set());

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use proptest::prelude::*;
 use switchtower_proto::v1::{
     Cidr, Endpoint, Family, Frontend, FrontendKey, FrontendKind, NodeRecord, PoolKey, Protocol, Role,
-    ServicePort, Target, Verdict,
+    ServicePort, Settings, Target, Verdict,
 };
 
 use super::Mirror;
@@ -13,9 +13,11 @@ use crate::kernel::change::KernelChange;
 use crate::kernel::nft::dump::TableDump;
 use crate::kernel::nft::element::LIST_SHIFT;
 use crate::kernel::nft::element::{Data, Element};
+use crate::kernel::nft::encode::{self, Structure};
 use crate::kernel::nft::hint;
+use crate::kernel::nft::layout::RuleConfig;
 use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, POOL_MASK, Pick, ROLE_BIT};
-use crate::kernel::nft::plan::Plan;
+use crate::kernel::nft::plan::{NODE_PORT_ADDRESSES, Plan};
 
 type Model = HashMap<Element<4>, Data<4>>;
 
@@ -260,6 +262,52 @@ fn retried_refusals_not_counted_as_drift() {
     assert_eq!(reached(&model, value(&model)).len(), reached(&whole, value(&whole)).len());
 }
 
+/// Number of operations, with messages, of a transaction with the pending changes of a table that exists.
+fn operations(plan: &Plan) -> usize {
+    let mut batch = crate::kernel::nft::batch::Batch::new();
+    let structure = Structure { built: true, config: RuleConfig::default(), ..Structure::default() };
+    let encoded = encode::family(&mut batch, &plan.v4, &structure, &BTreeMap::new(), usize::MAX);
+    encoded.operations as usize
+}
+
+#[test]
+fn node_port_elements_bounded_by_the_address_limit() {
+    let mut plan = Plan::new();
+    let all = Cidr { address: vec![10, 0, 0, 0], prefix_length: 8 };
+    let settings = Settings { node_port_addresses: vec![all], ..Settings::default() };
+    plan.apply(&KernelChange::Settings(settings));
+    let own = vec![10, 255, 255, 1];
+    plan.apply(&KernelChange::Node(NodeRecord { addresses: vec![own.clone()], ..NodeRecord::default() }));
+    let mut addresses: Vec<std::net::IpAddr> =
+        (0..5000_u16).map(|number| [10, 9, (number >> 8) as u8, number as u8].into()).collect();
+    addresses.push([10, 255, 255, 1].into());
+    plan.apply(&KernelChange::HostAddresses(addresses));
+    for port in 0..3 {
+        plan.apply(&KernelChange::Frontend(Frontend {
+            kind: FrontendKind::NodePort as i32,
+            ..frontend(8 + port, 1, 0, false)
+        }));
+    }
+    plan.settle();
+    let served: std::collections::BTreeSet<[u8; 4]> = plan
+        .v4
+        .elements()
+        .into_keys()
+        .filter_map(|element| match element {
+            Element::Frontend(key) => Some(key.address),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(served.len(), NODE_PORT_ADDRESSES);
+    assert!(served.contains(own.as_slice()), "the node's own address comes first");
+    let refusals = plan.refusals();
+    assert_eq!(refusals.len(), 1, "{refusals:?}");
+    assert!(refusals[0].reason.contains("selects 5001 addresses"), "{refusals:?}");
+    plan.apply(&KernelChange::HostAddresses(vec![[10, 9, 0, 1].into()]));
+    plan.settle();
+    assert_eq!(plan.refusals(), vec![]);
+}
+
 /// The value of the one frontend.
 fn value(model: &Model) -> u32 {
     let mut values = model.iter().filter_map(|(element, data)| match (element, data) {
@@ -299,6 +347,47 @@ proptest! {
         take(&mut whole.v4, &mut whole_model);
         prop_assert!(incremental.refusals().is_empty());
         prop_assert_eq!(meaning(&model), meaning(&whole_model));
+    }
+
+    /// Whatever the affinity timeouts, ranges and sizes of pools: a Service costs operations in proportion to its own
+    /// frontends, endpoints and ranges, and none because of other Services.
+    #[test]
+    fn operations_bounded_by_the_size_of_a_service(
+        services in prop::collection::vec((any::<u32>(), 0..400usize, 0..300usize, any::<bool>()), 1..12),
+    ) {
+        let mut plan = Plan::new();
+        for (number, (timeout, endpoints, ranges, local)) in (0..).zip(services) {
+            let mut port = frontend(1, number, 2 + u8::from(local), false);
+            port.key = Some(FrontendKey { address: vec![10, 97, 0, number], ..frontend_key(1) });
+            port.affinity_seconds = timeout;
+            port.source_ranges = (0..ranges)
+                .map(|range| Cidr { address: vec![172, number, range as u8, (range >> 8) as u8], prefix_length: 32 })
+                .collect();
+            let added = (0..endpoints)
+                .map(|index| Endpoint { address: vec![10, 244, index as u8, (index >> 8) as u8], port: 80 });
+            let added: Vec<_> = added.collect();
+            for role in [false, true] {
+                let key = pool_key(number, role);
+                plan.apply(&KernelChange::Pool { key, added: added.clone(), removed: Vec::new() });
+            }
+            plan.apply(&KernelChange::Frontend(port.clone()));
+            plan.settle();
+            // Frontend, inside, outside, guarded, refused, VIP and a value per pool; a backend and a slot per endpoint
+            // of each pool; a list with its chain and rules.
+            let bound = 30 + 4 * endpoints + ranges;
+            let used = operations(&plan);
+            prop_assert!(used <= bound, "{} operations, {} endpoints, {} ranges", used, endpoints, ranges);
+            plan.v4.changes = Default::default();
+            // Another timeout changes values only.
+            port.affinity_seconds = timeout / 2 + 1;
+            if timeout > 0 {
+                plan.apply(&KernelChange::Frontend(port));
+                plan.settle();
+                let used = operations(&plan);
+                prop_assert!(used <= 30 + 2 * ranges, "{} operations for another timeout", used);
+                plan.v4.changes = Default::default();
+            }
+        }
     }
 
     /// However small the transactions that a change is split into, each leaves every frontend with whole targets.
