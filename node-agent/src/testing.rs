@@ -65,6 +65,8 @@ pub(crate) struct Memory {
     pub(crate) commits: Vec<usize>,
     pub(crate) adoptions: usize,
     pub(crate) repairs: usize,
+    /// Number of retries of refused items.
+    pub(crate) retries: usize,
     /// Controllers of [`Dataplane::release`] calls.
     pub(crate) released: Vec<SocketAddr>,
     /// The settings in force.
@@ -180,5 +182,12 @@ impl Dataplane for MemoryKernel {
         memory.check("repair")?;
         memory.repairs += 1;
         Ok(Repaired { differences: memory.differences, refused: memory.refused.clone() })
+    }
+
+    fn retry_refused(&mut self) -> Result<Vec<Refused>, CommitError> {
+        let mut memory = self.lock();
+        memory.check("retry")?;
+        memory.retries += 1;
+        Ok(memory.refused.clone())
     }
 }

@@ -239,34 +239,6 @@ fn normal(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn an_element_that_the_kernel_refuses_stops_nothing_else() {
-    let node = Namespace::new("refused");
-    let mut nft = open(&node);
-    nft.commit(&sample(), stamp(1)).unwrap();
-    // Someone's range: the kernel refuses one that overlaps it in part.
-    let range = "{ 10.97.0.128-10.98.3.50 }";
-    node.nft(&["add", "element", "ip", "switchtower", "service_cidrs", range], "");
-    let view = [
-        KernelChange::ServiceCidr(cidr("10.97.0.0/16")),
-        pool("other", Role::Cluster, &PODS, &[]),
-        KernelChange::Frontend(cluster_ip("other", "10.96.0.88")),
-    ];
-    let committed = nft.commit(&view, stamp(2)).unwrap();
-    assert_eq!(committed.refused.len(), 1, "{:?}", committed.refused);
-    assert_eq!(committed.refused[0].item, "ServiceCIDR 10.97.0.0/16");
-    assert_ne!(committed.refused[0].errno, 0);
-    assert!(node.table("ip").contains("10.96.0.88 . tcp . 80"));
-    assert_eq!(nft.stamp().unwrap(), Some(stamp(2)));
-    // It is listed until it is repaired or replaced.
-    assert_eq!(nft.commit(&[], stamp(3)).unwrap().refused.len(), 1);
-    let repaired = nft.repair().unwrap();
-    assert!(repaired.differences > 0, "the range of someone");
-    assert_eq!(repaired.refused, vec![]);
-    assert_eq!(nft.commit(&[], stamp(4)).unwrap().refused, vec![]);
-    assert_eq!(nft.repair().unwrap().differences, 0);
-}
-
-#[test]
 fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
     let node = Namespace::new("reference");
     let mut nft = open(&node);

@@ -73,6 +73,19 @@ pub enum CommitError {
         /// The kernel's error number.
         errno: i32,
     },
+    /// The kernel refused the changes of one address family; it holds those of the other family, without a stamp.
+    #[error(
+        "the kernel refused the transaction of {family}, whose old generation stays; the other family's changes are in \
+         force ({operation}, errno {errno})"
+    )]
+    Family {
+        /// The refused address family: `IPv4` or `IPv6`.
+        family: &'static str,
+        /// The attempted operation.
+        operation: String,
+        /// The kernel's error number.
+        errno: i32,
+    },
     /// The netlink socket failed.
     #[error("nf_tables netlink: {0}")]
     Io(#[from] std::io::Error),
@@ -82,7 +95,7 @@ impl CommitError {
     /// The error number for a NACK, 0 if unknown.
     pub fn errno(&self) -> i32 {
         match self {
-            CommitError::Refused { errno, .. } => *errno,
+            CommitError::Refused { errno, .. } | CommitError::Family { errno, .. } => *errno,
             CommitError::Io(error) => error.raw_os_error().unwrap_or(0),
         }
     }
@@ -101,14 +114,15 @@ pub trait Dataplane: Send {
     /// our tables, recovers ids, compares and repairs. Called at start, and whenever the incremental state may be wrong.
     ///
     /// # Errors
-    /// Nothing was committed.
+    /// Nothing was committed, or only one family ([`CommitError::Family`]).
     fn adopt(&mut self, view: &[KernelChange], stamp: Stamp) -> Result<Adopted, CommitError>;
 
     /// Applies changes in one transaction, with the stamp. If the kernel refuses an item, the batch is retried without
     /// it; [`Committed::refused`] lists the item until it is replaced or removed.
     ///
     /// # Errors
-    /// Nothing was committed; the kernel still holds the previous generation.
+    /// Nothing was committed and the kernel holds the previous generation, or only one family was committed
+    /// ([`CommitError::Family`]). The next commit may contain the same changes again.
     fn commit(&mut self, changes: &[KernelChange], stamp: Stamp) -> Result<Committed, CommitError>;
 
     /// Removes frontends at these addresses from the kernel, except ClusterIPs, so that the agent can reach its
@@ -124,4 +138,10 @@ pub trait Dataplane: Send {
     /// # Errors
     /// The dump or the repair failed.
     fn repair(&mut self) -> Result<Repaired, CommitError>;
+
+    /// Retries the items that the kernel refused, without a comparison. Returns all items that are refused now.
+    ///
+    /// # Errors
+    /// The transaction failed.
+    fn retry_refused(&mut self) -> Result<Vec<Refused>, CommitError>;
 }

@@ -4,7 +4,8 @@
 //! writes a transaction; `dump` reads the tables back. [`Nft`] combines them as a [`Dataplane`].
 //!
 //! Invariants:
-//! * One transaction covers both tables and has the stamp.
+//! * One transaction covers both tables and has the stamp. Only if the kernel refuses one family, the other family's
+//!   changes are committed alone, without a stamp: the generation counts as committed once both tables hold it.
 //! * Only our own tables are written; no process is started.
 
 mod allocate;
@@ -24,39 +25,30 @@ mod reader;
 mod release;
 mod resolve;
 mod text;
+mod transaction;
 mod userdata;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::kernel::change::KernelChange;
 use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refused, Repaired, Stamp};
 use crate::kernel::netlink::Socket;
-use batch::{Batch, Failure};
 use dump::TableDump;
 use element::{Data, Element, Range};
-use encode::{Encoded, Operation, Structure};
+use encode::Structure;
 use layout::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 use mirror::Mirror;
 use plan::Plan;
+use transaction::Outcome;
 
 pub use foreign::ForeignProxy;
 pub use inspect::{TableSummary, cleanup, inspect};
 pub use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
 pub use reader::{FrontendQuery, KernelReader};
-
-/// Maximum attempts of one transaction: each removes at least one refused element or waits for another writer.
-const ATTEMPTS: usize = 256;
-/// Maximum elements that one transaction changes in a family: it takes about 50 ms, during which no other process in
-/// the network namespace can change nf_tables.
-const TRANSACTION_LIMIT: usize = 32_768;
-/// Delay after a conflict with another transaction.
-const BUSY_PAUSE: Duration = Duration::from_millis(2);
-/// Conflicts after which the tables are compared; after twice as many they are rebuilt.
-const BUSY_ATTEMPTS: usize = 20;
 
 /// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
 #[derive(Debug)]
@@ -66,25 +58,6 @@ pub struct Nft {
     structures: (Structure, Structure),
     /// The stamp of the last successful commit or adoption.
     stamp: Option<Stamp>,
-}
-
-/// Operations and kernel time of a transaction.
-#[derive(Default)]
-struct Outcome {
-    operations: u32,
-    kernel: Duration,
-}
-
-/// The step after an attempt of a transaction.
-enum Next {
-    /// The transaction is committed.
-    Done(Outcome),
-    /// An element was removed or repaired: retry.
-    Again,
-    /// Another transaction, or an object that the kernel does not identify, conflicts: retry after a delay.
-    Busy,
-    /// The tables differ from the expected content: compare with a dump, then retry.
-    Compare,
 }
 
 impl Nft {
@@ -112,138 +85,6 @@ impl Nft {
         dump::generation(&mut self.socket)
     }
 
-    /// Sends the pending changes until the kernel accepts them.
-    fn transact(&mut self, stamp: Stamp) -> Result<Outcome, CommitError> {
-        let result = self.transact_parts(&stamp_entries(&stamp));
-        self.plan.v4.rejoin();
-        self.plan.v6.rejoin();
-        if result.is_ok() {
-            self.stamp = Some(stamp);
-        }
-        result
-    }
-
-    /// Only the last part has the stamp: an agent that starts between two parts finds none and compares.
-    fn transact_parts(&mut self, stamp: &BTreeMap<u32, [u8; 16]>) -> Result<Outcome, CommitError> {
-        let mut chunk = usize::MAX;
-        let mut healed = (HashSet::new(), HashSet::new());
-        let (mut compared, mut busy) = (false, 0);
-        let mut total = Outcome::default();
-        self.split();
-        let mut attempts = ATTEMPTS;
-        while attempts > 0 {
-            attempts -= 1;
-            let last = self.plan.v4.is_last_part() && self.plan.v6.is_last_part();
-            let entries = if last { stamp } else { &BTreeMap::new() };
-            match self.attempt(entries, &mut chunk, &mut healed)? {
-                Next::Done(outcome) => {
-                    total.operations += outcome.operations;
-                    total.kernel += outcome.kernel;
-                    if last {
-                        return Ok(total);
-                    }
-                    self.plan.v4.next_part();
-                    self.plan.v6.next_part();
-                    attempts = ATTEMPTS;
-                    continue;
-                }
-                Next::Again => {}
-                Next::Busy => {
-                    busy += 1;
-                    std::thread::sleep(BUSY_PAUSE);
-                    // A conflict that lasts is in our tables: a foreign reference that the mirror does not know.
-                    if busy % BUSY_ATTEMPTS == 0 {
-                        self.compare_or_rebuild(&mut compared)?;
-                    }
-                }
-                Next::Compare => self.compare_or_rebuild(&mut compared)?,
-            }
-            // The attempt may have changed the pending elements.
-            self.split();
-        }
-        Err(CommitError::Refused { operation: "every attempt was refused".to_owned(), errno: libc::EBUSY })
-    }
-
-    /// Sets the changes beyond one transaction aside, unless a table is replaced, which must leave no gap.
-    fn split(&mut self) {
-        let whole = |structure: &Structure| structure.built || structure.absent;
-        if whole(&self.structures.0) && whole(&self.structures.1) {
-            self.plan.v4.split(TRANSACTION_LIMIT);
-            self.plan.v6.split(TRANSACTION_LIMIT);
-        }
-    }
-
-    /// Compares with a dump; the second time it rebuilds both tables.
-    fn compare_or_rebuild(&mut self, compared: &mut bool) -> io::Result<()> {
-        self.plan.v4.rejoin();
-        self.plan.v6.rejoin();
-        if std::mem::replace(compared, true) {
-            self.structures = Default::default();
-            self.plan.v4.rebuild();
-            self.plan.v6.rebuild();
-            return Ok(());
-        }
-        self.compare().map(drop)
-    }
-
-    fn attempt(
-        &mut self,
-        entries: &BTreeMap<u32, [u8; 16]>,
-        chunk: &mut usize,
-        healed: &mut (HashSet<Element<4>>, HashSet<Element<16>>),
-    ) -> Result<Next, CommitError> {
-        let mut batch = Batch::new();
-        let v4 = encode::family(&mut batch, &self.plan.v4, &self.structures.0, entries, *chunk);
-        let v6 = encode::family(&mut batch, &self.plan.v6, &self.structures.1, entries, *chunk);
-        let started = Instant::now();
-        let failures = batch.commit(&mut self.socket)?;
-        if failures.is_empty() {
-            let kernel = started.elapsed();
-            committed(&mut self.plan.v4, &mut self.structures.0, entries);
-            committed(&mut self.plan.v6, &mut self.structures.1, entries);
-            return Ok(Next::Done(Outcome { operations: v4.operations + v6.operations, kernel }));
-        }
-        // A refusal may change the later parts.
-        self.plan.v4.rejoin();
-        self.plan.v6.rejoin();
-        let mut next = None;
-        for failure in &failures {
-            let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
-            if busy && !v4.has(failure.message) && !v6.has(failure.message) {
-                next.get_or_insert(Next::Busy);
-                continue;
-            }
-            if [libc::EPERM, libc::ENOMEM, libc::ENOBUFS, libc::EMSGSIZE].contains(&failure.errno) {
-                return Err(CommitError::Refused {
-                    operation: operation(&v4, &v6, failure),
-                    errno: failure.errno,
-                });
-            }
-            let position = batch.element_at(failure);
-            let found = resolve(&mut self.plan.v4, &v4, failure, position, &mut healed.0)
-                .or_else(|| resolve(&mut self.plan.v6, &v6, failure, position, &mut healed.1));
-            match found {
-                Some(()) => next = Some(Next::Again),
-                None if (v4.has(failure.message) || v6.has(failure.message))
-                    && failure.errno != libc::ENOENT =>
-                {
-                    // The kernel does not identify the element: send each in its own message.
-                    *chunk = 1;
-                    next.get_or_insert(Next::Again);
-                }
-                None if self.structures.0.built || self.structures.1.built => return Ok(Next::Compare),
-                None => {
-                    return Err(CommitError::Refused {
-                        operation: operation(&v4, &v6, failure),
-                        errno: failure.errno,
-                    });
-                }
-            }
-        }
-        self.plan.settle();
-        Ok(next.unwrap_or(Next::Again))
-    }
-
     /// Reads both tables and records the differences; returns their number.
     fn compare(&mut self) -> io::Result<u32> {
         let v4 = dump::table::<4>(&mut self.socket)?;
@@ -268,56 +109,6 @@ impl Nft {
             refused: self.refused(),
         }
     }
-}
-
-/// Records that the kernel accepted all changes.
-fn committed<const N: usize>(
-    mirror: &mut Mirror<N>,
-    structure: &mut Structure,
-    stamp: &BTreeMap<u32, [u8; 16]>,
-) {
-    mirror.changes = element::Changes::default();
-    let config = mirror.facts.rules.clone();
-    *structure = Structure { built: true, config, stamp: stamp.clone(), ..Structure::default() };
-}
-
-/// Handles a refused element: corrects the expected value, or removes its item. `None`: it is not an element of this
-/// family, or the kernel does not identify it.
-fn resolve<const N: usize>(
-    mirror: &mut Mirror<N>,
-    encoded: &Encoded<N>,
-    failure: &Failure,
-    position: Option<usize>,
-    healed: &mut HashSet<Element<N>>,
-) -> Option<()> {
-    let (element, operation) = encoded.element(failure.message, position)?;
-    match (failure.errno, operation) {
-        // Another process removed it before us.
-        (libc::ENOENT, Operation::Delete) => {
-            let change = mirror.changes.0.get_mut(&element)?;
-            change.0 = None;
-            if change.1.is_none() {
-                mirror.changes.0.remove(&element);
-            }
-        }
-        // The error is not about the element: its table, its set or the chain that it refers to is gone.
-        (libc::ENOENT, Operation::Add) => return None,
-        // Another process added another value: remove that first.
-        (libc::EEXIST, Operation::Add) if healed.insert(element) => {
-            let change = mirror.changes.0.get_mut(&element)?;
-            change.0 = Some(Data::Present);
-        }
-        (errno, _) => mirror.refuse(element, errno),
-    }
-    Some(())
-}
-
-/// Describes the operation of a failure.
-fn operation(v4: &Encoded<4>, v6: &Encoded<16>, failure: &Failure) -> String {
-    let element = v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
-    let element =
-        element.or_else(|| v6.element(failure.message, None).map(|(element, _)| format!("{element:?}")));
-    element.unwrap_or_else(|| format!("operation {} of the transaction", failure.message))
 }
 
 /// Encodes the stamp as entries of map `stamp`: 0 the digest; 1 generation, layout version, deviations; 2 the facts.
@@ -426,11 +217,13 @@ impl Dataplane for Nft {
             self.stamp = Some(stamp);
             return Ok(Adopted { committed: None, refused: self.refused() });
         }
-        match self.transact(stamp) {
+        match self.transact(Some(stamp)) {
             Ok(outcome) => {
                 let committed = self.committed(&outcome, started);
                 Ok(Adopted { refused: committed.refused.clone(), committed: Some(committed) })
             }
+            // The plan is what the other family's table holds.
+            Err(error @ CommitError::Family { .. }) => Err(error),
             Err(error) => {
                 (self.plan, self.structures) = (previous, structures);
                 Err(error)
@@ -442,8 +235,10 @@ impl Dataplane for Nft {
         let started = Instant::now();
         let mut undo: Vec<_> = changes.iter().flat_map(|change| self.plan.apply(change)).collect();
         self.plan.settle();
-        match self.transact(stamp) {
+        match self.transact(Some(stamp)) {
             Ok(outcome) => Ok(self.committed(&outcome, started)),
+            // The other family's table holds the changes, and they may be applied again: each sets absolute values.
+            Err(error @ CommitError::Family { .. }) => Err(error),
             Err(error) => {
                 while let Some(step) = undo.pop() {
                     self.plan.undo(step);
@@ -463,15 +258,19 @@ impl Dataplane for Nft {
         let retried = (self.plan.v4.retry_refused(), self.plan.v6.retry_refused());
         let count = self.compare()?;
         let own = (self.plan.v4.count_of(&retried.0) + self.plan.v6.count_of(&retried.1)) as u32;
-        let Some(stamp) = self.stamp else {
-            return Ok(Repaired { differences: count - own, refused: self.refused() });
-        };
-        let entries = stamp_entries(&stamp);
+        let entries = self.stamp.as_ref().map(stamp_entries).unwrap_or_default();
         let stamps = [&self.structures.0, &self.structures.1];
         let wrong = stamps.iter().filter(|structure| structure.stamp != entries).count() as u32;
         if count + wrong > 0 {
-            self.transact(stamp)?;
+            self.transact(self.stamp)?;
         }
         Ok(Repaired { differences: count - own + wrong, refused: self.refused() })
+    }
+    fn retry_refused(&mut self) -> Result<Vec<Refused>, CommitError> {
+        self.plan.v4.requeue_refused();
+        self.plan.v6.requeue_refused();
+        self.plan.settle();
+        self.transact(self.stamp)?;
+        Ok(self.refused())
     }
 }

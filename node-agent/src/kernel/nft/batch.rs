@@ -101,6 +101,34 @@ impl Batch {
         None
     }
 
+    /// Describes the object of a refused message, and the expression if the kernel reported it.
+    pub(crate) fn describe(&self, failure: &Failure) -> Option<String> {
+        let start = *self.starts.get(failure.message).filter(|_| failure.message > 0)?;
+        let bytes = self.writer.bytes.get(start..)?;
+        let message = Messages(bytes).next()?;
+        let family = if message.payload.first() == Some(&(libc::NFPROTO_IPV6 as u8)) { "ip6" } else { "ip" };
+        let text = |attribute| {
+            let value = String::from_utf8_lossy(find(message.attributes(), attribute)?);
+            Some(value.trim_end_matches('\0').to_owned())
+        };
+        let kind = i32::from(message.kind & 0xff);
+        let object = match kind {
+            libc::NFT_MSG_NEWTABLE | libc::NFT_MSG_DELTABLE => format!("table {}", text(nfta::table::NAME)?),
+            libc::NFT_MSG_NEWSET | libc::NFT_MSG_DELSET => format!("set {}", text(nfta::set::NAME)?),
+            libc::NFT_MSG_NEWCHAIN | libc::NFT_MSG_DELCHAIN => format!("chain {}", text(nfta::chain::NAME)?),
+            libc::NFT_MSG_NEWRULE | libc::NFT_MSG_DELRULE => {
+                let expression = failure.offset.and_then(|offset| expression(bytes, offset));
+                let with = expression.map(|name| format!(" with expression {name}")).unwrap_or_default();
+                format!("rule of chain {}{with}", text(nfta::rule::CHAIN)?)
+            }
+            libc::NFT_MSG_NEWSETELEM | libc::NFT_MSG_DELSETELEM => {
+                format!("elements of {}", text(nfta::element_list::SET)?)
+            }
+            _ => return None,
+        };
+        Some(format!("{object} in family {family}"))
+    }
+
     /// Ends the batch: its last operation requests the acknowledgement that confirms the commit.
     fn finish(&mut self) {
         if let Some(last) = self.starts.last().filter(|_| self.starts.len() > 1) {
@@ -159,6 +187,15 @@ impl Batch {
         }
         Ok(failures)
     }
+}
+
+/// Returns the name in the attribute at `offset`; `None` if the attribute is not a name.
+fn expression(message: &[u8], offset: usize) -> Option<&str> {
+    let length = u16::from_ne_bytes(message.get(offset..offset + 2)?.try_into().ok()?);
+    let value = message.get(offset + 4..offset + usize::from(length))?.strip_suffix(&[0])?;
+    let name = std::str::from_utf8(value).ok()?;
+    (!name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'))
+        .then_some(name)
 }
 
 /// A read request: the message (`NFT_MSG_GET*`) and the address family.
@@ -230,6 +267,30 @@ impl Get {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn refused_object_named_with_its_expression() {
+        let mut batch = Batch::new();
+        let mut offset = 0;
+        batch.push(libc::NFT_MSG_NEWRULE, 0, libc::NFPROTO_IPV6 as u8, |writer| {
+            let start = writer.bytes.len() - MESSAGE_HEADER - 4;
+            writer.string(nfta::rule::TABLE, "switchtower");
+            writer.string(nfta::rule::CHAIN, "size-2");
+            writer.nest(nfta::rule::EXPRESSIONS, |writer| {
+                writer.nest(nfta::list::ENTRY, |writer| {
+                    offset = writer.bytes.len() - start;
+                    writer.string(nfta::expression::NAME, "numgen");
+                });
+            });
+        });
+        let mut failure = Failure { message: 1, errno: libc::ENOENT, offset: Some(offset) };
+        let wanted = "rule of chain size-2 with expression numgen in family ip6";
+        assert_eq!(batch.describe(&failure).as_deref(), Some(wanted));
+        failure.offset = Some(2);
+        assert_eq!(batch.describe(&failure).as_deref(), Some("rule of chain size-2 in family ip6"));
+        failure.message = 0;
+        assert_eq!(batch.describe(&failure), None);
+    }
 
     #[test]
     fn lost_replies_do_not_reach_the_next_batch() {

@@ -31,7 +31,7 @@ pub(crate) struct Structure {
     /// The configuration that the chains in the kernel were written with.
     pub(crate) config: RuleConfig,
     /// Chains with foreign rules, which the next transaction rewrites.
-    pub(crate) broken: Vec<String>,
+    pub(crate) broken: BTreeSet<String>,
     /// Foreign chains, which the next transaction removes.
     pub(crate) foreign_chains: Vec<String>,
     /// Foreign sets, which the next transaction removes.
@@ -67,7 +67,7 @@ struct Group<const N: usize> {
 }
 
 /// Maps refused messages back to elements.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Encoded<const N: usize> {
     groups: Vec<Group<N>>,
     /// Number of operations without the stamp.
@@ -78,7 +78,7 @@ impl<const N: usize> Encoded<N> {
     /// Returns the element at a list position of a message and its operation. Without a position, only if the message
     /// holds one element.
     pub(crate) fn element(&self, message: usize, position: Option<usize>) -> Option<(Element<N>, Operation)> {
-        let group = self.groups.iter().find(|group| group.message == message)?;
+        let group = self.group(message)?;
         let position = position
             .or_else(|| group.elements.iter().all(|other| *other == group.elements[0]).then_some(0))?;
         Some((*group.elements.get(position)?, group.operation))
@@ -86,7 +86,13 @@ impl<const N: usize> Encoded<N> {
 
     /// Returns whether a message holds elements.
     pub(crate) fn has(&self, message: usize) -> bool {
-        self.groups.iter().any(|group| group.message == message)
+        self.group(message).is_some()
+    }
+
+    /// Groups are in the order of their messages.
+    fn group(&self, message: usize) -> Option<&Group<N>> {
+        let index = self.groups.binary_search_by_key(&message, |group| group.message).ok()?;
+        self.groups.get(index)
     }
 }
 
@@ -278,9 +284,9 @@ fn rewrite_chains<const N: usize>(
 }
 
 /// Returns the chains whose rules differ between the configuration in the kernel and the wanted one.
-fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) -> Vec<String> {
+fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) -> BTreeSet<String> {
     if structure.config == *config {
-        return Vec::new();
+        return BTreeSet::new();
     }
     let pairs = layout.chains(&structure.config).into_iter().zip(layout.chains(config));
     pairs.filter(|(old, new)| old != new).map(|(_, new)| new.name).collect()
@@ -381,7 +387,7 @@ pub(crate) fn compare<const N: usize>(
         let rules = dump.rules.remove(name).unwrap_or_default();
         let wanted = chain.rules.iter().map(|rule| Some(rule.fingerprint(layout.family)));
         if dump.chains.contains_key(name) && !wanted.eq(rules) {
-            structure.broken.push(name.clone());
+            structure.broken.insert(name.clone());
         }
     }
     // The chain and set of a source list are removed together with its element.
