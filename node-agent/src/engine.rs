@@ -14,6 +14,7 @@ mod drift;
 mod flows;
 mod messages;
 mod progress;
+mod refusals;
 mod report;
 mod snapshots;
 mod sync;
@@ -104,6 +105,7 @@ pub struct Engine {
     applying: Option<Applying>,
     /// Items that the kernel refused.
     refused: Vec<Refused>,
+    retries: refusals::Retries,
     passes: flows::Passes,
     last_commit: Option<Instant>,
     events: Option<mpsc::UnboundedSender<Event>>,
@@ -147,6 +149,7 @@ impl Engine {
             acknowledgement: Acknowledgement::default(),
             applying: None,
             refused,
+            retries: refusals::Retries::default(),
             passes: flows::Passes::everything(),
             last_commit: None,
             events: None,
@@ -234,7 +237,7 @@ impl Engine {
         let round = self.state.round_due().filter(|_| self.sync == SyncState::Idle);
         let pass = self.passes.next(now).filter(|_| self.kernel_holds_view());
         let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
-        [snapshot, sync, pass, round, drift].into_iter().flatten().min()
+        [snapshot, sync, pass, round, drift, self.refused_due()].into_iter().flatten().min()
     }
 
     fn wake(&mut self) {
@@ -253,6 +256,7 @@ impl Engine {
         self.reconcile_flows();
         self.probe();
         self.repair_if_due();
+        self.retry_refused();
         if self.snapshot_due().is_some_and(|at| at <= now) {
             self.keep_snapshot();
         }
@@ -437,32 +441,6 @@ impl Engine {
         self.last_commit.map_or(now, |last| last + interval)
     }
 
-    fn stamp(&self) -> Stamp {
-        Stamp {
-            generation: self.state.generation(),
-            digest: self.state.digest().0,
-            facts: self.facts(),
-            deviations: self.refused.len() as u32 + u32::from(self.state.settings_deviation().is_some()),
-        }
-    }
-
-    fn facts(&self) -> u64 {
-        use prost::Message as _;
-        let mut hasher = blake3::Hasher::new();
-        if let Some(settings) = self.state.settings() {
-            hasher.update(&settings.encode_to_vec());
-        }
-        if let Some(node) = self.state.node() {
-            hasher.update(&node.encode_to_vec());
-        }
-        for address in &self.parts.host_addresses {
-            hasher.update(address.to_string().as_bytes());
-        }
-        let mut first = [0; 8];
-        first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-        u64::from_le_bytes(first)
-    }
-
     /// Tries once to commit the view.
     fn attempt(&mut self) {
         let (stamp, started, began) = (self.stamp(), Instant::now(), SystemTime::now());
@@ -513,6 +491,7 @@ impl Engine {
         self.snapshots.committed(is_new);
         self.kernel = Some(stamp);
         self.refused.clone_from(&committed.refused);
+        self.retries.schedule(&self.refused, Instant::now());
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.parts.health.applied();
         if health {

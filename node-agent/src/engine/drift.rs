@@ -6,8 +6,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Engine, Event, SyncState};
-use crate::kernel::dataplane::{Committed, Refused, Repaired};
+use super::{Engine, SyncState};
+use crate::kernel::dataplane::Repaired;
 use crate::state::UdpChanges;
 
 /// Pause after a repair that found differences, as a multiple of its duration.
@@ -156,21 +156,6 @@ impl Engine {
         self.queue_and_sync();
         self.report_drift(cause);
         true
-    }
-
-    /// Acknowledges a change of the refused items: a repair retries them.
-    fn refusals_changed(&mut self, refused: Vec<Refused>) {
-        if self.refused == refused {
-            return;
-        }
-        self.refused = refused;
-        self.passes.add(UdpChanges::all());
-        self.parts.metrics.refused.set(self.refused.len() as i64);
-        self.snapshots.invalidate();
-        if let Some(kernel) = self.kernel.filter(|_| !self.sync.is_queued()) {
-            let ack = self.ack(kernel, &Committed::default());
-            self.send(Event::Ack(ack));
-        }
     }
 }
 

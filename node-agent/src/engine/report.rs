@@ -50,6 +50,33 @@ impl Engine {
         }
     }
 
+    /// Returns the stamp of the view.
+    pub(super) fn stamp(&self) -> Stamp {
+        Stamp {
+            generation: self.state.generation(),
+            digest: self.state.digest().0,
+            facts: self.facts(),
+            deviations: self.refused.len() as u32 + u32::from(self.state.settings_deviation().is_some()),
+        }
+    }
+
+    fn facts(&self) -> u64 {
+        use prost::Message as _;
+        let mut hasher = blake3::Hasher::new();
+        if let Some(settings) = self.state.settings() {
+            hasher.update(&settings.encode_to_vec());
+        }
+        if let Some(node) = self.state.node() {
+            hasher.update(&node.encode_to_vec());
+        }
+        for address in &self.parts.host_addresses {
+            hasher.update(address.to_string().as_bytes());
+        }
+        let mut first = [0; 8];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        u64::from_le_bytes(first)
+    }
+
     pub(super) fn ack(&self, stamp: Stamp, committed: &Committed) -> Ack {
         let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let counts = self.state.counts();

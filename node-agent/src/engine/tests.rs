@@ -391,6 +391,29 @@ fn items_accepted_by_a_repair_acknowledged() {
 }
 
 #[test]
+fn refused_items_retried_without_a_repair() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    kernel.lock().refused =
+        vec![Refused { item: "frontend".into(), reason: "ENFILE".into(), errno: libc::ENFILE }];
+    let (mut engine, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut engine);
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
+    engine.wake();
+    assert_eq!(kernel.lock().retries, 0, "not immediately");
+    kernel.lock().refused.clear();
+    let due = engine.refused_due().unwrap();
+    assert!(engine.next_wakeup().unwrap() <= due);
+    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    engine.wake();
+    let ack = ack(&mut events);
+    assert_eq!((ack.generation, ack.deviations), (1, None));
+    assert_eq!((kernel.lock().retries, kernel.lock().repairs), (1, 0));
+    assert_eq!(engine.refused_due(), None);
+}
+
+#[test]
 fn new_session_receives_the_nack_of_a_failing_kernel() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
