@@ -102,7 +102,8 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         Some(args.state_dir.clone()),
     );
     // Open all netlink sockets in the main thread: they belong to its network namespace.
-    let mut kernel = Nft::open().context("open nf_tables netlink; does this kernel have CONFIG_NF_TABLES?")?;
+    let mut kernel =
+        Nft::open().context("open nf_tables netlink; does this kernel have CONFIG_NF_TABLES?")?;
     let own_port = kernel.port().context("open nf_tables netlink")?;
     // No reason to exit: each commit is a new attempt, and its failure is reported to the controller.
     if let Err(error) = kernel.check_support() {

@@ -26,8 +26,8 @@ use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::*;
 
-/// Runs a test on a thread of its own in a fresh network namespace; processes it starts are in there too, and
-/// the namespace goes with the last of them.
+/// Runs a test on its own thread in a new network namespace. Processes that it starts inherit the namespace, which is
+/// removed with the last of them.
 fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     let thread = std::thread::spawn(move || {
         // SAFETY: a plain system call that concerns this thread only.
@@ -35,7 +35,7 @@ fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'stati
         assert_eq!(result, 0, "this test needs root: it makes a network namespace");
         shell("ip link set lo up");
         shell("ip link add eth0 type veth peer name eth1");
-        // Without link-local addresses: they come after a second or so, and the agent would follow that change.
+        // Without link-local addresses: they appear after about a second, and the agent would follow the change.
         shell("for end in eth0 eth1; do ip link set $end addrgenmode none && ip link set $end up; done");
         shell("ip addr add 192.0.2.1/24 dev eth0");
         controller::block_on(test());
@@ -93,7 +93,7 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
         stream.update((Update { from: Some(1), ..next }, parts)).await;
         let ack = stream.ack().await;
         assert_eq!(ack.generation, 3);
-        // A slot and the size in the frontend's value (which is deleted and added), nothing of the rest.
+        // A slot and the size in the frontend's value (one deletion, one addition), nothing else.
         let operations = ack.timings.unwrap().operations;
         assert!((1..=6).contains(&operations), "{operations} operations for one endpoint");
         stream.update(fleet.add_endpoint(11, 5)).await;
@@ -109,7 +109,7 @@ fn a_current_file_is_adopted_and_a_lost_table_is_programmed_from_it() {
         let (controller, mut agent, _stream) = programmed(&fleet, directory.path()).await;
         agent.terminate();
         let before = table();
-        // Nobody listens any more.
+        // No controller listens now.
         drop(controller);
         let genid =
             || shell("nft list ruleset >/dev/null; nft -j list metainfo 2>/dev/null | tr -d '\\n' || true");
@@ -140,7 +140,7 @@ fn a_node_of_either_family_is_asked_at_its_address() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         shell("ip addr flush dev eth0 && ip addr add fd00::1/64 dev eth0 nodad");
-        // As the DaemonSet has it, which cannot know the family of its node's address.
+        // As in the DaemonSet, which cannot know the family of its node's address.
         let metrics = "--metrics-bind-address=127.0.0.1:10249,fd00::1:10249";
         let mut agent = Agent::start_with(Command::new(BINARY).arg(metrics), directory.path());
         let answers = |what: &str| {
@@ -174,7 +174,7 @@ fn drift_is_repaired_and_addresses_are_followed() {
             other => panic!("a Report is due, this came: {other:?}"),
         }
         assert!(table().contains("10.96.0.4"));
-        // The view's settings take the addresses inside these blocks; one of them comes only now.
+        // The settings select the addresses in these blocks; one of them is added later.
         let mut after = fleet::settings();
         fleet.digest.remove(LayerKind::Settings, ItemRef::Settings(&after));
         after.node_port_addresses = vec![Cidr { address: vec![198, 51, 100, 0], prefix_length: 24 }];
@@ -342,7 +342,7 @@ fn a_service_at_the_controllers_address_locks_no_agent_out() {
         let deviations = ack.deviations.expect("the row names it");
         assert!(format!("{deviations:?}").contains("reaches a controller"), "{deviations:?}");
         assert!(!captures(controller.address));
-        // The stream ends by itself, the agent ends and reads its snapshot file, the agent is killed.
+        // Three restarts: the stream ends, the agent ends and reads its snapshot file, the agent is killed.
         drop(stream);
         let stream = controller.accept().await;
         agent.terminate();
@@ -362,7 +362,7 @@ fn rules_that_captured_the_controller_let_the_agent_out() {
         let mut fleet = Fleet::new(3, 2);
         let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
         eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
-        // Killed before the file is written: at its start the agent may write nothing but what frees its way.
+        // Killed before the file is written: at start the agent may write only what frees its way to the controller.
         stream.update(fleet.add_endpoint(1, 5)).await;
         stream.ack().await;
         agent.kill();
@@ -401,7 +401,7 @@ fn a_stalled_disk_holds_up_neither_commits_nor_repairs() {
         let mut fleet = Fleet::new(20, 2);
         let state = directory.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        // Whoever opens it to write waits, as for a disk that does not answer.
+        // Opening it for writing blocks, as on a disk that does not respond.
         shell(&format!("mkfifo {}", state.join("view.new").display()));
         let (_controller, _agent, mut stream) = programmed(&fleet, directory.path()).await;
         // The file is due after a second of quiet.
@@ -433,12 +433,12 @@ fn an_agent_with_unusable_files_never_becomes_ready() {
         assert_eq!(health("/readyz").0, "200", "that takes no working node out");
         agent.terminate();
 
-        // A restart while the controller is away: the snapshot file is current, and nothing is wrong with the agent.
+        // A restart while the controller is unavailable: the snapshot file is current and the agent is healthy.
         let mut agent = Agent::start(directory.path());
         eventually("ready by the file", || health("/readyz").0 == "200");
         agent.terminate();
 
-        // A bad update of the agents: the view is there, and no controller can ever be found.
+        // A broken update of the agents: the view exists, and no controller can be found.
         let mut bad = Command::new(BINARY);
         bad.env("SWITCHTOWER_CA_FILE", directory.path().join("absent"));
         let _agent = Agent::start_with(&mut bad, directory.path());
@@ -455,7 +455,7 @@ fn a_second_agent_waits_until_the_first_ends() {
         let fleet = Fleet::new(5, 2);
         let (mut controller, mut first, stream) = programmed(&fleet, directory.path()).await;
         let second = Agent::start(directory.path());
-        eventually("the second says so", || second.log().contains("another node agent"));
+        eventually("the second logs that it waits", || second.log().contains("another node agent"));
         let cleanup = || {
             let state = directory.path().join("state");
             let args = ["cleanup", "--log-level", "error", "--state-dir"];
@@ -483,7 +483,7 @@ fn idle_connections_do_not_block_the_health_port() {
         let idle: Vec<_> =
             (0..400).map(|_| std::net::TcpStream::connect("127.0.0.1:10256").unwrap()).collect();
         for path in ["/livez", "/healthz", "/readyz"] {
-            assert_eq!(health(path).0, "200", "{path} beside {} idle connections", idle.len());
+            assert_eq!(health(path).0, "200", "{path} with {} idle connections", idle.len());
         }
     });
 }

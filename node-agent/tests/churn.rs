@@ -13,16 +13,16 @@ use switchtower_node_agent::kernel::dataplane::Dataplane;
 use switchtower_node_agent::kernel::nft::Nft;
 use switchtower_proto::v1::{self as proto, Role};
 
-/// How long connections are made.
+/// Duration of the test.
 const DURATION: Duration = Duration::from_secs(5);
-/// As many of each it takes to say something; an emulated machine needs minutes for them.
+/// Minimum number of connections and of changes for a conclusion; an emulated machine needs minutes for them.
 const ENOUGH: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 #[test]
 fn no_connection_fails_or_leaves_without_nat_while_endpoints_churn() {
     let lab = Lab::new();
-    // The client would answer what leaves the node un-NATed for these addresses.
+    // The client would answer packets to these addresses that leave the node without NAT.
     run(&["ip", "-n", &lab.client.0, "addr", "add", "10.96.0.10/32", "dev", "lo"], "");
     run(&["ip", "-n", &lab.client.0, "addr", "add", "fd96::10/128", "dev", "lo", "nodad"], "");
     serve(&lab.client, "leaked", 80);
@@ -61,7 +61,7 @@ fn no_connection_fails_or_leaves_without_nat_while_endpoints_churn() {
         let mut commits = 0;
         let enough = |commits| commits > ENOUGH && asked.load(Ordering::Relaxed) > ENOUGH;
         while started.elapsed() < DURATION || !(enough(commits) || started.elapsed() > PATIENCE) {
-            // One of three endpoints goes and comes back; the size changes with it.
+            // One of three endpoints is removed and added again; the size changes with it.
             let index = commits / 2 % 3;
             let change = |name: &str, pods: &[&str; 3]| {
                 let one = [pods[index]];

@@ -1,4 +1,4 @@
-//! Connection tracking: the real agent against tables as large as the kernel takes, and segments that belong to no
+//! Connection tracking: the real agent with a million entries, UDP flows from before the rules, and segments outside of the
 //! window. Needs root and the tool `conntrack`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
@@ -20,11 +20,11 @@ mod common;
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use common::{Lab, Namespace};
-use controller::block_on;
+use controller::{FromAgent, block_on};
 use fleet::Fleet;
 use process::programmed;
 use switchtower_proto::digest::ItemRef;
@@ -35,7 +35,7 @@ fn shell(line: &str) -> String {
     common::run(&["sh", "-c", line], "")
 }
 
-/// The kernel's limit on connections, of the whole machine, raised until this is dropped.
+/// The machine-wide limit on connections, raised until the value is dropped.
 struct Limit(u64);
 
 const LIMIT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
@@ -85,7 +85,7 @@ fn metric(name: &str) -> f64 {
 const DELETED: &str = "kubeproxy_conntrack_reconciler_deleted_entries_total";
 const PASSES: &str = "kubeproxy_conntrack_reconciler_sync_duration_seconds";
 
-/// Waits until the agent has made this many passes. The session goes on meanwhile.
+/// Waits until the agent has made this many passes. The session continues during the wait.
 async fn passed(count: f64) {
     let deadline = Instant::now() + Duration::from_secs(180);
     while metric(&format!("{PASSES}_count")) < count {
@@ -117,7 +117,7 @@ async fn a_million_flows() {
         flows(EACH, 13, "10.96.0.3", 80, "10.244.9.2", 5353),
     ];
     std::fs::write(&file, all.concat()).unwrap();
-    // Before there is a session that would miss its answers meanwhile.
+    // Before the session starts: it would miss its answers during the load.
     shell(&format!("conntrack -R {}", file.display()));
     let udp = |more: &str| {
         let lines = shell(&format!("conntrack -L -p udp {more} 2>/dev/null | wc -l"));
@@ -145,11 +145,98 @@ async fn a_million_flows() {
     assert_eq!(metric(&format!("{PASSES}_count")) - passes_before, 1.0, "one pass");
     let processor = agent.processor_seconds() - processor_before;
     println!("{} flows: the pass took {pass:.2} s, {processor:.2} s of the processor", OTHERS + 2 * EACH);
-    // Of the processor, since the rest depends on what else runs. A request for each entry is far above.
+    // CPU time, because elapsed time depends on other processes. One request per entry would take far more.
     assert!(processor < 20.0, "the pass took {processor} s of the processor");
 }
 
-/// A connection from outside of the cluster to a pod through a ClusterIP, and the pod's end of it.
+/// A Service with UDP port 80 at 10.96.0.3 and 198.51.100.3 (externalTrafficPolicy Local) and with node port 30053; a
+/// pod of the laboratory is its endpoint.
+fn udp_service() -> Fleet {
+    let mut fleet = Fleet::new(0, 0);
+    let mut node_port = fleet::frontend(3);
+    node_port.kind = FrontendKind::NodePort as i32;
+    let key = node_port.key.take().unwrap();
+    node_port.key = Some(FrontendKey { address: Vec::new(), port: 30_053, ..key });
+    fleet.add_frontend(fleet::frontend(3));
+    fleet.add_frontend(node_port);
+    // Local pods use every endpoint; others only those of the node, and it has none.
+    let mut local = fleet::frontend(3);
+    local.kind = FrontendKind::LoadBalancer as i32;
+    local.key.as_mut().unwrap().address = vec![198, 51, 100, 3];
+    local.outside = Some(Target { role: Role::Local as i32, when_empty: Verdict::Drop as i32 });
+    fleet.add_frontend(local);
+    for role in [Role::Cluster, Role::Serving] {
+        let key = PoolKey { role: role as i32, ..fleet::pool_key(3) };
+        fleet.add_pool(key, vec![Endpoint { address: vec![10, 244, 0, 1], port: 8080 }]);
+    }
+    fleet.generation = 1;
+    fleet
+}
+
+fn node_ports_at(address: [u8; 4], revision: u64) -> Settings {
+    let block = Cidr { address: address.to_vec(), prefix_length: 24 };
+    Settings { revision, node_port_addresses: vec![block], ..fleet::settings() }
+}
+
+/// The datagrams of a flow without translation keep its entry: only its deletion lets the next one be translated.
+#[test]
+fn udp_flow_from_before_the_rules_healed() {
+    let lab = Lab::new();
+    let client = |port: u16| {
+        let socket = lab.client.run(|| UdpSocket::bind(("192.0.2.2", port)).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        socket
+    };
+    let answered = |socket: &UdpSocket, to: &str| {
+        socket.send_to(b"?", to).unwrap();
+        let mut buffer = [0; 100];
+        socket.recv(&mut buffer).is_ok_and(|length| buffer[..length].starts_with(b"pod1"))
+    };
+    let tracked = |port: u16| {
+        let lines = shell(&format!("conntrack -L -p udp --orig-port-src {port} 2>/dev/null"));
+        assert!(lines.contains("UNREPLIED"), "an entry without translation: {lines}");
+    };
+    lab.node.run(|| {
+        block_on(async {
+            let mut fleet = udp_service();
+            fleet.replace_settings(node_ports_at([198, 51, 100, 0], 1));
+            fleet.generation = 1;
+            let directory = tempfile::tempdir().unwrap();
+            let (_controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
+
+            let flow = client(40_000);
+            agent.pause();
+            shell("nft delete table ip switchtower");
+            assert!(!answered(&flow, "10.96.0.3:80"), "the rules are missing");
+            tracked(40_000);
+            agent.resume();
+            common::eventually("healed after the repair", || answered(&flow, "10.96.0.3:80"));
+            let report = stream.next().await;
+            assert!(matches!(report, Some(FromAgent::Report(_))), "{report:?}");
+
+            let flow = client(40_001);
+            assert!(!answered(&flow, "192.0.2.1:30053"), "the address does not serve node ports");
+            tracked(40_001);
+            stream.update(fleet.replace_settings(node_ports_at([192, 0, 2, 0], 2))).await;
+            stream.ack().await;
+            common::eventually("healed after the change of addresses", || answered(&flow, "192.0.2.1:30053"));
+
+            let flow = lab.pods[1].run(|| UdpSocket::bind("10.244.0.2:40002").unwrap());
+            flow.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            assert!(!answered(&flow, "198.51.100.3:80"), "the detection does not cover the pod");
+            let settings = Settings {
+                local_detection: LocalDetection::ClusterCidr as i32,
+                cluster_cidrs: vec![Cidr { address: vec![10, 244, 0, 0], prefix_length: 16 }],
+                ..node_ports_at([192, 0, 2, 0], 3)
+            };
+            stream.update(fleet.replace_settings(settings)).await;
+            stream.ack().await;
+            common::eventually("healed after the change of detection", || answered(&flow, "198.51.100.3:80"));
+        });
+    });
+}
+
+/// Both ends of a connection from outside the cluster to a pod through a ClusterIP.
 fn connection(lab: &Lab) -> (TcpStream, TcpStream) {
     let listener = lab.pods[0].run(|| TcpListener::bind("10.244.0.1:9090").unwrap());
     let mut client = lab.client.run(|| TcpStream::connect("10.96.0.0:80").unwrap());
@@ -166,16 +253,16 @@ fn connection(lab: &Lab) -> (TcpStream, TcpStream) {
     (client, server)
 }
 
-/// Whether the connection still carries something from the client to the pod.
+/// Returns whether the connection still carries data from the client to the pod.
 fn carries(client: &mut TcpStream, server: &mut TcpStream) -> bool {
-    // A reset takes its way through two namespaces.
+    // A reset crosses two namespaces.
     std::thread::sleep(Duration::from_millis(300));
     let mut buffer = [0; 5];
     client.write_all(b"again").is_ok() && server.read_exact(&mut buffer).is_ok()
 }
 
-/// Connection tracking takes a segment far ahead of the window for invalid and does not translate it back; its
-/// receiver knows no such connection and resets it.
+/// Connection tracking treats a segment far ahead of the window as invalid and does not translate it back; the receiver
+/// has no such connection and resets it.
 #[test]
 fn a_segment_out_of_the_window_resets_a_connection_only_where_tracking_is_strict() {
     let lab = Lab::new();

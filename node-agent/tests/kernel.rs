@@ -1,4 +1,4 @@
-//! What the kernel holds after commits, restarts and disturbances; read back by `nft`.
+//! Content of the kernel after commits, restarts and disturbances, read back by `nft`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -17,7 +17,7 @@ fn open(namespace: &Namespace) -> Nft {
     namespace.run(|| Nft::open().unwrap())
 }
 
-/// One Service of each sort, both families.
+/// One Service of each kind, both families.
 fn sample() -> Vec<KernelChange> {
     let ranges = vec![cidr("192.0.2.0/24"), cidr("2001:db8::/32")];
     let mut view = facts();
@@ -73,7 +73,7 @@ fn what_is_programmed_reads_as_the_golden_text_and_nft_takes_it_back() {
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
         assert_eq!(text, golden, "run with UPDATE_GOLDEN=1 and review the difference of {}", path.display());
     }
-    // A table loaded from its own text is printed the same.
+    // A table loaded from its own text prints the same text.
     let other = Namespace::new("golden-copy");
     for family in ["ip", "ip6"] {
         let text = node.table(family);
@@ -147,7 +147,7 @@ fn adoption_repairs_only_what_differs() {
     let adopted = nft.adopt(&sample(), stamp(1)).unwrap().committed.unwrap();
     assert_eq!(adopted.operations, 2);
     assert_eq!(nft.repair().unwrap().differences, 0);
-    // A view that lacks a Service: its elements go.
+    // A view without a Service: its elements are removed.
     let smaller: Vec<KernelChange> = facts();
     nft.adopt(&smaller, stamp(2)).unwrap();
     assert_eq!(nft.repair().unwrap().differences, 0);
@@ -167,7 +167,7 @@ fn disturbances_are_noticed_and_repaired() {
     assert_eq!(
         monitor.wait(Duration::from_millis(200)).unwrap(),
         None,
-        "own changes and foreign tables are not told"
+        "own changes and foreign tables cause no notice"
     );
     let changed = Notice::Changed;
     for (disturbance, notice) in [
@@ -213,12 +213,12 @@ fn disturbances_are_noticed_and_repaired() {
         assert_eq!(normal(&node.table("ip6")), normal(&text.1), "{disturbance}");
         assert_eq!(monitor.wait(Duration::from_millis(50)).unwrap(), None, "{disturbance}: our own repair");
     }
-    // A commit that finds its tables gone brings them back with the change.
+    // A commit without tables rebuilds them with the change.
     node.nft(&["flush", "ruleset"], "");
     nft.commit(&[pool("web", Role::Cluster, &PODS[..1], &[])], stamp(3)).unwrap();
     assert_eq!(nft.repair().unwrap().differences, 0);
     assert_eq!(nft.stamp().unwrap(), Some(stamp(3)));
-    // One that finds its elements changed repairs those it touches.
+    // A commit repairs the changed elements that it touches.
     node.nft(&["delete element ip switchtower frontends { 10.96.0.10 . tcp . 80 }"], "");
     nft.commit(&[KernelChange::FrontendRemoved(cluster_ip("web", "10.96.0.10").key.unwrap())], stamp(4))
         .unwrap();
@@ -227,7 +227,7 @@ fn disturbances_are_noticed_and_repaired() {
     assert_eq!(nft.repair().unwrap().differences, 0);
 }
 
-/// The lines of a table without order: slots and chains are in the order of history.
+/// The sorted lines of a table: the order of slots and chains depends on history.
 fn normal(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = text
         .split(['\n', ','])
@@ -267,12 +267,12 @@ fn a_table_that_is_gone_is_no_refusal_of_what_comes_next() {
     let node = Namespace::new("flushed");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
-    // A change that is committed before anybody says that the tables are gone; one element of each set.
+    // A commit before the notice that the tables are gone, with one element of each set.
     node.nft(&["flush", "ruleset"], "");
     let committed = nft.commit(&service("one", "10.96.0.88", &PODS[..1]), stamp(2)).unwrap();
     assert_eq!(committed.refused, vec![]);
     assert!(node.table("ip").contains("10.96.0.88 . tcp . 80"));
-    // The same for an endpoint of a Service that is there.
+    // The same for an endpoint of an existing Service.
     node.nft(&["delete", "table", "ip", "switchtower"], "");
     let committed = nft.commit(&[pool("one", Role::Cluster, &PODS[1..2], &[])], stamp(3)).unwrap();
     assert_eq!(committed.refused, vec![]);
@@ -296,7 +296,7 @@ fn without_the_capability_nothing_is_committed_and_the_errno_says_so() {
     });
     assert!(matches!(error, CommitError::Refused { errno: libc::EPERM, .. }), "{error:?}");
     assert_eq!(node.table("ip"), text);
-    // The mirror was undone: what follows is right.
+    // The mirror was undone: later commits are correct.
     assert_eq!(nft.commit(&[], stamp(2)).unwrap().refused, vec![]);
     assert_eq!(nft.repair().unwrap().differences, 0);
     assert!(node.table("ip").contains("10.96.0.10 . tcp . 80"));
@@ -436,7 +436,7 @@ fn a_reader_follows_the_maps_to_the_endpoints() {
     assert_eq!(found.stamp.as_ref().unwrap().generation, 5);
     let sides: Vec<String> = found.frontends.iter().map(|found| side(found.inside.as_ref())).collect();
     assert_eq!(sides, [format!("Forward {} {}", PODS[0], PODS[1]), "Reject".to_owned()]);
-    // The same by the port alone, and in the dump of everything.
+    // The same by port only, and in the dump of everything.
     let all = reader.frontends(100).unwrap();
     assert_eq!(all.frontends, found.frontends);
     assert_eq!(reader.lookup(&[ask(None, 80)]).unwrap().frontends, found.frontends);

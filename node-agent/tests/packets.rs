@@ -1,4 +1,4 @@
-//! Real packets through what the agent programs: a node, three pods and a client in network namespaces.
+//! Real packets through the programmed tables: a node, three pods and a client in network namespaces.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -40,7 +40,7 @@ fn cluster_ip_balances_and_masquerades_only_where_due() {
         assert_eq!(backends(&lab.pods[0], vip, 40).len(), 3, "spread over all pods");
         assert_eq!(backends(&lab.node, vip, 40).len(), 3, "from the host too");
         assert_eq!(backends(&lab.client, vip, 40).len(), 3, "and from outside");
-        // A pod keeps its address, except towards itself.
+        // A pod keeps its address, except in connections to itself.
         for _ in 0..20 {
             let answer = lab.pods[0].ask(vip).unwrap();
             let (name, source) = answer.split_once(' ').unwrap();
@@ -77,7 +77,7 @@ fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
         let next = backends(&lab.client, vip, 20);
         assert_eq!(next.len(), 1, "a new backend, and then always that one: {next:?}");
         assert!(!next.contains(&chosen), "not the one that is gone");
-        // It expires: then other backends are chosen again, now and then.
+        // After expiry, other backends are chosen at times.
         eventually("another backend after the timeout", || {
             std::thread::sleep(std::time::Duration::from_millis(2200));
             backends(&lab.client, vip, 1) != next
@@ -130,8 +130,8 @@ fn every_endpoint_of_a_large_pool_gets_its_share() {
     assert_eq!(backends(&lab.client, "10.96.0.11:80", 5).len(), 1, "affinity finds its size too");
 }
 
-/// Connections that a client opens at the same moment all find nothing remembered, and each makes a choice: the
-/// first that is remembered counts for all of them.
+/// Connections that a client opens simultaneously find no remembered backend, and each chooses one: the first that is
+/// remembered applies to all.
 #[test]
 fn first_connections_of_a_client_at_the_same_time_meet_one_backend() {
     const CLIENTS: u8 = 40;
@@ -232,18 +232,18 @@ fn without_endpoints_refused_or_dropped_and_unused_addresses_too() {
         for to in ["10.96.0.30:80", "[fd96::30]:80", "198.51.100.9:80", "192.0.2.1:30009", "10.96.0.30:81"] {
             let started = std::time::Instant::now();
             assert_eq!(from.ask(to), Err("refused".to_owned()), "{to}");
-            // Between namespaces the answer to an IPv6 client arrives while connect() still holds the socket,
-            // which then only takes note of it: the answer to the second SYN ends it.
+            // An ICMPv6 error that arrives while connect() holds the socket is only recorded: the answer to the
+            // second SYN ends the connection.
             let limit = if to.starts_with('[') { 1400 } else { 500 };
             assert!(started.elapsed().as_millis() < limit, "{to} at once: {:?}", started.elapsed());
         }
-        // A process on the host gets EPERM from send() itself, as with kube-proxy.
+        // A host process gets EPERM from send(), as with kube-proxy.
         let error = from.ask_udp("10.96.0.30:80").unwrap_err();
         assert!(error.contains("Refused") || error.contains("not permitted"), "{error}");
         assert_eq!(from.ask("10.96.0.31:80"), Err("timeout".to_owned()), "no local endpoint: dropped");
     }
     assert_eq!(lab.pods[0].ask("10.96.99.99:80"), Err("timeout".to_owned()), "no Service: dropped");
-    // Endpoints appear: served from then on.
+    // With endpoints, connections succeed.
     nft.commit(&[pool("empty", Role::Cluster, &PODS, &[])], stamp(2)).unwrap();
     assert!(lab.client.ask("10.96.0.30:80").is_ok());
     assert!(lab.client.ask("198.51.100.9:80").is_ok());
@@ -318,7 +318,7 @@ fn node_ports_follow_the_settings_and_explicit_frontends_win() {
     nft.commit(&[KernelChange::Settings(all)], stamp(2)).unwrap();
     assert_eq!(name(lab.pods[0].ask("10.244.0.254:30080")), pod1);
     assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod1);
-    // An explicit frontend with the same key wins, and the NodePort comes back when it goes.
+    // An explicit frontend with the same key takes precedence; the NodePort is restored when it is removed.
     nft.commit(&[KernelChange::Frontend(explicit.clone())], stamp(3)).unwrap();
     assert_eq!(name(lab.client.ask("192.0.2.1:30080")), pod2);
     nft.commit(&[KernelChange::FrontendRemoved(explicit.key.unwrap())], stamp(4)).unwrap();
@@ -370,7 +370,7 @@ fn udp_and_settings_of_local_detection() {
     assert!(from_pod(&lab), "no CIDR: no detection");
 }
 
-/// Asks by TCP, or by UDP.
+/// Outcome of one request by TCP or UDP.
 fn outcome(from: &Namespace, protocol: proto::Protocol, to: &str) -> &'static str {
     let answer = match protocol {
         proto::Protocol::Udp => from.ask_udp(to),
@@ -426,7 +426,17 @@ fn who_gets_which_error_without_endpoints() {
             assert_eq!(outcome(from, Udp, to), "refused", "{to}");
         }
     }
-    // A ClusterIP's other ports, and addresses of the Service range that nobody has.
+    // A pod of another node, which reaches this node with its own address.
+    let lines = "addr add 10.245.0.2/32 dev eth0\nroute add 192.0.2.1/32 dev eth0 src 10.245.0.2\n\
+         route add 10.96.0.0/16 via 192.0.2.1 src 10.245.0.2\n\
+         route add 198.51.100.0/24 via 192.0.2.1 src 10.245.0.2\n";
+    run(&["ip", "-n", &lab.client.0, "-batch", "-"], lines);
+    run(&["ip", "-n", &lab.node.0, "route", "add", "10.245.0.2", "dev", "eth0"], "");
+    for to in ["10.96.0.30:80", "198.51.100.9:80", "192.0.2.1:30009"] {
+        assert_eq!(outcome(&lab.client, Tcp, to), "refused", "{to} from another node's pod");
+        assert_eq!(outcome(&lab.client, Udp, to), "refused", "{to} from another node's pod");
+    }
+    // A ClusterIP's other ports, and unused addresses of the Service range.
     for (from, own) in [(&lab.pods[0], "refused"), (&lab.client, "refused"), (&lab.node, "not permitted")] {
         assert_eq!(outcome(from, Tcp, "10.96.0.30:81"), "refused");
         assert_eq!(outcome(from, Udp, "10.96.0.30:81"), own);
@@ -466,7 +476,7 @@ fn an_endpoint_in_the_service_range_is_not_sent_out() {
     }
 }
 
-/// Counts first packets that leave the node with a priority, in a table of the test's own.
+/// Counts first packets that leave the node with a priority, in a table of the test.
 const COUNT_PRIORITIES: &str = "
 table inet priorities {
     chain count {
@@ -477,7 +487,7 @@ table inet priorities {
     }
 }";
 
-/// Packets of the table above with a comment.
+/// Number of packets at the rule with this comment.
 fn counted(lab: &Lab, comment: &str) -> u32 {
     let text = lab.node.nft(&["list", "table", "inet", "priorities"], "");
     let line = text.lines().find(|line| line.contains(comment)).unwrap();
@@ -510,12 +520,12 @@ fn packets_keep_their_priority_and_never_get_ours() {
     ]);
     let _nft = program(&lab, &view);
     let cases: [(&Namespace, &str, i32, i32, i32, &str); 8] = [
-        // No Service: the sender's priority stays, and the one that the kernel derives from the type of service.
+        // No Service: the priority of the sender, or of the type of service, is kept.
         (&lab.node, "10.244.0.2:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "kept"),
         (&lab.node, "[fd44::2]:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "kept"),
         (&lab.client, "10.244.0.2:8080", libc::IPPROTO_IP, libc::IP_TOS, 0x10, "kept"),
         (&lab.client, "[fd44::2]:8080", libc::SOL_SOCKET, libc::SO_PRIORITY, 0, "none"),
-        // A Service: nothing of what the rules kept in the priority is left.
+        // A Service: no scratch value of the rules is left in the priority.
         (&lab.node, "10.96.0.53:80", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "none"),
         (&lab.node, "[fd96::53]:80", libc::SOL_SOCKET, libc::SO_PRIORITY, 6, "none"),
         (&lab.client, "10.96.0.53:80", libc::IPPROTO_IP, libc::IP_TOS, 0x10, "kept"),
@@ -528,7 +538,7 @@ fn packets_keep_their_priority_and_never_get_ours() {
         assert_eq!(counted(&lab, expected), 1, "{to} from {}", from.0);
         lab.node.nft(&["delete", "table", "inet", "priorities"], "");
     }
-    // Another program's masquerade comes first: our own postrouting chain is not asked.
+    // Another program's masquerade comes first: our postrouting chain is not evaluated.
     lab.node.nft(
         &["-f", "-"],
         "table inet foreign {

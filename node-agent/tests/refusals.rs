@@ -32,7 +32,7 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
     let node = Namespace::new("refused");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
-    // Someone's range: the kernel refuses one that overlaps it in part.
+    // A foreign range: the kernel refuses another that overlaps it in part.
     let range = "{ 10.97.0.128-10.98.3.50 }";
     node.nft(&["add", "element", "ip", "switchtower", "service_cidrs", range], "");
     let view = [
@@ -49,7 +49,7 @@ fn an_element_that_the_kernel_refuses_stops_nothing_else() {
     // It is listed until it is repaired or replaced.
     assert_eq!(nft.commit(&[], stamp(3)).unwrap().refused.len(), 1);
     let repaired = nft.repair().unwrap();
-    assert!(repaired.differences > 0, "the range of someone");
+    assert!(repaired.differences > 0, "the foreign range");
     assert_eq!(repaired.refused, vec![]);
     assert_eq!(nft.commit(&[], stamp(4)).unwrap().refused, vec![]);
     assert_eq!(nft.repair().unwrap().differences, 0);
@@ -149,5 +149,49 @@ fn other_family_committed_while_the_kernel_refuses_one() {
         assert!(node.table(refused).contains("nat_prerouting"));
         let adopted = open(&node).adopt(&view, stamp(2)).unwrap();
         assert!(adopted.committed.is_none(), "both tables hold the view: {adopted:?}");
+    }
+}
+
+/// SCTP has the verdicts of TCP and UDP: `reject` with ICMP port unreachable, in input only for node ports.
+#[test]
+fn sctp_without_endpoints_rejected_by_rule() {
+    let node = Namespace::new("sctp");
+    let sctp = |mut frontend: proto::Frontend| {
+        for protocol in [
+            frontend.key.as_mut().map(|key| &mut key.protocol),
+            frontend.service_port.as_mut().map(|port| &mut port.protocol),
+        ] {
+            *protocol.unwrap() = proto::Protocol::Sctp as i32;
+        }
+        KernelChange::Frontend(frontend)
+    };
+    let mut view = facts();
+    view.extend([
+        sctp(cluster_ip("empty", "10.96.0.30")),
+        sctp(load_balancer("empty", "198.51.100.9")),
+        sctp(load_balancer_local("empty", "198.51.100.10")),
+        sctp(node_port("empty", proto::Family::Ipv4, 30009)),
+        sctp(cluster_ip("empty", "fd96::30")),
+    ]);
+    let committed = open(&node).commit(&view, stamp(1)).unwrap();
+    assert_eq!(committed.refused, vec![]);
+    let set = |family: &str, set: &str| node.nft(&["list", "set", family, "switchtower", set], "");
+    let refused = set("ip", "refused");
+    assert!(
+        refused.contains("10.96.0.30 . sctp . 80") && refused.contains("198.51.100.9 . sctp . 80"),
+        "{refused}"
+    );
+    assert!(set("ip6", "refused").contains("fd96::30 . sctp . 80"));
+    let node_ports = set("ip", "refused_node_ports");
+    assert!(node_ports.contains("192.0.2.1 . sctp . 30009") && !refused.contains("30009"), "{node_ports}");
+    for (family, chain, set) in [
+        ("ip", "no_endpoint_input", "@refused "),
+        ("ip", "no_endpoint_input", "@refused_node_ports "),
+        ("ip", "routed", "@refused "),
+        ("ip6", "routed", "@refused "),
+    ] {
+        let rules = node.nft(&["list", "chain", family, "switchtower", chain], "");
+        let rule = rules.lines().find(|line| line.contains(set)).unwrap_or_else(|| panic!("{rules}"));
+        assert!(rule.contains("meta l4proto") && rule.contains("reject"), "any protocol: {rule}");
     }
 }

@@ -1,5 +1,5 @@
-//! How long commits take, by number of Services. The bounds are wide: they catch a cost that grows with the
-//! cluster, not a slow machine. `--nocapture` prints the figures; `SCALE_SERVICES=50000` measures more of them.
+//! Duration of commits by number of Services. The bounds are wide: they detect a cost that grows with the cluster, not
+//! a slow machine. `--nocapture` prints the figures; `SCALE_SERVICES=50000` measures more of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -96,7 +96,7 @@ fn commit(nft: &mut Nft, changes: &[KernelChange]) -> Duration {
     cpu() - before
 }
 
-/// Pool sizes as clusters have them: many small, few large; Pareto with exponent 1.2, 1 to 400.
+/// Realistic pool sizes, many small and few large: Pareto with exponent 1.2, 1 to 400.
 fn pareto(services: u32) -> Vec<u32> {
     let mut state = 0x2545_f491_4f6c_dd1du64;
     let size = |_| {
@@ -130,7 +130,7 @@ fn mixed(sizes: &[u32]) -> Vec<KernelChange> {
 struct Mixed {
     endpoints: u32,
     load: Duration,
-    /// Of one endpoint more, then less, of Services of every size.
+    /// Of adding and removing one endpoint, for Services of every size.
     half: Duration,
     worst: Duration,
     /// The same of the largest Services.
@@ -181,7 +181,7 @@ fn one_endpoint_costs_the_same_at_every_size() {
     for half in [large.half, large.largest_half] {
         assert!(half < small.half * 4 + Duration::from_millis(1), "{small:?} {large:?}");
     }
-    // No commit costs what the cluster is large.
+    // No commit's cost grows with the cluster.
     assert!(large.worst.max(large.largest_worst) < Duration::from_millis(10), "{large:?}");
 }
 

@@ -1,5 +1,5 @@
 //! Settings change while the agent runs: real agent, real kernel, real packets, a controller in the test. A
-//! connection through a Service stays open while everything that settings can say changes. Needs root.
+//! connection through a Service stays open while every setting changes. Needs root.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -34,7 +34,7 @@ const CLUSTER_IP: &str = "10.96.0.0:80";
 const NODE_PORT: &str = "192.0.2.1:30080";
 /// The same NodePort on another address of the node.
 const OTHER_NODE_PORT: &str = "10.244.0.254:30080";
-/// Where the backends listen.
+/// Port of the backends.
 const PORT: u16 = 8081;
 
 /// Runs a test in the node of a laboratory whose first two pods are backends.
@@ -104,7 +104,7 @@ impl Scene {
         self.stream.update(self.fleet.replace_settings(settings)).await;
     }
 
-    /// Messages until a Report says that the trial is in this phase; what came before it.
+    /// Receives messages until a Report with this phase of the trial; returns the status and the Acks before it.
     async fn until(&mut self, phase: TrialPhase) -> (TrialStatus, Vec<Ack>) {
         let mut acks = Vec::new();
         let deadline = Instant::now() + DEADLINE;
@@ -154,7 +154,7 @@ fn every_setting_changes_live_and_a_connection_stays() {
         let detection = |mode: LocalDetection| Settings { local_detection: mode as i32, ..fleet::settings() };
         let started = shell("cat /proc/sys/net/netfilter/nf_conntrack_udp_timeout");
 
-        // A host process is no local pod: it is masqueraded, except where it counts as one or nothing does.
+        // A host process is no local pod: it is masqueraded, unless the detection includes it or is off.
         assert_eq!(sources(), [bridge].into());
         alive("at the beginning");
         let host = Settings {
@@ -207,7 +207,7 @@ fn every_setting_changes_live_and_a_connection_stays() {
         assert_eq!(
             sysctl("nf_conntrack_udp_timeout"),
             started.trim(),
-            "what is left alone again is as it was"
+            "a value that is no longer set is restored"
         );
 
         scene.set(Settings { minimum_interval_milliseconds: 400, ..fleet::settings() }).await;
@@ -281,12 +281,12 @@ fn settings_that_break_a_node_port_are_left_again_without_a_controller() {
         scene.send_on_trial(bad.clone(), vec![probe(ProbeKind::NodePort, "80")], 60_000).await;
         let (_, acks) = scene.until(TrialPhase::Before).await;
         assert!(acks.is_empty());
-        // Nobody reads the stream any more, nor answers.
+        // From here on the stream is neither read nor answered.
         let gap = tokio::task::spawn_blocking(move || watcher.longest_gap(DEADLINE)).await.unwrap();
         assert!(gap < Duration::from_secs(5), "the NodePort did not answer for {gap:?}");
         connection.exchange("after the rollback");
 
-        // A restarted agent keeps the fallback, and the next controller learns what happened.
+        // A restarted agent keeps the fallback and reports the result to the next controller.
         scene.agent.kill();
         scene.agent = Agent::start(scene.directory.path());
         scene.stream = scene.controller.accept().await;
@@ -340,7 +340,7 @@ fn killed_in_the_middle_of_a_trial_the_next_agent_goes_on() {
         let hello = scene.stream.hello.clone();
         assert_eq!(hello.trial.unwrap().phase(), TrialPhase::Watching);
         scene.stream.welcome(2, &[]).await;
-        // The file of the view may be of before the trial: then the controller has to say what the node lacks.
+        // The snapshot file may be older than the trial: then the controller sends the missing changes.
         if hello.view.is_none_or(|view| view.generation < scene.fleet.generation) {
             scene.stream.update(scene.fleet.snapshot()).await;
         }

@@ -35,8 +35,8 @@ pub fn run(command: &[&str], input: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Prefix, process id and start time, as in all names of the laboratory: `make clean-lab` removes what belongs to no
-/// running process.
+/// Prefix, process id and start time, as in all names of the laboratory: `make clean-lab` removes those of ended
+/// processes.
 fn run_name() -> String {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     // The second field is the program's name in parentheses and may contain spaces.
@@ -58,7 +58,7 @@ impl Namespace {
         Namespace(name)
     }
 
-    /// Runs a closure in the namespace, on a thread of its own.
+    /// Runs a closure in the namespace, on its own thread.
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -72,14 +72,14 @@ impl Namespace {
         })
     }
 
-    /// `nft` in the namespace.
+    /// Runs `nft` in the namespace.
     pub fn nft(&self, arguments: &[&str], input: &str) -> String {
         let mut command = vec!["ip", "netns", "exec", &self.0, "nft"];
         command.extend(arguments);
         run(&command, input)
     }
 
-    /// What `nft list table` prints.
+    /// Output of `nft list table`.
     pub fn table(&self, family: &str) -> String {
         self.nft(&["list", "table", family, "switchtower"], "")
     }
@@ -96,7 +96,7 @@ impl Namespace {
         self.run(move || ask(from, to))
     }
 
-    /// Asks by UDP.
+    /// Sends a datagram and returns the answer.
     pub fn ask_udp(&self, to: &str) -> Result<String, String> {
         let to: SocketAddr = to.parse().unwrap();
         self.run(move || {
@@ -112,13 +112,13 @@ impl Namespace {
     }
 }
 
-/// How long nothing must come to be taken for silence; longer in an emulated machine.
+/// Timeout after which no answer counts as silence; longer in an emulated machine.
 fn patience() -> Duration {
     let milliseconds = std::env::var("SWITCHTOWER_PATIENCE").ok().and_then(|text| text.parse().ok());
     Duration::from_millis(milliseconds.unwrap_or(1500))
 }
 
-/// One TCP question in the namespace of the calling thread. The error is "refused" or "timeout".
+/// One TCP request in the namespace of the calling thread. The error is "refused" or "timeout".
 pub fn ask(from: Option<IpAddr>, to: SocketAddr) -> Result<String, String> {
     let stream = match from {
         None => TcpStream::connect_timeout(&to, patience()),
@@ -218,7 +218,7 @@ impl Lab {
                 eventually("a pod reaches the client", || pod.ask(client).is_ok());
             }
         }
-        // Neighbours are known from here on: a test that measures times does not wait for their discovery.
+        // From here on, neighbours are known: a test that measures times does not wait for their discovery.
         for (from, pod) in [("192.0.2.3", "10.244.0.1:8080"), ("2001:db8::3", "[fd44::1]:8080")] {
             eventually("the client reaches a pod", || lab.client.ask_from(Some(from), pod).is_ok());
         }

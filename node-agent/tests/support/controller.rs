@@ -1,4 +1,4 @@
-//! A controller in this process: real TLS, real gRPC, and a test that says what it sends.
+//! A controller in this process: real TLS and gRPC; the test decides what it sends.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Everything that is due comes within this, on the busiest machine too: updates of megabytes among it.
+/// Timeout of every expected message, sufficient for updates of megabytes on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The listening controller.
@@ -60,8 +60,8 @@ impl Fleet for Service {
     }
 }
 
-/// Answers Pings, as long as the test keeps the stream: an agent leaves a controller that is silent while the test is
-/// at something else. The rest is the test's.
+/// Answers Pings as long as the test keeps the stream, because an agent leaves a silent controller. All other messages
+/// go to the test.
 async fn pass_on(
     mut incoming: Streaming<AgentMessage>,
     heard: &mpsc::UnboundedSender<FromAgent>,
@@ -83,8 +83,8 @@ async fn pass_on(
     }
 }
 
-/// Runs a test that talks with an agent. On a thread of its own beside the test's, so that the controller goes on
-/// while the test waits for a command.
+/// Runs a test that communicates with an agent, on its own thread, so that the controller continues while the test
+/// waits for a command.
 pub fn block_on<F: Future>(test: F) -> F::Output {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     runtime.worker_threads(1).enable_all().build().unwrap().block_on(test)
@@ -128,7 +128,7 @@ impl FakeController {
         FakeController { address, ca: authority.pem(), streams }
     }
 
-    /// The next agent that says Hello.
+    /// Accepts the next agent and reads its Hello.
     pub async fn accept(&mut self) -> FakeStream {
         let next = tokio::time::timeout(DEADLINE, self.streams.recv()).await;
         next.expect("an agent connects in time").expect("the controller runs")
@@ -158,7 +158,7 @@ fn tls(
 
 impl FakeStream {
     pub async fn send(&self, message: FromController) {
-        // An agent that has left is for the test to notice.
+        // The test notices an agent that has left.
         let _ = self.out.send(Ok(ControllerMessage { message: Some(message) })).await;
     }
 
@@ -177,7 +177,7 @@ impl FakeStream {
         self.send(FromController::UpdateEnd(UpdateEnd { to })).await;
     }
 
-    /// The next message that is no Ping; `None` if the agent left.
+    /// Receives the next message other than Ping; `None` if the agent left.
     pub async fn next(&mut self) -> Option<FromAgent> {
         let message = tokio::time::timeout(DEADLINE, self.incoming.recv()).await;
         message.expect("a message comes in time")

@@ -51,7 +51,7 @@ pub fn frontend(number: u32) -> Frontend {
     }
 }
 
-/// Settings as the controller's built-in ones.
+/// The controller's built-in settings.
 pub fn settings() -> Settings {
     Settings {
         profile: "builtin".into(),
@@ -61,7 +61,7 @@ pub fn settings() -> Settings {
     }
 }
 
-/// Revision 2 of a profile, on trial with one probe of service 0's ClusterIP and the built-in settings behind it.
+/// Revision 2 of a profile, on trial with one probe of service 0's ClusterIP and the built-in settings as fallback.
 pub fn settings_on_trial(window_milliseconds: u32) -> Settings {
     let probe = Probe {
         name: "first".into(),
@@ -94,7 +94,7 @@ pub fn node_record() -> NodeRecord {
     }
 }
 
-/// What a controller would hold for a node: layers as changes, with their digest.
+/// State of a controller for one node: layers as changes, with their digest.
 #[derive(Clone, Default)]
 pub struct Fleet {
     pub digest: Digest,

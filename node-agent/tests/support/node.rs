@@ -11,7 +11,7 @@ use super::common::Namespace;
 
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A backend that says "name, address of the peer" in a line and then echoes lines.
+/// A backend that sends "name, address of the peer" in a line and then echoes lines.
 pub fn serve_lines(namespace: &Namespace, name: &'static str, port: u16) {
     let listener = namespace.run(|| TcpListener::bind(("0.0.0.0", port)).unwrap());
     std::thread::spawn(move || {
@@ -66,7 +66,7 @@ impl Connection {
     }
 }
 
-/// Asks an address again and again, and notes for how long at most it did not answer.
+/// Sends requests to an address continuously and records the longest time without an answer.
 pub struct Watcher {
     stop: Arc<AtomicBool>,
     gap: Arc<Mutex<Gap>>,
@@ -105,7 +105,7 @@ impl Watcher {
         Watcher { stop, gap, thread }
     }
 
-    /// Waits until it did not answer, and then did again; returns how long it took from one good answer to the next.
+    /// Waits for a failure and the next success; returns the time from the last success before to that one.
     pub fn longest_gap(self, deadline: Duration) -> Duration {
         let until = Instant::now() + deadline;
         let longest = loop {

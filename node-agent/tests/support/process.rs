@@ -22,7 +22,7 @@ impl Agent {
         Self::start_with(&mut Command::new(BINARY), directory)
     }
 
-    /// The same by another command.
+    /// The same with another command.
     pub fn start_with(command: &mut Command, directory: &Path) -> Self {
         let log = directory.join("agent.log");
         let file = File::options().create(true).append(true).open(&log).unwrap();
@@ -41,22 +41,34 @@ impl Agent {
         Agent { child, log }
     }
 
-    /// All that it has logged.
+    /// Returns its log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM; it must end well.
+    /// Sends SIGTERM and expects a successful exit.
     pub fn terminate(&mut self) {
         // SAFETY: the process is this test's child and not yet waited for.
         unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
         assert!(self.child.wait().unwrap().success(), "{}", self.log());
+    }
+
+    /// Stops it (SIGSTOP) until [`Agent::resume`].
+    pub fn pause(&self) {
+        // SAFETY: the process is this test's child and not yet waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGSTOP) }, 0);
+    }
+
+    /// Continues it (SIGCONT).
+    pub fn resume(&self) {
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGCONT) }, 0);
     }
 
     /// Resident memory, in KiB.
@@ -66,7 +78,7 @@ impl Agent {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Processor time that it has used.
+    /// CPU time that it has used.
     pub fn processor_seconds(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
         // After the program's name in parentheses: state is the third field, utime the 14th, stime the 15th.

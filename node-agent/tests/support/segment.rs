@@ -12,7 +12,7 @@ const SEND_QUEUE: i32 = 2;
 /// Without the window probe that leaving with 0 would send.
 const REPAIR_OFF_SILENTLY: i32 = -1;
 
-/// Farther than any window.
+/// Larger than any window.
 const FAR: u32 = 500_000_000;
 const ACK: u8 = 0x10;
 const TCP: u8 = 6;
@@ -31,7 +31,7 @@ pub fn send_far_ahead_of_the_window(stream: &TcpStream) {
     segment.extend(peer.port().to_be_bytes());
     segment.extend(sent.wrapping_add(FAR).to_be_bytes());
     segment.extend(received.to_be_bytes());
-    // A header of five words, a window, no checksum yet, no urgent data.
+    // Header length 5 (in units of 32 bits), window, checksum to be set, no urgent data.
     segment.extend([5 << 4, ACK, 0xff, 0xff, 0, 0, 0, 0]);
     let sum = checksum(&segment, *own.ip(), *peer.ip());
     segment[16..18].copy_from_slice(&sum.to_be_bytes());
@@ -100,7 +100,7 @@ fn sequence_numbers(stream: &TcpStream) -> (u32, u32) {
     numbers
 }
 
-/// RFC 9293 3.1: over the pseudo-header and the segment, whose own field is still zero.
+/// RFC 9293 3.1: over the pseudo-header and the segment, whose checksum field is zero.
 fn checksum(segment: &[u8], source: Ipv4Addr, destination: Ipv4Addr) -> u16 {
     let length = u16::try_from(segment.len()).unwrap().to_be_bytes();
     let pseudo = [&source.octets()[..], &destination.octets(), &[0, TCP], &length];

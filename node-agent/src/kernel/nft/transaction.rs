@@ -1,4 +1,4 @@
-//! Transactions: retries without refused elements, parts of large changes, and one family alone.
+//! Transactions: retries without refused elements, parts of large changes, and commits of a single family.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -100,8 +100,8 @@ enum Next {
 }
 
 impl Nft {
-    /// Sends the pending changes until the kernel accepts them. If it refuses those of one family, sends the other
-    /// family's alone, without a stamp: an agent that starts then finds none and compares.
+    /// Sends the pending changes until the kernel accepts them. If it refuses those of one family, sends
+    /// only the other family's, without a stamp: an agent that starts then finds none and compares.
     pub(super) fn transact(&mut self, stamp: Option<Stamp>) -> Result<Outcome, CommitError> {
         let entries = stamp.as_ref().map(stamp_entries).unwrap_or_default();
         let Refusal { families, operation, errno } = match self.transact_families(Families::Both, &entries) {
@@ -121,7 +121,7 @@ impl Nft {
         Err(CommitError::Refused { operation, errno })
     }
 
-    /// Checks that the kernel accepts the empty tables, in a transaction that it aborts. Writes nothing. Where a table
+    /// Checks that the kernel accepts the empty tables, in a transaction that it aborts. Writes nothing. If a table
     /// exists, the kernel has accepted them before.
     ///
     /// # Errors
