@@ -69,7 +69,7 @@ fn snapshot_file_is_at(directory: &Path, at_least: std::time::SystemTime) -> boo
 }
 
 #[test]
-fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
+fn agent_killed_before_the_file_writes_only_the_next_change() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(50, 3);
@@ -102,7 +102,7 @@ fn killed_between_commit_and_file_it_writes_exactly_the_next_change() {
 }
 
 #[test]
-fn a_current_file_is_adopted_and_a_lost_table_is_programmed_from_it() {
+fn current_file_adopted_and_lost_table_programmed_from_it() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let fleet = Fleet::new(20, 2);
@@ -136,7 +136,7 @@ fn a_current_file_is_adopted_and_a_lost_table_is_programmed_from_it() {
 const CURL: &str = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:10256/healthz || true";
 
 #[test]
-fn a_node_of_either_family_is_asked_at_its_address() {
+fn health_port_reached_at_node_address_of_either_family() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         shell("ip addr flush dev eth0 && ip addr add fd00::1/64 dev eth0 nodad");
@@ -161,7 +161,7 @@ fn a_node_of_either_family_is_asked_at_its_address() {
 }
 
 #[test]
-fn drift_is_repaired_and_addresses_are_followed() {
+fn drift_repaired_and_addresses_followed() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(5, 2);
@@ -196,7 +196,7 @@ fn drift_is_repaired_and_addresses_are_followed() {
 }
 
 #[test]
-fn stale_udp_flows_are_deleted_and_others_kept() {
+fn stale_udp_flows_deleted_and_others_kept() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(4, 1);
@@ -251,7 +251,7 @@ fn stale_udp_flows_are_deleted_and_others_kept() {
 }
 
 #[test]
-fn health_checks_answer_what_the_kernel_holds() {
+fn health_checks_report_the_programmed_view() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(3, 1);
@@ -277,7 +277,7 @@ fn health_checks_answer_what_the_kernel_holds() {
 }
 
 #[test]
-fn without_the_capability_it_says_so_and_stays() {
+fn missing_capability_reported_and_agent_stays() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let fleet = Fleet::new(3, 1);
@@ -331,7 +331,7 @@ fn captures(address: std::net::SocketAddr) -> bool {
 }
 
 #[test]
-fn a_service_at_the_controllers_address_locks_no_agent_out() {
+fn service_at_the_controllers_address_locks_no_agent_out() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(3, 2);
@@ -356,7 +356,7 @@ fn a_service_at_the_controllers_address_locks_no_agent_out() {
 }
 
 #[test]
-fn rules_that_captured_the_controller_let_the_agent_out() {
+fn agent_frees_its_way_from_rules_that_captured_it() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(3, 2);
@@ -395,7 +395,7 @@ fn health(path: &str) -> (String, String) {
 }
 
 #[test]
-fn a_stalled_disk_holds_up_neither_commits_nor_repairs() {
+fn stalled_disk_delays_neither_commits_nor_repairs() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(20, 2);
@@ -415,7 +415,7 @@ fn a_stalled_disk_holds_up_neither_commits_nor_repairs() {
 }
 
 #[test]
-fn an_agent_with_unusable_files_never_becomes_ready() {
+fn agent_with_unusable_files_never_becomes_ready() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let fleet = Fleet::new(5, 2);
@@ -449,7 +449,7 @@ fn an_agent_with_unusable_files_never_becomes_ready() {
 }
 
 #[test]
-fn a_second_agent_waits_until_the_first_ends() {
+fn second_agent_waits_until_the_first_ends() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
         let fleet = Fleet::new(5, 2);

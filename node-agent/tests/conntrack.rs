@@ -95,7 +95,7 @@ async fn passed(count: f64) {
 }
 
 #[test]
-fn among_a_million_other_udp_flows_only_the_stale_ones_are_deleted_in_one_pass() {
+fn stale_udp_flows_deleted_in_one_pass_among_a_million() {
     let _limit = Limit::raise(1_100_000);
     let namespace = Namespace::new("million");
     namespace.run(|| block_on(a_million_flows()));
@@ -264,7 +264,7 @@ fn carries(client: &mut TcpStream, server: &mut TcpStream) -> bool {
 /// Connection tracking treats a segment far ahead of the window as invalid and does not translate it back; the receiver
 /// has no such connection and resets it.
 #[test]
-fn a_segment_out_of_the_window_resets_a_connection_only_where_tracking_is_strict() {
+fn segment_out_of_window_resets_only_with_strict_tracking() {
     let lab = Lab::new();
     lab.node.run(|| {
         block_on(async {

@@ -59,7 +59,7 @@ fn sample() -> Vec<KernelChange> {
 }
 
 #[test]
-fn what_is_programmed_reads_as_the_golden_text_and_nft_takes_it_back() {
+fn programmed_tables_equal_golden_text_and_reload() {
     let node = Namespace::new("golden");
     let committed = open(&node).commit(&sample(), stamp(42)).unwrap();
     assert_eq!(committed.refused, vec![]);
@@ -83,7 +83,7 @@ fn what_is_programmed_reads_as_the_golden_text_and_nft_takes_it_back() {
 }
 
 #[test]
-fn a_restart_adopts_without_writing() {
+fn restart_adopts_without_writing() {
     let node = Namespace::new("adopt");
     let mut first = open(&node);
     first.commit(&sample(), stamp(1)).unwrap();
@@ -106,7 +106,7 @@ fn a_restart_adopts_without_writing() {
 }
 
 #[test]
-fn a_table_of_another_layout_is_replaced_at_once() {
+fn table_of_another_layout_replaced_in_one_transaction() {
     let node = Namespace::new("layout");
     let old = "table ip switchtower {
         map frontends {
@@ -155,7 +155,7 @@ fn adoption_repairs_only_what_differs() {
 }
 
 #[test]
-fn disturbances_are_noticed_and_repaired() {
+fn disturbances_noticed_and_repaired() {
     let node = Namespace::new("disturb");
     let mut nft = open(&node);
     let port = nft.port().unwrap();
@@ -239,7 +239,7 @@ fn normal(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
+fn foreign_reference_does_not_keep_a_chain() {
     let node = Namespace::new("reference");
     let mut nft = open(&node);
     let mut view = service("one", "10.96.0.1", &PODS);
@@ -263,7 +263,7 @@ fn somebodys_way_to_a_chain_of_ours_does_not_keep_it() {
 }
 
 #[test]
-fn a_table_that_is_gone_is_no_refusal_of_what_comes_next() {
+fn deleted_table_rebuilt_by_the_next_commit() {
     let node = Namespace::new("flushed");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
@@ -283,7 +283,7 @@ fn a_table_that_is_gone_is_no_refusal_of_what_comes_next() {
 }
 
 #[test]
-fn without_the_capability_nothing_is_committed_and_the_errno_says_so() {
+fn nothing_committed_without_the_capability() {
     let node = Namespace::new("eperm");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
@@ -355,7 +355,7 @@ fn sizes(count: u32) -> Vec<KernelChange> {
 }
 
 #[test]
-fn four_hundred_sizes_are_programmed_exactly() {
+fn four_hundred_sizes_programmed_exactly() {
     let node = Namespace::new("sizes");
     let mut nft = open(&node);
     let committed = nft.commit(&sizes(400), stamp(1)).unwrap();
@@ -371,7 +371,7 @@ fn four_hundred_sizes_are_programmed_exactly() {
 }
 
 #[test]
-fn a_pool_grows_and_shrinks_by_a_few_elements() {
+fn pool_grows_and_shrinks_by_a_few_elements() {
     let node = Namespace::new("growth");
     let mut nft = open(&node);
     let mut view = sizes(20);
@@ -394,7 +394,7 @@ fn a_pool_grows_and_shrinks_by_a_few_elements() {
 }
 
 #[test]
-fn cleanup_removes_only_our_tables() {
+fn cleanup_removes_only_own_tables() {
     let node = Namespace::new("cleanup");
     assert!(!node.run(|| nft::cleanup().unwrap()));
     node.nft(&["add", "table", "ip", "foreign"], "");
@@ -417,7 +417,7 @@ fn side(target: Option<&proto::KernelTarget>) -> String {
 }
 
 #[test]
-fn a_reader_follows_the_maps_to_the_endpoints() {
+fn reader_follows_the_maps_to_the_endpoints() {
     let node = Namespace::new("reader");
     let mut nft = open(&node);
     let mut view = facts();
@@ -455,7 +455,7 @@ fn a_reader_follows_the_maps_to_the_endpoints() {
 }
 
 #[test]
-fn a_reader_sees_foreign_hands_and_a_missing_table() {
+fn reader_sees_foreign_changes_and_a_missing_table() {
     let node = Namespace::new("reader-foreign");
     let mut nft = open(&node);
     let mut reader = node.run(|| nft::KernelReader::open().unwrap());

@@ -30,7 +30,7 @@ fn backends(from: &Namespace, to: &str, tries: usize) -> BTreeSet<String> {
 }
 
 #[test]
-fn cluster_ip_balances_and_masquerades_only_where_due() {
+fn cluster_ip_balances_and_masquerades_only_outside_clients() {
     let lab = Lab::new();
     let mut view = service("web", "10.96.0.10", &PODS);
     view.push(pool("web", Role::Cluster, &PODS6, &[]));
@@ -52,7 +52,7 @@ fn cluster_ip_balances_and_masquerades_only_where_due() {
 }
 
 #[test]
-fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
+fn affinity_expires_and_survives_loss_of_the_backend() {
     let lab = Lab::new();
     let sticky = |address: &str| proto::Frontend { affinity_seconds: 2, ..cluster_ip("web", address) };
     let view = [
@@ -86,7 +86,7 @@ fn affinity_holds_expires_and_survives_the_loss_of_the_backend() {
 }
 
 #[test]
-fn a_client_keeps_its_backend_when_the_timeout_changes() {
+fn client_keeps_its_backend_when_the_timeout_changes() {
     let lab = Lab::new();
     let sticky = |seconds| proto::Frontend { affinity_seconds: seconds, ..cluster_ip("web", "10.96.0.10") };
     let view = [pool("web", Role::Cluster, &PODS, &[]), KernelChange::Frontend(sticky(10_800))];
@@ -133,7 +133,7 @@ fn every_endpoint_of_a_large_pool_gets_its_share() {
 /// Connections that a client opens simultaneously find no remembered backend, and each chooses one: the first that is
 /// remembered applies to all.
 #[test]
-fn first_connections_of_a_client_at_the_same_time_meet_one_backend() {
+fn simultaneous_first_connections_reach_one_backend() {
     const CLIENTS: u8 = 40;
     const CONNECTIONS: usize = 12;
     let lab = Lab::new();
@@ -164,7 +164,7 @@ fn first_connections_of_a_client_at_the_same_time_meet_one_backend() {
 }
 
 #[test]
-fn external_policy_local_keeps_the_client_address_and_short_circuits_inside() {
+fn external_policy_local_keeps_client_and_short_circuits_pods() {
     let lab = Lab::new();
     let view = [
         pool("web", Role::Cluster, &PODS, &[]),
@@ -211,7 +211,7 @@ fn external_policy_local_keeps_the_client_address_and_short_circuits_inside() {
 }
 
 #[test]
-fn without_endpoints_refused_or_dropped_and_unused_addresses_too() {
+fn connections_without_endpoints_refused_or_dropped() {
     let lab = Lab::new();
     let drop = target(Role::Local, proto::Verdict::Drop);
     let view = [
@@ -288,7 +288,7 @@ fn source_ranges_admit_only_listed_clients() {
 }
 
 #[test]
-fn node_ports_follow_the_settings_and_explicit_frontends_win() {
+fn node_ports_follow_settings_and_yield_to_explicit_frontends() {
     let lab = Lab::new();
     let explicit = {
         let mut frontend = load_balancer("other", "192.0.2.1");
@@ -329,7 +329,7 @@ fn node_ports_follow_the_settings_and_explicit_frontends_win() {
 }
 
 #[test]
-fn udp_and_settings_of_local_detection() {
+fn local_detection_settings_decide_masquerading() {
     let lab = Lab::new();
     let mut view = service("web", "10.96.0.10", &PODS);
     view.extend([
@@ -406,7 +406,7 @@ fn without_endpoints(both_families: bool) -> Vec<KernelChange> {
 /// The errors are those of kube-proxy in nftables mode: it refuses connections to ClusterIPs and external addresses
 /// in the output hook, where a datagram's send() fails, and those to node ports in the input hook, where it does not.
 #[test]
-fn who_gets_which_error_without_endpoints() {
+fn errors_without_endpoints_equal_kube_proxys() {
     use proto::Protocol::{Tcp, Udp};
     let lab = Lab::new();
     let _nft = program(&lab, &without_endpoints(true));
@@ -447,7 +447,7 @@ fn who_gets_which_error_without_endpoints() {
 
 /// The packet would leave the node for the default router, which is the client here.
 #[test]
-fn an_endpoint_in_the_service_range_is_not_sent_out() {
+fn endpoint_in_the_service_range_not_sent_out() {
     use proto::Protocol::{Tcp, Udp};
     let lab = Lab::new();
     let mut view = service("web", "10.96.0.10", &PODS);
@@ -509,7 +509,7 @@ fn send_with(from: &Namespace, to: &str, level: i32, option: i32, value: i32) {
 }
 
 #[test]
-fn packets_keep_their_priority_and_never_get_ours() {
+fn packets_keep_their_priority() {
     let lab = Lab::new();
     let mut view = service("web", "10.96.0.10", &PODS);
     view.extend([

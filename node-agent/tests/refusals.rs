@@ -28,7 +28,7 @@ fn sample() -> Vec<KernelChange> {
 }
 
 #[test]
-fn an_element_that_the_kernel_refuses_stops_nothing_else() {
+fn refused_element_does_not_stop_other_changes() {
     let node = Namespace::new("refused");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();

@@ -212,7 +212,7 @@ fn measure_altered(count: u32, alter: impl Fn(u32, &mut switchtower_proto::v1::F
 }
 
 #[test]
-fn a_large_load_is_split_into_transactions() {
+fn large_load_split_into_transactions() {
     let node = Namespace::new("parts");
     let mut nft = node.run(|| Nft::open().unwrap());
     // As at the start of an agent: the tables are known to be absent.
@@ -228,14 +228,14 @@ fn a_large_load_is_split_into_transactions() {
 }
 
 #[test]
-fn affinity_timeouts_cost_nobody_anything() {
+fn affinity_timeouts_do_not_slow_other_services() {
     let [load, one] = measure_altered(3000, |number, frontend| frontend.affinity_seconds = 1 + number * 28);
     println!("3,000 affinity timeouts: load {load:?}, then one endpoint of another Service {one:?}");
     assert!(load < Duration::from_secs(2) && one < Duration::from_millis(5), "{load:?} {one:?}");
 }
 
 #[test]
-fn source_ranges_cost_what_they_are() {
+fn source_ranges_cost_grows_linearly() {
     let range =
         |number: u32, index: u32| cidr(&format!("{}.{}.{}.0/28", 20 + number, index >> 8, index & 255));
     // The same total of 40,000: one list per Service, and one list for all.

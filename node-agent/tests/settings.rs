@@ -144,7 +144,7 @@ fn sysctl(name: &str) -> String {
 }
 
 #[test]
-fn every_setting_changes_live_and_a_connection_stays() {
+fn open_connection_survives_every_change_of_settings() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let (bridge, own): (IpAddr, IpAddr) = ("10.244.0.254".parse().unwrap(), "192.0.2.1".parse().unwrap());
@@ -237,7 +237,7 @@ fn every_setting_changes_live_and_a_connection_stays() {
 }
 
 #[test]
-fn good_settings_pass_their_trial() {
+fn working_settings_pass_their_trial() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let mut connection = Connection::open(CLUSTER_IP);
@@ -272,7 +272,7 @@ fn good_settings_pass_their_trial() {
 }
 
 #[test]
-fn settings_that_break_a_node_port_are_left_again_without_a_controller() {
+fn settings_that_break_a_node_port_rolled_back_by_the_agent() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let mut connection = Connection::open(CLUSTER_IP);
@@ -303,7 +303,7 @@ fn settings_that_break_a_node_port_are_left_again_without_a_controller() {
 }
 
 #[test]
-fn a_changed_source_address_is_a_failure() {
+fn changed_source_address_fails_the_trial() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let source = Probe { compare_source: true, ..probe(ProbeKind::ClusterIp, "http") };
@@ -327,7 +327,7 @@ fn a_changed_source_address_is_a_failure() {
 }
 
 #[test]
-fn killed_in_the_middle_of_a_trial_the_next_agent_goes_on() {
+fn next_agent_continues_the_trial_of_a_killed_one() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let good = Settings { masquerade_all: true, ..fleet::settings() };
