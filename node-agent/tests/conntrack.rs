@@ -1,5 +1,5 @@
-//! Connection tracking: the real agent with a million entries, UDP flows from before the rules, and segments outside of the
-//! window. Needs root and the tool `conntrack`.
+//! Connection tracking: the real agent with a million entries, UDP flows from before the rules, and segments outside
+//! of the window. Needs root and the tool `conntrack`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -24,10 +24,11 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use common::{Lab, Namespace};
-use controller::{FromAgent, block_on};
+use controller::block_on;
 use fleet::Fleet;
 use process::programmed;
 use switchtower_proto::digest::ItemRef;
+use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::*;
 

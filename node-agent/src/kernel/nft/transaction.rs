@@ -134,20 +134,24 @@ impl Nft {
                 Ok(_) => return Ok(()),
             }
         }
-        let (mut batch, absent) = (Batch::new(), Structure { absent: true, ..Structure::default() });
-        let entries = BTreeMap::new();
-        let v4 = encode::family(&mut batch, &Mirror::<4>::new(), &absent, &entries, usize::MAX);
-        let v6 = encode::family(&mut batch, &Mirror::<16>::new(), &absent, &entries, usize::MAX);
+        let absent = Structure { absent: true, ..Structure::default() };
+        let (mut batch, entries) = (Batch::new(), BTreeMap::new());
+        let v4 = encode::family(&mut batch, &Mirror::new(), &absent, &entries, usize::MAX);
+        let boundary = batch.len();
+        let v6 = encode::family(&mut batch, &Mirror::new(), &absent, &entries, usize::MAX);
         let aborting = batch.len();
         batch.push(libc::NFT_MSG_DELTABLE, 0, FAMILY_IPV4, |writer| {
             writer.string(nfta::table::NAME, &format!("{TABLE}-absent"));
         });
-        let failures = batch.commit(&mut self.socket)?;
-        let Some(failure) = failures.iter().find(|failure| failure.message != aborting) else {
-            return Ok(());
-        };
-        let operation = operation(&batch, &v4, &v6, failure) + &unsupported(failure.errno);
-        Err(CommitError::Refused { operation, errno: failure.errno })
+        let mut sent = Sent { batch, v4, v6, boundary };
+        let failures = sent.batch.commit(&mut self.socket)?;
+        match failures.iter().find(|failure| failure.message != aborting) {
+            Some(failure) => {
+                let operation = sent.operation(failure) + &unsupported(failure.errno);
+                Err(CommitError::Refused { operation, errno: failure.errno })
+            }
+            None => Ok(()),
+        }
     }
 
     fn transact_families(
@@ -167,8 +171,7 @@ impl Nft {
         families: Families,
         stamp: &BTreeMap<u32, [u8; 16]>,
     ) -> Result<Outcome, Failed> {
-        let mut chunk = usize::MAX;
-        let mut healed = (HashSet::new(), HashSet::new());
+        let mut retry = Retry { chunk: usize::MAX, healed: Default::default() };
         let (mut compared, mut busy) = (false, 0);
         let mut blamed = families;
         let mut total = Outcome::default();
@@ -179,7 +182,7 @@ impl Nft {
             let last = (!families.has_ipv4() || self.plan.v4.is_last_part())
                 && (!families.has_ipv6() || self.plan.v6.is_last_part());
             let entries = if last { stamp } else { &BTreeMap::new() };
-            match self.attempt(families, entries, &mut chunk, &mut healed)? {
+            match self.attempt(families, entries, &mut retry)? {
                 Next::Done(outcome) => {
                     total.operations += outcome.operations;
                     total.kernel += outcome.kernel;
@@ -257,86 +260,133 @@ impl Nft {
         &mut self,
         families: Families,
         entries: &BTreeMap<u32, [u8; 16]>,
-        chunk: &mut usize,
-        healed: &mut (HashSet<Element<4>>, HashSet<Element<16>>),
+        retry: &mut Retry,
     ) -> Result<Next, Failed> {
-        let mut batch = Batch::new();
-        let (mut v4, mut v6) = (Encoded::default(), Encoded::default());
+        let mut sent =
+            Sent { batch: Batch::new(), v4: Encoded::default(), v6: Encoded::default(), boundary: 0 };
+        let (batch, chunk) = (&mut sent.batch, retry.chunk);
         if families.has_ipv4() {
-            v4 = encode::family(&mut batch, &self.plan.v4, &self.structures.0, entries, *chunk);
+            sent.v4 = encode::family(batch, &self.plan.v4, &self.structures.0, entries, chunk);
         }
-        let boundary = batch.len();
+        sent.boundary = batch.len();
         if families.has_ipv6() {
-            v6 = encode::family(&mut batch, &self.plan.v6, &self.structures.1, entries, *chunk);
+            sent.v6 = encode::family(batch, &self.plan.v6, &self.structures.1, entries, chunk);
         }
-        let end = batch.len();
         let started = Instant::now();
-        let failures = batch.commit(&mut self.socket)?;
-        if failures.is_empty() {
-            let kernel = started.elapsed();
-            if families.has_ipv4() {
-                committed(&mut self.plan.v4, &mut self.structures.0, entries);
-            }
-            if families.has_ipv6() {
-                committed(&mut self.plan.v6, &mut self.structures.1, entries);
-            }
-            return Ok(Next::Done(Outcome { operations: v4.operations + v6.operations, kernel }));
+        let failures = sent.batch.commit(&mut self.socket)?;
+        if !failures.is_empty() {
+            return Ok(self.refused_by(&failures, families, &sent, retry));
         }
+        let kernel = started.elapsed();
+        if families.has_ipv4() {
+            committed(&mut self.plan.v4, &mut self.structures.0, entries);
+        }
+        if families.has_ipv6() {
+            committed(&mut self.plan.v6, &mut self.structures.1, entries);
+        }
+        Ok(Next::Done(Outcome { operations: sent.v4.operations + sent.v6.operations, kernel }))
+    }
+
+    /// Removes or corrects the refused elements and decides the next step.
+    fn refused_by(
+        &mut self,
+        failures: &[Failure],
+        families: Families,
+        sent: &Sent,
+        retry: &mut Retry,
+    ) -> Next {
         // A refusal may change the later parts.
         self.plan.v4.rejoin();
         self.plan.v6.rejoin();
         let (mut next, mut refusal) = (None, None::<Refusal>);
-        for failure in &failures {
-            let family = match failure.message {
-                message if (1..boundary).contains(&message) => Families::Ipv4,
-                message if (boundary.max(1)..end).contains(&message) => Families::Ipv6,
-                // The batch as a whole.
-                _ => families,
-            };
+        for failure in failures {
+            let family = sent.family(failure).unwrap_or(families);
             // Errors that follow from the first one of a family say nothing about their elements.
             if refusal.as_ref().is_some_and(|refusal| refusal.families.covers(family)) {
                 continue;
             }
-            let elements = v4.has(failure.message) || v6.has(failure.message);
-            let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
-            if busy && !elements {
-                next.get_or_insert(Next::Busy(family));
-                continue;
-            }
-            let general = [libc::EPERM, libc::ENOMEM, libc::ENOBUFS, libc::EMSGSIZE].contains(&failure.errno);
-            if !general {
-                let position = batch.element_at(failure);
-                let found = resolve(&mut self.plan.v4, &v4, failure, position, &mut healed.0)
-                    .or_else(|| resolve(&mut self.plan.v6, &v6, failure, position, &mut healed.1));
-                if found.is_some() {
-                    next = Some(Next::Again);
-                    continue;
+            match self.judge(failure, family, sent, retry) {
+                Next::Refused(own) => {
+                    refusal = Some(match refusal {
+                        Some(first) => Refusal { families: first.families.join(family), ..first },
+                        None => own,
+                    });
                 }
-                if elements && failure.errno != libc::ENOENT {
-                    // The kernel does not identify the element: send each in its own message.
-                    *chunk = 1;
-                    next.get_or_insert(Next::Again);
-                    continue;
+                compare @ Next::Compare(_) => return compare,
+                busy @ Next::Busy(_) => {
+                    next.get_or_insert(busy);
                 }
-                let built = (family.has_ipv4() && self.structures.0.built)
-                    || (family.has_ipv6() && self.structures.1.built);
-                if built {
-                    return Ok(Next::Compare(family));
-                }
+                other => next = Some(other),
             }
-            let mut operation = operation(&batch, &v4, &v6, failure);
-            if !elements && !general {
-                operation += &unsupported(failure.errno);
-            }
-            let own = Refusal { families: family, operation, errno: failure.errno };
-            refusal = Some(match refusal {
-                Some(first) => Refusal { families: first.families.join(family), ..first },
-                None => own,
-            });
         }
         self.plan.settle();
-        Ok(refusal.map(Next::Refused).or(next).unwrap_or(Next::Again))
+        refusal.map(Next::Refused).or(next).unwrap_or(Next::Again)
     }
+
+    /// Handles one failure of a transaction.
+    fn judge(&mut self, failure: &Failure, family: Families, sent: &Sent, retry: &mut Retry) -> Next {
+        let elements = sent.v4.has(failure.message) || sent.v6.has(failure.message);
+        let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
+        if busy && !elements {
+            return Next::Busy(family);
+        }
+        let general = [libc::EPERM, libc::ENOMEM, libc::ENOBUFS, libc::EMSGSIZE].contains(&failure.errno);
+        let mut operation = sent.operation(failure);
+        if !general {
+            let position = sent.batch.element_at(failure);
+            let found = resolve(&mut self.plan.v4, &sent.v4, failure, position, &mut retry.healed.0)
+                .or_else(|| resolve(&mut self.plan.v6, &sent.v6, failure, position, &mut retry.healed.1));
+            if found.is_some() {
+                return Next::Again;
+            }
+            if elements && failure.errno != libc::ENOENT {
+                // The kernel does not identify the element: send each in its own message.
+                retry.chunk = 1;
+                return Next::Again;
+            }
+            let built = (family.has_ipv4() && self.structures.0.built)
+                || (family.has_ipv6() && self.structures.1.built);
+            if built {
+                return Next::Compare(family);
+            }
+            operation += &unsupported(failure.errno);
+        }
+        Next::Refused(Refusal { families: family, operation, errno: failure.errno })
+    }
+}
+
+/// A transaction as it was sent.
+struct Sent {
+    batch: Batch,
+    v4: Encoded<4>,
+    v6: Encoded<16>,
+    /// Index of the first message after those of IPv4.
+    boundary: usize,
+}
+
+impl Sent {
+    /// Returns the family of a failure; `None` if it is about the batch as a whole.
+    fn family(&self, failure: &Failure) -> Option<Families> {
+        let message = failure.message;
+        let known = (1..self.batch.len()).contains(&message);
+        known.then_some(if message < self.boundary { Families::Ipv4 } else { Families::Ipv6 })
+    }
+
+    /// Describes the operation of a failure.
+    fn operation(&self, failure: &Failure) -> String {
+        let v4 = self.v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
+        let v6 = self.v6.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
+        let object = v4.or(v6).or_else(|| self.batch.describe(failure));
+        object.unwrap_or_else(|| format!("operation {} of the transaction", failure.message))
+    }
+}
+
+/// State across the attempts of a transaction.
+struct Retry {
+    /// Maximum elements per message.
+    chunk: usize,
+    /// Elements whose foreign value was corrected once.
+    healed: (HashSet<Element<4>>, HashSet<Element<16>>),
 }
 
 /// Records that the kernel accepted all changes.
@@ -393,13 +443,4 @@ fn unsupported(errno: i32) -> String {
         "; kernel {} does not support it: load the missing module nft_* or use kernel 6.1 or later",
         kernel_version()
     )
-}
-
-/// Describes the operation of a failure.
-fn operation(batch: &Batch, v4: &Encoded<4>, v6: &Encoded<16>, failure: &Failure) -> String {
-    let element = v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
-    let element =
-        element.or_else(|| v6.element(failure.message, None).map(|(element, _)| format!("{element:?}")));
-    let object = element.or_else(|| batch.describe(failure));
-    object.unwrap_or_else(|| format!("operation {} of the transaction", failure.message))
 }
