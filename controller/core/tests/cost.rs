@@ -1,6 +1,6 @@
 //! One endpoint change costs the same whatever else the cluster holds.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints its figures")]
+#![allow(clippy::panic, clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints its figures")]
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};

@@ -326,7 +326,7 @@ mod tests {
         restrict(2, 10);
         let parts = parts(Changes(all.into_iter().collect()), 10_000);
         let part_of = |wanted: &dyn Fn(&Element<4>) -> bool| {
-            let holds = |part: &Changes<4>| part.0.keys().any(|element| wanted(element));
+            let holds = |part: &Changes<4>| part.0.keys().any(wanted);
             (parts.iter().position(holds).unwrap(), parts.iter().rposition(holds).unwrap())
         };
         let (list, _) = part_of(&|element| matches!(element, Element::Source(1, _)));
