@@ -34,11 +34,11 @@ pub enum TelemetryError {
     },
 }
 
-/// The exporter that the environment asks for. Nothing is connected yet, and a collector that cannot be reached is no
+/// Returns the exporter that the environment configures. Nothing is connected yet, and a collector that cannot be reached is no
 /// error. To be called inside a tokio runtime, which the exporter uses from then on.
 ///
 /// # Errors
-/// The environment asks for something that is not possible.
+/// The environment configures something impossible.
 pub fn exporter() -> Result<Option<SpanExporter>, TelemetryError> {
     if !is_asked_for(|name| env::var(name).ok().filter(|value| !value.is_empty()))? {
         return Ok(None);
@@ -46,13 +46,13 @@ pub fn exporter() -> Result<Option<SpanExporter>, TelemetryError> {
     Ok(Some(SpanExporter::builder().with_tonic().build()?))
 }
 
-/// Who exports: as the environment names it (`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`), else the binary's name,
+/// Identity of the exporter: as the environment names it (`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`), else the binary's name,
 /// this version, and what `own` says.
 #[must_use]
 pub fn resource(service: &'static str, own: Vec<KeyValue>) -> Resource {
     let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
     let ours = [KeyValue::new("service.name", service), version].into_iter().chain(own);
-    // What comes later replaces what came before.
+    // Later values replace earlier ones.
     let builder = Resource::builder_empty()
         .with_attributes(ours)
         .with_detector(Box::new(TelemetryResourceDetector))

@@ -48,9 +48,9 @@ pub fn failed(span: &Span, error: &dyn Display) {
     }
 }
 
-/// What logs, and exports spans if there is a layer for that.
+/// Returns a subscriber that logs, and exports spans if there is a layer for that.
 pub fn subscriber(log: BoxedLayer, spans: Option<BoxedLayer>) -> impl Subscriber + Send + Sync {
-    // One list, all of it with filters: a layer that is not there, as an Option, would count as one that wants all.
+    // One list, all of it with filters: `None` as a layer would count as one that enables everything.
     tracing_subscriber::registry().with([log].into_iter().chain(spans).collect::<Vec<_>>())
 }
 
@@ -62,12 +62,12 @@ pub fn exported(tracer: SdkTracer) -> BoxedLayer {
         .with_threads(false)
         .with_target(false)
         .with_tracked_inactivity(false)
-        // Nobody asks OpenTelemetry which span is the current one; spans of changes name their parents.
+        // Nothing reads OpenTelemetry's current span; spans of changes name their parents.
         .with_context_activation(false);
     layer.with_filter(filter_fn(is_ordinary).with_max_level_hint(LevelFilter::INFO)).boxed()
 }
 
-/// What is logged: what `wanted` says, without ordinary spans.
+/// Returns the filter of the log: `wanted` without regular spans.
 pub fn in_log<F: Filter<Registry>>(wanted: F) -> impl Filter<Registry> {
     fn is_logged(metadata: &Metadata<'_>) -> bool {
         metadata.is_event() || !metadata.target().starts_with(OURS)

@@ -1,8 +1,7 @@
 //! The compiler: from Services, EndpointSlices and Nodes to the changes of each layer.
 //!
-//! Invariants: a change of one object recompiles the Services it concerns and nothing else; the outcome is
-//! exactly what differs from before; the same objects give the same layers whatever the order in which they
-//! arrived.
+//! Invariants: a change of one object recompiles the Services it concerns and nothing else; the result is
+//! exactly the difference from before; the same objects give the same layers regardless of their order of arrival.
 
 mod categorize;
 mod claims;
@@ -118,7 +117,7 @@ impl Compiler {
             Input::NodeDeleted(name) => {
                 self.claims.nodes_changed(self.nodes.addresses(&name), &[]);
                 for key in self.nodes.remove(&name) {
-                    // What stood in the node's layer goes with the layer, and comes back with the Node.
+                    // The items of the node's layer go with the layer, and return with the Node.
                     if let Some(output) = self.outputs.get_mut(&key) {
                         emit::forget_node(output, &name);
                     }

@@ -73,8 +73,8 @@ fn destination(view: &View, frontend: &Frontend) -> Option<IpAddr> {
         .or_else(|| view.node_port_addresses().into_iter().find(|address| address.is_ipv6() == ipv6))
 }
 
-/// Who connects: the address asked for, or a pod of the node, a process of it, and, where the address is for them,
-/// clients outside.
+/// Returns the clients to explain: the requested address, or a pod and a process of the node and, if the frontend serves
+/// them, clients outside the cluster.
 fn sources(
     view: &View,
     frontend: &Frontend,

@@ -1,13 +1,12 @@
-//! The layers of the view, and what a node has to be sent to get from where it is to where it should be.
+//! The layers of the view, and the updates that bring a node from its acknowledged revision to the current one.
 //!
 //! A node's view is the sum of the layers that it subscribes to. Each layer is kept once for all nodes,
-//! together with a log of its latest changes in encoded form: nodes at the same place get the same bytes.
+//! together with a log of its latest changes in encoded form: nodes at the same revision get the same bytes.
 //!
 //! Invariants:
-//! * [`Layers::apply`] and a delta cost what changed, whatever the cluster's size.
-//! * Whoever applies what [`Layers::plan`] gives has, afterwards, exactly the items and the digest of the
-//!   layers, from whatever place it came.
-//! * The logs are bounded; who is too far behind gets a snapshot of the layer.
+//! * The cost of [`Layers::apply`] and of a delta follows the change, not the cluster's size.
+//! * Applying a plan of [`Layers::plan`] always yields the layers' items and digest, regardless of the starting cursor.
+//! * The logs are bounded; a node that is too far behind gets a snapshot of the layer.
 //! * A large snapshot is compressed once. Until its layer's log forgets it, it is sent with the changes since.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -195,8 +194,8 @@ pub struct Layers {
     source: Source,
     limits: LogLimits,
     /// Entries in the logs of layers other than CLUSTER, oldest first, as far as they were not dropped before. A node
-    /// resumes only where all of its layers cover its place, so entries below CLUSTER's floor are of no use; each
-    /// layer alone would keep them until it changes often.
+    /// resumes only where all of its layers cover its place, so entries below CLUSTER's floor are useless; without
+    /// this queue a layer would keep them until it changes often.
     logged: VecDeque<(u64, LayerId)>,
 }
 
@@ -256,7 +255,7 @@ impl Layers {
             let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
             let (dropped, touched) = layer.apply(self.revision, changes, &infos, &self.limits);
             applied.dropped += dropped;
-            // Hints may name any zone: a layer that holds nothing goes, whoever may have been in it.
+            // Hints may name any zone: an empty layer is removed even if nodes subscribe to it.
             let empty = matches!(id, LayerId::Zone(_)) && layer.items.digest() == Digest::default();
             if empty {
                 self.layers.remove(&id);
@@ -376,7 +375,7 @@ impl Layers {
         pending
     }
 
-    /// Plans the update of a node. `from` is its cursor, `None` if it has nothing that can be continued.
+    /// Plans the update of a node. `from` is its cursor, `None` if it has no state to resume from.
     #[must_use]
     pub fn plan(&self, subscription: &Subscription, from: Option<&Cursor>) -> Planned {
         let mut plan = Plan {

@@ -156,7 +156,7 @@ impl Localities {
         }
     }
 
-    /// Takes note of a Node's own addresses and of the detection in force there. True: what is said of it changed.
+    /// Records a Node's own addresses and the detection in force there. Returns true if the Node's report changed.
     pub fn set(&mut self, node: &Arc<str>, own: &[IpAddr], detection: Detection) -> bool {
         let pods = self.nodes.entry(node.clone()).or_default();
         if pods.own == own && pods.detection == detection {

@@ -7,7 +7,7 @@
 //!
 //! Invariants:
 //! * An acknowledgement costs the revisions that it covers, a publication one bit per node that it concerns.
-//! * Everything is bounded ([`Limits`]). What is dropped is counted.
+//! * Everything is bounded ([`Limits`]). Dropped entries are counted.
 //! * A node that leaves before it acknowledged is excluded from the record, not waited for; a change that no
 //!   node was there for has no time at which "all" nodes held it.
 
@@ -42,8 +42,8 @@ pub struct Change {
     pub service: Option<ObjectKey>,
     /// Time of delivery by the watch.
     pub received: UnixNanoseconds,
-    /// What the cluster says about when it began (`endpoints.kubernetes.io/last-change-trigger-time`); on
-    /// another clock, in whole seconds.
+    /// Start of the change according to the cluster (`endpoints.kubernetes.io/last-change-trigger-time`), on another
+    /// clock and in whole seconds.
     pub triggered: Option<UnixNanoseconds>,
     /// The trace of this change; the span is its root.
     pub trace: TraceContext,

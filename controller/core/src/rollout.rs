@@ -1,7 +1,7 @@
 //! Rollouts of settings: which node gets which revision of a profile, as a pure function of what is known.
 //!
-//! [`decide()`] looks at one rollout, the whole fleet and the time, and says what to store and which nodes to move.
-//! [`profile`] says which profile a node belongs to, which revision is stable, and when a new rollout begins.
+//! [`decide()`] takes one rollout, the whole fleet and the time, and returns what to store and which nodes to move.
+//! [`profile`] determines the profile of a node, the stable revision, and when a new rollout begins.
 //!
 //! Invariants:
 //! * A node is touched iff its row names the target. Counts are made of that at each decision, never kept.

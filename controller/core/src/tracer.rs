@@ -35,8 +35,8 @@ impl Source {
         }
     }
 
-    /// Classification of a source address by a node. Where local pods are known by their interface, an address of the
-    /// node's pod CIDRs is taken to be one.
+    /// Classification of a source address by a node. If local pods are detected by interface, an address within the
+    /// node's pod CIDRs counts as one.
     pub fn of(view: &View, address: IpAddr) -> Self {
         let within = |cidrs: &[Cidr]| cidrs.iter().filter_map(net).any(|net| net.contains(&address));
         let node = view.node();
@@ -111,7 +111,7 @@ pub enum Cause {
 pub struct Trace {
     /// The outcome.
     pub fate: Fate,
-    /// The steps that led to it, for people, in the words of the kernel's maps.
+    /// Readable steps that led to it, in the terms of the kernel's maps.
     pub path: Vec<String>,
 }
 

@@ -1,7 +1,7 @@
 //! One node's view: the layers that it subscribes to, merged as an agent merges them.
 //!
-//! Frontends come from the CLUSTER layer alone; of each pool the most specific layer's counts as a whole:
-//! NODE before ZONE before CLUSTER. So losing an override lets the default show again by itself.
+//! Frontends come from the CLUSTER layer only. Each pool comes as a whole from the most specific layer that has it: NODE,
+//! then ZONE, then CLUSTER. Removing an override therefore restores the default.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,8 +32,8 @@ pub struct View {
 }
 
 impl View {
-    /// Applies a change of one of the node's layers. What concerns neither frontends nor pools nor facts
-    /// (health checks) is passed over.
+    /// Applies a change of one of the node's layers. Ignores everything but frontends, pools and
+    /// facts (health checks).
     pub fn apply(&mut self, layer: LayerKind, change: &Change) {
         let pools = match layer {
             LayerKind::Zone => &mut self.zone,
@@ -62,8 +62,8 @@ impl View {
         }
     }
 
-    /// Sets the addresses of the node's interfaces, which only the node knows. Without them a NodePort is taken to
-    /// be served on the node's primary addresses alone.
+    /// Sets the addresses of the node's interfaces, which only the node knows. Without them, a NodePort counts as
+    /// served on the node's primary addresses only.
     pub fn set_host_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         self.host_addresses = addresses.into_iter().collect();
     }

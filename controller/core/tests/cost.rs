@@ -1,4 +1,4 @@
-//! One endpoint change costs the same whatever else the cluster holds.
+//! The cost of an endpoint change does not depend on the size of the cluster.
 
 #![allow(clippy::panic, clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints its figures")]
 
@@ -57,7 +57,7 @@ fn slice(number: u32, round: u32) -> EndpointSlice {
     }
 }
 
-/// The shortest of many runs: what else the machine does only ever adds.
+/// The shortest of many runs: other load on the machine only adds time.
 fn one_change(services: u32) -> Duration {
     let mut compiler = cluster(100, services);
     compiler.compile();

@@ -59,7 +59,7 @@ struct Case {
     around: Around,
 }
 
-/// What a packet's fate depends on beside the Service and its endpoints.
+/// Inputs of a packet's fate other than the Service and its endpoints.
 #[derive(Debug, Clone, Copy)]
 struct Around {
     detection: LocalDetection,
@@ -292,7 +292,7 @@ fn check(case: &Case) -> usize {
     3 * targets.len()
 }
 
-/// Sends packets from every kind of source to every kind of address, also those that nobody serves.
+/// Sends packets from every kind of source to every kind of address, including unserved ones.
 fn check_around(case: &Case) {
     let view = view(case);
     let Around { detection, node_ports, service_cidrs, .. } = case.around;

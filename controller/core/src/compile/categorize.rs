@@ -17,7 +17,7 @@ pub(super) type Endpoints<'a> = BTreeMap<Address, &'a SliceEndpoint>;
 
 /// Gathers the endpoints of a port from the Service's slices of one family.
 ///
-/// Where two slices name the same address and port (a pod's address is used again), an entry that is not
+/// If two slices name the same address and port (a pod's address is reused), an entry that is not
 /// terminating replaces the other; among several of those the last slice wins (kube-proxy: undefined).
 pub(super) fn gather<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice>,
@@ -52,7 +52,7 @@ pub(super) struct Categories {
     pub(super) local: BTreeMap<Arc<str>, BTreeSet<Address>>,
     /// All serving endpoints.
     pub(super) serving: BTreeSet<Address>,
-    /// Any endpoint is usable anywhere: tells DROP from REJECT.
+    /// Any endpoint is usable anywhere: distinguishes DROP from REJECT.
     pub(super) any: bool,
 }
 
@@ -86,7 +86,7 @@ pub(super) fn categorize(endpoints: &Endpoints<'_>) -> Categories {
     categories
 }
 
-/// The sets that hints select. One ready endpoint without a hint, and the rule holds for nobody.
+/// The sets that hints select. A single ready endpoint without a hint disables the rule for everyone.
 fn by_hint<'a>(
     ready: &Endpoints<'a>,
     hints: fn(&SliceEndpoint) -> &[Arc<str>],

@@ -4,7 +4,7 @@
 //! an externalIP; then age, namespace and name, UID. The loser takes over when the winner goes.
 //!
 //! An external address that is a Node's address also competes with node ports of the same number: there the node
-//! port wins. What the control plane needs for itself ([`Reserved`]) nobody gets.
+//! port wins. No Service gets an address and port of the control plane ([`Reserved`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};

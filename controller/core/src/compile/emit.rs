@@ -41,7 +41,7 @@ impl Emitter {
         self.push(LayerId::Cluster, Kind::FrontendRemoved(key));
     }
 
-    /// Problems that were not there before.
+    /// Adds the problems that are new.
     pub(super) fn problems(&mut self, old: &[Problem], new: &[Problem]) {
         let appeared = new.iter().filter(|problem| !old.contains(problem));
         self.compiled.problems.extend(appeared.cloned());

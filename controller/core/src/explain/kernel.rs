@@ -1,5 +1,5 @@
-//! What a node's kernel must hold of a frontend, and what it does hold by the agent's answer: where each side leads,
-//! whose address the endpoint sees, how long a client stays, which sources may come.
+//! Expected and actual kernel state of a frontend: the target of each side, the source address that the endpoint sees,
+//! the affinity timeout, and the permitted sources. The actual state is the agent's answer to a query.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ use crate::tracer::{self, ClusterIpMasquerade};
 use crate::view::View;
 use crate::wire;
 
-/// Whose address the endpoint sees, in the kernel's terms; `KernelTarget.masquerade` has these words.
+/// Values of `KernelTarget.masquerade`: when the endpoint sees an address of the node instead of the client's.
 const NEVER: &str = "never";
 const CLUSTER_IP: &str = "cluster_ip";
 const ALWAYS: &str = "always";
@@ -55,7 +55,7 @@ pub struct Forward {
     pub affinity_seconds: u32,
 }
 
-/// What the kernel must hold of every address of these frontends. A NodePort is one entry for each address that the
+/// Returns the expected kernel state of every address of these frontends. A NodePort is one entry for each address that the
 /// node serves it on.
 pub fn expected<'a>(
     view: &View,
@@ -99,7 +99,7 @@ fn side(view: &View, frontend: &Frontend, target: Option<&Target>) -> Side {
     }
 }
 
-/// With policy Local the rule that tells inside from outside has decided before.
+/// With policy Local, the rule that distinguishes inside from outside has already decided.
 fn masquerade(frontend: &Frontend) -> &'static str {
     match (frontend.kind(), frontend.outside.unwrap_or_default().role()) {
         (FrontendKind::ClusterIp, _) => CLUSTER_IP,
@@ -108,8 +108,8 @@ fn masquerade(frontend: &Frontend) -> &'static str {
     }
 }
 
-/// The sources that may come. Where the node's own address is one of them, so are the addresses that the balancer gave
-/// the service port: bound on the node, they are the source of its own connections.
+/// Returns the permitted sources. If the node's own address is among them, so are the addresses that the load balancer
+/// gave the service port: bound on the node, they are the source of its own connections.
 fn sources(view: &View, frontend: &Frontend) -> BTreeSet<IpNet> {
     let ipv6 = frontend.key.as_ref().is_some_and(|key| key.family() == Family::Ipv6);
     let of_family = |net: &IpNet| net.addr().is_ipv6() == ipv6;
@@ -238,8 +238,8 @@ fn seen(masquerade: &str) -> &str {
     }
 }
 
-/// A frontend of a node's kernel as rules in the manner of nft, without the maps that they are spread over. Whose
-/// connections to a ClusterIP are masqueraded follows from the settings of `view`, which are chains in the kernel.
+/// Formats a frontend of a node's kernel as rules in nft syntax, with the maps resolved. The settings of `view`, which are
+/// chains in the kernel, determine which connections to a ClusterIP are masqueraded.
 pub fn rules(view: &View, frontend: &KernelFrontend) -> Vec<String> {
     let key = frontend.key.clone().unwrap_or_default();
     let family = if key.family() == Family::Ipv6 { "ip6" } else { "ip" };

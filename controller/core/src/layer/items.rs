@@ -250,8 +250,8 @@ impl Items {
         true
     }
 
-    /// The items as the changes that make them, by bucket. `only`: of one bucket and of bucket 0, where the items
-    /// without a Service are; of the others only the bucket's number is looked at.
+    /// Returns the items as the changes that create them, by bucket. `only` restricts them to one bucket and bucket 0,
+    /// which has the items without a Service; other buckets cost one comparison each.
     pub(super) fn changes(&self, only: Option<u16>) -> BTreeMap<u16, Vec<Change>> {
         let wanted = |bucket: u16| only.is_none_or(|only| bucket == only || bucket == 0);
         let mut changes: BTreeMap<u16, Vec<Change>> = BTreeMap::new();

@@ -12,7 +12,7 @@ use super::items::Items;
 use super::{LogLimits, PART, RawSnapshot, Snapshot};
 use crate::model::LayerId;
 
-/// Below this a snapshot is encoded when it is asked for; above, it is compressed once and kept.
+/// Size in bytes below which a snapshot is encoded on request; above, it is compressed once and kept.
 const SMALL: usize = 32 << 10;
 /// A log may always hold this much, however small its layer is.
 const LOG_MINIMUM: usize = 64 << 10;
@@ -137,7 +137,7 @@ impl Layer {
         }
     }
 
-    /// The changes in (`from`, head] as parts. The bytes are shared by everybody who asks for the same.
+    /// The changes in (`from`, head] as parts. Equal requests share the bytes.
     pub(super) fn delta(&self, from: u64, parts: &mut Vec<Part>) {
         let mut entries = self.since(from);
         let segments = match (entries.len(), entries.next()) {
@@ -221,7 +221,7 @@ fn encode_segments(changes: Vec<Change>) -> Vec<Bytes> {
     segments
 }
 
-/// At least one payload, also if the layer is empty: it says that the layer is replaced.
+/// Returns at least one payload, even for an empty layer: it announces the replacement.
 pub(super) fn encode(items: &Items) -> Vec<Vec<u8>> {
     let (mut payloads, mut buckets, mut size) = (Vec::new(), Vec::new(), 0);
     for bucket in items.buckets() {

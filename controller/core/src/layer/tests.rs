@@ -242,7 +242,7 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
                 truth.0.remove(&id);
                 layers.apply(BTreeMap::new(), &[id], Vec::new(), Source::default());
             }
-            // An agent starts anew, or comes back with what it has.
+            // An agent starts without state, or resumes with what it has.
             3 => agents[random.below(4) as usize].1 = Agent::default(),
             4 => {
                 let (subscription, agent) = &mut agents[random.below(4) as usize];

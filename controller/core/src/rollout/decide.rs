@@ -20,7 +20,7 @@ const NAMED: usize = 3;
 pub struct Decision {
     /// To be stored before anything else is done.
     pub progress: Progress,
-    /// The same for people, with the counts.
+    /// Readable form with the counts.
     pub status: Status,
     /// Changes of state, for Events.
     pub transitions: Vec<Transition>,
@@ -131,7 +131,7 @@ impl Work<'_> {
             }
         }
         if rollout.paused {
-            // Whoever resumes starts the step anew: also one whose nodes are all gone.
+            // Resuming restarts the step, even one whose nodes are all gone.
             self.progress.step_began_at = None;
             self.progress.soaking_since = None;
             return self.wait(State::Paused, WaitingOn::Resume);
@@ -145,8 +145,7 @@ impl Work<'_> {
         }
     }
 
-    /// The step that is under way, if its nodes are there to be judged by: chosen by label or number, or the first of
-    /// several.
+    /// Returns the current step if it has canaries: nodes chosen by label or number, or the first of several steps.
     fn canaries(&self) -> Option<&Step> {
         let (at, steps) = (self.progress.steps_done, &self.rollout.strategy.steps);
         let first = at == 0 && steps.len() > 1;
@@ -203,7 +202,7 @@ impl Work<'_> {
         self.rollout.approved_steps > self.progress.steps_done
     }
 
-    /// The next nodes, as many as may be out of order beside those that are.
+    /// Returns the next nodes, as many as may become unavailable in addition to those that already are.
     fn pick(
         &self,
         step: &Step,

@@ -217,7 +217,7 @@ fn conditions(progress: &Progress, message: &str, overdue: bool) -> Vec<Conditio
         condition("Reconciling", !stalled && !state.is_final(), reason),
         condition("Stalled", stalled, reason),
     ];
-    // Ready=False would read as "in progress", and a superseded rollout neither succeeds nor goes on.
+    // Ready=False would read as "in progress", and a superseded rollout neither succeeds nor continues.
     if state != State::Superseded {
         conditions.insert(0, condition("Ready", state == State::Complete, reason));
     }
@@ -231,7 +231,7 @@ pub(super) fn transitions(rollout: &Rollout, after: &Progress, status: &Status) 
         let message = format!("step {}/{} is done", step + 1, status.steps);
         transitions.push(Transition { reason: "StepDone", warning: false, message });
     }
-    // What a step waits for is news; how many nodes are on their way is not.
+    // A new reason to wait is reported; a new number of updating nodes is not.
     let kept = before.state == after.state
         && (after.state == State::Progressing || before.waiting_on == after.waiting_on);
     if kept {

@@ -3,10 +3,10 @@
 //! They go to the profile that selects them without it, or to the built-in settings, by a rollout of the deleted
 //! profile itself: a *handover*, a last revision of it whose settings are those that the nodes get afterwards. So its
 //! strategy and its gates apply, other profiles' nodes are not touched, and nodes that fail return to what they had.
-//! When a handover is complete its nodes are assigned the revision that it stands for, which changes nothing on them.
+//! When a handover is complete, its nodes are assigned the revision with the same settings, which changes nothing on them.
 //!
-//! Nodes of different destinations are handed over one destination after another. Where the next profile rolls
-//! something out itself, its rollout takes the nodes.
+//! Nodes of different destinations are handed over one destination after another. If the next profile has an
+//! active rollout, that rollout takes the nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub struct Handover {
     pub to: Revision,
     /// The number of the deleted profile's revision that carries them.
     pub number: u64,
-    /// Hash of the destination and of what the profile says: a handover that failed is tried again only if one of them
+    /// Hash of the destination and of what the profile says: a failed handover is retried only if one of them
     /// changes.
     pub hash: String,
 }
@@ -87,10 +87,9 @@ pub fn next(
     Some(Handover { number, hash: hash(&to, profile), to })
 }
 
-/// What the row of a node of a deleted profile is to name because its handover is over; `None`: what it names stays.
+/// Returns the revision for the row of a node of a deleted profile whose handover is over; `None` leaves the row alone.
 ///
-/// Of nodes that cannot be reached that is decided without them: they follow when they are back, as they would a
-/// rollout that they missed.
+/// Unreachable nodes are included: they follow when they return, as with a rollout that they missed.
 #[must_use]
 pub fn handed_over(
     node: &FleetNode,
@@ -117,8 +116,8 @@ pub fn handed_over(
     others.all(|other| other != to).then_some(to)
 }
 
-/// What the row of a node is to name whose revision nothing describes any more, and whose profile is gone: nobody
-/// rolls anything out there. Move only [`orphans_at_once`] of them together.
+/// Returns the revision for the row of a node whose profile is gone and whose revision no object describes any more: no
+/// rollout reaches it. Move only [`orphans_at_once`] of them together.
 #[must_use]
 pub fn orphaned(node: &FleetNode, profiles: &[Profile], rollouts: &[Past]) -> Option<Revision> {
     let revision = &node.assigned.as_ref().filter(|_| node.unknown)?.revision;
@@ -162,7 +161,7 @@ fn is_done(past: &Past, profile: &Profile, to: &Revision) -> bool {
     is_of(past, profile) && past.state == State::Complete && past.handover.as_ref() == Some(to)
 }
 
-/// A handover of this kind failed or was aborted: nobody repeats it before something changes.
+/// Returns true if an equal handover failed or was aborted: it is not repeated before something changes.
 #[must_use]
 pub fn was_tried(profile: &Profile, to: &Revision, rollouts: &[Past]) -> bool {
     let hash = hash(to, profile);
@@ -283,7 +282,7 @@ mod tests {
         rollouts[2].state = State::Failed;
         let to_the_stable_one = next(&edge, &profiles, &rollouts, &fleet, 1).unwrap();
         assert_eq!(to_the_stable_one.to, rollouts[1].target);
-        // Its destination moves on, or is deleted too: it begins anew.
+        // Its destination changes or is deleted too: a new handover begins.
         rollouts.push(handover(&edge, &to_the_stable_one, State::Progressing));
         let leaving = [edge, Profile { deleting: true, ..base.clone() }];
         assert!(superseded(&rollouts[3], &rollouts, &leaving));

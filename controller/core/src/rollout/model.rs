@@ -62,13 +62,13 @@ impl Quantity {
 /// One step of a strategy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// For people; empty without a name.
+    /// Display name, possibly empty.
     pub name: String,
     /// Which nodes; `None`: all of the profile.
     pub selector: Option<Selector>,
     /// Number of them that hold the target at the end.
     pub nodes: Quantity,
-    /// Label keys whose values tell the groups from which nodes are taken in turn.
+    /// Label keys; nodes are taken in turn from the groups of equal values.
     pub spread_by: Vec<String>,
     /// Time for which its nodes are watched after all of them hold the target.
     pub soak: Duration,
@@ -93,7 +93,7 @@ pub struct Strategy {
     pub freeze_percent: u8,
 }
 
-/// A rollout as it stands in the API server.
+/// A rollout as stored in the API server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rollout {
     /// Seeds the order of nodes.
@@ -128,7 +128,7 @@ pub enum State {
     Progressing,
     /// All nodes of the step hold the target and are watched.
     Soaking,
-    /// It goes on when somebody or something else acts: see [`WaitingOn`].
+    /// It waits for another actor: see [`WaitingOn`].
     Paused,
     /// Too much is out of order elsewhere.
     Frozen,
@@ -208,7 +208,7 @@ pub enum WaitingOn {
     HealthyNodes,
     /// Nodes of an earlier rollout are returned.
     Stable,
-    /// Nodes that have the target and cannot be reached come back, or a person approves the step without them.
+    /// Unreachable nodes that have the target return, or a person approves the step without them.
     UnreachableNodes,
 }
 
@@ -281,13 +281,13 @@ pub enum FailureReason {
     ApplyFailed,
     /// The kernel refused single items.
     ItemsRefused,
-    /// Somebody changed the node's tables after it was touched.
+    /// Another program changed the node's tables after it was touched.
     Drifted,
     /// The agent lost its connection too often after that.
     Reconnecting,
     /// The node was connected and did not take the target in time.
     ApplyDeadlineExceeded,
-    /// The agent of a canary was lost after it got the target, and did not come back in time.
+    /// The agent of a canary was lost after it got the target, and did not reconnect in time.
     LostAfterUpdate,
 }
 
@@ -391,9 +391,9 @@ pub struct FleetNode {
     pub assigned: Option<Assignment>,
     /// Revision that its row still names while something else is being written.
     pub still: Option<Revision>,
-    /// The row does not name `assigned` yet: the node has not been told.
+    /// The row does not name `assigned` yet, so that the node does not know it.
     pub pending: bool,
-    /// The row names a revision that no ProxyRollout describes, as after somebody removed its finalizer.
+    /// The row names a revision that no ProxyRollout describes, for example after its finalizer was removed by hand.
     pub unknown: bool,
     /// State of its agent.
     pub agent: Agent,
@@ -408,9 +408,7 @@ pub enum Agent {
     Unknown,
     /// There has been none.
     Absent,
-    /// It is gone.
     Disconnected,
-    /// It is there.
     Connected(Box<Observed>),
 }
 

@@ -1,8 +1,8 @@
-//! In which order nodes are touched.
+//! Order in which nodes are touched.
 //!
 //! Round-robin over topology domains, the one with the fewest touched nodes first; within a domain by the SHA-256 of
-//! the rollout's and the node's UID. So every rollout starts with other nodes, and a restarted controller goes on
-//! with the same ones.
+//! the rollout's and the node's UID. Every rollout therefore starts with other nodes, and a restarted controller
+//! continues with the same ones.
 
 use std::collections::HashMap;
 

@@ -75,9 +75,9 @@ pub fn stable(profile: &str, rollouts: &[Past]) -> Revision {
     latest.or_else(fallback).cloned().unwrap_or_else(Revision::builtin)
 }
 
-/// What nodes of a new rollout return to that have nothing of their own to return to ([`returns_to`]): the stable
-/// revision of its profile; before there is one, what most of its nodes have, or would return to if that is not proved
-/// itself.
+/// Returns the revision for nodes of a new rollout that have none of their own to return to ([`returns_to`]): the stable
+/// revision of its profile; before there is one, the revision that most of its nodes have, or would return to if that one
+/// is not proved itself.
 #[must_use]
 pub fn fallback(profile: &Profile, rollouts: &[Past], fleet: &[FleetNode]) -> Revision {
     let stable = stable(&profile.name, rollouts);
@@ -102,8 +102,8 @@ fn is_proved(revision: &Revision, rollouts: &[Past]) -> bool {
     revision.is_builtin() || rollouts.iter().any(complete)
 }
 
-/// What a row remembers beside `to`, which it is to name: where a rollout that is under way takes the node out of
-/// another profile, the last proved revision that the node had there. `None`: nothing.
+/// Returns the revision that a row remembers in addition to its new revision `to`: if an active rollout takes the node
+/// out of another profile, the last proved revision that the node had there.
 #[must_use]
 pub fn origin(assigned: Option<&Assignment>, to: &Revision, rollouts: &[Past]) -> Option<Revision> {
     if !rollouts.iter().any(|past| past.target == *to && !past.state.is_final()) {
@@ -122,8 +122,8 @@ pub fn origin(assigned: Option<&Assignment>, to: &Revision, rollouts: &[Past]) -
     previous.clone().or_else(|| Some(stable(&revision.profile, rollouts)))
 }
 
-/// What a node returns to of what its row remembers: nothing any more once the revision that it has is proved, or the
-/// profile of the remembered one is gone or going.
+/// Returns the remembered revision that a node returns to: none once its current revision is proved, or once the profile
+/// of the remembered one is deleted or being deleted.
 #[must_use]
 pub fn returns_to(
     revision: &Revision,
@@ -202,8 +202,8 @@ pub fn settled(
     }
 }
 
-/// The row's time of assignment lies ahead although rows have whole seconds, rounded up: the clock was set back. What
-/// happens to the node from now on would seem to come before it, and no gate would see it.
+/// The row's time of assignment lies ahead although rows have whole seconds, rounded up: the clock was set back. Later
+/// events of the node would seem to precede the assignment, and no gate would see them.
 #[must_use]
 pub fn lies_ahead(assigned: &Assignment, now: Time) -> bool {
     assigned.at.0.saturating_sub(now.0) > 2_000
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!(
             next_revision(&default, std::slice::from_ref(&first), 1),
             None,
-            "a failed one is not tried again"
+            "a failed one is not retried"
         );
         default.hash = "h2".into();
         assert_eq!(next_revision(&default, std::slice::from_ref(&first), 1), Some(2));
@@ -323,7 +323,7 @@ mod tests {
         let proved = [complete(3), complete(4)];
         assert_eq!(fallback(&edge, &proved, &fleet), base(4));
         let on_its_way = [complete(3), past(&other, 4, "h", State::Progressing)];
-        assert_eq!(fallback(&edge, &on_its_way, &fleet), base(3), "nobody knows yet whether it is good");
+        assert_eq!(fallback(&edge, &on_its_way, &fleet), base(3), "not proved yet");
         assert_eq!(fallback(&edge, &proved, &[]), Revision::builtin());
         let mut failed = past(&edge, 1, "h", State::Failed);
         failed.fallback = base(4);
@@ -354,7 +354,7 @@ mod tests {
             ("one that a node came to on trial", row(of(&edge, 1), had.clone()), had.clone()),
             ("the built-in one", row(Revision::builtin(), None), Some(Revision::builtin())),
             ("none so far", None, Some(Revision::builtin())),
-            ("the same once more, at another time", row(of(&spot, 1), had.clone()), had.clone()),
+            ("the same again, at another time", row(of(&spot, 1), had.clone()), had.clone()),
             ("an earlier one of its own profile", row(of(&spot, 9), had.clone()), None),
         ];
         for (what, assigned, expected) in cases {

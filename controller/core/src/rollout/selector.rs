@@ -16,7 +16,7 @@ pub enum Requirement {
     In(String, Vec<String>),
     /// It has none of them, or is absent.
     NotIn(String, Vec<String>),
-    /// It is there.
+    /// It is present.
     Exists(String),
     /// It is absent.
     DoesNotExist(String),

@@ -36,8 +36,8 @@ impl Member<'_> {
         self.eligible() && step.selector.as_ref().is_none_or(|selector| selector.matches(&self.node.labels))
     }
 
-    /// Out of order, because of the rollout or for another reason. Whose agent is gone and who was not touched is
-    /// excluded, so that one dead node does not stop everything.
+    /// Returns true if the node is out of order, because of the rollout or for another reason. An untouched node without
+    /// an agent is excluded, so that one dead node does not stop everything.
     pub(super) fn unavailable(&self) -> bool {
         match &self.outcome {
             Some(outcome) => *outcome != Outcome::Updated,
@@ -152,8 +152,8 @@ impl<'a> Survey<'a> {
             .collect()
     }
 
-    /// Nodes whose row still names what an earlier rollout of the profile did not bring to its end, and that it is
-    /// about to return. A revision that nothing describes any more is returned by nobody.
+    /// Returns nodes whose row still names the revision of an earlier, unfinished rollout of the profile, which is about to
+    /// return them. No rollout returns a revision that no object describes any more.
     pub(super) fn others_under_way(&self, rollout: &Rollout) -> Vec<&'a FleetNode> {
         let own = rollout.stable.profile == rollout.target.profile;
         let proved = if own { rollout.stable.number } else { 0 };

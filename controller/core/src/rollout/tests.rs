@@ -218,7 +218,7 @@ fn a_failing_canary_halts_with_exactly_the_canary_touched() {
     stage.stands(State::Failed, None, 0);
     assert_eq!(reasons(&decision), ["RolloutFailed"]);
     stage.pass(1_000_000);
-    assert_eq!(stage.decide().moves, BTreeMap::new(), "the same revision is never tried again by itself");
+    assert_eq!(stage.decide().moves, BTreeMap::new(), "the same revision is never retried automatically");
 }
 
 #[test]
@@ -352,7 +352,7 @@ fn when_every_canary_is_gone_it_pauses_and_is_never_passed() {
         stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), usize::from(!deleted));
         assert_eq!(condition(&decision, "Stalled"), Some(("True", "Inconclusive")));
         if deleted {
-            // A person decides to go on with another node.
+            // A person decides to continue with another node.
             stage.rollout.paused = true;
             stage.decide();
             stage.rollout.paused = false;

@@ -116,7 +116,7 @@ fn newest_services_beyond_a_namespace_bound_are_refused() {
             Input::Slice(slice_in("other", "web", 3)),
         ])
         .collect();
-    // Whatever the order of arrival, the outcome is the same.
+    // The result does not depend on the order of arrival.
     for rotation in 0..inputs.len() {
         let mut compiler = Compiler::new().limited(SMALL);
         let mut world = World::default();

@@ -1,4 +1,4 @@
-//! Properties over random objects: increments equal a fresh compile, whatever the order and the garbage.
+//! Properties over random objects: increments equal a fresh compile, for any order and any garbage.
 
 use proptest::prelude::*;
 

@@ -18,7 +18,7 @@ pub(in crate::rollout) fn step(nodes: Quantity) -> Step {
     }
 }
 
-/// Nodes with a label, whatever its value.
+/// Nodes with a label of any value.
 pub(in crate::rollout) fn labelled(key: &str) -> Selector {
     Selector { requirements: vec![Requirement::Exists(key.into())] }
 }

@@ -2,7 +2,7 @@
 //! that come, go, fail and change their labels, with a clock that jumps, rows that are written late or by others, and a
 //! controller that dies. Seeded.
 //!
-//! What must hold: a revision that breaks nodes never gets further than a rollout's own steps, a node that a rollout
+//! Invariants: a revision that breaks nodes never gets further than a rollout's own steps, a node that a rollout
 //! touched returns to what it had itself, no number is used twice, and in the end everybody has the settings of their
 //! profile.
 
@@ -128,7 +128,7 @@ impl World {
         self.items.iter().any(|item| item.past.target == *revision && self.bad.contains(&item.past.hash))
     }
 
-    /// What people, nodes and clocks do between two rounds.
+    /// Actions of people, nodes and clocks between two rounds.
     fn happen(&mut self) {
         self.now.0 += self.random.random_range(0..6_000);
         let one = NAMES[self.random.random_range(0..3)];

@@ -93,7 +93,7 @@ impl World {
         self.rollouts.push(fixtures::rollout(revision(number), stable, strategy));
     }
 
-    /// What happens to nodes and by people between two decisions.
+    /// Events of nodes and actions of people between two decisions.
     fn happen(&mut self, calm: bool) {
         self.now.0 += self.random.random_range(0..8_000);
         if !calm && self.random.random_ratio(1, 60) {
@@ -242,7 +242,7 @@ impl World {
             );
         }
         if matches!(after.state, State::Failed | State::Aborted) && before.state == State::RollingBack {
-            assert!(!self.fleet.iter().any(is_touched), "nobody is left behind");
+            assert!(!self.fleet.iter().any(is_touched), "no node is left behind");
         }
     }
 }
@@ -266,7 +266,7 @@ fn run(seed: u64) -> HashSet<State> {
             (0..world.fleet.len()).for_each(|at| world.connect(at));
         }
     }
-    // In the end a good change comes through, and leaves nobody behind.
+    // Finally a good change succeeds on every node.
     world.change_profile(false);
     for _ in 0..400 {
         world.happen(true);
