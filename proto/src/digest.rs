@@ -1,7 +1,7 @@
 //! The digest of a view: a sum of item hashes that both sides keep up to date in O(change).
 //!
 //! The canonical encoding is specified in `fleet.proto` and fixed for schema version 1: it does not depend
-//! on protobuf's own encoding, which is not canonical, nor on the toolchain. Golden vectors stand in
+//! on protobuf's own encoding, which is not canonical, nor on the toolchain. Golden vectors are in
 //! `tests/golden/digest.json`. The digest finds bugs and staleness; it is not a MAC.
 
 use crate::v1::{

@@ -34,8 +34,8 @@ pub enum TelemetryError {
     },
 }
 
-/// Returns the exporter that the environment configures. Nothing is connected yet, and a collector that cannot be reached is no
-/// error. To be called inside a tokio runtime, which the exporter uses from then on.
+/// Returns the exporter that the environment configures. It connects later, so that an unreachable collector is not an
+/// error. Call it inside a tokio runtime, which the exporter uses from then on.
 ///
 /// # Errors
 /// The environment configures something impossible.
@@ -46,8 +46,8 @@ pub fn exporter() -> Result<Option<SpanExporter>, TelemetryError> {
     Ok(Some(SpanExporter::builder().with_tonic().build()?))
 }
 
-/// Identity of the exporter: as the environment names it (`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`), else the binary's name,
-/// this version, and what `own` says.
+/// Returns the identity of the exporter: from the environment (`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`), else the
+/// binary's name, this version, and the attributes in `own`.
 #[must_use]
 pub fn resource(service: &'static str, own: Vec<KeyValue>) -> Resource {
     let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));

@@ -1,4 +1,4 @@
-//! Names of spans and attributes that the controller or the agent may tell, whichever exports. `k8s.node.name` and
+//! Names of spans and attributes, shared by the controller and the agent. `k8s.node.name` and
 //! `error.type` are OpenTelemetry's semantic conventions.
 
 /// A node's part of a change: from its first message until the kernel holds it.
@@ -12,8 +12,8 @@ pub const COMMIT: &str = "switchtower.nft.commit";
 pub const NODE: &str = "k8s.node.name";
 /// The node's generation.
 pub const GENERATION: &str = "switchtower.generation";
-/// How it was applied: `delta`, or `full`: everything was compared with the kernel, or, where the controller tells it,
-/// whole layers were replaced. The metric `switchtower_apply_seconds` has the same words.
+/// Kind of update: `delta`, or `full` if everything was compared with the kernel or, in the controller's spans, whole
+/// layers were replaced. The metric `switchtower_apply_seconds` has the same values.
 pub const MODE: &str = "switchtower.apply.mode";
 /// Operations in the kernel's transaction.
 pub const OPERATIONS: &str = "switchtower.nft.ops";

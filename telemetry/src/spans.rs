@@ -1,8 +1,7 @@
-//! Ordinary spans: what a program does beside the changes that it carries, told with `tracing` where it is done and
-//! exported like everything else.
+//! Regular spans: background work of a program, recorded with `tracing` and exported like the spans of changes.
 //!
-//! Invariants: without export none of them is made, and whoever makes one never waits. They are no part of the log,
-//! and the log's lines are no events of spans.
+//! Invariants: without an exporter no span is created, and creating one never blocks. Spans do not appear in the log, and
+//! log lines are not events of spans.
 
 use std::fmt::Display;
 

@@ -190,11 +190,11 @@ pub struct Settings {
     /// "error", "warn", "info", "debug" or "trace" of the agent's own log; empty: as its command line says.
     #[prost(string, tag = "11")]
     pub log_level: ::prost::alloc::string::String,
-    /// How these settings are tried on a node before they count as good; absent: they are in force at once.
+    /// Trial of these settings on a node before they count as good; absent: they are in force at once.
     #[prost(message, optional, boxed, tag = "12")]
     pub trial: ::core::option::Option<::prost::alloc::boxed::Box<Trial>>,
 }
-/// What a node does with settings that are not proved yet; see "Trial of settings".
+/// Handling of settings that are not proved yet; see "Trial of settings".
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Trial {
     /// at most 16, names unique; none: the settings pass at once
@@ -210,10 +210,10 @@ pub struct Trial {
 /// A TCP connection that the agent opens from the node's own network through the data plane. Addresses and ports
 /// are taken from the node's view. A round tries a failing connection three times before it counts as failed.
 ///
-/// With `compare_source` the backend tells which address it sees the connection come from: it writes a line of at
-/// most 256 bytes, by itself, or in answer to "GET <http_path> HTTP/1.0" if that is set (then the body's first
+/// With `compare_source` the backend reports the source address of the connection: it writes a line of at
+/// most 256 bytes, on its own or in answer to "GET <http_path> HTTP/1.0" if that is set (then the body's first
 /// line counts). The first word of the line that is an IP address, with or without a port, is the source; the
-/// other words name the backend. A round asks eight times, because backends differ in what they see: a node is
+/// rest of the line names the backend. A round asks eight times, because backends differ in what they see: a node is
 /// seen by its own pods under another address than by pods elsewhere. The source has changed if for some backend
 /// that answered before and after no source is common to both.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -375,13 +375,13 @@ pub struct Hello {
     /// Compared with the credential's node, never trusted.
     #[prost(string, tag = "5")]
     pub node_name: ::prost::alloc::string::String,
-    /// What the kernel's stamp says; sets the floor of the generation. Absent: no table.
+    /// The kernel's stamp; sets the lower bound of the generation. Absent: no table.
     #[prost(message, optional, tag = "6")]
     pub kernel: ::core::option::Option<Stamp>,
-    /// What the agent can be resumed from. Absent: send a snapshot.
+    /// State that the agent can resume from. Absent: send a snapshot.
     #[prost(message, optional, tag = "7")]
     pub view: ::core::option::Option<View>,
-    /// for people; never compiled
+    /// for display; never compiled
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     /// of what the kernel holds; absent: none
@@ -429,7 +429,7 @@ pub struct Source {
     #[prost(uint64, tag = "4")]
     pub service_cidrs: u64,
 }
-/// Where the kernel differs from `desired` on purpose.
+/// Intended differences between the kernel and `desired`.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Deviations {
     /// removals held back
@@ -457,7 +457,7 @@ pub struct SettingsDeviation {
     #[prost(enumeration = "SettingsCause", tag = "3")]
     pub cause: i32,
 }
-/// Where the last trial stands.
+/// State of the last trial.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TrialStatus {
     /// of the settings that are tried
@@ -521,13 +521,13 @@ pub struct ApplyTimings {
     pub commit_microseconds: u64,
     #[prost(uint32, tag = "4")]
     pub operations: u32,
-    /// What the view holds now, for ProxyStatus.
+    /// Sizes of the view, for ProxyStatus.
     #[prost(uint32, tag = "5")]
     pub services: u32,
     #[prost(uint32, tag = "6")]
     pub endpoints: u32,
     /// The agent exports its part of the update as spans of its own, under the change's traceparent, so that the controller
-    /// does not tell it from these timings.
+    /// does not export these timings.
     #[prost(bool, tag = "7")]
     pub traced: bool,
 }
@@ -571,7 +571,7 @@ pub struct Report {
     /// Of a drift repaired just now; empty where the report is about something else.
     #[prost(string, tag = "3")]
     pub drift_cause: ::prost::alloc::string::String,
-    /// kube-proxy's tables or chains exist beside ours (asked for by exact name, never listed).
+    /// kube-proxy's tables or chains exist (queried by exact name, never listed).
     #[prost(bool, tag = "4")]
     pub foreign_proxy: bool,
     /// absent: nothing new since the last Report or Hello
@@ -710,9 +710,9 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_milliseconds: u32,
 }
-/// What a node's kernel holds, asked for by people through the controller. Answered from the agent's own tables
-/// alone, read at that moment, and never in the way of an update. One at a time per node: a second Query before
-/// the last part of an Answer is refused. What can be asked:
+/// A query about a node's kernel, made by an operator through the controller. The answer comes from the agent's own
+/// tables, read at that moment, and never delays an update. One at a time per node: a second Query before
+/// the last part of an Answer is refused. Queries:
 ///
 ///    what         filter                                               payload (the parts, joined)
 ///    "counts"     -                                                    JSON: sizes of the view
@@ -765,7 +765,7 @@ pub struct KernelTable {
     #[prost(uint64, tag = "5")]
     pub total: u64,
 }
-/// Where the maps lead a new connection to one address.
+/// Treatment of a new connection to one address, as the maps define it.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct KernelFrontend {
     /// always with an address
@@ -881,12 +881,12 @@ impl Family {
 #[repr(i32)]
 pub enum Role {
     Unspecified = 0,
-    /// Endpoints for policy Cluster. The default stands in CLUSTER; where topology hints select fewer, the
-    /// selected ones stand in ZONE or NODE.
+    /// Endpoints for policy Cluster. The default is in CLUSTER; if topology hints select fewer, the
+    /// selected ones are in ZONE or NODE.
     Cluster = 1,
     /// Endpoints on one node, for policy Local. Only in NODE.
     Local = 2,
-    /// All serving endpoints of a UDP port, whatever the policies: what conntrack entries are checked against.
+    /// All serving endpoints of a UDP port, regardless of policies: conntrack entries are checked against them.
     /// Never programmed. Only in CLUSTER.
     Serving = 3,
 }
@@ -984,7 +984,7 @@ impl FrontendKind {
         }
     }
 }
-/// What happens to a new connection where the target's pool has no member.
+/// Verdict for a new connection if the target's pool has no member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Verdict {
@@ -1014,7 +1014,7 @@ impl Verdict {
         }
     }
 }
-/// Where "local pod" is decided from (kube-proxy: detectLocalMode).
+/// Criterion for a local pod (kube-proxy: detectLocalMode).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum LocalDetection {
