@@ -1,11 +1,11 @@
-//! The Lease that makes one controller active and all others wait.
+//! The Lease that elects the active controller.
 //!
-//! [`Candidate::acquire`] waits for the Lease, [`Holding`] renews it in the background, and [`Fence`] tells, without
-//! asking anybody, whether this process may still write. Expiry is judged by renewals that this process observed, on
-//! its own monotonic clock: wall clocks of replicas may differ by any amount.
+//! [`Candidate::acquire`] waits for the Lease, [`Holding`] renews it in the background, and [`Fence`] decides locally
+//! whether this process may still write. Expiry counts from renewals that this process observed, on its own monotonic
+//! clock: wall clocks of replicas may differ by any amount.
 //!
-//! A holder that cannot renew stops writing before anybody else can take over, and keeps its agents: while the API
-//! server is away nobody can have taken over. It ends only when it sees that another controller holds the Lease.
+//! A holder that cannot renew stops writing before a standby can take over, and keeps its agents: while the API server is
+//! unreachable, no standby can have taken over. It exits only when it sees that another controller holds the Lease.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub use fence::{Fence, Fenced};
 
 /// The Lease's name, in the controller's namespace.
 pub const LEASE: &str = "switchtower-controller";
-/// Renewals, and looks at somebody else's Lease, within one duration.
+/// Renewals, or reads by a standby, within one lease duration.
 const TURNS: u32 = 5;
 /// Between two looks of a controller that waits, at most.
 const POLL: Duration = Duration::from_secs(1);
@@ -59,8 +59,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// `client` must not be fenced. `replica` is for people; the identity is unique to this process, so that two
-    /// processes of the same name are never taken for one.
+    /// `client` must not be fenced. `replica` is the readable part of the identity, which is unique to this process: two
+    /// processes of the same name stay distinguishable.
     #[must_use]
     pub fn new(client: Client, namespace: &str, replica: &str, duration: Duration, fence: Fence) -> Self {
         let identity = format!("{replica}_{:016x}", rand::random::<u64>());
@@ -147,7 +147,7 @@ impl Candidate {
             Step::Take => {}
         }
         match self.write(stored).await {
-            // Somebody was faster; the next turn sees who.
+            // Another replica was faster; the next turn sees which one.
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
                 if standby {
                     Ok(Turn::Waiting("another controller".to_owned()))
@@ -236,7 +236,7 @@ impl Holding {
         match (&mut self.task).await {
             Ok(Some(lost)) => lost,
             // Released, or a defect: either way this process does not hold it.
-            Ok(None) | Err(_) => LeaseLost { holder: "nobody".to_owned() },
+            Ok(None) | Err(_) => LeaseLost { holder: "no controller".to_owned() },
         }
     }
 

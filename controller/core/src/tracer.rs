@@ -223,7 +223,7 @@ impl Tracer<'_> {
             return match cluster_ip_masquerade(self.view, self.family()) {
                 ClusterIpMasquerade::All => true,
                 ClusterIpMasquerade::NotLocalPods => !local_pod,
-                ClusterIpMasquerade::Nobody => false,
+                ClusterIpMasquerade::Never => false,
             };
         }
         match frontend.outside.unwrap_or_default().role() {
@@ -269,7 +269,7 @@ pub enum ClusterIpMasquerade {
     /// Those that do not come from a pod of the node.
     NotLocalPods,
     /// None, because the node cannot recognize local pods.
-    Nobody,
+    Never,
 }
 
 /// Masquerading by a node's settings of connections to a ClusterIP of a family.
@@ -280,7 +280,7 @@ pub fn cluster_ip_masquerade(view: &View, family: Family) -> ClusterIpMasquerade
     } else if detects_local_pods(view, family) {
         ClusterIpMasquerade::NotLocalPods
     } else {
-        ClusterIpMasquerade::Nobody
+        ClusterIpMasquerade::Never
     }
 }
 

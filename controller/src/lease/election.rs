@@ -54,7 +54,7 @@ impl Election {
         Self { identity: identity.to_owned(), seen: None }
     }
 
-    /// For a process that does not hold the Lease. A Lease that somebody deleted is no release: the holder that was
+    /// For a process that does not hold the Lease. A deleted Lease is not a release: the holder that was
     /// seen last gets as long to create it again as it would have had to renew it.
     pub(super) fn standby(&mut self, stored: Option<&Lease>, now: Instant) -> Step {
         if let Some(lease) = stored {
@@ -79,7 +79,7 @@ impl Election {
         match stored.map(Record::of) {
             None => Step::Take,
             Some(record) if record.holder == self.identity => Step::Take,
-            Some(record) if record.holder.is_empty() => Step::Wait("nobody".to_owned()),
+            Some(record) if record.holder.is_empty() => Step::Wait("no controller".to_owned()),
             Some(record) => Step::Wait(record.holder),
         }
     }

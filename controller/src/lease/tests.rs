@@ -55,8 +55,8 @@ async fn a_holder_loses_the_lease_to_any_other_name() {
     let election = Election::new("a");
     assert_eq!(election.holder(Some(&lease("a", 1))), Step::Take);
     assert_eq!(election.holder(Some(&lease("b", 1))), Step::Wait("b".to_owned()));
-    // Somebody took it and has released it since.
-    assert_eq!(election.holder(Some(&lease("", 1))), Step::Wait("nobody".to_owned()));
+    // Another replica took it and has released it since.
+    assert_eq!(election.holder(Some(&lease("", 1))), Step::Wait("no controller".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]

@@ -209,8 +209,21 @@ fn dockerfile_builds_images_of_the_cluster() {
 }
 
 /// Parts of the repository whose comments, documents and messages are checked for phrases.
-const PROSE: [&str; 9] =
-    ["cli", "crds", "docs", "examples", "hack", "manifests", "README.md", "CONTRIBUTING.md", "SECURITY.md"];
+const PROSE: [&str; 13] = [
+    "cli",
+    "controller",
+    "crds",
+    "docs",
+    "examples",
+    "hack",
+    "manifests",
+    "node-agent",
+    "proto",
+    "telemetry",
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+];
 
 /// Phrases with a standard term instead (docs/glossary.md, CONTRIBUTING.md).
 const PHRASES: [(&str, &str); 13] = [
@@ -245,9 +258,9 @@ fn text_files(path: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(path).unwrap().flatten().filter(|entry| entry.file_name() != "target") {
             text_files(&entry.path(), found);
         }
-    } else if path.extension().is_some_and(|kind| ["rs", "md", "sh", "yaml", "toml"].iter().any(|known| kind == *known))
-        // Generated from the message codes.
-        && !path.ends_with("docs/codes.md")
+    } else if path
+        .extension()
+        .is_some_and(|kind| ["rs", "md", "sh", "yaml", "toml", "proto"].iter().any(|known| kind == *known))
     {
         found.push(path.to_owned());
     }

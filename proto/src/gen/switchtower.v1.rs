@@ -494,7 +494,7 @@ pub struct ProbeResult {
     /// of the latest failure, 0 if it has none (a deadline is ETIMEDOUT)
     #[prost(int32, tag = "7")]
     pub errno: i32,
-    /// for people
+    /// for display
     #[prost(string, tag = "8")]
     pub detail: ::prost::alloc::string::String,
     /// 4 or 16 bytes, with compare_source: one that was seen
@@ -505,7 +505,7 @@ pub struct ProbeResult {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Deviation {
-    /// for people: "frontend 10.96.0.10:80/TCP (default/web)"
+    /// for display: "frontend 10.96.0.10:80/TCP (default/web)"
     #[prost(string, tag = "1")]
     pub item: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
@@ -642,7 +642,7 @@ pub struct Welcome {
 pub struct ChangeInfo {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// W3C; empty: nobody collects traces
+    /// W3C; empty: no collector
     #[prost(string, tag = "2")]
     pub traceparent: ::prost::alloc::string::String,
     #[prost(uint64, tag = "3")]

@@ -53,10 +53,10 @@ impl Emitter {
 
     /// The difference between the pools of one Service before and now.
     pub(super) fn pools(&mut self, old: &Pools, new: &Pools) {
-        let (none, nobody) = (BTreeMap::new(), BTreeSet::new());
+        let (no_pools, no_members) = (BTreeMap::new(), BTreeSet::new());
         let layers: BTreeSet<_> = old.keys().chain(new.keys()).collect();
         for layer in layers {
-            let (before, now) = (old.get(layer).unwrap_or(&none), new.get(layer).unwrap_or(&none));
+            let (before, now) = (old.get(layer).unwrap_or(&no_pools), new.get(layer).unwrap_or(&no_pools));
             for key in before.keys().filter(|key| !now.contains_key(*key)) {
                 self.push(layer.clone(), Kind::PoolRemoved(key.clone()));
             }
@@ -65,7 +65,7 @@ impl Emitter {
                 if earlier == Some(members) {
                     continue;
                 }
-                let earlier = earlier.unwrap_or(&nobody);
+                let earlier = earlier.unwrap_or(&no_members);
                 let patch = PoolPatch {
                     key: Some(key.clone()),
                     added: members.difference(earlier).map(|a| wire::endpoint(*a)).collect(),

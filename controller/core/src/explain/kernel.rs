@@ -231,9 +231,9 @@ fn who(sources: &BTreeSet<IpNet>) -> String {
 
 fn seen(masquerade: &str) -> &str {
     match masquerade {
-        NEVER => "of nobody",
-        CLUSTER_IP => "of all but local pods",
-        ALWAYS => "of all",
+        NEVER => "of no source",
+        CLUSTER_IP => "of all sources but local pods",
+        ALWAYS => "of all sources",
         other => other,
     }
 }
@@ -275,7 +275,7 @@ fn action(side: &Side, cluster_ip: ClusterIpMasquerade) -> String {
         CLUSTER_IP => match cluster_ip {
             ClusterIpMasquerade::All => " masquerade",
             ClusterIpMasquerade::NotLocalPods => " masquerade unless from a local pod",
-            ClusterIpMasquerade::Nobody => "",
+            ClusterIpMasquerade::Never => "",
         },
         _ => "",
     };

@@ -196,7 +196,10 @@ fn a_kernel_is_compared_with_the_view() {
     let more = only(|way| way.endpoints.push(Endpoint { address: vec![10, 244, 1, 9], port: 1 }));
     assert_eq!(more, [format!("{name}: with 10.244.1.9:1 besides")]);
     let masquerade = only(|way| way.masquerade = "always".into());
-    assert_eq!(masquerade, [format!("{name}: masquerade of all, should be of all but local pods")]);
+    assert_eq!(
+        masquerade,
+        [format!("{name}: masquerade of all sources, should be of all sources but local pods")]
+    );
     let affinity = only(|way| way.affinity_seconds = 60);
     assert_eq!(affinity, [format!("{name}: session affinity of 60 s, should be 0 s")]);
     let broken = changed(&view, FrontendKind::ClusterIp, |held| held.inside = Side::Broken);
@@ -230,7 +233,7 @@ fn sources_affinity_and_policy_are_compared_too() {
     let affinity = of(|held| forward(&mut held.outside).affinity_seconds = 1);
     assert_eq!(affinity, [format!("{name}: outside: session affinity of 1 s, should be 600 s")]);
     let masquerade = of(|held| forward(&mut held.inside).masquerade = "always".into());
-    assert_eq!(masquerade, [format!("{name}: inside: masquerade of all, should be of nobody")]);
+    assert_eq!(masquerade, [format!("{name}: inside: masquerade of all sources, should be of no source")]);
 }
 
 #[test]

@@ -155,10 +155,11 @@ impl Work<'_> {
 
     fn step(&mut self, step: &Step) -> Next {
         let members: Vec<_> = self.survey.members.iter().filter(|member| member.is_of(step)).collect();
-        let nobody = if step.selector.is_some() { WaitingOn::CanaryNodes } else { WaitingOn::EligibleNodes };
+        let waiting_on =
+            if step.selector.is_some() { WaitingOn::CanaryNodes } else { WaitingOn::EligibleNodes };
         if members.is_empty() {
             self.progress.soaking_since = None;
-            return self.wait(State::Paused, nobody);
+            return self.wait(State::Paused, waiting_on);
         }
         let touched: Vec<_> = members.iter().filter(|member| member.outcome.is_some()).collect();
         let reachable = touched.iter().filter(|member| member.reachable()).count();

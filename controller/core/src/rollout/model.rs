@@ -408,7 +408,9 @@ pub enum Agent {
     Unknown,
     /// There has been none.
     Absent,
+    /// Not connected.
     Disconnected,
+    /// Connected, with its latest reports.
     Connected(Box<Observed>),
 }
 

@@ -314,7 +314,7 @@ async fn without_keys_forged_tokens_wait_behind_nodes() {
         let field = field.clone();
         attackers.spawn(async move {
             loop {
-                let token = field.forger.sign(&claims(&format!("nobody-{}", rand::random::<u64>())));
+                let token = field.forger.sign(&claims(&format!("unknown-{}", rand::random::<u64>())));
                 let _ = field.stream(pod_address(number), &token).await;
                 tokio::time::sleep(Duration::from_millis(300)).await;
             }

@@ -18,7 +18,7 @@ async fn refused_updates_are_followed_by_what_helps() {
     let (fourth, _) = agent.update().await;
     agent.nack(&fourth, NackReason::Kernel).await;
     lab.until("n1", |known| known.failure.is_some() && known.applied == third.to).await;
-    // The agent tries again by itself; what changes meanwhile waits for its late acknowledgement.
+    // The agent retries on its own; changes in this time wait for its late acknowledgement.
     lab.change(3);
     agent.ack(&fourth).await;
     let (fifth, _) = agent.update().await;

@@ -124,7 +124,7 @@ fn a_rollout_that_waits_for_another_for_too_long_is_stalled() {
     let decision = stage.decide();
     assert_eq!(condition(&decision, "Stalled"), Some(("True", "ProgressDeadlineExceeded")));
     assert!(decision.status.message.contains("1 node (n1)"), "{}", decision.status.message);
-    // Nobody returns what nothing describes: the rollout takes the node as it is.
+    // No rollout returns a revision that no object describes: the rollout takes the node as it is.
     stage.fleet[1].unknown = true;
     assert_eq!(stage.decide().moves.len(), 4);
 }

@@ -3,7 +3,7 @@
 //! controller that dies. Seeded.
 //!
 //! Invariants: a revision that breaks nodes never gets further than a rollout's own steps, a node that a rollout
-//! touched returns to what it had itself, no number is used twice, and in the end everybody has the settings of their
+//! touched returns to what it had itself, no number is used twice, and finally every node has the settings of its
 //! profile.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -404,7 +404,7 @@ impl World {
         }
     }
 
-    /// Rows are written at once, later, or by somebody else first.
+    /// Rows are written at once, later, or by another writer first.
     fn write(&mut self, late: bool) {
         for at in 0..NODES {
             match if late { self.random.random_range(0..20) } else { 0 } {
@@ -420,7 +420,7 @@ impl World {
         }
     }
 
-    /// Profiles that are deleted go although nobody rolls out anything else; whose handover was aborted is tried again.
+    /// Deleted profiles go without any other rollout; an aborted handover is retried.
     fn deletions_end(&mut self, seed: u64) {
         for one in ["edge", "spot"] {
             let hash = format!("hash-{}", self.next());
@@ -463,7 +463,7 @@ fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize, usize) {
         world.round(true);
     }
     world.deletions_end(seed);
-    // Good changes of all profiles that are left, all agents are there, nobody changes anything any more.
+    // Good changes of all remaining profiles, all agents connected, no further events.
     for node in &mut world.fleet {
         Arc::make_mut(&mut node.labels).insert("canary".to_owned(), String::new());
     }
