@@ -207,10 +207,10 @@ fn kubectl_explains_every_kind() {
             "pxp.spec.settings.conntrack.tcpEstablishedTimeoutSeconds",
             ["in seconds, 0 to 2147483", "Default: 86400"],
         ),
-        ("pxp.spec.strategy.gates.windowSeconds", ["in seconds, 0 to 3600", "goes back by itself"]),
-        ("pxr.spec.approvedStep", ["counted from 1", "Only grows"]),
+        ("pxp.spec.strategy.gates.windowSeconds", ["in seconds, 0 to 3600", "rolls back automatically"]),
+        ("pxr.spec.approvedStep", ["counted from 1", "Cannot be decreased"]),
         ("pxr.status.waitingOn", ["CanaryNodes", "HealthyNodes"]),
-        ("pxs.spec.profile.previous", ["of another profile before", "It returns to it"]),
+        ("pxs.spec.profile.previous", ["Revision of another profile", "The node returns to it"]),
         ("pxs.status.state", ["Synced", "Absent"]),
     ] {
         explains(&[field], &words);
