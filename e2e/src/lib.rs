@@ -5,7 +5,7 @@
 //!   share.
 //! - [`probe`] sends packets and reports the outcome; [`observe`] reads the kernel and a trace collector independently
 //!   of the product.
-//! - [`parity`] compares Switchtower with kube-proxy, [`bench`] measures both, [`demo`] is `make demo`.
+//! - [`parity`] compares Switchtower with kube-proxy, [`mod@bench`] measures both, [`demo`] is `make demo`.
 //! - [`cluster`] is the other environment: a cluster with kubelets and containers.
 //!
 //! Invariants:
