@@ -205,6 +205,10 @@ fn udp_flow_from_before_the_rules_healed() {
             let directory = tempfile::tempdir().unwrap();
             let (_controller, agent, mut stream) = programmed(&fleet, directory.path()).await;
 
+            // Another user of connection tracking: without any, the kernel tracks nothing once our table is gone.
+            shell("nft add table ip tracker");
+            shell("nft 'add chain ip tracker watch { type filter hook prerouting priority 0; }'");
+            shell("nft add rule ip tracker watch ct state new accept");
             let flow = client(40_000);
             agent.pause();
             shell("nft delete table ip switchtower");
