@@ -541,6 +541,13 @@ impl Engine {
         }
     }
 
+    /// Handles a failure outside of a commit, after which the kernel may hold anything: the next commit compares.
+    fn mirror_lost(&mut self, error: &CommitError) {
+        self.confidence.lose();
+        self.queue();
+        self.failed(error);
+    }
+
     fn kernel_holds_view(&self) -> bool {
         self.kernel.is_some() && self.state.is_loaded() && self.sync == SyncState::Idle
     }

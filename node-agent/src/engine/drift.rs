@@ -129,9 +129,7 @@ impl Engine {
                 differences > 0
             }
             Err(error) => {
-                self.confidence.lose();
-                self.queue();
-                self.failed(&error);
+                self.mirror_lost(&error);
                 true
             }
         }

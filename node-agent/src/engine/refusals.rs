@@ -58,12 +58,11 @@ impl Engine {
         }
         self.retries.begin();
         match self.parts.dataplane.retry_refused() {
-            Ok(refused) => self.refusals_changed(refused),
-            Err(error) => {
-                self.confidence.lose();
-                self.queue();
-                self.failed(&error);
+            Ok(refused) => {
+                self.refusals_changed(refused);
+                self.reconcile_flows();
             }
+            Err(error) => self.mirror_lost(&error),
         }
     }
 
@@ -81,7 +80,6 @@ impl Engine {
             let ack = self.ack(kernel, &Committed::default());
             self.send(super::Event::Ack(ack));
         }
-        self.reconcile_flows();
     }
 }
 

@@ -95,6 +95,20 @@ fn with_a_file(kernel: &MemoryKernel, directory: &std::path::Path, fleet: &Fleet
     engine
 }
 
+/// Returns an engine that has acknowledged a view of which the kernel refuses one item.
+fn with_a_refused_item(
+    kernel: &MemoryKernel,
+    directory: &std::path::Path,
+) -> (Engine, mpsc::UnboundedReceiver<Event>) {
+    kernel.lock().refused =
+        vec![Refused { item: "frontend".into(), reason: "ENFILE".into(), errno: libc::ENFILE }];
+    let (mut engine, _) = engine(kernel, directory);
+    let (_, mut events) = attach(&mut engine);
+    play(&mut engine, Fleet::new(5, 2).snapshot());
+    assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
+    (engine, events)
+}
+
 fn ack(events: &mut mpsc::UnboundedReceiver<Event>) -> Ack {
     match events.try_recv() {
         Ok(Event::Ack(ack)) => ack,
@@ -371,12 +385,7 @@ fn addresses_and_drift_committed_without_a_generation() {
 fn items_accepted_by_a_repair_acknowledged() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
-    kernel.lock().refused =
-        vec![Refused { item: "frontend".into(), reason: "ENFILE".into(), errno: libc::ENFILE }];
-    let (mut engine, _) = engine(&kernel, directory.path());
-    let (_, mut events) = attach(&mut engine);
-    play(&mut engine, Fleet::new(5, 2).snapshot());
-    assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
+    let (mut engine, mut events) = with_a_refused_item(&kernel, directory.path());
     let drift = |engine: &mut Engine| {
         engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
     };
@@ -394,12 +403,7 @@ fn items_accepted_by_a_repair_acknowledged() {
 fn refused_items_retried_without_a_repair() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
-    kernel.lock().refused =
-        vec![Refused { item: "frontend".into(), reason: "ENFILE".into(), errno: libc::ENFILE }];
-    let (mut engine, _) = engine(&kernel, directory.path());
-    let (_, mut events) = attach(&mut engine);
-    play(&mut engine, Fleet::new(5, 2).snapshot());
-    assert_eq!(ack(&mut events).deviations.unwrap().refused, 1);
+    let (mut engine, mut events) = with_a_refused_item(&kernel, directory.path());
     engine.wake();
     assert_eq!(kernel.lock().retries, 0, "not immediately");
     kernel.lock().refused.clear();

@@ -266,6 +266,7 @@ impl Dataplane for Nft {
         }
         Ok(Repaired { differences: count - own + wrong, refused: self.refused() })
     }
+
     fn retry_refused(&mut self) -> Result<Vec<Refused>, CommitError> {
         self.plan.v4.requeue_refused();
         self.plan.v6.requeue_refused();

@@ -9,7 +9,7 @@ use crate::health::Health;
 use crate::kernel::conntrack::{Families, FlowTable};
 use crate::state::limits;
 use crate::storage::snapshot::SnapshotFile;
-use crate::testing::controller::FakeController;
+use crate::testing::controller::{FakeController, FakeStream};
 use crate::testing::{self, Fleet, MemoryKernel, deflate, frontend};
 
 struct NoFlows;
@@ -68,6 +68,18 @@ impl Agent {
     }
 }
 
+/// Starts a controller and an agent that has acknowledged its first view.
+async fn synced() -> (FakeController, Agent, FakeStream, Fleet) {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    stream.welcome(1, &[]).await;
+    let fleet = Fleet::new(10, 2);
+    stream.update(fleet.snapshot()).await;
+    stream.ack().await;
+    (controller, agent, stream, fleet)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hello_update_ack_and_resume() {
     let mut controller = FakeController::start(SERVER_NAME).await;
@@ -108,13 +120,7 @@ async fn hello_update_ack_and_resume() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_updates_are_refused_and_the_stream_goes_on() {
-    let mut controller = FakeController::start(SERVER_NAME).await;
-    let agent = Agent::start(&controller);
-    let mut stream = controller.accept().await;
-    stream.welcome(1, &[]).await;
-    let mut fleet = Fleet::new(10, 2);
-    stream.update(fleet.snapshot()).await;
-    stream.ack().await;
+    let (_controller, agent, mut stream, mut fleet) = synced().await;
 
     let next = || Update { from: Some(1), to: 2, digest: vec![0; 16], ..Update::default() };
     let part = |kind: PartKind, payload: Vec<u8>| Part {
@@ -154,13 +160,7 @@ async fn bad_updates_are_refused_and_the_stream_goes_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_update_of_more_than_four_mebibytes_comes_in_parts() {
-    let mut controller = FakeController::start(SERVER_NAME).await;
-    let agent = Agent::start(&controller);
-    let mut stream = controller.accept().await;
-    stream.welcome(1, &[]).await;
-    let mut fleet = Fleet::new(10, 2);
-    stream.update(fleet.snapshot()).await;
-    stream.ack().await;
+    let (_controller, agent, mut stream, mut fleet) = synced().await;
     // A delta of many thousand frontends, uncompressed.
     let (mut update, mut parts, mut bytes) = (None, Vec::new(), 0);
     let mut number = 1_000;

@@ -50,19 +50,10 @@ impl<const N: usize> Mirror<N> {
         self.changes = Changes::default();
         let mut held: HashMap<Element<N>, Option<Data<N>>> =
             self.blocked.drain().map(|(element, _)| (element, None)).collect();
-        let refused = std::mem::take(&mut self.refused_members);
-        let (again, kept) = refused.into_iter().partition(|(_, _, _, errno)| *errno != 0);
-        self.refused_members = kept;
-        let again: Vec<(u32, usize, Member<N>, i32)> = again;
-        if again.is_empty() {
-            return held;
+        if self.add_refused_members() {
+            self.settle();
+            held.extend(self.changes.0.iter().map(|(element, (before, _))| (*element, *before)));
         }
-        for (index, role, member, _) in again {
-            self.dirty_ports.insert(index);
-            self.add_member(index, role, (member.address, member.port));
-        }
-        self.settle();
-        held.extend(self.changes.0.iter().map(|(element, (before, _))| (*element, *before)));
         held
     }
 
@@ -79,13 +70,19 @@ impl<const N: usize> Mirror<N> {
                 }
             }
         }
+        self.add_refused_members();
+    }
+
+    /// Adds the members that the kernel refused to their pools again. Returns whether there were any.
+    fn add_refused_members(&mut self) -> bool {
         let refused = std::mem::take(&mut self.refused_members);
         let (again, kept): (Vec<_>, Vec<_>) = refused.into_iter().partition(|(_, _, _, errno)| *errno != 0);
         self.refused_members = kept;
-        for (index, role, member, _) in again {
-            self.dirty_ports.insert(index);
-            self.add_member(index, role, (member.address, member.port));
+        for (index, role, member, _) in &again {
+            self.dirty_ports.insert(*index);
+            self.add_member(*index, *role, (member.address, member.port));
         }
+        !again.is_empty()
     }
 
     /// Counts the changes that [`Mirror::retry_refused`] returned, as opposed to foreign changes.
