@@ -4,9 +4,9 @@
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
-use switchtower_admin_api::ControllerInfo;
 use switchtower_admin_api::codes::{self, Code};
-use switchtower_crds::{NodeState, ProxyStatus, ProxyStatusStatus};
+use switchtower_admin_api::{ControllerInfo, NodeState};
+use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 
 use crate::error::CliError;
 

@@ -11,7 +11,8 @@ use std::future::Future;
 use std::sync::{Arc, RwLock};
 
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry as Metrics};
-use switchtower_crds::{NodeState, ProxyStatusStatus};
+use switchtower_admin_api::NodeState;
+use switchtower_crds::ProxyStatusStatus;
 
 use crate::ingest::NodeIdentity;
 use crate::sync::{read, write};

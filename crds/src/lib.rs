@@ -8,14 +8,12 @@ mod proxy_profile;
 mod proxy_rollout;
 mod proxy_status;
 mod settings;
-mod states;
 mod strategy;
 
 pub use proxy_profile::*;
 pub use proxy_rollout::*;
 pub use proxy_status::*;
 pub use settings::*;
-pub use states::*;
 pub use strategy::*;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

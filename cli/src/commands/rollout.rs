@@ -1,7 +1,8 @@
 //! `rollout`: progress of rollouts, and commands that set `paused`, `approvedStep` and `abort`.
 
 use serde_json::json;
-use switchtower_crds::{ProxyRollout, ProxyRolloutStatus, RolloutState, WaitingOn};
+use switchtower_admin_api::{RolloutState, WaitingOn};
+use switchtower_crds::{ProxyRollout, ProxyRolloutStatus};
 
 use crate::args::{Global, RolloutAction, RolloutArgs};
 use crate::cluster::Cluster;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
+use switchtower_admin_api::NodeState;
 use switchtower_admin_api::codes::{self, Code};
 use switchtower_admin_api::{ControllerInfo, VIEWER};
-use switchtower_crds::{NodeState, ProxyStatus};
+use switchtower_crds::ProxyStatus;
 
 use crate::args::{Global, StatusArgs};
 use crate::cluster::Cluster;

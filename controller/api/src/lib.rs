@@ -1,5 +1,5 @@
-//! The JSON types of the controller's admin API and the catalogue of message codes, shared by the controller and
-//! kubectl-switchtower.
+//! The JSON types of the controller's admin API, the states of nodes and rollouts, and the catalogue of message codes,
+//! shared by the controller and kubectl-switchtower.
 //!
 //! Field names are part of the API: `-o json` prints them unchanged. Times are in milliseconds unless a field says
 //! otherwise.
@@ -10,10 +10,12 @@ mod changes;
 pub mod codes;
 mod explanation;
 mod nodes;
+mod states;
 
 pub use changes::{ChangeReport, NodeReport, RefusalReport};
 pub use explanation::{Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus, Outcome};
 pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
+pub use states::{FailureReason, NodeState, RolloutState, WaitingOn};
 
 /// The audience of tokens for the admin API.
 pub const AUDIENCE: &str = "switchtower-admin";

@@ -31,10 +31,11 @@ pub use decide::{Decision, decide};
 pub use describe::{Condition, Status, Transition};
 pub use judge::{Health, health};
 pub use model::{
-    Acknowledgements, Agent, Assignment, Excluded, Failure, FailureReason, FleetNode, Observed, Progress,
-    Quantity, Refusal, Revision, Rollout, State, Step, Strategy, Trial, TrialPhase, WaitingOn,
+    Acknowledgements, Agent, Assignment, Excluded, Failure, FleetNode, Observed, Progress, Quantity, Refusal,
+    Revision, Rollout, Step, Strategy, Trial, TrialPhase,
 };
 pub use selector::{Requirement, Selector};
+pub use switchtower_admin_api::{FailureReason, RolloutState as State, WaitingOn};
 
 /// A point in time, in milliseconds since 1970. Times of different clocks are compared with care: where one lies in
 /// the future, no time has passed.

@@ -225,7 +225,7 @@ pub(super) fn past(object: &api::ProxyRollout) -> Option<Past> {
         hash: object.spec.hash.clone(),
         fallback: fallback(&object.spec),
         handover: handover(&object.spec),
-        state: status.map(|status| State::from_word(&status.state)).unwrap_or_default(),
+        state: status.and_then(|status| State::from_name(&status.state)).unwrap_or_default(),
     })
 }
 
@@ -265,8 +265,8 @@ fn progress(status: &api::ProxyRolloutStatus, now: Time) -> Progress {
         trace: failure.trace_id.clone().unwrap_or_default(),
     });
     Progress {
-        state: State::from_word(&status.state),
-        waiting_on: status.waiting_on.as_deref().and_then(WaitingOn::from_word),
+        state: State::from_name(&status.state).unwrap_or_default(),
+        waiting_on: status.waiting_on.as_deref().and_then(WaitingOn::from_name),
         steps_done: usize::try_from(from.steps_done).unwrap_or(0),
         step_began_at: at(&from.step_began_at),
         soaking_since: at(&from.soaking_since),
@@ -296,7 +296,7 @@ pub(super) fn status(
     let excluded = status.excluded.iter().take(EXCLUDED);
     api::ProxyRolloutStatus {
         observed_generation: object.metadata.generation,
-        state: progress.state.word().to_owned(),
+        state: progress.state.as_str().to_owned(),
         target: rollout.target.to_string(),
         stable: rollout.stable.to_string(),
         progress: api::RolloutProgress {
@@ -311,7 +311,7 @@ pub(super) fn status(
             soaking_since: progress.soaking_since.map(api_time),
             advanced_at: progress.advanced_at.map(api_time),
         },
-        waiting_on: progress.waiting_on.map(|waiting| waiting.word().to_owned()),
+        waiting_on: progress.waiting_on.map(|waiting| waiting.as_str().to_owned()),
         failed: count(progress.failed),
         failures: failures.collect(),
         excluded: api::ExcludedNodes {

@@ -51,7 +51,7 @@ impl RolloutMetrics {
         )?;
         // Create all series at the start: rate() misses the first increase of a new series.
         for reason in FailureReason::ALL {
-            failures.with_label_values(&[reason.word()]);
+            failures.with_label_values(&[reason.as_str()]);
         }
         for cause in CAUSES {
             rollbacks.with_label_values(&[cause]);
@@ -75,8 +75,8 @@ impl RolloutMetrics {
         self.rollbacks.with_label_values(&[cause]).inc();
         for failure in &after.failures {
             // Another version may have stored an unknown reason.
-            if let Some(reason) = FailureReason::from_word(&failure.reason) {
-                self.failures.with_label_values(&[reason.word()]).inc();
+            if let Some(reason) = FailureReason::from_name(&failure.reason) {
+                self.failures.with_label_values(&[reason.as_str()]).inc();
             }
         }
     }

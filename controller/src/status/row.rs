@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
+use switchtower_admin_api::NodeState as State;
 use switchtower_crds::{
-    Agent, Connection, Counts, DeviationCounts, Generations, LastError, NodeState as State, ProfileInForce,
-    ProxyStatusStatus,
+    Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
 };
 
 use switchtower_proto::v1::{SettingsCause, SettingsDeviation};

@@ -208,7 +208,7 @@ fn conditions(progress: &Progress, message: &str, overdue: bool) -> Vec<Conditio
         (State::Paused, Some(WaitingOn::CanaryNodes)) => "Inconclusive",
         (State::Paused, Some(WaitingOn::UnreachableNodes)) => "UnreachableNodes",
         (State::Progressing | State::Pending, _) if overdue => "ProgressDeadlineExceeded",
-        _ => state.word(),
+        _ => state.as_str(),
     };
     let stalled = overdue
         || matches!(state, State::Failed | State::Aborted | State::RollingBack | State::Frozen)

@@ -170,6 +170,6 @@ fn failure(
     message: String,
     errno: i32,
 ) -> Failure {
-    let (node, reason) = (node.name.to_string(), reason.word().to_owned());
+    let (node, reason) = (node.name.to_string(), reason.as_str().to_owned());
     Failure { node, reason, message, errno, trace: assignment.trace.clone() }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Selector, Time};
+use super::{Selector, State, Time, WaitingOn};
 
 /// A revision of a profile, such as `default@7`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -118,137 +118,6 @@ pub struct Rollout {
     pub progress: Progress,
 }
 
-/// State of a rollout.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum State {
-    /// No node was touched yet.
-    #[default]
-    Pending,
-    /// Nodes are being moved.
-    Progressing,
-    /// All nodes of the step hold the target and are watched.
-    Soaking,
-    /// It waits for another actor: see [`WaitingOn`].
-    Paused,
-    /// Too much is out of order elsewhere.
-    Frozen,
-    /// Nodes are being returned.
-    RollingBack,
-    /// Every node that can be reached holds the target.
-    Complete,
-    /// A node failed, and all nodes were returned.
-    Failed,
-    /// A person ended it, and all nodes were returned.
-    Aborted,
-    /// A newer revision took its place.
-    Superseded,
-}
-
-impl State {
-    /// All states.
-    pub const ALL: [Self; 10] = [
-        Self::Pending,
-        Self::Progressing,
-        Self::Soaking,
-        Self::Paused,
-        Self::Frozen,
-        Self::RollingBack,
-        Self::Complete,
-        Self::Failed,
-        Self::Aborted,
-        Self::Superseded,
-    ];
-
-    /// The word of the STATE column.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Pending => "Pending",
-            Self::Progressing => "Progressing",
-            Self::Soaking => "Soaking",
-            Self::Paused => "Paused",
-            Self::Frozen => "Frozen",
-            Self::RollingBack => "RollingBack",
-            Self::Complete => "Complete",
-            Self::Failed => "Failed",
-            Self::Aborted => "Aborted",
-            Self::Superseded => "Superseded",
-        }
-    }
-
-    /// Parses a state; an unknown one is [`State::Pending`].
-    #[must_use]
-    pub fn from_word(word: &str) -> Self {
-        Self::ALL.into_iter().find(|state| state.word() == word).unwrap_or_default()
-    }
-
-    /// Nothing follows.
-    #[must_use]
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::Complete | Self::Failed | Self::Aborted | Self::Superseded)
-    }
-}
-
-/// Event that a rollout waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WaitingOn {
-    /// Nodes take the target.
-    Nodes,
-    /// The soak is over.
-    Soak,
-    /// A person approves the step.
-    Approval,
-    /// A person ends the pause.
-    Resume,
-    /// The step's selector matches no node that can be reached, or all touched ones are gone.
-    CanaryNodes,
-    /// The profile has no node that can be reached.
-    EligibleNodes,
-    /// Nodes that are out of order for other reasons get well.
-    HealthyNodes,
-    /// Nodes of an earlier rollout are returned.
-    Stable,
-    /// Unreachable nodes that have the target return, or a person approves the step without them.
-    UnreachableNodes,
-}
-
-impl WaitingOn {
-    /// All of them.
-    pub const ALL: [Self; 9] = [
-        Self::Nodes,
-        Self::Soak,
-        Self::Approval,
-        Self::Resume,
-        Self::CanaryNodes,
-        Self::EligibleNodes,
-        Self::HealthyNodes,
-        Self::Stable,
-        Self::UnreachableNodes,
-    ];
-
-    /// Parses the name; `None` if there is no such word.
-    #[must_use]
-    pub fn from_word(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|waiting| waiting.word() == word)
-    }
-
-    /// The word of the WAITING-ON column.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Nodes => "Nodes",
-            Self::Soak => "Soak",
-            Self::Approval => "Approval",
-            Self::Resume => "Resume",
-            Self::CanaryNodes => "CanaryNodes",
-            Self::EligibleNodes => "EligibleNodes",
-            Self::HealthyNodes => "HealthyNodes",
-            Self::Stable => "Stable",
-            Self::UnreachableNodes => "UnreachableNodes",
-        }
-    }
-}
-
 /// State stored between decisions.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Progress {
@@ -272,64 +141,12 @@ pub struct Progress {
     pub failures: Vec<Failure>,
 }
 
-/// Why a node failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FailureReason {
-    /// A probe that was good before the switch.
-    ProbeFailed,
-    /// The agent or its kernel refused the update.
-    ApplyFailed,
-    /// The kernel refused single items.
-    ItemsRefused,
-    /// Another program changed the node's tables after it was touched.
-    Drifted,
-    /// The agent lost its connection too often after that.
-    Reconnecting,
-    /// The node was connected and did not take the target in time.
-    ApplyDeadlineExceeded,
-    /// The agent of a canary was lost after it got the target, and did not reconnect in time.
-    LostAfterUpdate,
-}
-
-impl FailureReason {
-    /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::ProbeFailed,
-        Self::ApplyFailed,
-        Self::ItemsRefused,
-        Self::Drifted,
-        Self::Reconnecting,
-        Self::ApplyDeadlineExceeded,
-        Self::LostAfterUpdate,
-    ];
-
-    /// The word in messages and statuses.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::ProbeFailed => "ProbeFailed",
-            Self::ApplyFailed => "ApplyFailed",
-            Self::ItemsRefused => "ItemsRefused",
-            Self::Drifted => "Drifted",
-            Self::Reconnecting => "Reconnecting",
-            Self::ApplyDeadlineExceeded => "ApplyDeadlineExceeded",
-            Self::LostAfterUpdate => "LostAfterUpdate",
-        }
-    }
-
-    /// Parses a reason; `None` if there is no such word.
-    #[must_use]
-    pub fn from_word(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|reason| reason.word() == word)
-    }
-}
-
 /// A node that failed, with the evidence.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Failure {
     /// The node.
     pub node: String,
-    /// The word of a [`FailureReason`].
+    /// The name of a [`FailureReason`].
     pub reason: String,
     /// Human-readable message.
     pub message: String,

@@ -492,7 +492,7 @@ fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize, usize) {
     assert!(!world.profiles.iter().any(|profile| profile.deleting), "seed {seed}: a deleted profile stays");
     let complete = |item: &&Item| item.past.handover.is_some() && item.past.state == State::Complete;
     let handovers = world.items.iter().filter(complete).count();
-    let ends = world.items.iter().map(|item| (item.past.target.profile.clone(), item.past.state.word()));
+    let ends = world.items.iter().map(|item| (item.past.target.profile.clone(), item.past.state.as_str()));
     (ends.collect(), world.own_ways, handovers)
 }
 
@@ -506,7 +506,10 @@ fn overlapping_profiles_are_edited_deleted_and_created_again_on_the_way() {
     assert!(handovers.iter().sum::<usize>() >= 3, "{handovers:?} complete handovers");
     for profile in NAMES {
         for end in [State::Complete, State::Failed, State::Aborted, State::Superseded] {
-            assert!(ends.contains(&(profile.into(), end.word())), "no rollout of {profile} came to {end:?}");
+            assert!(
+                ends.contains(&(profile.into(), end.as_str())),
+                "no rollout of {profile} came to {end:?}"
+            );
         }
     }
     assert!(own_ways.iter().sum::<usize>() > 20, "{own_ways:?} nodes returned to what they alone had");

@@ -1,4 +1,4 @@
-//! Values of `status.state` and `status.waitingOn`.
+//! Values of `status.state`, `status.waitingOn` and the reasons of failures in the custom resources.
 //!
 //! The fields are strings in the schema, so that components of different versions accept each other's values. These enums
 //! are the values that this version knows.
@@ -60,9 +60,11 @@ names! {
 }
 
 names! {
-    /// State of a rollout.
+    /// State of a rollout. An object that the controller did not create has the state `Ignored` instead.
+    #[derive(Default)]
     RolloutState {
         /// No node has been updated yet.
+        #[default]
         Pending,
         /// Nodes are being updated.
         Progressing,
@@ -82,8 +84,6 @@ names! {
         Aborted,
         /// A newer revision has replaced this one.
         Superseded,
-        /// The object was not created by the controller.
-        Ignored,
     }
 }
 
@@ -116,6 +116,26 @@ names! {
         Stable,
         /// Unreachable nodes with the target reconnect, or a user approves the step without them.
         UnreachableNodes,
+    }
+}
+
+names! {
+    /// Reason why a node failed.
+    FailureReason {
+        /// A probe failed that had succeeded before the switch.
+        ProbeFailed,
+        /// The agent or its kernel refused the update.
+        ApplyFailed,
+        /// The kernel refused single items.
+        ItemsRefused,
+        /// Another program changed the node's tables after the update.
+        Drifted,
+        /// The agent lost its connection too often after the update.
+        Reconnecting,
+        /// The node was connected and did not apply the target in time.
+        ApplyDeadlineExceeded,
+        /// The agent of a canary was lost after it got the target, and did not reconnect in time.
+        LostAfterUpdate,
     }
 }
 
