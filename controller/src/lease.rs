@@ -74,14 +74,14 @@ impl Candidate {
 
     /// Waits until this process holds the Lease. The fence is open then.
     pub async fn acquire(&mut self) {
-        let mut told: Option<String> = None;
+        let mut logged: Option<String> = None;
         loop {
-            match self.turn(true).await {
+            match self.try_acquire().await {
                 Ok(Turn::Held) => return,
                 Ok(Turn::Waiting(holder)) => {
-                    if told.as_ref() != Some(&holder) {
+                    if logged.as_ref() != Some(&holder) {
                         tracing::info!(%holder, "another controller is active; waiting for its Lease");
-                        told = Some(holder);
+                        logged = Some(holder);
                     }
                 }
                 Err(error) => {
@@ -115,7 +115,7 @@ impl Candidate {
         let mut failed = false;
         loop {
             tokio::time::sleep(self.interval()).await;
-            match self.turn(false).await {
+            match self.try_renew().await {
                 Ok(Turn::Held) => failed = false,
                 Ok(Turn::Waiting(holder)) => return LeaseLost { holder },
                 Err(error) => {
@@ -127,36 +127,30 @@ impl Candidate {
         }
     }
 
-    /// One look at the Lease and what follows from it. A holder first tries to write over what it knows.
-    async fn turn(&mut self, standby: bool) -> Result<Turn, kube::Error> {
-        if !standby && let Some(known) = self.stored.clone() {
-            match self.write(Some(known)).await {
-                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-                Err(error) => return Err(error),
-                Ok(()) => return Ok(Turn::Held),
-            }
-        }
+    async fn try_acquire(&mut self) -> Result<Turn, kube::Error> {
         let stored = self.bounded(self.api.get_opt(LEASE)).await?;
-        let step = if standby {
-            self.election.standby(stored.as_ref(), Instant::now())
-        } else {
-            self.election.holder(stored.as_ref())
-        };
-        match step {
-            Step::Wait(holder) => return Ok(Turn::Waiting(holder)),
-            Step::Take => {}
+        if let Step::Wait(holder) = self.election.standby(stored.as_ref(), Instant::now()) {
+            return Ok(Turn::Waiting(holder));
         }
         match self.write(stored).await {
             // Another replica was faster; the next turn sees which one.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
-                if standby {
-                    Ok(Turn::Waiting("another controller".to_owned()))
-                } else {
-                    Err(kube::Error::Api(status))
-                }
+            Err(error) if is_conflict(&error) => Ok(Turn::Waiting("another controller".to_owned())),
+            written => written.map(|()| Turn::Held),
+        }
+    }
+
+    /// Replaces the last known Lease; reads it only if another writer changed or deleted it.
+    async fn try_renew(&mut self) -> Result<Turn, kube::Error> {
+        if let Some(known) = self.stored.clone() {
+            match self.write(Some(known)).await {
+                Err(error) if is_conflict(&error) => {}
+                written => return written.map(|()| Turn::Held),
             }
-            Err(error) => Err(error),
-            Ok(()) => Ok(Turn::Held),
+        }
+        let stored = self.bounded(self.api.get_opt(LEASE)).await?;
+        match self.election.holder(stored.as_ref()) {
+            Step::Wait(holder) => Ok(Turn::Waiting(holder)),
+            Step::Take => self.write(stored).await.map(|()| Turn::Held),
         }
     }
 
@@ -215,6 +209,11 @@ impl Candidate {
             }
         }
     }
+}
+
+/// Returns true if another writer changed or deleted the Lease since it was read.
+fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 404 | 409))
 }
 
 enum Turn {

@@ -56,7 +56,8 @@ impl Peers {
 pub async fn follow(client: Client, namespace: String, port: u16, sender: watch::Sender<Vec<String>>) {
     let own = sender.borrow().clone();
     let api: Api<Pod> = Api::namespaced(client, &namespace);
-    let params = ListParams::default().labels(SELECTOR);
+    // From the API server's watch cache: a list that is seconds old is good enough.
+    let params = ListParams::default().labels(SELECTOR).match_any();
     loop {
         match tokio::time::timeout(INTERVAL, api.list(&params)).await {
             Ok(Ok(pods)) => {

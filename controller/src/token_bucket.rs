@@ -1,6 +1,6 @@
 //! A token bucket: limits a rate and allows bursts.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Rate of events.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +38,15 @@ impl TokenBucket {
         self.tokens >= 1.0
     }
 
+    /// Returns the time until the next token, as of the last call.
+    pub(crate) fn wait(&self) -> Duration {
+        Duration::from_secs_f64((1.0 - self.tokens).max(0.0) / self.rate.per_second)
+    }
+
+    pub(crate) fn set_rate(&mut self, rate: Rate) {
+        self.rate = rate;
+    }
+
     /// Returns true if a new bucket would allow no more than this one.
     pub(crate) fn is_full(&mut self, now: Instant) -> bool {
         self.refill(now);
@@ -53,8 +62,6 @@ impl TokenBucket {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

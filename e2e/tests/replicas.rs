@@ -56,6 +56,16 @@ fn versions(fleet: &Fleet) -> Vec<Option<String>> {
     rows.chain([map.and_then(|map| map.resource_version())]).collect()
 }
 
+/// Waits until this controller's log says that it stands by.
+fn stands_by(controller: &str, log: impl Fn() -> String) {
+    wait::until(&format!("the {controller} controller waits"), TAKEN_OVER, || {
+        let log = log();
+        ensure!(log.contains("another controller is active"), "{log}");
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// Waits until neither controller writes.
 fn quiet(fleet: &Fleet) {
     fleet.settled(AGREED).unwrap();
@@ -79,11 +89,7 @@ fn standby_takes_over_after_kill_stop_and_termination() {
     answered_by("at first", scene.pod("c2"), Transport::Tcp, to, &["a1"]);
     active(fleet, "controller-0");
     fleet.start_standby().unwrap();
-    wait::until("the second controller waits", TAKEN_OVER, || {
-        ensure!(fleet.standby_log().contains("another controller is active"), "{}", fleet.standby_log());
-        Ok(())
-    })
-    .unwrap();
+    stands_by("second", || fleet.standby_log());
     quiet(fleet);
     let takes_over = |how: &str, replica: &str, port: u16, pods: &[&str], act: &dyn Fn()| {
         let began = Instant::now();
@@ -92,7 +98,7 @@ fn standby_takes_over_after_kill_stop_and_termination() {
         active(fleet, replica);
         let held = began.elapsed();
         spread_bootstrap(fleet, port);
-        // An agent notices a stopped controller by two unanswered pings, 20 s.
+        // An agent notices a stopped controller after 20 s of silence and an unanswered ping of 10 s.
         fleet.settled(AGREED).unwrap();
         answered_by(how, scene.pod("c2"), Transport::Tcp, to, pods);
         println!("{how}: Lease after {held:.1?}, endpoint in the kernel after {:.1?}", began.elapsed());
@@ -100,19 +106,10 @@ fn standby_takes_over_after_kill_stop_and_termination() {
     };
     takes_over("SIGKILL", "controller-1", 9453, &["b1"], &|| fleet.signal_controller(libc::SIGKILL));
     fleet.start_controller().unwrap();
-    wait::until("the first controller waits", TAKEN_OVER, || {
-        let log = fleet.controller_log();
-        ensure!(log.contains("another controller is active"), "{log}");
-        Ok(())
-    })
-    .unwrap();
+    stands_by("first", || fleet.controller_log());
     takes_over("SIGTERM", "controller-0", 9443, &["c1"], &|| fleet.signal_standby(libc::SIGTERM));
     fleet.start_standby().unwrap();
-    wait::until("the second controller waits again", TAKEN_OVER, || {
-        ensure!(fleet.standby_log().contains("another controller is active"), "{}", fleet.standby_log());
-        Ok(())
-    })
-    .unwrap();
+    stands_by("second", || fleet.standby_log());
     takes_over("SIGSTOP", "controller-1", 9453, &["a1", "b1"], &|| fleet.signal_controller(libc::SIGSTOP));
     fleet.signal_controller(libc::SIGCONT);
     wait::until("the controller that was stopped ends", TAKEN_OVER, || {

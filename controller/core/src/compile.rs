@@ -225,8 +225,8 @@ impl Compiler {
         }
     }
 
-    /// Number of Services that a bound keeps out.
-    pub fn refused(&self) -> usize {
+    #[cfg(test)]
+    fn refused(&self) -> usize {
         self.admission.refused()
     }
 

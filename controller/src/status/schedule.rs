@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::token_bucket::{Rate, TokenBucket};
+
 /// Minimum budget of writes per second, without assignments.
 pub(super) const WRITES_PER_SECOND: u32 = 50;
 /// Maximum writes per second of rows that only show progress, for all rows together. A write costs as much as dozens
@@ -123,37 +125,30 @@ impl Schedule {
 
 /// A token bucket that holds one second's worth.
 #[derive(Debug)]
-pub(super) struct Budget {
-    rate: f64,
-    tokens: f64,
-    filled: Instant,
-}
+pub(super) struct Budget(TokenBucket);
 
 impl Budget {
     pub(super) fn new(per_second: u32, now: Instant) -> Self {
-        let rate = f64::from(per_second);
-        Self { rate, tokens: rate, filled: now }
+        Self(TokenBucket::new(rate(per_second), now.into_std()))
     }
 
     /// Changes the rate.
     pub(super) fn set_rate(&mut self, per_second: u32) {
-        self.rate = f64::from(per_second);
+        self.0.set_rate(rate(per_second));
     }
 
     /// Takes a token, or says when there will be one.
     pub(super) fn take(&mut self, now: Instant) -> Result<(), Instant> {
-        let rate = self.rate;
-        let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
-        self.tokens = (self.tokens + elapsed * rate).min(rate);
-        self.filled = now;
-        if self.tokens >= 1.0 {
-            self.tokens -= 1.0;
+        if self.0.take(now.into_std()) {
             return Ok(());
         }
         // Timers count milliseconds; a fraction of a token must not become a date that has come already.
-        let missing = Duration::from_secs_f64((1.0 - self.tokens) / rate);
-        Err(now + missing.max(Duration::from_millis(1)))
+        Err(now + self.0.wait().max(Duration::from_millis(1)))
     }
+}
+
+fn rate(per_second: u32) -> Rate {
+    Rate { per_second: per_second.into(), burst: per_second.into() }
 }
 
 #[cfg(test)]

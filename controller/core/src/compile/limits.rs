@@ -181,7 +181,7 @@ impl Admission {
         self.total.refused.contains(key).then_some(Bound::Total)
     }
 
-    /// Number of Services that are refused.
+    #[cfg(test)]
     pub(super) fn refused(&self) -> usize {
         let in_namespaces: usize = self.namespaces.values().map(|group| group.refused.len()).sum();
         in_namespaces + self.total.refused.len()

@@ -49,6 +49,14 @@ impl Output {
     pub(super) fn only(problem: Problem) -> Self {
         Self { problems: vec![problem], ..Self::default() }
     }
+
+    /// Reports an exceeded limit, once for all ports and families that exceed it alike.
+    fn exceeds(&mut self, service: &Service, message: String) {
+        let problem = Problem::of_service(service, ProblemReason::LimitExceeded, message);
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
+    }
 }
 
 /// Compiles one Service from its slices, in the order of their keys.
@@ -174,10 +182,7 @@ fn source_ranges(service: &Service, family: Family, output: &mut Output) -> Vec<
     let most = (output.room / frontends.max(1)).clamp(1, MAX_SOURCE_RANGES);
     if ranges.len() > most {
         let message = format!("{} loadBalancerSourceRanges: the first {most} are used", ranges.len());
-        let problem = Problem::of_service(service, ProblemReason::LimitExceeded, message);
-        if !output.problems.contains(&problem) {
-            output.problems.push(problem);
-        }
+        output.exceeds(service, message);
     }
     ranges.into_iter().take(most).collect()
 }
@@ -258,10 +263,7 @@ fn pools(
             } else {
                 format!("more than {} endpoints of all ports: the others are left out", output.room)
             };
-            let problem = Problem::of_service(service, ProblemReason::LimitExceeded, message);
-            if !output.problems.contains(&problem) {
-                output.problems.push(problem);
-            }
+            output.exceeds(service, message);
         }
     };
     if uses_cluster && !categories.cluster.is_empty() {
