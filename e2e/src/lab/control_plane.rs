@@ -245,6 +245,8 @@ fn start_api_server(directory: &Path, ports: &Ports) -> Result<Process> {
         format!("--service-cluster-ip-range={SERVICE_CIDRS}"),
         format!("--token-auth-file={}", file("tokens.csv")),
         "--authorization-mode=Node,RBAC".to_owned(),
+        // As kubeadm sets it: the DaemonSet of the sysctls and the clean-up of kube-proxy need it.
+        "--allow-privileged=true".to_owned(),
         "--endpoint-reconciler-type=none".to_owned(),
         // The laboratory writes thousands of objects in a row; API priority and fairness is not under test.
         "--max-requests-inflight=2000".to_owned(),
