@@ -124,6 +124,34 @@ fn the_cli_links_no_compiler_and_no_grpc() {
     );
 }
 
+/// Clippy checks the standard library (`incompatible_msrv`); this checks the dependencies.
+#[test]
+fn dependencies_support_the_declared_rust_version() {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["metadata", "--locked", "--offline", "--format-version=1"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let version = |package: &serde_json::Value| -> Option<Vec<u32>> {
+        let numbers = package["rust_version"].as_str()?.split('.').take(2);
+        numbers.map(|number| number.parse().ok()).collect()
+    };
+    let packages = metadata["packages"].as_array().unwrap();
+    let own = packages.iter().find(|package| package["name"] == "switchtower-core").unwrap();
+    let declared = version(own).unwrap();
+    let newer: Vec<_> = packages
+        .iter()
+        .filter(|package| version(package).is_some_and(|wanted| wanted > declared))
+        .map(|package| {
+            format!("{} {} needs {}", package["name"], package["version"], package["rust_version"])
+        })
+        .collect();
+    assert!(newer.is_empty(), "they need a newer Rust than {declared:?}: {newer:#?}");
+}
+
 #[test]
 fn one_tls_provider_is_linked() {
     for package in ["switchtower-controller", "switchtower-node-agent"] {
