@@ -13,15 +13,8 @@ use crate::kernel::dataplane::{
 use crate::probe::Prober;
 use crate::state::{Round, State};
 
-#[allow(unreachable_pub, dead_code, reason = "shared with the integration tests, which use other parts")]
-#[path = "../tests/support/fleet.rs"]
-mod fleet;
-
-#[allow(unreachable_pub, dead_code, reason = "shared with the integration tests, which use other parts")]
-#[path = "../tests/support/controller.rs"]
-pub(crate) mod controller;
-
-pub(crate) use fleet::*;
+pub(crate) use switchtower_node_agent_testing::controller;
+pub(crate) use switchtower_node_agent_testing::fleet::*;
 
 /// A state that holds `services` Services with `endpoints` endpoints each, at generation 1.
 pub(crate) fn state(services: u32, endpoints: u32) -> State {

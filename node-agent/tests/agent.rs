@@ -3,24 +3,18 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/controller.rs"]
-mod controller;
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/fleet.rs"]
-mod fleet;
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
-#[path = "support/process.rs"]
-mod process;
+mod common;
 
 use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use switchtower_node_agent_testing::controller;
+use switchtower_node_agent_testing::fleet;
 
-use controller::{DEADLINE, FakeController};
-use fleet::Fleet;
-use process::{Agent, BINARY, programmed};
+use common::process::{Agent, BINARY, programmed};
+use switchtower_node_agent_testing::controller::{DEADLINE, FakeController};
+use switchtower_node_agent_testing::fleet::Fleet;
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;

@@ -3,30 +3,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/controller.rs"]
-mod controller;
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/fleet.rs"]
-mod fleet;
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
-#[path = "support/process.rs"]
-mod process;
-#[allow(unreachable_pub, reason = "a module of its own, as those above")]
-#[path = "support/segment.rs"]
-mod segment;
-
 mod common;
 
+use common::segment;
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
+use switchtower_node_agent_testing::fleet;
 
+use common::process::programmed;
 use common::{Lab, Namespace};
-use controller::block_on;
-use fleet::Fleet;
-use process::programmed;
+use switchtower_node_agent_testing::controller::block_on;
+use switchtower_node_agent_testing::fleet::Fleet;
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;

@@ -155,6 +155,7 @@ fn adoption_repairs_only_what_differs() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn disturbances_noticed_and_repaired() {
     let node = Namespace::new("disturb");
     let mut nft = open(&node);

@@ -3,30 +3,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/controller.rs"]
-mod controller;
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/fleet.rs"]
-mod fleet;
-#[allow(unreachable_pub, reason = "a module of its own, as those above")]
-#[path = "support/node.rs"]
-mod node;
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
-#[path = "support/process.rs"]
-mod process;
-
 mod common;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
+use switchtower_node_agent_testing::controller;
+use switchtower_node_agent_testing::fleet;
 
 use common::Lab;
-use controller::{DEADLINE, FakeController, FakeStream};
-use fleet::Fleet;
-use node::{Connection, Watcher, ask, serve_lines};
-use process::{Agent, programmed};
+use common::node::{Connection, Watcher, ask, serve_lines};
+use common::process::{Agent, programmed};
+use switchtower_node_agent_testing::controller::{DEADLINE, FakeController, FakeStream};
+use switchtower_node_agent_testing::fleet::Fleet;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::*;
 
@@ -144,6 +133,7 @@ fn sysctl(name: &str) -> String {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn open_connection_survives_every_change_of_settings() {
     in_lab(|| async {
         let mut scene = Scene::start().await;

@@ -5,6 +5,10 @@
 //! node. Servers answer each connection or datagram with "name of the pod, address of the peer".
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod node;
+pub mod process;
+pub mod segment;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::common::Namespace;
+use super::Namespace;
 
 const PATIENCE: Duration = Duration::from_secs(2);
 

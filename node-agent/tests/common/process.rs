@@ -4,8 +4,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use super::controller::{FakeController, FakeStream};
-use super::fleet::Fleet;
+use switchtower_node_agent_testing::controller::{FakeController, FakeStream};
+use switchtower_node_agent_testing::fleet::Fleet;
 
 /// The agent's program.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_switchtower-node-agent");

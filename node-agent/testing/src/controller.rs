@@ -21,14 +21,18 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The listening controller.
 pub struct FakeController {
+    /// Address on which it listens.
     pub address: SocketAddr,
+    /// Certificate of its authority, in PEM.
     pub ca: String,
     streams: mpsc::UnboundedReceiver<FakeStream>,
 }
 
 /// One agent's stream, after its Hello.
 pub struct FakeStream {
+    /// First message of the agent.
     pub hello: Hello,
+    /// Value of the header `authorization`.
     pub authorization: String,
     incoming: mpsc::UnboundedReceiver<FromAgent>,
     out: mpsc::Sender<Result<ControllerMessage, Status>>,
@@ -157,17 +161,20 @@ fn tls(
 }
 
 impl FakeStream {
+    /// Sends a message.
     pub async fn send(&self, message: FromController) {
         // The test notices an agent that has left.
         let _ = self.out.send(Ok(ControllerMessage { message: Some(message) })).await;
     }
 
+    /// Accepts the session and names the other controllers.
     pub async fn welcome(&self, session: u64, peers: &[String]) {
         let controller = "fake".to_owned();
         let welcome = Welcome { version: 1, session, controller, peers: peers.to_vec(), resumed: false };
         self.send(FromController::Welcome(welcome)).await;
     }
 
+    /// Sends an update with all of its parts.
     pub async fn update(&self, (update, parts): (Update, Vec<Part>)) {
         let to = update.to;
         self.send(FromController::Update(update)).await;
@@ -183,6 +190,7 @@ impl FakeStream {
         message.expect("a message comes in time")
     }
 
+    /// Returns the next acknowledgement; fails on a refusal.
     pub async fn ack(&mut self) -> Ack {
         match self.next().await {
             Some(FromAgent::Ack(ack)) => ack,
@@ -190,6 +198,7 @@ impl FakeStream {
         }
     }
 
+    /// Returns the next refusal; fails on an acknowledgement.
     pub async fn nack(&mut self) -> Nack {
         match self.next().await {
             Some(FromAgent::Nack(nack)) => nack,

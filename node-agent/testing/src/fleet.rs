@@ -1,4 +1,4 @@
-//! Fixtures that unit and integration tests share: a synthetic fleet and what a controller sends for it.
+//! A synthetic view of one node, and the updates with which a controller sends it.
 
 use prost::Message as _;
 use switchtower_proto::digest::{Digest, ItemRef};
@@ -97,10 +97,12 @@ pub fn node_record() -> NodeRecord {
 /// State of a controller for one node: layers as changes, with their digest.
 #[derive(Clone, Default)]
 pub struct Fleet {
+    /// Digests of the layers.
     pub digest: Digest,
     cluster: Vec<Kind>,
     node: Vec<Kind>,
     settings: Vec<Kind>,
+    /// Generation of the view.
     pub generation: u64,
 }
 
@@ -230,6 +232,7 @@ impl Fleet {
     }
 }
 
+/// Compresses the items of a part.
 pub fn deflate(bytes: &[u8]) -> Vec<u8> {
     use std::io::Write as _;
     let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
