@@ -160,15 +160,12 @@ fn leave(name: &str) {
 fn invalid_profiles_are_rejected_on_apply() {
     let _alone = alone();
     let steps = |steps: Value| json!({"strategy": {"steps": steps}});
+    let short = steps(json!([{"nodes": "5%"}, {"nodes": "50%"}]));
     let cases = [
         ("a CIDR that is none", json!({"settings": {"nodePortAddresses": ["10.0.0/8"]}}), "must be a CIDR"),
         ("a share over 100 %", steps(json!([{"nodes": "101%"}, {"nodes": "100%"}])), "should match"),
         ("no node at all", steps(json!([{"nodes": 0}, {"nodes": "100%"}])), "greater than or equal to 1"),
-        (
-            "steps that end early",
-            steps(json!([{"nodes": "5%"}, {"nodes": "50%"}])),
-            "the last step must have",
-        ),
+        ("steps that end early", short, "the last step must have"),
         (
             "a last step for some",
             steps(json!([{"nodes": "100%", "nodeSelector": {"matchLabels": {"a": "b"}}}])),
@@ -227,6 +224,7 @@ fn kubectl_explains_every_kind() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn connection_tracking_changes_live_and_a_connection_stays() {
     let (_alone, scene) = start("tracking");
     let service = scene.service("web", &json!({}));
@@ -308,6 +306,7 @@ fn example_profile_is_accepted() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn rollout_waits_for_canary_and_approvals() {
     let (_alone, scene) = start("approvals");
     let canary = json!({

@@ -270,6 +270,7 @@ fn good_change_reaches_all_without_delaying_endpoints() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn breaking_change_stops_at_canary_and_rolls_back() {
     let trip = Trip::new("bad");
     let metric = |name: &str, labels: &str| trip.scene.fleet.controller_metric(name, labels).unwrap();

@@ -40,8 +40,7 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
 
-pub use drift::DriftCause;
-pub use messages::{AgentStatus, Command, Event};
+pub use messages::{AgentStatus, Command, DriftCause, Event};
 use report::Conditions;
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 

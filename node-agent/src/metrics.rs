@@ -60,6 +60,7 @@ impl Metrics {
     ///
     /// # Errors
     /// A name is registered already.
+    #[expect(clippy::too_many_lines, reason = "one declaration per metric")]
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
         let family = &["ip_family"];
         let sync = HistogramOpts::new(

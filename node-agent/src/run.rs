@@ -1,6 +1,7 @@
 //! Wiring of the agent: executes the command line, starts all parts and stops them.
 
 mod shutdown;
+mod sockets;
 mod startup;
 mod tasks;
 
@@ -15,10 +16,10 @@ use crate::controller::link::Contact;
 use crate::controller::session::Identity;
 use crate::engine::{Command, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
-use crate::kernel::addresses::{Addresses, kernel_version};
+use crate::kernel::addresses::kernel_version;
 use crate::kernel::conntrack::{Conntrack, Reconciler};
 use crate::kernel::inspector::Inspector;
-use crate::kernel::nft::{ForeignProxy, KernelReader, Monitor, Nft};
+use crate::kernel::nft::KernelReader;
 use crate::kernel::sysctl::{Sysctls, Unset};
 use crate::metrics::Metrics;
 use crate::probe::TcpProber;
@@ -26,8 +27,9 @@ use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
 use shutdown::{stop_signal, until_stopped, wait_for};
+use sockets::Sockets;
 use startup::{Waited, bound_memory, lock, raise_descriptor_limit, telemetry};
-use tasks::{follow, probe_results, sender, watch_drift};
+use tasks::{probe_results, sender};
 
 /// Capacity of the engine's queue; a session that is faster than the kernel blocks on it.
 const COMMANDS: usize = 16;
@@ -84,6 +86,17 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")
 }
 
+/// Registers the metrics of the agent and of its process.
+fn register_metrics() -> anyhow::Result<(Registry, Metrics)> {
+    let registry = Registry::new();
+    let metrics = Metrics::register(&registry).context("register metrics")?;
+    #[cfg(target_os = "linux")]
+    registry
+        .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+        .context("register process metrics")?;
+    Ok((registry, metrics))
+}
+
 /// Runs the agent until a stop signal.
 fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
     bound_memory();
@@ -101,25 +114,9 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         args.token_file,
         Some(args.state_dir.clone()),
     );
-    // Open all netlink sockets in the main thread: they belong to its network namespace.
-    let mut kernel =
-        Nft::open().context("open nf_tables netlink; does this kernel have CONFIG_NF_TABLES?")?;
-    let own_port = kernel.port().context("open nf_tables netlink")?;
-    // No reason to exit: each commit is a new attempt, and its failure is reported to the controller.
-    if let Err(error) = kernel.check_support() {
-        tracing::error!(kernel = kernel_version(), %error, "the kernel does not accept the rules");
-    }
-    let monitor = Monitor::open(own_port);
-    let foreign = ForeignProxy::open().context("open nf_tables netlink")?;
-    let flows = Conntrack::open().context("open conntrack netlink")?;
-    let mut addresses = Addresses::open().context("open route netlink")?;
-    let host_addresses = addresses.read().context("read the addresses of the interfaces")?;
-    let registry = Registry::new();
-    let metrics = Metrics::register(&registry).context("register metrics")?;
-    #[cfg(target_os = "linux")]
-    registry
-        .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
-        .context("register process metrics")?;
+    // In the main thread: sockets belong to the network namespace of the thread that opens them.
+    let Sockets { kernel, flows, host_addresses, watched } = Sockets::open()?;
+    let (registry, metrics) = register_metrics()?;
     let health = Health::default();
     let (commands, received) = mpsc::channel(COMMANDS);
     let files = StateFiles::start().context("start the thread that writes state files")?;
@@ -148,21 +145,14 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         .name("engine".into())
         .spawn(move || Engine::start(parts).run(received, &handle))
         .context("start the engine's thread")?;
-    follow("addresses", &commands, move |commands| {
-        addresses.follow(sender(commands, Command::HostAddresses));
-    })?;
-    follow("foreign-proxy", &commands, move |commands| {
-        foreign.follow(sender(commands, Command::ForeignProxy));
-    })?;
-    let watched = metrics.drift_watched.clone();
-    follow("drift", &commands, move |commands| watch_drift(monitor, own_port, commands, &watched))?;
+    watched.follow(&commands, &metrics)?;
     let identity = Identity { node_name, kernel_version: kernel_version(), files };
-    let servers = (args.healthz_bind_address, args.metrics_bind_address);
     let contact = Contact::default();
     let result = runtime.block_on(async {
-        tokio::spawn(serve(servers.0, "health", health_router(&health, &contact, &metrics)));
+        let router = health_router(&health, &contact, &metrics);
+        tokio::spawn(serve(args.healthz_bind_address, "health", router));
         let router = metrics_router(registry);
-        for address in servers.1 {
+        for address in args.metrics_bind_address {
             tokio::spawn(serve(address, "metrics", router.clone()));
         }
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));

@@ -12,6 +12,7 @@ pub mod v1 {
     #![allow(
         missing_docs,
         clippy::all,
+        clippy::too_many_lines,
         unreachable_pub,
         reason = "generated from fleet.proto, documented there"
     )]

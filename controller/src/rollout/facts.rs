@@ -113,12 +113,8 @@ impl Rollouts {
             }
             let (assigned, stored) = self.assignments.of(name);
             let served = self.served.get(name);
-            let missing = match (settled, stored.had_agent) {
-                (None, _) => Agent::Unknown,
-                (Some(_), true) => Agent::Disconnected,
-                (Some(_), false) => Agent::Absent,
-            };
-            let (agent, lost) = agents.remove(name).unwrap_or((missing, None));
+            let without_session = || (missing(settled.is_some(), stored.had_agent), None);
+            let (agent, lost) = agents.remove(name).unwrap_or_else(without_session);
             let assigned = assigned.as_ref().map(convert::assigned).map(|mut known| {
                 let previous = known.previous.take();
                 known.previous = previous
@@ -153,6 +149,15 @@ impl Rollouts {
             });
         }
         facts
+    }
+}
+
+/// Returns the state of an agent without a session. Before the fleet has `settled` it may still connect.
+fn missing(settled: bool, had_agent: bool) -> Agent {
+    match (settled, had_agent) {
+        (false, _) => Agent::Unknown,
+        (true, true) => Agent::Disconnected,
+        (true, false) => Agent::Absent,
     }
 }
 

@@ -124,7 +124,7 @@ pub(super) async fn start_synced(
     peers: channel::Sender<Vec<String>>,
     tasks: &mut Background,
 ) -> anyhow::Result<Synced> {
-    let Replica { args, name, clients, agents, telemetry, .. } = replica;
+    let Replica { args, name, clients, telemetry, .. } = replica;
     let Telemetry { registry, serve, upstream, busy } = telemetry;
     registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
     let floors = Floors::default();
@@ -143,48 +143,15 @@ pub(super) async fn start_synced(
     registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     let (nodes, node_events) = mpsc::unbounded_channel();
-    let assignments = Assignments::default();
-    let settings = WriterSettings { replica: name.clone(), agents: agents.clone() };
+    let mut active = prepare_active(replica, &fleet, floors, node_events, tasks)?;
     let client = clients.fenced.clone();
-    let metrics = StatusMetrics::new(registry)?;
-    let writer = Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
-    let metrics = RolloutMetrics::new(registry)?;
-    let rollouts = Rollouts::new(client.clone(), name, fleet.clone(), assignments, metrics);
-    let account = args.agent_service_account.clone();
-    let pods = absence::follow::run(
-        clients.unfenced.clone(),
-        args.namespace.clone(),
-        account,
-        agents.clone(),
-        upstream.restores(),
-    );
     let keep = builtin::keep(client.clone(), args.namespace.clone(), builtin);
     let replicas = peers::follow(client, args.namespace.clone(), args.listen.port(), peers);
-    let (rows, row_events) = mpsc::unbounded_channel();
-    let (more, rollout_events) = mpsc::unbounded_channel();
-    let (activate, activated) = oneshot::channel::<()>();
-    let forward = backlog::forward(node_events, vec![rows, more], async move {
-        if activated.await.is_err() {
-            // The process is ending, or a part of it failed to start.
-            std::future::pending::<()>().await;
-        }
-    });
-    tasks.spawn("Nodes", forward);
-    let active = Active {
-        writer,
-        rollouts,
-        row_events,
-        rollout_events,
-        activate,
-        agents: agents.clone(),
-        upstream: upstream.clone(),
-        background: vec![
-            ("Events", Box::pin(publisher)),
-            ("built-in settings record", Box::pin(keep)),
-            ("agent Pods", Box::pin(pods)),
-            ("controller Pods", Box::pin(replicas)),
-        ],
-    };
+    active.background.extend([
+        ("Events", Box::pin(publisher) as Task),
+        ("built-in settings record", Box::pin(keep)),
+        ("controller Pods", Box::pin(replicas)),
+    ]);
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
@@ -195,6 +162,53 @@ pub(super) async fn start_synced(
     let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches);
     tasks.spawn("engine", engine);
     Ok(Synced { fleet, head: head_seen, traces: changes.traces, active })
+}
+
+/// Prepares the writers of rows and rollouts. Events of Nodes wait until the replica is active.
+fn prepare_active(
+    replica: &Replica,
+    fleet: &Arc<Fleet>,
+    floors: Floors,
+    node_events: mpsc::UnboundedReceiver<NodeEvent>,
+    tasks: &mut Background,
+) -> anyhow::Result<Active> {
+    let Replica { args, name, clients, agents, telemetry, .. } = replica;
+    let Telemetry { registry, upstream, .. } = telemetry;
+    let assignments = Assignments::default();
+    let settings = WriterSettings { replica: name.clone(), agents: agents.clone() };
+    let client = clients.fenced.clone();
+    let metrics = StatusMetrics::new(registry)?;
+    let writer = Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
+    let metrics = RolloutMetrics::new(registry)?;
+    let rollouts = Rollouts::new(client, name, fleet.clone(), assignments, metrics);
+    let account = args.agent_service_account.clone();
+    let pods = absence::follow::run(
+        clients.unfenced.clone(),
+        args.namespace.clone(),
+        account,
+        agents.clone(),
+        upstream.restores(),
+    );
+    let (rows, row_events) = mpsc::unbounded_channel();
+    let (more, rollout_events) = mpsc::unbounded_channel();
+    let (activate, activated) = oneshot::channel::<()>();
+    let forward = backlog::forward(node_events, vec![rows, more], async move {
+        if activated.await.is_err() {
+            // The process is ending, or a part of it failed to start.
+            std::future::pending::<()>().await;
+        }
+    });
+    tasks.spawn("Nodes", forward);
+    Ok(Active {
+        writer,
+        rollouts,
+        row_events,
+        rollout_events,
+        activate,
+        agents: agents.clone(),
+        upstream: upstream.clone(),
+        background: vec![("agent Pods", Box::pin(pods))],
+    })
 }
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Engine, SyncState};
+use super::{DriftCause, Engine, SyncState};
 use crate::kernel::dataplane::Repaired;
 use crate::state::UdpChanges;
 
@@ -16,32 +16,6 @@ const REST: u32 = 4;
 const FIRST_REST: Duration = Duration::from_millis(100);
 /// Maximum pause.
 const LONGEST_REST: Duration = Duration::from_secs(5);
-
-/// Cause of a notice of drift.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DriftCause {
-    /// Another program changed one of our tables.
-    Changed,
-    /// Another program deleted one of our tables.
-    TableDeleted,
-    /// Notices were lost.
-    Overflow,
-    /// The tables were not monitored for some time.
-    Unwatched,
-}
-
-impl DriftCause {
-    /// Name in reports, spans and the metric's label.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Changed => "changed",
-            Self::TableDeleted => "table_deleted",
-            Self::Overflow => "overflow",
-            Self::Unwatched => "unwatched",
-        }
-    }
-}
 
 /// Pending notice, and the pause between repairs.
 #[derive(Debug, Default)]

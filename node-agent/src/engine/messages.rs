@@ -9,7 +9,6 @@ use switchtower_proto::v1::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::DriftCause;
 use crate::health::BindFailures;
 use crate::state::Measured;
 
@@ -101,4 +100,30 @@ pub struct AgentStatus {
     pub deviations: Option<Deviations>,
     /// Status of the last trial of settings.
     pub trial: Option<TrialStatus>,
+}
+
+/// Cause of a notice of drift.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriftCause {
+    /// Another program changed one of our tables.
+    Changed,
+    /// Another program deleted one of our tables.
+    TableDeleted,
+    /// Notices were lost.
+    Overflow,
+    /// The tables were not monitored for some time.
+    Unwatched,
+}
+
+impl DriftCause {
+    /// Name in reports, spans and the metric's label.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Changed => "changed",
+            Self::TableDeleted => "table_deleted",
+            Self::Overflow => "overflow",
+            Self::Unwatched => "unwatched",
+        }
+    }
 }

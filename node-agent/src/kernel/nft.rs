@@ -10,6 +10,7 @@
 
 mod allocate;
 mod batch;
+mod data;
 mod dump;
 mod element;
 mod encode;

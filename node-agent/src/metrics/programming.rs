@@ -25,6 +25,7 @@ pub(crate) struct Programming {
 }
 
 impl Programming {
+    #[expect(clippy::too_many_lines, reason = "one declaration per metric")]
     pub(super) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
         let histogram = |name: &str, help: &str, buckets: Vec<f64>| {
             let histogram =

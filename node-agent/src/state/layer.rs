@@ -436,3 +436,10 @@ fn pool_belongs(layer: LayerKind, role: i32) -> bool {
         None => false,
     }
 }
+
+/// A layer as it will be.
+pub(super) enum StagedLayer {
+    Unchanged,
+    Changed(Box<Overlay>),
+    Replaced(Box<Layer>),
+}

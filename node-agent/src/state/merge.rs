@@ -5,9 +5,8 @@ use std::collections::BTreeSet;
 
 use switchtower_proto::v1::{Endpoint, LayerKind};
 
-use super::layer::{Layer, staged_members};
+use super::layer::{Layer, StagedLayer, staged_members};
 use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
-use super::update::StagedLayer;
 use super::{Applied, State, position};
 use crate::kernel::change::KernelChange;
 

@@ -153,5 +153,4 @@ fn nothing_found(probe: &Probe) -> String {
 }
 
 #[cfg(test)]
-#[path = "targets_tests.rs"]
 mod tests;

@@ -184,6 +184,7 @@ impl Sender {
     }
 
     /// Plays a step and returns the part that carries it.
+    #[expect(clippy::too_many_lines, reason = "one arm per step")]
     fn play(&mut self, step: &Step) -> Part {
         let delta = |layer, kind| delta(layer, vec![kind]);
         match step {

@@ -276,5 +276,4 @@ impl Trials {
 }
 
 #[cfg(test)]
-#[path = "trial_tests.rs"]
 mod tests;

@@ -7,17 +7,10 @@ use switchtower_proto::v1::{
     Change, LayerKind, NackReason, Part, PartKind, Resume, Settings, Source, Update, UpdateEnd,
 };
 
-use super::layer::{Layer, Overlay};
+use super::layer::{Layer, Overlay, StagedLayer};
 use super::pack::{Malformed, PoolRole};
 use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, wire};
 use crate::kernel::change::KernelChange;
-
-/// A layer as it will be.
-pub(super) enum StagedLayer {
-    Unchanged,
-    Changed(Box<Overlay>),
-    Replaced(Box<Layer>),
-}
 
 /// The update that is being received.
 pub(super) struct Staging {

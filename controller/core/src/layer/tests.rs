@@ -216,6 +216,7 @@ impl Truth {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn simulate(seed: u64, steps: u64, limits: LogLimits) {
     let mut random = Random(seed);
     let (mut layers, mut truth) = (Layers::new(limits), Truth::default());

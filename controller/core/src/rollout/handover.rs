@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use super::profile::{Past, Profile, stable, unused_number};
+use super::profile::{Past, Profile, destination, unused_number};
 use super::{Agent, Assignment, FleetNode, Revision, State};
 
 /// A handover that is to begin.
@@ -26,19 +26,6 @@ pub struct Handover {
     /// Hash of the destination and of what the profile says: a failed handover is retried only if one of them
     /// changes.
     pub hash: String,
-}
-
-/// Returns the revision for nodes of a deleted profile. `winner`: the profile that selects them without it.
-#[must_use]
-pub fn destination(winner: Option<&str>, profiles: &[Profile], rollouts: &[Past]) -> Revision {
-    let revision = winner.map_or_else(Revision::builtin, |winner| stable(winner, rollouts));
-    let there = |profile: &Profile| profile.name == revision.profile && !profile.deleting;
-    if profiles.iter().any(there) { revision } else { Revision::builtin() }
-}
-
-/// Returns true if a handover to a revision still leads where nodes would be without the profile.
-pub(super) fn is_valid(to: &Revision, profiles: &[Profile], rollouts: &[Past]) -> bool {
-    to.is_builtin() || destination(Some(&to.profile), profiles, rollouts) == *to
 }
 
 /// The deleted profile that a node still belongs to, because a handover of it is under way there.

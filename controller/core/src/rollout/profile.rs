@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Assignment, FleetNode, Revision, Selector, State, Time, handover};
+use super::{Assignment, FleetNode, Revision, Selector, State, Time};
 
 /// A profile as far as it decides about nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -164,6 +164,18 @@ pub(super) fn unused_number(profile: &Profile, rollouts: &[Past], highest: u64) 
     named.map(|past| past.target.number).max().unwrap_or(0).max(highest) + 1
 }
 
+/// Returns the revision for nodes of a deleted profile. `winner`: the profile that selects them without it.
+pub(super) fn destination(winner: Option<&str>, profiles: &[Profile], rollouts: &[Past]) -> Revision {
+    let revision = winner.map_or_else(Revision::builtin, |winner| stable(winner, rollouts));
+    let there = |profile: &Profile| profile.name == revision.profile && !profile.deleting;
+    if profiles.iter().any(there) { revision } else { Revision::builtin() }
+}
+
+/// Returns true if a handover to a revision still leads where nodes would be without the profile.
+fn is_destination(to: &Revision, profiles: &[Profile], rollouts: &[Past]) -> bool {
+    to.is_builtin() || destination(Some(&to.profile), profiles, rollouts) == *to
+}
+
 /// Returns true if a rollout is superseded: to a later one, or with its profile; a handover, because its nodes would go
 /// elsewhere now.
 #[must_use]
@@ -174,7 +186,7 @@ pub fn superseded(past: &Past, rollouts: &[Past], profiles: &[Profile]) -> bool 
     let owner = profiles.iter().find(|profile| profile.uid == past.owner);
     let stands = owner.is_some_and(|profile| match &past.handover {
         None => !profile.deleting,
-        Some(to) => profile.deleting && handover::is_valid(to, profiles, rollouts),
+        Some(to) => profile.deleting && is_destination(to, profiles, rollouts),
     });
     later || !stands
 }

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::Hash;
 
-use super::expression::Verdict;
+use super::data::{Verdict, write_value};
 use super::layout::{source_list_name, source_list_of};
 use super::nfta;
 use crate::kernel::netlink::wire::Writer;
@@ -214,7 +214,7 @@ impl<const N: usize> Element<N> {
             }
         }
         writer.nest(nfta::list::ENTRY, |writer| {
-            value(writer, nfta::element::KEY, &key);
+            write_value(writer, nfta::element::KEY, &key);
             match data {
                 None => {}
                 Some(Data::Present) => {
@@ -222,12 +222,12 @@ impl<const N: usize> Element<N> {
                         writer.nest(nfta::element::DATA, |writer| Verdict::Jump(chain).encode(writer));
                     }
                 }
-                Some(Data::Value(number)) => value(writer, nfta::element::DATA, &number.to_ne_bytes()),
+                Some(Data::Value(number)) => write_value(writer, nfta::element::DATA, &number.to_ne_bytes()),
                 Some(Data::Endpoint(address, port)) => {
                     let mut endpoint = address.to_vec();
                     endpoint.extend(port.to_be_bytes());
                     endpoint.extend([0, 0]);
-                    value(writer, nfta::element::DATA, &endpoint);
+                    write_value(writer, nfta::element::DATA, &endpoint);
                 }
             }
         });
@@ -235,16 +235,11 @@ impl<const N: usize> Element<N> {
     }
 }
 
-/// Writes a nest that holds a plain value.
-pub(crate) fn value(writer: &mut Writer, kind: u16, bytes: &[u8]) {
-    writer.nest(kind, |writer| writer.attribute(nfta::data::VALUE, bytes));
-}
-
 fn encode_interval<const N: usize>(range: &Range<N>, writer: &mut Writer) -> usize {
-    writer.nest(nfta::list::ENTRY, |writer| value(writer, nfta::element::KEY, &range.address));
+    writer.nest(nfta::list::ENTRY, |writer| write_value(writer, nfta::element::KEY, &range.address));
     let Some(end) = successor(range.last()) else { return 1 };
     writer.nest(nfta::list::ENTRY, |writer| {
-        value(writer, nfta::element::KEY, &end);
+        write_value(writer, nfta::element::KEY, &end);
         writer.number(nfta::element::FLAGS, libc::NFT_SET_ELEM_INTERVAL_END as u32);
     });
     2

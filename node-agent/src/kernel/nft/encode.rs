@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::batch::Batch;
+use super::data::write_value;
 use super::dump::{DumpedHook, TableDump};
-use super::element::{self, Changes, Data, Element};
+use super::element::{Changes, Data, Element};
 use super::layout::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::mirror::Mirror;
 use super::nfta;
@@ -341,9 +342,9 @@ fn write_stamp(batch: &mut Batch, layout: Layout, structure: &Structure, stamp: 
             writer.nest(nfta::element_list::ELEMENTS, |writer| {
                 for (key, value) in entries {
                     writer.nest(nfta::list::ENTRY, |writer| {
-                        element::value(writer, nfta::element::KEY, &key.to_ne_bytes());
+                        write_value(writer, nfta::element::KEY, &key.to_ne_bytes());
                         if let Some(value) = value {
-                            element::value(writer, nfta::element::DATA, value);
+                            write_value(writer, nfta::element::DATA, value);
                         }
                     });
                 }

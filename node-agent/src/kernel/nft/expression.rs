@@ -4,7 +4,7 @@
 //! bytes. Names and numbers are those of the kernel's `linux/netfilter/nf_tables.h`.
 
 use super::batch::Batch;
-use super::element;
+use super::data::{Verdict, write_value};
 use super::layout::{DataType, SetSpec};
 use super::nfta;
 use super::userdata::{ByteOrder, UserData};
@@ -19,38 +19,6 @@ pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
 pub(crate) const CT_STATUS: u32 = libc::NFT_CT_STATUS as u32;
 pub(crate) const NETWORK: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
 pub(crate) const TRANSPORT: u32 = libc::NFT_PAYLOAD_TRANSPORT_HEADER as u32;
-
-/// The verdict of a rule.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Verdict {
-    Accept,
-    Drop,
-    Return,
-    Jump(String),
-    Goto(String),
-}
-
-impl Verdict {
-    fn code(&self) -> i32 {
-        match self {
-            Verdict::Drop => libc::NF_DROP,
-            Verdict::Accept => libc::NF_ACCEPT,
-            Verdict::Jump(_) => libc::NFT_JUMP,
-            Verdict::Goto(_) => libc::NFT_GOTO,
-            Verdict::Return => libc::NFT_RETURN,
-        }
-    }
-
-    /// Writes the content of an `NFTA_*_DATA` attribute.
-    pub(crate) fn encode(&self, writer: &mut Writer) {
-        writer.nest(nfta::data::VERDICT, |writer| {
-            writer.number(nfta::verdict::CODE, self.code() as u32);
-            if let Verdict::Jump(chain) | Verdict::Goto(chain) = self {
-                writer.string(nfta::verdict::CHAIN, chain);
-            }
-        });
-    }
-}
 
 /// The operation on a dynamic map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -212,7 +180,7 @@ fn anonymous(expression: &Expression, batch: &mut Batch, family: u8, table: &str
         writer.nest(nfta::element_list::ELEMENTS, |writer| {
             for AnonymousElement { key, verdict } in &elements {
                 writer.nest(nfta::list::ENTRY, |writer| {
-                    element::value(writer, nfta::element::KEY, key);
+                    write_value(writer, nfta::element::KEY, key);
                     if let Some(verdict) = verdict {
                         writer.nest(nfta::element::DATA, |writer| verdict.encode(writer));
                     }
@@ -313,18 +281,18 @@ impl Expression {
                 writer.number(bitwise::SOURCE, register(*both));
                 writer.number(bitwise::DESTINATION, register(*both));
                 writer.number(bitwise::LENGTH, size_of::<u32>() as u32);
-                element::value(writer, bitwise::MASK, &mask.to_ne_bytes());
-                element::value(writer, bitwise::XOR, &xor.to_ne_bytes());
+                write_value(writer, bitwise::MASK, &mask.to_ne_bytes());
+                write_value(writer, bitwise::XOR, &xor.to_ne_bytes());
             }),
             Expression::Compare { equal, register: from, data } => expression(writer, "cmp", |writer| {
                 let operation = if *equal { libc::NFT_CMP_EQ } else { libc::NFT_CMP_NEQ };
                 writer.number(compare::SOURCE, register(*from));
                 writer.number(compare::OPERATION, operation as u32);
-                element::value(writer, compare::DATA, data);
+                write_value(writer, compare::DATA, data);
             }),
             Expression::Immediate { register: to, value } => expression(writer, "immediate", |writer| {
                 writer.number(immediate::DESTINATION, register(*to));
-                element::value(writer, immediate::DATA, &value.to_ne_bytes());
+                write_value(writer, immediate::DATA, &value.to_ne_bytes());
             }),
             _ => {}
         }

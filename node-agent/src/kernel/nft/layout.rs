@@ -13,9 +13,10 @@
 mod dispatch;
 mod sets;
 
+use super::data::Verdict;
 use super::expression::{
     CT_STATE, CT_STATUS, DynamicOperation, Expression, Expression as E, LookupResult, META_INTERFACE,
-    META_MARK, META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT, Verdict,
+    META_MARK, META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT,
 };
 
 pub(crate) use dispatch::{Masquerade, Pick, source_list_name, source_list_of};
