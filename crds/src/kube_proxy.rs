@@ -494,7 +494,7 @@ winkernel:
     }
 
     #[test]
-    fn values_that_kube_proxy_rejects_are_errors() {
+    fn values_rejected_by_kube_proxy_are_errors() {
         for (text, expected) in [
             ("kind: Kubelet", "kind"),
             ("clusterCIDR: [10.0.0.0/8]", "not a KubeProxyConfiguration"),

@@ -155,7 +155,7 @@ fn bare_node_has_a_row_and_disturbs_no_other() {
 }
 
 #[test]
-fn a_thousand_endpoints_do_not_stop_the_rest() {
+fn thousand_endpoints_do_not_stop_the_rest() {
     let _alone = alone();
     let scene = Scene::new("many");
     let service = scene.service("web", &json!({}));

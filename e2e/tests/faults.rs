@@ -110,7 +110,7 @@ fn changes_while_the_agent_is_away_arrive_when_it_is_back() {
 }
 
 #[test]
-fn an_absent_agent_is_a_row_that_says_so() {
+fn absent_agent_shown_in_its_row() {
     let _alone = alone();
     let (scene, _) = scene("absent");
     let beta = scene.node("beta");
@@ -131,7 +131,7 @@ fn an_absent_agent_is_a_row_that_says_so() {
 }
 
 #[test]
-fn a_flushed_ruleset_is_repaired() {
+fn flushed_ruleset_is_repaired() {
     let _alone = alone();
     let (scene, to) = scene("flush");
     let gamma = scene.node("gamma");
@@ -269,7 +269,7 @@ fn kubectl_shows_and_waits_for_every_node() {
 }
 
 #[test]
-fn recreated_node_is_served_again() {
+fn recreated_node_served() {
     let _alone = alone();
     let (scene, to) = scene("node-again");
     let beta = scene.node("beta");
@@ -290,7 +290,7 @@ fn recreated_node_is_served_again() {
 }
 
 #[test]
-fn new_connections_survive_endpoints_that_come_and_go() {
+fn new_connections_survive_endpoint_changes() {
     let _alone = alone();
     let (scene, to) = scene("churn");
     let from = scene.pod("c2");
@@ -322,7 +322,7 @@ fn new_connections_survive_endpoints_that_come_and_go() {
 }
 
 #[test]
-fn services_that_swap_an_address_both_work_afterwards() {
+fn services_swapping_an_address_both_work() {
     let _alone = alone();
     let scene = Scene::new("swap");
     let with = |ip: &str| json!({"externalIPs": [ip]});

@@ -44,7 +44,7 @@ fn refused(name: &str, token: &str, reason: &str) {
 }
 
 #[test]
-fn a_token_for_another_audience_is_refused() {
+fn token_for_another_audience_is_refused() {
     let _alone = alone();
     let pod = fleet().agent_pod("alpha").unwrap();
     let token = fleet().token(AGENT_ACCOUNT, Some(&pod), &["elsewhere"], 3600).unwrap();
@@ -52,7 +52,7 @@ fn a_token_for_another_audience_is_refused() {
 }
 
 #[test]
-fn a_token_of_another_service_account_is_refused() {
+fn token_of_another_service_account_is_refused() {
     let _alone = alone();
     let account = json!({"apiVersion": "v1", "kind": "ServiceAccount",
         "metadata": {"name": "intruder", "namespace": NAMESPACE}});
@@ -64,14 +64,14 @@ fn a_token_of_another_service_account_is_refused() {
 }
 
 #[test]
-fn a_token_that_is_not_bound_to_a_pod_is_refused() {
+fn token_that_is_not_bound_to_a_pod_is_refused() {
     let _alone = alone();
     let token = fleet().token(AGENT_ACCOUNT, None, &[AUDIENCE], 3600).unwrap();
     refused("alpha", &token, "not_pod_bound");
 }
 
 #[test]
-fn a_token_whose_pod_is_gone_is_refused() {
+fn token_whose_pod_is_gone_is_refused() {
     let _alone = alone();
     fleet().kube().apply(&objects::pod(NAMESPACE, "short-lived", "alpha", AGENT_ACCOUNT)).unwrap();
     let pod: Pod = fleet().kube().get(NAMESPACE, "short-lived").unwrap().unwrap();
@@ -81,7 +81,7 @@ fn a_token_whose_pod_is_gone_is_refused() {
 }
 
 #[test]
-fn an_expired_token_is_refused() {
+fn expired_token_is_refused() {
     let _alone = alone();
     let pod = fleet().agent_pod("alpha").unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
@@ -101,7 +101,7 @@ fn an_expired_token_is_refused() {
 }
 
 #[test]
-fn a_forged_token_is_refused_without_a_review() {
+fn forged_token_is_refused_without_a_review() {
     let _alone = alone();
     let pod = fleet().agent_pod("alpha").unwrap();
     let genuine = fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
@@ -112,13 +112,13 @@ fn a_forged_token_is_refused_without_a_review() {
 }
 
 #[test]
-fn what_is_no_token_is_refused() {
+fn malformed_token_refused() {
     let _alone = alone();
     refused("alpha", "not-a-token", "malformed_token");
 }
 
 #[test]
-fn an_agent_that_claims_another_nodes_name_is_refused() {
+fn agent_claiming_another_node_refused() {
     let _alone = alone();
     let pod = fleet().agent_pod("alpha").unwrap();
     let token = fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
@@ -147,7 +147,7 @@ fn plaintext_is_refused() {
 }
 
 #[test]
-fn a_second_agent_of_a_node_supersedes_the_first() {
+fn second_agent_of_a_node_supersedes_the_first() {
     let _alone = alone();
     let fleet = fleet();
     let gamma = node(fleet, "gamma");

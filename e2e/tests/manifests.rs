@@ -58,7 +58,7 @@ fn named<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
 }
 
 #[test]
-fn the_sysctl_container_has_the_agents_image() {
+fn sysctl_container_has_the_agents_image() {
     let images = |objects: &[Value]| -> Vec<String> {
         let spec = &named(objects, "DaemonSet", "switchtower-node-agent")["spec"]["template"]["spec"];
         let of = |list: &str| spec[list][0]["image"].as_str().unwrap().to_owned();
@@ -111,7 +111,7 @@ fn every_object_of_a_component_has_the_namespace() {
 }
 
 #[test]
-fn the_prometheus_rule_is_the_alert_rules() {
+fn prometheus_rule_is_the_alert_rules() {
     let components = root().join("manifests/components");
     let rules = fs::read_to_string(components.join("alerts/rules.yaml")).unwrap();
     let file = components.join("prometheus-operator/prometheusrule.yaml");
@@ -129,7 +129,7 @@ fn the_prometheus_rule_is_the_alert_rules() {
 }
 
 #[test]
-fn a_dead_nodes_controller_moves_within_half_a_minute() {
+fn controller_of_a_dead_node_moves_within_30_seconds() {
     let objects = rendered(&overlay(&json!([]), &[]));
     let controller = named(&objects, "Deployment", "switchtower-controller");
     let tolerations = controller["spec"]["template"]["spec"]["tolerations"].as_array().unwrap();

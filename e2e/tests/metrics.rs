@@ -117,7 +117,7 @@ fn alerts_and_dashboards_use_existing_metrics() {
 }
 
 #[test]
-fn the_alerts_fire_when_they_should() {
+fn alerts_fire_under_their_conditions() {
     let output = Command::new(programs::tool("promtool").unwrap())
         .args(["test", "rules", "rules_test.yaml"])
         .current_dir(root().join("manifests/components/alerts"))

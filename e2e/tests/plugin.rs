@@ -52,7 +52,7 @@ fn scene(name: &str, extra: &Value) -> (Scene, SocketAddr) {
 }
 
 #[test]
-fn a_fleet_in_order() {
+fn healthy_fleet_has_no_findings() {
     let _alone = alone();
     let (scene, _) = scene("in-order", &json!({}));
     scene.fleet.settled(SOON).unwrap();
@@ -143,7 +143,7 @@ fn without_local_endpoints_the_policy_is_named() {
 }
 
 #[test]
-fn a_source_outside_the_ranges_is_named() {
+fn source_outside_the_ranges_is_named() {
     let _alone = alone();
     let scene = Scene::new("ranges");
     let vip = "192.0.2.91";
@@ -234,7 +234,7 @@ fn stopped_agent_is_stale_and_reported_by_wait() {
 }
 
 #[test]
-fn a_foreign_flush_is_named() {
+fn foreign_flush_is_named() {
     let _alone = alone();
     let (scene, _) = scene("flushed", &json!({}));
     let alpha = scene.node("alpha");
@@ -279,7 +279,7 @@ fn rules_of_a_node_and_of_an_unresponsive_agent() {
 }
 
 #[test]
-fn the_stages_of_the_last_change() {
+fn stages_of_the_last_change_shown() {
     let _alone = alone();
     let (scene, _) = scene("traced", &json!({}));
     scene.endpoints("web", &["a1"]);
@@ -415,7 +415,7 @@ fn kubeconfig_of(account: &str) -> PathBuf {
 }
 
 #[test]
-fn rights_decide_who_may_ask() {
+fn access_decided_by_rbac() {
     let _alone = alone();
     let (_scene, _) = scene("rights", &json!({}));
     let stranger = kubeconfig_of("stranger");

@@ -515,7 +515,7 @@ fn nodes_return_to_their_previous_revisions() {
 }
 
 #[test]
-fn a_profile_for_no_node_waits_and_says_so() {
+fn profile_without_nodes_waits_and_reports_it() {
     let (_alone, _scene) = start("nobody");
     let base = in_force()["alpha"].clone();
     let nobody = json!({"matchLabels": {"test/nobody": "true"}});
@@ -531,7 +531,7 @@ fn a_profile_for_no_node_waits_and_says_so() {
 }
 
 #[test]
-fn a_rollout_made_by_hand_moves_nobody() {
+fn rollout_created_by_hand_moves_no_node() {
     let (_alone, _scene) = start("by-hand");
     let rollout = json!({
         "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyRollout", "metadata": {"name": "mine"},

@@ -136,7 +136,7 @@ fn trace_of(collector: &Collector, object: &str, after: u64) -> Result<Vec<Span>
 }
 
 #[test]
-fn a_change_made_with_kubectl_is_one_trace() {
+fn change_made_with_kubectl_is_one_trace() {
     let _alone = alone();
     let collector = collecting(Who::Controller, "always_on");
     let scene = Scene::new("traced");
@@ -209,7 +209,7 @@ fn exemplars_lead_to_traces(fleet: &Fleet, collector: &Collector) {
 }
 
 #[test]
-fn an_assignment_of_settings_is_one_trace_and_rows_name_it() {
+fn assignment_is_one_trace_named_by_rows() {
     let _alone = alone();
     // No sampler is active: assignments are exported nevertheless.
     let collector = collecting(Who::Controller, "always_off");

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_takes_no_command_is_unhealthy() {
+    fn stuck_engine_is_unhealthy() {
         let health = Health::default();
         health.busy();
         let now = Instant::now();

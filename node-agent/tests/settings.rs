@@ -263,7 +263,7 @@ fn working_settings_pass_their_trial() {
 }
 
 #[test]
-fn settings_that_break_a_node_port_rolled_back_by_the_agent() {
+fn settings_breaking_a_node_port_rolled_back_by_the_agent() {
     in_lab(|| async {
         let mut scene = Scene::start().await;
         let mut connection = Connection::open(CLUSTER_IP);

@@ -144,7 +144,7 @@ fn member_is_encoded_as_specified() {
 }
 
 #[test]
-fn removing_what_was_added_gives_the_same_digest_in_any_order() {
+fn digest_after_removal_independent_of_order() {
     let (cluster, local) = (pool(Role::Cluster), pool(Role::Local));
     let mut digest = Digest::default();
     digest.add(LayerKind::Cluster, ItemRef::Pool(&cluster));

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_is_the_same_with_and_without_export() {
+    fn log_independent_of_trace_export() {
         let (spans, without) = told(false, work);
         assert!(spans.is_empty());
         let (_, with) = told(true, work);

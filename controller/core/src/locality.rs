@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_and_cidrs_say_what_is_local() {
+    fn settings_and_cidrs_define_local() {
         let own = networks(&["10.244.77.0/24"]);
         let settings = |mode: LocalDetection| Settings {
             local_detection: mode as i32,
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_counts_until_its_last_slice_goes() {
+    fn address_counts_until_its_last_slice_is_deleted() {
         let (mut localities, node) = (Localities::default(), "n".into());
         assert!(localities.set(&node, &[], Detection::PodCidrs(networks(&["10.244.77.0/24"]))));
         assert!(!localities.change(&pod("10.244.77.9", true)));
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_node_settings_and_pods_is_free() {
+    fn order_of_node_settings_and_pods_irrelevant() {
         let (mut localities, node): (_, Arc<str>) = (Localities::default(), "n".into());
         let host: IpAddr = "192.0.2.1".parse().unwrap();
         for address in ["10.244.3.11", "192.0.2.1"] {
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_of_what_is_gone() {
+    fn deleted_objects_leave_no_state() {
         let (mut localities, node) = (Localities::default(), "n".into());
         localities.set(&node, &["192.0.2.1".parse().unwrap()], Detection::PodCidrs(Vec::new()));
         localities.change(&pod("10.244.3.11", true));

@@ -111,7 +111,7 @@ fn one_change_in_a_fleet(nodes: u32) -> (usize, usize, usize) {
 }
 
 #[test]
-fn an_endpoint_change_touches_as_many_layers_in_any_fleet() {
+fn endpoint_change_touches_constant_layers_in_any_fleet() {
     let small = one_change_in_a_fleet(100);
     assert_eq!((small.0, small.1), (2, 2), "CLUSTER and the endpoint's node");
     for nodes in [1_000, 5_000] {
@@ -120,7 +120,7 @@ fn an_endpoint_change_touches_as_many_layers_in_any_fleet() {
 }
 
 #[test]
-fn an_endpoint_change_costs_the_same_at_any_number_of_services() {
+fn endpoint_change_cost_independent_of_services() {
     let few = one_change(1_000);
     for services in [10_000, 50_000] {
         let many = one_change(services);

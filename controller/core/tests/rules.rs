@@ -421,7 +421,7 @@ proptest! {
 }
 
 #[test]
-fn a_node_without_a_zone_uses_all_endpoints() {
+fn node_without_a_zone_uses_all_endpoints() {
     let place =
         |octet, node, zone| Place { octet, node, condition: Condition::Ready, hint: Hint::Zone(zone) };
     let case = Case {
@@ -441,7 +441,7 @@ fn a_node_without_a_zone_uses_all_endpoints() {
 }
 
 #[test]
-fn ports_and_addresses_that_nobody_serves() {
+fn unserved_ports_and_addresses_explained() {
     let case =
         Case { places: vec![], internal_local: false, external_local: false, external: true, around: AROUND };
     let view = view(&case);
@@ -472,7 +472,7 @@ fn restricted(ranges: &[&str]) -> View {
 }
 
 #[test]
-fn source_ranges_let_in_who_they_name_and_the_balancer_itself() {
+fn source_ranges_admit_listed_clients_and_the_balancer() {
     let forwarded = |view: &View, to: [u8; 4], port, source: [u8; 4]| {
         let source = Source::of(view, source.into());
         let packet = Packet { source, destination: to.into(), protocol: Protocol::Tcp, port };
@@ -501,7 +501,7 @@ fn source_ranges_let_in_who_they_name_and_the_balancer_itself() {
 }
 
 #[test]
-fn an_endpoint_that_reaches_itself_is_masqueraded() {
+fn endpoint_reaching_itself_masqueraded() {
     let place = |octet, node| Place { octet, node, condition: Condition::Ready, hint: Hint::None };
     let places = vec![place(1, "n1"), place(2, "n2")];
     let case = Case { places, internal_local: false, external_local: false, external: false, around: AROUND };

@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_that_were_served_before_keep_their_settings() {
+    fn nodes_served_before_keep_their_settings() {
         let kube_proxy = Some(read(&map(&json!({"config.conf": "clusterCIDR: 10.244.0.0/16"}))));
         let record = decide(Found { served_before: true, kube_proxy, pods: PodsSeen::default() });
         assert_eq!((record.origin, mode(&record)), (Origin::EarlierVersion, LocalDetectionMode::NodeCidr));

@@ -28,7 +28,7 @@ fn reasons(ingested: &Ingested) -> Vec<ProblemReason> {
 }
 
 #[test]
-fn services_that_are_not_served() {
+fn unserved_services_explained() {
     for spec in [
         json!({"type": "ExternalName", "externalName": "example.org"}),
         json!({"type": "ExternalName", "externalName": "example.org", "clusterIP": "10.96.0.9"}),
@@ -73,7 +73,7 @@ fn complete_service_is_converted() {
 }
 
 #[test]
-fn the_health_check_port_needs_type_and_policy() {
+fn health_check_port_requires_type_and_policy() {
     for (kind, policy, expected) in [
         ("LoadBalancer", "Local", Some(31_000)),
         ("LoadBalancer", "Cluster", None),
@@ -86,7 +86,7 @@ fn the_health_check_port_needs_type_and_policy() {
 }
 
 #[test]
-fn the_external_policy_needs_an_external_address() {
+fn external_policy_needs_an_external_address() {
     let cluster_ip = json!({"clusterIP": "10.96.0.9", "externalTrafficPolicy": "Local"});
     assert_eq!(served(ingest_service(&cluster_ip, &json!({}))).external_policy, TrafficPolicy::Cluster);
     let external =
@@ -140,7 +140,7 @@ fn slice_of(ingested: Ingested) -> EndpointSlice {
 }
 
 #[test]
-fn slices_that_are_not_used() {
+fn unused_slices_explained() {
     for (labels, kind) in [
         (json!({}), "IPv4"),
         (json!({"kubernetes.io/service-name": ""}), "IPv4"),

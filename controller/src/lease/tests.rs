@@ -17,7 +17,7 @@ fn lease(holder: &str, renewed: i64) -> Lease {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_free_lease_is_taken_at_once() {
+async fn free_lease_is_taken_at_once() {
     let now = Instant::now();
     assert_eq!(Election::new("a").standby(None, now), Step::Take);
     assert_eq!(Election::new("a").standby(Some(&lease("", 0)), now), Step::Take);
@@ -41,7 +41,7 @@ async fn expiry_counts_from_observed_renewals_only() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deleted_lease_is_left_to_its_holder_first() {
+async fn deleted_lease_left_to_its_holder_first() {
     let now = Instant::now();
     let mut election = Election::new("a");
     election.standby(Some(&lease("b", 1)), now);
@@ -51,7 +51,7 @@ async fn a_deleted_lease_is_left_to_its_holder_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_holder_loses_the_lease_to_any_other_name() {
+async fn holder_loses_the_lease_to_any_other_name() {
     let election = Election::new("a");
     assert_eq!(election.holder(Some(&lease("a", 1))), Step::Take);
     assert_eq!(election.holder(Some(&lease("b", 1))), Step::Wait("b".to_owned()));
@@ -60,7 +60,7 @@ async fn a_holder_loses_the_lease_to_any_other_name() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stored_duration_can_neither_block_nor_hurry() {
+async fn stored_durations_are_clamped() {
     let now = Instant::now();
     for (stored, expected) in [(i32::MAX, 60), (-5, 1), (0, 1)] {
         let mut held = lease("b", 1);
@@ -80,7 +80,7 @@ async fn a_stored_duration_can_neither_block_nor_hurry() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_fence_closes_before_others_may_take_over() {
+async fn fence_closes_before_another_takeover() {
     let fence = Fence::default();
     assert!(!fence.is_open());
     fence.open_until(Instant::now() + DURATION.mul_f64(0.8));

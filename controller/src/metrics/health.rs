@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn readiness_tells_the_age_of_the_upstream() {
+    async fn readiness_reports_the_age_of_the_upstream() {
         let (status, text) = ready(State(health(Some(2)))).await;
         assert_eq!((status, text.as_str()), (StatusCode::OK, "ok; upstream age 2.0 s\n"));
         let (status, text) = ready(State(health(Some(61)))).await;

@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_is_open_metrics() {
+    fn text_is_open_metrics() {
         let exemplars = Exemplars::default();
         let exemplar = Exemplar { trace: 0xabc, value: 0.75, at: 1_700_000_000.5 };
         exemplars.note("seconds", "99%", &[0.5, 1.0], exemplar);

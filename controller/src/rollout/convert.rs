@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_is_of_settings_selector_and_cause_alone() {
+    fn hash_covers_settings_selector_and_cause() {
         let spec = |value| serde_json::from_value::<api::ProxyProfileSpec>(value).unwrap();
         let base = hash(&spec(serde_json::json!({})));
         for same in
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn quantities_that_make_no_sense_touch_one_node() {
+    fn invalid_quantities_touch_one_node() {
         for (text, expected) in
             [("25%", Quantity::Percent(25)), ("101%", Quantity::Number(1)), ("x", Quantity::Number(1))]
         {

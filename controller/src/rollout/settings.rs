@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_has_the_default_probe_and_a_fallback_without_a_trial() {
+    fn trial_has_the_default_probe_and_a_fallback_without_a_trial() {
         let mut spec = api::ProxyRolloutSpec {
             fallback: api::RolloutFallback {
                 profile: "builtin".into(),

@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_is_a_rate_with_a_burst_of_a_second() {
+    fn budget_bursts_for_one_second() {
         let now = Instant::now();
         let mut budget = Budget::new(WRITES_PER_SECOND, now);
         for _ in 0..WRITES_PER_SECOND {

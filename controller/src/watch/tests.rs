@@ -221,7 +221,7 @@ async fn silent_watch_of_idle_cluster_continues() {
 }
 
 #[tokio::test]
-async fn restored_api_server_is_listed_again() {
+async fn restored_api_server_relisted() {
     for end in [events(&[]), refused(500, "InternalError")] {
         let mut lab = lab();
         lab.request(&[]).await.send_response(list(90, "", &[object("a", 80), object("b", 85)]));

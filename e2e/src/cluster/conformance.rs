@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn only_tests_that_kube_proxy_passes_count() {
+    fn only_tests_passed_by_kube_proxy_count() {
         let mut baseline = report().outcomes;
         assert!(worse_than(&report().outcomes, &baseline).is_empty());
         baseline.insert("[sig-network] Services b".into(), Outcome::Passed);

@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_builds_the_same_images() {
+    fn engine_builds_the_same_images() {
         for image in switchtower_images(Path::new("/programs")) {
             let name = image.name;
             let built = format!("-p {name} --bin {name}");

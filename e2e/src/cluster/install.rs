@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_way_from_folder_to_folder() {
+    fn relative_path_between_folders() {
         let way = relative(Path::new("/var/lib/x"), Path::new("/home/me/manifests"));
         assert_eq!(way.as_deref(), Some("../../../home/me/manifests"));
     }

@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn latency_counts_the_first_update_that_carries_a_change() {
+    fn latency_ends_with_the_first_update_of_a_change() {
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let changes = [Change { at: at(0), version: 5 }, Change { at: at(10), version: 7 }];
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn latency_counts_changes_that_never_came() {
+    fn latency_counts_missing_changes() {
         let start = Instant::now();
         let changes = [Change { at: start, version: 5 }];
         let (latency, _) = Latency::of(&changes, &[vec![], vec![Applied { at: start, slices: 5 }]]);

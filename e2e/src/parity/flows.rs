@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_another_name_is_a_renamed_one() {
+    fn port_with_another_name_is_renamed() {
         let targets = |names: &[(&str, &str)]| -> BTreeSet<Target> {
             names
                 .iter()

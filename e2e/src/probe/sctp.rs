@@ -131,13 +131,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checksum_is_crc32c() {
+    fn checksum_is_crc32c() {
         // The check value of CRC-32C.
         assert_eq!(checksum(b"123456789"), 0xe306_9283);
     }
 
     #[test]
-    fn an_init_is_answered_by_the_served_port_only() {
+    fn sctp_init_answered_by_the_served_port_only() {
         let sent = init(40_000, 80);
         let reply = |ports: &[u16]| reply(&sent, true, ports, || "p1 10.0.0.1\n".to_owned());
         let answered = reply(&[80]).unwrap();

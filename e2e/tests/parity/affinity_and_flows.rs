@@ -80,7 +80,7 @@ fn affinity_refreshed_by_connections_and_expires() {
 }
 
 #[test]
-fn client_of_removed_pod_moves_and_sticks_again() {
+fn client_of_a_removed_pod_moves_and_sticks() {
     let service = sticky(vec![ready(P1)]);
     let moved = then(&service, |service| service.endpoints = vec![ready(P3), ready(P5)]);
     let back = then(&service, |service| service.endpoints = vec![ready(P1)]);
@@ -115,7 +115,7 @@ fn udp_flow_stays_with_terminating_serving_endpoint() {
 }
 
 #[test]
-fn a_udp_flow_follows_a_changed_target_port() {
+fn udp_flow_follows_a_changed_target_port() {
     let service = udp(vec![ready(P1)]);
     let moved = then(&service, |service| service.ports[0].target = Some(8081));
     let states = agree(vec![service], vec![moved]);

@@ -22,7 +22,7 @@ fn one_endpoint_without_a_zone_hint_undoes_all_hints() {
 }
 
 #[test]
-fn a_zone_that_no_hint_names_uses_all_endpoints() {
+fn zone_without_hints_uses_all_endpoints() {
     let endpoints = vec![zones(ready(P1), &["b"]), zones(ready(P5), &["c"])];
     assert_eq!(agreed(cluster_ip(endpoints)).pods(FROM, Kind::ClusterIP), ["p1", "p5"]);
 }
@@ -134,7 +134,7 @@ fn local_policy_falls_back_to_local_terminating_endpoints() {
 }
 
 #[test]
-fn terminating_endpoints_that_do_not_serve_are_never_used() {
+fn terminating_endpoints_not_serving_never_used() {
     let service = balancer(vec![terminating(P1, false), ready(P3)]);
     let last = then(&service, |service| drop(service.endpoints.pop()));
     let states = agree(vec![service], vec![last]);

@@ -118,7 +118,7 @@ fn node_being_deleted_is_alive_and_not_healthy() {
 }
 
 #[test]
-fn the_proxy_mode_is_told() {
+fn proxy_mode_reported() {
     let world = world();
     both_answer(&world, ([127, 0, 0, 1], 10_249).into(), "/proxyMode", "HTTP/1.1 200");
 }

@@ -15,7 +15,7 @@ fn cluster_ip_serves_tcp_and_udp_and_refuses_other_protocols() {
 }
 
 #[test]
-fn a_port_of_another_service_is_refused() {
+fn port_of_another_service_refused() {
     let mut other = cluster_ip(vec![ready(P3)]);
     other.name = "other".to_owned();
     other.ports = vec![port(Protocol::TCP, 90, 8080)];
@@ -24,7 +24,7 @@ fn a_port_of_another_service_is_refused() {
 }
 
 #[test]
-fn a_free_address_of_the_service_range_is_silent() {
+fn free_address_of_the_service_range_is_silent() {
     let state = agreed(cluster_ip(vec![ready(P1)]));
     state.all(Origin::LocalPod, Kind::UnusedAddress, SILENCE);
     state.all(Origin::Host, Kind::UnusedAddress, SILENCE);
@@ -41,7 +41,7 @@ fn without_endpoints_every_origin_is_refused() {
 }
 
 #[test]
-fn endpoints_that_go_leave_refusals_behind() {
+fn removed_endpoints_leave_reject_rules() {
     let service = balancer(vec![ready(P1), ready(P3)]);
     let gone = then(&service, |service| service.endpoints.clear());
     let states = agree(vec![service], vec![gone]);
@@ -108,7 +108,7 @@ fn types_change_in_place() {
 }
 
 #[test]
-fn a_pod_reaches_itself_and_sees_the_node() {
+fn pod_reaches_itself_and_sees_the_node() {
     let state = agreed(balancer(vec![ready(P1)]));
     assert_eq!(state.pods(Origin::EndpointPod, Kind::ClusterIP), ["p1"]);
     state.keeps_source(Origin::EndpointPod, Kind::ClusterIP, false);
@@ -116,7 +116,7 @@ fn a_pod_reaches_itself_and_sees_the_node() {
 }
 
 #[test]
-fn a_cluster_ip_keeps_the_address_of_a_pod_across_nodes() {
+fn cluster_ip_keeps_the_address_of_a_pod_across_nodes() {
     let state = agreed(cluster_ip(vec![ready(P3), ready(P5)]));
     state.keeps_source(Origin::LocalPod, Kind::ClusterIP, true);
     state.keeps_source(Origin::Client, Kind::ClusterIP, false);

@@ -117,7 +117,7 @@ fn compiler_links_no_io() {
 }
 
 #[test]
-fn the_cli_links_no_compiler_and_no_grpc() {
+fn cli_links_no_compiler_and_no_grpc() {
     links_none_of(
         "kubectl-switchtower",
         &["switchtower-core", "switchtower-proto", "switchtower-controller", "tonic"],

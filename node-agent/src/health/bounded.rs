@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn idle_connections_keep_nobody_from_being_answered() {
+    async fn idle_connections_do_not_block_answers() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(async || "fine"));

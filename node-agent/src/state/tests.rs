@@ -356,7 +356,7 @@ proptest! {
     }
 
     #[test]
-    fn a_refused_update_leaves_no_trace(
+    fn refused_update_leaves_no_trace(
         good in proptest::collection::vec(step(), 1..10),
         bad in proptest::collection::vec(step(), 1..10),
         cut in 0_usize..64,
@@ -458,7 +458,7 @@ fn endless_changes_are_refused() {
 }
 
 #[test]
-fn losing_an_override_shows_the_default_again() {
+fn removed_override_restores_the_default() {
     let (mut sender, mut state) = (Sender::default(), State::new());
     let parts = [
         sender.play(&Step::Toggle(LayerKind::Cluster, 0, Role::Cluster, vec![1, 2, 3])),

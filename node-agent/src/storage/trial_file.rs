@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_back() {
+    fn written_file_read_back() {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(&directory.path().join("state"));
         assert!(file.read().unwrap().is_none());
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_refused() {
+    fn damaged_file_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = TrialFile::new(directory.path());
         crate::storage::files::replace(file.path(), &TrialFile::encode(&example())).unwrap();

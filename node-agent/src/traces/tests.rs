@@ -39,7 +39,7 @@ fn differing(differences: u32) -> crate::kernel::dataplane::Repaired {
 }
 
 #[test]
-fn an_update_is_told_under_its_first_sampled_change() {
+fn update_traced_under_its_first_sampled_change() {
     let (traces, kept) = traces();
     let applying = traces.begin(&update(Some(7), &["", UNSAMPLED, "nonsense", SAMPLED])).unwrap();
     applying.received();
@@ -78,7 +78,7 @@ fn an_update_is_told_under_its_first_sampled_change() {
 }
 
 #[test]
-fn what_nobody_collects_is_not_told() {
+fn uncollected_spans_not_recorded() {
     let (traces, kept) = traces();
     assert!(traces.begin(&update(Some(7), &[UNSAMPLED])).is_none());
     assert!(traces.begin(&update(Some(7), &[])).is_none());
@@ -88,7 +88,7 @@ fn what_nobody_collects_is_not_told() {
 }
 
 #[test]
-fn a_view_from_scratch_is_a_trace_of_its_own_and_of_no_change() {
+fn full_view_traced_on_its_own() {
     let (traces, kept) = traces();
     let of_change = traces.begin(&update(Some(7), &[SAMPLED])).unwrap();
     assert!(of_change.is_of_change(), "the controller does not export it again");
@@ -103,7 +103,7 @@ fn a_view_from_scratch_is_a_trace_of_its_own_and_of_no_change() {
 }
 
 #[test]
-fn refusals_and_repairs_are_told() {
+fn refusals_and_repairs_reported() {
     let (traces, kept) = traces();
     traces.begin(&update(Some(7), &[SAMPLED])).unwrap().refused("DigestMismatch");
     traces.repaired("table_deleted", SystemTime::now(), &Ok(differing(39)));

@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn kubeadm_that_reinstalls_kube_proxy_is_reported() {
+    fn kubeadm_reinstalling_kube_proxy_reported() {
         let of = |text: &str| {
             let kube_proxy = KubeProxy { notes: Vec::new(), ..kube_proxy::parse(CONFIG).unwrap() };
             codes_of(&about_kubeadm(&map("ClusterConfiguration", text), Some(&kube_proxy)))
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_record_is_compared_with_kube_proxy() {
+    fn record_compared_with_kube_proxy() {
         let settings = kube_proxy::parse(CONFIG).unwrap().settings;
         let record = |origin, problem: Option<&str>| {
             let problem = problem.map(str::to_owned);

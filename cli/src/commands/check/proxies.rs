@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn plugins_that_serve_services_are_found() {
+    fn plugins_serving_services_found() {
         let felix = |on: bool| -> Option<DynamicObject> {
             Some(serde_json::from_value(json!({"metadata": {}, "spec": {"bpfEnabled": on}})).unwrap())
         };

@@ -48,7 +48,7 @@ fn found(explanation: Explanation) -> Found {
 }
 
 #[test]
-fn a_dropped_packet_with_its_reason_and_its_fix() {
+fn dropped_packet_explained_with_reason_and_fix() {
     let dropped = Finding {
         kernel: Some(KernelCheck::Agrees),
         ..finding("ClusterIP", "10.244.1.7 (a local pod)", Outcome::Dropped, Some("ST0202"))
@@ -70,7 +70,7 @@ node     alpha holds the latest generation
 }
 
 #[test]
-fn what_fails_comes_first_and_what_is_alike_once() {
+fn failures_first_and_equal_groups_once() {
     let findings = vec![
         finding("ClusterIP", "a pod on the node", Outcome::Forwarded, None),
         finding("ClusterIP", "the node itself", Outcome::Forwarded, None),
@@ -89,7 +89,7 @@ fn what_fails_comes_first_and_what_is_alike_once() {
 }
 
 #[test]
-fn what_fails_on_one_node_comes_before_what_works_on_others() {
+fn failing_nodes_listed_before_working_ones() {
     let works = finding("ClusterIP", "a pod on the node", Outcome::Forwarded, None);
     let fails = finding("LoadBalancer", "a client outside", Outcome::Dropped, Some("ST0203"));
     let example = Example {
@@ -113,7 +113,7 @@ fn what_fails_on_one_node_comes_before_what_works_on_others() {
 }
 
 #[test]
-fn a_kernel_that_differs_is_not_well() {
+fn kernel_with_differences_reported() {
     let differs = KernelCheck::Differs("without 10.244.1.5:8080".to_owned());
     let forwarded = finding("ClusterIP", "a pod", Outcome::Forwarded, None);
     let one = explanation(Some("alpha"), vec![Finding { kernel: Some(differs), ..forwarded.clone() }]);
@@ -128,7 +128,7 @@ fn service(spec: &serde_json::Value, labels: &serde_json::Value) -> Service {
 }
 
 #[test]
-fn services_that_no_proxy_serves_are_told_apart() {
+fn services_for_no_proxy_distinguished() {
     let refused = |spec: serde_json::Value, labels: serde_json::Value, port: Option<&str>| {
         let port = port.map(str::to_owned);
         let subject = ServiceName { namespace: None, name: "cart".into(), port };
@@ -150,7 +150,7 @@ fn services_that_no_proxy_serves_are_told_apart() {
 }
 
 #[test]
-fn endpoints_are_counted_by_what_they_are() {
+fn endpoints_counted_by_state() {
     let slice: EndpointSlice = serde_json::from_value(json!({
         "metadata": {"name": "cart-1"}, "addressType": "IPv4",
         "endpoints": [

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_between_nodes_is_an_example() {
+    fn node_differences_shown_as_examples() {
         let balanced =
             |endpoint| finding("LoadBalancer", "203.0.113.10:80/TCP", Outcome::Forwarded, &[endpoint]);
         let port = |address: &str| {
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_that_are_alike_need_no_example() {
+    fn equal_nodes_need_no_example() {
         let one = [finding("ClusterIP", "10.96.0.1:80/TCP", Outcome::Forwarded, &["10.244.1.11:8080"])];
         let mut group = one.to_vec();
         join(&mut group, "alpha", &one);

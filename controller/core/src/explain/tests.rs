@@ -94,7 +94,7 @@ fn summary(findings: &[Finding]) -> Vec<String> {
 }
 
 #[test]
-fn an_ordinary_service() {
+fn ordinary_service_explained() {
     let findings = explain(&view(service(), &[(5, "n1"), (6, "n2")]), SHOP, None);
     let wanted =
         ["ClusterIP from a pod on the node: Forwarded ", "ClusterIP from the node itself: Forwarded "];
@@ -108,7 +108,7 @@ fn an_ordinary_service() {
 }
 
 #[test]
-fn a_local_policy_without_local_endpoints() {
+fn local_policy_without_local_endpoints() {
     let local = Service { internal_policy: TrafficPolicy::Local, ..service() };
     let findings = explain(&view(local, &[(6, "n2")]), SHOP, Some(IpAddr::from([10, 244, 1, 7])));
     assert_eq!(summary(&findings), ["ClusterIP from 10.244.1.7 (a local pod): Dropped ST0202"]);
@@ -182,7 +182,7 @@ fn forward(side: &mut Side) -> &mut Forward {
 }
 
 #[test]
-fn a_kernel_is_compared_with_the_view() {
+fn kernel_is_compared_with_the_view() {
     let view = view(service(), &[(5, "n1"), (6, "n2")]);
     let only = |change: fn(&mut Forward)| {
         changed(&view, FrontendKind::ClusterIp, |held| {
@@ -237,7 +237,7 @@ fn sources_affinity_and_policy_are_compared_too() {
 }
 
 #[test]
-fn a_frontend_reads_as_rules() {
+fn frontend_rendered_as_rules() {
     let lines = |view: &View, kind| -> Vec<String> {
         let frontends = frontends(view, SHOP);
         let of_kind = frontends.iter().copied().filter(|frontend| frontend.kind() == kind);

@@ -325,7 +325,7 @@ fn node(number: u64) -> Subscription {
 }
 
 #[test]
-fn a_large_snapshot_is_compressed_once_and_shared() {
+fn large_snapshot_is_compressed_once_and_shared() {
     let mut layers = filled(5_000);
     let first = plan(&layers, &node(0), None).unwrap();
     toggle(&mut layers, true);
@@ -337,7 +337,7 @@ fn a_large_snapshot_is_compressed_once_and_shared() {
 }
 
 #[test]
-fn a_snapshot_under_way_is_of_its_revision() {
+fn snapshot_in_progress_keeps_its_revision() {
     let mut layers = filled(2_000);
     let Planned::Compress(raw) = layers.plan(&node(0), None) else { panic!("nothing is compressed yet") };
     toggle(&mut layers, true);
@@ -361,7 +361,7 @@ fn nodes_at_the_same_place_get_the_same_bytes() {
 }
 
 #[test]
-fn the_pool_of_a_large_service_fits_the_parts() {
+fn pool_of_a_large_service_split_into_parts() {
     let mut layers = Layers::new(LogLimits { entries: 16, bytes: 64 << 20, ..LogLimits::default() });
     let members: Vec<Endpoint> = (0..60_000_u32)
         .map(|number| Endpoint { address: [&[0xfd; 12], &number.to_be_bytes()[..]].concat(), port: 8080 })
@@ -401,7 +401,7 @@ fn malformed_changes_are_dropped() {
 }
 
 #[test]
-fn a_zone_that_holds_nothing_has_no_layer() {
+fn empty_zone_has_no_layer() {
     let mut layers = Layers::new(LogLimits::default());
     let zone = LayerId::Zone("z".into());
     let subscription = Subscription { zone: Some("z".into()), ..node(1) };
@@ -459,7 +459,7 @@ fn logs_of_node_layers_do_not_grow_with_uptime() {
 }
 
 #[test]
-fn a_revision_that_touches_many_layers_lists_each_once() {
+fn revision_that_touches_many_layers_lists_each_once() {
     let mut layers = Layers::new(LogLimits::default());
     let nodes: Vec<Arc<str>> = (0..3).map(|number| format!("node-{number}").into()).collect();
     churn(&mut layers, &nodes, 0..1, false);
@@ -473,7 +473,7 @@ fn a_revision_that_touches_many_layers_lists_each_once() {
 }
 
 #[test]
-fn a_deleted_node_keeps_nobody_else_from_resuming() {
+fn deleted_node_prevents_no_other_resume() {
     let mut layers = Layers::new(LogLimits::default());
     let mut apply = |changes: Vec<(LayerId, Op)>, removed: &[LayerId]| {
         let changes = changes.into_iter().map(|(id, op)| (id, vec![change(op)])).collect();

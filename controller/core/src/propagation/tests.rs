@@ -28,7 +28,7 @@ fn delivery(started: u64, acknowledged: u64) -> Option<Delivery> {
 }
 
 #[test]
-fn milestones_are_the_times_at_which_shares_of_the_nodes_held_it() {
+fn milestones_record_when_shares_of_nodes_held_a_revision() {
     let mut tracker = Tracker::default();
     let slots = fleet(&mut tracker, 200);
     assert_eq!(tracker.publish(1, publication(1, 1_000), &slots), Outcome::default());
@@ -49,7 +49,7 @@ fn milestones_are_the_times_at_which_shares_of_the_nodes_held_it() {
 }
 
 #[test]
-fn one_acknowledgement_covers_all_revisions_before_and_is_told_under_the_oldest_sampled_change() {
+fn acknowledgement_covers_all_earlier_revisions() {
     let mut tracker = Tracker::default();
     let slots = fleet(&mut tracker, 1);
     for id in 1..=3 {
@@ -68,7 +68,7 @@ fn one_acknowledgement_covers_all_revisions_before_and_is_told_under_the_oldest_
 }
 
 #[test]
-fn nodes_that_leave_are_excluded_and_nodes_that_come_are_not_waited_for() {
+fn only_nodes_present_at_publication_are_awaited() {
     let mut tracker = Tracker::default();
     let slots = fleet(&mut tracker, 3);
     tracker.publish(1, publication(1, 0), &slots);
@@ -97,7 +97,7 @@ fn nodes_that_leave_are_excluded_and_nodes_that_come_are_not_waited_for() {
 }
 
 #[test]
-fn a_change_without_nodes_is_never_held_by_all() {
+fn change_without_nodes_never_complete() {
     let mut tracker = Tracker::default();
     let outcome = tracker.publish(1, publication(1, 0), &[]);
     assert_eq!(outcome.milestones, []);
@@ -129,7 +129,7 @@ fn slow_and_refusing_nodes_are_kept_whatever_the_share() {
 }
 
 #[test]
-fn a_revision_that_waits_too_long_is_told_once_and_still_followed() {
+fn overdue_revision_reported_once_and_still_followed() {
     let mut tracker = Tracker::new(Limits { patience: 1_000, ..Limits::default() });
     let slots = fleet(&mut tracker, 2);
     tracker.publish(1, publication(1, 0), &slots);
@@ -145,7 +145,7 @@ fn a_revision_that_waits_too_long_is_told_once_and_still_followed() {
 }
 
 #[test]
-fn memory_is_bounded_and_what_is_given_up_is_counted() {
+fn memory_bounded_and_evictions_counted() {
     let mut tracker = Tracker::new(Limits { open: 4, settled: 6, ..Limits::default() });
     let slots = fleet(&mut tracker, 1);
     let mut given_up = 0;
@@ -159,7 +159,7 @@ fn memory_is_bounded_and_what_is_given_up_is_counted() {
 }
 
 #[test]
-fn traceparents_are_read_and_written_as_the_standard_says() {
+fn traceparents_follow_the_w3c_standard() {
     let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let context: TraceContext = text.parse().unwrap();
     assert_eq!((context.span, context.sampled), (0xb7ad_6b71_6920_3331, true));

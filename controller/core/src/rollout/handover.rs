@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handover_that_failed_is_not_repeated_by_itself() {
+    fn failed_handover_not_retried_without_a_change() {
         let mut edge = profile("edge", true);
         let mut rollouts = vec![past(&edge, 1, State::Complete)];
         let mut fleet = vec![node("a", None, rollouts[0].target.clone())];
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rollout_of_the_next_profile_takes_the_nodes_itself() {
+    fn rollout_of_the_next_profile_takes_the_nodes() {
         let (edge, base) = (profile("edge", true), profile("base", false));
         let profiles = [edge.clone(), base.clone()];
         let mut rollouts = vec![
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_that_cannot_be_reached_do_not_hold_up_a_deletion() {
+    fn unreachable_nodes_do_not_block_a_deletion() {
         let edge = profile("edge", true);
         let profiles = [edge.clone()];
         let rollouts = [past(&edge, 1, State::Complete)];

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rollout_begins_when_the_hash_is_news_and_numbers_only_grow() {
+    fn new_hash_starts_a_rollout_with_a_higher_number() {
         let mut default = profile("default", 0, 0);
         assert_eq!(next_revision(&default, &[], 0), Some(1));
         let first = past(&default, 1, "h1", State::Failed);
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn before_a_revision_is_complete_nodes_return_to_what_most_of_them_had() {
+    fn nodes_return_to_the_most_common_revision() {
         let edge = profile("edge", 1, 0);
         let base = |number| Revision { profile: "base".into(), number };
         let node = |name: &str, profile: &str, revision: Revision| FleetNode {
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_remembers_the_proved_revision_of_another_profile() {
+    fn row_keeps_the_proven_revision_of_another_profile() {
         let (base, edge, spot) = (profile("base", 0, 0), profile("edge", 1, 0), profile("spot", 2, 0));
         let of = |profile: &Profile, number| Revision { profile: profile.name.clone(), number };
         let row = |revision: Revision, previous: Option<Revision>| {
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_counts_while_its_profile_is_there() {
+    fn kept_revision_counts_while_its_profile_exists() {
         let (mut base, edge) = (profile("base", 0, 0), profile("edge", 1, 0));
         let (tried, had) =
             (Revision { profile: "edge".into(), number: 1 }, Revision { profile: "base".into(), number: 3 });
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rollout_loses_its_place_to_a_later_one_or_with_its_profile() {
+    fn rollout_superseded_by_a_later_one_or_deletion() {
         let mut default = profile("default", 0, 0);
         let rollouts = [past(&default, 1, "h1", State::Progressing), past(&default, 2, "h2", State::Pending)];
         assert!(superseded(&rollouts[0], &rollouts, std::slice::from_ref(&default)));
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_ahead_is_one_of_another_clock() {
+    fn time_ahead_comes_from_another_clock() {
         let at = |at| Assignment {
             revision: Revision::builtin(),
             at: Time(at),
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn where_no_rollout_decides() {
+    fn revision_without_a_rollout() {
         let revision = |profile: &str, number| Revision { profile: profile.into(), number };
         let at = |profile: &str, number| {
             Some(Assignment {

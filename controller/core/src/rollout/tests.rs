@@ -158,7 +158,7 @@ fn condition(decision: &Decision, kind: &str) -> Option<(&'static str, &'static 
 }
 
 #[test]
-fn a_good_change_walks_through_canary_and_waves() {
+fn good_change_passes_canary_and_waves() {
     let mut canaries = canary(labelled("canary"));
     canaries.soak = Duration::from_secs(30);
     canaries.manual = true;
@@ -191,7 +191,7 @@ fn a_good_change_walks_through_canary_and_waves() {
 }
 
 #[test]
-fn a_failing_canary_halts_with_exactly_the_canary_touched() {
+fn failing_canary_halts_with_exactly_the_canary_touched() {
     let mut stage = Stage::new(vec![step(Quantity::Number(1)), step(Quantity::Percent(100))], fleet(12));
     stage.decide();
     let name = stage.touched()[0].to_owned();
@@ -222,7 +222,7 @@ fn a_failing_canary_halts_with_exactly_the_canary_touched() {
 }
 
 #[test]
-fn every_kind_of_evidence_fails_a_node() {
+fn each_kind_of_evidence_fails_a_node() {
     let refusal = |transient| Refusal {
         reason: "KernelRefused".into(),
         detail: "no space".into(),
@@ -253,7 +253,7 @@ fn every_kind_of_evidence_fails_a_node() {
 }
 
 #[test]
-fn a_silent_node_fails_at_its_deadline_but_not_for_the_controllers_absence() {
+fn silent_node_fails_at_its_deadline() {
     let mut stage = Stage::new(vec![step(Quantity::Number(1)), step(Quantity::Percent(100))], fleet(3));
     stage.decide();
     let name = stage.touched()[0].to_owned();
@@ -267,7 +267,7 @@ fn a_silent_node_fails_at_its_deadline_but_not_for_the_controllers_absence() {
 }
 
 #[test]
-fn a_trial_is_waited_for() {
+fn step_waits_for_a_trial() {
     let mut stage = Stage::new(vec![step(Quantity::Percent(100))], fleet(1));
     stage.decide();
     for (phase, in_force, state) in [
@@ -285,7 +285,7 @@ fn a_trial_is_waited_for() {
 }
 
 #[test]
-fn selectors_that_match_nobody_wait_and_are_never_passed() {
+fn selectors_without_nodes_never_pass() {
     let mut stage = Stage::new(vec![canary(labelled("canary")), step(Quantity::Percent(100))], fleet(4));
     let decision = stage.settle();
     stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), 0);
@@ -299,7 +299,7 @@ fn selectors_that_match_nobody_wait_and_are_never_passed() {
 }
 
 #[test]
-fn who_joins_a_step_that_soaks_is_watched_for_as_long() {
+fn node_joining_a_soaking_step_soaks_as_long() {
     let mut watched = step(Quantity::Percent(100));
     watched.soak = Duration::from_secs(100);
     let mut stage = Stage::new(vec![watched], fleet(2));
@@ -333,7 +333,7 @@ fn no_eligible_node() {
 }
 
 #[test]
-fn when_every_canary_is_gone_it_pauses_and_is_never_passed() {
+fn step_without_canaries_pauses() {
     for deleted in [false, true] {
         let mut watched = step(Quantity::Number(1));
         watched.soak = Duration::from_secs(30);
@@ -368,7 +368,7 @@ fn when_every_canary_is_gone_it_pauses_and_is_never_passed() {
 }
 
 #[test]
-fn a_clock_that_is_set_back_makes_a_soak_longer_never_shorter() {
+fn clock_set_back_never_shortens_a_soak() {
     let mut watched = step(Quantity::Percent(100));
     watched.soak = Duration::from_secs(100);
     let mut stage = Stage::new(vec![watched], fleet(2));
@@ -397,7 +397,7 @@ fn approvals_beyond_the_last_step_approve_all_and_no_more() {
 }
 
 #[test]
-fn steps_that_never_reach_all_nodes_never_complete() {
+fn steps_short_of_all_nodes_never_complete() {
     let mut stage = Stage::new(vec![step(Quantity::Percent(50))], fleet(4));
     stage.settle();
     stage.pass(1_000_000);
@@ -406,7 +406,7 @@ fn steps_that_never_reach_all_nodes_never_complete() {
 }
 
 #[test]
-fn a_share_over_100_percent_is_all_nodes() {
+fn share_over_100_percent_means_all_nodes() {
     assert_eq!(Quantity::Percent(200).of(10), 10);
     assert_eq!(Quantity::Number(200).of(10), 10);
     assert_eq!((Quantity::Percent(1).of(10), Quantity::Percent(1).of(0)), (1, 0));
@@ -414,7 +414,7 @@ fn a_share_over_100_percent_is_all_nodes() {
 }
 
 #[test]
-fn a_relabelled_canary_stays_accounted_for() {
+fn relabeled_canary_still_counted() {
     let mut watched = canary(labelled("canary"));
     watched.soak = Duration::from_secs(30);
     let mut stage = Stage::new(vec![watched, step(Quantity::Percent(100))], fleet(2));
@@ -493,7 +493,7 @@ fn pausing_touches_no_further_node_and_aborting_returns_all() {
 }
 
 #[test]
-fn a_superseded_rollout_returns_its_nodes_and_the_next_one_waits_for_them() {
+fn superseded_rollout_returns_nodes_before_the_next_one() {
     let mut stage = Stage::new(vec![step(Quantity::Number(2)), step(Quantity::Percent(100))], fleet(4));
     stage.decide();
     let mut next = rollout(vec![step(Quantity::Percent(100))]);
@@ -548,7 +548,7 @@ fn unreachable_nodes_are_excluded_and_listed() {
 }
 
 #[test]
-fn nodes_return_to_what_they_had_of_other_profiles() {
+fn nodes_return_to_revisions_of_other_profiles() {
     let mut stage = Stage::new(vec![step(Quantity::Number(3)), step(Quantity::Percent(100))], fleet(3));
     let other = |number| Revision { profile: "other".into(), number };
     stage.decide();

@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn every_stage_has_its_deadline_and_an_authenticated_stream_none() {
+    fn each_stage_before_authentication_has_a_deadline() {
         let mut port = Port::new();
         let (silent, _) = port.enter(1, Class::Stranger).unwrap();
         let (handshake, _) = port.enter(1, Class::Stranger).unwrap();

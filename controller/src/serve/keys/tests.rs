@@ -120,7 +120,7 @@ async fn unknown_keys_are_looked_for_but_not_for_every_token() {
 }
 
 #[tokio::test]
-async fn keys_that_cannot_be_read_leave_those_that_are_known() {
+async fn unreadable_keys_keep_the_known_ones() {
     let signer = Signer::new("ec");
     let source = Published::new(Err("403 forbidden"));
     let keys = keys(&source);

@@ -384,7 +384,7 @@ async fn calls_without_token_do_not_use_the_stream_limit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_distrust_the_certificate_are_told_apart() {
+async fn peers_distrusting_the_certificate_distinguished() {
     let lab = Lab::start(Limits::default()).await;
     let mut foreign = rustls::RootCertStore::empty();
     let other = tls::generate_ca().unwrap().certificate;

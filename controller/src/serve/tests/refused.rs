@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refused_updates_are_followed_by_what_helps() {
+async fn refused_update_followed_by_its_remedy() {
     let limits = Limits { pause: Duration::from_millis(20), ..Limits::default() };
     let lab = Lab::start(limits).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
@@ -38,7 +38,7 @@ async fn refused_updates_are_followed_by_what_helps() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_over_the_limit_waits_for_a_change() {
+async fn snapshot_over_the_limit_waits_for_a_change() {
     let limits = Limits { pause: Duration::from_millis(20), ..Limits::default() };
     let lab = Lab::start(limits).await;
     let (mut agent, _) = Agent::settled(&lab, "n1").await;

@@ -97,7 +97,7 @@ fn kernel_settings_not_in_force_are_a_condition() {
 }
 
 #[test]
-fn every_state_and_its_reason() {
+fn every_state_has_a_reason() {
     let deviating = |held, refused, settings: Option<SettingsCause>| {
         let in_force = |cause| SettingsDeviation { profile: "builtin".into(), revision: 0, cause };
         let settings = settings.map(|cause| in_force(cause as i32));

@@ -389,7 +389,7 @@ async fn missing_agent_counts_after_the_time_to_reconnect() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn deleted_row_is_created_again_with_its_assignment() {
+async fn deleted_row_recreated_with_its_assignment() {
     let mut row = stored("tower-0", 4);
     row["spec"] = json!({"profile": {"name": "default", "revision": 7}});
     let lab = lab(Server::with("n1", row)).await;
@@ -407,7 +407,7 @@ async fn deleted_row_is_created_again_with_its_assignment() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn row_deleted_during_a_watch_failure_is_created_again() {
+async fn row_deleted_during_a_watch_failure_recreated() {
     let lab = lab(Server::default()).await;
     lab.node("n1", "u1");
     lab.node("n2", "u2");
@@ -520,7 +520,7 @@ async fn failed_request_delays_no_other_row() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_are_read_again_after_a_restore_of_etcd() {
+async fn rows_relisted_after_an_etcd_restore() {
     let mut row = stored("tower-0", 4);
     row["metadata"]["generation"] = json!(9);
     row["spec"] = json!({"profile": {"name": "default", "revision": 7}});

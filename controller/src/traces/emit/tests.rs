@@ -113,7 +113,7 @@ fn change_is_one_trace_with_ordered_spans() {
 }
 
 #[test]
-fn changes_that_were_carried_by_another_link_to_it() {
+fn changes_carried_by_another_link_to_it() {
     let spans = emitted(&coalesced(&[false, true, true]));
     let trace = |id: u64| TraceId::from_bytes(change(id, START, true).trace.trace.to_be_bytes());
     let sends: Vec<_> = spans.iter().filter(|span| span.name == names::SEND).collect();

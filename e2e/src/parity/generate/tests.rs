@@ -163,7 +163,7 @@ fn states(case: &Case) -> Vec<Vec<Service>> {
 }
 
 #[test]
-fn the_tested_cases_meet_every_rule() {
+fn tested_cases_cover_every_rule() {
     let (seed, cases) = TESTED;
     let services: Vec<Service> =
         (0..cases).flat_map(|number| states(&case(seed, number))).flatten().collect();
@@ -174,7 +174,7 @@ fn the_tested_cases_meet_every_rule() {
 }
 
 #[test]
-fn the_tested_cases_meet_every_setting() {
+fn tested_cases_cover_every_setting() {
     let (seed, cases) = TESTED;
     let settings: Vec<_> = (0..cases).map(|number| case(seed, number).settings).collect();
     let met = |test: fn(&Settings) -> bool| settings.iter().any(test);

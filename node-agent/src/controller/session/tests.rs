@@ -119,7 +119,7 @@ async fn hello_update_ack_and_resume() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bad_updates_are_refused_and_the_stream_goes_on() {
+async fn bad_updates_refused_and_stream_kept() {
     let (_controller, agent, mut stream, mut fleet) = synced().await;
 
     let next = || Update { from: Some(1), to: 2, digest: vec![0; 16], ..Update::default() };
@@ -159,7 +159,7 @@ async fn bad_updates_are_refused_and_the_stream_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_update_of_more_than_four_mebibytes_comes_in_parts() {
+async fn update_over_four_mebibytes_split_into_parts() {
     let (_controller, agent, mut stream, mut fleet) = synced().await;
     // A delta of many thousand frontends, uncompressed.
     let (mut update, mut parts, mut bytes) = (None, Vec::new(), 0);
@@ -206,7 +206,7 @@ async fn goodbyes_are_honoured() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kernel_that_refuses_is_reported_and_acknowledged_later() {
+async fn refusing_kernel_reported_and_acknowledged_later() {
     let mut controller = FakeController::start(SERVER_NAME).await;
     let directory = tempfile::tempdir().unwrap();
     controller.write_files(directory.path());
@@ -270,7 +270,7 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_that_is_off_is_named_as_such() {
+async fn wrong_clock_reported_as_clock_skew() {
     let (now, day) = (std::time::SystemTime::now(), Duration::from_secs(24 * 3_600));
     for (validity, text) in [
         (

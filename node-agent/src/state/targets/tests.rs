@@ -60,7 +60,7 @@ fn targets(mut fleet: Fleet, probes: Vec<Probe>) -> Vec<(String, String, bool)> 
 }
 
 #[test]
-fn a_port_is_named_or_numbered_or_all_of_them() {
+fn probe_port_is_a_name_a_number_or_all() {
     let v6 = "[fdfd:fdfd:fdfd:fdfd:fdfd:fdfd:fdfd:fdfd]:80";
     for port in ["", "http", "80"] {
         let found = targets(fleet(true), vec![probe(ProbeKind::ClusterIp, port)]);
@@ -81,7 +81,7 @@ fn a_port_is_named_or_numbered_or_all_of_them() {
 }
 
 #[test]
-fn without_endpoints_a_service_or_an_address_there_is_nothing_to_connect_to() {
+fn missing_target_has_no_connection_command() {
     let missing = Probe { service: "service-00".into(), ..probe(ProbeKind::ClusterIp, "") };
     let found = targets(fleet(false), vec![missing, probe(ProbeKind::NodePort, "http")]);
     let expected = [("NodePort http", "192.0.2.1:30080"), ("ClusterIp ", "")];

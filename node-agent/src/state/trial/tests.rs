@@ -146,7 +146,7 @@ fn good_settings_pass_when_the_window_is_over() {
 }
 
 #[test]
-fn a_probe_that_passed_before_and_fails_brings_the_fallback_back() {
+fn failing_probe_restores_the_fallback() {
     for rounds in 0..3 {
         let mut bench = Bench::new();
         bench.desire(&on_trial(2, 1));
@@ -175,7 +175,7 @@ fn a_probe_that_passed_before_and_fails_brings_the_fallback_back() {
 }
 
 #[test]
-fn only_what_changed_for_the_worse_counts() {
+fn only_regressions_count() {
     let bridge: &[(&str, &[&str])] = &[("a", &["10.244.0.1"]), ("b", &["192.0.2.1"])];
     let cases: [(&str, Vec<Measured>, Vec<Measured>, bool); 10] = [
         ("broken before and after", failed(), failed(), false),
@@ -202,7 +202,7 @@ fn only_what_changed_for_the_worse_counts() {
 }
 
 #[test]
-fn a_changed_source_is_named() {
+fn changed_source_is_named() {
     let mut bench = Bench::new();
     bench.desire(&on_trial(2, 1));
     bench.round(saw(&[("a", &["10.244.0.1"])]));
@@ -214,7 +214,7 @@ fn a_changed_source_is_named() {
 }
 
 #[test]
-fn settings_without_a_trial_or_without_probes_are_in_force_at_once() {
+fn settings_without_a_trial_in_force_at_once() {
     let mut bench = Bench::new();
     bench.desire(&settings(2));
     assert_eq!((bench.in_force(), bench.phase()), (2, TrialPhase::Unspecified));
@@ -231,7 +231,7 @@ fn settings_without_a_trial_or_without_probes_are_in_force_at_once() {
 }
 
 #[test]
-fn a_newer_trial_starts_from_what_is_proved() {
+fn newer_trial_starts_from_proven_settings() {
     // While the baseline is measured the old settings are in force, and stay.
     let mut bench = Bench::new();
     bench.desire(&on_trial(2, 1));
@@ -259,7 +259,7 @@ fn a_newer_trial_starts_from_what_is_proved() {
 }
 
 #[test]
-fn the_controller_takes_a_trial_back_in_any_phase() {
+fn controller_takes_a_trial_back_in_any_phase() {
     let steps: [Vec<Vec<Measured>>; 4] =
         [vec![], vec![passed()], vec![passed(), passed()], vec![passed(), failed()]];
     for rounds in steps {
@@ -273,7 +273,7 @@ fn the_controller_takes_a_trial_back_in_any_phase() {
 }
 
 #[test]
-fn a_restart_goes_on_where_it_was() {
+fn restart_continues_the_trial() {
     let desired = on_trial(2, 1);
     // The view of after the trial's beginning, and one of before that the controller then completes.
     for view in [desired.clone(), settings(1)] {
@@ -302,7 +302,7 @@ fn a_restart_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_record_of_other_settings_decides_nothing() {
+fn record_of_other_settings_ignored() {
     let mut bench = Bench::new();
     bench.desire(&on_trial(2, 1));
     bench.round(passed());
@@ -315,7 +315,7 @@ fn a_record_of_other_settings_decides_nothing() {
 }
 
 #[test]
-fn a_node_returns_to_what_it_had_of_another_profile_itself() {
+fn node_returns_to_the_revision_of_another_profile() {
     let other = |revision| Settings { profile: "other".into(), ..settings(revision) };
     let in_force = |bench: &Bench| {
         let settings = bench.trials.in_force().unwrap();

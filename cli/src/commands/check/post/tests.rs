@@ -160,7 +160,7 @@ fn blames(fault: &Fault, code: &str, words: &[&str]) {
 }
 
 #[test]
-fn a_fleet_in_order_gets_no_warning() {
+fn healthy_fleet_gets_no_warning() {
     let behind = Observation { applied: 9, behind_since: Some(ago(2)), ..healthy() };
     let drifted = Observation { drift_at: Some(ago(50)), ..healthy() };
     let interrupted = Observation { lost_since: Some(ago(3)), ..healthy() };
@@ -175,7 +175,7 @@ fn a_fleet_in_order_gets_no_warning() {
 }
 
 #[test]
-fn agents_that_are_away_are_blamed_for_their_own_reason() {
+fn absent_agents_reported_with_their_reason() {
     let reasons = [
         "BootstrapMissing",
         "BootstrapInvalid",
@@ -215,7 +215,7 @@ fn agents_that_are_away_are_blamed_for_their_own_reason() {
 }
 
 #[test]
-fn connected_agents_are_blamed_for_what_they_report() {
+fn connected_agents_diagnosed_by_their_reports() {
     blames(&refused(NackReason::Kernel, 1), "ST0104", &["KernelRefused", "generation 11", "errno 1"]);
     blames(&refused(NackReason::DigestMismatch, 0), "ST0104", &["DigestMismatch"]);
     blames(&refused(NackReason::OverLimit, 0), "ST0104", &["OverLimit"]);
@@ -301,7 +301,7 @@ fn profiles_are_blamed_in_the_words_of_their_conditions() {
 }
 
 #[test]
-fn a_report_counts_what_failed() {
+fn report_counts_failures() {
     let text = text(&about_fleet(&[], &Ok(controller())), Style::PLAIN);
     assert!(text.contains("FAILED   ST0304 no ProxyStatus objects\n"), "{text}");
     assert!(text.ends_with("\n2 checks, 1 failed, 0 warnings\n"), "{text}");

@@ -16,7 +16,7 @@ fn owner(world: &World, kind: FrontendKind, octet: u8) -> &str {
 }
 
 #[test]
-fn the_oldest_claimant_wins_and_the_next_takes_over() {
+fn oldest_claimant_wins_and_the_next_takes_over() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
     compiler.apply(Input::Service(with_external("young", "10.96.0.1", "203.0.113.9", 200)));
@@ -36,7 +36,7 @@ fn the_oldest_claimant_wins_and_the_next_takes_over() {
 }
 
 #[test]
-fn a_loser_is_told_once_of_each_winner() {
+fn losing_claim_reported_once_per_winner() {
     let mut compiler = Compiler::new();
     let mut told = |input: Input| -> Vec<String> {
         compiler.apply(input);
@@ -55,7 +55,7 @@ fn a_loser_is_told_once_of_each_winner() {
 }
 
 #[test]
-fn an_external_address_never_captures_a_cluster_address() {
+fn external_address_never_captures_a_cluster_address() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
     compiler.apply(Input::Service(with_external("thief", "10.96.0.1", "10.96.0.2", 1)));
@@ -95,7 +95,7 @@ fn two_services_swap_an_address_in_one_batch() {
 }
 
 #[test]
-fn duplicate_ports_are_told_and_the_last_one_is_used() {
+fn duplicate_ports_reported_and_last_one_used() {
     let mut service = mk_service("web", "10.96.0.1");
     service.ports.push(ServicePortSpec { port: 81, ..service.ports[0].clone() });
     let mut compiler = Compiler::new();
@@ -109,7 +109,7 @@ fn duplicate_ports_are_told_and_the_last_one_is_used() {
 }
 
 #[test]
-fn ports_of_different_names_with_one_number_are_told_and_the_last_name_is_used() {
+fn ports_with_one_number_reported_and_last_name_used() {
     let mut service = mk_service("web", "10.96.0.1");
     let named = |name: &str| ServicePortSpec {
         name: name.into(),
@@ -131,7 +131,7 @@ fn ports_of_different_names_with_one_number_are_told_and_the_last_name_is_used()
 }
 
 #[test]
-fn a_port_without_a_number_is_told_and_left_out() {
+fn port_without_a_number_reported_and_omitted() {
     let mut service = mk_service("web", "10.96.0.1");
     service.ports.push(ServicePortSpec { name: "zero".into(), port: 0, ..service.ports[0].clone() });
     service.ports[0].node_port = Some(0);
@@ -192,7 +192,7 @@ fn step(compiler: &mut Compiler, world: &mut World, inputs: Vec<Input>) -> Vec<(
 }
 
 #[test]
-fn the_control_plane_keeps_its_addresses() {
+fn control_plane_keeps_its_addresses() {
     let mut compiler = Compiler::new().reserving(["198.51.100.1:9443".parse().unwrap()]);
     let mut world = World::default();
     let mut api_server = mk_slice("kubernetes", "kubernetes", &["7 -"]);
@@ -218,7 +218,7 @@ fn the_control_plane_keeps_its_addresses() {
 }
 
 #[test]
-fn a_reservation_ends_with_what_it_is_for() {
+fn reservation_ends_with_its_owner() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
     let service = with_external("web", "10.96.0.1", "192.0.2.1", 1);
@@ -242,7 +242,7 @@ fn a_reservation_ends_with_what_it_is_for() {
 }
 
 #[test]
-fn a_node_port_is_not_captured_by_an_external_address() {
+fn node_port_is_not_captured_by_an_external_address() {
     let on_node = tcp("192.0.2.1", 30_080);
     let thief = || at_port(with_external("thief", "10.96.0.1", "192.0.2.1", 1), 30_080);
     let node = || Input::Node(mk_node("n1", None));
@@ -268,7 +268,7 @@ fn a_node_port_is_not_captured_by_an_external_address() {
 }
 
 #[test]
-fn a_service_may_have_its_node_port_at_a_nodes_address() {
+fn service_may_claim_its_own_node_port() {
     let mut service = with_external("web", "10.96.0.1", "192.0.2.1", 1);
     service.ports[0].port = 30_080;
     service.ports[0].node_port = Some(30_080);
@@ -280,7 +280,7 @@ fn a_service_may_have_its_node_port_at_a_nodes_address() {
 }
 
 #[test]
-fn a_node_costs_what_is_claimed_at_its_address() {
+fn cost_of_a_node_follows_claims_on_its_address() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
     for number in 1..=100_u8 {

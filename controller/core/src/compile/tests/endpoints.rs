@@ -29,7 +29,7 @@ fn one_endpoint_without_a_zone_hint_undoes_them_all() {
 }
 
 #[test]
-fn a_zone_that_no_hint_names_uses_all() {
+fn zone_without_hints_uses_all() {
     check_cluster(&["1 n1 z=a", "2 n2 z=a"], &[1, 2], &[1, 2], &[1, 2]);
     let world = compiled(web(), &["1 n1 z=a", "2 n3 z=b"]);
     assert_eq!(world.seen("n9", "", Role::Cluster), [1, 2], "a node without a zone");
@@ -66,7 +66,7 @@ fn terminating_endpoints_serve_only_while_nothing_is_ready() {
 }
 
 #[test]
-fn external_policy_local_ignores_hints_and_keeps_the_cluster_list_filtered() {
+fn external_policy_local_ignores_topology_hints() {
     let service = Service { external_policy: TrafficPolicy::Local, ..balancer() };
     let world = compiled(service, &["1 n1 z=b", "2 n2 z=a", "3 n3 z=b"]);
     assert_eq!(world.seen("n1", "a", Role::Local), [1]);
@@ -78,7 +78,7 @@ fn external_policy_local_ignores_hints_and_keeps_the_cluster_list_filtered() {
 }
 
 #[test]
-fn internal_policy_local_without_external_addresses_has_no_cluster_pool() {
+fn internal_policy_local_alone_has_no_cluster_pool() {
     let service = Service { internal_policy: TrafficPolicy::Local, ..web() };
     let world = compiled(service.clone(), &["1 n1", "3 n3"]);
     assert_eq!(world.seen("n1", "a", Role::Local), [1]);
@@ -120,7 +120,7 @@ fn external_policy_of_a_pure_cluster_ip_service_is_ignored() {
 }
 
 #[test]
-fn the_same_address_in_two_slices_is_not_terminating_if_one_is_not() {
+fn address_in_two_slices_terminates_only_if_both_do() {
     let mut compiler = Compiler::new();
     let mut world = World::default();
     compiler.apply(Input::Slice(mk_slice("a", "web", &["1 n1"])));
@@ -131,7 +131,7 @@ fn the_same_address_in_two_slices_is_not_terminating_if_one_is_not() {
 }
 
 #[test]
-fn slices_of_the_other_family_and_ports_of_other_names_are_ignored() {
+fn slices_of_other_families_and_ports_ignored() {
     let mut compiler = Compiler::new();
     let mut other = mk_slice("a", "web", &["1 n1"]);
     other.ipv6 = true;
@@ -162,7 +162,7 @@ fn udp_ports_carry_all_serving_endpoints_for_conntrack() {
 }
 
 #[test]
-fn health_checks_count_distinct_ready_local_addresses_on_every_node() {
+fn health_checks_count_distinct_ready_local_addresses() {
     let mut service = Service { health_check_port: Some(30_100), ..balancer() };
     service.external_policy = TrafficPolicy::Local;
     let second = ServicePortSpec { name: "admin".into(), port: 81, ..service.ports[0].clone() };
@@ -184,7 +184,7 @@ fn health_checks_count_distinct_ready_local_addresses_on_every_node() {
 }
 
 #[test]
-fn a_node_that_comes_later_gets_its_local_items_and_loses_them_with_its_layer() {
+fn late_node_gets_and_loses_its_local_items() {
     let service = Service { external_policy: TrafficPolicy::Local, ..balancer() };
     let mut compiler = Compiler::new();
     let mut world = World::default();
@@ -207,7 +207,7 @@ fn a_node_that_comes_later_gets_its_local_items_and_loses_them_with_its_layer() 
 }
 
 #[test]
-fn an_endpoint_change_touches_its_pool_only() {
+fn endpoint_change_touches_its_pool_only() {
     let mut compiler = Compiler::new();
     three_nodes(&mut compiler);
     compiler.apply(Input::Service(web()));
@@ -225,7 +225,7 @@ fn an_endpoint_change_touches_its_pool_only() {
 }
 
 #[test]
-fn addresses_of_a_foreign_family_are_left_out_and_told_once() {
+fn addresses_of_a_foreign_family_omitted_and_reported_once() {
     let mut slice = mk_slice("web-1", "web", &["1 n1", "2 n1"]);
     slice.endpoints[0].address = "fd00::1".parse().unwrap();
     let mut compiler = Compiler::new();

@@ -127,13 +127,13 @@ proptest! {
     }
 
     #[test]
-    fn the_order_of_objects_does_not_matter(inputs in proptest::collection::vec(input(), 0..30)) {
+    fn order_of_objects_irrelevant(inputs in proptest::collection::vec(input(), 0..30)) {
         let objects = final_objects(&inputs);
         prop_assert_eq!(fresh(objects.clone()), fresh(objects.into_iter().rev()));
     }
 
     #[test]
-    fn a_service_of_its_own_is_not_affected_by_the_others(
+    fn service_unaffected_by_others(
         inputs in proptest::collection::vec(input(), 0..30), mut own in service(), places in slice(),
     ) {
         own.key = object("own");

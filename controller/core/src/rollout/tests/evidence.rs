@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_canary_that_goes_dark_fails_after_a_deadline() {
+fn canary_that_goes_dark_fails_after_a_deadline() {
     let canaries = [step(Quantity::Number(3)), canary(labelled("canary")), step(Quantity::Percent(10))];
     for first in canaries {
         let mut nodes = fleet(39);
@@ -31,7 +31,7 @@ fn a_canary_that_goes_dark_fails_after_a_deadline() {
 }
 
 #[test]
-fn a_controller_that_restarts_gives_a_dark_canary_the_whole_deadline() {
+fn restarted_controller_gives_a_dark_canary_the_full_deadline() {
     let mut stage = Stage::new(vec![step(Quantity::Number(2)), step(Quantity::Percent(100))], fleet(20));
     stage.decide();
     stage.agents_follow();
@@ -48,7 +48,7 @@ fn a_controller_that_restarts_gives_a_dark_canary_the_whole_deadline() {
 }
 
 #[test]
-fn no_step_passes_with_an_unreachable_node_unless_a_person_approves() {
+fn unreachable_node_blocks_a_step_until_approved() {
     let mut stage = Stage::new(vec![step(Quantity::Number(1)), step(Quantity::Percent(100))], fleet(40));
     stage.rollout.strategy.max_unavailable = Quantity::Percent(10);
     while stage.touched().len() < 40 {
@@ -82,7 +82,7 @@ fn no_step_passes_with_an_unreachable_node_unless_a_person_approves() {
 }
 
 #[test]
-fn a_node_that_was_not_told_yet_is_no_evidence() {
+fn node_without_the_settings_is_no_evidence() {
     let mut stage = Stage::new(vec![step(Quantity::Number(2)), step(Quantity::Percent(100))], fleet(20));
     stage.decide();
     let names: Vec<String> = stage.touched().iter().map(|&name| name.to_owned()).collect();
@@ -111,7 +111,7 @@ fn a_node_that_was_not_told_yet_is_no_evidence() {
 }
 
 #[test]
-fn a_rollout_that_waits_for_another_for_too_long_is_stalled() {
+fn rollout_waiting_too_long_is_stalled() {
     let mut stage = Stage::new(vec![step(Quantity::Percent(100))], fleet(4));
     let mut earlier = stable();
     earlier.number = 3;

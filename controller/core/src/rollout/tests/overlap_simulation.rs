@@ -497,7 +497,7 @@ fn run(seed: u64) -> (BTreeSet<(Arc<str>, &'static str)>, usize, usize) {
 }
 
 #[test]
-fn overlapping_profiles_are_edited_deleted_and_created_again_on_the_way() {
+fn overlapping_profiles_change_during_rollouts() {
     let runs: Vec<_> = (1..=4).map(run).collect();
     let handovers: Vec<_> = runs.iter().map(|run| run.2).collect();
     let own_ways: Vec<_> = runs.iter().map(|run| run.1).collect();

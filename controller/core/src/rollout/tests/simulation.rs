@@ -286,7 +286,7 @@ fn run(seed: u64) -> HashSet<State> {
 }
 
 #[test]
-fn a_thousand_nodes_join_leave_and_fail() {
+fn thousand_nodes_join_leave_and_fail() {
     let seen: HashSet<State> = (1..=4).flat_map(run).collect();
     let missing: Vec<_> = State::ALL.iter().copied().filter(|state| !seen.contains(state)).collect();
     assert_eq!(missing, [], "states that the simulation never came to");
