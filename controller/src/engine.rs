@@ -1,8 +1,8 @@
 //! Task that compiles the input of the watches into revisions of the layers.
 //!
 //! Invariants: nothing is published before every watch is synced and the first compilation is done. The first event
-//! is compiled at once, and events during a compilation are combined in the next one (there is no timer). The cost of
-//! a compilation depends on the changes, not on the size of the cluster.
+//! is compiled at once. Events during a compilation, or while the fleet is busy with the previous publication, are
+//! combined in the next one. The cost of a compilation depends on the changes, not on the size of the cluster.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -25,6 +25,8 @@ use crate::status::NodeEvent;
 use crate::watch::Batch;
 
 mod intake;
+#[cfg(test)]
+mod tests;
 
 use intake::{Intake, Work};
 
@@ -120,10 +122,22 @@ pub async fn run(
         head: Head::default(),
         missing: String::new(),
     };
+    let propagation = engine.fleet.propagation().clone();
     let mut buffer = Vec::new();
     while batches.recv_many(&mut buffer, BATCHES).await > 0 {
-        for batch in buffer.drain(..) {
-            engine.intake.absorb(batch, &mut new_trace);
+        let ready = propagation.ready_for_publication();
+        tokio::pin!(ready);
+        loop {
+            for batch in buffer.drain(..) {
+                engine.intake.absorb(batch, &mut new_trace);
+            }
+            tokio::select! {
+                biased;
+                () = &mut ready => break,
+                received = batches.recv_many(&mut buffer, BATCHES) => if received == 0 {
+                    break;
+                },
+            }
         }
         let _busy = busy.begin();
         engine.step();

@@ -240,6 +240,10 @@ impl Fleet {
         self.ready.load(Ordering::Acquire)
     }
 
+    pub(crate) fn propagation(&self) -> &Arc<Propagation> {
+        &self.propagation
+    }
+
     pub(crate) fn metrics(&self) -> &StreamMetrics {
         &self.metrics
     }

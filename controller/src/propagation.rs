@@ -7,10 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use switchtower_admin_api::ChangeReport;
 use switchtower_core::propagation::{
-    Change, Delivery, Limits, Outcome, Publication, Record, Slot, TraceContext, Tracker, UnixNanoseconds,
+    Change, Delivery, Limits, Outcome, Pacer, Publication, Record, Slot, TraceContext, Tracker,
+    UnixNanoseconds,
 };
 use switchtower_proto::v1::ChangeInfo;
 use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 
 use crate::sync::lock;
 
@@ -42,13 +44,23 @@ pub struct Propagation {
     metrics: PropagationMetrics,
     reader: Option<mpsc::Sender<Record>>,
     opened: Notify,
+    pacer: Mutex<Pacer>,
+    /// Half of the nodes hold the last publication.
+    half_reached: Notify,
 }
 
 impl Propagation {
     /// Creates a tracker without changes.
     #[must_use]
     pub fn new(limits: Limits, metrics: PropagationMetrics) -> Self {
-        Self { tracker: Mutex::new(Tracker::new(limits)), metrics, reader: None, opened: Notify::new() }
+        Self {
+            tracker: Mutex::new(Tracker::new(limits)),
+            metrics,
+            reader: None,
+            opened: Notify::new(),
+            pacer: Mutex::default(),
+            half_reached: Notify::new(),
+        }
     }
 
     /// Sends every concluded record to the returned receiver.
@@ -97,7 +109,23 @@ impl Propagation {
         }
     }
 
+    /// Waits until the fleet is ready for the next publication: see [`Pacer`].
+    pub(crate) async fn ready_for_publication(&self) {
+        loop {
+            let next = lock(&self.pacer).next().map(Instant::from_std);
+            let Some(next) = next.filter(|next| *next > Instant::now()) else { return };
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = self.half_reached.notified() => {}
+            }
+        }
+    }
+
     pub(crate) fn publish(&self, revision: u64, publication: Publication, nodes: &[Slot]) {
+        // A publication without changes has no milestones.
+        if !publication.changes.is_empty() {
+            lock(&self.pacer).published(revision, nodes.len(), Instant::now().into_std());
+        }
         let outcome = self.lock().publish(revision, publication, nodes);
         self.note(outcome);
         self.opened.notify_one();
@@ -125,6 +153,11 @@ impl Propagation {
 
     fn note(&self, outcome: Outcome) {
         self.metrics.note(&outcome);
+        if let Some(revision) = outcome.half
+            && lock(&self.pacer).half_reached(revision, Instant::now().into_std())
+        {
+            self.half_reached.notify_one();
+        }
         let Some(reader) = &self.reader else { return };
         for record in outcome.concluded {
             if reader.try_send(record).is_err() {
@@ -135,5 +168,64 @@ impl Propagation {
 
     fn lock(&self) -> MutexGuard<'_, Tracker> {
         lock(&self.tracker)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn propagation() -> Propagation {
+        let metrics = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
+        Propagation::new(Limits::default(), metrics)
+    }
+
+    fn publication() -> Publication {
+        let change = Change {
+            id: 1,
+            object: "Service default/web".into(),
+            service: None,
+            received: 0,
+            triggered: None,
+            trace: new_trace(),
+            origin: None,
+        };
+        Publication { changes: vec![change], total: 1, ..Publication::default() }
+    }
+
+    /// Publishes as fast as allowed, while every node acknowledges `delay` after a publication. Returns the number of
+    /// publications in a minute.
+    async fn publications(nodes: usize, delay: Duration) -> u64 {
+        let propagation = Arc::new(propagation());
+        let slots: Vec<_> = (0..nodes).map(|node| propagation.join(format!("n{node}").into(), 0)).collect();
+        let end = Instant::now() + Duration::from_secs(60);
+        for revision in 1.. {
+            propagation.ready_for_publication().await;
+            if Instant::now() >= end {
+                return revision - 1;
+            }
+            propagation.publish(revision, publication(), &slots);
+            let (propagation, slots) = (propagation.clone(), slots.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                slots.iter().for_each(|slot| propagation.reached(*slot, revision, None));
+            });
+            // The next change.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        0
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn publications_follow_rounds_of_the_fleet_not_changes() {
+        let milliseconds = Duration::from_millis;
+        let few = publications(10, milliseconds(50)).await;
+        assert!(few > 5_000, "{few}: no limit for few nodes");
+        let fast = publications(1_000, milliseconds(1)).await;
+        assert!(fast > 5_000, "{fast}: no limit for fast nodes");
+        let busy = publications(1_000, milliseconds(50)).await;
+        assert!((140..=151).contains(&busy), "{busy} of 6,000 changes, one in 400 ms");
+        let overloaded = publications(1_000, milliseconds(500)).await;
+        assert!((75..=81).contains(&overloaded), "{overloaded}: one in 750 ms");
     }
 }

@@ -45,10 +45,11 @@ const SMALL: usize = 64 << 10;
 /// Maximum number of its parts.
 const SMALL_PARTS: usize = 8;
 
-/// Maximum delay between an acknowledgement and the next update.
-const HOLD: Duration = Duration::from_secs(1);
-/// The next update waits this many times as long as the last one took, so that a busy controller, network or node gets
-/// fewer and larger updates.
+/// Maximum time from an update to the next one, unless the acknowledgement takes longer. The same as the maximum
+/// interval between publications: a node is ready again when the next one comes.
+const HOLD: Duration = Duration::from_millis(750);
+/// The next update waits this many times as long as the last one took, so that a busy network or node gets fewer and
+/// larger updates.
 const HOLD_FACTOR: u32 = 2;
 /// Acknowledgement time below which nothing is considered busy.
 const PROMPT: Duration = Duration::from_millis(20);

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::model::ObjectKey;
 
 mod nodes;
+mod pacing;
 mod record;
 mod report;
 mod trace_context;
@@ -24,6 +25,7 @@ mod tracker;
 #[cfg(test)]
 mod tests;
 
+pub use pacing::{Pacer, PacerLimits};
 pub use record::{Milestone, NodeAck, Record, Refusal};
 pub use trace_context::TraceContext;
 pub use tracker::{Limits, Outcome, Slot, Tracker};

@@ -87,7 +87,8 @@ impl Session {
         self.note_ack(ack, &in_flight.after, Some(delivery), switched.then_some(took), late);
         self.cursor = Some(in_flight.after);
         let took = in_flight.since.elapsed();
-        self.held_until = (took >= PROMPT).then(|| Instant::now() + (took * HOLD_FACTOR).min(HOLD));
+        self.held_until =
+            (took >= PROMPT).then(|| Instant::now() + (took * HOLD_FACTOR).min(HOLD.saturating_sub(took)));
         // A number from a session before may be ahead of this one.
         self.due = self.generation < self.highest;
         Ok(())

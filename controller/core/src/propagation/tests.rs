@@ -38,6 +38,7 @@ fn milestones_record_when_shares_of_nodes_held_a_revision() {
         assert_eq!(outcome.acknowledged, [(at - 1_000, trace(1, true))]);
         reached.extend(outcome.milestones.iter().map(|(milestone, after, _)| (*milestone, *after)));
         assert_eq!(outcome.concluded.len(), usize::from(at == 2_199));
+        assert_eq!(outcome.half, (at == 2_099).then_some(1));
     }
     assert_eq!(reached, [(Milestone::Half, 1_099), (Milestone::Most, 1_197), (Milestone::All, 1_199)]);
     let record = tracker.records().next().unwrap();

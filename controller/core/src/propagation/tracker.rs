@@ -40,6 +40,8 @@ pub struct Outcome {
     pub acknowledged: Vec<(u64, TraceContext)>,
     /// Per change and milestone reached: from its receipt, in nanoseconds, and its trace.
     pub milestones: Vec<(Milestone, u64, TraceContext)>,
+    /// Latest revision that half of its nodes hold since this step.
+    pub half: Option<u64>,
     /// Nodes that left before they acknowledged a revision.
     pub excluded: u64,
     /// Revisions given up because too many wait.
@@ -260,6 +262,9 @@ impl Tracker {
 }
 
 fn note_milestones(record: &Record, milestones: &[Milestone], outcome: &mut Outcome) {
+    if milestones.contains(&Milestone::Half) {
+        outcome.half = outcome.half.max(Some(record.revision));
+    }
     for milestone in milestones {
         let at = record.reached(*milestone).unwrap_or_default();
         let changes = record.publication.changes.iter();
