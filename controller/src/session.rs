@@ -310,6 +310,7 @@ impl Session {
         let mut recycled = Instant::now() + self.lifetime();
         let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut timer = std::pin::pin!(tokio::time::sleep_until(recycled));
         loop {
             if let Some(reason) = signal.ended() {
                 return End::GoAway(reason, String::new());
@@ -326,7 +327,11 @@ impl Session {
             if self.is_idle() && !signal.wait_for_change() {
                 continue;
             }
-            let deadline = self.deadline();
+            let next = self.deadline().map_or(recycled, |deadline| deadline.min(recycled));
+            // Changing a timer takes a lock that all sessions share. One that fires early costs less.
+            if next < timer.deadline() || timer.is_elapsed() {
+                timer.as_mut().reset(next);
+            }
             let outcome = tokio::select! {
                 received = inbound.message() => match received {
                     Ok(Some(message)) => self.receive(message).await,
@@ -335,14 +340,7 @@ impl Session {
                 },
                 () = signal.notify.notified() => Ok(()),
                 _ = ping.tick() => self.ping().await,
-                () = tokio::time::sleep_until(deadline.unwrap_or(recycled)), if deadline.is_some() => Ok(()),
-                () = tokio::time::sleep_until(recycled) => match self.put_off() {
-                    Some(delay) => {
-                        recycled = Instant::now() + delay;
-                        Ok(())
-                    }
-                    None => Err(End::GoAway(GoAwayReason::CredentialExpiring, "reconnect with a new token".to_owned())),
-                },
+                () = timer.as_mut() => self.recycle(&mut recycled),
             };
             if let Err(end) = outcome {
                 return end;
@@ -356,9 +354,19 @@ impl Session {
         left.mul_f64(rand::random_range(0.75..0.9))
     }
 
-    fn put_off(&self) -> Option<Duration> {
+    /// Ends the stream if it is time to recycle it, or puts that off.
+    fn recycle(&self, recycled: &mut Instant) -> Result<(), End> {
+        let now = Instant::now();
+        if now < *recycled {
+            return Ok(());
+        }
         let left = self.expires.duration_since(SystemTime::now()).unwrap_or_default();
-        put_off(left, self.fleet.upstream_age())
+        let Some(delay) = put_off(left, self.fleet.upstream_age()) else {
+            let detail = "reconnect with a new token".to_owned();
+            return Err(End::GoAway(GoAwayReason::CredentialExpiring, detail));
+        };
+        *recycled = now + delay;
+        Ok(())
     }
 
     /// Returns the time of the next check if no event occurs before.
