@@ -7,6 +7,8 @@ CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/switchtower
 # The release that e2e/go.mod pins, shown by the built programs as their version.
 KUBERNETES_VERSION=$(sed -n 's|^[[:space:]]*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' "$ROOT/e2e/go.mod" | head -1)
 
+CYCLONEDX_VERSION=0.5.9
+
 say() { printf '==> %s\n' "$*" >&2; }
 
 # Prints an error with its remedy and exits.
@@ -60,6 +62,27 @@ require_lint_tools() {
         fail "rustfmt is missing: run 'rustup component add rustfmt' and retry."
     cargo clippy --version >/dev/null 2>&1 ||
         fail "clippy is missing: run 'rustup component add clippy' and retry."
+}
+
+# The version of everything that a release contains.
+project_version() { sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
+
+# Name of this machine's processor architecture in images.
+host_arch() {
+    case "$(uname -m)" in
+    x86_64) echo amd64 ;;
+    aarch64) echo arm64 ;;
+    *) uname -m ;;
+    esac
+}
+
+# Rust's target of an image architecture.
+rust_target() {
+    case "$1" in
+    amd64) echo x86_64-unknown-linux-gnu ;;
+    arm64) echo aarch64-unknown-linux-gnu ;;
+    *) fail "no Rust target is known for the architecture $1; use amd64 or arm64." ;;
+    esac
 }
 
 rust_version() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
@@ -140,6 +163,10 @@ build_promtool() {
     build_tool promtool "two minutes" github.com/prometheus/prometheus/cmd/promtool remove_all_sd
 }
 
+build_helm() {
+    build_tool helm "a minute" helm.sh/helm/v4/cmd/helm
+}
+
 # Builds a program of e2e/tools if it is not cached. Arguments: folder, expected duration, Go package, build tags.
 build_tool() {
     local name=$1 takes=$2 package=${3:-.} tags=${4:-} dir work
@@ -161,4 +188,23 @@ build_tool() {
     rm -rf "$dir"
     mv "$work" "$dir"
     flock -u 9
+}
+
+# Installs a program from crates.io if it is not cached. Arguments: crate, version, folder.
+install_cargo_tool() {
+    local crate=$1 version=$2 tools=$3
+    [ ! -x "$tools/bin/$crate" ] || return 0
+    say "building $crate $version (a few minutes on two cores, once)"
+    mkdir -p "$CACHE/tools"
+    exec 9>"$CACHE/tools/.lock"
+    flock 9
+    [ -x "$tools/bin/$crate" ] ||
+        (cd / && CARGO_TARGET_DIR=$CACHE/tools/build cargo install --debug "$crate" --version "$version" --locked --root "$tools") ||
+        fail "$crate could not be built: check the network (crates.io) and the C compiler, then retry."
+    rm -rf "$CACHE/tools/build"
+    flock -u 9
+}
+
+build_cyclonedx() {
+    install_cargo_tool cargo-cyclonedx "$CYCLONEDX_VERSION" "$CACHE/tools/cargo-cyclonedx-$CYCLONEDX_VERSION-debug"
 }
