@@ -104,6 +104,18 @@ pub enum Command {
         after_help = "Examples:\n  kubectl switchtower check --pre\n  kubectl switchtower check --post"
     )]
     Check(CheckArgs),
+    /// Collect state, metrics and logs in one archive for support, without credentials
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower bundle --redact-addresses\n  kubectl switchtower bundle --node alpha --file incident.tar.gz"
+    )]
+    Bundle(BundleArgs),
+    /// Serve a page with the live state of fleet, rollouts and Services on loopback
+    ///
+    /// The page uses the permissions of the kubeconfig. Its address contains a random password.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower dashboard\n  kubectl switchtower dashboard --file report.html"
+    )]
+    Dashboard(DashboardArgs),
     /// List message codes
     Codes(CodesArgs),
     /// Print a shell completion script
@@ -247,6 +259,37 @@ pub struct CheckArgs {
     /// Check that the installation works
     #[arg(long, group = "when")]
     pub post: bool,
+}
+
+/// Flags of `bundle`.
+#[derive(Debug, Args)]
+pub struct BundleArgs {
+    /// File to create [default: switchtower-bundle-TIME.tar.gz]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Include differences and complete tables of this node; can be repeated
+    #[arg(long, value_name = "NAME")]
+    pub node: Vec<String>,
+    /// Replace IP addresses by names that are the same in all files
+    #[arg(long)]
+    pub redact_addresses: bool,
+    /// Maximum number of lines of each log, 1 to 100000
+    #[arg(long, default_value_t = 5_000, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub log_lines: u32,
+    /// Maximum total size of the files before compression, in MiB, 1 to 1024
+    #[arg(long, default_value_t = 50, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1_024))]
+    pub max_size: u32,
+}
+
+/// Flags of `dashboard`.
+#[derive(Debug, Args)]
+pub struct DashboardArgs {
+    /// Port on 127.0.0.1; 0 selects a free port
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    pub port: u16,
+    /// Write the current state as a page to this file instead of serving it
+    #[arg(long, value_name = "FILE", conflicts_with = "port")]
+    pub file: Option<PathBuf>,
 }
 
 /// Flags of `codes`.

@@ -17,6 +17,8 @@ use serde_json::Value;
 use switchtower_admin_api::{self as admin, codes};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 
+pub(crate) mod support;
+
 use crate::args::Global;
 use crate::error::{CliError, chain};
 

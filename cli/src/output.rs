@@ -1,6 +1,9 @@
 //! Output of results: a value for programs, or a text of at most 100 columns.
 
+use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -69,6 +72,21 @@ pub(crate) fn print_error(error: &CliError, style: Style) {
     let _ = std::io::stderr().lock().write_all(printable(&text).as_bytes());
 }
 
+/// Prints a line to standard output before the result, for a command that keeps running.
+pub(crate) fn announce(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // A closed pipe is not an error.
+    let _ = writeln!(out, "{}", printable(line)).and_then(|()| out.flush());
+}
+
+/// Creates a file that only the user can read. Never replaces a file; `flag` names the remedy.
+pub(crate) fn create_file(path: &Path, flag: &str) -> Result<File, CliError> {
+    let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    opened.map_err(|error| {
+        CliError::new(format!("cannot create {}: {error}; choose another file with {flag}", path.display()))
+    })
+}
+
 /// Replaces control characters other than our own colours, because text from nodes and objects is not trusted.
 fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -97,7 +115,12 @@ pub(crate) struct Style {
 
 impl Style {
     #[cfg(test)]
-    pub(crate) const PLAIN: Self = Self { colored: false };
+    pub(crate) const PLAIN: Self = Self::plain();
+
+    /// Returns a style without colours.
+    pub(crate) const fn plain() -> Self {
+        Self { colored: false }
+    }
 
     pub(crate) fn detect(color: Color) -> Self {
         let colored = match color {
@@ -205,6 +228,13 @@ mod tests {
         let text = format!("{}\n\u{1b}[2J{}\u{9b}2J\u{1b}", style.bad("gone"), style.good("a\u{7}b"));
         let shown = "\u{1b}[31;1mgone\u{1b}[0m\n [2J\u{1b}[32ma b\u{1b}[0m 2J ";
         assert_eq!(printable(&text), shown);
+    }
+
+    #[test]
+    fn existing_files_are_kept() {
+        let path = std::env::current_exe().unwrap();
+        let error = create_file(&path, "--file").unwrap_err();
+        assert!(error.message.ends_with("choose another file with --file"), "{error}");
     }
 
     #[test]

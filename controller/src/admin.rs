@@ -13,9 +13,12 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use prometheus::{Registry, TextEncoder};
 use serde::Deserialize;
 use switchtower_admin_api::ChangeReport;
-use switchtower_admin_api::{ApiError, ControllerInfo, Explanation, NodeDiff, NodeRules, Progress};
+use switchtower_admin_api::{
+    ApiError, ControllerInfo, Explanation, MetricsText, NodeDiff, NodeRules, Progress,
+};
 use switchtower_core::explain::Subject;
 use switchtower_telemetry::{span, spans};
 use tokio::net::TcpListener;
@@ -48,6 +51,7 @@ pub struct Admin {
     fleet: Arc<Fleet>,
     authenticator: Arc<AdminAuthenticator>,
     replica: Arc<str>,
+    registry: Registry,
 }
 
 /// Errors of requests.
@@ -119,14 +123,20 @@ impl IntoResponse for AdminError {
 impl Admin {
     /// Creates the admin API.
     #[must_use]
-    pub fn new(fleet: Arc<Fleet>, authenticator: AdminAuthenticator, replica: &str) -> Self {
-        Self { fleet, authenticator: Arc::new(authenticator), replica: replica.into() }
+    pub fn new(
+        fleet: Arc<Fleet>,
+        authenticator: AdminAuthenticator,
+        replica: &str,
+        registry: Registry,
+    ) -> Self {
+        Self { fleet, authenticator: Arc::new(authenticator), replica: replica.into(), registry }
     }
 
     /// Returns the routes. Authentication covers all of them, including the fallback for unknown paths.
     pub fn router(self) -> Router {
         Router::new()
             .route("/v1/controller", get(controller))
+            .route("/v1/metrics", get(metrics))
             .route("/v1/progress", get(how_far))
             .route("/v1/services/{namespace}/{name}/explanation", get(explain))
             .route("/v1/services/{namespace}/{name}/changes", get(changes))
@@ -177,6 +187,13 @@ async fn controller(State(admin): State<Admin>) -> Json<ControllerInfo> {
         nodes,
         connected,
     })
+}
+
+/// The metrics, for a caller without a route to the metrics port.
+async fn metrics(State(admin): State<Admin>) -> Answer<MetricsText> {
+    let text = TextEncoder::new().encode_to_string(&admin.registry.gather());
+    text.map(|text| Json(MetricsText { text }))
+        .map_err(|error| AdminError::Internal(format!("encode the metrics: {error}")))
 }
 
 async fn how_far(

@@ -247,7 +247,8 @@ impl Replica {
     fn server(&self, fleet: Arc<Fleet>, tasks: &mut Background) -> anyhow::Result<(Server, Arc<ServerTls>)> {
         let Self { args, clients, telemetry, ca, name, .. } = self;
         let client = clients.unfenced.clone();
-        let admin = Admin::new(fleet.clone(), AdminAuthenticator::new(client.clone(), &args.namespace), name);
+        let authenticator = AdminAuthenticator::new(client.clone(), &args.namespace);
+        let admin = Admin::new(fleet.clone(), authenticator, name, telemetry.registry.clone());
         let keys = Arc::new(Keys::new(client.clone(), &telemetry.registry)?);
         let authenticator =
             Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);

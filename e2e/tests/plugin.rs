@@ -508,3 +508,72 @@ fn codes_and_completion_need_no_cluster() {
         (0, "No ProxyRollouts found; the controller creates one when a ProxyProfile changes.\n")
     );
 }
+
+/// Unpacks a bundle and returns its only folder.
+fn unpacked(archive: &Path, into: &Path) -> PathBuf {
+    std::fs::create_dir(into).unwrap();
+    let mut tar = std::process::Command::new("tar");
+    let status =
+        tar.args(["--extract", "--gzip", "--file"]).arg(archive).arg("--directory").arg(into).status();
+    assert!(status.unwrap().success());
+    let mut folders = std::fs::read_dir(into).unwrap().map(|entry| entry.unwrap().path());
+    folders.next().unwrap()
+}
+
+#[test]
+fn bundle_contains_state_without_credentials() {
+    let _alone = alone();
+    let (scene, to) = scene("bundled", &json!({}));
+    let work = tempfile::tempdir().unwrap();
+    let deployment = work.path().join("deployment.json");
+    let containers =
+        json!([{"name": "c", "image": "none", "env": [{"name": "API_TOKEN", "value": "hunter2"}]}]);
+    let labels = json!({"app": "bundled"});
+    let object = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "bundled", "namespace": NAMESPACE},
+        "spec": {"replicas": 0, "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": {"containers": containers}}},
+    });
+    std::fs::write(&deployment, object.to_string()).unwrap();
+    let control_plane = scene.fleet.control_plane();
+    control_plane.kubectl(&["apply", "-f", deployment.to_str().unwrap()]).unwrap();
+    let file = work.path().join("b.tar.gz");
+    let file = file.to_str().unwrap();
+
+    let plain = ask(&["bundle", "--file", file, "--node", "alpha"]);
+    // The only missing parts are the agents' logs: no kubelet serves them here.
+    let missing: Vec<_> = plain.text.lines().filter(|line| line.starts_with("! ")).collect();
+    assert!(
+        missing.iter().all(|line| line.starts_with("! not included: logs/switchtower-node-agent-")),
+        "{missing:?}"
+    );
+    assert_eq!(plain.code, 1, "{}", plain.text);
+    assert!(plain.errors.contains("\n  controller-metrics.txt\n"), "no progress: {}", plain.errors);
+    let folder = unpacked(Path::new(file), &work.path().join("plain"));
+    let read = |folder: &Path, name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let rows: Value = serde_json::from_str(&read(&folder, "rows.json")).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 3);
+    assert!(read(&folder, "controller-metrics.txt").contains("\nswitchtower_revision "));
+    assert!(read(&folder, "status.txt").contains("alpha"));
+    assert!(read(&folder, "nodes/alpha/diff.json").contains("\"differencesTotal\": 0"));
+    let address = to.ip().to_string();
+    assert!(read(&folder, "nodes/alpha/rules.json").contains(&address));
+    assert!(read(&folder, "deployments.json").contains("\"value\": \"[removed]\""));
+
+    let again = ask(&["bundle", "--file", file]);
+    assert_eq!(again.code, 2, "an existing file is replaced: {}", again.errors);
+    std::fs::remove_file(file).unwrap();
+    assert_eq!(ask(&["bundle", "--file", file, "--node", "alpha", "--redact-addresses"]).code, 1);
+    let folder = unpacked(Path::new(file), &work.path().join("redacted"));
+    assert!(read(&folder, "nodes/alpha/rules.json").contains("ipv4-"));
+    let all = std::process::Command::new("grep")
+        .args(["-rlE", &format!("hunter2|{address}|198\\.18\\.|BEGIN .*PRIVATE KEY|eyJ")])
+        .arg(&folder)
+        .output();
+    assert_eq!(String::from_utf8_lossy(&all.unwrap().stdout), "");
+    control_plane.kubectl(&["--namespace", NAMESPACE, "delete", "deployment", "bundled"]).unwrap();
+
+    std::fs::remove_file(file).unwrap();
+    let small = ask(&["bundle", "--file", file, "--node", "alpha", "--max-size", "1"]);
+    assert!(std::fs::metadata(file).unwrap().len() < 1 << 20, "{}", small.text);
+}

@@ -10,8 +10,16 @@ use crate::error::CliError;
 use crate::output::{Exit, Report, Style, table, wrapped};
 
 pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Result<Report, CliError> {
-    let cluster = Cluster::new(global).await?;
-    match &args.action {
+    perform(&Cluster::new(global).await?, &args.action, style).await
+}
+
+/// Performs an action.
+pub(crate) async fn perform(
+    cluster: &Cluster,
+    action: &RolloutAction,
+    style: Style,
+) -> Result<Report, CliError> {
+    match action {
         RolloutAction::Status { name: None } => {
             let mut rollouts = cluster.rollouts().await?;
             // Latest last, as kubectl prints Events.
@@ -19,27 +27,27 @@ pub(crate) async fn run(global: &Global, args: &RolloutArgs, style: Style) -> Re
             Report::new(list(&rollouts), &rollouts, exit(&rollouts))
         }
         RolloutAction::Status { name: Some(name) } => {
-            let rollout = existing(&cluster, name).await?;
+            let rollout = existing(cluster, name).await?;
             let text = one(name, &rollout, style);
             Report::new(text, &rollout, exit(std::slice::from_ref(&rollout)))
         }
         RolloutAction::Pause { name } => {
-            let rollout = running(&cluster, name).await?;
+            let rollout = running(cluster, name).await?;
             drop(rollout);
-            change(&cluster, name, json!({"paused": true}), "paused; no further node is updated").await
+            change(cluster, name, json!({"paused": true}), "paused; no further node is updated").await
         }
         RolloutAction::Resume { name } => {
-            running(&cluster, name).await?;
-            change(&cluster, name, json!({"paused": false}), "resumed").await
+            running(cluster, name).await?;
+            change(cluster, name, json!({"paused": false}), "resumed").await
         }
         RolloutAction::Approve { name } => {
-            let step = step_to_approve(name, &running(&cluster, name).await?)?;
+            let step = step_to_approve(name, &running(cluster, name).await?)?;
             let what = format!("step {step} approved");
-            change(&cluster, name, json!({"approvedStep": step}), &what).await
+            change(cluster, name, json!({"approvedStep": step}), &what).await
         }
         RolloutAction::Abort { name } => {
-            running(&cluster, name).await?;
-            change(&cluster, name, json!({"abort": true}), "aborted; its nodes return to the stable revision")
+            running(cluster, name).await?;
+            change(cluster, name, json!({"abort": true}), "aborted; its nodes return to the stable revision")
                 .await
         }
     }

@@ -44,6 +44,14 @@ pub struct ControllerInfo {
     pub connected: usize,
 }
 
+/// `GET /v1/metrics`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MetricsText {
+    /// All metrics of the controller in the text format of Prometheus.
+    pub text: String,
+}
+
 /// `GET /v1/progress`: progress of changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -70,7 +70,13 @@ fn router() -> Router {
     let publication =
         Publication { changes: vec![change], total: 1, compiling: 2_000_000, published: 5_000_000 };
     fleet.publish(compiler.compile(), publication, source);
-    Admin::new(fleet, AdminAuthenticator::new(Fake, "switchtower-system"), "controller-0").router()
+    Admin::new(
+        fleet,
+        AdminAuthenticator::new(Fake, "switchtower-system"),
+        "controller-0",
+        crate::metrics::registry().unwrap(),
+    )
+    .router()
 }
 
 async fn get_as(token: &str, path: &str) -> (StatusCode, Value) {
@@ -128,6 +134,14 @@ async fn controller_and_progress_are_reported() {
     assert_eq!(body["revision"], Value::Null, "not seen yet");
     let (_, body) = get_as(VIEWER, "/v1/progress?services=8&revision=1&instance=other").await;
     assert_eq!(body["revision"], Value::Null, "a revision of another process");
+}
+
+#[tokio::test]
+async fn metrics_are_returned_as_text() {
+    let (status, body) = get_as(VIEWER, "/v1/metrics").await;
+    assert_eq!(status, StatusCode::OK);
+    assert!(body["text"].as_str().unwrap().contains("\nprocess_start_time_seconds "), "{body}");
+    assert_eq!(get_as("", "/v1/metrics").await.0, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]
