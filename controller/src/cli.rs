@@ -28,6 +28,21 @@ pub enum Command {
     ///
     /// Exit codes: 0 success, 1 the manifests cannot be read or do not contain the node.
     Render(RenderArgs),
+    /// Print the ProxyProfile that is equivalent to a configuration of kube-proxy, without a cluster.
+    ///
+    /// Comments in the output list the fields without counterpart. Exit codes: 0 success, 1 the configuration is invalid.
+    ImportConfig(ImportConfigArgs),
+}
+
+/// Flags of `import-config`.
+#[derive(Debug, Clone, Args)]
+pub struct ImportConfigArgs {
+    /// File with a KubeProxyConfiguration, or with the ConfigMap that contains it; - for standard input.
+    #[arg(value_name = "FILE|-")]
+    pub file: PathBuf,
+    /// Name of the ProxyProfile.
+    #[arg(long, value_name = "NAME", default_value = "kube-proxy")]
+    pub name: String,
 }
 
 /// Flags of the controller. Exit codes: 0 stopped by a signal, 1 startup failed, 2 invalid usage.

@@ -18,6 +18,7 @@ pub mod events;
 #[cfg(test)]
 mod fake_api;
 pub mod fleet;
+pub mod import_config;
 pub mod ingest;
 pub mod lease;
 pub mod metrics;

@@ -24,6 +24,7 @@ use crate::bootstrap::{self, CaPem};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine;
 use crate::fleet::Fleet;
+use crate::import_config;
 use crate::lease::{Candidate, Fence, Holding};
 use crate::metrics::{self, Exemplars, Readiness};
 use crate::peers::Peers;
@@ -56,6 +57,7 @@ const RENEWAL: Duration = Duration::from_secs(30 * 24 * 3_600);
 pub fn main(cli: Cli) -> ExitCode {
     let outcome = match cli.command {
         Some(Command::Render(args)) => render::run(&args).map_err(anyhow::Error::from),
+        Some(Command::ImportConfig(args)) => import_config::run(&args).map_err(anyhow::Error::from),
         None => start(cli.serve),
     };
     match outcome {

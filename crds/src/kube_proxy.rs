@@ -7,6 +7,10 @@ use std::net::IpAddr;
 
 use serde::Deserialize;
 
+mod unconverted;
+
+pub use unconverted::{Unconverted, unconverted};
+
 use crate::{Cidr, Conntrack, LocalDetection, LocalDetectionMode, NodePortAddress, ProxySettings};
 
 /// Namespace of the ConfigMap that kubeadm writes.
