@@ -15,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 use kube::api::PostParams;
 use serde_json::json;
@@ -378,11 +379,25 @@ impl Fleet {
         audiences: &[&str],
         seconds: i64,
     ) -> Result<String> {
-        let bound = pod.map(|pod| BoundObjectReference {
+        self.bound_token(account, pod.map(|pod| ("Pod", &pod.metadata)), audiences, seconds)
+    }
+
+    /// Requests a token that is bound to an object of this kind.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn bound_token(
+        &self,
+        account: &str,
+        to: Option<(&str, &ObjectMeta)>,
+        audiences: &[&str],
+        seconds: i64,
+    ) -> Result<String> {
+        let bound = to.map(|(kind, metadata)| BoundObjectReference {
             api_version: Some("v1".to_owned()),
-            kind: Some("Pod".to_owned()),
-            name: pod.metadata.name.clone(),
-            uid: pod.metadata.uid.clone(),
+            kind: Some(kind.to_owned()),
+            name: metadata.name.clone(),
+            uid: metadata.uid.clone(),
         });
         let request = TokenRequest {
             spec: TokenRequestSpec {

@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::{Value, json};
 use switchtower_e2e::lab::control_plane::ISSUER;
@@ -146,17 +146,33 @@ fn plaintext_is_refused() {
     fleet().settled(SOON).unwrap();
 }
 
+/// As an agent that is a systemd unit has it.
+#[test]
+fn token_bound_to_a_node_identifies_it() {
+    let _alone = alone();
+    let fleet = fleet();
+    let object: Node = fleet.kube().get_cluster("gamma").unwrap().unwrap();
+    let bound = Some(("Node", &object.metadata));
+    let token = fleet.bound_token(AGENT_ACCOUNT, bound, &[AUDIENCE], 3600).unwrap();
+    refused("alpha", &token, "node_name_mismatch");
+    supersedes("gamma", &token);
+}
+
 #[test]
 fn second_agent_of_a_node_supersedes_the_first() {
     let _alone = alone();
+    let pod = fleet().agent_pod("gamma").unwrap();
+    supersedes("gamma", &fleet().token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap());
+}
+
+/// Checks that a second agent with this token takes the place of the node's own agent until it ends.
+fn supersedes(name: &str, token: &str) {
     let fleet = fleet();
-    let gamma = node(fleet, "gamma");
+    let own = node(fleet, name);
     let ended = "switchtower_streams_ended_total";
     let before = count(fleet, ended, "superseded");
-    let session = fleet.row("gamma").unwrap().connection.unwrap().session;
-    let pod = fleet.agent_pod("gamma").unwrap();
-    let token = fleet.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], 3600).unwrap();
-    let second = fleet.stranger(gamma, "gamma", &token).unwrap();
+    let session = fleet.row(name).unwrap().connection.unwrap().session;
+    let second = fleet.stranger(own, name, token).unwrap();
     wait::until("the first agent's stream is superseded", SOON, || {
         second.check_running()?;
         ensure!(fleet.controller_metric(ended, "reason=\"superseded\"")? > before);
@@ -165,11 +181,11 @@ fn second_agent_of_a_node_supersedes_the_first() {
     .unwrap();
     // The second agent ends, as after a failed rolling update; the first takes over again.
     drop(second);
-    wait::until("gamma's own agent serves again", Duration::from_secs(60), || {
-        let now = fleet.row("gamma")?.connection.context("the row has no connection")?.session;
+    wait::until("the node's own agent serves again", Duration::from_secs(60), || {
+        let now = fleet.row(name)?.connection.context("the row has no connection")?.session;
         ensure!(now > session, "the row still has session {now}");
-        ensure!(fleet.agent_metric(gamma, "switchtower_controller_connected", "")? == 1.0, "not connected");
-        fleet.agrees(gamma)
+        ensure!(fleet.agent_metric(own, "switchtower_controller_connected", "")? == 1.0, "not connected");
+        fleet.agrees(own)
     })
     .unwrap();
 }

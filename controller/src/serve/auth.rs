@@ -53,8 +53,8 @@ pub enum Refusal {
     /// Of another ServiceAccount or user.
     #[error("the token belongs to {0}, but only {1} may be an agent")]
     ForeignServiceAccount(String, String),
-    /// Not bound to a pod.
-    #[error("the token is not bound to a pod on a node; use a projected token")]
+    /// Not bound to a Pod or Node.
+    #[error("the token is not bound to a Pod on a node or to a Node; use a projected token")]
     NotPodBound,
     /// Its pod was deleted.
     #[error("the token's pod does not exist any more")]
@@ -204,7 +204,7 @@ impl Authenticator {
         if let Some(subject) = claims.subject.as_ref().filter(|subject| **subject != self.user) {
             return Err(Refusal::ForeignServiceAccount(subject.clone(), self.user.clone()));
         }
-        if !claims.pod_bound {
+        if !claims.bound {
             return Err(Refusal::NotPodBound);
         }
         match &claims.node {
@@ -233,7 +233,10 @@ impl Authenticator {
             values.first().filter(|value| !value.is_empty()).map(|value| Arc::<str>::from(value.as_str()))
         };
         let node = extra("authentication.kubernetes.io/node-name").ok_or(Refusal::NotPodBound)?;
-        extra("authentication.kubernetes.io/pod-uid").ok_or(Refusal::NotPodBound)?;
+        // A kubelet can request only tokens of Pods on its Node; a token that is bound to the Node itself, for an agent
+        // outside of a Pod, needs an administrator.
+        let bound = ["authentication.kubernetes.io/pod-uid", "authentication.kubernetes.io/node-uid"];
+        bound.into_iter().find_map(extra).ok_or(Refusal::NotPodBound)?;
         Ok(Identity { node, expires: claims.expires })
     }
 
@@ -246,7 +249,7 @@ impl Authenticator {
         if error.contains("expired") {
             return Refusal::Expired;
         }
-        if claims.pod_bound
+        if claims.bound
             && (error.contains("invalidated") || error.contains("not found") || error.contains("pod"))
         {
             return Refusal::PodGone;

@@ -11,7 +11,8 @@ use serde_json::Value;
 pub(super) struct Claims {
     pub(super) audiences: Vec<String>,
     pub(super) expires: SystemTime,
-    pub(super) pod_bound: bool,
+    /// Bound to a Pod or a Node, whose deletion revokes the token.
+    pub(super) bound: bool,
     /// User name.
     pub(super) subject: Option<String>,
     /// Node of the token's pod.
@@ -36,10 +37,11 @@ impl Claims {
         };
         let seconds = claims.get("exp")?.as_u64()?;
         let expires = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?;
-        let pod_bound = claims.pointer("/kubernetes.io/pod/uid").is_some();
+        let bound = ["/kubernetes.io/pod/uid", "/kubernetes.io/node/uid"];
+        let bound = bound.iter().any(|pointer| claims.pointer(pointer).is_some());
         let text = |pointer: &str| claims.pointer(pointer)?.as_str().map(str::to_owned);
         let (subject, node) = (text("/sub"), text("/kubernetes.io/node/name"));
-        Some(Self { audiences, expires, pod_bound, subject, node })
+        Some(Self { audiences, expires, bound, subject, node })
     }
 }
 
@@ -53,7 +55,7 @@ mod tests {
         let token = "e30.eyJhdWQiOlsic3dpdGNodG93ZXIiXSwiZXhwIjoxOTAwMDAwMDAwLCJrdWJlcm5ldGVzLmlvIjp7InBvZCI6eyJuYW1lIjoiYSIsInVpZCI6InUifX19.c2ln";
         let claims = Claims::of(token).unwrap();
         assert_eq!(claims.audiences, ["switchtower"]);
-        assert!(claims.pod_bound);
+        assert!(claims.bound);
         assert_eq!(claims.expires, SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     }
 
