@@ -1,7 +1,8 @@
 //! A hollow fleet: the real controller and API server, and thousands of agents that have everything but a kernel.
 //!
-//! Each hollow agent is a client of its own, with a pod-bound token, a TLS connection, and the node agent's session and
-//! state code; it acknowledges what its state holds. The controller's CPU time and memory come from /proc and are
+//! Each hollow agent is a client of its own, with a pod-bound token, a TLS connection, and the node agent's session code.
+//! Some have its state code too, and acknowledge what their state holds; the others acknowledge what an update announces,
+//! so that their work does not hide the controller's. The controller's CPU time and memory come from /proc and are
 //! separate from those of the fleet, which runs in this process. The machine is shared by everything: compare CPU
 //! times; latencies include the API server, the fleet and, where the processors are busy, their queues.
 
@@ -10,15 +11,17 @@ mod cluster;
 mod latency;
 mod load;
 mod measure;
+mod plot;
 mod report;
 mod rows;
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use latency::Latency;
+pub use plot::{Plot as GrowthPlot, plots};
 pub use report::table;
 
 use crate::switchtower::Fleet as Product;
@@ -31,6 +34,8 @@ use measure::Usage;
 pub struct Plan {
     /// Agents, each with a Node.
     pub nodes: usize,
+    /// Agents that keep their view and check every update. The others acknowledge what an update announces.
+    pub checking: usize,
     /// Services with three endpoints each.
     pub services: usize,
     /// Length of the idle phase.
@@ -48,7 +53,7 @@ pub struct Plan {
 }
 
 /// Results for one fleet. CPU times are those of the controller, in seconds unless named otherwise.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Figures {
     /// Agents.
     pub nodes: usize,
@@ -69,7 +74,7 @@ pub struct Figures {
 }
 
 /// All agents connect at once.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Join {
     /// Until every agent had acknowledged its first view, in seconds.
     pub seconds: f64,
@@ -86,14 +91,14 @@ pub struct Join {
 }
 
 /// Nothing changes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Idle {
     /// CPU time as a share of one core, in percent.
     pub core_percent: f64,
 }
 
 /// One change at a time, each awaited on all nodes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Single {
     /// Time from the API write to the nodes' acknowledgements.
     pub latency: Latency,
@@ -104,12 +109,18 @@ pub struct Single {
 }
 
 /// Changes at a rate.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Rate {
     /// Changes per second that were attempted.
     pub per_second: u32,
     /// Changes per second that the API server took.
     pub written_per_second: f64,
+    /// Median of the time that the API server took for a write, in milliseconds; part of the latency.
+    #[serde(default)]
+    pub write_p50: f64,
+    /// CPU time of the hollow agents as a share of one core, in percent.
+    #[serde(default)]
+    pub agents_core_percent: f64,
     /// Time from the API write to the nodes' acknowledgements.
     pub latency: Latency,
     /// Median of the time to 99 % of nodes over the first quarter of the changes, in milliseconds.
@@ -131,7 +142,7 @@ pub struct Rate {
 }
 
 /// Resident memory after a number of changes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Sample {
     /// Changes since the start.
     pub changes: usize,
@@ -140,7 +151,7 @@ pub struct Sample {
 }
 
 /// The controller restarts.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Restart {
     /// From the controller's end until all agents were connected again, in seconds; `None` if that took too long.
     pub seconds: Option<f64>,
@@ -226,7 +237,7 @@ impl Measured<'_> {
 
     fn join(&self, tokens: &[String], directory: &std::path::Path) -> Result<(Agents, Join)> {
         let before = self.usage()?;
-        let agents = Agents::start(self.runtime, tokens, directory)?;
+        let agents = Agents::start(self.runtime, tokens, directory, self.plan.checking)?;
         let joined =
             agents.wait("all agents have a view", self.patience(), |agent| agent.generation() > 0)?;
         let after = self.usage()?;
@@ -281,12 +292,15 @@ impl Measured<'_> {
 
     fn rate(&self, agents: &Agents, per_second: u32) -> Result<Rate> {
         agents.record();
+        let own = Usage::of(std::process::id())?;
         let before = self.usage()?;
         let changes = self.product.kube().block_on(self.load.run(per_second, self.plan.rate_for))?;
         let written = self.usage()?;
         let last = changes.iter().map(|change| change.version).max().context("no change was written")?;
         let drained = agents.wait("all changes", self.patience(), |agent| agent.slices() >= last).ok();
         let after = self.usage()?;
+        let own = Usage::of(std::process::id())?.core_percent_since(&own);
+        let writes: Vec<_> = changes.iter().map(|change| change.write.as_secs_f64() * 1_000.0).collect();
         let count = changes.len() as f64;
         let updates = agents.take();
         let (latency, each) = Latency::of(&changes, &updates);
@@ -295,6 +309,8 @@ impl Measured<'_> {
         Ok(Rate {
             per_second,
             written_per_second: count / written.at.duration_since(before.at).as_secs_f64(),
+            write_p50: latency::median(&writes),
+            agents_core_percent: own,
             latency,
             first_quarter: latency::median(&each[..quarter.min(each.len())]),
             last_quarter: latency::median(&each[each.len() - quarter.min(each.len())..]),

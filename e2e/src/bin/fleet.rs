@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Parser;
-use switchtower_e2e::fleet::{Plan, run, table};
+use switchtower_e2e::fleet::{Figures, Plan, plots, run, table};
 
 /// Measures the real controller with hollow agents: real clients, tokens and views, no kernel.
 #[derive(Parser)]
@@ -12,6 +13,10 @@ struct Arguments {
     /// Agents; several sizes are measured one after the other, each on a control plane of its own.
     #[arg(long, value_delimiter = ',', default_value = "100,500,1000")]
     nodes: Vec<usize>,
+    /// Agents that keep their view and check every update, 100 by default. The others acknowledge the digest that an
+    /// update announces, so that their work does not hide the controller's on the same machine.
+    #[arg(long, default_value_t = 100)]
+    checking: usize,
     /// Services, each with three endpoints.
     #[arg(long, default_value_t = 1_000)]
     services: usize,
@@ -33,15 +38,46 @@ struct Arguments {
     /// Writes the figures to a file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Prints the tables of files that `--json` wrote, and measures nothing.
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    from: Vec<PathBuf>,
+    /// Writes plots of the costs by number of agents, with fitted exponents, to a directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    plots: Option<PathBuf>,
 }
 
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "the program prints what it measured")]
+#[allow(clippy::print_stdout, reason = "the program prints what it measured")]
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    let all = if arguments.from.is_empty() { measure(&arguments)? } else { read(&arguments.from)? };
+    println!("{}", table(&all));
+    if let Some(directory) = &arguments.plots {
+        for plot in plots(&all) {
+            std::fs::write(directory.join(plot.file), plot.svg)?;
+        }
+    }
+    Ok(())
+}
+
+fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Figures>> {
+    let mut all: Vec<Figures> = Vec::new();
+    for path in files {
+        let file = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let figures: Vec<_> =
+            serde_json::from_slice(&file).with_context(|| format!("parsing {}", path.display()))?;
+        all.extend(figures);
+    }
+    all.sort_by_key(|figures| figures.nodes);
+    Ok(all)
+}
+
+#[allow(clippy::print_stderr, reason = "the program prints its progress")]
+fn measure(arguments: &Arguments) -> anyhow::Result<Vec<Figures>> {
     let mut all = Vec::new();
     for &nodes in &arguments.nodes {
         let plan = Plan {
             nodes,
+            checking: arguments.checking.min(nodes),
             services: arguments.services,
             idle: Duration::from_secs(arguments.seconds),
             changes: arguments.changes,
@@ -57,6 +93,5 @@ fn main() -> anyhow::Result<()> {
         }
         eprintln!("{}", table(&all[all.len() - 1..]));
     }
-    println!("{}", table(&all));
-    Ok(())
+    Ok(all)
 }

@@ -14,7 +14,7 @@ use switchtower_node_agent::engine::{AgentStatus, Command, Event};
 use switchtower_node_agent::metrics::Metrics;
 use switchtower_node_agent::state::{Refusal, State};
 use switchtower_node_agent::storage::files::StateFiles;
-use switchtower_proto::v1::{Ack, ApplyTimings, Nack, Stamp, View};
+use switchtower_proto::v1::{Ack, ApplyTimings, Nack, Stamp, Update, View};
 use tokio::sync::{mpsc, watch};
 
 use super::cluster;
@@ -52,13 +52,12 @@ impl Hollow {
         self.applied.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, state: &State) {
-        let slices = state.source().map_or(0, |source| source.endpoint_slices);
+    fn note(&self, generation: u64, slices: u64) {
         if self.recording.load(Ordering::Acquire) {
             self.log().push(Applied { at: Instant::now(), slices });
         }
         self.slices.store(slices, Ordering::Release);
-        self.generation.store(state.generation(), Ordering::Release);
+        self.generation.store(generation, Ordering::Release);
     }
 }
 
@@ -76,11 +75,13 @@ pub(super) struct Agents {
 }
 
 impl Agents {
-    /// Starts one agent for each token; `directory` has the controller's CA and address.
+    /// Starts one agent for each token; `directory` has the controller's CA and address. `checking` agents keep their
+    /// view and check every update, the others acknowledge what an update announces.
     pub(super) fn start(
         runtime: &tokio::runtime::Runtime,
         tokens: &[String],
         directory: &Path,
+        checking: usize,
     ) -> Result<Self> {
         let (stop, stopped) = watch::channel(false);
         let metrics = Metrics::register(&Registry::new())?;
@@ -100,7 +101,12 @@ impl Agents {
             let (commands, inbox) = mpsc::channel(16);
             let hollow = Arc::new(Hollow::default());
             agents.push(hollow.clone());
-            runtime.spawn(answer(inbox, hollow));
+            // Spread over all zones and the whole time of a join.
+            if number * checking / tokens.len() < (number + 1) * checking / tokens.len() {
+                runtime.spawn(answer(inbox, hollow));
+            } else {
+                runtime.spawn(acknowledge(inbox, hollow));
+            }
             let (metrics, contact) = (metrics.clone(), Contact::default());
             runtime.spawn(session::run(controllers, identity, commands, metrics, contact, stopped.clone()));
         }
@@ -212,7 +218,8 @@ async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
             }
             Command::End(end) => match state.end(&end) {
                 Ok(applied) => {
-                    hollow.note(&state);
+                    let slices = state.source().map_or(0, |source| source.endpoint_slices);
+                    hollow.note(state.generation(), slices);
                     send(&events, Event::Ack(ack(&state, applied.changes.len())));
                     None
                 }
@@ -231,6 +238,54 @@ async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
             let reason = reason as i32;
             send(&events, Event::Nack(Nack { session: 0, generation, reason, errno: 0, detail, kept }));
         }
+    }
+}
+
+/// The engine of an agent that keeps no view: acknowledges the digest that each update announces.
+async fn acknowledge(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
+    let mut held: Option<Update> = None;
+    let mut arriving: Option<Update> = None;
+    let mut events: Option<mpsc::UnboundedSender<Event>> = None;
+    while let Some(command) = inbox.recv().await {
+        match command {
+            Command::Attach { events: sender, status: reply } => {
+                (arriving, events) = (None, Some(sender));
+                // Fails only if the session has ended.
+                let _ = reply.send(held.as_ref().map_or_else(AgentStatus::default, announced_status));
+            }
+            Command::Resumed => {
+                hollow.streams.fetch_add(1, Ordering::AcqRel);
+            }
+            Command::Begin(update) => {
+                if update.from.is_none() {
+                    hollow.streams.fetch_add(1, Ordering::AcqRel);
+                    hollow.snapshots.fetch_add(1, Ordering::AcqRel);
+                }
+                arriving = Some(*update);
+            }
+            Command::End(_) => {
+                let Some(update) = arriving.take() else { continue };
+                hollow.note(update.to, update.source.map_or(0, |source| source.endpoint_slices));
+                let (generation, digest) = (update.to, update.digest.clone());
+                let timings = Some(ApplyTimings::default());
+                send(&events, Event::Ack(Ack { session: 0, generation, digest, deviations: None, timings }));
+                held = Some(update);
+            }
+            Command::Ask { answer, .. } => {
+                let _ = answer.send(Err("a hollow agent has no kernel".to_owned()));
+            }
+            // Dropping `done` lets the session connect.
+            _ => {}
+        }
+    }
+}
+
+fn announced_status(held: &Update) -> AgentStatus {
+    let Update { to: generation, digest, resume, source, .. } = held.clone();
+    AgentStatus {
+        kernel: Some(Stamp { generation, digest: digest.clone() }),
+        view: Some(View { digest, generation, resume, source }),
+        ..AgentStatus::default()
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::agent::Applied;
 use super::load::Change;
 
 /// Time from an API write until a share of the nodes had acknowledged it, in milliseconds: percentiles over changes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     /// Median of the time to half of the nodes.
     pub half_p50: f64,
@@ -86,7 +86,10 @@ mod tests {
     fn latency_ends_with_the_first_update_of_a_change() {
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        let changes = [Change { at: at(0), version: 5 }, Change { at: at(10), version: 7 }];
+        let changes = [
+            Change { at: at(0), write: Duration::ZERO, version: 5 },
+            Change { at: at(10), write: Duration::ZERO, version: 7 },
+        ];
         let fast = vec![Applied { at: at(4), slices: 5 }, Applied { at: at(12), slices: 7 }];
         // Both changes come with one update.
         let slow = vec![Applied { at: at(2), slices: 4 }, Applied { at: at(30), slices: 8 }];
@@ -98,7 +101,7 @@ mod tests {
     #[test]
     fn latency_counts_missing_changes() {
         let start = Instant::now();
-        let changes = [Change { at: start, version: 5 }];
+        let changes = [Change { at: start, write: Duration::ZERO, version: 5 }];
         let (latency, _) = Latency::of(&changes, &[vec![], vec![Applied { at: start, slices: 5 }]]);
         assert_eq!(latency.lost, 1);
     }

@@ -22,6 +22,8 @@ const ENDPOINTS: usize = 3;
 pub(super) struct Change {
     /// The time when the write was sent to the API server.
     pub(super) at: Instant,
+    /// Time in which the API server took it.
+    pub(super) write: Duration,
     /// The slice's resource version afterwards.
     pub(super) version: u64,
 }
@@ -92,8 +94,9 @@ async fn change(slices: Api<EndpointSlice>, number: usize, services: usize) -> R
     let patch: Patch<()> = Patch::Json(serde_json::from_value(operations)?);
     let at = Instant::now();
     let changed = slices.patch_metadata(&name, &PatchParams::default(), &patch).await?;
+    let write = at.elapsed();
     let version = changed.metadata.resource_version.context("an object without resourceVersion")?;
-    Ok(Change { at, version: version.parse().context("a resourceVersion that is no number")? })
+    Ok(Change { at, write, version: version.parse().context("a resourceVersion that is no number")? })
 }
 
 fn slice_name(number: usize) -> String {

@@ -36,12 +36,14 @@ pub fn table(all: &[Figures]) -> String {
             "agents",
             "changes/s",
             "written",
+            "API write p50",
             "p50 to 99 %",
             "p99 to 99 %",
             "first quarter",
             "last quarter",
             "drain",
             "core",
+            "agents, core",
             "CPU per change",
             "per node",
             "updates per node",
@@ -49,7 +51,7 @@ pub fn table(all: &[Figures]) -> String {
         ]
         .map(str::to_owned),
     );
-    rule(&mut text, 13);
+    rule(&mut text, 15);
     for figures in all {
         for rate in &figures.rates {
             line(&mut text, &of_rate(figures.nodes, rate));
@@ -89,17 +91,19 @@ fn summary(figures: &Figures) -> [String; 11] {
     ]
 }
 
-fn of_rate(nodes: usize, rate: &Rate) -> [String; 13] {
+fn of_rate(nodes: usize, rate: &Rate) -> [String; 15] {
     [
         nodes.to_string(),
         rate.per_second.to_string(),
         format!("{:.0}", rate.written_per_second),
+        milliseconds(rate.write_p50),
         milliseconds(rate.latency.most_p50),
         milliseconds(rate.latency.most_p99),
         milliseconds(rate.first_quarter),
         milliseconds(rate.last_quarter),
         seconds(rate.drain_seconds),
         format!("{:.0} %", rate.core_percent),
+        format!("{:.0} %", rate.agents_core_percent),
         milliseconds(rate.cpu_milliseconds),
         format!("{:.1} µs", rate.cpu_microseconds_per_node),
         format!("{:.0}", rate.updates_per_node),
