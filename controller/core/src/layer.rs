@@ -18,11 +18,13 @@ use flate2::write::DeflateEncoder;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Change, ChangeInfo, HealthCheckKey, LayerKind, Part, PartKind, Source};
 
+use crate::drain::Moves;
 use crate::model::LayerId;
 use crate::view::View;
 
 mod items;
 mod log;
+mod moves;
 
 #[cfg(test)]
 mod tests;
@@ -113,6 +115,8 @@ pub struct Applied {
     pub touched: Vec<LayerId>,
     /// Changes that were malformed and dropped; a defect of the compiler.
     pub dropped: usize,
+    /// Changes of the number of pools per address; `None` unless [`Layers::track`] was called.
+    pub moves: Option<Moves>,
 }
 
 /// An update for one node.
@@ -197,6 +201,8 @@ pub struct Layers {
     /// resumes only where all of its layers cover its place, so entries below CLUSTER's floor are useless; without
     /// this queue a layer would keep them until it changes often.
     logged: VecDeque<(u64, LayerId)>,
+    /// Record the pools of each address.
+    tracked: bool,
 }
 
 impl Layers {
@@ -210,6 +216,7 @@ impl Layers {
             source: Source::default(),
             limits,
             logged: VecDeque::new(),
+            tracked: false,
         }
     }
 
@@ -241,10 +248,18 @@ impl Layers {
         self.revision += 1;
         self.source = source;
         let infos: Arc<[ChangeInfo]> = infos.into();
-        let mut applied = Applied { revision: self.revision, touched: Vec::new(), dropped: 0 };
+        let mut applied = Applied {
+            revision: self.revision,
+            touched: Vec::new(),
+            dropped: 0,
+            moves: self.tracked.then(Moves::new),
+        };
         let mut gone = HashSet::new();
         for id in removed {
-            if self.layers.remove(id).is_some() {
+            if let Some(layer) = self.layers.remove(id) {
+                if let Some(moves) = &mut applied.moves {
+                    moves::count(&layer.items, -1, moves);
+                }
                 self.last_removal[position(id)] = self.revision;
                 applied.touched.push(id.clone());
                 gone.insert(id);
@@ -253,7 +268,8 @@ impl Layers {
         for (id, changes) in changes {
             let floor = self.last_removal[position(&id)];
             let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
-            let (dropped, touched) = layer.apply(self.revision, changes, &infos, &self.limits);
+            let (dropped, touched) =
+                layer.apply(self.revision, changes, &infos, &self.limits, applied.moves.as_mut());
             applied.dropped += dropped;
             // Hints may name any zone: an empty layer is removed even if nodes subscribe to it.
             let empty = matches!(id, LayerId::Zone(_)) && layer.items.digest() == Digest::default();
@@ -283,6 +299,19 @@ impl Layers {
                 layer.forget(revision);
             }
         }
+    }
+
+    /// Records changes of the number of pools per address from now on. Returns the current numbers.
+    pub fn track(&mut self) -> Moves {
+        self.tracked = true;
+        let mut moves = Moves::new();
+        self.layers.values().for_each(|layer| moves::count(&layer.items, 1, &mut moves));
+        moves
+    }
+
+    /// Ends [`Layers::track`].
+    pub fn untrack(&mut self) {
+        self.tracked = false;
     }
 
     /// Entries in all logs.

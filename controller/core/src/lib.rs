@@ -6,6 +6,7 @@
 
 pub mod compile;
 pub mod compiled;
+pub mod drain;
 pub mod explain;
 pub mod layer;
 pub mod locality;

@@ -178,6 +178,12 @@ impl Localities {
         }
     }
 
+    /// Returns true if the address is a ready endpoint on the node.
+    #[must_use]
+    pub fn is_ready(&self, node: &str, address: IpAddr) -> bool {
+        self.nodes.get(node).is_some_and(|pods| pods.slices.contains_key(&address))
+    }
+
     /// Returns the number of missed pods of a node.
     #[must_use]
     pub fn missed(&self, node: &str) -> usize {

@@ -250,6 +250,20 @@ impl Items {
         true
     }
 
+    /// Returns the endpoints of a pool.
+    pub(super) fn endpoints(&self, key: &PoolKey) -> Vec<Endpoint> {
+        self.pools.get(&*encoded(key)).map_or_else(Vec::new, Pool::endpoints)
+    }
+
+    /// Calls `each` with every pool and its endpoints.
+    pub(super) fn each_pool(&self, mut each: impl FnMut(&PoolKey, &[Endpoint])) {
+        for (name, pool) in &self.pools {
+            if let Ok(key) = PoolKey::decode(&**name) {
+                each(&key, &pool.endpoints());
+            }
+        }
+    }
+
     /// Returns the items as the changes that create them, by bucket. `only` restricts them to one bucket and bucket 0,
     /// which has the items without a Service; other buckets cost one comparison each.
     pub(super) fn changes(&self, only: Option<u16>) -> BTreeMap<u16, Vec<Change>> {

@@ -9,7 +9,8 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Buckets, Change, ChangeInfo, LayerKind, Part, PartKind, Segment};
 
 use super::items::Items;
-use super::{LogLimits, PART, RawSnapshot, Snapshot};
+use super::{LogLimits, PART, RawSnapshot, Snapshot, moves};
+use crate::drain::Moves;
 use crate::model::LayerId;
 
 /// Size in bytes below which a snapshot is encoded on request; above, it is compressed once and kept.
@@ -72,12 +73,20 @@ impl Layer {
         changes: Vec<Change>,
         infos: &Arc<[ChangeInfo]>,
         limits: &LogLimits,
+        mut moves: Option<&mut Moves>,
     ) -> (usize, bool) {
         let mut effective = Vec::new();
         let mut dropped = 0;
         let items = Arc::make_mut(&mut self.items);
         for change in changes {
+            let applied = effective.len();
+            if let Some(moves) = moves.as_deref_mut() {
+                moves::before(items, &change, moves);
+            }
             dropped += usize::from(!items.apply(change, &mut effective));
+            if let Some(moves) = moves.as_deref_mut() {
+                effective[applied..].iter().for_each(|change| moves::after(change, moves));
+            }
         }
         if effective.is_empty() {
             return (dropped, false);

@@ -216,10 +216,18 @@ impl Truth {
     }
 }
 
+fn add(pools: &mut Moves, moves: Option<Moves>) {
+    for (address, change) in moves.expect("tracked") {
+        *pools.entry(address).or_default() += change;
+    }
+    pools.retain(|_, count| *count != 0);
+}
+
 #[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 fn simulate(seed: u64, steps: u64, limits: LogLimits) {
     let mut random = Random(seed);
     let (mut layers, mut truth) = (Layers::new(limits), Truth::default());
+    let mut pools = layers.track();
     let zones: [Option<Arc<str>>; 3] = [None, Some("a".into()), Some("b".into())];
     let nodes: Vec<Arc<str>> = (0..4).map(|node| format!("n{node}").into()).collect();
     let mut agents: Vec<(Subscription, Agent)> = nodes
@@ -241,7 +249,8 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
                     _ => LayerId::Node(nodes[random.below(4) as usize].clone()),
                 };
                 truth.0.remove(&id);
-                layers.apply(BTreeMap::new(), &[id], Vec::new(), Source::default());
+                let applied = layers.apply(BTreeMap::new(), &[id], Vec::new(), Source::default());
+                add(&mut pools, applied.moves);
             }
             // An agent starts without state, or resumes with what it has.
             3 => agents[random.below(4) as usize].1 = Agent::default(),
@@ -278,6 +287,8 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
                 }
                 let applied = layers.apply(changes, &[], Vec::new(), Source::default());
                 assert_eq!(applied.dropped, 0);
+                add(&mut pools, applied.moves);
+                assert_eq!(pools, layers.track());
             }
         }
     }

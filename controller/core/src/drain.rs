@@ -1,0 +1,407 @@
+//! The drain gate: when does no node send new connections to an address any more? Pure: time is an argument.
+//!
+//! An address is drained once it is in no pool, and every node has acknowledged the revision of the layers in which it
+//! left its last pool. Nodes without a stream are waited for during [`GRACE`] and then excluded.
+//!
+//! Invariants:
+//! * A query, the change of an address and an acknowledgement cost O(log n); a publication costs one step for each node
+//!   that it wakes.
+//! * Only an acknowledgement proves that a kernel holds a revision; the position with which an agent resumes does not.
+//! * Everything is bounded: [`QUERIES`] wait at a time, [`REMEMBERED`] drained addresses are remembered.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+#[cfg(test)]
+mod tests;
+
+/// Time after which a node without a stream is no longer waited for.
+pub const GRACE: Duration = Duration::from_secs(10);
+/// Time after the start in which an unknown address counts as one that was drained just before the start.
+pub const YOUNG: Duration = Duration::from_secs(60);
+/// Maximum number of waiting queries.
+pub const QUERIES: usize = 65_536;
+/// Maximum number of addresses that left their last pool and are remembered.
+const REMEMBERED: usize = 65_536;
+/// Maximum number of nodes that an answer names.
+const NAMES: usize = 16;
+
+/// Changes of the number of pools that contain an address.
+pub type Moves = BTreeMap<IpAddr, i64>;
+
+/// Number of a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueryId(u64);
+
+/// Time since an arbitrary moment of the process.
+pub type Instant = Duration;
+
+/// Outcome of a query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// No node sends new connections to the address, except the missing ones.
+    Drained,
+    /// Still in a pool at the timeout.
+    StillMember,
+    /// In no pool, but not acknowledged by all nodes at the timeout.
+    NotAcknowledged,
+    /// In no pool now, and in none that is remembered.
+    NotAnEndpoint,
+    /// Too many queries wait.
+    Overloaded,
+}
+
+/// Names of nodes with their total number.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Names {
+    /// The first names.
+    pub names: Vec<Arc<str>>,
+    /// Number of nodes.
+    pub total: usize,
+}
+
+impl Names {
+    fn of<'a>(nodes: impl Iterator<Item = &'a Arc<str>>) -> Self {
+        let mut found = Self::default();
+        for node in nodes {
+            if found.total < NAMES {
+                found.names.push(node.clone());
+            }
+            found.total += 1;
+        }
+        found
+    }
+}
+
+/// Answer to a query.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Outcome.
+    pub verdict: Verdict,
+    /// With [`Verdict::Drained`] the last node that the query waited for, otherwise the nodes that have not acknowledged.
+    pub waited_for: Names,
+    /// Nodes without a stream, which were not waited for.
+    pub missing: Names,
+}
+
+/// Answers to queries that have waited.
+pub type Answers = Vec<(QueryId, Answer)>;
+
+/// Presence of a node's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    /// It has acknowledged a revision in its stream.
+    Connected,
+    /// Without an acknowledgement in an open stream, since this time.
+    Away(Instant),
+    /// Away for longer than [`GRACE`]: not waited for.
+    Missing,
+}
+
+#[derive(Debug)]
+struct Node {
+    session: u64,
+    presence: Presence,
+    /// Revision that its kernel holds.
+    held: u64,
+    /// Last revision that woke its stream.
+    owed: u64,
+    /// First revision that it may not hold; its key in [`Gate::pending`].
+    pending: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Query {
+    address: IpAddr,
+    /// Revision in which the address left its last pool; `None`: it is in one.
+    gone: Option<u64>,
+}
+
+/// Addresses, nodes and waiting queries.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Number of pools that contain the address.
+    members: HashMap<IpAddr, i64>,
+    /// Revision in which the address left its last pool.
+    gone: HashMap<IpAddr, u64>,
+    /// Keys of `gone` in order of their revisions, with outdated entries.
+    gone_order: VecDeque<(u64, IpAddr)>,
+    revision: u64,
+    young_until: Instant,
+    nodes: HashMap<Arc<str>, Node>,
+    /// Nodes by the first revision that they may not hold.
+    pending: BTreeSet<(u64, Arc<str>)>,
+    missing: BTreeSet<Arc<str>>,
+    /// Nodes that are away, in order of time, with outdated entries.
+    away: VecDeque<(Instant, Arc<str>)>,
+    queries: HashMap<QueryId, Query>,
+    by_address: BTreeSet<(IpAddr, QueryId)>,
+    /// Queries whose address is in no pool, by revision.
+    by_revision: BTreeSet<(u64, QueryId)>,
+    last_query: u64,
+}
+
+impl Gate {
+    /// Creates a gate at a revision of the layers, from the number of pools of each address.
+    #[must_use]
+    pub fn new(members: Moves, revision: u64, now: Instant) -> Self {
+        let members = members.into_iter().filter(|(_, count)| *count > 0).collect();
+        Self { members, revision, young_until: now + YOUNG, ..Self::default() }
+    }
+
+    /// Waits for a node that has no stream yet, from now on.
+    pub fn expect(&mut self, node: Arc<str>, now: Instant) {
+        let entry = self.nodes.entry(node.clone()).or_insert(Node {
+            session: 0,
+            presence: Presence::Missing,
+            held: 0,
+            owed: 0,
+            pending: None,
+        });
+        if entry.presence == Presence::Connected {
+            return;
+        }
+        entry.presence = Presence::Away(now);
+        self.missing.remove(&node);
+        self.away.push_back((now, node.clone()));
+        self.set_pending(&node, Some(0));
+    }
+
+    /// Streams are accepted from now on: waits for every node that has none.
+    pub fn restart(&mut self, now: Instant) {
+        self.young_until = now + YOUNG;
+        let names: Vec<_> = self.nodes.keys().cloned().collect();
+        names.into_iter().for_each(|node| self.expect(node, now));
+    }
+
+    /// A node has a new stream, which replaces an earlier one.
+    pub fn opened(&mut self, node: &Arc<str>, session: u64, now: Instant) {
+        match self.nodes.get_mut(node) {
+            Some(entry) => {
+                entry.session = session;
+                self.leave(node, now);
+            }
+            // A node that is new has no old rules.
+            None => {
+                let presence = Presence::Missing;
+                self.nodes.insert(node.clone(), Node { session, presence, held: 0, owed: 0, pending: None });
+            }
+        }
+    }
+
+    /// A node's stream ended.
+    pub fn closed(&mut self, node: &Arc<str>, session: u64, now: Instant) {
+        if self.nodes.get(node).is_some_and(|entry| entry.session == session) {
+            self.leave(node, now);
+        }
+    }
+
+    fn leave(&mut self, node: &Arc<str>, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node) else { return };
+        if entry.presence != Presence::Connected {
+            return;
+        }
+        entry.presence = Presence::Away(now);
+        let first = entry.pending.unwrap_or(entry.held + 1);
+        self.away.push_back((now, node.clone()));
+        self.set_pending(node, Some(first));
+    }
+
+    /// A Node was deleted.
+    pub fn removed(&mut self, node: &Arc<str>) -> Answers {
+        self.set_pending(node, None);
+        self.nodes.remove(node);
+        self.missing.remove(node);
+        self.complete(None)
+    }
+
+    /// A node acknowledged a revision in its current stream.
+    pub fn held(&mut self, node: &Arc<str>, session: u64, revision: u64) -> Answers {
+        let Some(entry) = self.nodes.get_mut(node).filter(|entry| entry.session == session) else {
+            return Answers::new();
+        };
+        entry.presence = Presence::Connected;
+        entry.held = revision;
+        let first = (entry.owed > revision).then_some(revision + 1);
+        self.missing.remove(node);
+        self.set_pending(node, first);
+        self.complete(Some(node))
+    }
+
+    /// Excludes nodes that have been away for [`GRACE`].
+    pub fn expire(&mut self, now: Instant) -> Answers {
+        let mut last = None;
+        while let Some((since, node)) = self.away.front()
+            && *since + GRACE <= now
+        {
+            let (since, node) = (*since, node.clone());
+            self.away.pop_front();
+            if let Some(entry) = self.nodes.get_mut(&node)
+                && entry.presence == Presence::Away(since)
+            {
+                entry.presence = Presence::Missing;
+                self.missing.insert(node.clone());
+                self.set_pending(&node, None);
+                last = Some(node);
+            }
+        }
+        self.complete(last.as_ref())
+    }
+
+    /// Returns the time of the next [`Gate::expire`].
+    #[must_use]
+    pub fn next_expiry(&self) -> Option<Instant> {
+        self.away.front().map(|(since, _)| *since + GRACE)
+    }
+
+    /// A revision of the layers was published: it changes the pools of these addresses and woke these nodes' streams.
+    pub fn published(&mut self, revision: u64, moves: &Moves, woken: &[Arc<str>]) -> Answers {
+        self.revision = revision;
+        for node in woken {
+            let Some(entry) = self.nodes.get_mut(node) else { continue };
+            entry.owed = revision;
+            let first = entry.presence == Presence::Connected && entry.held < revision;
+            if first && entry.pending.is_none() {
+                self.set_pending(node, Some(revision));
+            }
+        }
+        for (address, change) in moves {
+            let before = self.members.get(address).copied().unwrap_or(0);
+            let after = (before + change).max(0);
+            match (before > 0, after > 0) {
+                (_, true) => drop(self.members.insert(*address, after)),
+                (true, false) => drop(self.members.remove(address)),
+                (false, false) => {}
+            }
+            match (before > 0, after > 0) {
+                (true, false) => self.left(*address, revision),
+                (false, true) => self.joined(*address),
+                _ => {}
+            }
+        }
+        self.complete(None)
+    }
+
+    fn left(&mut self, address: IpAddr, revision: u64) {
+        self.gone.insert(address, revision);
+        self.gone_order.push_back((revision, address));
+        while self.gone_order.len() > REMEMBERED {
+            let Some((revision, address)) = self.gone_order.pop_front() else { break };
+            if self.gone.get(&address) == Some(&revision) {
+                self.gone.remove(&address);
+            }
+        }
+        for id in self.queries_of(address) {
+            self.wait(id, Some(revision));
+        }
+    }
+
+    fn joined(&mut self, address: IpAddr) {
+        self.gone.remove(&address);
+        for id in self.queries_of(address) {
+            self.wait(id, None);
+        }
+    }
+
+    fn queries_of(&self, address: IpAddr) -> Vec<QueryId> {
+        let range = (address, QueryId(0))..=(address, QueryId(u64::MAX));
+        self.by_address.range(range).map(|(_, id)| *id).collect()
+    }
+
+    fn wait(&mut self, id: QueryId, gone: Option<u64>) {
+        let Some(query) = self.queries.get_mut(&id) else { return };
+        if let Some(old) = std::mem::replace(&mut query.gone, gone) {
+            self.by_revision.remove(&(old, id));
+        }
+        if let Some(revision) = gone {
+            self.by_revision.insert((revision, id));
+        }
+    }
+
+    /// Asks for an address. Returns the answer, or the number of the query that waits for one.
+    pub fn ask(&mut self, address: IpAddr, now: Instant) -> Result<Answer, QueryId> {
+        let gone = if self.members.contains_key(&address) {
+            None
+        } else {
+            match self.gone.get(&address) {
+                Some(revision) => Some(*revision),
+                // It may have left its last pool shortly before this process started.
+                None if now < self.young_until => Some(self.revision),
+                None => return Ok(self.answer(Verdict::NotAnEndpoint, Names::default())),
+            }
+        };
+        if gone.is_some_and(|revision| self.is_held(revision)) {
+            return Ok(self.answer(Verdict::Drained, Names::default()));
+        }
+        if self.queries.len() >= QUERIES {
+            return Ok(self.answer(Verdict::Overloaded, Names::default()));
+        }
+        self.last_query += 1;
+        let id = QueryId(self.last_query);
+        self.queries.insert(id, Query { address, gone: None });
+        self.by_address.insert((address, id));
+        self.wait(id, gone);
+        Err(id)
+    }
+
+    /// Ends a query without an answer; returns the state as its answer, or `None` if it was answered before.
+    pub fn give_up(&mut self, id: QueryId) -> Option<Answer> {
+        let query = self.forget(id)?;
+        Some(match query.gone {
+            None => self.answer(Verdict::StillMember, Names::default()),
+            Some(revision) => {
+                let waiting = self.pending.iter().take_while(|(first, _)| *first <= revision);
+                let names = Names::of(waiting.map(|(_, node)| node));
+                self.answer(Verdict::NotAcknowledged, names)
+            }
+        })
+    }
+
+    /// Returns the number of waiting queries.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.queries.len()
+    }
+
+    fn forget(&mut self, id: QueryId) -> Option<Query> {
+        let query = self.queries.remove(&id)?;
+        self.by_address.remove(&(query.address, id));
+        if let Some(revision) = query.gone {
+            self.by_revision.remove(&(revision, id));
+        }
+        Some(query)
+    }
+
+    fn answer(&self, verdict: Verdict, waited_for: Names) -> Answer {
+        Answer { verdict, waited_for, missing: Names::of(self.missing.iter()) }
+    }
+
+    /// Returns true if every node that is waited for holds the revision.
+    fn is_held(&self, revision: u64) -> bool {
+        self.pending.first().is_none_or(|(first, _)| *first > revision)
+    }
+
+    fn set_pending(&mut self, node: &Arc<str>, first: Option<u64>) {
+        let Some(entry) = self.nodes.get_mut(node) else { return };
+        if let Some(old) = std::mem::replace(&mut entry.pending, first) {
+            self.pending.remove(&(old, node.clone()));
+        }
+        if let Some(first) = first {
+            self.pending.insert((first, node.clone()));
+        }
+    }
+
+    /// Answers the queries that no node is waited for any more.
+    fn complete(&mut self, last: Option<&Arc<str>>) -> Answers {
+        let mut answers = Answers::new();
+        while let Some((revision, id)) = self.by_revision.first().copied()
+            && self.is_held(revision)
+        {
+            self.forget(id);
+            answers.push((id, self.answer(Verdict::Drained, Names::of(last.into_iter()))));
+        }
+        answers
+    }
+}
