@@ -15,9 +15,9 @@ use axum::routing::get;
 use axum::{Json, Router};
 use prometheus::{Registry, TextEncoder};
 use serde::Deserialize;
-use switchtower_admin_api::ChangeReport;
 use switchtower_admin_api::{
-    ApiError, ControllerInfo, Explanation, MetricsText, NodeDiff, NodeRules, Progress,
+    ApiError, ChangeReport, ControllerInfo, DrainReport, Explanation, MetricsText, NodeDiff, NodeRules,
+    Progress,
 };
 use switchtower_core::explain::Subject;
 use switchtower_telemetry::{span, spans};
@@ -33,6 +33,7 @@ use crate::serve::http1;
 use crate::serve::tls::{self, ServerTls};
 
 pub mod auth;
+mod drains;
 mod explanation;
 mod nodes;
 mod progress;
@@ -138,6 +139,7 @@ impl Admin {
             .route("/v1/controller", get(controller))
             .route("/v1/metrics", get(metrics))
             .route("/v1/progress", get(how_far))
+            .route("/v1/drains/{address}", get(drain))
             .route("/v1/services/{namespace}/{name}/explanation", get(explain))
             .route("/v1/services/{namespace}/{name}/changes", get(changes))
             .route("/v1/nodes/{node}/diff", get(diff))
@@ -201,6 +203,11 @@ async fn how_far(
     Query(parameters): Query<progress::Parameters>,
 ) -> Json<Progress> {
     Json(progress::progress(&admin.fleet, &parameters))
+}
+
+async fn drain(State(admin): State<Admin>, Path(address): Path<String>) -> Answer<DrainReport> {
+    let address = address.parse::<IpAddr>().map_err(|_| AdminError::NotAnAddress(address))?;
+    Ok(Json(drains::drain(&admin.fleet, address).await))
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -1,6 +1,7 @@
 //! Registry of nodes, their streams and the layers, shared by sessions, the engine and the writer of rows.
 //!
-//! Invariants: a lock is held for O(change) work only and never across an await. Lock order: nodes before layers.
+//! Invariants: a lock is held for O(change) work only and never across an await. Lock order: nodes,
+//! drains, layers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ use tokio::sync::Notify;
 
 pub mod addresses;
 pub mod behind;
+pub mod drain;
 mod inspect;
 mod locality;
 pub mod metrics;
@@ -75,6 +77,8 @@ struct Woken {
     idle: Vec<Arc<str>>,
     /// Nodes whose acknowledgement is pending.
     followed: Vec<Slot>,
+    /// Nodes with a stream, if the pools of addresses are recorded.
+    open: Vec<Arc<str>>,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +114,7 @@ pub struct Fleet {
     compressing: tokio::sync::Mutex<()>,
     /// Known source addresses of agents.
     known: Arc<KnownAddresses>,
+    drains: Arc<drain::Drains>,
 }
 
 impl Fleet {
@@ -144,6 +149,7 @@ impl Fleet {
             changed: Notify::new(),
             compressing: tokio::sync::Mutex::default(),
             known: Arc::default(),
+            drains: Arc::default(),
         })
     }
 
@@ -155,6 +161,7 @@ impl Fleet {
     /// Records that streams are accepted.
     pub(crate) fn accept(&self) {
         self.accepting.get_or_init(tokio::time::Instant::now);
+        self.drains.restart();
     }
 
     /// Returns true once agents have had enough time to connect, so that a missing one is reported.
@@ -188,8 +195,12 @@ impl Fleet {
             {
                 nodes.unassign(&node);
                 self.known.remove_node(&node);
+                self.drains.removed(&node);
                 self.mark(&mut nodes, &node, News::Transition);
             }
+        }
+        if !self.ready() {
+            self.drains.expect(records.keys());
         }
         for (node, record) in records {
             nodes.assign(&node, &record, &self.builtin);
@@ -200,9 +211,12 @@ impl Fleet {
         }
         self.ready.store(true, Ordering::Release);
         publication.published = unix_nanoseconds(SystemTime::now());
-        let Woken { idle, followed } = nodes.wake(&applied);
+        let Woken { idle, followed, open } = nodes.wake(&applied);
         // Under the lock, so that an acknowledgement of this revision cannot come first.
         self.propagation.publish(applied.revision, publication, &followed);
+        if let Some(moves) = &applied.moves {
+            self.drains.published(applied.revision, moves, &open);
+        }
         self.mark_all(&mut nodes, &idle, News::Progress);
         applied.revision
     }
@@ -320,6 +334,7 @@ impl Fleet {
             old.end(GoAwayReason::Superseded);
         }
         self.unfollow(entry);
+        self.drains.opened(node, floor.session);
         Some((floor.session, signal))
     }
 
@@ -386,6 +401,7 @@ impl Fleet {
         }
         entry.signal = None;
         self.unfollow(entry);
+        self.drains.closed(node, session);
         if entry.subscription.is_none() {
             nodes.nodes.remove(node);
         }
@@ -452,6 +468,9 @@ impl Nodes {
             Some(Node { signal: Some(signal), slot, .. }) => {
                 signal.changed();
                 woken.followed.extend(*slot);
+                if applied.moves.is_some() {
+                    woken.open.push(name.clone());
+                }
             }
             Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),
             _ => {}

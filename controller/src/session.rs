@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use futures::Stream;
 use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
 use switchtower_core::wire;
+use switchtower_proto::DRAIN_GATE;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -29,6 +30,7 @@ use crate::text::sanitized;
 use crate::token_bucket::{Rate, TokenBucket};
 
 mod bounded;
+mod drain;
 mod hello;
 mod in_flight;
 mod limits;
@@ -114,6 +116,7 @@ pub(crate) struct Session {
     refusals: u32,
     pings: u64,
     query: PendingQuery,
+    drains: drain::DrainQueries,
     heard: Instant,
     spoke: Instant,
     allowance: TokenBucket,
@@ -181,6 +184,7 @@ impl Session {
             refusals: 0,
             pings: 0,
             query: PendingQuery::default(),
+            drains: drain::DrainQueries::default(),
             heard: now,
             spoke: now,
         }
@@ -246,6 +250,7 @@ impl Session {
             controller: self.limits.replica.clone(),
             peers: self.limits.peers.current(),
             resumed: self.cursor.is_some(),
+            features: vec![DRAIN_GATE.to_owned()],
         };
         self.send(ToAgent::Welcome(welcome)).await?;
         tracing::info!(node = %self.node, session = number, resumed = self.cursor.is_some(),
@@ -339,6 +344,7 @@ impl Session {
                     Err(status) => Err(broken(&status)),
                 },
                 () = signal.notify.notified() => Ok(()),
+                answer = self.drains.next() => self.send(ToAgent::DrainAnswer(answer)).await,
                 _ = ping.tick() => self.ping().await,
                 () = timer.as_mut() => self.recycle(&mut recycled),
             };
@@ -457,6 +463,9 @@ impl Session {
             known.settings = Some(settings);
             if news { News::Transition } else { News::Progress }
         });
+        if !unproven {
+            self.fleet.holds(&self.node, self.number, after.revision());
+        }
         self.cursor = Some(after);
     }
 
@@ -505,7 +514,7 @@ impl Session {
             resume: Some(self.fleet.resume_token(after.revision())),
             changes: infos,
             changes_total: u32::try_from(changes).unwrap_or(u32::MAX),
-            required_features: Vec::new(),
+            required_features: self.fleet.required_features(&after.subscription().settings),
         };
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.sent = to;

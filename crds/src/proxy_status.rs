@@ -153,7 +153,8 @@ pub struct ProxyStatusStatus {
     /// Last error, kept until the node is healthy again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
-    /// Conditions: Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection, KernelSettings.
+    /// Conditions: Ready, Connected, Programmed, Consistent, Exclusive, LocalDetection, KernelSettings, and
+    /// DrainGate if the drain gate of the settings does not work.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

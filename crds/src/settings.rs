@@ -41,6 +41,19 @@ pub struct ProxySettings {
     /// Log level of the agent. Default: the level on its command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_level: Option<LogLevel>,
+    /// Drain gate: lets the preStop hook of a pod wait until no node sends new connections to the pod. Default: off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_gate: Option<DrainGate>,
+}
+
+/// Drain gate of the node's pods. A pod uses it with the hook preStop: {httpGet: {port: 9910, path: /drained}}.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainGate {
+    /// TCP port of the hooks, 1 to 65535. Connections from the node to its own pods on this port reach the agent, not
+    /// the pod. The agent also listens on this port of the node's loopback addresses. The node needs local detection.
+    #[schemars(range(min = 1, max = 65_535))]
+    pub port: i32,
 }
 
 /// IPv4 or IPv6 network, such as 10.0.0.0/8.

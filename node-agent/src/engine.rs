@@ -12,6 +12,7 @@ mod backlog;
 mod controllers;
 mod drift;
 mod flows;
+mod local_settings;
 mod messages;
 mod progress;
 mod refusals;
@@ -24,7 +25,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::v1::{Nack, NackReason};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::controller::backoff::full_jitter;
 use crate::health::{Health, HealthTargets};
@@ -86,6 +87,8 @@ pub struct Parts {
     pub questions: crate::kernel::inspector::Inspector,
     /// Exporter of spans for updates and repairs.
     pub traces: Traces,
+    /// Port of the drain gate, a setting; its listener follows it.
+    pub drain_gate: watch::Sender<Option<u16>>,
 }
 
 /// The view, the kernel, and the changes between them.
@@ -309,6 +312,10 @@ impl Engine {
                 self.conditions.health_check_failures = failures;
                 self.report_conditions();
             }
+            Command::DrainGate(failure) => {
+                self.conditions.drain_gate_unheard = failure;
+                self.report_conditions();
+            }
             Command::Flows(report) => self.flows(report),
             Command::Probed { number, measured } => self.probed(number, measured),
             Command::Ask { query, answer } => self.ask(&query, answer),
@@ -325,9 +332,8 @@ impl Engine {
         self.events = Some(events);
         // A dropped receiver means that the session has ended; the next one attaches itself.
         let _ = status.send(self.status());
-        let Conditions { foreign_proxy, health_check_failures } = &self.conditions;
         let unset = !self.parts.sysctls.unset().is_empty();
-        if *foreign_proxy || unset || !health_check_failures.is_empty() {
+        if unset || self.conditions != Conditions::default() {
             self.report_conditions();
         }
     }
@@ -496,7 +502,7 @@ impl Engine {
         if health {
             self.publish_health();
         }
-        let unset_changed = self.apply_local_settings();
+        let conditions_changed = self.apply_local_settings();
         self.progress.committed(stamp.generation, committed, Instant::now());
         if self.acknowledgement.take() {
             let ack = self.ack(stamp, committed);
@@ -505,23 +511,11 @@ impl Engine {
             }
             self.send(Event::Ack(ack));
         }
-        if unset_changed {
+        if conditions_changed {
             self.report_conditions();
         }
         self.reconcile_flows();
         self.probe();
-    }
-
-    /// Applies the settings that live outside nftables. Returns whether the set of kernel settings that could not be
-    /// applied changed.
-    fn apply_local_settings(&mut self) -> bool {
-        let Some(settings) = self.state.settings() else { return false };
-        let conntrack = settings.conntrack.unwrap_or_default();
-        let unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
-        if self.parts.log.apply(&settings.log_level) {
-            self.progress.summarize_next();
-        }
-        unset_changed
     }
 
     fn failed(&mut self, error: &CommitError) {

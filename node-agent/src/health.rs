@@ -22,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::state::State;
 
+pub(crate) use node_ports::listen;
 pub use node_ports::{BindFailures, serve_node_ports};
 pub use server::{health_router, metrics_router, serve};
 

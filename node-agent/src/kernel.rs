@@ -10,4 +10,5 @@ pub mod dataplane;
 pub mod inspector;
 mod netlink;
 pub mod nft;
+pub mod original_destination;
 pub mod sysctl;

@@ -6,6 +6,7 @@
 pub mod cleanup;
 pub mod cli;
 pub mod controller;
+pub mod drain;
 pub mod engine;
 pub mod health;
 pub mod kernel;

@@ -8,12 +8,13 @@ mod tasks;
 use anyhow::Context as _;
 use prometheus::Registry;
 use switchtower_proto::v1::ConntrackSettings;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
 use crate::controller::session::Identity;
+use crate::drain::requests::Requests;
 use crate::engine::{Command, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
 use crate::kernel::addresses::kernel_version;
@@ -139,7 +140,9 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         trial: Some(TrialFile::new(&args.state_dir)),
         questions: KernelReader::open().and_then(Inspector::start).context("open a socket for queries")?,
         traces,
+        drain_gate: watch::Sender::default(),
     };
+    let drain_port = parts.drain_gate.subscribe();
     let handle = runtime.handle().clone();
     let engine = std::thread::Builder::new()
         .name("engine".into())
@@ -156,7 +159,9 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
             tokio::spawn(serve(address, "metrics", router.clone()));
         }
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
-        until_stopped(controllers, identity, commands, metrics, contact).await
+        let drains = Requests::default();
+        tokio::spawn(crate::drain::server::serve(drain_port, drains.clone(), commands.clone()));
+        until_stopped(controllers, identity, commands, metrics, contact, drains).await
     });
     wait_for(&runtime, &engine);
     result

@@ -109,7 +109,7 @@ pub struct Counts {
 }
 
 /// Features of this agent, for `Update.required_features`.
-pub const FEATURES: &[&str] = &[];
+pub const FEATURES: &[&str] = &[switchtower_proto::DRAIN_GATE];
 
 /// The layers as received, the place in the controller's log, and the update that is being received.
 pub struct State {

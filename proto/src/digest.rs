@@ -90,6 +90,9 @@ pub fn bucket(namespace: &str, name: &str) -> u32 {
     (u64::from_le_bytes(first) % u64::from(BUCKETS)) as u32
 }
 
+/// Byte before `Settings.drain_gate_port`: the number of the field.
+const DRAIN_GATE_MARK: u8 = 13;
+
 /// Number of buckets of a layer's snapshot.
 pub const BUCKETS: u32 = 1024;
 
@@ -279,6 +282,7 @@ impl Encoder {
             minimum_interval_milliseconds,
             log_level,
             trial,
+            drain_gate_port,
         } = settings;
         self.bytes(profile.as_bytes());
         self.uint(*revision);
@@ -291,6 +295,11 @@ impl Encoder {
         self.message(conntrack.as_ref(), Self::conntrack);
         self.uint(*minimum_interval_milliseconds);
         self.bytes(log_level.as_bytes());
+        if *drain_gate_port != 0 {
+            // The next byte is 0 or 1 without it: the presence of `trial`.
+            self.bytes_raw(&[DRAIN_GATE_MARK]);
+            self.uint(*drain_gate_port);
+        }
         self.message(trial.as_deref(), Self::trial);
     }
 

@@ -7,6 +7,9 @@
 pub mod affinity;
 pub mod digest;
 
+/// Feature in Hello, Welcome and `Update.required_features`: the drain gate.
+pub const DRAIN_GATE: &str = "drain-gate";
+
 /// Messages and service of `switchtower.v1`, generated; do not edit.
 pub mod v1 {
     #![allow(

@@ -78,6 +78,7 @@ fn vectors() -> BTreeMap<&'static str, String> {
         })),
         ..settings.clone()
     };
+    let gated = Settings { drain_gate_port: 9910, ..tried.clone() };
     let check = HealthCheck {
         key: Some(HealthCheckKey { namespace: "shop".into(), name: "cart".into() }),
         port: 30100,
@@ -104,6 +105,7 @@ fn vectors() -> BTreeMap<&'static str, String> {
         ("service cidr", hash(LayerKind::Cluster, ItemRef::ServiceCidr(&cidr))),
         ("settings", hash(LayerKind::Settings, ItemRef::Settings(&settings))),
         ("settings on trial", hash(LayerKind::Settings, ItemRef::Settings(&tried))),
+        ("settings with a drain gate", hash(LayerKind::Settings, ItemRef::Settings(&gated))),
         ("digest of pool and member", sum.to_string()),
         ("bucket of shop/cart", bucket("shop", "cart").to_string()),
     ])

@@ -82,3 +82,22 @@ pub struct RefusalReport {
     /// Machine-readable reason in CamelCase.
     pub reason: String,
 }
+
+/// State of an address in the drain gate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainReport {
+    /// `Drained` and `NotAnEndpoint`: no node sends new connections to the address. `LastEndpoint`, `TimedOut` and
+    /// `Overloaded`: not in time.
+    pub verdict: String,
+    /// The address is in the endpoints of a Service.
+    pub endpoint: bool,
+    /// First nodes that have not acknowledged the removal, or the last node that did.
+    pub waited_for: Vec<String>,
+    /// Number of these nodes.
+    pub waited_for_total: usize,
+    /// First nodes without a connected agent, which do not count.
+    pub missing: Vec<String>,
+    /// Number of these nodes.
+    pub missing_total: usize,
+}

@@ -12,7 +12,7 @@ mod explanation;
 mod nodes;
 mod states;
 
-pub use changes::{ChangeReport, NodeReport, RefusalReport};
+pub use changes::{ChangeReport, DrainReport, NodeReport, RefusalReport};
 pub use explanation::{Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus, Outcome};
 pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
 pub use states::{FailureReason, NodeState, RolloutState, WaitingOn};

@@ -145,6 +145,15 @@ async fn metrics_are_returned_as_text() {
 }
 
 #[tokio::test]
+async fn drain_state_of_an_address_is_reported() {
+    let (status, body) = get_as(VIEWER, "/v1/drains/10.244.0.7").await;
+    assert_eq!((status, &body["verdict"]), (StatusCode::OK, &"TimedOut".into()), "{body}");
+    assert_eq!(body["waitedFor"], serde_json::json!(["n1"]), "it has not acknowledged anything yet");
+    assert_eq!(body["endpoint"], false);
+    assert_eq!(get_as(VIEWER, "/v1/drains/web").await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
 async fn unknown_services_and_nodes_are_errors() {
     let (status, body) = get_as(VIEWER, "/v1/services/default/none/explanation").await;
     assert_eq!((status, &body["code"]), (StatusCode::NOT_FOUND, &"ST0207".into()));

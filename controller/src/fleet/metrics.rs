@@ -1,9 +1,10 @@
 //! Metrics of streams.
 
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets,
-    register_histogram_with_registry, register_int_counter_vec_with_registry,
-    register_int_counter_with_registry, register_int_gauge_with_registry,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry,
+    exponential_buckets, register_histogram_vec_with_registry, register_histogram_with_registry,
+    register_int_counter_vec_with_registry, register_int_counter_with_registry,
+    register_int_gauge_with_registry,
 };
 
 /// Counters and histograms of the agents' streams.
@@ -19,6 +20,7 @@ pub struct StreamMetrics {
     /// Seconds from the end of sending an update to its acknowledgement.
     pub(crate) ack_seconds: Histogram,
     ended: IntCounterVec,
+    drains: HistogramVec,
 }
 
 impl StreamMetrics {
@@ -32,7 +34,14 @@ impl StreamMetrics {
             "From sending an update to its acknowledgement.",
         )
         .buckets(exponential_buckets(0.000_25, 2.0, 18)?);
+        // From 1 millisecond to 17 minutes.
+        let drains = HistogramOpts::new(
+            "switchtower_drain_gate_seconds",
+            "From a query of the drain gate to its answer, by verdict.",
+        )
+        .buckets(exponential_buckets(0.001, 2.0, 21)?);
         Ok(Self {
+            drains: register_histogram_vec_with_registry!(drains, &["verdict"], registry)?,
             refusals: register_int_counter_vec_with_registry!(
                 "switchtower_refusals_total",
                 "Connections and streams that were refused, by reason.",
@@ -81,6 +90,11 @@ impl StreamMetrics {
 
     pub(crate) fn nacked(&self, reason: &str) {
         self.nacks.with_label_values(&[reason]).inc();
+    }
+
+    /// Counts an answer of the drain gate.
+    pub(crate) fn drained(&self, verdict: &str, took: std::time::Duration) {
+        self.drains.with_label_values(&[verdict]).observe(took.as_secs_f64());
     }
 
     pub(crate) fn ended(&self, reason: &str) {

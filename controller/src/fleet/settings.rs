@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use switchtower_core::layer::Layers;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Change as FollowedChange, Publication, TraceContext};
+use switchtower_proto::DRAIN_GATE;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings};
 
@@ -101,9 +102,17 @@ impl Fleet {
             return;
         }
         let source = self.read(Layers::source);
+        self.follow_drain_gate(&nodes);
         let applied = self.write(|layers| layers.apply(changes, &removed, Vec::new(), source));
         let woken = nodes.wake(&applied);
         self.mark_all(&mut nodes, &woken.idle, News::Progress);
+    }
+
+    /// Returns the features that an agent must have for the settings.
+    pub(crate) fn required_features(&self, name: &SettingsName) -> Vec<String> {
+        let nodes = lock(&self.nodes);
+        let gated = nodes.settings.get(name).is_some_and(|settings| settings.drain_gate_port != 0);
+        gated.then(|| DRAIN_GATE.to_owned()).into_iter().collect()
     }
 
     /// Settings of nodes without a profile, and the base of all profiles.

@@ -32,6 +32,7 @@ pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings 
         conntrack,
         minimum_interval_milliseconds,
         log_level,
+        drain_gate,
     } = from;
     if let Some(detection) = local_detection {
         settings.local_detection = mode(detection.mode) as i32;
@@ -72,6 +73,9 @@ pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings 
     }
     if let Some(level) = log_level {
         level.as_str().clone_into(&mut settings.log_level);
+    }
+    if let Some(gate) = drain_gate {
+        settings.drain_gate_port = u16::try_from(gate.port).unwrap_or(0).into();
     }
     settings
 }
@@ -194,7 +198,7 @@ mod tests {
             "conntrack": {"maxPerCore": 0, "min": 7, "tcpEstablishedTimeoutSeconds": 1,
                 "tcpCloseWaitTimeoutSeconds": 2, "tcpBeLiberal": true, "udpTimeoutSeconds": 3,
                 "udpStreamTimeoutSeconds": 4},
-            "minimumIntervalMilliseconds": 250, "logLevel": "debug",
+            "minimumIntervalMilliseconds": 250, "logLevel": "debug", "drainGate": {"port": 9910},
         }))
         .unwrap();
         let settings = settings(&builtin_settings(), &revision(1), &from);
@@ -214,6 +218,7 @@ mod tests {
         );
         assert_eq!((conntrack.udp_timeout_seconds, conntrack.udp_stream_timeout_seconds), (3, 4));
         assert_eq!((settings.minimum_interval_milliseconds, settings.log_level.as_str()), (250, "debug"));
+        assert_eq!((settings.drain_gate_port, builtin_settings().drain_gate_port), (9910, 0));
     }
 
     #[test]

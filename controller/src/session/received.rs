@@ -43,6 +43,15 @@ impl Session {
                 self.query.take(answer);
                 Ok(())
             }
+            Some(FromAgent::DrainQuery(query)) => match self.drains.begin(&self.fleet, &self.node, query) {
+                Ok(None) => Ok(()),
+                Ok(Some(answer)) => self.send(ToAgent::DrainAnswer(answer)).await,
+                Err(detail) => malformed(detail),
+            },
+            Some(FromAgent::DrainCancel(cancel)) => {
+                self.drains.cancel(cancel.id);
+                Ok(())
+            }
             Some(FromAgent::Pong(_)) => Ok(()),
             Some(FromAgent::Hello(_)) => malformed("a second Hello"),
             None => malformed("a message without content"),
@@ -121,6 +130,7 @@ impl Session {
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
             if same && !late { News::Progress } else { News::Transition }
         });
+        self.fleet.holds(&self.node, self.number, at.revision());
     }
 
     fn refused(&mut self, nack: &Nack) {
@@ -194,6 +204,7 @@ impl Session {
             known.foreign_proxy = report.foreign_proxy;
             let unset = report.unset_kernel_settings.iter().take(KERNEL_SETTINGS);
             known.unset_kernel_settings = unset.map(|one| sanitized(one)).collect();
+            known.drain_gate_failure = sanitized(&report.drain_gate_failure);
             if let Some(trial) = &report.trial {
                 known.trial = Some(bounded::trial(trial.clone()));
             }

@@ -55,6 +55,8 @@ pub struct Observation {
     pub foreign_proxy: bool,
     /// Kernel settings of the profile that are not in force, each with its values and the reason.
     pub unset_kernel_settings: Vec<String>,
+    /// Reason why the drain gate does not work; empty if it works or is off.
+    pub drain_gate_failure: String,
     /// Profile and revision of the settings in the last acknowledged view; `None` before the first.
     pub settings: Option<(Arc<str>, u64)>,
     /// Time from sending these settings to their acknowledgement; `None` if the stream began with them.

@@ -81,6 +81,8 @@ struct Verdicts {
     exclusive: Verdict,
     local_detection: Verdict,
     kernel_settings: Verdict,
+    /// Present if the drain gate of the settings does not work.
+    drain_gate: Option<Verdict>,
 }
 
 /// Computes the row. The times of the last renewal stay those of the previous row: the writer sets them.
@@ -139,6 +141,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         exclusive: exclusive(observation),
         local_detection: local_detection(observation),
         kernel_settings: kernel_settings(observation),
+        drain_gate: drain_gate(observation),
     };
     let state = derive_state(&verdicts, observation);
     let ready = derive_ready(state, &verdicts);
@@ -293,6 +296,13 @@ fn kernel_settings(observation: &Observation) -> Verdict {
     Verdict::new(Status::False, "NotInForce", message)
 }
 
+/// Pods terminate at once without it, as they do with other proxies, so Ready does not depend on it.
+fn drain_gate(observation: &Observation) -> Option<Verdict> {
+    let failure = &observation.drain_gate_failure;
+    let message = || format!("Hooks of the drain gate end at once: {failure}.");
+    (!failure.is_empty()).then(|| Verdict::new(Status::False, "NotInForce", message()))
+}
+
 fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
     if !verdicts.connected.holds() {
         State::Stale
@@ -437,6 +447,7 @@ fn absent(inputs: Inputs<'_>) -> Row {
         exclusive: unknown(),
         local_detection: unknown(),
         kernel_settings: unknown(),
+        drain_gate: None,
     };
     let status = ProxyStatusStatus {
         observed_generation: inputs.row_generation,
@@ -448,8 +459,15 @@ fn absent(inputs: Inputs<'_>) -> Row {
 }
 
 fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Condition> {
-    let Verdicts { connected, programmed, consistent, exclusive, local_detection, kernel_settings } =
-        verdicts;
+    let Verdicts {
+        connected,
+        programmed,
+        consistent,
+        exclusive,
+        local_detection,
+        kernel_settings,
+        drain_gate,
+    } = verdicts;
     [
         ("Ready", ready),
         ("Connected", connected),
@@ -460,6 +478,7 @@ fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Con
         ("KernelSettings", kernel_settings),
     ]
     .into_iter()
+    .chain(drain_gate.map(|verdict| ("DrainGate", verdict)))
     .map(|(kind, verdict)| merge(kind, verdict, inputs))
     .collect()
 }

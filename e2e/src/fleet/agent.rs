@@ -10,6 +10,7 @@ use prometheus::Registry;
 use switchtower_node_agent::controller::bootstrap::Controllers;
 use switchtower_node_agent::controller::link::Contact;
 use switchtower_node_agent::controller::session::{self, Identity};
+use switchtower_node_agent::drain::requests::Requests;
 use switchtower_node_agent::engine::{AgentStatus, Command, Event};
 use switchtower_node_agent::metrics::Metrics;
 use switchtower_node_agent::state::{Refusal, State};
@@ -108,7 +109,8 @@ impl Agents {
                 runtime.spawn(acknowledge(inbox, hollow));
             }
             let (metrics, contact) = (metrics.clone(), Contact::default());
-            runtime.spawn(session::run(controllers, identity, commands, metrics, contact, stopped.clone()));
+            let (drains, stopped) = (Requests::default(), stopped.clone());
+            runtime.spawn(session::run(controllers, identity, commands, metrics, contact, drains, stopped));
         }
         Ok(Self { agents, _stop: stop })
     }

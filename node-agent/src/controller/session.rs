@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use switchtower_proto::DRAIN_GATE;
 use switchtower_proto::v1::controller_message::Message as FromController;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
@@ -26,6 +27,7 @@ mod trust;
 use crate::controller::backoff::{self, Backoff, Failure, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
 use crate::controller::link::{Absence, Contact};
+use crate::drain::requests::{Link, Requests};
 use crate::engine::{AgentStatus, Command, Event};
 use crate::metrics::Metrics;
 use crate::state::FEATURES;
@@ -174,6 +176,7 @@ pub async fn run(
     commands: mpsc::Sender<Command>,
     metrics: Metrics,
     contact: Contact,
+    drains: Requests,
     mut stop: watch::Receiver<bool>,
 ) {
     let mut turn = 0_usize;
@@ -182,7 +185,7 @@ pub async fn run(
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut controllers, turn, &identity, &commands, &metrics, &contact) => result,
+            result = session(&mut controllers, turn, &identity, &commands, &metrics, &contact, &drains) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
         metrics.connected.set(0);
@@ -295,9 +298,11 @@ async fn session(
     commands: &mpsc::Sender<Command>,
     metrics: &Metrics,
     contact: &Contact,
+    drains: &Requests,
 ) -> Result<std::convert::Infallible, SessionError> {
     let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
-    let opened = open(controllers, turn, identity, commands, metrics, contact).instrument(span.clone()).await;
+    let opening = open(controllers, turn, identity, commands, metrics, contact, drains);
+    let opened = opening.instrument(span.clone()).await;
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
@@ -315,6 +320,7 @@ async fn open<'a>(
     commands: &'a mpsc::Sender<Command>,
     metrics: &Metrics,
     contact: &Contact,
+    drains: &Requests,
 ) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
@@ -349,7 +355,7 @@ async fn open<'a>(
         Some(FromController::GoAway(goodbye)) => return Err(go_away(goodbye)),
         _ => return Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
     };
-    let Welcome { version, session, controller, peers, resumed } = welcome;
+    let Welcome { version, session, controller, peers, resumed, features } = welcome;
     if !VERSIONS.contains(&version) {
         return Err(SessionError::Protocol("it chose a version that the agent did not offer"));
     }
@@ -364,7 +370,8 @@ async fn open<'a>(
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
     }
     let answers = Answers::new(commands.clone(), out.clone());
-    Ok((Stream { commands, out, session, events, sequence: 0, answers }, incoming))
+    let drains = drains.connected(features.iter().any(|feature| feature == DRAIN_GATE));
+    Ok((Stream { commands, out, session, events, sequence: 0, answers, drains }, incoming))
 }
 
 fn go_away(goodbye: GoAway) -> SessionError {
@@ -403,6 +410,7 @@ struct Stream<'a> {
     events: mpsc::UnboundedReceiver<Event>,
     sequence: u64,
     answers: Answers,
+    drains: Link,
 }
 
 impl Stream<'_> {
@@ -420,6 +428,7 @@ impl Stream<'_> {
                     Some(event) => self.send(self.stamped(event)).await?,
                     None => return Err(SessionError::Stopping),
                 },
+                message = self.drains.next() => self.send(message).await?,
                 _ = pings.tick() => {
                     if heard.elapsed() > SILENCE {
                         return Err(SessionError::Silent);
@@ -478,6 +487,10 @@ impl Stream<'_> {
             Some(FromController::GoAway(goodbye)) => Err(go_away(goodbye)),
             Some(FromController::Query(query)) => {
                 self.answers.begin(query);
+                Ok(())
+            }
+            Some(FromController::DrainAnswer(answer)) => {
+                self.drains.answered(answer);
                 Ok(())
             }
             Some(FromController::Pong(_)) => Ok(()),

@@ -9,6 +9,7 @@ use switchtower_proto::v1::{
 };
 use tokio::sync::{mpsc, oneshot};
 
+use crate::drain::server::ListenFailure;
 use crate::health::BindFailures;
 use crate::state::Measured;
 
@@ -50,6 +51,8 @@ pub enum Command {
     ForeignProxy(bool),
     /// The set of healthCheckNodePorts that cannot be bound changed.
     HealthCheckFailures(Vec<HealthCheckFailure>),
+    /// The agent can listen for the drain gate, or cannot for this reason.
+    DrainGate(Option<String>),
     /// Message of a pass over the conntrack table.
     Flows(crate::kernel::conntrack::FlowReport),
     /// Result of a round of probes.
@@ -73,6 +76,12 @@ pub enum Command {
 impl From<BindFailures> for Command {
     fn from(BindFailures(failures): BindFailures) -> Self {
         Command::HealthCheckFailures(failures)
+    }
+}
+
+impl From<ListenFailure> for Command {
+    fn from(ListenFailure(failure): ListenFailure) -> Self {
+        Command::DrainGate(failure)
     }
 }
 

@@ -17,12 +17,31 @@ use crate::traces::Applying;
 const SAMPLES: usize = 16;
 
 /// Findings that no generation covers; every report carries them.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub(super) struct Conditions {
     /// Rules of kube-proxy exist alongside ours.
     pub(super) foreign_proxy: bool,
     /// healthCheckNodePorts that cannot be bound.
     pub(super) health_check_failures: Vec<HealthCheckFailure>,
+    /// Reason why the agent cannot listen for the drain gate.
+    pub(super) drain_gate_unheard: Option<String>,
+    /// The settings have a drain gate, but no way to recognise the node's pods.
+    pub(super) pods_undetected: bool,
+}
+
+impl Conditions {
+    /// Returns the reason why the drain gate does not work, or an empty string.
+    fn drain_gate_failure(&self) -> String {
+        match &self.drain_gate_unheard {
+            Some(failure) => failure.clone(),
+            None if self.pods_undetected => {
+                "the node has no local detection, so the requests of its kubelet cannot be recognised; set \
+                 localDetection in the ProxyProfile"
+                    .to_owned()
+            }
+            None => String::new(),
+        }
+    }
 }
 
 impl Engine {
@@ -120,6 +139,7 @@ impl Engine {
             trial,
             health_check_failures: self.conditions.health_check_failures.clone(),
             unset_kernel_settings: self.parts.sysctls.unset().to_vec(),
+            drain_gate_failure: self.conditions.drain_gate_failure(),
         };
         self.send(Event::Report(report));
     }

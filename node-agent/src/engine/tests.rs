@@ -70,6 +70,7 @@ fn parts(
         trial: Some(TrialFile::new(directory)),
         questions: Inspector::none(),
         traces: crate::traces::Traces::none(),
+        drain_gate: tokio::sync::watch::Sender::default(),
     }
 }
 

@@ -118,7 +118,8 @@ async fn serve(listener: TcpListener, health: Health, (service, address): (Servi
     super::bounded::serve(listener, router(health, service, address.is_ipv6()), CONNECTIONS).await;
 }
 
-fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+/// Listens on an address, IPv6 apart from IPv4.
+pub(crate) fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = match address.ip() {
         IpAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
         IpAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
 use crate::controller::session::Identity;
+use crate::drain::requests::Requests;
 use crate::engine::Command;
 use crate::metrics::Metrics;
 
@@ -33,6 +34,7 @@ pub(super) async fn until_stopped(
     commands: mpsc::Sender<Command>,
     metrics: Metrics,
     contact: Contact,
+    drains: Requests,
 ) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     let session = tokio::spawn(crate::controller::session::run(
@@ -41,6 +43,7 @@ pub(super) async fn until_stopped(
         commands.clone(),
         metrics,
         contact,
+        drains.clone(),
         stopped,
     ));
     tokio::select! {
@@ -50,6 +53,7 @@ pub(super) async fn until_stopped(
         }
     }
     tracing::info!("stopping; the kernel keeps its state");
+    drains.stop();
     // A dropped receiver has stopped already.
     let _ = stop.send(true);
     let _ = session.await;
@@ -97,7 +101,14 @@ mod tests {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ended = runtime.block_on(async {
-            let agent = until_stopped(controllers, identity, commands, metrics, Contact::default());
+            let agent = until_stopped(
+                controllers,
+                identity,
+                commands,
+                metrics,
+                Contact::default(),
+                Requests::default(),
+            );
             tokio::time::timeout(Duration::from_secs(20), agent).await.unwrap()
         });
         assert!(engine.join().is_err());

@@ -53,6 +53,9 @@ fn check_values(settings: &Settings) -> Result<(), Malformed> {
     if !LEVELS.contains(&settings.log_level.as_str()) {
         return malformed(format!("log level {:?} is unknown", settings.log_level));
     }
+    if settings.drain_gate_port > u32::from(u16::MAX) {
+        return malformed(format!("port {} of the drain gate is invalid", settings.drain_gate_port));
+    }
     settings.cluster_cidrs.iter().chain(&settings.node_port_addresses).try_for_each(check_cidr)
 }
 
@@ -133,6 +136,7 @@ mod tests {
         let block = Cidr { address: vec![10, 0, 0, 1], prefix_length: 8 };
         let cases = [
             (Settings { log_level: "loud".into(), ..settings() }, "log level"),
+            (Settings { drain_gate_port: 65_536, ..settings() }, "drain gate"),
             (Settings { interface: "a-name-of-16-byt".into(), ..settings() }, "interface"),
             (Settings { cluster_cidrs: vec![block.clone()], ..settings() }, "host bits"),
             (Settings { node_port_addresses: vec![Cidr::default(); BLOCKS + 1], ..settings() }, "more than"),

@@ -170,7 +170,9 @@ impl FakeStream {
     /// Accepts the session and names the other controllers.
     pub async fn welcome(&self, session: u64, peers: &[String]) {
         let controller = "fake".to_owned();
-        let welcome = Welcome { version: 1, session, controller, peers: peers.to_vec(), resumed: false };
+        let features = vec![switchtower_proto::DRAIN_GATE.to_owned()];
+        let peers = peers.to_vec();
+        let welcome = Welcome { version: 1, session, controller, peers, resumed: false, features };
         self.send(FromController::Welcome(welcome)).await;
     }
 

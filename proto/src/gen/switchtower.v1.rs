@@ -193,6 +193,10 @@ pub struct Settings {
     /// Trial of these settings on a node before they count as good; absent: they are in force at once.
     #[prost(message, optional, boxed, tag = "12")]
     pub trial: ::core::option::Option<::prost::alloc::boxed::Box<Trial>>,
+    /// TCP port of the drain gate: connections from the host to a local pod's address on this port reach the agent.
+    /// 0: no drain gate. Needs the feature "drain-gate".
+    #[prost(uint32, tag = "13")]
+    pub drain_gate_port: u32,
 }
 /// Handling of settings that are not proved yet; see "Trial of settings".
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -338,7 +342,7 @@ pub struct Buckets {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentMessage {
-    #[prost(oneof = "agent_message::Message", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "agent_message::Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: ::core::option::Option<agent_message::Message>,
 }
 /// Nested message and enum types in `AgentMessage`.
@@ -359,6 +363,10 @@ pub mod agent_message {
         Ping(super::Ping),
         #[prost(message, tag = "7")]
         Answer(super::Answer),
+        #[prost(message, tag = "8")]
+        DrainQuery(super::DrainQuery),
+        #[prost(message, tag = "9")]
+        DrainCancel(super::DrainCancel),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -583,6 +591,29 @@ pub struct Report {
     /// Kernel settings that the settings ask for and that are not in force, each with its values and why.
     #[prost(string, repeated, tag = "7")]
     pub unset_kernel_settings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Reason why the drain gate of the settings does not work on the node; empty if it works or is off.
+    #[prost(string, tag = "8")]
+    pub drain_gate_failure: ::prost::alloc::string::String,
+}
+/// Asks when no node sends new connections to an address any more. Any number may wait at a time, up to the controller's
+/// limit per stream; the end of the stream cancels them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainQuery {
+    /// unique within the stream
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// 4 or 16 bytes
+    #[prost(bytes = "vec", tag = "2")]
+    pub address: ::prost::alloc::vec::Vec<u8>,
+    /// Time after which the controller answers in any case; 0..600000.
+    #[prost(uint32, tag = "3")]
+    pub timeout_milliseconds: u32,
+}
+/// Ends the wait of a query without an answer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainCancel {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthCheckFailure {
@@ -597,7 +628,7 @@ pub struct HealthCheckFailure {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ControllerMessage {
-    #[prost(oneof = "controller_message::Message", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "controller_message::Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: ::core::option::Option<controller_message::Message>,
 }
 /// Nested message and enum types in `ControllerMessage`.
@@ -620,6 +651,8 @@ pub mod controller_message {
         Query(super::Query),
         #[prost(message, tag = "8")]
         Pong(super::Pong),
+        #[prost(message, tag = "9")]
+        DrainAnswer(super::DrainAnswer),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -636,6 +669,27 @@ pub struct Welcome {
     pub peers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(bool, tag = "5")]
     pub resumed: bool,
+    /// optional parts of the protocol that the controller supports
+    #[prost(string, repeated, tag = "6")]
+    pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainAnswer {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(enumeration = "DrainVerdict", tag = "2")]
+    pub verdict: i32,
+    /// DRAINED: the last node that acknowledged, if the query waited for it. Otherwise nodes that have not acknowledged; at
+    /// most 16.
+    #[prost(string, repeated, tag = "3")]
+    pub waited_for: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "4")]
+    pub waited_for_total: u32,
+    /// Nodes without a connected agent, which were not waited for; at most 16.
+    #[prost(string, repeated, tag = "5")]
+    pub missing: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "6")]
+    pub missing_total: u32,
 }
 /// One object change that an update carries; for traces and latency.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1191,6 +1245,49 @@ impl NackReason {
             "NACK_REASON_OVER_LIMIT" => Some(Self::OverLimit),
             "NACK_REASON_UNKNOWN_FEATURE" => Some(Self::UnknownFeature),
             "NACK_REASON_KERNEL" => Some(Self::Kernel),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DrainVerdict {
+    Unspecified = 0,
+    /// The address is in no pool, and every node that had it has acknowledged that, except the missing ones.
+    Drained = 1,
+    /// Timeout: a Service still sends connections to the pod, because it has only terminating endpoints.
+    LastEndpoint = 2,
+    /// Timeout: the pod is still a ready endpoint, or nodes have not acknowledged its removal.
+    TimedOut = 3,
+    /// The address is in no pool, and was in none that the controller remembers.
+    NotAnEndpoint = 4,
+    /// The controller has no room for the query.
+    Overloaded = 5,
+}
+impl DrainVerdict {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DRAIN_VERDICT_UNSPECIFIED",
+            Self::Drained => "DRAIN_VERDICT_DRAINED",
+            Self::LastEndpoint => "DRAIN_VERDICT_LAST_ENDPOINT",
+            Self::TimedOut => "DRAIN_VERDICT_TIMED_OUT",
+            Self::NotAnEndpoint => "DRAIN_VERDICT_NOT_AN_ENDPOINT",
+            Self::Overloaded => "DRAIN_VERDICT_OVERLOADED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DRAIN_VERDICT_UNSPECIFIED" => Some(Self::Unspecified),
+            "DRAIN_VERDICT_DRAINED" => Some(Self::Drained),
+            "DRAIN_VERDICT_LAST_ENDPOINT" => Some(Self::LastEndpoint),
+            "DRAIN_VERDICT_TIMED_OUT" => Some(Self::TimedOut),
+            "DRAIN_VERDICT_NOT_AN_ENDPOINT" => Some(Self::NotAnEndpoint),
+            "DRAIN_VERDICT_OVERLOADED" => Some(Self::Overloaded),
             _ => None,
         }
     }

@@ -97,6 +97,15 @@ fn kernel_settings_not_in_force_are_a_condition() {
 }
 
 #[test]
+fn drain_gate_that_does_not_work_is_a_condition() {
+    let drain_gate_failure = "cannot listen on 127.0.0.1:9910: Address already in use".to_owned();
+    let row = check(&Observation { drain_gate_failure, ..healthy() }, "Synced", "True", "UpToDate");
+    let condition = row.status.conditions.iter().find(|one| one.type_ == "DrainGate").unwrap();
+    assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "NotInForce"));
+    assert!(condition.message.contains("9910"), "{}", condition.message);
+}
+
+#[test]
 fn every_state_has_a_reason() {
     let deviating = |held, refused, settings: Option<SettingsCause>| {
         let in_force = |cause| SettingsDeviation { profile: "builtin".into(), revision: 0, cause };

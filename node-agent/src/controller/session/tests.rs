@@ -25,6 +25,7 @@ struct Agent {
     stop: watch::Sender<bool>,
     connected: Metrics,
     contact: Contact,
+    drains: Requests,
 }
 
 impl Agent {
@@ -54,6 +55,7 @@ impl Agent {
             trial: None,
             questions: crate::kernel::inspector::Inspector::none(),
             traces: crate::traces::Traces::none(),
+            drain_gate: watch::Sender::default(),
         };
         let (commands, received) = mpsc::channel(16);
         let handle = tokio::runtime::Handle::current();
@@ -62,9 +64,17 @@ impl Agent {
         let state = Some(path.join("state"));
         let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
         let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into(), files };
-        let contact = Contact::default();
-        tokio::spawn(run(controllers, identity, commands, metrics.clone(), contact.clone(), stopped));
-        Agent { kernel, directory, stop, connected: metrics, contact }
+        let (contact, drains) = (Contact::default(), Requests::default());
+        tokio::spawn(run(
+            controllers,
+            identity,
+            commands,
+            metrics.clone(),
+            contact.clone(),
+            drains.clone(),
+            stopped,
+        ));
+        Agent { kernel, directory, stop, connected: metrics, contact, drains }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::kernel::netlink::wire::Writer;
 pub(crate) const META_PRIORITY: u32 = libc::NFT_META_PRIORITY as u32;
 pub(crate) const META_MARK: u32 = libc::NFT_META_MARK as u32;
 pub(crate) const META_INTERFACE: u32 = libc::NFT_META_IIFNAME as u32;
+pub(crate) const META_OUTPUT_INTERFACE: u32 = libc::NFT_META_OIFNAME as u32;
 pub(crate) const META_PROTOCOL: u32 = libc::NFT_META_L4PROTO as u32;
 pub(crate) const CT_STATE: u32 = libc::NFT_CT_STATE as u32;
 pub(crate) const CT_STATUS: u32 = libc::NFT_CT_STATUS as u32;
@@ -116,6 +117,8 @@ pub(crate) enum Expression {
     },
     /// `masquerade fully-random`.
     Masquerade,
+    /// `redirect`: to this host, on the same port.
+    Redirect,
     /// `reject` with ICMP port unreachable; the code differs per family.
     Reject {
         code: u8,
@@ -220,7 +223,10 @@ impl Expression {
                 writer.number(nfta::immediate::DESTINATION, libc::NFT_REG_VERDICT as u32);
                 writer.nest(nfta::immediate::DATA, |writer| verdict.encode(writer));
             }),
-            Expression::DestinationNat { .. } | Expression::Masquerade | Expression::Reject { .. } => {
+            Expression::DestinationNat { .. }
+            | Expression::Masquerade
+            | Expression::Redirect
+            | Expression::Reject { .. } => {
                 self.encode_action(writer);
             }
             Expression::Bitwise { .. } | Expression::Compare { .. } | Expression::Immediate { .. } => {
@@ -312,6 +318,7 @@ impl Expression {
                 numbers(writer, "nat", &attributes);
             }
             Expression::Masquerade => numbers(writer, "masq", &[(masquerade::FLAGS, nfta::RANDOM_FULLY)]),
+            Expression::Redirect => expression(writer, "redir", |_| {}),
             Expression::Reject { code } => expression(writer, "reject", |writer| {
                 writer.number(reject::TYPE, libc::NFT_REJECT_ICMP_UNREACH as u32);
                 writer.attribute(reject::CODE, &[*code]);

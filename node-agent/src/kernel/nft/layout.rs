@@ -16,7 +16,7 @@ mod sets;
 use super::data::Verdict;
 use super::expression::{
     CT_STATE, CT_STATUS, DynamicOperation, Expression, Expression as E, LookupResult, META_INTERFACE,
-    META_MARK, META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT,
+    META_MARK, META_OUTPUT_INTERFACE, META_PRIORITY, META_PROTOCOL, NETWORK, Rule, TRANSPORT,
 };
 
 pub(crate) use dispatch::{Masquerade, Pick, source_list_name, source_list_of};
@@ -67,11 +67,13 @@ pub(crate) struct RuleConfig {
     pub(crate) mark: u32,
     pub(crate) masquerade_all: bool,
     pub(crate) local_pods: LocalPods,
+    /// Port of the drain gate.
+    pub(crate) drain_gate: Option<u16>,
 }
 
 impl Default for RuleConfig {
     fn default() -> Self {
-        RuleConfig { mark: 0x4000, masquerade_all: false, local_pods: LocalPods::Unknown }
+        RuleConfig { mark: 0x4000, masquerade_all: false, local_pods: LocalPods::Unknown, drain_gate: None }
     }
 }
 
@@ -176,21 +178,14 @@ impl Layout {
 
     /// Returns the test for a local pod, to be followed by a verdict.
     fn local_pod_test(self, config: &RuleConfig) -> Option<Vec<E>> {
-        let interface = |data: Vec<u8>| {
-            let load = E::LoadMeta { key: META_INTERFACE, register: 0 };
-            Some(vec![load, E::Compare { equal: true, register: 0, data }])
-        };
+        let interface = |data: Vec<u8>| Some(interface_test(META_INTERFACE, data));
         match &config.local_pods {
             LocalPods::Unknown => None,
             LocalPods::Sources => Some(vec![
                 self.source(0),
                 E::Lookup { set: "local_pods".to_owned(), register: 0, result: None },
             ]),
-            LocalPods::Interface(name) => {
-                let mut data = name.as_bytes().to_vec();
-                data.resize(16, 0);
-                interface(data)
-            }
+            LocalPods::Interface(name) => interface(whole_name(name)),
             LocalPods::InterfacePrefix(prefix) => interface(prefix.as_bytes().to_vec()),
         }
     }
@@ -224,7 +219,10 @@ impl Layout {
             base(
                 "nat_output",
                 Hook::nat(libc::NF_INET_LOCAL_OUT, libc::NF_IP_PRI_NAT_DST),
-                vec![verdict(Verdict::Jump("services".to_owned()))],
+                self.drain_gate(config)
+                    .into_iter()
+                    .chain([verdict(Verdict::Jump("services".to_owned()))])
+                    .collect(),
             ),
             self.postrouting(config),
             base(
@@ -244,6 +242,27 @@ impl Layout {
             ),
         ]);
         chains
+    }
+
+    /// Redirects connections of this host to the drain gate's port of a local pod to the agent's listener on loopback.
+    fn drain_gate(self, config: &RuleConfig) -> Option<Rule> {
+        let port = config.drain_gate?;
+        let mut rule = vec![
+            E::LoadMeta { key: META_PROTOCOL, register: 0 },
+            E::Compare { equal: true, register: 0, data: vec![libc::IPPROTO_TCP as u8] },
+            E::LoadPayload { base: TRANSPORT, offset: 2, length: 2, register: 0 },
+            E::Compare { equal: true, register: 0, data: port.to_be_bytes().to_vec() },
+        ];
+        rule.extend(match &config.local_pods {
+            LocalPods::Unknown => return None,
+            LocalPods::Sources => vec![self.destination(0), lookup("local_pods")],
+            LocalPods::Interface(name) => interface_test(META_OUTPUT_INTERFACE, whole_name(name)),
+            LocalPods::InterfacePrefix(prefix) => {
+                interface_test(META_OUTPUT_INTERFACE, prefix.as_bytes().to_vec())
+            }
+        });
+        rule.push(E::Redirect);
+        Some(Rule(rule))
     }
 
     /// Decides whether a connection to a ClusterIP is masqueraded.
@@ -369,6 +388,18 @@ impl Layout {
             vec![marked, Rule(hairpin)],
         )
     }
+}
+
+/// The test that a name of an interface begins with `data`.
+fn interface_test(key: u32, data: Vec<u8>) -> Vec<E> {
+    vec![E::LoadMeta { key, register: 0 }, E::Compare { equal: true, register: 0, data }]
+}
+
+/// Data that only the whole name begins with.
+fn whole_name(name: &str) -> Vec<u8> {
+    let mut data = name.as_bytes().to_vec();
+    data.resize(16, 0);
+    data
 }
 
 fn chain(name: &str, rules: Vec<Rule>) -> Chain {

@@ -190,6 +190,9 @@ impl Plan {
             mark: if mark == 0 { DEFAULT_MARK } else { mark },
             masquerade_all: settings.is_some_and(|settings| settings.masquerade_all),
             local_pods,
+            drain_gate: settings
+                .and_then(|settings| u16::try_from(settings.drain_gate_port).ok())
+                .filter(|port| *port != 0),
         };
         let controllers = controller_keys(&self.controllers);
         Facts { node_ports, unserved, primary: own.first().copied(), local_pods: sources, rules, controllers }

@@ -1,0 +1,125 @@
+use std::collections::BTreeMap;
+
+use switchtower_core::compiled::Compiled;
+use switchtower_core::locality::PodChange;
+use switchtower_core::model::LayerId;
+use switchtower_core::propagation::Publication;
+use switchtower_proto::v1::change::Change as Op;
+use switchtower_proto::v1::{
+    Change, Endpoint, Family, PoolKey, PoolPatch, Role, ServicePort, Settings, Source,
+};
+
+use super::super::reports::tests::fleet;
+use super::*;
+use crate::status::Floor;
+
+const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 7));
+const SECOND: Duration = Duration::from_secs(1);
+
+fn key() -> PoolKey {
+    let service = ServicePort { namespace: "default".into(), name: "web".into(), ..ServicePort::default() };
+    PoolKey { service_port: Some(service), family: Family::Ipv4 as i32, role: Role::Cluster as i32 }
+}
+
+fn publish(fleet: &Fleet, op: Op) -> u64 {
+    let changes = BTreeMap::from([(LayerId::Cluster, vec![Change { change: Some(op) }])]);
+    fleet.publish(Compiled { changes, ..Compiled::default() }, Publication::default(), Source::default())
+}
+
+fn add_pod(fleet: &Fleet) -> u64 {
+    let added = vec![Endpoint { address: vec![10, 244, 1, 7], port: 8080 }];
+    publish(fleet, Op::Pool(PoolPatch { key: Some(key()), added, removed: Vec::new() }))
+}
+
+fn remove_pod(fleet: &Fleet) -> u64 {
+    publish(fleet, Op::PoolRemoved(key()))
+}
+
+/// A fleet whose settings have a drain gate, with one connected node that holds the pod's pool, long after the start.
+async fn gated() -> (Arc<Fleet>, u64) {
+    let (fleet, _) = fleet();
+    let settings = Settings { drain_gate_port: 9910, ..Settings::default() };
+    fleet.set_settings(&BTreeMap::from([(("p".into(), 1), settings)]));
+    fleet.accept();
+    let (session, _) = fleet.open(&"n1".into(), &mut Floor::default()).unwrap();
+    let revision = add_pod(&fleet);
+    fleet.holds(&"n1".into(), session, revision);
+    tokio::time::advance(100 * SECOND).await;
+    (fleet, session)
+}
+
+fn ask(fleet: &Arc<Fleet>) -> tokio::task::JoinHandle<Drained> {
+    let fleet = fleet.clone();
+    tokio::spawn(async move { fleet.drain(Some("n1"), POD, 25 * SECOND).await })
+}
+
+#[tokio::test(start_paused = true)]
+async fn query_answered_with_the_acknowledgement_of_the_removal() {
+    let (fleet, session) = gated().await;
+    let query = ask(&fleet);
+    tokio::time::sleep(SECOND).await;
+    let removed = remove_pod(&fleet);
+    fleet.holds(&"n1".into(), session, removed - 1);
+    tokio::time::sleep(SECOND).await;
+    assert!(!query.is_finished());
+    fleet.holds(&"n1".into(), session, removed);
+    let drained = query.await.unwrap();
+    assert_eq!((drained.verdict(), drained.took), ("Drained", 2 * SECOND));
+    assert_eq!(drained.answer.waited_for.names, ["n1".into()]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn timeout_names_the_state() {
+    let (fleet, _) = gated().await;
+    assert_eq!(ask(&fleet).await.unwrap().verdict(), "LastEndpoint", "in a pool, but not ready");
+    fleet.pods_changed(&[PodChange { node: "n1".into(), address: POD, present: true }]);
+    let drained = ask(&fleet).await.unwrap();
+    assert_eq!((drained.verdict(), drained.took), ("TimedOut", 25 * SECOND));
+    remove_pod(&fleet);
+    let drained = ask(&fleet).await.unwrap();
+    assert_eq!(drained.verdict(), "TimedOut");
+    assert_eq!(drained.answer.waited_for.names, ["n1".into()]);
+    let unknown = fleet.drain(Some("n1"), "10.244.9.9".parse().unwrap(), SECOND).await;
+    assert_eq!((unknown.verdict(), unknown.took), ("NotAnEndpoint", Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lost_node_is_excluded_after_the_grace_period() {
+    let (fleet, session) = gated().await;
+    let query = ask(&fleet);
+    tokio::time::sleep(SECOND).await;
+    fleet.close(&"n1".into(), session, true);
+    remove_pod(&fleet);
+    let drained = query.await.unwrap();
+    assert_eq!((drained.verdict(), drained.answer.missing.total), ("Drained", 1));
+    assert_eq!(drained.took, SECOND + switchtower_core::drain::GRACE);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_recorded_without_a_drain_gate() {
+    let (fleet, _) = gated().await;
+    assert!(lock(&fleet.drains.open).is_some());
+    fleet.set_settings(&BTreeMap::new());
+    assert!(lock(&fleet.drains.open).is_none());
+    remove_pod(&fleet);
+    // The first query starts to record; every node must confirm what it holds.
+    let query = ask(&fleet);
+    tokio::time::sleep(SECOND).await;
+    assert!(!query.is_finished());
+    let drained = query.await.unwrap();
+    assert_eq!((drained.verdict(), drained.answer.missing.total), ("Drained", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn abandoned_queries_leave_nothing_behind() {
+    let (fleet, _) = gated().await;
+    for _ in 0..100 {
+        let query = ask(&fleet);
+        tokio::task::yield_now().await;
+        query.abort();
+        let _ = query.await;
+    }
+    let open = lock(&fleet.drains.open);
+    let open = open.as_ref().unwrap();
+    assert_eq!((open.gate.waiting(), open.replies.len()), (0, 0));
+}

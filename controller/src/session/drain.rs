@@ -1,0 +1,96 @@
+//! Queries of the drain gate on one stream (fleet.proto: DrainQuery).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use switchtower_core::drain::{Names, Verdict};
+use switchtower_core::wire;
+use switchtower_proto::v1::{DrainAnswer, DrainQuery, DrainVerdict};
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::fleet::Fleet;
+use crate::fleet::drain::Drained;
+
+/// Maximum number of queries that wait on one stream; a node has a few hundred pods.
+const QUERIES: usize = 1_024;
+
+/// Queries that wait; dropping it cancels them.
+#[derive(Debug, Default)]
+pub(super) struct DrainQueries {
+    tasks: JoinSet<DrainAnswer>,
+    waiting: HashMap<u64, AbortHandle>,
+}
+
+impl DrainQueries {
+    /// Starts a query. Returns the answer if it cannot wait, or an error if it is malformed.
+    pub(super) fn begin(
+        &mut self,
+        fleet: &Arc<Fleet>,
+        node: &Arc<str>,
+        query: DrainQuery,
+    ) -> Result<Option<DrainAnswer>, &'static str> {
+        let id = query.id;
+        let address = wire::address(&query.address).ok_or("an address of neither 4 nor 16 bytes")?;
+        if self.waiting.contains_key(&id) {
+            return Err("a second query with the same id");
+        }
+        if self.waiting.len() >= QUERIES {
+            let verdict = DrainVerdict::Overloaded as i32;
+            return Ok(Some(DrainAnswer { id, verdict, ..DrainAnswer::default() }));
+        }
+        let timeout = Duration::from_millis(query.timeout_milliseconds.into());
+        let (fleet, node) = (fleet.clone(), node.clone());
+        let task = async move {
+            let drained = fleet.drain(Some(&node), address, timeout).await;
+            fleet.metrics().drained(drained.verdict(), drained.took);
+            answer(id, &drained)
+        };
+        self.waiting.insert(id, self.tasks.spawn(task));
+        Ok(None)
+    }
+
+    /// Cancels a query; ignores one that has been answered.
+    pub(super) fn cancel(&mut self, id: u64) {
+        if let Some(task) = self.waiting.remove(&id) {
+            task.abort();
+        }
+    }
+
+    /// Returns the next answer; waits while there is none.
+    pub(super) async fn next(&mut self) -> DrainAnswer {
+        loop {
+            match self.tasks.join_next().await {
+                Some(Ok(answer)) => {
+                    // Otherwise it was canceled at the last moment.
+                    if self.waiting.remove(&answer.id).is_some() {
+                        return answer;
+                    }
+                }
+                Some(Err(_)) => {}
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+fn answer(id: u64, drained: &Drained) -> DrainAnswer {
+    let verdict = match drained.answer.verdict {
+        Verdict::Drained => DrainVerdict::Drained,
+        Verdict::StillMember if drained.last_endpoint => DrainVerdict::LastEndpoint,
+        Verdict::StillMember | Verdict::NotAcknowledged => DrainVerdict::TimedOut,
+        Verdict::NotAnEndpoint => DrainVerdict::NotAnEndpoint,
+        Verdict::Overloaded => DrainVerdict::Overloaded,
+    };
+    let total = |names: &Names| u32::try_from(names.total).unwrap_or(u32::MAX);
+    let (waited_for, missing) = (&drained.answer.waited_for, &drained.answer.missing);
+    let names = |names: &Names| names.names.iter().map(|name| (**name).to_owned()).collect();
+    DrainAnswer {
+        id,
+        verdict: verdict as i32,
+        waited_for: names(waited_for),
+        waited_for_total: total(waited_for),
+        missing: names(missing),
+        missing_total: total(missing),
+    }
+}

@@ -1,0 +1,245 @@
+//! The listener on loopback that answers `preStop` hooks.
+//!
+//! It answers 200 whatever the verdict: a hook that fails has no other effect than an Event, and the kubelet never cancels
+//! its request. A malformed request gets 400, and the pod terminates at once. Connections that no rule redirected are
+//! closed without a wait.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use serde_json::json;
+use switchtower_proto::v1::{DrainAnswer, DrainVerdict};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::requests::{Outcome, Requests};
+use super::{DEFAULT_TIMEOUT, TIMEOUT_LIMIT};
+use crate::kernel::original_destination::original_destination;
+
+/// Interval between two attempts to listen.
+const BIND_RETRY: Duration = Duration::from_secs(5);
+/// Timeout for the head of a request.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum number of open connections.
+const CONNECTIONS: usize = 1_024;
+/// Delay after a failed accept, for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// Reason why the agent cannot listen, or `None`; sent whenever it changes.
+#[derive(Debug)]
+pub struct ListenFailure(pub Option<String>);
+
+/// Listens on the port that `port` names, until its sender is dropped. Requests in progress outlive a change of the port.
+pub async fn serve<N: From<ListenFailure>>(
+    mut port: watch::Receiver<Option<u16>>,
+    requests: Requests,
+    notices: mpsc::Sender<N>,
+) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut open = JoinSet::new();
+    let mut reported = None;
+    loop {
+        let wanted = *port.borrow_and_update();
+        let (listeners, failure) = listen(wanted);
+        if failure != reported {
+            if let Some(failure) = &failure {
+                tracing::warn!(failure, "the drain gate does not work; retrying");
+            }
+            reported.clone_from(&failure);
+            if notices.send(ListenFailure(failure.clone()).into()).await.is_err() {
+                return;
+            }
+        }
+        let changed = {
+            let accepting = accept(&listeners, &room, &requests, &mut open);
+            let changed = async {
+                if failure.is_some() {
+                    tokio::time::timeout(BIND_RETRY, port.changed()).await.unwrap_or(Ok(()))
+                } else {
+                    port.changed().await
+                }
+            };
+            tokio::select! {
+                () = accepting => Ok(()),
+                changed = changed => changed,
+            }
+        };
+        if changed.is_err() {
+            return;
+        }
+    }
+}
+
+/// Listens on loopback of both families. A host without IPv6 is no failure.
+fn listen(port: Option<u16>) -> (Vec<TcpListener>, Option<String>) {
+    let Some(port) = port else { return (Vec::new(), None) };
+    let mut listeners = Vec::new();
+    for address in LOOPBACK {
+        match crate::health::listen(SocketAddr::new(address, port)) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) if address.is_ipv6() && is_unsupported(&error) => {}
+            Err(error) => {
+                let failure = format!("cannot listen on {}: {error}", SocketAddr::new(address, port));
+                return (listeners, Some(failure));
+            }
+        }
+    }
+    (listeners, None)
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+async fn accept(
+    listeners: &[TcpListener],
+    room: &Arc<Semaphore>,
+    requests: &Requests,
+    open: &mut JoinSet<()>,
+) {
+    if listeners.is_empty() {
+        return std::future::pending().await;
+    }
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else { return };
+        let accepts = listeners.iter().map(|listener| Box::pin(listener.accept()));
+        let (accepted, ..) = futures::future::select_all(accepts).await;
+        while open.try_join_next().is_some() {}
+        match accepted {
+            Ok((stream, _)) => {
+                let requests = requests.clone();
+                open.spawn(async move {
+                    connection(stream, requests).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Serves one request: the kubelet opens a connection for each hook.
+async fn connection(stream: TcpStream, requests: Requests) {
+    // A connection that the rule did not redirect has no other original destination, or none at all.
+    let pod = original_destination(&stream).ok().map(|address| address.ip().to_canonical());
+    let pod = pod.filter(|address| !address.is_loopback());
+    let router = axum::Router::new().fallback(async move |method: Method, uri: Uri| {
+        let Some(address) = pod else {
+            return bad_request(
+                "this connection was not redirected; connect to the address of a pod of this node",
+            );
+        };
+        match timeout_of(&method, &uri) {
+            Ok(timeout) => answer(&requests, address, timeout).await,
+            Err(problem) => bad_request(&problem),
+        }
+    });
+    // Errors of clients, such as a reset or a request that is not HTTP, need no report.
+    let _ = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .await;
+}
+
+fn bad_request(problem: &str) -> Response {
+    (StatusCode::BAD_REQUEST, format!("{problem}\n")).into_response()
+}
+
+/// Returns the timeout of a request.
+fn timeout_of(method: &Method, uri: &Uri) -> Result<Duration, String> {
+    if method != Method::GET {
+        return Err(format!("method {method} is not supported; send GET /drained"));
+    }
+    if uri.path() != "/drained" {
+        return Err(format!("path {:?} is unknown; send GET /drained", clipped(uri.path())));
+    }
+    let mut timeout = DEFAULT_TIMEOUT;
+    for pair in uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+        let value = pair
+            .strip_prefix("timeout=")
+            .ok_or_else(|| format!("parameter {:?} is unknown; the only one is timeout", clipped(pair)))?;
+        timeout = duration(value).ok_or_else(|| {
+            format!("timeout {:?} is invalid; use a number of seconds such as 25 or a duration such as 90s, 500ms or 5m", clipped(value))
+        })?;
+    }
+    Ok(timeout.min(TIMEOUT_LIMIT))
+}
+
+fn clipped(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+/// Parses a number with the unit ms, s or m; without a unit it counts seconds.
+fn duration(text: &str) -> Option<Duration> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u32 = number.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number.into())),
+        "" | "s" => Some(Duration::from_secs(number.into())),
+        "m" => Some(Duration::from_secs(u64::from(number) * 60)),
+        _ => None,
+    }
+}
+
+async fn answer(requests: &Requests, address: IpAddr, timeout: Duration) -> Response {
+    let began = Instant::now();
+    let outcome = requests.wait(address, timeout).await;
+    let milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let (verdict, detail) = describe(&outcome);
+    let answer = match outcome {
+        Outcome::Answered(answer) => answer,
+        Outcome::NoController | Outcome::Busy => DrainAnswer::default(),
+    };
+    tracing::info!(%address, verdict, milliseconds, waited_for = ?answer.waited_for, "drain gate");
+    let body = json!({
+        "address": address.to_string(),
+        "verdict": verdict,
+        "detail": detail,
+        "milliseconds": milliseconds,
+        "nodesWaitedFor": answer.waited_for,
+        "nodesWaitedForTotal": answer.waited_for_total,
+        "nodesMissing": answer.missing,
+        "nodesMissingTotal": answer.missing_total,
+    });
+    (StatusCode::OK, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
+}
+
+/// Returns the verdict as users see it, and what it means.
+fn describe(outcome: &Outcome) -> (&'static str, &'static str) {
+    let answer = match outcome {
+        Outcome::Answered(answer) => answer,
+        Outcome::NoController => return ("NoController", "No controller answered in time."),
+        Outcome::Busy => return ("TimedOut", "Too many pods of the node wait at once."),
+    };
+    match answer.verdict() {
+        DrainVerdict::Drained => ("Drained", "No node sends new connections to the pod."),
+        DrainVerdict::LastEndpoint => {
+            ("LastEndpoint", "A Service sends connections to the pod because no ready endpoint is left.")
+        }
+        DrainVerdict::NotAnEndpoint => ("NotAnEndpoint", "No Service sends connections to the pod."),
+        DrainVerdict::Overloaded => ("TimedOut", "Too many pods of the cluster wait at once."),
+        DrainVerdict::TimedOut | DrainVerdict::Unspecified if answer.waited_for_total == 0 => {
+            ("TimedOut", "The pod is still a ready endpoint of a Service.")
+        }
+        DrainVerdict::TimedOut | DrainVerdict::Unspecified => {
+            ("TimedOut", "Nodes have not acknowledged the removal of the pod.")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,276 @@
+//! The drain gate: real agent, real kernel, real packets, a controller in the test. Needs root.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
+#[path = "support/controller.rs"]
+mod controller;
+#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
+#[path = "support/fleet.rs"]
+mod fleet;
+#[allow(dead_code, unreachable_pub, reason = "a module of its own, as those above")]
+#[path = "support/node.rs"]
+mod node;
+#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
+#[path = "support/process.rs"]
+mod process;
+
+#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::mem::ManuallyDrop;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use common::{Lab, Namespace};
+use controller::{DEADLINE, FakeController, FakeStream};
+use fleet::Fleet;
+use node::{Connection, serve_lines};
+use process::{Agent, programmed};
+use switchtower_proto::v1::agent_message::Message as FromAgent;
+use switchtower_proto::v1::controller_message::Message as FromController;
+use switchtower_proto::v1::*;
+
+const GATE: u16 = 9910;
+const POD: &str = "10.244.0.1:9910";
+const POD_IPV6: &str = "[fd44::1]:9910";
+/// Port of the backends.
+const PORT: u16 = 8081;
+
+/// Sends a request from the calling thread's namespace; returns status and body.
+fn get(to: &str, path: &str) -> Result<(u16, String), String> {
+    let to: SocketAddr = to.parse().unwrap();
+    let fail = |error: std::io::Error| format!("{:?}", error.kind());
+    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2)).map_err(fail)?;
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: pod\r\n\r\n").map_err(fail)?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).map_err(fail)?;
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or("no response")?;
+    Ok((status, text.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned()))
+}
+
+/// The verdict of a hook.
+fn verdict(response: Result<(u16, String), String>) -> String {
+    let (status, body) = response.unwrap();
+    assert_eq!(status, 200, "{body}");
+    let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+    body["verdict"].as_str().unwrap().to_owned()
+}
+
+/// A hook as the kubelet sends it: from the host, in the background.
+fn hook(to: &'static str, path: &'static str) -> tokio::task::JoinHandle<Result<(u16, String), String>> {
+    tokio::task::spawn_blocking(move || get(to, path))
+}
+
+struct Scene {
+    directory: tempfile::TempDir,
+    fleet: Fleet,
+    controller: FakeController,
+    agent: Agent,
+    stream: FakeStream,
+    revision: u64,
+}
+
+impl Scene {
+    async fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut fleet = Fleet::new(0, 0);
+        fleet.add_frontend(fleet::frontend(0));
+        let backend = Endpoint { address: vec![10, 244, 0, 2], port: PORT.into() };
+        fleet.add_pool(fleet::pool_key(0), vec![backend]);
+        let pods = [("10.244.0.0", 24), ("fd44::", 64)];
+        let pod_cidrs = pods.map(|(net, prefix_length)| Cidr { address: common::bytes(net), prefix_length });
+        fleet.replace_node(NodeRecord { pod_cidrs: pod_cidrs.to_vec(), ..fleet::node_record() });
+        fleet.generation = 1;
+        let (controller, agent, stream) = programmed(&fleet, directory.path()).await;
+        Scene { directory, fleet, controller, agent, stream, revision: 1 }
+    }
+
+    /// Sends settings and waits until the kernel holds them.
+    async fn set(&mut self, settings: Settings) {
+        self.revision += 1;
+        let settings = Settings { profile: "default".into(), revision: self.revision, ..settings };
+        self.stream.update(self.fleet.replace_settings(settings)).await;
+        let ack = self.stream.ack().await;
+        assert_eq!((ack.generation, ack.deviations), (self.fleet.generation, None));
+    }
+
+    /// Opens the gate with a local detection and waits for the listener.
+    async fn open(&mut self, mode: LocalDetection, interface: &str) {
+        self.set(Settings { interface: interface.into(), ..gated(mode) }).await;
+        let deadline = Instant::now() + DEADLINE;
+        while TcpStream::connect(("127.0.0.1", GATE)).is_err() {
+            assert!(Instant::now() < deadline, "no listener: {}", self.agent.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn query(&mut self) -> DrainQuery {
+        match self.stream.next().await {
+            Some(FromAgent::DrainQuery(query)) => query,
+            other => panic!("a DrainQuery is due, this came: {other:?}"),
+        }
+    }
+
+    async fn answer(&self, id: u64, verdict: DrainVerdict) {
+        let answer = DrainAnswer { id, verdict: verdict as i32, ..DrainAnswer::default() };
+        self.stream.send(FromController::DrainAnswer(answer)).await;
+    }
+
+    /// Sends a hook and answers its query; returns the address in the query.
+    async fn drain(&mut self, to: &'static str) -> Vec<u8> {
+        let hook = hook(to, "/drained");
+        let query = self.query().await;
+        self.answer(query.id, DrainVerdict::Drained).await;
+        assert_eq!(verdict(hook.await.unwrap()), "Drained");
+        query.address
+    }
+
+    async fn report(&mut self) -> Report {
+        match self.stream.next().await {
+            Some(FromAgent::Report(report)) => report,
+            other => panic!("a Report is due, this came: {other:?}"),
+        }
+    }
+}
+
+fn gated(mode: LocalDetection) -> Settings {
+    Settings {
+        local_detection: mode as i32,
+        cluster_cidrs: vec![
+            Cidr { address: vec![10, 244, 0, 0], prefix_length: 16 },
+            Cidr { address: common::bytes("fd44::"), prefix_length: 48 },
+        ],
+        drain_gate_port: GATE.into(),
+        ..fleet::settings()
+    }
+}
+
+/// Runs a test in the node of a laboratory; it gets the namespaces of the pods.
+fn in_lab<F: Future<Output = ()>>(test: impl FnOnce(Vec<ManuallyDrop<Namespace>>) -> F + Send) {
+    let lab = Lab::new();
+    serve_lines(&lab.pods[1], "pod2", PORT);
+    // The laboratory removes them.
+    let pods = lab.pods.iter().map(|pod| ManuallyDrop::new(Namespace(pod.0.clone()))).collect();
+    lab.node.run(|| controller::block_on(test(pods)));
+}
+
+fn rule() -> String {
+    let chain = common::run(&["nft", "list", "chain", "ip", "switchtower", "nat_output"], "");
+    chain.lines().find(|line| line.contains("redirect")).unwrap_or_default().trim().to_owned()
+}
+
+#[test]
+fn hooks_reach_the_agent_with_every_local_detection() {
+    in_lab(async |pods| {
+        let mut scene = Scene::start().await;
+        let mut connection = Connection::open("10.96.0.0:80");
+        assert_eq!(get(POD, "/drained"), Err("ConnectionRefused".into()), "off by default");
+        for (mode, interface) in [
+            (LocalDetection::ClusterCidr, ""),
+            (LocalDetection::BridgeInterface, "br0"),
+            (LocalDetection::InterfaceNamePrefix, "br"),
+            (LocalDetection::NodeCidr, ""),
+        ] {
+            scene.open(mode, interface).await;
+            assert!(!rule().is_empty(), "{mode:?}");
+            assert_eq!(scene.drain(POD).await, [10, 244, 0, 1], "{mode:?}");
+            assert_eq!(scene.drain(POD_IPV6).await, common::bytes("fd44::1"), "{mode:?}");
+            connection.exchange("a connection stays open");
+        }
+        for (from, to) in [(1, POD), (0, "127.0.0.1:9910"), (0, POD), (1, "192.0.2.1:9910")] {
+            let refused = pods[from].run(|| get(to, "/drained"));
+            assert_eq!(refused, Err("ConnectionRefused".into()), "from a pod to {to}");
+        }
+        assert_eq!(get("127.0.0.1:9910", "/drained").unwrap().0, 400, "not redirected");
+        assert_eq!(get("192.0.2.1:9910", "/drained"), Err("ConnectionRefused".into()), "not a pod");
+        assert_eq!(get(POD, "/drained?timeout=soon").unwrap().0, 400);
+        assert_eq!(get(POD, "/other").unwrap().0, 400);
+
+        scene.set(fleet::settings()).await;
+        assert_eq!(rule(), "");
+        assert_eq!(get(POD, "/drained"), Err("ConnectionRefused".into()), "off again");
+        connection.exchange("after the gate was closed");
+    });
+}
+
+#[test]
+fn node_without_local_detection_reports_it() {
+    in_lab(async |_| {
+        let mut scene = Scene::start().await;
+        scene.set(gated(LocalDetection::None)).await;
+        assert_eq!(rule(), "");
+        let report = scene.report().await;
+        assert!(report.drain_gate_failure.contains("localDetection"), "{report:?}");
+        scene.set(gated(LocalDetection::NodeCidr)).await;
+        assert_eq!(scene.report().await.drain_gate_failure, "");
+    });
+}
+
+#[test]
+fn removed_rule_of_the_gate_is_restored() {
+    in_lab(async |_| {
+        let mut scene = Scene::start().await;
+        scene.open(LocalDetection::NodeCidr, "").await;
+        let before = common::run(&["nft", "list", "chain", "ip", "switchtower", "nat_output"], "");
+        common::run(&["nft", "flush", "chain", "ip", "switchtower", "nat_output"], "");
+        let report = scene.report().await;
+        assert_eq!(report.drift_repaired, 1);
+        assert_eq!(common::run(&["nft", "list", "chain", "ip", "switchtower", "nat_output"], ""), before);
+        assert_eq!(scene.drain(POD).await, [10, 244, 0, 1]);
+    });
+}
+
+#[test]
+fn hook_ends_with_the_agent_and_works_with_the_next_one() {
+    in_lab(async |_| {
+        let mut scene = Scene::start().await;
+        scene.open(LocalDetection::NodeCidr, "").await;
+        let waiting = hook(POD, "/drained");
+        scene.query().await;
+        scene.agent.terminate();
+        assert_eq!(verdict(waiting.await.unwrap()), "NoController", "the agent ends its hooks");
+        assert_eq!(get(POD, "/drained"), Err("ConnectionRefused".into()), "the pod terminates at once");
+        let before = rule();
+        scene.agent = Agent::start(scene.directory.path());
+        scene.stream = scene.controller.accept().await;
+        scene.stream.welcome(2, &[]).await;
+        assert_eq!(rule(), before);
+        let generation = scene.stream.hello.view.as_ref().map(|view| view.generation);
+        assert_eq!(generation, Some(scene.fleet.generation));
+        scene.open(LocalDetection::NodeCidr, "").await;
+        assert_eq!(scene.drain(POD).await, [10, 244, 0, 1]);
+    });
+}
+
+#[test]
+fn hook_survives_its_controller() {
+    in_lab(async |_| {
+        let mut scene = Scene::start().await;
+        scene.open(LocalDetection::NodeCidr, "").await;
+        let waiting = hook(POD, "/drained?timeout=60s");
+        let first = scene.query().await;
+        let goodbye = GoAway { reason: GoAwayReason::Shutdown as i32, ..GoAway::default() };
+        scene.stream.send(FromController::GoAway(goodbye)).await;
+        scene.stream = scene.controller.accept().await;
+        scene.stream.welcome(2, &[]).await;
+        let again = loop {
+            match scene.stream.next().await {
+                Some(FromAgent::DrainQuery(query)) => break query,
+                Some(FromAgent::Ack(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(again.address, first.address);
+        assert!(again.timeout_milliseconds < first.timeout_milliseconds);
+        scene.answer(again.id, DrainVerdict::LastEndpoint).await;
+        assert_eq!(verdict(waiting.await.unwrap()), "LastEndpoint");
+        let began = Instant::now();
+        let unanswered = hook(POD, "/drained?timeout=200ms");
+        scene.query().await;
+        assert_eq!(verdict(unanswered.await.unwrap()), "NoController");
+        assert!(began.elapsed() < Duration::from_secs(10), "the agent ends every hook");
+    });
+}
