@@ -94,7 +94,8 @@ pub enum Command {
     Trace(TraceArgs),
     /// Wait until all connected nodes have applied a change
     #[command(
-        after_help = "Examples:\n  kubectl switchtower wait shop/cart --timeout 20s\n  kubectl switchtower wait --percent 95"
+        after_help = "Examples:\n  kubectl switchtower wait shop/cart --timeout 20s\n  kubectl switchtower wait --percent 95\n  \
+                      kubectl switchtower wait --endpoint 10.244.1.7 --gone"
     )]
     Wait(WaitArgs),
     /// Show and control rollouts of settings
@@ -202,6 +203,12 @@ pub struct WaitArgs {
     /// Percentage of connected nodes that must have applied the change, 1 to 100
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub percent: u8,
+    /// Address of a pod: wait until no node sends new connections to it; needs --gone
+    #[arg(long, value_name = "ADDRESS", requires = "gone", conflicts_with_all = ["service", "percent"])]
+    pub endpoint: Option<IpAddr>,
+    /// Wait for the removal of --endpoint from all nodes
+    #[arg(long, requires = "endpoint")]
+    pub gone: bool,
 }
 
 /// Event that `wait` waits for.

@@ -11,7 +11,6 @@ use std::time::{Duration, SystemTime};
 use futures::Stream;
 use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
 use switchtower_core::wire;
-use switchtower_proto::DRAIN_GATE;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -250,7 +249,7 @@ impl Session {
             controller: self.limits.replica.clone(),
             peers: self.limits.peers.current(),
             resumed: self.cursor.is_some(),
-            features: vec![DRAIN_GATE.to_owned()],
+            features: vec![switchtower_proto::DRAIN_GATE.to_owned()],
         };
         self.send(ToAgent::Welcome(welcome)).await?;
         tracing::info!(node = %self.node, session = number, resumed = self.cursor.is_some(),

@@ -2,20 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/controller.rs"]
-mod controller;
-#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests, which use other parts")]
-#[path = "support/fleet.rs"]
-mod fleet;
-#[allow(dead_code, unreachable_pub, reason = "a module of its own, as those above")]
-#[path = "support/node.rs"]
-mod node;
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
-#[path = "support/process.rs"]
-mod process;
-
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests, which use other parts")]
 mod common;
 
 use std::io::{Read as _, Write as _};
@@ -23,11 +9,11 @@ use std::mem::ManuallyDrop;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use common::node::{Connection, serve_lines};
+use common::process::{Agent, programmed};
 use common::{Lab, Namespace};
-use controller::{DEADLINE, FakeController, FakeStream};
-use fleet::Fleet;
-use node::{Connection, serve_lines};
-use process::{Agent, programmed};
+use switchtower_node_agent_testing::controller::{self, DEADLINE, FakeController, FakeStream};
+use switchtower_node_agent_testing::fleet::{self, Fleet};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as FromController;
 use switchtower_proto::v1::*;

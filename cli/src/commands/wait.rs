@@ -1,8 +1,9 @@
-//! `wait`: returns when the kernels of all connected nodes hold a change.
+//! `wait`: returns when the kernels of all connected nodes hold a change, or when none has an endpoint any more.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use switchtower_admin_api::codes;
 use switchtower_admin_api::{Progress, VIEWER};
 
@@ -11,6 +12,8 @@ use crate::cluster::{Cluster, version};
 use crate::controller::Controller;
 use crate::error::CliError;
 use crate::output::{Exit, Report, count, names, wrapped};
+
+mod endpoint;
 
 /// Interval between two requests.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -33,6 +36,9 @@ struct Found {
 
 pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliError> {
     let WaitFor::Change = args.wait_for;
+    if let Some(address) = args.endpoint {
+        return endpoint::run(global, address, args.timeout).await;
+    }
     let started = Instant::now();
     let cluster = Cluster::new(global).await?;
     let (subject, services, slices) = target(&cluster, args.service.as_deref()).await?;
@@ -41,7 +47,7 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     let mut controller = None;
     let found = loop {
         let asked = ask(global, &cluster, &mut controller, &path).await;
-        let progress = match asked {
+        let progress: Progress = match asked {
             Ok(progress) => progress,
             // The controller may have been replaced: reconnect with a new token.
             Err(error) if error.is_unreachable() && started.elapsed() < args.timeout => {
@@ -65,19 +71,19 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
 }
 
 /// Sends a request over the existing connection or a new one.
-async fn ask(
+async fn ask<T: DeserializeOwned>(
     global: &Global,
     cluster: &Cluster,
     connection: &mut Option<(Controller, Instant)>,
     path: &str,
-) -> Result<Progress, CliError> {
+) -> Result<T, CliError> {
     let (mut controller, since) = match connection.take().filter(|(_, since)| since.elapsed() < RENEWAL) {
         Some(connection) => connection,
         None => (Controller::connect(global, cluster, VIEWER).await?, Instant::now()),
     };
-    let progress = controller.get(path).await?;
+    let answer = controller.get(path).await?;
     *connection = Some((controller, since));
-    Ok(progress)
+    Ok(answer)
 }
 
 /// Returns the subject and the resourceVersions to wait for.

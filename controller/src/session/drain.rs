@@ -28,7 +28,7 @@ impl DrainQueries {
         &mut self,
         fleet: &Arc<Fleet>,
         node: &Arc<str>,
-        query: DrainQuery,
+        query: &DrainQuery,
     ) -> Result<Option<DrainAnswer>, &'static str> {
         let id = query.id;
         let address = wire::address(&query.address).ok_or("an address of neither 4 nor 16 bytes")?;

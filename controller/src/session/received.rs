@@ -43,7 +43,7 @@ impl Session {
                 self.query.take(answer);
                 Ok(())
             }
-            Some(FromAgent::DrainQuery(query)) => match self.drains.begin(&self.fleet, &self.node, query) {
+            Some(FromAgent::DrainQuery(query)) => match self.drains.begin(&self.fleet, &self.node, &query) {
                 Ok(None) => Ok(()),
                 Ok(Some(answer)) => self.send(ToAgent::DrainAnswer(answer)).await,
                 Err(detail) => malformed(detail),

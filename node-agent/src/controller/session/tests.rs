@@ -25,7 +25,6 @@ struct Agent {
     stop: watch::Sender<bool>,
     connected: Metrics,
     contact: Contact,
-    drains: Requests,
 }
 
 impl Agent {
@@ -65,16 +64,8 @@ impl Agent {
         let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
         let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into(), files };
         let (contact, drains) = (Contact::default(), Requests::default());
-        tokio::spawn(run(
-            controllers,
-            identity,
-            commands,
-            metrics.clone(),
-            contact.clone(),
-            drains.clone(),
-            stopped,
-        ));
-        Agent { kernel, directory, stop, connected: metrics, contact, drains }
+        tokio::spawn(run(controllers, identity, commands, metrics.clone(), contact.clone(), drains, stopped));
+        Agent { kernel, directory, stop, connected: metrics, contact }
     }
 }
 

@@ -1,0 +1,317 @@
+//! The drain gate in the whole product: a rolling replacement of endpoints under continuous new connections from every
+//! node, while one agent is slow. Without the gate connections are lost, with it none. The laboratory has no kubelets;
+//! the tests send the hooks' requests as they do, from the node to the pod's address.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
+
+use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use switchtower_e2e::lab::namespace::Namespace;
+use switchtower_e2e::lab::{objects, wait};
+use switchtower_e2e::probe::{self, Transport};
+use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip, fleet, node_port};
+
+const GATE: u16 = 9910;
+const LOAD_BALANCER: &str = "203.0.113.18";
+/// The pods that are replaced, one after another, and those that remain.
+const REPLACED: [&str; 3] = ["a1", "a2", "b1"];
+const REMAINING: [&str; 2] = ["c1", "c2"];
+/// Delay of the slow agent.
+const SLOWED: Duration = Duration::from_secs(2);
+
+/// Applies a profile with the gate and waits until every node has it.
+fn open_gate() {
+    let profile = json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "default"},
+        "spec": {
+            "settings": {"drainGate": {"port": GATE}},
+            "strategy": {
+                "steps": [{"nodes": "100%"}], "maxUnavailable": "100%",
+                "gates": {"probes": [], "windowSeconds": 0},
+            },
+        },
+    });
+    let path = fleet().lab().directory().join("drain-gate.json");
+    std::fs::write(&path, profile.to_string()).unwrap();
+    fleet().control_plane().kubectl(&["apply", "-f", &path.to_string_lossy()]).unwrap();
+    wait::until("every node redirects hooks", Duration::from_secs(60), || {
+        for node in fleet().nodes() {
+            let chain =
+                node.net.namespace.output("nft", &["list", "chain", "ip", "switchtower", "nat_output"])?;
+            ensure!(chain.contains("redirect"), "{}: {chain}", node.net.name);
+            let listening = node.net.namespace.run(|| TcpStream::connect(("127.0.0.1", GATE)))?;
+            listening.with_context(|| format!("the listener of {}", node.net.name))?;
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Sends the request of a hook as the kubelet of the pod's node does; returns the body of the response.
+fn hook(pod: &str, query: &str) -> Result<Value> {
+    let (net, node) = fleet().pod(pod)?;
+    let to = SocketAddr::new(net.address(false), GATE);
+    let text = node.net.namespace.run(|| -> Result<String> {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+        write!(stream, "GET /drained{query} HTTP/1.1\r\nHost: {to}\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })??;
+    ensure!(text.starts_with("HTTP/1.1 200 "), "{text}");
+    let (_, body) = text.split_once("\r\n\r\n").context("no body")?;
+    Ok(serde_json::from_str(body)?)
+}
+
+/// A pod's process ends: new connections are refused, established ones continue. Dropping it starts the process again.
+struct Ended(&'static Namespace);
+
+impl Ended {
+    fn new(pod: &'static Namespace) -> Self {
+        for arguments in [
+            vec!["add", "table", "inet", "ended"],
+            vec!["add", "chain", "inet", "ended", "input", "{ type filter hook input priority 0; }"],
+            vec![
+                "add",
+                "rule",
+                "inet",
+                "ended",
+                "input",
+                "tcp",
+                "dport",
+                "8080",
+                "tcp",
+                "flags",
+                "&",
+                "(syn|ack)",
+                "==",
+                "syn",
+                "reject",
+                "with",
+                "tcp",
+                "reset",
+            ],
+        ] {
+            pod.output("nft", &arguments).unwrap();
+        }
+        Self(pod)
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.output("nft", &["delete", "table", "inet", "ended"]).unwrap();
+    }
+}
+
+/// Stops an agent for two seconds at a time.
+struct Slow {
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Slow {
+    fn agent(node: &str) -> Self {
+        let node = fleet().nodes().iter().find(|one| one.net.name == node).unwrap();
+        let process = fleet().agent_id(node).unwrap().to_string();
+        let ended = Arc::new(AtomicBool::new(false));
+        let ending = ended.clone();
+        let signal = move |name: &str| {
+            let status = std::process::Command::new("kill").args([name, &process]).status().unwrap();
+            assert!(status.success());
+        };
+        let thread = std::thread::spawn(move || {
+            while !ending.load(Ordering::Relaxed) {
+                signal("-STOP");
+                std::thread::sleep(SLOWED);
+                signal("-CONT");
+                std::thread::sleep(Duration::from_millis(300));
+            }
+        });
+        Self { ended, thread: Some(thread) }
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// Opens new connections from every node to every address until it is stopped.
+struct Load {
+    ended: Arc<AtomicBool>,
+    count: Arc<AtomicUsize>,
+    losses: Arc<Mutex<Vec<String>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(targets: &[SocketAddr]) -> Self {
+        let mut load = Self {
+            ended: Arc::default(),
+            count: Arc::default(),
+            losses: Arc::default(),
+            threads: Vec::new(),
+        };
+        for node in fleet().nodes() {
+            let (ended, count, losses) = (load.ended.clone(), load.count.clone(), load.losses.clone());
+            let targets = targets.to_vec();
+            load.threads.push(std::thread::spawn(move || {
+                for target in targets.iter().cycle() {
+                    if ended.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let outcome = probe::send(&node.net.namespace, Transport::Tcp, *target).unwrap();
+                    count.fetch_add(1, Ordering::Relaxed);
+                    if outcome.backend().is_none() {
+                        losses.lock().unwrap().push(format!("{} to {target}: {outcome}", node.net.name));
+                    }
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }));
+        }
+        load
+    }
+
+    /// Returns the number of connections and the losses.
+    fn stop(self) -> (usize, Vec<String>) {
+        self.ended.store(true, Ordering::Relaxed);
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        (self.count.load(Ordering::Relaxed), std::mem::take(&mut self.losses.lock().unwrap()))
+    }
+}
+
+struct Run {
+    scene: Scene,
+    targets: Vec<SocketAddr>,
+}
+
+impl Run {
+    fn new(name: &str) -> Self {
+        let scene = Scene::new(name);
+        let service = scene.load_balancer("web", &json!({}), &[LOAD_BALANCER]);
+        scene.endpoints("web", &[&REPLACED[..], &REMAINING[..]].concat());
+        let node = &scene.node("alpha").net;
+        let port = node_port(&service, Transport::Tcp);
+        let load_balancer = SocketAddr::new(LOAD_BALANCER.parse().unwrap(), 80);
+        let node_port = SocketAddr::new(node.address(false), port);
+        let targets = vec![cluster_ip(&service, false), node_port, load_balancer];
+        let run = Self { scene, targets };
+        run.serves(&[&REPLACED[..], &REMAINING[..]].concat());
+        run
+    }
+
+    fn serves(&self, pods: &[&str]) {
+        for node in fleet().nodes() {
+            answered_by("all pods serve", &node.net.namespace, Transport::Tcp, self.targets[0], pods);
+        }
+    }
+
+    /// Marks pods as terminating, in all slices.
+    fn terminate(&self, pods: &BTreeSet<&str>) {
+        let all = [&REPLACED[..], &REMAINING[..]].concat();
+        self.scene.endpoints_with("web", &all, |name, endpoint| {
+            if pods.contains(name) { objects::terminating(endpoint, true) } else { endpoint }
+        });
+    }
+
+    /// Replaces one pod after another under load. `hook` runs between the change of the endpoints and the end of the
+    /// pod's process. Returns connections and losses.
+    fn roll(&self, mut hook: impl FnMut(&str)) -> (usize, Vec<String>) {
+        let slow = Slow::agent("gamma");
+        let load = Load::start(&self.targets);
+        let mut gone = BTreeSet::new();
+        let mut ended = Vec::new();
+        for pod in REPLACED {
+            std::thread::sleep(Duration::from_millis(500));
+            gone.insert(pod);
+            self.terminate(&gone);
+            hook(pod);
+            ended.push(Ended::new(self.scene.pod(pod)));
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        std::thread::sleep(SLOWED);
+        let outcome = load.stop();
+        drop((slow, ended));
+        outcome
+    }
+}
+
+#[test]
+fn rolling_replacement_loses_no_connection_with_the_gate() {
+    let _alone = alone();
+    open_gate();
+    let run = Run::new("drain-roll");
+    let (without, lost) = run.roll(|_| ());
+    assert!(!lost.is_empty(), "no connection of {without} was lost without the gate; the agent was not slow");
+    run.terminate(&BTreeSet::new());
+    run.serves(&[&REPLACED[..], &REMAINING[..]].concat());
+
+    let mut waits = Vec::new();
+    let (with, losses) = run.roll(|pod| {
+        let body = hook(pod, "").unwrap();
+        assert_eq!(body["verdict"], "Drained", "{body}");
+        assert_eq!(body["nodesMissingTotal"], 0, "{body}");
+        waits.push(Duration::from_millis(body["milliseconds"].as_u64().unwrap()));
+    });
+    println!(
+        "without the gate: {} of {without} connections lost; with it: {} of {with}; waits {waits:?}",
+        lost.len(),
+        losses.len()
+    );
+    assert_eq!(losses, Vec::<String>::new());
+    waits.sort_unstable();
+    assert!(waits[waits.len() / 2] <= SLOWED + Duration::from_secs(1), "{waits:?}");
+    run.terminate(&BTreeSet::new());
+}
+
+#[test]
+fn every_verdict_is_reached() {
+    let _alone = alone();
+    open_gate();
+    let scene = Scene::new("drain-verdicts");
+    let verdict = |pod: &str, query: &str| hook(pod, query).unwrap()["verdict"].as_str().unwrap().to_owned();
+    let service = scene.service("web", &json!({}));
+    let vip = cluster_ip(&service, false);
+    scene.endpoints("web", &["a1", "b1"]);
+    answered_by("both serve", &scene.node("gamma").net.namespace, Transport::Tcp, vip, &["a1", "b1"]);
+    assert_eq!(verdict("a1", "?timeout=300ms"), "TimedOut", "ready");
+    scene.endpoints_with("web", &["a1", "b1"], |_, endpoint| objects::terminating(endpoint, true));
+    wait::until("only terminating endpoints are left", Duration::from_secs(20), || {
+        let verdict = verdict("a1", "?timeout=300ms");
+        ensure!(verdict == "LastEndpoint", "{verdict}");
+        Ok(())
+    })
+    .unwrap();
+    // A replacement ends the wait.
+    let waiting = std::thread::spawn(|| hook("a1", "?timeout=60s").unwrap());
+    std::thread::sleep(Duration::from_millis(500));
+    let began = Instant::now();
+    scene.endpoints("web", &["c1"]);
+    assert_eq!(waiting.join().unwrap()["verdict"], "Drained");
+    assert!(began.elapsed() < Duration::from_secs(20));
+
+    // A controller that is lost while pods wait.
+    scene.endpoints("web", &["a1", "c1"]);
+    answered_by("it is back", &scene.node("beta").net.namespace, Transport::Tcp, vip, &["a1", "c1"]);
+    fleet().stop_controller(9).unwrap();
+    assert_eq!(verdict("a1", "?timeout=1s"), "NoController");
+    let waiting = std::thread::spawn(|| hook("a1", "?timeout=120s").unwrap());
+    scene.endpoints("web", &["c1"]);
+    fleet().start_controller().unwrap();
+    let body = waiting.join().unwrap();
+    assert_eq!(body["verdict"], "Drained", "{body}");
+    fleet().settled(Duration::from_secs(60)).unwrap();
+}
