@@ -98,6 +98,18 @@ fn register_metrics() -> anyhow::Result<(Registry, Metrics)> {
     Ok((registry, metrics))
 }
 
+/// Starts the engine in a thread of its own.
+fn start_engine(
+    parts: Parts,
+    commands: mpsc::Receiver<Command>,
+    runtime: tokio::runtime::Handle,
+) -> anyhow::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || Engine::start(parts).run(commands, &runtime))
+        .context("start the engine's thread")
+}
+
 /// Runs the agent until a stop signal.
 fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
     bound_memory();
@@ -143,11 +155,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         drain_gate: watch::Sender::default(),
     };
     let drain_port = parts.drain_gate.subscribe();
-    let handle = runtime.handle().clone();
-    let engine = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || Engine::start(parts).run(received, &handle))
-        .context("start the engine's thread")?;
+    let engine = start_engine(parts, received, runtime.handle().clone())?;
     watched.follow(&commands, &metrics)?;
     let identity = Identity { node_name, kernel_version: kernel_version(), files };
     let contact = Contact::default();

@@ -152,7 +152,7 @@ impl Gate {
     }
 
     /// Waits for a node that has no stream yet, from now on.
-    pub fn expect(&mut self, node: Arc<str>, now: Instant) {
+    pub fn expect(&mut self, node: &Arc<str>, now: Instant) {
         let entry = self.nodes.entry(node.clone()).or_insert(Node {
             session: 0,
             presence: Presence::Missing,
@@ -164,16 +164,16 @@ impl Gate {
             return;
         }
         entry.presence = Presence::Away(now);
-        self.missing.remove(&node);
+        self.missing.remove(node);
         self.away.push_back((now, node.clone()));
-        self.set_pending(&node, Some(0));
+        self.set_pending(node, Some(0));
     }
 
     /// Streams are accepted from now on: waits for every node that has none.
     pub fn restart(&mut self, now: Instant) {
         self.young_until = now + YOUNG;
         let names: Vec<_> = self.nodes.keys().cloned().collect();
-        names.into_iter().for_each(|node| self.expect(node, now));
+        names.iter().for_each(|node| self.expect(node, now));
     }
 
     /// A node has a new stream, which replaces an earlier one.

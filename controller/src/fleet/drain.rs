@@ -135,7 +135,7 @@ impl Drains {
 
     pub(super) fn expect<'a>(self: &Arc<Self>, nodes: impl Iterator<Item = &'a Arc<str>>) {
         self.change(|gate, now| {
-            nodes.for_each(|node| gate.expect(node.clone(), now));
+            nodes.for_each(|node| gate.expect(node, now));
             Answers::new()
         });
     }
@@ -250,7 +250,7 @@ impl Fleet {
         let mut gate = Gate::new(moves, revision, now);
         for (name, node) in &nodes.nodes {
             if node.subscription.is_some() {
-                gate.expect(name.clone(), now);
+                gate.expect(name, now);
             }
             if let (Some(signal), Some(known)) = (&node.signal, &node.observation) {
                 gate.opened(name, known.session, now);

@@ -161,7 +161,7 @@ fn node_that_never_acknowledges_is_named() {
 fn unknown_address_after_restart_waits_for_all_nodes() {
     let mut gate = Gate::new(Moves::new(), 1, at(0));
     for node in names(&["a", "b"]) {
-        gate.expect(node, at(0));
+        gate.expect(&node, at(0));
     }
     gate.restart(at(50));
     gate.opened(&"a".into(), 7, at(51));
