@@ -45,10 +45,8 @@ pub struct Tools {
     pub images: PathBuf,
     /// The manifests that install Switchtower.
     pub manifests: PathBuf,
-    /// The programs of this build.
+    /// switchtower-controller and switchtower-node-agent.
     pub switchtower: PathBuf,
-    /// The images of this build, as OCI archives.
-    pub switchtower_images: PathBuf,
 }
 
 impl Layout {
