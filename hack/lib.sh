@@ -7,8 +7,6 @@ CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/switchtower
 # The release that e2e/go.mod pins, shown by the built programs as their version.
 KUBERNETES_VERSION=$(sed -n 's|^[[:space:]]*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' "$ROOT/e2e/go.mod" | head -1)
 
-CYCLONEDX_VERSION=0.5.9
-
 say() { printf '==> %s\n' "$*" >&2; }
 
 # Prints an error with its remedy and exits.
@@ -203,8 +201,4 @@ install_cargo_tool() {
         fail "$crate could not be built: check the network (crates.io) and the C compiler, then retry."
     rm -rf "$CACHE/tools/build"
     flock -u 9
-}
-
-build_cyclonedx() {
-    install_cargo_tool cargo-cyclonedx "$CYCLONEDX_VERSION" "$CACHE/tools/cargo-cyclonedx-$CYCLONEDX_VERSION-debug"
 }
