@@ -17,6 +17,10 @@ use super::{addons, images};
 
 pub const NAMESPACE: &str = "switchtower-system";
 
+/// Timeout of a rollout. An agent that starts before the controller has written the bootstrap ConfigMap sees it when the
+/// kubelet next syncs the Pod: after 60 to 90 seconds.
+const ROLLOUT: Duration = Duration::from_secs(180);
+
 /// Delivers this build's images, applies the manifests, and waits until every node is Ready and CoreDNS, which needs
 /// Services, works. A repeated call replaces the running images with this build's.
 pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
@@ -102,7 +106,7 @@ fn relative(from: &Path, to: &Path) -> Option<String> {
 
 fn wait_for_rollout(kubectl: &Kubectl) -> Result<()> {
     for object in ["deployment/switchtower-controller", "daemonset/switchtower-node-agent"] {
-        wait_until(object, Duration::from_secs(90), || {
+        wait_until(object, ROLLOUT, || {
             kubectl.run(&format!("rollout status --namespace {NAMESPACE} {object} --timeout=5s"))
         })?;
     }
