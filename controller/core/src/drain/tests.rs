@@ -1,3 +1,5 @@
+//! Verdicts of the drain gate, and a random model of nodes and revisions.
+
 use super::*;
 
 const WEB: &str = "10.244.1.7";

@@ -1,3 +1,5 @@
+//! The drain gate of a fleet: queries, acknowledgements and lost nodes.
+
 use std::collections::BTreeMap;
 
 use switchtower_core::compiled::Compiled;

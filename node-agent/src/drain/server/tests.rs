@@ -1,3 +1,5 @@
+//! Requests to the drain gate over real connections.
+
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
