@@ -29,6 +29,12 @@ total() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
 }
 
+# Cargo repeats the names below `failures:` for each test binary; they are easily lost in a long log.
+failed_tests() {
+    awk '/^ +(Running|Doc-tests) / { binary = $2 == "unittests" ? $4 : $NF; gsub(/[()]/, "", binary); sub(".*/", "", binary) }
+         /^test .* \.\.\. FAILED/ { print "failed: " binary ": " $2 }' "$log"
+}
+
 say "format"
 cargo fmt --all --check || {
     failed=1
@@ -119,5 +125,6 @@ wait "$cluster_pid" || true
 read -r cluster_passed cluster_failed < <(exec setpriv --pdeathsig TERM hack/cluster-test.sh) || true
 passed=$((passed + ${cluster_passed:-0}))
 failed=$((failed + ${cluster_failed:-1}))
+failed_tests
 total
 ((failed == 0))
