@@ -62,27 +62,6 @@ require_lint_tools() {
         fail "clippy is missing: run 'rustup component add clippy' and retry."
 }
 
-# The version of everything that a release contains.
-project_version() { sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
-
-# Name of this machine's processor architecture in images.
-host_arch() {
-    case "$(uname -m)" in
-    x86_64) echo amd64 ;;
-    aarch64) echo arm64 ;;
-    *) uname -m ;;
-    esac
-}
-
-# Rust's target of an image architecture.
-rust_target() {
-    case "$1" in
-    amd64) echo x86_64-unknown-linux-gnu ;;
-    arm64) echo aarch64-unknown-linux-gnu ;;
-    *) fail "no Rust target is known for the architecture $1; use amd64 or arm64." ;;
-    esac
-}
-
 rust_version() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
 
 target_dir() {
