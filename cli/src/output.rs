@@ -114,13 +114,8 @@ pub(crate) struct Style {
 }
 
 impl Style {
-    #[cfg(test)]
-    pub(crate) const PLAIN: Self = Self::plain();
-
-    /// Returns a style without colours.
-    pub(crate) const fn plain() -> Self {
-        Self { colored: false }
-    }
+    /// Without colours.
+    pub(crate) const PLAIN: Self = Self { colored: false };
 
     pub(crate) fn detect(color: Color) -> Self {
         let colored = match color {

@@ -1,9 +1,9 @@
 //! Reads of objects and logs for a support bundle, and watches for the dashboard.
 
 use futures::Stream;
-use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::Event;
 use kube::api::{Api, ListParams, LogParams};
+use kube::core::{ClusterResourceScope, NamespaceResourceScope};
 use kube::runtime::{WatchStreamExt as _, watcher};
 
 use super::{Cluster, Pod, explained};
@@ -21,27 +21,18 @@ pub(crate) struct LogOf<'a> {
 }
 
 impl Cluster {
-    /// Lists the pods of the installation.
-    pub(crate) async fn system_pods(&self) -> Result<Vec<Pod>, CliError> {
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
-        let pods = api.list(&ListParams::default()).await;
-        Ok(pods.map_err(|error| explained(&format!("list Pods in {}", self.system_namespace), &error))?.items)
-    }
-
-    /// Lists the Deployments of the installation.
-    pub(crate) async fn system_deployments(&self) -> Result<Vec<Deployment>, CliError> {
-        let api: Api<Deployment> = Api::namespaced(self.client.clone(), &self.system_namespace);
-        let sets = api.list(&ListParams::default()).await;
-        let what = format!("list Deployments in {}", self.system_namespace);
-        Ok(sets.map_err(|error| explained(&what, &error))?.items)
-    }
-
-    /// Lists the DaemonSets of the installation.
-    pub(crate) async fn system_daemon_sets(&self) -> Result<Vec<DaemonSet>, CliError> {
-        let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), &self.system_namespace);
-        let sets = api.list(&ListParams::default()).await;
-        let what = format!("list DaemonSets in {}", self.system_namespace);
-        Ok(sets.map_err(|error| explained(&what, &error))?.items)
+    /// Lists the objects of a kind in the namespace of the installation.
+    pub(crate) async fn system_objects<K>(&self) -> Result<Vec<K>, CliError>
+    where
+        K: kube::Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + serde::de::DeserializeOwned,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), &self.system_namespace);
+        let objects = api.list(&ListParams::default()).await;
+        let what = format!("list {}s in {}", K::kind(&()), self.system_namespace);
+        Ok(objects.map_err(|error| explained(&what, &error))?.items)
     }
 
     /// Lists the Events of Switchtower's objects in all namespaces, at most 1,000.
@@ -55,7 +46,7 @@ impl Cluster {
     /// Watches all objects of a custom resource, with backoff after errors.
     pub(crate) fn watch<K>(&self) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + use<K>
     where
-        K: kube::Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope>
+        K: kube::Resource<DynamicType = (), Scope = ClusterResourceScope>
             + Clone
             + std::fmt::Debug
             + serde::de::DeserializeOwned

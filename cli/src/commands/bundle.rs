@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
 
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
@@ -113,9 +114,9 @@ impl Bundle {
         for map in ["switchtower-builtin-settings", "switchtower-api-server", "switchtower-bootstrap"] {
             self.object(&format!("configmaps/{map}.json"), cluster.find(system, map).await)?;
         }
-        self.object("deployments.json", cluster.system_deployments().await)?;
-        self.object("daemonsets.json", cluster.system_daemon_sets().await)?;
-        let pods = cluster.system_pods().await;
+        self.object("deployments.json", cluster.system_objects::<Deployment>().await)?;
+        self.object("daemonsets.json", cluster.system_objects::<DaemonSet>().await)?;
+        let pods = cluster.system_objects::<Pod>().await;
         self.object("pods.json", pods.clone())?;
         self.logs(cluster, pods.unwrap_or_default(), i64::from(args.log_lines)).await?;
         self.controller(global, cluster).await?;
@@ -127,10 +128,9 @@ impl Bundle {
 
     /// Adds the texts of `status` and `check --post`.
     async fn reports(&mut self, global: &Global) -> std::io::Result<()> {
-        let plain = Style::plain();
-        let status = super::status::run(global, &StatusArgs { all: true }, plain).await;
+        let status = super::status::run(global, &StatusArgs { all: true }, Style::PLAIN).await;
         self.result("status.txt", status.map(|report| report.text))?;
-        let check = super::check::run(global, &CheckArgs { pre: false, post: true }, plain).await;
+        let check = super::check::run(global, &CheckArgs { pre: false, post: true }, Style::PLAIN).await;
         self.result("check.txt", check.map(|report| report.text))
     }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use switchtower_admin_api::codes;
+use switchtower_admin_api::codes::{self, Code};
 use switchtower_admin_api::{Progress, VIEWER};
 
 use crate::args::{Global, ServiceName, WaitArgs, WaitFor};
@@ -39,30 +39,20 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     if let Some(address) = args.endpoint {
         return endpoint::run(global, address, args.timeout).await;
     }
-    let started = Instant::now();
+    let mut poll = Poll::new(global, args.timeout);
     let cluster = Cluster::new(global).await?;
     let (subject, services, slices) = target(&cluster, args.service.as_deref()).await?;
     let first = format!("/v1/progress?services={services}&endpointSlices={slices}");
     let mut path = first.clone();
-    let mut controller = None;
     let found = loop {
-        let asked = ask(global, &cluster, &mut controller, &path).await;
-        let progress: Progress = match asked {
-            Ok(progress) => progress,
-            // The controller may have been replaced: reconnect with a new token.
-            Err(error) if error.is_unreachable() && started.elapsed() < args.timeout => {
-                tokio::time::sleep(RETRY.min(args.timeout)).await;
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
+        let progress: Progress = poll.ask(&cluster, &path).await?;
         path = match progress.revision {
             Some(revision) => format!("{first}&revision={revision}&instance={}", progress.instance),
             None => first.clone(),
         };
         let reached = is_reached(&progress, args.percent);
-        if reached || started.elapsed() >= args.timeout {
-            break Found { subject, reached, seconds: started.elapsed().as_secs_f64(), progress };
+        if reached || poll.is_over() {
+            break Found { subject, reached, seconds: poll.seconds(), progress };
         }
         tokio::time::sleep(INTERVAL).await;
     };
@@ -70,20 +60,50 @@ pub(crate) async fn run(global: &Global, args: &WaitArgs) -> Result<Report, CliE
     Report::new(text(&found), &found, exit)
 }
 
-/// Sends a request over the existing connection or a new one.
-async fn ask<T: DeserializeOwned>(
-    global: &Global,
-    cluster: &Cluster,
-    connection: &mut Option<(Controller, Instant)>,
-    path: &str,
-) -> Result<T, CliError> {
-    let (mut controller, since) = match connection.take().filter(|(_, since)| since.elapsed() < RENEWAL) {
-        Some(connection) => connection,
-        None => (Controller::connect(global, cluster, VIEWER).await?, Instant::now()),
-    };
-    let answer = controller.get(path).await?;
-    *connection = Some((controller, since));
-    Ok(answer)
+/// Repeated requests until a timeout.
+struct Poll<'a> {
+    global: &'a Global,
+    connection: Option<(Controller, Instant)>,
+    started: Instant,
+    timeout: Duration,
+}
+
+impl<'a> Poll<'a> {
+    fn new(global: &'a Global, timeout: Duration) -> Self {
+        Self { global, connection: None, started: Instant::now(), timeout }
+    }
+
+    fn is_over(&self) -> bool {
+        self.started.elapsed() >= self.timeout
+    }
+
+    fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// Sends a request. The controller may have been replaced: reconnects with a new token until the timeout.
+    async fn ask<T: DeserializeOwned>(&mut self, cluster: &Cluster, path: &str) -> Result<T, CliError> {
+        loop {
+            match self.ask_once(cluster, path).await {
+                Err(error) if error.is_unreachable() && !self.is_over() => {
+                    tokio::time::sleep(RETRY.min(self.timeout)).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Sends a request over the existing connection or a new one.
+    async fn ask_once<T: DeserializeOwned>(&mut self, cluster: &Cluster, path: &str) -> Result<T, CliError> {
+        let known = self.connection.take().filter(|(_, since)| since.elapsed() < RENEWAL);
+        let (mut controller, since) = match known {
+            Some(connection) => connection,
+            None => (Controller::connect(self.global, cluster, VIEWER).await?, Instant::now()),
+        };
+        let answer = controller.get(path).await?;
+        self.connection = Some((controller, since));
+        Ok(answer)
+    }
 }
 
 /// Returns the subject and the resourceVersions to wait for.
@@ -128,15 +148,25 @@ fn text(found: &Found) -> String {
         } else {
             format!(": {}", names(&progress.waiting, connected - reached, 10))
         };
-        text += &format!("! {}  {}{}\n", code.code, code.title, wrapped(&waiting, 40));
-        text += &format!("  {}\n", wrapped(code.action, 2));
+        text += &problem(code, &waiting);
     }
-    if progress.excluded_total > 0 {
-        let excluded = names(&progress.excluded, progress.excluded_total, 10);
-        let nodes = count(progress.excluded_total, "node");
-        text += &format!("not counted: {nodes} whose agent is not connected ({})\n", wrapped(&excluded, 13));
+    text + &not_counted(&progress.excluded, progress.excluded_total)
+}
+
+/// Returns a message code with details and its action.
+fn problem(code: Code, details: &str) -> String {
+    let action = wrapped(code.action, 2);
+    format!("! {}  {}{}\n  {action}\n", code.code, code.title, wrapped(details, 40))
+}
+
+/// Returns the line about nodes that do not count; empty if there are none.
+fn not_counted(nodes: &[String], total: usize) -> String {
+    if total == 0 {
+        return String::new();
     }
-    text
+    let listed = names(nodes, total, 10);
+    let nodes = count(total, "node");
+    format!("not counted: {nodes} whose agent is not connected ({})\n", wrapped(&listed, 13))
 }
 
 #[cfg(test)]

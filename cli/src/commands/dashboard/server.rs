@@ -182,7 +182,7 @@ async fn service(shared: &Shared, name: &str, node: Option<&str>) -> Result<serd
 }
 
 async fn control(shared: &Shared, action: &RolloutAction) -> Result<serde_json::Value, CliError> {
-    let report = rollout::perform(&shared.cluster, action, Style::plain()).await?;
+    let report = rollout::perform(&shared.cluster, action, Style::PLAIN).await?;
     Ok(json!({"message": report.text.trim()}))
 }
 

@@ -1,16 +1,16 @@
 //! `wait --endpoint ADDRESS --gone`: returns when no connected node sends new connections to the address.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use switchtower_admin_api::{DrainReport, codes};
 
-use super::{INTERVAL, RETRY, ask};
+use super::{INTERVAL, Poll, not_counted, problem};
 use crate::args::Global;
 use crate::cluster::Cluster;
 use crate::error::CliError;
-use crate::output::{Exit, Report, count, names, wrapped};
+use crate::output::{Exit, Report, names};
 
 /// Value of the report.
 #[derive(Debug, Serialize)]
@@ -24,23 +24,14 @@ struct Found {
 }
 
 pub(super) async fn run(global: &Global, address: IpAddr, timeout: Duration) -> Result<Report, CliError> {
-    let started = Instant::now();
+    let mut poll = Poll::new(global, timeout);
     let cluster = Cluster::new(global).await?;
     let path = format!("/v1/drains/{address}");
-    let mut connection = None;
     let found = loop {
-        let drain: DrainReport = match ask(global, &cluster, &mut connection, &path).await {
-            Ok(drain) => drain,
-            // The controller may have been replaced: reconnect with a new token.
-            Err(error) if error.is_unreachable() && started.elapsed() < timeout => {
-                tokio::time::sleep(RETRY.min(timeout)).await;
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
+        let drain: DrainReport = poll.ask(&cluster, &path).await?;
         let gone = is_gone(&drain);
-        if gone || started.elapsed() >= timeout {
-            break Found { address, gone, seconds: started.elapsed().as_secs_f64(), drain };
+        if gone || poll.is_over() {
+            break Found { address, gone, seconds: poll.seconds(), drain };
         }
         tokio::time::sleep(INTERVAL).await;
     };
@@ -64,17 +55,10 @@ fn text(found: &Found) -> String {
         format!("{address}: removed from all Services, not from all nodes after {seconds:.1} s\n")
     };
     if !gone && drain.waited_for_total > 0 {
-        let code = codes::NOT_REACHED;
         let waiting = format!(": {}", names(&drain.waited_for, drain.waited_for_total, 10));
-        text += &format!("! {}  {}{}\n", code.code, code.title, wrapped(&waiting, 40));
-        text += &format!("  {}\n", wrapped(code.action, 2));
+        text += &problem(codes::NOT_REACHED, &waiting);
     }
-    if drain.missing_total > 0 {
-        let missing = names(&drain.missing, drain.missing_total, 10);
-        let nodes = count(drain.missing_total, "node");
-        text += &format!("not counted: {nodes} whose agent is not connected ({})\n", wrapped(&missing, 13));
-    }
-    text
+    text + &not_counted(&drain.missing, drain.missing_total)
 }
 
 #[cfg(test)]
