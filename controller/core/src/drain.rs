@@ -73,6 +73,12 @@ impl Names {
         }
         found
     }
+
+    /// Returns the names as messages contain them.
+    #[must_use]
+    pub fn to_strings(&self) -> Vec<String> {
+        self.names.iter().map(ToString::to_string).collect()
+    }
 }
 
 /// Answer to a query.
@@ -270,10 +276,10 @@ impl Gate {
         for (address, change) in moves {
             let before = self.members.get(address).copied().unwrap_or(0);
             let after = (before + change).max(0);
-            match (before > 0, after > 0) {
-                (_, true) => drop(self.members.insert(*address, after)),
-                (true, false) => drop(self.members.remove(address)),
-                (false, false) => {}
+            if after > 0 {
+                self.members.insert(*address, after);
+            } else {
+                self.members.remove(address);
             }
             match (before > 0, after > 0) {
                 (true, false) => self.left(*address, revision),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use switchtower_core::drain::{Answer, Answers, Gate, Moves, Names, QueryId, Verdict};
 use switchtower_core::layer::Layers;
+use switchtower_proto::v1::DrainVerdict;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -32,15 +33,27 @@ pub struct Drained {
 }
 
 impl Drained {
-    /// Returns the verdict as reported to users, in the metric and in JSON.
+    /// Returns the verdict as reported to the agent.
     #[must_use]
-    pub fn verdict(&self) -> &'static str {
+    pub fn verdict(&self) -> DrainVerdict {
         match self.answer.verdict {
-            Verdict::Drained => "Drained",
-            Verdict::StillMember if self.last_endpoint => "LastEndpoint",
-            Verdict::StillMember | Verdict::NotAcknowledged => "TimedOut",
-            Verdict::NotAnEndpoint => "NotAnEndpoint",
-            Verdict::Overloaded => "Overloaded",
+            Verdict::Drained => DrainVerdict::Drained,
+            Verdict::StillMember if self.last_endpoint => DrainVerdict::LastEndpoint,
+            Verdict::StillMember | Verdict::NotAcknowledged => DrainVerdict::TimedOut,
+            Verdict::NotAnEndpoint => DrainVerdict::NotAnEndpoint,
+            Verdict::Overloaded => DrainVerdict::Overloaded,
+        }
+    }
+
+    /// Returns the name of the verdict in the metric and in JSON.
+    #[must_use]
+    pub fn verdict_name(&self) -> &'static str {
+        match self.verdict() {
+            DrainVerdict::Drained => "Drained",
+            DrainVerdict::LastEndpoint => "LastEndpoint",
+            DrainVerdict::TimedOut | DrainVerdict::Unspecified => "TimedOut",
+            DrainVerdict::NotAnEndpoint => "NotAnEndpoint",
+            DrainVerdict::Overloaded => "Overloaded",
         }
     }
 }

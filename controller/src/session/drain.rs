@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use switchtower_core::drain::{Names, Verdict};
+use switchtower_core::drain::Names;
 use switchtower_core::wire;
 use switchtower_proto::v1::{DrainAnswer, DrainQuery, DrainVerdict};
 use tokio::task::{AbortHandle, JoinSet};
@@ -43,7 +43,7 @@ impl DrainQueries {
         let (fleet, node) = (fleet.clone(), node.clone());
         let task = async move {
             let drained = fleet.drain(Some(&node), address, timeout).await;
-            fleet.metrics().drained(drained.verdict(), drained.took);
+            fleet.metrics().drained(drained.verdict_name(), drained.took);
             answer(id, &drained)
         };
         self.waiting.insert(id, self.tasks.spawn(task));
@@ -75,22 +75,14 @@ impl DrainQueries {
 }
 
 fn answer(id: u64, drained: &Drained) -> DrainAnswer {
-    let verdict = match drained.answer.verdict {
-        Verdict::Drained => DrainVerdict::Drained,
-        Verdict::StillMember if drained.last_endpoint => DrainVerdict::LastEndpoint,
-        Verdict::StillMember | Verdict::NotAcknowledged => DrainVerdict::TimedOut,
-        Verdict::NotAnEndpoint => DrainVerdict::NotAnEndpoint,
-        Verdict::Overloaded => DrainVerdict::Overloaded,
-    };
     let total = |names: &Names| u32::try_from(names.total).unwrap_or(u32::MAX);
     let (waited_for, missing) = (&drained.answer.waited_for, &drained.answer.missing);
-    let names = |names: &Names| names.names.iter().map(|name| (**name).to_owned()).collect();
     DrainAnswer {
         id,
-        verdict: verdict as i32,
-        waited_for: names(waited_for),
+        verdict: drained.verdict() as i32,
+        waited_for: waited_for.to_strings(),
         waited_for_total: total(waited_for),
-        missing: names(missing),
+        missing: missing.to_strings(),
         missing_total: total(missing),
     }
 }

@@ -66,23 +66,23 @@ async fn query_answered_with_the_acknowledgement_of_the_removal() {
     assert!(!query.is_finished());
     fleet.holds(&"n1".into(), session, removed);
     let drained = query.await.unwrap();
-    assert_eq!((drained.verdict(), drained.took), ("Drained", 2 * SECOND));
+    assert_eq!((drained.verdict_name(), drained.took), ("Drained", 2 * SECOND));
     assert_eq!(drained.answer.waited_for.names, ["n1".into()]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn timeout_names_the_state() {
     let (fleet, _) = gated().await;
-    assert_eq!(ask(&fleet).await.unwrap().verdict(), "LastEndpoint", "in a pool, but not ready");
+    assert_eq!(ask(&fleet).await.unwrap().verdict_name(), "LastEndpoint", "in a pool, but not ready");
     fleet.pods_changed(&[PodChange { node: "n1".into(), address: POD, present: true }]);
     let drained = ask(&fleet).await.unwrap();
-    assert_eq!((drained.verdict(), drained.took), ("TimedOut", 25 * SECOND));
+    assert_eq!((drained.verdict_name(), drained.took), ("TimedOut", 25 * SECOND));
     remove_pod(&fleet);
     let drained = ask(&fleet).await.unwrap();
-    assert_eq!(drained.verdict(), "TimedOut");
+    assert_eq!(drained.verdict_name(), "TimedOut");
     assert_eq!(drained.answer.waited_for.names, ["n1".into()]);
     let unknown = fleet.drain(Some("n1"), "10.244.9.9".parse().unwrap(), SECOND).await;
-    assert_eq!((unknown.verdict(), unknown.took), ("NotAnEndpoint", Duration::ZERO));
+    assert_eq!((unknown.verdict_name(), unknown.took), ("NotAnEndpoint", Duration::ZERO));
 }
 
 #[tokio::test(start_paused = true)]
@@ -93,7 +93,7 @@ async fn lost_node_is_excluded_after_the_grace_period() {
     fleet.close(&"n1".into(), session, true);
     remove_pod(&fleet);
     let drained = query.await.unwrap();
-    assert_eq!((drained.verdict(), drained.answer.missing.total), ("Drained", 1));
+    assert_eq!((drained.verdict_name(), drained.answer.missing.total), ("Drained", 1));
     assert_eq!(drained.took, SECOND + switchtower_core::drain::GRACE);
 }
 
@@ -109,7 +109,7 @@ async fn nothing_is_recorded_without_a_drain_gate() {
     tokio::time::sleep(SECOND).await;
     assert!(!query.is_finished());
     let drained = query.await.unwrap();
-    assert_eq!((drained.verdict(), drained.answer.missing.total), ("Drained", 1));
+    assert_eq!((drained.verdict_name(), drained.answer.missing.total), ("Drained", 1));
 }
 
 #[tokio::test(start_paused = true)]
