@@ -16,6 +16,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::Cidr;
 use tokio::net::TcpSocket;
 use tokio::sync::watch;
@@ -120,10 +121,7 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 fn contains(cidr: &Cidr, address: IpAddr) -> bool {
-    let bytes = match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    };
+    let bytes = address_bytes(address);
     bytes.len() == cidr.address.len()
         && bytes.iter().zip(&cidr.address).enumerate().all(|(index, (left, right))| {
             let kept = cidr.prefix_length.saturating_sub(index as u32 * 8).min(8);

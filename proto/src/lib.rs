@@ -10,6 +10,15 @@ pub mod digest;
 /// Feature in Hello, Welcome and `Update.required_features`: the drain gate.
 pub const DRAIN_GATE: &str = "drain-gate";
 
+/// Returns an address as the messages contain it: 4 or 16 bytes in network order.
+#[must_use]
+pub fn address_bytes(address: std::net::IpAddr) -> Vec<u8> {
+    match address {
+        std::net::IpAddr::V4(address) => address.octets().to_vec(),
+        std::net::IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
 /// Messages and service of `switchtower.v1`, generated; do not edit.
 pub mod v1 {
     #![allow(

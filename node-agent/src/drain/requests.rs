@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::{DrainAnswer, DrainCancel, DrainQuery, agent_message::Message as FromAgent};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
@@ -191,10 +192,7 @@ impl Link {
                     // It may have been withdrawn.
                     let Some(Waiting { address, deadline, .. }) = shared.waiting.get(&id) else { continue };
                     let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-                    let address = match address {
-                        IpAddr::V4(address) => address.octets().to_vec(),
-                        IpAddr::V6(address) => address.octets().to_vec(),
-                    };
+                    let address = address_bytes(*address);
                     let timeout_milliseconds = u32::try_from(left).unwrap_or(u32::MAX);
                     return Some(FromAgent::DrainQuery(DrainQuery { id, address, timeout_milliseconds }));
                 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::ProbeResult;
 
 /// Result of one probe at one address in one round.
@@ -123,8 +124,8 @@ fn result(
         ok_again: passed(again),
         errno,
         detail,
-        source_before: source_before.map(octets).unwrap_or_default(),
-        source_after: source_after.map(octets).unwrap_or_default(),
+        source_before: source_before.map(address_bytes).unwrap_or_default(),
+        source_after: source_after.map(address_bytes).unwrap_or_default(),
     }
 }
 
@@ -141,12 +142,5 @@ fn explain(
         Some(Outcome::Failed { errno, detail }) => (*errno, detail.clone()),
         Some(Outcome::Absent { detail }) => (0, detail.clone()),
         Some(Outcome::Passed { .. }) | None => (0, String::new()),
-    }
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::{
     Cidr, Endpoint, Family, Frontend as ViewFrontend, FrontendKey, LocalDetection, LocalEndpoint, NodeRecord,
     PoolKey, Protocol, Role, ServicePort, Settings, Target as ViewTarget, Verdict,
@@ -169,7 +170,8 @@ impl Plan {
         } else {
             let ranges: Vec<Range<N>> = served.iter().filter_map(range).collect();
             let addresses = self.host_addresses.iter().filter(|address| !address.is_loopback());
-            let addresses = addresses.filter_map(|address| bytes_of(address).as_slice().try_into().ok());
+            let addresses =
+                addresses.filter_map(|address| address_bytes(*address).as_slice().try_into().ok());
             addresses.filter(|address| ranges.iter().any(|range| range.contains(address))).collect()
         };
         let unserved = node_ports.len().saturating_sub(NODE_PORT_ADDRESSES);
@@ -238,17 +240,10 @@ impl Plan {
 /// Returns the frontends of one family that would capture connections to these controllers.
 pub(crate) fn controller_keys<const N: usize>(controllers: &[SocketAddr]) -> BTreeSet<Key<N>> {
     let keys = controllers.iter().filter_map(|controller| {
-        let address = bytes_of(&controller.ip().to_canonical());
+        let address = address_bytes(controller.ip().to_canonical());
         key(&address, Protocol::Tcp, controller.port().into())
     });
     keys.collect()
-}
-
-fn bytes_of(address: &IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    }
 }
 
 fn family_of(key: Option<&FrontendKey>) -> Family {

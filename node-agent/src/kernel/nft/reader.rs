@@ -7,6 +7,7 @@
 use std::io;
 use std::net::IpAddr;
 
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::{KernelChain, KernelFrontend, KernelTable, Stamp as WireStamp};
 
 use super::dump::{self, TableDump};
@@ -157,7 +158,7 @@ fn lookup<const N: usize>(socket: &mut Socket, queries: &[FrontendQuery]) -> io:
     let mut partial = Partial::<N> { socket, dump: TableDump::default() };
     let mut keys = Vec::new();
     for query in queries {
-        let address = query.address.map(octets);
+        let address = query.address.map(address_bytes);
         match address.as_deref().map(<[u8; N]>::try_from) {
             Some(Ok(address)) => keys.push(Key { address, port: query.port, protocol: query.protocol }),
             // Of the other family.
@@ -171,13 +172,6 @@ fn lookup<const N: usize>(socket: &mut Socket, queries: &[FrontendQuery]) -> io:
         partial.follow(key)?;
     }
     Ok(resolve::frontends(&partial.dump))
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    }
 }
 
 /// The elements that the lookups of some frontends read.

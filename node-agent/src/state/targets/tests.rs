@@ -5,7 +5,7 @@ use switchtower_proto::v1::{
 };
 
 use super::*;
-use crate::testing::{Fleet, frontend, node_record, pool_key, settings};
+use crate::testing::{Fleet, frontend, node_record, pool_key, probe, settings};
 
 /// Service 0 (port `http`, 80): a ClusterIP of each family, a NodePort of each family, endpoints in IPv4 only.
 fn fleet(endpoints: bool) -> Fleet {
@@ -26,17 +26,6 @@ fn fleet(endpoints: bool) -> Fleet {
     }
     fleet.generation = 1;
     fleet
-}
-
-fn probe(kind: ProbeKind, port: &str) -> Probe {
-    Probe {
-        name: format!("{kind:?} {port}"),
-        namespace: "namespace-0".into(),
-        service: "service-0".into(),
-        port: port.into(),
-        kind: kind as i32,
-        ..Probe::default()
-    }
 }
 
 /// The first round's targets: probe, address, whether a destination exists.
