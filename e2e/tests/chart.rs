@@ -5,19 +5,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 use switchtower_e2e::lab::control_plane::ControlPlane;
 use switchtower_e2e::lab::programs;
+use switchtower_e2e::lab::programs::repository as root;
 
 const NAMESPACE: &str = "switchtower-system";
-
-fn root() -> PathBuf {
-    // Cargo runs tests in the package's folder.
-    std::env::current_dir().unwrap().parent().unwrap().to_owned()
-}
 
 /// Runs helm without any of the user's settings.
 fn helm(arguments: &[&str]) -> Output {

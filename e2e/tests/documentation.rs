@@ -15,13 +15,9 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::json;
+use switchtower_e2e::lab::programs::repository as root;
 use switchtower_e2e::lab::{programs, wait};
 use switchtower_e2e::switchtower::{Fleet, NodeSpec};
-
-fn root() -> PathBuf {
-    // Cargo runs tests in the package's folder.
-    std::env::current_dir().unwrap().parent().unwrap().to_owned()
-}
 
 /// A fenced block of a Markdown file.
 struct Block {

@@ -3,16 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
 use switchtower_e2e::lab::programs;
-
-fn root() -> PathBuf {
-    // Cargo runs tests in the package's folder.
-    std::env::current_dir().unwrap().parent().unwrap().to_owned()
-}
+use switchtower_e2e::lab::programs::repository as root;
 
 /// Renders an overlay, written next to the manifests because kustomize only accepts relative paths.
 fn rendered(overlay: &Value) -> Vec<Value> {

@@ -6,7 +6,6 @@
 #[cfg(test)]
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
@@ -15,14 +14,10 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::programs;
+use switchtower_e2e::lab::programs::repository as root;
 use switchtower_e2e::lab::wait;
 
 use switchtower_e2e::scene::{SOON, Scene, alone, fleet, node};
-
-fn root() -> PathBuf {
-    // Cargo runs tests in the package's folder.
-    std::env::current_dir().unwrap().parent().unwrap().to_owned()
-}
 
 fn rules() -> String {
     fs::read_to_string(root().join("manifests/components/alerts/rules.yaml")).unwrap()

@@ -13,6 +13,7 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
+use switchtower_e2e::lab::programs::repository;
 use switchtower_e2e::lab::wait;
 use switchtower_e2e::probe::{LongConnection, Transport};
 use switchtower_e2e::switchtower::FleetNode;
@@ -294,9 +295,7 @@ fn connection_tracking_changes_live_and_a_connection_stays() {
 
 /// Path of a file in `examples/`.
 fn example(name: &str) -> String {
-    // Cargo runs a test in the folder of its package.
-    let root = std::env::current_dir().unwrap().parent().unwrap().to_owned();
-    root.join("examples").join(name).to_string_lossy().into_owned()
+    repository().join("examples").join(name).to_string_lossy().into_owned()
 }
 
 #[test]

@@ -9,12 +9,10 @@ use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use switchtower_node_agent_testing::controller;
-use switchtower_node_agent_testing::fleet;
 
 use common::process::{Agent, BINARY, programmed};
-use switchtower_node_agent_testing::controller::{DEADLINE, FakeController};
-use switchtower_node_agent_testing::fleet::Fleet;
+use switchtower_node_agent_testing::controller::{self, DEADLINE, FakeController};
+use switchtower_node_agent_testing::fleet::{self, Fleet};
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;

@@ -5,17 +5,15 @@
 
 mod common;
 
-use common::segment;
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
-use switchtower_node_agent_testing::fleet;
 
 use common::process::programmed;
-use common::{Lab, Namespace};
+use common::{Lab, Namespace, segment};
 use switchtower_node_agent_testing::controller::block_on;
-use switchtower_node_agent_testing::fleet::Fleet;
+use switchtower_node_agent_testing::fleet::{self, Fleet};
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Kind;

@@ -10,9 +10,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use common::node::{Connection, serve_lines};
-use common::process::{Agent, programmed};
+use common::process::Agent;
+use common::scene::Scene;
 use common::{Lab, Namespace};
-use switchtower_node_agent_testing::controller::{self, DEADLINE, FakeController, FakeStream};
+use switchtower_node_agent_testing::controller::{self, DEADLINE};
 use switchtower_node_agent_testing::fleet::{self, Fleet};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as FromController;
@@ -50,18 +51,8 @@ fn hook(to: &'static str, path: &'static str) -> tokio::task::JoinHandle<Result<
     tokio::task::spawn_blocking(move || get(to, path))
 }
 
-struct Scene {
-    directory: tempfile::TempDir,
-    fleet: Fleet,
-    controller: FakeController,
-    agent: Agent,
-    stream: FakeStream,
-    revision: u64,
-}
-
 impl Scene {
     async fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
         let mut fleet = Fleet::new(0, 0);
         fleet.add_frontend(fleet::frontend(0));
         let backend = Endpoint { address: vec![10, 244, 0, 2], port: PORT.into() };
@@ -70,17 +61,7 @@ impl Scene {
         let pod_cidrs = pods.map(|(net, prefix_length)| Cidr { address: common::bytes(net), prefix_length });
         fleet.replace_node(NodeRecord { pod_cidrs: pod_cidrs.to_vec(), ..fleet::node_record() });
         fleet.generation = 1;
-        let (controller, agent, stream) = programmed(&fleet, directory.path()).await;
-        Scene { directory, fleet, controller, agent, stream, revision: 1 }
-    }
-
-    /// Sends settings and waits until the kernel holds them.
-    async fn set(&mut self, settings: Settings) {
-        self.revision += 1;
-        let settings = Settings { profile: "default".into(), revision: self.revision, ..settings };
-        self.stream.update(self.fleet.replace_settings(settings)).await;
-        let ack = self.stream.ack().await;
-        assert_eq!((ack.generation, ack.deviations), (self.fleet.generation, None));
+        Self::of(fleet).await
     }
 
     /// Opens the gate with a local detection and waits for the listener.

@@ -8,14 +8,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
-use switchtower_node_agent_testing::controller;
-use switchtower_node_agent_testing::fleet;
 
 use common::Lab;
 use common::node::{Connection, Watcher, ask, serve_lines};
-use common::process::{Agent, programmed};
-use switchtower_node_agent_testing::controller::{DEADLINE, FakeController, FakeStream};
-use switchtower_node_agent_testing::fleet::Fleet;
+use common::process::Agent;
+use common::scene::Scene;
+use switchtower_node_agent_testing::controller::{self, DEADLINE};
+use switchtower_node_agent_testing::fleet::{self, Fleet, probe};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::*;
 
@@ -57,31 +56,9 @@ fn cidr(address: [u8; 4], prefix_length: u32) -> Cidr {
     Cidr { address: address.to_vec(), prefix_length }
 }
 
-/// A running agent that holds the Service, its controller, and a directory with its files.
-struct Scene {
-    directory: tempfile::TempDir,
-    fleet: Fleet,
-    controller: FakeController,
-    agent: Agent,
-    stream: FakeStream,
-    revision: u64,
-}
-
 impl Scene {
     async fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let fleet = service();
-        let (controller, agent, stream) = programmed(&fleet, directory.path()).await;
-        Scene { directory, fleet, controller, agent, stream, revision: 1 }
-    }
-
-    /// Sends settings and waits until the kernel holds them.
-    async fn set(&mut self, settings: Settings) {
-        self.revision += 1;
-        let settings = Settings { profile: "default".into(), revision: self.revision, ..settings };
-        self.stream.update(self.fleet.replace_settings(settings)).await;
-        let ack = self.stream.ack().await;
-        assert_eq!((ack.generation, ack.deviations), (self.fleet.generation, None));
+        Self::of(service()).await
     }
 
     /// Sends settings that are on trial with these probes, and the built-in ones behind them.
@@ -108,18 +85,6 @@ impl Scene {
             }
         }
         panic!("{phase:?} did not come in time");
-    }
-}
-
-fn probe(kind: ProbeKind, port: &str) -> Probe {
-    Probe {
-        name: format!("{kind:?} {port}"),
-        namespace: "namespace-0".into(),
-        service: "service-0".into(),
-        port: port.into(),
-        kind: kind as i32,
-        timeout_milliseconds: 500,
-        ..Probe::default()
     }
 }
 

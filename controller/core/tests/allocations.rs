@@ -3,15 +3,17 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints its figures")]
 
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::net::IpAddr;
 
+use common::slice;
 use switchtower_core::compile::Compiler;
 use switchtower_core::layer::{Cursor, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
 use switchtower_core::propagation::{Change, Limits, Publication, TraceContext, Tracker};
-use switchtower_proto::v1::{Protocol, Source};
+use switchtower_proto::v1::Source;
 
 /// The system's allocator, with counters for each thread.
 struct Counting;
@@ -62,53 +64,6 @@ fn allocations<T>(call: impl FnOnce() -> T) -> (Allocations, T) {
     (Allocations { count: COUNT.get() - count, bytes: BYTES.get() - bytes }, result)
 }
 
-fn object(number: u32, suffix: &str) -> ObjectKey {
-    ObjectKey { namespace: "default".into(), name: format!("s{number}{suffix}").into() }
-}
-
-fn address(first: u8, number: u32) -> IpAddr {
-    let [_, b, c, d] = number.to_be_bytes();
-    IpAddr::from([first, b, c, d])
-}
-
-fn service(number: u32) -> Service {
-    Service {
-        key: object(number, ""),
-        uid: format!("u{number}").into(),
-        created: i64::from(number),
-        cluster_ips: vec![address(10, number)],
-        ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
-    }
-}
-
-/// Three endpoints; the last one's address depends on `round`.
-fn slice(number: u32, round: u32) -> EndpointSlice {
-    let endpoint = |address| SliceEndpoint {
-        address,
-        ready: true,
-        serving: true,
-        terminating: false,
-        node: Some(format!("n{}", number % 100).into()),
-        zones: Box::default(),
-        nodes: Box::default(),
-    };
-    let addresses = [address(11, number), address(12, number), address(13, number * 2 + round % 2)];
-    EndpointSlice {
-        key: object(number, "-1"),
-        service: object(number, "").name,
-        ipv6: false,
-        ports: vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
-        endpoints: addresses.into_iter().map(endpoint).collect(),
-    }
-}
-
 /// A compiled cluster of 100 nodes.
 struct Cluster {
     compiler: Compiler,
@@ -117,20 +72,7 @@ struct Cluster {
 
 impl Cluster {
     fn new(services: u32) -> Self {
-        let mut compiler = Compiler::new();
-        for number in 0..100 {
-            compiler.apply(Input::Node(Node {
-                name: format!("n{number}").into(),
-                addresses: vec![address(192, number)],
-                pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
-                zone: None,
-                eligible: true,
-            }));
-        }
-        for number in 0..services {
-            compiler.apply(Input::Service(service(number)));
-            compiler.apply(Input::Slice(slice(number, 0)));
-        }
+        let compiler = common::cluster(100, services);
         let mut cluster = Self { compiler, layers: Layers::new(LogLimits::default()) };
         cluster.publish();
         cluster

@@ -2,60 +2,15 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints its figures")]
 
-use std::net::IpAddr;
+mod common;
+
 use std::time::{Duration, Instant};
 
+use common::{cluster, slice};
 use switchtower_core::compile::Compiler;
 use switchtower_core::layer::{Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
-use switchtower_proto::v1::{Protocol, Source};
-
-fn object(number: u32, suffix: &str) -> ObjectKey {
-    ObjectKey { namespace: "default".into(), name: format!("s{number}{suffix}").into() }
-}
-
-fn address(first: u8, number: u32) -> IpAddr {
-    let [_, b, c, d] = number.to_be_bytes();
-    IpAddr::from([first, b, c, d])
-}
-
-fn service(number: u32) -> Service {
-    Service {
-        key: object(number, ""),
-        uid: format!("u{number}").into(),
-        created: i64::from(number),
-        cluster_ips: vec![address(10, number)],
-        ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
-    }
-}
-
-/// Three endpoints; the last one's address depends on `round`.
-fn slice(number: u32, round: u32) -> EndpointSlice {
-    let endpoint = |address| SliceEndpoint {
-        address,
-        ready: true,
-        serving: true,
-        terminating: false,
-        node: Some(format!("n{}", number % 100).into()),
-        zones: Box::default(),
-        nodes: Box::default(),
-    };
-    let addresses = [address(11, number), address(12, number), address(13, number * 2 + round % 2)];
-    EndpointSlice {
-        key: object(number, "-1"),
-        service: object(number, "").name,
-        ipv6: false,
-        ports: vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }],
-        endpoints: addresses.into_iter().map(endpoint).collect(),
-    }
-}
+use switchtower_proto::v1::Source;
 
 /// The shortest of many runs: other load on the machine only adds time.
 fn one_change(services: u32) -> Duration {
@@ -72,24 +27,6 @@ fn one_change(services: u32) -> Duration {
         taken
     });
     runs.min().unwrap()
-}
-
-fn cluster(nodes: u32, services: u32) -> Compiler {
-    let mut compiler = Compiler::new();
-    for number in 0..nodes {
-        compiler.apply(Input::Node(Node {
-            name: format!("n{number}").into(),
-            addresses: vec![address(192, number)],
-            pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
-            zone: None,
-            eligible: true,
-        }));
-    }
-    for number in 0..services {
-        compiler.apply(Input::Service(service(number)));
-        compiler.apply(Input::Slice(slice(number, 0)));
-    }
-    compiler
 }
 
 /// Layers touched, log entries added and bytes sent by one endpoint change.

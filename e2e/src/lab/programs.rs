@@ -7,6 +7,16 @@ use anyhow::{Context as _, Result, bail};
 /// Environment variable with the folder of etcd, kube-apiserver and the others; `make` sets it.
 pub const CONTROL_PLANE_VARIABLE: &str = "SWITCHTOWER_CONTROL_PLANE";
 
+/// Root of the repository, for tests: Cargo runs them in the folder of their package.
+///
+/// # Panics
+/// The current folder does not exist.
+#[allow(clippy::unwrap_used, reason = "only tests call it, in a folder of the repository")]
+#[must_use]
+pub fn repository() -> PathBuf {
+    std::env::current_dir().unwrap().parent().unwrap().to_owned()
+}
+
 /// Path of a program of the control plane, built by `make setup`.
 ///
 /// # Errors

@@ -9,10 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-fn root() -> PathBuf {
-    // Cargo runs tests in the package's folder.
-    std::env::current_dir().unwrap().parent().unwrap().to_owned()
-}
+use switchtower_e2e::lab::programs::repository as root;
 
 /// All Rust sources of the workspace except generated ones.
 fn sources() -> Vec<PathBuf> {

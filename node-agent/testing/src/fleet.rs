@@ -83,6 +83,19 @@ pub fn settings_on_trial(window_milliseconds: u32) -> Settings {
     }
 }
 
+/// A probe of Service 0 with a timeout of 500 ms.
+pub fn probe(kind: ProbeKind, port: &str) -> Probe {
+    Probe {
+        name: format!("{kind:?} {port}"),
+        namespace: "namespace-0".into(),
+        service: "service-0".into(),
+        port: port.into(),
+        kind: kind as i32,
+        timeout_milliseconds: 500,
+        ..Probe::default()
+    }
+}
+
 /// The node's own record.
 pub fn node_record() -> NodeRecord {
     NodeRecord {

@@ -7,6 +7,7 @@
 
 pub mod node;
 pub mod process;
+pub mod scene;
 pub mod segment;
 
 use std::fs::File;
