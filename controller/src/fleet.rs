@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, SystemTime};
 
 use switchtower_core::compiled::{Compiled, Problem};
-use switchtower_core::layer::{Applied, Cursor, Layers, LogLimits, Planned, Subscription};
+use switchtower_core::layer::{
+    Applied, Cursor, HealthCheckPlacement, Layers, LogLimits, Planned, Subscription,
+};
 use switchtower_core::locality::Localities;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Delivery, Publication, Slot};
@@ -32,6 +34,8 @@ mod signal;
 
 pub use inspect::Reach;
 use news::observe;
+#[cfg(test)]
+pub(crate) use reports::tests::fleet as fleet_with_one_node;
 pub use settings::{SettingsAssignment, SettingsName, builtin_settings};
 pub(crate) use signal::Signal;
 
@@ -322,9 +326,15 @@ impl Fleet {
     }
 
     /// Registers a new stream of the node and ends the previous one. Returns `None` if the Node does not exist.
-    pub(crate) fn open(&self, node: &Arc<str>, floor: &mut Floor) -> Option<(u64, Arc<Signal>)> {
+    pub(crate) fn open(
+        &self,
+        node: &Arc<str>,
+        floor: &mut Floor,
+        health_checks: HealthCheckPlacement,
+    ) -> Option<(u64, Arc<Signal>)> {
         let mut nodes = lock(&self.nodes);
-        let entry = nodes.nodes.get_mut(node).filter(|entry| entry.subscription.is_some())?;
+        let entry = nodes.nodes.get_mut(node)?;
+        entry.subscription.as_mut()?.health_checks = health_checks;
         let known = entry.observation.get_or_insert_default();
         known.session = known.session.max(floor.session) + 1;
         floor.session = known.session;
@@ -418,7 +428,9 @@ impl Nodes {
             self.zones.entry(zone.clone()).or_default().insert(name.clone());
         }
         let node = self.nodes.entry(name.clone()).or_default();
-        node.subscription = Some(Subscription { node: name.clone(), zone, settings });
+        let health_checks = node.subscription.as_ref().map(|subscription| subscription.health_checks);
+        let health_checks = health_checks.unwrap_or_default();
+        node.subscription = Some(Subscription { node: name.clone(), zone, settings, health_checks });
         node.facts = record.into();
     }
 
@@ -475,7 +487,8 @@ impl Nodes {
             Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),
             _ => {}
         };
-        if applied.touched.contains(&LayerId::Cluster) {
+        let shared = |id: &LayerId| matches!(id, LayerId::Cluster | LayerId::HealthChecks);
+        if applied.touched.iter().any(shared) {
             self.nodes.keys().for_each(wake);
             return woken;
         }
@@ -490,7 +503,7 @@ impl Nodes {
                     };
                     self.nodes.iter().filter(|(_, node)| has(node)).for_each(|(name, _)| wake(name));
                 }
-                LayerId::Cluster => {}
+                LayerId::Cluster | LayerId::HealthChecks => {}
             }
         }
         woken

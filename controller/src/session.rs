@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures::Stream;
-use switchtower_core::layer::{Cursor, Plan, Planned, Subscription};
+use switchtower_core::layer::{Cursor, HealthCheckPlacement, Plan, Planned, Subscription};
 use switchtower_core::wire;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
@@ -163,7 +163,12 @@ impl Session {
         let rate = Rate { per_second, burst: per_second * 10.0 };
         let node = identity.node;
         Self {
-            subscription: Subscription { node: node.clone(), zone: None, settings: ("".into(), 0) },
+            subscription: Subscription {
+                node: node.clone(),
+                zone: None,
+                settings: ("".into(), 0),
+                health_checks: HealthCheckPlacement::default(),
+            },
             allowance: TokenBucket::new(rate, now.into_std()),
             fleet,
             limits,
@@ -192,13 +197,13 @@ impl Session {
     /// Runs the stream to its end.
     pub(crate) async fn run(mut self, mut inbound: Streaming<AgentMessage>) {
         let end = match self.open(&mut inbound).await {
-            Ok(signal) => {
-                let end = self.exchange(&mut inbound, &signal).await;
-                self.fleet.close(&self.node, self.number, matches!(end, End::Gone(_)));
-                end
-            }
+            Ok(signal) => self.exchange(&mut inbound, &signal).await,
             Err(end) => end,
         };
+        // Also where the Welcome could not be sent.
+        if self.number != 0 {
+            self.fleet.close(&self.node, self.number, matches!(end, End::Gone(_)));
+        }
         match end {
             End::Gone(why) => {
                 self.fleet.metrics().ended(why);
@@ -238,10 +243,11 @@ impl Session {
             return Err(End::GoAway(GoAwayReason::NotReady, detail));
         }
         let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
-        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
         let mut floor = self.fleet.floor(&self.node);
-        let (number, signal) = self.fleet.open(&self.node, &mut floor).ok_or_else(gone)?;
+        let placement = HealthCheckPlacement::of(&hello.features);
+        let (number, signal) = self.fleet.open(&self.node, &mut floor, placement).ok_or_else(gone)?;
         self.number = number;
+        self.subscription = self.fleet.subscription(&self.node).ok_or_else(gone)?;
         self.resume(&hello, floor.generation);
         let welcome = Welcome {
             version: hello::VERSION,

@@ -108,12 +108,12 @@ pub struct Counts {
     pub items: usize,
 }
 
-/// Features of this agent, for `Update.required_features`.
-pub const FEATURES: &[&str] = &[switchtower_proto::DRAIN_GATE];
+/// Features of this agent, for `Hello.features` and `Update.required_features`.
+pub const FEATURES: &[&str] = &[switchtower_proto::HEALTH_CHECK_LAYER, switchtower_proto::DRAIN_GATE];
 
 /// The layers as received, the place in the controller's log, and the update that is being received.
 pub struct State {
-    layers: [Layer; 4],
+    layers: [Layer; KINDS.len()],
     ports: Interner,
     staging: Option<Staging>,
     generation: u64,
@@ -131,7 +131,8 @@ impl Default for State {
 }
 
 /// Position of a layer in [`State::layers`], most specific last.
-const KINDS: [LayerKind; 4] = [LayerKind::Settings, LayerKind::Cluster, LayerKind::Zone, LayerKind::Node];
+const KINDS: [LayerKind; 5] =
+    [LayerKind::Settings, LayerKind::HealthChecks, LayerKind::Cluster, LayerKind::Zone, LayerKind::Node];
 
 fn position(kind: LayerKind) -> Option<usize> {
     KINDS.iter().position(|candidate| *candidate == kind)
@@ -218,9 +219,11 @@ impl State {
         self.trials.deviation()
     }
 
-    /// The health checks to serve.
+    /// The health checks to serve: those of the NODE layer, which have local endpoints, and all others.
     pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
-        self.layer(LayerKind::Node).health_checks.values()
+        let own = &self.layer(LayerKind::Node).health_checks;
+        let shared = self.layer(LayerKind::HealthChecks).health_checks.iter();
+        own.values().chain(shared.filter(|(key, _)| !own.contains_key(*key)).map(|(_, check)| check))
     }
 
     /// Size of the view, counted incrementally.

@@ -252,7 +252,12 @@ fn health_checks_report_the_programmed_view() {
         let check =
             |ready| HealthCheck { key: Some(key.clone()), port: 31_999, ready_ipv4: ready, ready_ipv6: 0 };
         let ask = || shell("curl -s -i http://192.0.2.1:31999/any || true");
-        stream.update(fleet.health_check(None, check(2))).await;
+        // The port comes for all nodes, the count for this one.
+        stream.update(fleet.health_check(LayerKind::HealthChecks, None, check(0))).await;
+        stream.ack().await;
+        eventually("503", || ask().starts_with("HTTP/1.1 503"));
+        assert!(ask().contains("x-load-balancing-endpoint-weight: 0"), "{}", ask());
+        stream.update(fleet.health_check(LayerKind::Node, None, check(2))).await;
         stream.ack().await;
         eventually("200", || ask().starts_with("HTTP/1.1 200"));
         let answer = ask();
@@ -261,7 +266,7 @@ fn health_checks_report_the_programmed_view() {
             answer.contains(r#""localEndpoints":2"#) && answer.contains(r#""namespace":"shop""#),
             "{answer}"
         );
-        stream.update(fleet.health_check(Some(&check(2)), check(0))).await;
+        stream.update(fleet.health_check(LayerKind::Node, Some(&check(2)), check(0))).await;
         stream.ack().await;
         eventually("503", || ask().starts_with("HTTP/1.1 503"));
         assert_eq!(shell(CURL).trim(), "200");

@@ -218,7 +218,7 @@ impl Compiler {
         self.claims.update(service, key, &old.frontends, &new.frontends);
         emitter.pools(&old.pools, &new.pools);
         self.nodes.local_endpoints(&old, &new, emitter);
-        self.nodes.health(key, &old, &new, emitter);
+        Nodes::health(key, &old, &new, emitter);
         self.endpoints = self.endpoints + new.endpoints - old.endpoints;
         if service.is_some() {
             self.outputs.insert(key.clone(), new);

@@ -22,6 +22,7 @@ use crate::drain::Moves;
 use crate::model::LayerId;
 use crate::view::View;
 
+mod health_checks;
 mod items;
 mod log;
 mod moves;
@@ -29,6 +30,7 @@ mod moves;
 #[cfg(test)]
 mod tests;
 
+pub use health_checks::HealthCheckPlacement;
 use log::Layer;
 
 /// Maximum payload bytes in a part, with room for what deflate adds to bytes that do not compress.
@@ -45,28 +47,33 @@ pub struct Subscription {
     pub zone: Option<Arc<str>>,
     /// Profile and revision of its settings.
     pub settings: (Arc<str>, u64),
+    /// Layer in which its agent takes health check node ports.
+    pub health_checks: HealthCheckPlacement,
 }
 
 impl Subscription {
-    /// The layers in a fixed order: cluster, zone, node, settings.
-    fn layers(&self) -> [Option<LayerId>; 4] {
+    /// The layers in the order of [`KINDS`].
+    fn layers(&self) -> [Option<LayerId>; KINDS.len()] {
+        let shared = self.health_checks == HealthCheckPlacement::Shared;
         [
             Some(LayerId::Cluster),
             self.zone.clone().map(LayerId::Zone),
             Some(LayerId::Node(self.node.clone())),
             Some(LayerId::Settings(self.settings.0.clone(), self.settings.1)),
+            shared.then_some(LayerId::HealthChecks),
         ]
     }
 }
 
-const KINDS: [LayerKind; 4] = [LayerKind::Cluster, LayerKind::Zone, LayerKind::Node, LayerKind::Settings];
+const KINDS: [LayerKind; 5] =
+    [LayerKind::Cluster, LayerKind::Zone, LayerKind::Node, LayerKind::Settings, LayerKind::HealthChecks];
 
 /// A place that a node's view has reached.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cursor {
     revision: u64,
     subscription: Subscription,
-    digests: [Digest; 4],
+    digests: [Digest; KINDS.len()],
 }
 
 impl Cursor {
@@ -320,9 +327,13 @@ impl Layers {
         self.layers.values().map(Layer::entries).sum()
     }
 
-    fn digests(&self, subscription: &Subscription) -> [Digest; 4] {
+    fn digests(&self, subscription: &Subscription) -> [Digest; KINDS.len()] {
         subscription.layers().map(|id| {
-            id.and_then(|id| self.layers.get(&id)).map_or_else(Digest::default, |layer| layer.items.digest())
+            let Some(id) = id else { return Digest::default() };
+            if subscription.merges(&id) {
+                return self.merged(&id).digest();
+            }
+            self.layers.get(&id).map_or_else(Digest::default, |layer| layer.items.digest())
         })
     }
 
@@ -350,11 +361,11 @@ impl Layers {
         view
     }
 
-    /// Returns true if the node has this health check.
+    /// Returns true if a Service has a health check node port, which all nodes serve.
     #[must_use]
-    pub fn has_health_check(&self, node: &Arc<str>, key: &HealthCheckKey) -> bool {
-        let layer = self.layers.get(&LayerId::Node(node.clone()));
-        layer.is_some_and(|layer| layer.items.has_health_check(key))
+    pub fn has_health_check(&self, key: &HealthCheckKey) -> bool {
+        let layer = self.layers.get(&LayerId::HealthChecks);
+        layer.is_some_and(|layer| layer.items.health_check(key).is_some())
     }
 
     /// Finds the place of a view by the revision that its holder remembers and by its digest.
@@ -369,9 +380,13 @@ impl Layers {
         digest: Digest,
     ) -> Option<Cursor> {
         let remembered = revision.filter(|revision| *revision <= self.revision).and_then(|revision| {
-            let mut digests = [Digest::default(); 4];
+            let mut digests = [Digest::default(); KINDS.len()];
             for (slot, id) in digests.iter_mut().zip(subscription.layers()) {
                 let Some(id) = id else { continue };
+                if subscription.merges(&id) {
+                    *slot = self.merged(&id).digest_at(revision)?;
+                    continue;
+                }
                 *slot = match self.layers.get(&id) {
                     Some(layer) => layer.digest_at(revision)?,
                     None if revision >= self.last_removal[position(&id)] => Digest::default(),
@@ -391,11 +406,14 @@ impl Layers {
         let (now, then) = (subscription.layers(), from.subscription.layers());
         let mut pending = 0;
         for ((id, old), known) in now.iter().zip(&then).zip(from.digests) {
+            if let Some(id) = id.as_ref().filter(|id| subscription.merges(id)) {
+                pending += self.merged(id).pending(from.revision, known);
+                continue;
+            }
+            let same = id == old && subscription.health_checks == from.subscription.health_checks;
             let layer = id.as_ref().and_then(|id| self.layers.get(id));
             pending += match layer {
-                Some(layer) if id == old && layer.covers(from.revision) => {
-                    layer.since(from.revision).len() as u64
-                }
+                Some(layer) if same && layer.covers(from.revision) => layer.since(from.revision).len() as u64,
                 Some(layer) if layer.items.digest() != known => 1,
                 Some(_) => 0,
                 None => u64::from(known != Digest::default()),
@@ -419,7 +437,12 @@ impl Layers {
         let then = from.map(|from| from.subscription.layers()).unwrap_or_default();
         for (at, id) in subscription.layers().into_iter().enumerate() {
             let place = from.map(|from| (from.revision, from.digests[at]));
-            let same = id == then[at];
+            if let Some(id) = id.as_ref().filter(|id| subscription.merges(id)) {
+                self.merged(id).plan(place, &mut plan);
+                continue;
+            }
+            let same = id == then[at]
+                && from.is_some_and(|from| from.subscription.health_checks == subscription.health_checks);
             if let Err(raw) = self.plan_layer(at, id.as_ref(), place, same, &mut plan) {
                 return Planned::Compress(raw);
             }
@@ -501,5 +524,6 @@ fn kind(id: &LayerId) -> LayerKind {
         LayerId::Zone(_) => LayerKind::Zone,
         LayerId::Node(_) => LayerKind::Node,
         LayerId::Settings(..) => LayerKind::Settings,
+        LayerId::HealthChecks => LayerKind::HealthChecks,
     }
 }

@@ -160,4 +160,6 @@ pub enum LayerId {
     Node(Arc<str>),
     /// One revision of one profile.
     Settings(Arc<str>, u64),
+    /// Health check node ports, the same for all nodes.
+    HealthChecks,
 }

@@ -38,7 +38,9 @@ impl View {
         let pools = match layer {
             LayerKind::Zone => &mut self.zone,
             LayerKind::Node => &mut self.own,
-            LayerKind::Cluster | LayerKind::Settings | LayerKind::Unspecified => &mut self.cluster,
+            LayerKind::Cluster | LayerKind::Settings | LayerKind::HealthChecks | LayerKind::Unspecified => {
+                &mut self.cluster
+            }
         };
         match &change.change {
             Some(Kind::Frontend(frontend)) => {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{cluster, slice};
 use switchtower_core::compile::Compiler;
-use switchtower_core::layer::{Layers, LogLimits, Planned, Subscription};
+use switchtower_core::layer::{HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
 use switchtower_proto::v1::Source;
 
@@ -38,7 +38,8 @@ fn one_change_in_a_fleet(nodes: u32) -> (usize, usize, usize) {
         layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
     };
     apply(&mut compiler, &mut layers);
-    let node = Subscription { node: "n5".into(), zone: None, settings: ("builtin".into(), 0) };
+    let health_checks = HealthCheckPlacement::Shared;
+    let node = Subscription { node: "n5".into(), zone: None, settings: ("builtin".into(), 0), health_checks };
     let (before, entries) = (layers.head(&node), layers.log_entries());
     compiler.apply(Input::Slice(slice(100, 1)));
     let applied = apply(&mut compiler, &mut layers);
@@ -63,5 +64,48 @@ fn endpoint_change_cost_independent_of_services() {
         let many = one_change(services);
         println!("one endpoint change: {few:?} at 1,000 services, {many:?} at {services}");
         assert!(many < few * 5, "{few:?} at 1,000 services, {many:?} at {services}");
+    }
+}
+
+/// Layers touched by one more LoadBalancer with a health check node port and endpoints on two nodes, log entries added,
+/// and the shortest time of compiling and applying it.
+fn one_health_check_in_a_fleet(nodes: u32) -> (usize, usize, Duration) {
+    let mut compiler = cluster(nodes, 200);
+    let mut layers = Layers::new(LogLimits::default());
+    let apply = |compiler: &mut Compiler, layers: &mut Layers| {
+        let compiled = compiler.compile();
+        layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
+    };
+    apply(&mut compiler, &mut layers);
+    let mut cost = (0, 0, Duration::MAX);
+    for number in 300..340 {
+        let balancer = Service {
+            load_balancer_ips: vec![address(198, number)],
+            external_policy: TrafficPolicy::Local,
+            health_check_port: Some(30_000 + number as u16),
+            ..service(number)
+        };
+        let mut endpoints = slice(number, 0);
+        endpoints.endpoints[0].node = Some("n1".into());
+        let entries = layers.log_entries();
+        let start = Instant::now();
+        compiler.apply(Input::Service(balancer));
+        compiler.apply(Input::Slice(endpoints));
+        let applied = apply(&mut compiler, &mut layers);
+        let taken = start.elapsed();
+        cost = (applied.touched.len(), layers.log_entries() - entries, cost.2.min(taken));
+    }
+    cost
+}
+
+#[test]
+fn health_check_port_touches_only_nodes_with_endpoints() {
+    let (layers, entries, small) = one_health_check_in_a_fleet(100);
+    assert_eq!((layers, entries), (4, 4), "CLUSTER, HEALTH_CHECKS and the nodes of the endpoints");
+    for nodes in [1_000, 5_000] {
+        let (layers, entries, taken) = one_health_check_in_a_fleet(nodes);
+        println!("one health check node port: {small:?} at 100 nodes, {taken:?} at {nodes}");
+        assert_eq!((layers, entries), (4, 4), "{nodes} nodes");
+        assert!(taken < Duration::from_millis(2), "{taken:?} at {nodes} nodes");
     }
 }

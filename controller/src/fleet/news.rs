@@ -104,6 +104,8 @@ impl crate::status::Registry for Fleet {
 
 #[cfg(test)]
 mod tests {
+    use switchtower_core::layer::HealthCheckPlacement;
+
     use super::super::reports::tests::fleet;
     use super::*;
     use crate::status::{Floor, Registry as _};
@@ -118,7 +120,8 @@ mod tests {
     #[tokio::test]
     async fn progress_is_news_once_until_it_is_observed() {
         let (fleet, _) = fleet();
-        let (session, _) = fleet.open(&"n1".into(), &mut Floor::default()).unwrap();
+        let (session, _) =
+            fleet.open(&"n1".into(), &mut Floor::default(), HealthCheckPlacement::default()).unwrap();
         fleet.changed().await;
         fleet.observe("n1");
         for _ in 0..1_000 {
@@ -141,7 +144,8 @@ mod tests {
     #[tokio::test]
     async fn news_of_an_earlier_session_changes_nothing() {
         let (fleet, _) = fleet();
-        let (session, _) = fleet.open(&"n1".into(), &mut Floor::default()).unwrap();
+        let (session, _) =
+            fleet.open(&"n1".into(), &mut Floor::default(), HealthCheckPlacement::default()).unwrap();
         fleet.changed().await;
         progress(&fleet, session - 1);
         assert_eq!(fleet.observe("n1").unwrap().applied, 0);

@@ -37,7 +37,7 @@ impl Fleet {
     pub(crate) fn report_health_check_failures(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
         for HealthCheckFailure { key, address, error } in failures.iter().take(MAX_PER_MINUTE as usize) {
             let Some(key) = key else { continue };
-            if !self.read(|layers| layers.has_health_check(node, key)) {
+            if !self.read(|layers| layers.has_health_check(key)) {
                 continue;
             }
             let mut nodes = lock(&self.nodes);
@@ -62,8 +62,7 @@ impl Fleet {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use std::collections::BTreeMap;
+pub(crate) mod tests {
     use std::sync::Mutex;
 
     use switchtower_core::compiled::Compiled;
@@ -83,7 +82,7 @@ pub(super) mod tests {
         HealthCheckFailure { key: Some(key), address: "[::]:30000".into(), error: "in\u{1b}[2Juse".into() }
     }
 
-    pub(in super::super) fn fleet() -> (Arc<Fleet>, Arc<Mutex<Vec<Problem>>>) {
+    pub(crate) fn fleet() -> (Arc<Fleet>, Arc<Mutex<Vec<Problem>>>) {
         let registry = prometheus::Registry::new();
         let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
         let problems = Arc::new(Mutex::new(Vec::new()));
@@ -99,8 +98,8 @@ pub(super) mod tests {
         let check = HealthCheck { key: failure("web").key, port: 30_000, ready_ipv4: 0, ready_ipv6: 0 };
         let ops =
             [Op::Node(NodeRecord { name: "n1".into(), ..NodeRecord::default() }), Op::HealthCheck(check)];
-        let changes = ops.into_iter().map(|op| Change { change: Some(op) }).collect();
-        let changes = BTreeMap::from([(LayerId::Node("n1".into()), changes)]);
+        let layers = [LayerId::Node("n1".into()), LayerId::HealthChecks];
+        let changes = layers.into_iter().zip(ops.map(|op| vec![Change { change: Some(op) }])).collect();
         fleet.publish(Compiled { changes, ..Compiled::default() }, Publication::default(), Source::default());
         (fleet, problems)
     }
@@ -111,7 +110,7 @@ pub(super) mod tests {
         let reported = || std::mem::take(&mut *problems.lock().unwrap());
         fleet.report_health_check_failures(&"n1".into(), &[failure("other"), failure("web")]);
         let first = reported();
-        assert_eq!(first.len(), 1, "reported a health check that the node does not have");
+        assert_eq!(first.len(), 1, "reported a health check that no Service has");
         assert!(!first[0].message.contains('\u{1b}'), "{:?}", first[0].message);
         fleet.report_health_check_failures(&"n2".into(), &[failure("web")]);
         assert_eq!(reported().len(), 0, "no such node");

@@ -1,6 +1,8 @@
 //! The engine with a kernel in memory.
 
-use switchtower_proto::v1::{Ack, Cidr, HealthCheck, HealthCheckKey, Part, Settings, Update, UpdateEnd};
+use switchtower_proto::v1::{
+    Ack, Cidr, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
+};
 use tokio::sync::oneshot;
 
 use super::*;
@@ -187,11 +189,11 @@ fn health_checks_follow_the_commit() {
         targets.checks.into_values().map(|check| check.ready_ipv4).collect::<Vec<_>>()
     };
     play(&mut engine, fleet.snapshot());
-    play(&mut engine, fleet.health_check(None, check(2)));
+    play(&mut engine, fleet.health_check(LayerKind::Node, None, check(2)));
     assert_eq!((ack(&mut events).generation, ack(&mut events).generation), (1, 2));
     assert_eq!(answers(), [2]);
     kernel.lock().fail = Some(libc::EPERM);
-    play(&mut engine, fleet.health_check(Some(&check(2)), check(0)));
+    play(&mut engine, fleet.health_check(LayerKind::Node, Some(&check(2)), check(0)));
     assert!(matches!(events.try_recv(), Ok(Event::Nack(_))));
     assert_eq!(answers(), [2]);
     kernel.lock().fail = None;

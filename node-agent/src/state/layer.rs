@@ -418,11 +418,10 @@ fn check_place(layer: LayerKind, kind: &Kind) -> Result<(), Refusal> {
         }
         Kind::Pool(patch) => pool_belongs(layer, role(patch.key.as_ref())),
         Kind::PoolRemoved(key) => pool_belongs(layer, key.role),
-        Kind::Node(_)
-        | Kind::LocalEndpoint(_)
-        | Kind::LocalEndpointRemoved(_)
-        | Kind::HealthCheck(_)
-        | Kind::HealthCheckRemoved(_) => layer == LayerKind::Node,
+        Kind::Node(_) | Kind::LocalEndpoint(_) | Kind::LocalEndpointRemoved(_) => layer == LayerKind::Node,
+        Kind::HealthCheck(_) | Kind::HealthCheckRemoved(_) => {
+            matches!(layer, LayerKind::HealthChecks | LayerKind::Node)
+        }
         Kind::Settings(_) => layer == LayerKind::Settings,
     };
     if right { Ok(()) } else { Err(Malformed(format!("an item does not belong in layer {layer:?}")).into()) }

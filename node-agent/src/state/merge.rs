@@ -7,7 +7,7 @@ use switchtower_proto::v1::{Endpoint, LayerKind};
 
 use super::layer::{Layer, StagedLayer, staged_members};
 use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
-use super::{Applied, State, position};
+use super::{Applied, KINDS, State, position};
 use crate::kernel::change::KernelChange;
 
 /// Work for the conntrack reconciler after an update.
@@ -87,7 +87,10 @@ impl After<'_> {
 }
 
 /// Pools and frontends that an update may have changed.
-fn touched(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> (BTreeSet<PoolId>, BTreeSet<FrontendId>) {
+fn touched(
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
+) -> (BTreeSet<PoolId>, BTreeSet<FrontendId>) {
     let (mut pools, mut frontends) = (BTreeSet::new(), BTreeSet::new());
     for (base, staged) in before.iter().zip(staged) {
         match staged {
@@ -107,7 +110,11 @@ fn touched(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> (BTreeSet<PoolId>,
 
 /// Returns the difference of the merged views, ordered so that each step refers to existing items only: facts, new or
 /// changed pools, removed frontends, new frontends, removed pools, local endpoints.
-pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: &Interner) -> Applied {
+pub(super) fn difference(
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
+    ports: &Interner,
+) -> Applied {
     let mut applied = Applied::default();
     let (pools, frontends) = touched(before, staged);
     facts(before, staged, &mut applied);
@@ -134,7 +141,7 @@ pub(super) fn difference(before: &[Layer; 4], staged: &[StagedLayer; 4], ports: 
 
 /// Flows become stale when an endpoint is removed, and when the first one is added, because flows of NodePorts without
 /// endpoints are kept. Further endpoints do not affect existing flows.
-fn can_make_flows_stale(change: &KernelChange, before: &[Layer; 4], id: &PoolId) -> bool {
+fn can_make_flows_stale(change: &KernelChange, before: &[Layer; KINDS.len()], id: &PoolId) -> bool {
     match change {
         KernelChange::Pool { removed, .. } if removed.is_empty() => {
             let members = position(LayerKind::Cluster).and_then(|at| before[at].pools.get(id));
@@ -145,8 +152,8 @@ fn can_make_flows_stale(change: &KernelChange, before: &[Layer; 4], id: &PoolId)
 }
 
 fn pool_difference(
-    before: &[Layer; 4],
-    staged: &[StagedLayer; 4],
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
     id: &PoolId,
     ports: &Interner,
 ) -> Option<KernelChange> {
@@ -201,8 +208,8 @@ fn unpack(members: &[PackedEndpoint]) -> Vec<Endpoint> {
 }
 
 fn frontend_difference(
-    before: &[Layer; 4],
-    staged: &[StagedLayer; 4],
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
     touched: BTreeSet<FrontendId>,
     ports: &Interner,
     applied: &mut Applied,
@@ -239,7 +246,7 @@ fn frontend_difference(
 const UDP: u8 = 17;
 
 /// Returns changes of the node record and ServiceCIDRs; trials decide on the settings.
-fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
+fn facts(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], applied: &mut Applied) {
     for (base, staged) in before.iter().zip(staged) {
         let node = match staged {
             StagedLayer::Unchanged => continue,
@@ -272,7 +279,7 @@ fn facts(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) 
 }
 
 /// Returns changes of local endpoints, and whether a health check changed.
-fn node_items(before: &[Layer; 4], staged: &[StagedLayer; 4], applied: &mut Applied) {
+fn node_items(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], applied: &mut Applied) {
     for (base, staged) in before.iter().zip(staged) {
         match staged {
             StagedLayer::Unchanged => {}

@@ -125,7 +125,7 @@ enum Step {
     Cidr(u8),
     Node(bool),
     Settings(u64),
-    Check(u8, u32),
+    Check(LayerKind, u8, u32),
     Snapshot(LayerKind),
 }
 
@@ -148,8 +148,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0_u8..3).prop_map(Step::Cidr),
         1 => any::<bool>().prop_map(Step::Node),
         1 => (0_u64..3).prop_map(Step::Settings),
-        1 => (0_u8..3, 0_u32..3).prop_map(|(number, ready)| Step::Check(number, ready)),
-        1 => prop_oneof![Just(LayerKind::Zone), Just(LayerKind::Node), Just(LayerKind::Cluster)]
+        1 => (0_u8..3, 0_u32..3).prop_map(|(number, ready)| Step::Check(LayerKind::Node, number, ready)),
+        1 => (0_u8..3, 0_u32..3).prop_map(|(number, ready)| Step::Check(LayerKind::HealthChecks, number, ready)),
+        1 => proptest::sample::select(vec![LayerKind::Zone, LayerKind::Node, LayerKind::Cluster, LayerKind::HealthChecks])
             .prop_map(Step::Snapshot),
     ]
 }
@@ -161,7 +162,7 @@ struct Sender {
     frontends: BTreeMap<FrontendKey, Frontend>,
     local: BTreeSet<LocalEndpoint>,
     cidrs: BTreeSet<Cidr>,
-    checks: BTreeMap<HealthCheckKey, HealthCheck>,
+    checks: BTreeMap<(i32, HealthCheckKey), HealthCheck>,
     node: Option<NodeRecord>,
     settings: Option<Settings>,
 }
@@ -177,10 +178,22 @@ impl Sender {
         self.frontends.values().for_each(|item| digest.add(LayerKind::Cluster, ItemRef::Frontend(item)));
         self.local.iter().for_each(|item| digest.add(LayerKind::Node, ItemRef::LocalEndpoint(item)));
         self.cidrs.iter().for_each(|item| digest.add(LayerKind::Cluster, ItemRef::ServiceCidr(item)));
-        self.checks.values().for_each(|item| digest.add(LayerKind::Node, ItemRef::HealthCheck(item)));
+        for ((layer, _), check) in &self.checks {
+            digest.add(LayerKind::try_from(*layer).unwrap(), ItemRef::HealthCheck(check));
+        }
         self.node.iter().for_each(|item| digest.add(LayerKind::Node, ItemRef::Node(item)));
         self.settings.iter().for_each(|item| digest.add(LayerKind::Settings, ItemRef::Settings(item)));
         digest
+    }
+
+    /// The health checks that the node serves: those of its own layer take precedence.
+    fn served(&self) -> BTreeMap<HealthCheckKey, HealthCheck> {
+        let mut served = BTreeMap::new();
+        for layer in [LayerKind::HealthChecks, LayerKind::Node] {
+            let checks = self.checks.iter().filter(|((at, _), _)| *at == layer as i32);
+            served.extend(checks.map(|((_, key), check)| (key.clone(), check.clone())));
+        }
+        served
     }
 
     /// Plays a step and returns the part that carries it.
@@ -246,16 +259,16 @@ impl Sender {
                 self.settings = Some(settings.clone());
                 delta(LayerKind::Settings, Kind::Settings(settings))
             }
-            Step::Check(number, ready) => {
+            Step::Check(layer, number, ready) => {
                 let key = HealthCheckKey { namespace: "default".into(), name: format!("s{number}") };
                 if *ready == 0 {
-                    self.checks.remove(&key);
-                    return delta(LayerKind::Node, Kind::HealthCheckRemoved(key));
+                    self.checks.remove(&(*layer as i32, key.clone()));
+                    return delta(*layer, Kind::HealthCheckRemoved(key));
                 }
                 let check =
                     HealthCheck { key: Some(key.clone()), port: 30_000, ready_ipv4: *ready, ready_ipv6: 1 };
-                self.checks.insert(key, check.clone());
-                delta(LayerKind::Node, Kind::HealthCheck(check))
+                self.checks.insert((*layer as i32, key), check.clone());
+                delta(*layer, Kind::HealthCheck(check))
             }
             Step::Snapshot(layer) => self.snapshot(*layer),
         }
@@ -270,6 +283,8 @@ impl Sender {
                 changes.push(Kind::Pool(PoolPatch { key: Some(key.clone()), added, removed: Vec::new() }));
             }
         }
+        let checks = self.checks.iter().filter(|((at, _), _)| *at == layer as i32);
+        changes.extend(checks.map(|(_, check)| Kind::HealthCheck(check.clone())));
         match layer {
             LayerKind::Cluster => {
                 changes.extend(self.frontends.values().cloned().map(Kind::Frontend));
@@ -277,7 +292,6 @@ impl Sender {
             }
             LayerKind::Node => {
                 changes.extend(self.local.iter().cloned().map(Kind::LocalEndpoint));
-                changes.extend(self.checks.values().cloned().map(Kind::HealthCheck));
                 changes.extend(self.node.iter().cloned().map(Kind::Node));
             }
             LayerKind::Settings => changes.extend(self.settings.iter().cloned().map(Kind::Settings)),
@@ -335,7 +349,7 @@ proptest! {
             let mut parts: Vec<Part> = batch.iter().filter(once).map(|step| sender.play(step)).collect();
             let from = (number > 0 && number != reset_at).then_some(number as u64);
             if from.is_none() {
-                parts = [LayerKind::Cluster, LayerKind::Zone, LayerKind::Node, LayerKind::Settings]
+                parts = KINDS
                     .map(|layer| sender.snapshot(layer)).to_vec();
             }
             let update = sender.update(from, number as u64 + 1);
@@ -344,6 +358,9 @@ proptest! {
             prop_assert_eq!(&kernel, &Model::of(&state));
             prop_assert_eq!(state.digest(), sender.digest());
             prop_assert_eq!(state.digest(), full_digest(&state));
+            let mut served: Vec<HealthCheck> = state.health_checks().cloned().collect();
+            served.sort_by(|one, other| one.key.cmp(&other.key));
+            prop_assert_eq!(served, sender.served().into_values().collect::<Vec<_>>());
             let endpoints: usize = sender.pools.iter()
                 .filter(|((layer, key), _)| *layer == LayerKind::Cluster as i32 && key.role == Role::Cluster as i32)
                 .map(|(_, members)| members.len()).sum();
@@ -423,11 +440,8 @@ fn refusals_have_their_own_reasons() {
 
     let misplaced = delta(LayerKind::Zone, vec![Kind::Frontend(frontend(0, 0))]);
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[misplaced])), NackReason::Malformed);
-    let unknown = Part {
-        layer: 1,
-        kind: 1,
-        payload: Segment { changes: vec![Change::default()] }.encode_to_vec().into(),
-    };
+    let payload = Segment { changes: vec![Change::default()] }.encode_to_vec();
+    let unknown = Part { layer: 1, kind: 1, payload: payload.into() };
     assert_eq!(reason(play(&mut state, &sender.update(Some(7), 8), &[unknown])), NackReason::UnknownFeature);
     let absent = PoolPatch {
         key: Some(pool_key(0, Role::Cluster)),

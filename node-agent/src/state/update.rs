@@ -18,7 +18,7 @@ pub(super) struct Staging {
     digest: Digest,
     source: Option<Source>,
     resume: Option<Resume>,
-    pub(super) layers: [StagedLayer; 4],
+    pub(super) layers: [StagedLayer; KINDS.len()],
     parts: usize,
     bytes: usize,
     changes: usize,
@@ -197,7 +197,7 @@ impl State {
 }
 
 /// Returns the change of the number of endpoints in the CLUSTER layer's pools of role CLUSTER.
-fn cluster_endpoints(before: &[Layer; 4], staged: &[StagedLayer; 4]) -> isize {
+fn cluster_endpoints(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()]) -> isize {
     let Some(at) = position(LayerKind::Cluster) else { return 0 };
     let count = |layer: &Layer| -> isize {
         let pools = layer.pools.iter().filter(|(id, _)| id.role == PoolRole::Cluster);

@@ -183,14 +183,18 @@ impl Fleet {
         self.delta(LayerKind::Cluster, kind)
     }
 
-    /// Adds or replaces a health check, as a delta.
-    pub fn health_check(&mut self, before: Option<&HealthCheck>, check: HealthCheck) -> (Update, Vec<Part>) {
+    /// Adds or replaces a health check of a layer, as a delta.
+    pub fn health_check(
+        &mut self,
+        layer: LayerKind,
+        before: Option<&HealthCheck>,
+        check: HealthCheck,
+    ) -> (Update, Vec<Part>) {
         if let Some(before) = before {
-            self.digest.remove(LayerKind::Node, ItemRef::HealthCheck(before));
+            self.digest.remove(layer, ItemRef::HealthCheck(before));
         }
-        self.digest.add(LayerKind::Node, ItemRef::HealthCheck(&check));
-        self.node.push(Kind::HealthCheck(check.clone()));
-        self.delta(LayerKind::Node, Kind::HealthCheck(check))
+        self.digest.add(layer, ItemRef::HealthCheck(&check));
+        self.delta(layer, Kind::HealthCheck(check))
     }
 
     /// Other settings, as a delta.

@@ -128,7 +128,8 @@ pub struct HealthCheckKey {
     pub name: ::prost::alloc::string::String,
 }
 /// spec.healthCheckNodePort of a Service and the numbers of its distinct local ready addresses: a listener answers
-/// with the number of its own family (kube-proxy: one proxier per family).
+/// with the number of its own family (kube-proxy: one proxier per family). In HEALTH_CHECKS once per Service, without
+/// counts; in NODE for a node with local ready addresses, where it takes precedence.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthCheck {
     #[prost(message, optional, tag = "1")]
@@ -374,6 +375,7 @@ pub struct Hello {
     /// schema versions that the agent speaks
     #[prost(uint32, repeated, tag = "1")]
     pub versions: ::prost::alloc::vec::Vec<u32>,
+    /// Optional parts of the protocol that the agent supports: "health-check-layer".
     #[prost(string, repeated, tag = "2")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, tag = "3")]
@@ -976,6 +978,9 @@ pub enum LayerKind {
     Zone = 2,
     Node = 3,
     Settings = 4,
+    /// Health check node ports of all Services, each with counts of 0. Only for agents with the feature
+    /// "health-check-layer"; other agents get these items in NODE.
+    HealthChecks = 5,
 }
 impl LayerKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -989,6 +994,7 @@ impl LayerKind {
             Self::Zone => "LAYER_KIND_ZONE",
             Self::Node => "LAYER_KIND_NODE",
             Self::Settings => "LAYER_KIND_SETTINGS",
+            Self::HealthChecks => "LAYER_KIND_HEALTH_CHECKS",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -999,6 +1005,7 @@ impl LayerKind {
             "LAYER_KIND_ZONE" => Some(Self::Zone),
             "LAYER_KIND_NODE" => Some(Self::Node),
             "LAYER_KIND_SETTINGS" => Some(Self::Settings),
+            "LAYER_KIND_HEALTH_CHECKS" => Some(Self::HealthChecks),
             _ => None,
         }
     }

@@ -85,4 +85,7 @@ impl Emitter {
 pub(super) fn forget_node(output: &mut Output, node: &Arc<str>) {
     output.pools.remove(&LayerId::Node(node.clone()));
     output.local.remove(node);
+    if let Some((_, ready)) = &mut output.health {
+        ready.remove(node);
+    }
 }

@@ -23,8 +23,6 @@ pub(super) struct Nodes {
     concerned: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
     /// Number of service ports with a local endpoint.
     local: BTreeMap<Arc<str>, BTreeMap<LocalEndpoint, usize>>,
-    /// Health check ports: a new Node gets all of them.
-    health: BTreeMap<ObjectKey, (u16, ReadyCounts)>,
 }
 
 impl Nodes {
@@ -71,22 +69,17 @@ impl Nodes {
         self.concerned.get(name).cloned().unwrap_or_default()
     }
 
-    /// Publishes removed layers, changed records, and the health checks of new Nodes.
+    /// Publishes removed layers and changed records.
     pub(super) fn publish(&mut self, emitter: &mut Emitter) {
         for name in std::mem::take(&mut self.removed) {
             emitter.layer_removed(LayerId::Node(name));
         }
-        for (name, new) in std::mem::take(&mut self.changed) {
+        for name in std::mem::take(&mut self.changed).into_keys() {
             let Some(node) = self.known.get(&name) else { continue };
             if let Some(problem) = incomplete(node) {
                 emitter.problem(problem);
             }
-            let layer = LayerId::Node(name.clone());
-            emitter.push(layer.clone(), Kind::Node(record(node)));
-            for (key, (port, ready)) in self.health.iter().filter(|_| new) {
-                let ready = ready.get(&name).copied().unwrap_or_default();
-                emitter.push(layer.clone(), Kind::HealthCheck(health_check(key, *port, ready)));
-            }
+            emitter.push(LayerId::Node(name), Kind::Node(record(node)));
         }
     }
 
@@ -112,6 +105,9 @@ impl Nodes {
             _ => true,
         });
         output.local.retain(|name, _| self.known.contains_key(name));
+        if let Some((_, ready)) = &mut output.health {
+            ready.retain(|name, _| self.known.contains_key(name));
+        }
     }
 
     /// Counts references: the same endpoint may serve several Services.
@@ -142,38 +138,40 @@ impl Nodes {
         }
     }
 
-    /// A changed port concerns every Node, a changed count only its own.
-    pub(super) fn health(&mut self, key: &ObjectKey, old: &Output, new: &Output, emitter: &mut Emitter) {
+    /// The port is in the layer of all nodes; only a node with ready addresses has counts in its own layer.
+    pub(super) fn health(key: &ObjectKey, old: &Output, new: &Output, emitter: &mut Emitter) {
         if old.health == new.health {
             return;
         }
-        let none = BTreeMap::new();
-        let before = old.health.as_ref();
-        match &new.health {
-            None => {
-                self.health.remove(key);
-                for name in self.known.keys() {
-                    let removed = Kind::HealthCheckRemoved(health_check_key(key));
-                    emitter.push(LayerId::Node(name.clone()), removed);
-                }
+        let port = |output: &Output| output.health.as_ref().map(|(port, _)| *port);
+        match (port(old), port(new)) {
+            (before, Some(port)) if before != Some(port) => {
+                emitter.push(LayerId::HealthChecks, Kind::HealthCheck(health_check(key, port, [0, 0])));
             }
-            Some((port, ready)) => {
-                self.health.insert(key.clone(), (*port, ready.clone()));
-                let same_port = before.is_some_and(|(before, _)| before == port);
-                let earlier = before.map_or(&none, |(_, ready)| ready);
-                let touched: BTreeSet<&Arc<str>> = if same_port {
-                    ready.keys().chain(earlier.keys()).filter(|n| ready.get(*n) != earlier.get(*n)).collect()
-                } else {
-                    self.known.keys().collect()
-                };
-                for name in touched.into_iter().filter(|name| self.known.contains_key(*name)) {
-                    let count = ready.get(name).copied().unwrap_or_default();
-                    let change = Kind::HealthCheck(health_check(key, *port, count));
-                    emitter.push(LayerId::Node(name.clone()), change);
-                }
+            (Some(_), None) => {
+                emitter.push(LayerId::HealthChecks, Kind::HealthCheckRemoved(health_check_key(key)));
+            }
+            _ => {}
+        }
+        let (before, now) = (counted(old), counted(new));
+        for (name, (port, ready)) in &now {
+            if before.get(name) != Some(&(*port, *ready)) {
+                let change = Kind::HealthCheck(health_check(key, *port, *ready));
+                emitter.push(LayerId::Node((*name).clone()), change);
             }
         }
+        for name in before.keys().filter(|name| !now.contains_key(*name)) {
+            let removed = Kind::HealthCheckRemoved(health_check_key(key));
+            emitter.push(LayerId::Node((*name).clone()), removed);
+        }
     }
+}
+
+/// Nodes with ready addresses of a Service, with the Service's health check port.
+fn counted<'a>(output: &'a Output) -> BTreeMap<&'a Arc<str>, (u16, [u32; 2])> {
+    let counts =
+        |(port, ready): &'a (u16, ReadyCounts)| ready.iter().map(|(name, counts)| (name, (*port, *counts)));
+    output.health.iter().flat_map(counts).collect()
 }
 
 fn health_check_key(key: &ObjectKey) -> HealthCheckKey {

@@ -40,6 +40,8 @@ pub(super) struct Items {
     settings: Option<Settings>,
     buckets: BTreeMap<u16, Digest>,
     digest: Digest,
+    /// Digest of the health checks as items of a NODE layer.
+    checks_in_node: Digest,
     /// Roughly what a snapshot takes.
     size: usize,
 }
@@ -57,6 +59,7 @@ impl Items {
             settings: None,
             buckets: BTreeMap::new(),
             digest: Digest::default(),
+            checks_in_node: Digest::default(),
             size: 0,
         }
     }
@@ -70,8 +73,17 @@ impl Items {
         self.size
     }
 
-    pub(super) fn has_health_check(&self, key: &HealthCheckKey) -> bool {
-        self.health_checks.contains_key(key)
+    /// Digest of the health checks as items of a NODE layer, for agents that take them there.
+    pub(super) fn checks_in_node(&self) -> Digest {
+        self.checks_in_node
+    }
+
+    pub(super) fn health_checks(&self) -> impl ExactSizeIterator<Item = (&HealthCheckKey, &HealthCheck)> {
+        self.health_checks.iter()
+    }
+
+    pub(super) fn health_check(&self, key: &HealthCheckKey) -> Option<&HealthCheck> {
+        self.health_checks.get(key)
     }
 
     fn add(&mut self, bucket: u16, size: usize, item: ItemRef<'_>) {
@@ -163,7 +175,9 @@ impl Items {
                 let bucket = bucket16(&key.namespace, &key.name);
                 if let Some(old) = self.health_checks.insert(key, check.clone()) {
                     self.take(bucket, old.encoded_len(), ItemRef::HealthCheck(&old));
+                    self.checks_in_node.remove(LayerKind::Node, ItemRef::HealthCheck(&old));
                 }
+                self.checks_in_node.add(LayerKind::Node, ItemRef::HealthCheck(&check));
                 self.add(bucket, check.encoded_len(), ItemRef::HealthCheck(&check));
                 push(out, Op::HealthCheck(check));
             }
@@ -171,6 +185,7 @@ impl Items {
                 let Some(old) = self.health_checks.remove(&key) else { return };
                 let bucket = bucket16(&key.namespace, &key.name);
                 self.take(bucket, old.encoded_len(), ItemRef::HealthCheck(&old));
+                self.checks_in_node.remove(LayerKind::Node, ItemRef::HealthCheck(&old));
                 push(out, Op::HealthCheckRemoved(key));
             }
             _ => {}

@@ -7,8 +7,8 @@ use prost::Message as _;
 use switchtower_proto::digest::ItemRef;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{
-    Bucket, Buckets, Endpoint, Family, Frontend, FrontendKey, LocalEndpoint, NodeRecord, PoolKey, PoolPatch,
-    Role, Segment, ServicePort, Settings, Target,
+    Bucket, Buckets, Endpoint, Family, Frontend, FrontendKey, HealthCheck, HealthCheckKey, LocalEndpoint,
+    NodeRecord, PoolKey, PoolPatch, Role, Segment, ServicePort, Settings, Target,
 };
 
 use super::*;
@@ -55,6 +55,14 @@ fn frontend(number: u64, affinity_seconds: u32) -> Frontend {
     }
 }
 
+fn health_check_key(number: u64) -> HealthCheckKey {
+    HealthCheckKey { namespace: "default".into(), name: format!("s{number}") }
+}
+
+fn placement(number: u64) -> HealthCheckPlacement {
+    if number == 0 { HealthCheckPlacement::Shared } else { HealthCheckPlacement::Node }
+}
+
 fn change(op: Op) -> Change {
     Change { change: Some(op) }
 }
@@ -67,6 +75,7 @@ struct Copy {
     local: BTreeSet<LocalEndpoint>,
     node: Option<NodeRecord>,
     settings: Option<Settings>,
+    checks: BTreeMap<HealthCheckKey, HealthCheck>,
 }
 
 impl Copy {
@@ -95,6 +104,10 @@ impl Copy {
             Op::LocalEndpointRemoved(gone) => assert!(self.local.remove(&gone)),
             Op::Node(node) => self.node = Some(node),
             Op::Settings(settings) => self.settings = Some(settings),
+            Op::HealthCheck(check) => drop(self.checks.insert(check.key.clone().expect("key"), check)),
+            Op::HealthCheckRemoved(key) => {
+                self.checks.remove(&key).expect("removal of an absent health check");
+            }
             other => panic!("not made by this test: {other:?}"),
         }
     }
@@ -109,6 +122,7 @@ impl Copy {
         self.local.iter().for_each(|local| digest.add(kind, ItemRef::LocalEndpoint(local)));
         self.node.iter().for_each(|node| digest.add(kind, ItemRef::Node(node)));
         self.settings.iter().for_each(|settings| digest.add(kind, ItemRef::Settings(settings)));
+        self.checks.values().for_each(|check| digest.add(kind, ItemRef::HealthCheck(check)));
         digest
     }
 }
@@ -116,7 +130,7 @@ impl Copy {
 /// An agent: its copies, and what it can be resumed from.
 #[derive(Debug, Clone, Default)]
 struct Agent {
-    layers: [Copy; 4],
+    layers: [Copy; KINDS.len()],
     cursor: Option<Cursor>,
 }
 
@@ -127,7 +141,7 @@ impl Agent {
     }
 
     fn take(&mut self, plan: Plan) {
-        let mut replaced = [plan.whole; 4];
+        let mut replaced = [plan.whole; KINDS.len()];
         if plan.whole {
             self.layers = Default::default();
         }
@@ -192,6 +206,19 @@ impl Truth {
                     Op::LocalEndpoint(local)
                 }
             }
+            (LayerId::HealthChecks, _) | (LayerId::Node(_), 2..=3) => {
+                let key = health_check_key(number);
+                let present = layer.checks.contains_key(&key);
+                match random.below(3) {
+                    0 if present => Op::HealthCheckRemoved(key),
+                    _ => {
+                        let ready_ipv4 =
+                            if *id == LayerId::HealthChecks { 0 } else { 1 + random.below(3) as u32 };
+                        let port = 30_000 + random.below(3) as u32;
+                        Op::HealthCheck(HealthCheck { key: Some(key), port, ready_ipv4, ready_ipv6: 0 })
+                    }
+                }
+            }
             (LayerId::Settings(..), _) => {
                 Op::Settings(Settings { revision: random.below(3), ..Settings::default() })
             }
@@ -211,8 +238,19 @@ impl Truth {
         change(op)
     }
 
-    fn view(&self, subscription: &Subscription) -> [Copy; 4] {
-        subscription.layers().map(|id| id.and_then(|id| self.0.get(&id)).cloned().unwrap_or_default())
+    fn view(&self, subscription: &Subscription) -> [Copy; KINDS.len()] {
+        let shared = self.0.get(&LayerId::HealthChecks).map(|layer| &layer.checks);
+        subscription.layers().map(|id| {
+            let mut layer = id.as_ref().and_then(|id| self.0.get(id)).cloned().unwrap_or_default();
+            if matches!(id, Some(LayerId::Node(_)))
+                && subscription.health_checks == HealthCheckPlacement::Node
+            {
+                for (key, check) in shared.into_iter().flatten() {
+                    layer.checks.entry(key.clone()).or_insert_with(|| check.clone());
+                }
+            }
+            layer
+        })
     }
 }
 
@@ -232,10 +270,7 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
     let nodes: Vec<Arc<str>> = (0..4).map(|node| format!("n{node}").into()).collect();
     let mut agents: Vec<(Subscription, Agent)> = nodes
         .iter()
-        .map(|node| {
-            let subscription = Subscription { node: node.clone(), zone: None, settings: ("p".into(), 0) };
-            (subscription, Agent::default())
-        })
+        .map(|node| (Subscription { node: node.clone(), ..self::node(0) }, Agent::default()))
         .collect();
     for _ in 0..steps {
         match random.below(20) {
@@ -253,9 +288,17 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
                 add(&mut pools, applied.moves);
             }
             // An agent starts without state, or resumes with what it has.
-            3 => agents[random.below(4) as usize].1 = Agent::default(),
+            3 => {
+                let (subscription, agent) = &mut agents[random.below(4) as usize];
+                *agent = Agent::default();
+                subscription.health_checks = placement(random.below(2));
+            }
             4 => {
                 let (subscription, agent) = &mut agents[random.below(4) as usize];
+                if random.below(4) == 0 {
+                    // The agent was replaced by another version and resumes.
+                    subscription.health_checks = placement(random.below(2));
+                }
                 let revision = agent.cursor.as_ref().map(Cursor::revision);
                 let revision = revision.filter(|_| random.below(2) == 0);
                 agent.cursor = layers.resume(subscription, revision, agent.digest());
@@ -275,11 +318,12 @@ fn simulate(seed: u64, steps: u64, limits: LogLimits) {
             _ => {
                 let mut changes: BTreeMap<LayerId, Vec<Change>> = BTreeMap::new();
                 for _ in 0..=random.below(3) {
-                    let id = match random.below(8) {
+                    let id = match random.below(10) {
                         0 => LayerId::Zone("a".into()),
                         1 => LayerId::Zone("b".into()),
                         2 | 3 => LayerId::Node(nodes[random.below(4) as usize].clone()),
                         4 => LayerId::Settings("p".into(), random.below(2)),
+                        5 => LayerId::HealthChecks,
                         _ => LayerId::Cluster,
                     };
                     let change = truth.random_change(&mut random, &id);
@@ -332,7 +376,8 @@ fn toggle(layers: &mut Layers, there: bool) {
 }
 
 fn node(number: u64) -> Subscription {
-    Subscription { node: format!("n{number}").into(), zone: None, settings: ("p".into(), 0) }
+    let health_checks = HealthCheckPlacement::Shared;
+    Subscription { node: format!("n{number}").into(), zone: None, settings: ("p".into(), 0), health_checks }
 }
 
 #[test]
@@ -499,8 +544,7 @@ fn deleted_node_prevents_no_other_resume() {
     ];
     let before = apply(first, &[]);
     apply(vec![(LayerId::Cluster, Op::Frontend(frontend(2, 0)))], &[node("b")]);
-    let of =
-        |name: &str| Subscription { node: name.into(), zone: Some("z".into()), settings: ("".into(), 0) };
+    let of = |name: &str| Subscription { node: name.into(), zone: Some("z".into()), ..self::node(0) };
     let digest_at = |name: &str| {
         let mut then = Layers::new(LogLimits::default());
         let changes = BTreeMap::from([
@@ -512,4 +556,41 @@ fn deleted_node_prevents_no_other_resume() {
     };
     assert!(layers.resume(&of("a"), Some(before), digest_at("a")).is_some());
     assert!(layers.resume(&of("b"), Some(before), digest_at("b")).is_none(), "it was removed itself");
+}
+
+#[test]
+fn older_agent_gets_health_checks_within_its_node_layer() {
+    let mut layers = Layers::new(LogLimits::default());
+    let check = |number, port, ready_ipv4| {
+        let key = Some(health_check_key(number));
+        change(Op::HealthCheck(HealthCheck { key, port, ready_ipv4, ready_ipv6: 0 }))
+    };
+    let apply = |layers: &mut Layers, changes: [(LayerId, Vec<Change>); 2]| {
+        layers.apply(BTreeMap::from(changes), &[], Vec::new(), Source::default())
+    };
+    let own = LayerId::Node("n1".into());
+    let shared = vec![check(1, 30_001, 0), check(2, 30_002, 0)];
+    apply(&mut layers, [(LayerId::HealthChecks, shared), (own.clone(), vec![check(1, 30_001, 3)])]);
+    let older = Subscription { health_checks: HealthCheckPlacement::Node, ..node(1) };
+    let mut agent = Agent::default();
+    let take = |layers: &Layers, agent: &mut Agent| {
+        let plan = plan(layers, &older, agent.cursor.as_ref()).expect("an update");
+        assert!(plan.parts.iter().all(|part| part.layer == LayerKind::Node as i32));
+        let snapshot = plan.snapshot;
+        agent.take(plan);
+        let checks = agent.layers[2].checks.values();
+        (snapshot, checks.map(|check| (check.port, check.ready_ipv4)).collect::<Vec<_>>())
+    };
+    assert_eq!(take(&layers, &mut agent).1, [(30_001, 3), (30_002, 0)]);
+    // A count alone is a delta; a port is a snapshot of the one layer.
+    apply(&mut layers, [(own.clone(), vec![check(1, 30_001, 4)]), (LayerId::Cluster, Vec::new())]);
+    assert_eq!(take(&layers, &mut agent), (false, vec![(30_001, 4), (30_002, 0)]));
+    let removed = change(Op::HealthCheckRemoved(health_check_key(1)));
+    apply(&mut layers, [(own, vec![removed]), (LayerId::HealthChecks, vec![check(3, 30_003, 0)])]);
+    assert_eq!(take(&layers, &mut agent), (true, vec![(30_001, 0), (30_002, 0), (30_003, 0)]));
+    // The agent is updated: it gets the layer of all nodes, and no item twice.
+    let plan = plan(&layers, &node(1), agent.cursor.as_ref()).expect("an update");
+    agent.take(plan);
+    assert!(agent.layers[2].checks.is_empty());
+    assert_eq!(agent.layers[4].checks.len(), 3);
 }

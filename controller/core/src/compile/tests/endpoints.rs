@@ -162,7 +162,7 @@ fn udp_ports_carry_all_serving_endpoints_for_conntrack() {
 }
 
 #[test]
-fn health_checks_count_distinct_ready_local_addresses() {
+fn health_check_counts_only_reach_nodes_with_endpoints() {
     let mut service = Service { health_check_port: Some(30_100), ..balancer() };
     service.external_policy = TrafficPolicy::Local;
     let second = ServicePortSpec { name: "admin".into(), port: 81, ..service.ports[0].clone() };
@@ -172,15 +172,38 @@ fn health_checks_count_distinct_ready_local_addresses() {
     let mut compiler = Compiler::new();
     three_nodes(&mut compiler);
     compiler.apply(Input::Slice(slice));
+    let (key, changed) = (service.key.clone(), service.clone());
     compiler.apply(Input::Service(service));
     let mut world = World::default();
     world.apply(compiler.compile());
-    let counts: Vec<_> = world.health.values().copied().collect();
-    assert_eq!(counts, [(30_100, 1, 0), (30_100, 1, 0), (30_100, 0, 0)]);
-    // A Node that comes later has the check too.
+    let counts = |world: &World| -> Vec<_> {
+        world.health.iter().map(|((layer, _), check)| (layer.clone(), *check)).collect()
+    };
+    let node = |name: &str| LayerId::Node(name.into());
+    let shared = |port| (LayerId::HealthChecks, (port, 0, 0));
+    // Two ports of one address count once.
+    assert_eq!(counts(&world), [(node("n1"), (30_100, 1, 0)), (node("n2"), (30_100, 1, 0)), shared(30_100)]);
+    // A Node that comes later only needs the layer of all nodes.
     compiler.apply(Input::Node(mk_node("n4", None)));
+    let compiled = compiler.compile();
+    assert_eq!(compiled.changes.keys().collect::<Vec<_>>(), [&node("n4")]);
+    world.apply(compiled);
+    // The endpoint of n2 moves to n1, and the port changes.
+    let moved = mk_slice("web-1", "web", &["1 n1", "3 n1"]);
+    compiler.apply(Input::Slice(moved));
     world.apply(compiler.compile());
-    assert_eq!(world.health.len(), 4);
+    assert_eq!(counts(&world), [(node("n1"), (30_100, 2, 0)), shared(30_100)]);
+    compiler.apply(Input::Service(Service { health_check_port: Some(30_101), ..changed }));
+    world.apply(compiler.compile());
+    assert_eq!(counts(&world), [(node("n1"), (30_101, 2, 0)), shared(30_101)]);
+    // Deleted and created again in one batch: its layer starts empty.
+    compiler.apply(Input::NodeDeleted("n1".into()));
+    compiler.apply(Input::Node(mk_node("n1", None)));
+    world.apply(compiler.compile());
+    assert_eq!(counts(&world), [(node("n1"), (30_101, 2, 0)), shared(30_101)]);
+    compiler.apply(Input::ServiceDeleted(key));
+    world.apply(compiler.compile());
+    assert_eq!(counts(&world), []);
 }
 
 #[test]
