@@ -1,5 +1,5 @@
-//! Checks that the installation matches the manifests: applying them again changes nothing, the components apply, and
-//! a monitoring system finds every pod through the metrics Services.
+//! Checks that the installation matches the manifests: applying them again changes nothing, the components apply, a
+//! monitoring system finds every pod through the metrics Services, and a second controller takes over.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::control_plane::Kubectl;
+use super::high_availability;
 use super::install::{NAMESPACE, write_overlay};
 use super::layout::{Layout, Tools};
 use super::shell::{Results, say};
@@ -20,6 +21,7 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     results.add("manifests applied again change nothing", || installed.apply_again())?;
     results.add("components for alerts and dashboards", || installed.components())?;
     results.add("metrics Services lead to every pod", || installed.metrics())?;
+    results.add("a standby takes over", || high_availability::check(layout, tools))?;
     results.end("installed")
 }
 
