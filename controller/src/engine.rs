@@ -4,15 +4,17 @@
 //! is compiled at once. Events during a compilation, or while the fleet is busy with the previous publication, are
 //! combined in the next one. The cost of a compilation depends on the changes, not on the size of the cluster.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntGauge, Registry, exponential_buckets,
-    register_histogram_with_registry, register_int_counter_with_registry, register_int_gauge_with_registry,
+    Histogram, HistogramOpts, IntCounter, IntGauge, IntGaugeVec, Registry, exponential_buckets,
+    register_histogram_with_registry, register_int_counter_with_registry,
+    register_int_gauge_vec_with_registry, register_int_gauge_with_registry,
 };
-use switchtower_core::compile::Compiler;
-use switchtower_core::model::Input;
+use switchtower_core::compile::{Bound, Compiler};
 use switchtower_core::propagation::{Change, Publication, TraceContext};
 use switchtower_proto::v1::Source;
 use tokio::sync::{mpsc, watch};
@@ -25,13 +27,14 @@ use crate::status::NodeEvent;
 use crate::watch::Batch;
 
 mod intake;
-#[cfg(test)]
-mod tests;
 
-use intake::{Intake, Work};
+use intake::{Arrival, Intake, Work};
 
 /// Maximum number of batches per compilation.
 const BATCHES: usize = 1_024;
+
+/// Changes that an update names one by one; the others are only counted (fleet.proto: `Update.changes`).
+const NAMED_CHANGES: usize = 16;
 
 /// State of the layers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -63,6 +66,7 @@ pub struct EngineMetrics {
     changes: IntCounter,
     idle: IntCounter,
     revision: IntGauge,
+    over_limit: IntGaugeVec,
 }
 
 impl EngineMetrics {
@@ -99,18 +103,27 @@ impl EngineMetrics {
                 "Revision of the layers in this process.",
                 registry
             )?,
+            over_limit: register_int_gauge_vec_with_registry!(
+                "switchtower_services_over_limit",
+                "Services beyond a bound: of their own (service; the surplus is left out), of their namespace or of all \
+                 Services (namespace, total; the Service is not programmed).",
+                &["bound"],
+                registry
+            )?,
         })
     }
 }
 
-/// Runs until the watches have ended. `new_trace` creates the trace context of each change.
+/// Runs until the watches have ended. `controllers` are the addresses that no Service may take. `new_trace` creates the
+/// trace context of each change.
 pub async fn run(
     compiler: Compiler,
     fleet: Arc<Fleet>,
     outputs: Outputs,
     metrics: EngineMetrics,
-    mut new_trace: impl FnMut() -> TraceContext + Send + 'static,
+    new_trace: Box<dyn FnMut() -> TraceContext + Send>,
     mut batches: mpsc::Receiver<Batch>,
+    mut controllers: watch::Receiver<BTreeSet<SocketAddr>>,
 ) {
     let busy = outputs.busy.clone();
     let mut engine = Engine {
@@ -119,26 +132,26 @@ pub async fn run(
         fleet,
         outputs,
         metrics,
+        new_trace,
         head: Head::default(),
         missing: String::new(),
+        reserved: false,
     };
-    let propagation = engine.fleet.propagation().clone();
     let mut buffer = Vec::new();
-    while batches.recv_many(&mut buffer, BATCHES).await > 0 {
-        let ready = propagation.ready_for_publication();
-        tokio::pin!(ready);
-        loop {
-            for batch in buffer.drain(..) {
-                engine.intake.absorb(batch, &mut new_trace);
+    controllers.mark_changed();
+    loop {
+        tokio::select! {
+            received = batches.recv_many(&mut buffer, BATCHES) => {
+                if received == 0 {
+                    return;
+                }
             }
-            tokio::select! {
-                biased;
-                () = &mut ready => break,
-                received = batches.recv_many(&mut buffer, BATCHES) => if received == 0 {
-                    break;
-                },
+            Ok(()) = controllers.changed() => {
+                engine.compiler.reserve(controllers.borrow_and_update().clone());
+                engine.reserved = true;
             }
         }
+        engine.absorb_while_busy(&mut batches, &mut buffer).await;
         let _busy = busy.begin();
         engine.step();
     }
@@ -155,12 +168,34 @@ struct Engine {
     fleet: Arc<Fleet>,
     outputs: Outputs,
     metrics: EngineMetrics,
+    new_trace: Box<dyn FnMut() -> TraceContext + Send>,
     head: Head,
     /// Resources that were logged as missing.
     missing: String,
+    /// The addresses of controllers changed since the last compile.
+    reserved: bool,
 }
 
 impl Engine {
+    /// Absorbs the batches in `buffer`, and those that arrive before the fleet is ready for the next publication.
+    async fn absorb_while_busy(&mut self, batches: &mut mpsc::Receiver<Batch>, buffer: &mut Vec<Batch>) {
+        let propagation = self.fleet.propagation().clone();
+        let ready = propagation.ready_for_publication();
+        tokio::pin!(ready);
+        loop {
+            for batch in buffer.drain(..) {
+                self.intake.absorb(batch);
+            }
+            tokio::select! {
+                biased;
+                () = &mut ready => return,
+                received = batches.recv_many(buffer, BATCHES) => if received == 0 {
+                    return;
+                },
+            }
+        }
+    }
+
     fn step(&mut self) {
         let Some(work) = self.intake.take() else {
             let missing = names(&self.intake);
@@ -170,7 +205,7 @@ impl Engine {
             }
             return;
         };
-        let Work { inputs, changes, total, problems, nodes, source } = work;
+        let Work { inputs, problems, nodes, source } = work;
         self.outputs.events.report(problems);
         for event in nodes {
             for sink in &self.outputs.nodes {
@@ -179,8 +214,9 @@ impl Engine {
             }
         }
         let first = self.head.revision == 0;
-        if !inputs.is_empty() || first {
-            self.compile(inputs, changes, total, source, first);
+        let reserved = std::mem::take(&mut self.reserved);
+        if !inputs.is_empty() || first || reserved {
+            self.compile(inputs, source, first);
         }
         if self.head.source != source {
             self.fleet.advance(source);
@@ -194,10 +230,27 @@ impl Engine {
         });
     }
 
-    fn compile(&mut self, inputs: Vec<Input>, changes: Vec<Change>, total: u32, source: Source, first: bool) {
+    /// Gives the inputs to the compiler. Returns a description of the first effective changes, and their number.
+    fn apply(&mut self, inputs: Vec<Arrival>) -> (Vec<Change>, u32) {
+        let (mut changes, mut total) = (Vec::new(), 0_u32);
+        for Arrival { input, cause } in inputs {
+            // The compiler consumes the input: described before its effect is known.
+            let described = cause
+                .as_ref()
+                .filter(|_| changes.len() < NAMED_CHANGES)
+                .map(|cause| cause.describe(&input, (self.new_trace)()));
+            if self.compiler.apply(input) && cause.is_some() {
+                total = total.saturating_add(1);
+                changes.extend(described);
+            }
+        }
+        (changes, total)
+    }
+
+    fn compile(&mut self, inputs: Vec<Arrival>, source: Source, first: bool) {
         let (started, compiling) = (Instant::now(), unix_nanoseconds(SystemTime::now()));
         let objects = inputs.len();
-        inputs.into_iter().for_each(|input| self.compiler.apply(input));
+        let (changes, total) = self.apply(inputs);
         let mut compiled = self.compiler.compile();
         // Not part of publishing: pods may change without a change of any layer.
         self.fleet.pods_changed(&compiled.pods);
@@ -210,6 +263,10 @@ impl Engine {
             self.metrics.idle.inc();
         }
         let elapsed = started.elapsed();
+        for bound in Bound::ALL {
+            let services = i64::try_from(self.compiler.bounded(bound)).unwrap_or(i64::MAX);
+            self.metrics.over_limit.with_label_values(&[bound.name()]).set(services);
+        }
         self.metrics.changes.inc_by(total.into());
         self.metrics.revision.set(i64::try_from(self.head.revision).unwrap_or(i64::MAX));
         if first {
@@ -230,3 +287,6 @@ impl Engine {
 pub async fn first_head(head: &mut watch::Receiver<Option<Head>>) -> bool {
     head.wait_for(Option::is_some).await.is_ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,6 +36,13 @@ pub struct EventSink {
 }
 
 impl EventSink {
+    /// Queues into a channel of a test.
+    #[cfg(test)]
+    pub(crate) fn to(queue: mpsc::Sender<Problem>) -> Self {
+        let outcomes = IntCounterVec::new(Opts::new("events", "Events."), &["outcome"]).unwrap();
+        Self { queue, outcomes }
+    }
+
     /// Queues problems. Counts and drops those that do not fit.
     pub fn report(&self, problems: impl IntoIterator<Item = Problem>) {
         for problem in problems {

@@ -4,6 +4,7 @@
 //! the next controller before the active one fails, without waiting for a kubelet to deliver a new ConfigMap. A standby
 //! refuses the connection, so that the agent moves on.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 use tokio::sync::watch;
 
+use crate::bootstrap;
 use crate::errors::Chain;
 
 /// Label of the controller's Pods.
@@ -75,6 +77,15 @@ pub async fn follow(client: Client, namespace: String, port: u16, sender: watch:
             Err(_) => tracing::debug!(%namespace, "listing the controller's Pods timed out; retrying"),
         }
         tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+/// Resolves the list for as long as the process runs: no Service may take the address of a replica.
+pub async fn resolve(mut peers: Peers, sender: watch::Sender<BTreeSet<SocketAddr>>) {
+    loop {
+        let addresses = bootstrap::resolve(&peers.take_current()).await;
+        sender.send_if_modified(|known| std::mem::replace(known, addresses.clone()) != addresses);
+        peers.changed().await;
     }
 }
 

@@ -106,9 +106,9 @@ fn compile(ingested: Vec<Ingested>, node: &str) -> Result<View, RenderError> {
     for Ingested { fact, origin: _, problems: found } in ingested {
         problems.extend(found);
         match fact {
-            Fact::Input(input) => compiler.apply(input),
-            Fact::Node(node, _) => compiler.apply(Input::Node(node)),
-            Fact::NodeDeleted(name) => compiler.apply(Input::NodeDeleted(name)),
+            Fact::Input(input) => _ = compiler.apply(input),
+            Fact::Node(node, _) => _ = compiler.apply(Input::Node(node)),
+            Fact::NodeDeleted(name) => _ = compiler.apply(Input::NodeDeleted(name)),
             Fact::ServiceCidr(_, cidrs) => service_cidrs.extend(cidrs),
             Fact::ServiceCidrDeleted(_) => {}
         }

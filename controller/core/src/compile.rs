@@ -23,13 +23,14 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use switchtower_proto::v1::Protocol;
 
-pub use self::limits::{Limits, Usage};
+pub use self::limits::{Bound, Limits, Usage};
 pub use self::service::{MAX_POOL_MEMBERS, MAX_SOURCE_RANGES};
 
 use self::claims::Claims;
 use self::emit::Emitter;
-use self::limits::{Admission, Bound, Demand};
+use self::limits::{Admission, Demand};
 use self::nodes::Nodes;
+use self::reserved::ControlPlane;
 use self::service::Output;
 use crate::compiled::{Compiled, Problem, ProblemReason};
 use crate::locality::PodChange;
@@ -67,6 +68,8 @@ pub struct Compiler {
     outputs: BTreeMap<ObjectKey, Output>,
     dirty: BTreeSet<ObjectKey>,
     admission: Admission,
+    /// Number of Services by the bound that they exceed.
+    bounded: BTreeMap<Bound, usize>,
     endpoints: usize,
     /// Ready endpoints that appeared or went since the last compile.
     pods: Vec<PodChange>,
@@ -88,33 +91,45 @@ impl Compiler {
     /// Keeps Services from taking the addresses and ports at which agents reach their controllers.
     #[must_use]
     pub fn reserving(mut self, controllers: impl IntoIterator<Item = SocketAddr>) -> Self {
-        self.claims.reserve_controllers(controllers.into_iter().collect());
+        self.reserve(controllers.into_iter().collect());
         self
     }
 
-    /// Takes note of an event. Costs the object's own size; nothing is compiled yet.
-    pub fn apply(&mut self, input: Input) {
+    /// Replaces the addresses and ports of the controllers. Takes effect with the next compile.
+    pub fn reserve(&mut self, controllers: BTreeSet<SocketAddr>) {
+        self.claims.reserve(ControlPlane::Controllers, controllers);
+    }
+
+    /// Takes note of an event. Costs the object's own size; nothing is compiled yet. Returns false if the event changes
+    /// nothing that is compiled, such as a heartbeat of a Node.
+    pub fn apply(&mut self, input: Input) -> bool {
         match input {
             Input::Service(service) => {
-                if self.services.get(&service.key) != Some(&service) {
+                let changed = self.services.get(&service.key) != Some(&service);
+                if changed {
                     self.dirty.insert(service.key.clone());
                     self.services.insert(service.key.clone(), service);
                 }
+                changed
             }
             Input::ServiceDeleted(key) => {
-                if self.services.remove(&key).is_some() {
+                let changed = self.services.remove(&key).is_some();
+                if changed {
                     self.dirty.insert(key);
                 }
+                changed
             }
             Input::Slice(slice) => self.apply_slice(slice),
             Input::SliceDeleted(key) => self.remove_slice(&key),
             Input::Node(node) => {
                 self.claims.nodes_changed(self.nodes.addresses(&node.name), &node.addresses);
-                if let Some(concerned) = self.nodes.apply(node) {
-                    self.dirty.extend(concerned);
-                }
+                let concerned = self.nodes.apply(node);
+                let changed = concerned.is_some();
+                self.dirty.extend(concerned.into_iter().flatten());
+                changed
             }
             Input::NodeDeleted(name) => {
+                let existed = self.nodes.contains(&name);
                 self.claims.nodes_changed(self.nodes.addresses(&name), &[]);
                 for key in self.nodes.remove(&name) {
                     // The items of the node's layer go with the layer, and return with the Node.
@@ -122,14 +137,18 @@ impl Compiler {
                         emit::forget_node(output, &name);
                     }
                 }
+                existed
             }
-            Input::ServiceCidrs(cidrs) => self.service_cidrs = cidrs.iter().map(IpNet::trunc).collect(),
+            Input::ServiceCidrs(cidrs) => {
+                let cidrs = cidrs.iter().map(IpNet::trunc).collect();
+                std::mem::replace(&mut self.service_cidrs, cidrs) != self.service_cidrs
+            }
         }
     }
 
-    fn apply_slice(&mut self, slice: EndpointSlice) {
+    fn apply_slice(&mut self, slice: EndpointSlice) -> bool {
         if self.slices.get(&slice.key) == Some(&slice) {
-            return;
+            return false;
         }
         let service = service_of(&slice);
         if self.slices.get(&slice.key).is_some_and(|old| old.service != slice.service) {
@@ -139,10 +158,11 @@ impl Compiler {
         self.slices_of.entry(service.clone()).or_default().insert(slice.key.clone());
         self.slices.insert(slice.key.clone(), slice);
         self.service_changed(service);
+        true
     }
 
-    fn remove_slice(&mut self, key: &ObjectKey) {
-        let Some(slice) = self.slices.remove(key) else { return };
+    fn remove_slice(&mut self, key: &ObjectKey) -> bool {
+        let Some(slice) = self.slices.remove(key) else { return false };
         pods::difference(Some(&slice), None, &mut self.pods);
         let service = service_of(&slice);
         if let Some(slices) = self.slices_of.get_mut(&service) {
@@ -152,6 +172,7 @@ impl Compiler {
             }
         }
         self.service_changed(service);
+        true
     }
 
     fn service_changed(&mut self, service: ObjectKey) {
@@ -171,7 +192,7 @@ impl Compiler {
         }
         self.published_cidrs.clone_from(&self.service_cidrs);
         if std::mem::take(&mut self.api_servers_changed) {
-            self.claims.reserve_api_servers(self.api_servers());
+            self.claims.reserve(ControlPlane::ApiServers, self.api_servers());
         }
         // A Service that grows beyond a bound, or shrinks below it, makes others dirty.
         while let Some(key) = self.dirty.pop_first() {
@@ -220,14 +241,25 @@ impl Compiler {
         self.nodes.local_endpoints(&old, &new, emitter);
         Nodes::health(key, &old, &new, emitter);
         self.endpoints = self.endpoints + new.endpoints - old.endpoints;
+        let (before, now) = (old.bound, new.bound);
         if service.is_some() {
             self.outputs.insert(key.clone(), new);
         }
+        self.count_bounds(before, now);
     }
 
-    #[cfg(test)]
-    fn refused(&self) -> usize {
-        self.admission.refused()
+    fn count_bounds(&mut self, old: Option<Bound>, new: Option<Bound>) {
+        if let Some(count) = old.and_then(|bound| self.bounded.get_mut(&bound)) {
+            *count -= 1;
+        }
+        if let Some(bound) = new {
+            *self.bounded.entry(bound).or_default() += 1;
+        }
+    }
+
+    /// Number of Services that exceed a bound.
+    pub fn bounded(&self, bound: Bound) -> usize {
+        self.bounded.get(&bound).copied().unwrap_or_default()
     }
 
     #[cfg(test)]
@@ -255,14 +287,14 @@ impl Compiler {
 fn refused(service: &Service, bound: Bound, limits: Limits) -> Output {
     let (scope, limit) = match bound {
         Bound::Namespace => (format!("namespace {} has", service.key.namespace), limits.namespace),
-        Bound::Total => ("the cluster has".to_owned(), limits.total),
+        Bound::Service | Bound::Total => ("the cluster has".to_owned(), limits.total),
     };
     let message = format!(
         "not programmed: {scope} more than {} addresses with ports or {} endpoints in its Services, and the oldest \
          Services take precedence",
         limit.frontends, limit.endpoints
     );
-    Output::only(Problem::of_service(service, ProblemReason::LimitExceeded, message))
+    Output::refused(Problem::of_service(service, ProblemReason::LimitExceeded, message), bound)
 }
 
 fn is_api_server(service: &ObjectKey) -> bool {

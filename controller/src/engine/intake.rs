@@ -14,18 +14,27 @@ use crate::ingest::{Fact, Ingested, Origin};
 use crate::status::NodeEvent;
 use crate::watch::{Batch, WatchedResource};
 
-/// Changes that an update names one by one; the others are only counted (fleet.proto: `Update.changes`).
-const NAMED_CHANGES: usize = 16;
+/// An input of the compiler.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) input: Input,
+    /// `None` in the first complete lists: they are a state, not changes.
+    pub(super) cause: Option<Cause>,
+}
+
+/// The event behind an input.
+#[derive(Debug, Clone)]
+pub(super) struct Cause {
+    id: u64,
+    received: SystemTime,
+    origin: Origin,
+}
 
 /// Everything that arrived since the last compile.
 #[derive(Debug, Default)]
 pub(super) struct Work {
     /// Inputs of the compiler in order of arrival.
-    pub(super) inputs: Vec<Input>,
-    /// The first changes, with names.
-    pub(super) changes: Vec<Change>,
-    /// Number of changes.
-    pub(super) total: u32,
+    pub(super) inputs: Vec<Arrival>,
     /// Problems of objects.
     pub(super) problems: Vec<Problem>,
     /// Added, changed and deleted Nodes.
@@ -41,6 +50,8 @@ pub(super) struct Intake {
     synced: [bool; WatchedResource::ALL.len()],
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     service_cidrs_changed: bool,
+    /// The last event about a ServiceCIDR since the last compile.
+    service_cidrs_cause: Option<Cause>,
     next_change: u64,
     initial_done: bool,
     /// The last fact about every object, before the first lists are complete.
@@ -74,12 +85,13 @@ impl Subject {
 
 impl Intake {
     /// Adds a batch. The order within a resource is kept; resources are independent of each other.
-    pub(super) fn absorb(&mut self, batch: Batch, new_trace: &mut impl FnMut() -> TraceContext) {
+    pub(super) fn absorb(&mut self, batch: Batch) {
         let Batch { resource, facts, resource_version, synced, received } = batch;
         for ingested in facts {
             if self.initial_done {
-                self.note_change(&ingested.fact, &ingested.origin, received, new_trace);
-                self.absorb_one(ingested);
+                self.next_change += 1;
+                let cause = Cause { id: self.next_change, received, origin: ingested.origin };
+                self.absorb_one(ingested, Some(cause));
             } else {
                 // While one resource cannot be listed, the changes of the others must not accumulate.
                 self.first.insert(Subject::of(&ingested.fact), ingested);
@@ -99,49 +111,27 @@ impl Intake {
         }
     }
 
-    fn absorb_one(&mut self, ingested: Ingested) {
+    fn absorb_one(&mut self, ingested: Ingested, cause: Option<Cause>) {
         self.work.problems.extend(ingested.problems);
         match ingested.fact {
-            Fact::Input(input) => self.work.inputs.push(input),
+            Fact::Input(input) => self.work.inputs.push(Arrival { input, cause }),
             Fact::Node(node, identity) => {
-                self.work.inputs.push(Input::Node(node));
+                self.work.inputs.push(Arrival { input: Input::Node(node), cause });
                 self.work.nodes.push(NodeEvent::Applied(identity));
             }
             Fact::NodeDeleted(name) => {
-                self.work.inputs.push(Input::NodeDeleted(name.clone()));
+                self.work.inputs.push(Arrival { input: Input::NodeDeleted(name.clone()), cause });
                 self.work.nodes.push(NodeEvent::Gone(name));
             }
             Fact::ServiceCidr(name, cidrs) => {
                 self.service_cidrs_changed |= self.service_cidrs.get(&name) != Some(&cidrs);
                 self.service_cidrs.insert(name, cidrs);
+                self.service_cidrs_cause = cause;
             }
             Fact::ServiceCidrDeleted(name) => {
                 self.service_cidrs_changed |= self.service_cidrs.remove(&name).is_some();
+                self.service_cidrs_cause = cause;
             }
-        }
-    }
-
-    /// Records a change. The first complete lists are a state, not changes.
-    fn note_change(
-        &mut self,
-        fact: &Fact,
-        origin: &Origin,
-        received: SystemTime,
-        new_trace: &mut impl FnMut() -> TraceContext,
-    ) {
-        self.work.total = self.work.total.saturating_add(1);
-        self.next_change += 1;
-        if self.work.changes.len() < NAMED_CHANGES {
-            let since = received.duration_since(UNIX_EPOCH).unwrap_or_default();
-            self.work.changes.push(Change {
-                id: self.next_change,
-                object: describe(fact).into(),
-                service: service(fact),
-                received: UnixNanoseconds::try_from(since.as_nanos()).unwrap_or(0),
-                triggered: origin.triggered,
-                trace: new_trace(),
-                origin: origin.trace,
-            });
         }
     }
 
@@ -153,13 +143,14 @@ impl Intake {
         }
         if !self.initial_done {
             for ingested in std::mem::take(&mut self.first).into_values() {
-                self.absorb_one(ingested);
+                self.absorb_one(ingested, None);
             }
             self.work.nodes.push(NodeEvent::Synced);
         }
         if std::mem::take(&mut self.service_cidrs_changed) || !self.initial_done {
             let all: BTreeSet<IpNet> = self.service_cidrs.values().flatten().copied().collect();
-            self.work.inputs.push(Input::ServiceCidrs(all.into_iter().collect()));
+            let input = Input::ServiceCidrs(all.into_iter().collect());
+            self.work.inputs.push(Arrival { input, cause: self.service_cidrs_cause.take() });
         }
         self.initial_done = true;
         let source = self.work.source;
@@ -172,27 +163,42 @@ impl Intake {
     }
 }
 
-/// "EndpointSlice default/web-x7", for traces and logs.
-fn describe(fact: &Fact) -> String {
-    let name = |kind: &str, key: &ObjectKey| format!("{kind} {}/{}", key.namespace, key.name);
-    match fact {
-        Fact::Input(Input::Service(service)) => name("Service", &service.key),
-        Fact::Input(Input::ServiceDeleted(key)) => name("Service", key),
-        Fact::Input(Input::Slice(slice)) => name("EndpointSlice", &slice.key),
-        Fact::Input(Input::SliceDeleted(key)) => name("EndpointSlice", key),
-        Fact::Input(Input::Node(node)) | Fact::Node(node, _) => format!("Node {}", node.name),
-        Fact::Input(Input::NodeDeleted(name)) | Fact::NodeDeleted(name) => format!("Node {name}"),
-        Fact::Input(Input::ServiceCidrs(_)) => "ServiceCIDRs".to_owned(),
-        Fact::ServiceCidr(name, _) | Fact::ServiceCidrDeleted(name) => format!("ServiceCIDR {name}"),
+impl Cause {
+    /// Describes the change for updates and traces.
+    pub(super) fn describe(&self, input: &Input, trace: TraceContext) -> Change {
+        let since = self.received.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Change {
+            id: self.id,
+            object: describe(input).into(),
+            service: service(input),
+            received: UnixNanoseconds::try_from(since.as_nanos()).unwrap_or(0),
+            triggered: self.origin.triggered,
+            trace,
+            origin: self.origin.trace,
+        }
     }
 }
 
-/// Returns the Service of a fact; unknown for a deleted slice.
-fn service(fact: &Fact) -> Option<ObjectKey> {
-    match fact {
-        Fact::Input(Input::Service(service)) => Some(service.key.clone()),
-        Fact::Input(Input::ServiceDeleted(key)) => Some(key.clone()),
-        Fact::Input(Input::Slice(slice)) => {
+/// "EndpointSlice default/web-x7", for traces and logs.
+fn describe(input: &Input) -> String {
+    let name = |kind: &str, key: &ObjectKey| format!("{kind} {}/{}", key.namespace, key.name);
+    match input {
+        Input::Service(service) => name("Service", &service.key),
+        Input::ServiceDeleted(key) => name("Service", key),
+        Input::Slice(slice) => name("EndpointSlice", &slice.key),
+        Input::SliceDeleted(key) => name("EndpointSlice", key),
+        Input::Node(node) => format!("Node {}", node.name),
+        Input::NodeDeleted(name) => format!("Node {name}"),
+        Input::ServiceCidrs(_) => "ServiceCIDRs".to_owned(),
+    }
+}
+
+/// Returns the Service of an input; unknown for a deleted slice.
+fn service(input: &Input) -> Option<ObjectKey> {
+    match input {
+        Input::Service(service) => Some(service.key.clone()),
+        Input::ServiceDeleted(key) => Some(key.clone()),
+        Input::Slice(slice) => {
             Some(ObjectKey { namespace: slice.key.namespace.clone(), name: slice.service.clone() })
         }
         _ => None,
@@ -209,7 +215,7 @@ mod tests {
     }
 
     fn absorb(intake: &mut Intake, batch: Batch) {
-        intake.absorb(batch, &mut || TraceContext { trace: 1, span: 2, sampled: false });
+        intake.absorb(batch);
     }
 
     fn deleted(name: &str) -> Fact {
@@ -237,7 +243,7 @@ mod tests {
         absorb(&mut intake, batch(WatchedResource::ServiceCidrs, vec![], 7, true));
         let work = intake.take().unwrap();
         assert_eq!(work.inputs.len(), 2, "the Service and the (empty) list of ServiceCIDRs");
-        assert_eq!((work.total, work.changes.len()), (0, 0), "the first state is not a change");
+        assert!(work.inputs.iter().all(|arrival| arrival.cause.is_none()), "the first state is not a change");
         assert_eq!(work.nodes, [NodeEvent::Synced]);
         assert_eq!((work.source.services, work.source.service_cidrs), (5, 7));
     }
@@ -262,18 +268,19 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_named_up_to_a_limit_and_counted() {
+    fn change_is_described_by_its_object_and_event() {
         let mut intake = synced();
-        let facts = (0..20).map(|index| deleted(&format!("s{index}"))).collect();
-        absorb(&mut intake, batch(WatchedResource::Services, facts, 9, false));
+        absorb(&mut intake, batch(WatchedResource::Services, vec![deleted("s0"), deleted("s1")], 9, false));
         let work = intake.take().unwrap();
-        assert_eq!((work.total, work.changes.len(), work.inputs.len()), (20, 16, 20));
-        assert_eq!((work.changes[0].id, &*work.changes[0].object), (1, "Service default/s0"));
-        let service = work.changes[0].service.as_ref().map(|key| (&*key.namespace, &*key.name));
-        assert_eq!(service, Some(("default", "s0")));
-        assert_eq!(work.source.services, 9);
+        assert_eq!((work.inputs.len(), work.source.services), (2, 9));
+        let Arrival { input, cause } = &work.inputs[1];
+        let trace = TraceContext { trace: 1, span: 2, sampled: false };
+        let change = cause.as_ref().unwrap().describe(input, trace);
+        assert_eq!((change.id, &*change.object), (2, "Service default/s1"));
+        let service = change.service.as_ref().map(|key| (&*key.namespace, &*key.name));
+        assert_eq!(service, Some(("default", "s1")));
         let next = intake.take().unwrap();
-        assert_eq!((next.inputs.len(), next.total, next.source.services), (0, 0, 9));
+        assert_eq!((next.inputs.len(), next.source.services), (0, 9));
     }
 
     #[test]
@@ -283,9 +290,11 @@ mod tests {
         let facts = vec![cidr("b", "10.97.0.0/16"), cidr("a", "10.96.0.0/16")];
         absorb(&mut intake, batch(WatchedResource::ServiceCidrs, facts, 9, false));
         let expected = vec!["10.96.0.0/16".parse().unwrap(), "10.97.0.0/16".parse().unwrap()];
-        assert_eq!(intake.take().unwrap().inputs, [Input::ServiceCidrs(expected)]);
+        let work = intake.take().unwrap();
+        let [Arrival { input, cause: Some(cause) }] = &work.inputs[..] else { panic!("{:?}", work.inputs) };
+        assert_eq!((input, cause.id), (&Input::ServiceCidrs(expected), 2));
         absorb(&mut intake, batch(WatchedResource::ServiceCidrs, vec![cidr("a", "10.96.0.0/16")], 10, false));
-        assert_eq!(intake.take().unwrap().inputs, []);
+        assert!(intake.take().unwrap().inputs.is_empty());
     }
 
     #[test]

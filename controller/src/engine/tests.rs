@@ -1,132 +1,126 @@
-//! The engine between watches and a fleet whose nodes acknowledge after a delay.
+//! The task with a real compiler and fleet.
 
-use std::time::Duration;
-
-use switchtower_core::compiled::Compiled;
-use switchtower_core::model::{LayerId, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
-use switchtower_core::propagation::Limits;
-use switchtower_proto::v1::change::Change as Op;
-use switchtower_proto::v1::{Change as LayerChange, NodeRecord, Protocol};
+use switchtower_core::compiled::{Problem, ProblemReason};
+use switchtower_core::layer::{HealthCheckPlacement, Planned, Subscription};
+use switchtower_core::model::{Input, Node, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
+use switchtower_proto::v1::Protocol;
 
 use super::*;
-use crate::fleet::builtin_settings;
-use crate::fleet::metrics::StreamMetrics;
-use crate::ingest::{Fact, Ingested};
-use crate::propagation::{Propagation, PropagationMetrics, new_trace};
-use crate::status::{Floor, Floors, News};
+use crate::fleet::fleet_with_one_node;
+use crate::ingest::{Fact, Ingested, NodeIdentity};
 use crate::watch::WatchedResource;
 
-const NODES: usize = 100;
+mod pacing;
 
-fn name(node: usize) -> Arc<str> {
-    format!("n{node}").into()
+struct Lab {
+    fleet: Arc<Fleet>,
+    batches: mpsc::Sender<Batch>,
+    controllers: watch::Sender<BTreeSet<SocketAddr>>,
+    problems: mpsc::Receiver<Problem>,
+    head: watch::Receiver<Option<Head>>,
+    metrics: EngineMetrics,
 }
 
-/// Nodes that hold everything, with an open stream each.
-fn connected_fleet() -> (Arc<Fleet>, Vec<u64>) {
-    let registry = Registry::new();
-    let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
-    let fleet = Fleet::new(
-        builtin_settings(),
-        Floors::default(),
-        StreamMetrics::new(&registry).unwrap(),
-        Arc::new(|| None),
-        Arc::new(propagation),
-        Arc::new(drop),
-    );
-    let record = |node| NodeRecord { name: name(node).to_string(), ..NodeRecord::default() };
-    let layer =
-        |node| (LayerId::Node(name(node)), vec![LayerChange { change: Some(Op::Node(record(node))) }]);
-    let compiled = Compiled { changes: (0..NODES).map(layer).collect(), ..Compiled::default() };
-    fleet.publish(compiled, Publication::default(), Source::default());
-    let open = |node| fleet.open(&name(node), &mut Floor::default()).unwrap().0;
-    let sessions: Vec<_> = (0..NODES).map(open).collect();
-    acknowledge(&fleet, &sessions);
-    (fleet, sessions)
-}
+impl Lab {
+    /// Starts an engine whose first lists are complete.
+    async fn start() -> Self {
+        let (fleet, _) = fleet_with_one_node();
+        let (batches, receiver) = mpsc::channel(16);
+        let (controllers, reserved) = watch::channel(BTreeSet::new());
+        let (queue, problems) = mpsc::channel(16);
+        let (head, mut seen) = watch::channel(None);
+        let outputs =
+            Outputs { head, nodes: Vec::new(), events: EventSink::to(queue), busy: Busy::default() };
+        let metrics = EngineMetrics::new(&Registry::new()).unwrap();
+        let new_trace = Box::new(|| TraceContext { trace: 1, span: 2, sampled: false });
+        let (compiler, measured) = (Compiler::new(), metrics.clone());
+        tokio::spawn(run(compiler, fleet.clone(), outputs, measured, new_trace, receiver, reserved));
+        for resource in WatchedResource::ALL {
+            batches.send(batch(resource, Vec::new(), true)).await.unwrap();
+        }
+        assert!(first_head(&mut seen).await);
+        Self { fleet, batches, controllers, problems, head: seen, metrics }
+    }
 
-/// Every node acknowledges the current revision.
-fn acknowledge(fleet: &Fleet, sessions: &[u64]) {
-    for (node, session) in sessions.iter().enumerate() {
-        let subscription = fleet.subscription(&name(node)).unwrap();
-        let cursor = fleet.read(|layers| layers.head(&subscription));
-        fleet.reached(&name(node), *session, &cursor, None, |_| News::Progress);
+    /// Waits until the engine has processed this version of the Services.
+    async fn processed(&mut self, version: u64) {
+        let processed = |head: &Option<Head>| head.is_some_and(|head| head.source.services >= version);
+        self.head.wait_for(processed).await.unwrap();
     }
 }
 
-fn engine(fleet: Arc<Fleet>) -> mpsc::Sender<Batch> {
-    let (sink, batches) = mpsc::channel(64);
-    let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
-    let client = kube::Client::try_from(config).unwrap();
-    let registry = Registry::new();
-    let (events, _) = crate::events::publisher(client, "tower-0", &registry).unwrap();
-    let outputs = Outputs { head: watch::channel(None).0, nodes: Vec::new(), events, busy: Busy::default() };
-    let metrics = EngineMetrics::new(&registry).unwrap();
-    tokio::spawn(run(Compiler::new(), fleet, outputs, metrics, new_trace, batches));
-    sink
+fn batch(resource: WatchedResource, facts: Vec<Fact>, synced: bool) -> Batch {
+    let facts: Vec<_> = facts.into_iter().map(Ingested::gone).collect();
+    let resource_version = if synced { 1 } else { 1 + facts.len() as u64 };
+    Batch { resource, facts, resource_version, synced, received: SystemTime::UNIX_EPOCH }
 }
 
-fn batch(resource: WatchedResource, facts: Vec<Ingested>, version: u64, synced: bool) -> Batch {
-    Batch { resource, facts, resource_version: version, synced, received: SystemTime::now() }
+fn node(name: &str) -> Fact {
+    let node = Node {
+        name: name.into(),
+        addresses: vec!["192.0.2.1".parse().unwrap()],
+        pod_cidrs: vec!["10.244.0.0/24".parse().unwrap()],
+        zone: None,
+        eligible: true,
+    };
+    Fact::Node(
+        node,
+        NodeIdentity { name: name.into(), uid: "u".into(), kubelet_lost: None, labels: Arc::default() },
+    )
 }
 
-fn service(number: u32) -> Ingested {
-    let [_, b, c, d] = number.to_be_bytes();
-    Ingested::gone(Fact::Input(Input::Service(Service {
-        key: ObjectKey { namespace: "default".into(), name: format!("s{number}").into() },
-        uid: format!("u{number}").into(),
+fn service(external: &str, port: u16) -> Fact {
+    Fact::Input(Input::Service(Service {
+        key: ObjectKey { namespace: "default".into(), name: "web".into() },
+        uid: "u".into(),
         created: 0,
-        cluster_ips: vec![[10, b, c, d].into()],
-        ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
+        cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+        ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port, node_port: None }],
+        external_ips: vec![external.parse().unwrap()],
+        load_balancer_ips: vec![],
+        source_ranges: vec![],
         external_policy: TrafficPolicy::Cluster,
         internal_policy: TrafficPolicy::Cluster,
         affinity_seconds: None,
         health_check_port: None,
-    })))
+    }))
 }
 
-/// Number of publications of 400 changes in four seconds, if every node takes `delay` for an update.
-async fn publications(delay: Duration) -> u64 {
-    let (fleet, sessions) = connected_fleet();
-    let sink = engine(fleet.clone());
-    for resource in WatchedResource::ALL {
-        sink.send(batch(resource, Vec::new(), 1, true)).await.unwrap();
-    }
-    tokio::time::sleep(Duration::from_millis(10)).await;
-    acknowledge(&fleet, &sessions);
-    let before = fleet.revision();
-    let agents = fleet.clone();
-    let agents = tokio::spawn(async move {
-        let mut held = before;
-        loop {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-            if agents.revision() > held {
-                tokio::time::sleep(delay).await;
-                held = agents.revision();
-                acknowledge(&agents, &sessions);
-            }
-        }
-    });
-    for number in 0..400 {
-        let batch = batch(WatchedResource::Services, vec![service(number)], u64::from(number) + 2, false);
-        sink.send(batch).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    agents.abort();
-    assert_eq!(fleet.read(|layers| layers.source()).services, 401, "everything is published");
-    fleet.revision() - before
+#[tokio::test]
+async fn heartbeats_take_no_place_among_named_changes() {
+    let mut lab = Lab::start().await;
+    lab.batches.send(batch(WatchedResource::Nodes, vec![node("n1")], false)).await.unwrap();
+    lab.batches.send(batch(WatchedResource::Services, vec![node("n1")], false)).await.unwrap();
+    lab.processed(2).await;
+    let subscription = Subscription {
+        node: "n1".into(),
+        zone: None,
+        settings: ("builtin".into(), 0),
+        health_checks: HealthCheckPlacement::Shared,
+    };
+    let (before, counted) = (lab.fleet.read(|layers| layers.head(&subscription)), lab.metrics.changes.get());
+    let mut facts = vec![node("n1"); 2 * NAMED_CHANGES];
+    facts.push(service("198.51.100.1", 80));
+    lab.batches.send(batch(WatchedResource::Services, facts, false)).await.unwrap();
+    lab.processed(2 + 2 * NAMED_CHANGES as u64).await;
+    let Planned::Update(plan) = lab.fleet.read(|layers| layers.plan(&subscription, Some(&before))) else {
+        panic!("nothing is to be sent")
+    };
+    let named: Vec<_> = plan.infos.iter().map(|info| &*info.object).collect();
+    assert_eq!(named, ["Service default/web"]);
+    assert_eq!(lab.metrics.changes.get() - counted, 1);
 }
 
-#[tokio::test(start_paused = true)]
-async fn busy_fleet_gets_one_publication_for_many_changes() {
-    let fast = publications(Duration::ZERO).await;
-    assert!(fast > 350, "{fast}: each change is published at once");
-    let busy = publications(Duration::from_millis(50)).await;
-    assert!((9..=13).contains(&busy), "{busy} publications, one per 400 ms");
-    let overloaded = publications(Duration::from_secs(3)).await;
-    assert!((5..=9).contains(&overloaded), "{overloaded} publications, one per 750 ms");
+#[tokio::test]
+async fn addresses_of_later_replicas_are_reserved() {
+    let mut lab = Lab::start().await;
+    let taken = service("198.51.100.7", 9_443);
+    lab.batches.send(batch(WatchedResource::Services, vec![taken], false)).await.unwrap();
+    lab.processed(2).await;
+    let before = lab.fleet.revision();
+    lab.controllers.send(["198.51.100.7:9443".parse().unwrap()].into()).unwrap();
+    let problem = lab.problems.recv().await.unwrap();
+    assert_eq!(problem.reason, ProblemReason::ControlPlaneAddress);
+    let moved = |head: &Option<Head>| head.is_some_and(|head| head.revision > before);
+    lab.head.wait_for(moved).await.unwrap();
 }

@@ -152,6 +152,22 @@ impl Fleet {
         self.mark_all(&mut nodes, &idle, News::Progress);
     }
 
+    /// Forgets the assignments of names that have neither a Node nor a row any more.
+    pub fn forget_settings<'a>(&self, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        let mut nodes = lock(&self.nodes);
+        for name in names {
+            let exists = nodes.nodes.get(name).is_some_and(|node| node.subscription.is_some());
+            if !exists {
+                nodes.assigned.remove(name);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn assignments(&self) -> usize {
+        lock(&self.nodes).assigned.len()
+    }
+
     /// Publishes a revision of the layers for the assignment, although no layer changes, so that it is followed like
     /// any other change. Wakes the nodes.
     fn publish_assignment(&self, nodes: &mut Nodes, change: &FollowedChange, names: &[Arc<str>]) {

@@ -340,6 +340,7 @@ impl Rollouts {
         }
         self.fleet.set_settings(&named);
         self.fleet.assign_settings(assignments);
+        self.fleet.forget_settings(self.served.keys().filter(|node| !served.contains_key(*node)));
         (self.served_settings, self.served) = (named, served);
         self.report_unknown(rows.into_iter().map(|(node, assignment)| (node.clone(), assignment.revision)));
     }

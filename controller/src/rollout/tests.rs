@@ -241,8 +241,10 @@ async fn deleted_rollout_changes_nothing_on_its_nodes() {
     lab.load().await;
     assert_eq!(served(&lab), before);
     assert!(lab.rollouts.unknown.contains_key(&node));
+    let with_row = lab.rollouts.fleet.assignments();
     // Removing the row also removes the record of its unknown revision.
     lab.rollouts.assignments = Assignments::default();
     lab.rollouts.serve();
     assert!(lab.rollouts.unknown.is_empty() && lab.rollouts.served.is_empty());
+    assert_eq!(lab.rollouts.fleet.assignments(), with_row - 1, "of a name without a Node");
 }

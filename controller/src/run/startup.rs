@@ -145,21 +145,21 @@ pub(super) async fn start_synced(
     let (nodes, node_events) = mpsc::unbounded_channel();
     let mut active = prepare_active(replica, &fleet, floors, node_events, tasks)?;
     let client = clients.fenced.clone();
-    let keep = builtin::keep(client.clone(), args.namespace.clone(), builtin);
-    let replicas = peers::follow(client, args.namespace.clone(), args.listen.port(), peers);
-    active.background.extend([
-        ("Events", Box::pin(publisher) as Task),
-        ("built-in settings record", Box::pin(keep)),
-        ("controller Pods", Box::pin(replicas)),
-    ]);
+    let keep = builtin::keep(client, args.namespace.clone(), builtin);
+    let follow = peers::follow(clients.unfenced.clone(), args.namespace.clone(), args.listen.port(), peers);
+    tasks.spawn("controller Pods", follow);
+    active
+        .background
+        .extend([("Events", Box::pin(publisher) as Task), ("built-in settings record", Box::pin(keep))]);
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
-    let compiler =
-        Compiler::new().limited(args.limits.limits()).reserving(bootstrap::resolve(&args.advertise).await);
+    let compiler = Compiler::new().limited(args.limits.limits());
+    let (reserve, reserved) = channel::channel(bootstrap::resolve(&args.advertise).await);
+    tasks.spawn("reserved addresses", peers::resolve(replica.peers.clone(), reserve));
     let outputs = Outputs { head, nodes: vec![nodes], events, busy: busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
-    let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches);
+    let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches, reserved);
     tasks.spawn("engine", engine);
     Ok(Synced { fleet, head: head_seen, traces: changes.traces, active })
 }

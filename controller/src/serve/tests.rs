@@ -13,6 +13,7 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
 use switchtower_admin_api::ChangeReport;
 use switchtower_core::compiled::Compiled;
+use switchtower_core::layer::HealthCheckPlacement;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Change as Followed, Limits as FollowLimits, Publication};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
@@ -216,7 +217,8 @@ struct Agent {
 }
 
 fn hello(node: &str) -> Hello {
-    Hello { versions: vec![1], node_name: node.to_owned(), ..Hello::default() }
+    let features = vec![HealthCheckPlacement::FEATURE.to_owned()];
+    Hello { versions: vec![1], features, node_name: node.to_owned(), ..Hello::default() }
 }
 
 impl Agent {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use switchtower_proto::v1::{Frontend, FrontendKey, FrontendKind, Protocol};
 
 use super::emit::Emitter;
-use super::reserved::{Owner, Reserved};
+use super::reserved::{ControlPlane, Owner, Reserved};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{ObjectKey, Service};
 use crate::wire;
@@ -102,15 +102,10 @@ impl Claims {
         }
     }
 
-    /// Reserves the controllers' addresses; to be called before the first claim.
-    pub(super) fn reserve_controllers(&mut self, controllers: BTreeSet<SocketAddr>) {
-        self.reserved.set_controllers(controllers);
-    }
-
-    /// Replaces the API servers' addresses.
-    pub(super) fn reserve_api_servers(&mut self, api_servers: BTreeSet<SocketAddr>) {
+    /// Replaces the reserved endpoints of a part of the control plane.
+    pub(super) fn reserve(&mut self, part: ControlPlane, endpoints: BTreeSet<SocketAddr>) {
         let changed: Vec<_> =
-            self.reserved.api_servers().symmetric_difference(&api_servers).copied().collect();
+            self.reserved.endpoints(part).symmetric_difference(&endpoints).copied().collect();
         for endpoint in changed {
             let key = FrontendKey {
                 family: wire::family(endpoint.ip()).into(),
@@ -121,7 +116,7 @@ impl Claims {
             self.touch(&node_port(&key));
             self.touch(&key);
         }
-        self.reserved.set_api_servers(api_servers);
+        self.reserved.set_endpoints(part, endpoints);
     }
 
     /// Takes note of a Node's addresses before and after a change.

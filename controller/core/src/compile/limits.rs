@@ -61,11 +61,30 @@ impl Default for Limits {
     }
 }
 
-/// The bound that keeps a Service out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bound {
+/// A bound that a Service exceeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bound {
+    /// Its own: the surplus is left out.
+    Service,
+    /// That of its namespace: the Service is refused.
     Namespace,
+    /// That of all Services: the Service is refused.
     Total,
+}
+
+impl Bound {
+    /// All bounds.
+    pub const ALL: [Self; 3] = [Self::Service, Self::Namespace, Self::Total];
+
+    /// Name in metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Service => "service",
+            Self::Namespace => "namespace",
+            Self::Total => "total",
+        }
+    }
 }
 
 /// Returns an upper bound of what a Service would occupy, from the sizes of its slices.
@@ -172,18 +191,12 @@ impl Admission {
         changed
     }
 
-    /// The bound that keeps this Service out, if any does.
+    /// The bound for which this Service is refused, if it is.
     pub(super) fn refusal(&self, key: &ObjectKey) -> Option<Bound> {
         let namespace = self.namespaces.get(&key.namespace);
         if namespace.is_some_and(|group| group.refused.contains(key)) {
             return Some(Bound::Namespace);
         }
         self.total.refused.contains(key).then_some(Bound::Total)
-    }
-
-    #[cfg(test)]
-    pub(super) fn refused(&self) -> usize {
-        let in_namespaces: usize = self.namespaces.values().map(|group| group.refused.len()).sum();
-        in_namespaces + self.total.refused.len()
     }
 }

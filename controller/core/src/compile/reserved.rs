@@ -36,6 +36,14 @@ impl fmt::Display for Owner {
     }
 }
 
+/// Part of the control plane whose endpoints are reserved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ControlPlane {
+    /// All replicas of the controller.
+    Controllers,
+    ApiServers,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Reserved {
     controllers: BTreeSet<SocketAddr>,
@@ -45,16 +53,18 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
-    pub(super) fn set_controllers(&mut self, controllers: BTreeSet<SocketAddr>) {
-        self.controllers = controllers;
+    pub(super) fn endpoints(&self, part: ControlPlane) -> &BTreeSet<SocketAddr> {
+        match part {
+            ControlPlane::Controllers => &self.controllers,
+            ControlPlane::ApiServers => &self.api_servers,
+        }
     }
 
-    pub(super) fn api_servers(&self) -> &BTreeSet<SocketAddr> {
-        &self.api_servers
-    }
-
-    pub(super) fn set_api_servers(&mut self, api_servers: BTreeSet<SocketAddr>) {
-        self.api_servers = api_servers;
+    pub(super) fn set_endpoints(&mut self, part: ControlPlane, endpoints: BTreeSet<SocketAddr>) {
+        match part {
+            ControlPlane::Controllers => self.controllers = endpoints,
+            ControlPlane::ApiServers => self.api_servers = endpoints,
+        }
     }
 
     pub(super) fn add_node(&mut self, address: IpAddr) {

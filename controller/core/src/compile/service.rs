@@ -11,7 +11,7 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
-use super::limits::Usage;
+use super::limits::{Bound, Usage};
 use super::ports::{Ports, distinct_ports};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
@@ -36,6 +36,8 @@ pub(super) struct Output {
     /// Nodes that endpoints or hints name, whether the Node exists or not.
     pub(super) nodes: BTreeSet<Arc<str>>,
     pub(super) problems: Vec<Problem>,
+    /// Bound that the Service exceeds.
+    pub(super) bound: Option<Bound>,
     /// Distinct endpoints, for counts.
     pub(super) endpoints: usize,
     /// Members of all pools.
@@ -45,9 +47,9 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Contributes nothing but a problem.
-    pub(super) fn only(problem: Problem) -> Self {
-        Self { problems: vec![problem], ..Self::default() }
+    /// Contributes nothing but the problem of a refused Service.
+    pub(super) fn refused(problem: Problem, bound: Bound) -> Self {
+        Self { problems: vec![problem], bound: Some(bound), ..Self::default() }
     }
 
     /// Reports an exceeded limit, once for all ports and families that exceed it alike.
@@ -72,6 +74,8 @@ pub(super) fn compile(service: &Service, slices: &[&EndpointSlice], limit: Usage
         }
     }
     output.health = service.health_check_port.map(|port| (port, ready_addresses(service, slices)));
+    let over_limit = output.problems.iter().any(|problem| problem.reason == ProblemReason::LimitExceeded);
+    output.bound = over_limit.then_some(Bound::Service);
     output
 }
 

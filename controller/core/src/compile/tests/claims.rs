@@ -180,7 +180,7 @@ fn at_node_port(name: &str, cluster_ip: &str, node_port: u16) -> Input {
 
 /// Compiles, and returns the Events' reasons with the Services they are about.
 fn step(compiler: &mut Compiler, world: &mut World, inputs: Vec<Input>) -> Vec<(ProblemReason, ObjectKey)> {
-    inputs.into_iter().for_each(|input| compiler.apply(input));
+    inputs.into_iter().for_each(|input| _ = compiler.apply(input));
     let compiled = compiler.compile();
     let of_service = |problem: &Problem| match &problem.object {
         ProblemObject::Service(key) => Some((problem.reason, key.clone())),
@@ -293,4 +293,22 @@ fn cost_of_a_node_follows_claims_on_its_address() {
     let node = Node { addresses: vec!["203.0.113.9".parse().unwrap()], ..mk_node("n2", None) };
     compiler.apply(Input::Node(node));
     assert_eq!(compiler.claims_touched(), 100);
+}
+
+#[test]
+fn address_of_a_replica_that_comes_later_is_reserved() {
+    let mut compiler = Compiler::new().reserving(["198.51.100.1:9443".parse().unwrap()]);
+    let mut world = World::default();
+    let service = with_external("web", "10.96.0.1", "198.51.100.2", 1);
+    assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, 9_443)]), []);
+    let standby = tcp("198.51.100.2", 9_443);
+    assert_eq!(holder(&world, &standby), Some("web"));
+    let both = ["198.51.100.1:9443".parse().unwrap(), "198.51.100.2:9443".parse().unwrap()];
+    compiler.reserve(both.into());
+    let told = step(&mut compiler, &mut world, vec![]);
+    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    assert_eq!(holder(&world, &standby), None);
+    compiler.reserve([both[0]].into());
+    assert_eq!(step(&mut compiler, &mut world, vec![]), []);
+    assert_eq!(holder(&world, &standby), Some("web"), "the replica is gone");
 }

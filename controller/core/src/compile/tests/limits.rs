@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::*;
-use crate::compile::{Limits, Usage};
+use crate::compile::{Bound, Limits, Usage};
 
 /// Bounds of one Service that these tests exceed.
 const SERVICE: Usage = Usage { frontends: 10_000, endpoints: 200_000 };
@@ -125,7 +125,7 @@ fn newest_services_beyond_a_namespace_bound_are_refused() {
             world.apply(compiler.compile());
         }
         assert_eq!(served(&world), ["other/web", "tenant/a", "tenant/c"], "rotation {rotation}");
-        assert_eq!(compiler.refused(), 1);
+        assert_eq!(compiler.bounded(Bound::Namespace), 1);
         // A Service that shrinks makes room for the one that was refused.
         compiler.apply(Input::Slice(slice_in("tenant", "a", 0)));
         world.apply(compiler.compile());
@@ -135,7 +135,7 @@ fn newest_services_beyond_a_namespace_bound_are_refused() {
         compiler.apply(Input::ServiceDeleted(object_in("tenant", "c")));
         world.apply(compiler.compile());
         assert_eq!(served(&world), ["other/web", "tenant/a", "tenant/b"]);
-        assert_eq!(compiler.refused(), 0);
+        assert_eq!(compiler.bounded(Bound::Namespace), 0);
     }
 }
 
@@ -158,6 +158,14 @@ fn total_bound_refuses_the_newest_of_all_namespaces() {
     assert_eq!(served(&world), ["b/web", "c/web", "d/web"]);
     let [problem] = &problems[..] else { panic!("{problems:?}") };
     assert!(problem.starts_with("not programmed: the cluster has more than 100"), "{problem}");
+    assert_eq!(Bound::ALL.map(|bound| compiler.bounded(bound)), [0, 0, 1]);
+    // Its own bound: a Service that is served in part counts, until it is gone.
+    compiler.apply(Input::Service(Service { ports: ports(11), ..service_in("d", "web", 7, "10.96.0.3") }));
+    world.apply(compiler.compile());
+    assert_eq!(Bound::ALL.map(|bound| compiler.bounded(bound)), [1, 0, 2]);
+    compiler.apply(Input::ServiceDeleted(object_in("d", "web")));
+    world.apply(compiler.compile());
+    assert_eq!(Bound::ALL.map(|bound| compiler.bounded(bound)), [0, 0, 0]);
 }
 
 #[test]

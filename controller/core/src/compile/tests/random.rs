@@ -100,7 +100,7 @@ fn final_objects(inputs: &[Input]) -> Vec<Input> {
 
 fn fresh(objects: impl IntoIterator<Item = Input>) -> World {
     let mut compiler = Compiler::new();
-    objects.into_iter().for_each(|object| compiler.apply(object));
+    objects.into_iter().for_each(|object| _ = compiler.apply(object));
     let mut world = World::default();
     world.apply(compiler.compile());
     world
