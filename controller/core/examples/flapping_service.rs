@@ -123,14 +123,18 @@ impl Engine {
         let node =
             Subscription { node: "n1".into(), zone: None, settings: ("builtin".into(), 0), health_checks };
         let mut engine = Self { compiler, layers: Layers::new(LogLimits::default()), node };
-        engine.step();
+        engine.publish();
         engine
+    }
+
+    fn publish(&mut self) {
+        let compiled = self.compiler.compile();
+        self.layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default());
     }
 
     fn step(&mut self) {
         let before = self.layers.head(&self.node);
-        let compiled = self.compiler.compile();
-        self.layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default());
+        self.publish();
         let planned = self.layers.plan(&self.node, Some(&before));
         assert!(!matches!(planned, Planned::Compress(_)), "the log covers one change");
     }
