@@ -7,6 +7,9 @@
 pub mod affinity;
 pub mod digest;
 
+/// Feature in Hello and `Update.required_features`: the layer of health check node ports.
+pub const HEALTH_CHECK_LAYER: &str = "health-check-layer";
+
 /// Feature in Hello, Welcome and `Update.required_features`: the drain gate.
 pub const DRAIN_GATE: &str = "drain-gate";
 

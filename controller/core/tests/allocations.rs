@@ -10,7 +10,7 @@ use std::cell::Cell;
 
 use common::slice;
 use switchtower_core::compile::Compiler;
-use switchtower_core::layer::{Cursor, Layers, LogLimits, Planned, Subscription};
+use switchtower_core::layer::{Cursor, HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
 use switchtower_core::propagation::{Change, Limits, Publication, TraceContext, Tracker};
 use switchtower_proto::v1::Source;
@@ -94,7 +94,12 @@ impl Cluster {
 }
 
 fn node(number: u32) -> Subscription {
-    Subscription { node: format!("n{number}").into(), zone: None, settings: ("builtin".into(), 0) }
+    Subscription {
+        node: format!("n{number}").into(),
+        zone: None,
+        settings: ("builtin".into(), 0),
+        health_checks: HealthCheckPlacement::Shared,
+    }
 }
 
 #[test]

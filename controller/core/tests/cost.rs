@@ -6,7 +6,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{cluster, slice};
+use common::{address, cluster, service, slice};
 use switchtower_core::compile::Compiler;
 use switchtower_core::layer::{HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;

@@ -25,7 +25,7 @@ pub enum HealthCheckPlacement {
 
 impl HealthCheckPlacement {
     /// Feature of agents that take the shared layer, as in `Hello.features`.
-    pub const FEATURE: &str = "health-check-layer";
+    pub const FEATURE: &str = switchtower_proto::HEALTH_CHECK_LAYER;
 
     /// Returns the placement for an agent with these features.
     #[must_use]

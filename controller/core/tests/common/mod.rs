@@ -12,12 +12,12 @@ fn object(number: u32, suffix: &str) -> ObjectKey {
     ObjectKey { namespace: "default".into(), name: format!("s{number}{suffix}").into() }
 }
 
-fn address(first: u8, number: u32) -> IpAddr {
+pub fn address(first: u8, number: u32) -> IpAddr {
     let [_, b, c, d] = number.to_be_bytes();
     IpAddr::from([first, b, c, d])
 }
 
-fn service(number: u32) -> Service {
+pub fn service(number: u32) -> Service {
     Service {
         key: object(number, ""),
         uid: format!("u{number}").into(),

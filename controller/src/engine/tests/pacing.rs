@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use switchtower_core::compiled::Compiled;
-use switchtower_core::model::{LayerId, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
+use switchtower_core::layer::HealthCheckPlacement;
+use switchtower_core::model::{Input, LayerId, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
 use switchtower_core::propagation::Limits;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change as LayerChange, NodeRecord, Protocol};
@@ -39,7 +40,7 @@ fn connected_fleet() -> (Arc<Fleet>, Vec<u64>) {
         |node| (LayerId::Node(name(node)), vec![LayerChange { change: Some(Op::Node(record(node))) }]);
     let compiled = Compiled { changes: (0..NODES).map(layer).collect(), ..Compiled::default() };
     fleet.publish(compiled, Publication::default(), Source::default());
-    let open = |node| fleet.open(&name(node), &mut Floor::default()).unwrap().0;
+    let open = |node| fleet.open(&name(node), &mut Floor::default(), HealthCheckPlacement::Shared).unwrap().0;
     let sessions: Vec<_> = (0..NODES).map(open).collect();
     acknowledge(&fleet, &sessions);
     (fleet, sessions)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use switchtower_core::compiled::Compiled;
+use switchtower_core::layer::HealthCheckPlacement;
 use switchtower_core::locality::PodChange;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::Publication;
@@ -43,7 +44,7 @@ async fn gated() -> (Arc<Fleet>, u64) {
     let settings = Settings { drain_gate_port: 9910, ..Settings::default() };
     fleet.set_settings(&BTreeMap::from([(("p".into(), 1), settings)]));
     fleet.accept();
-    let (session, _) = fleet.open(&"n1".into(), &mut Floor::default()).unwrap();
+    let (session, _) = fleet.open(&"n1".into(), &mut Floor::default(), HealthCheckPlacement::Shared).unwrap();
     let revision = add_pod(&fleet);
     fleet.holds(&"n1".into(), session, revision);
     tokio::time::advance(100 * SECOND).await;
