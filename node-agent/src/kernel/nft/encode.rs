@@ -157,7 +157,8 @@ fn build(batch: &mut Batch, layout: Layout, chains: &[Chain]) {
             }
         });
     };
-    // Create, delete, create: works whether the table exists or not, and leaves nothing of an old one.
+    // Create, delete, create: works whether the table exists or not, and leaves nothing of an old one. If there was none,
+    // the kernel shows an empty table until the transaction is committed.
     table(batch, libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
     table(batch, libc::NFT_MSG_DELTABLE, 0);
     table(batch, libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
