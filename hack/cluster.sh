@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and related targets).
 #
-#   hack/cluster.sh up|down|install|demo|installed|plugin|faults|uninstall|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|conformance [ARGUMENTS of the program `cluster`]
 #   hack/cluster.sh prepare     only installs and builds requirements
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ACTION=${1:?use: hack/cluster.sh up|down|install|demo|installed|plugin|faults|uninstall|conformance}
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|conformance}
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then

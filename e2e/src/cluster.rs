@@ -30,6 +30,7 @@ pub mod network;
 pub mod node;
 pub mod pki;
 pub mod plugin;
+pub mod rolling_update;
 pub mod shell;
 pub mod uninstall;
 pub mod up;

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchtower_e2e::cluster::interrupt::{self, Then};
 use switchtower_e2e::cluster::{
-    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, shell, uninstall, up,
+    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, rolling_update,
+    shell, uninstall, up,
 };
 
 #[derive(Parser)]
@@ -47,6 +48,13 @@ enum Action {
     },
     /// Breaks agents in several ways; each fault must show on its node's ProxyStatus and on no other
     Faults {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// Updates a Deployment under load without and with the drain gate, with one agent slow
+    Drain {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
@@ -206,6 +214,7 @@ fn main() -> Result<()> {
         Action::Install { place, programs } => install::install(&place.existing()?, &programs.tools()?),
         Action::Demo { place, programs } => demo::demo(&place.existing()?, &programs.tools()?),
         Action::Faults { place, programs } => faults::check(&place.existing()?, &programs.tools()?),
+        Action::Drain { place, programs } => rolling_update::check(&place.existing()?, &programs.tools()?),
         Action::Installed { place, programs } => installed::check(&place.existing()?, &programs.tools()?),
         Action::Plugin { place, programs } => plugin::check(&place.existing()?, &programs.tools()?),
         Action::Uninstall { place, programs } => uninstall::check(&place.existing()?, &programs.tools()?),

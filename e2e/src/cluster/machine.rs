@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::layout::Layout;
 use super::shell::{run, run_line, wait_until};
+use crate::lab::namespace::run_inside;
 
 /// Folders below a machine's `/var` that programs expect.
 const VAR_FOLDERS: [&str; 6] = ["lib/kubelet", "lib/containerd", "lib/cni/net.d", "log", "tmp", "cache"];
@@ -89,22 +90,43 @@ impl Machine {
         Ok(())
     }
 
-    /// Kills with SIGKILL all processes of this program in the machine's network namespace, including containers in
-    /// the host network.
+    /// Kills with SIGKILL all processes that [`Machine::processes`] returns.
     ///
     /// # Errors
     /// There is none.
     pub fn kill(&self, program: &str) -> Result<()> {
+        let found = self.processes(program)?;
+        let found = found.iter().map(u32::to_string);
+        run("kill", ["-KILL".to_owned()].into_iter().chain(found)).map(drop)
+    }
+
+    /// Returns the ids of all processes of this program in the machine's network namespace, including containers in
+    /// the host network.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn processes(&self, program: &str) -> Result<Vec<u32>> {
         let pids = run_line(&format!("ip netns pids {}", self.name))?;
-        let runs = |pid: &&str| {
+        let runs = |pid: &u32| {
             let path = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             path.file_name().is_some_and(|name| name == program)
         };
-        let found: Vec<&str> = pids.split_whitespace().filter(runs).collect();
+        let found: Vec<u32> =
+            pids.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(runs).collect();
         if found.is_empty() {
             bail!("no {program} runs on {}", self.name);
         }
-        run("kill", ["-KILL"].iter().chain(&found)).map(drop)
+        Ok(found)
+    }
+
+    /// Runs `work` on a thread in the machine's network namespace.
+    ///
+    /// # Errors
+    /// The namespace could not be entered.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = format!("/run/netns/{}", self.name);
+        let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+        run_inside(&file, &self.name, work)
     }
 
     /// Runs a command line, split at blanks, in the machine's network namespace.

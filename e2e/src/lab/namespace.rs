@@ -54,13 +54,7 @@ impl Namespace {
     /// # Errors
     /// The namespace could not be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        std::thread::scope(|scope| {
-            let worker = scope.spawn(|| -> Result<T> {
-                enter(self.0.file.as_raw_fd()).with_context(|| format!("entering {}", self.0.name))?;
-                Ok(work())
-            });
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        run_inside(&self.0.file, &self.0.name, work)
     }
 
     /// Makes `command` start inside the namespace.
@@ -99,6 +93,20 @@ impl Namespace {
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
+}
+
+/// Runs `work` on a new thread inside the network namespace of this file.
+///
+/// # Errors
+/// The namespace could not be entered.
+pub(crate) fn run_inside<T: Send>(file: &File, name: &str, work: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| -> Result<T> {
+            enter(file.as_raw_fd()).with_context(|| format!("entering {name}"))?;
+            Ok(work())
+        });
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn enter(descriptor: i32) -> io::Result<()> {
