@@ -29,8 +29,12 @@ total() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
 }
 
-# Cargo repeats the names below `failures:` for each test binary; they are easily lost in a long log.
-failed_tests() {
+# Names of failed checks other than Cargo's tests.
+other_failures=()
+
+# Cargo prints the names below `failures:` of each test binary; they are easily lost in a long log.
+report_failures() {
+    ((${#other_failures[@]} == 0)) || printf 'failed: %s\n' "${other_failures[@]}"
     awk '/^ +(Running|Doc-tests) / { binary = $2 == "unittests" ? $4 : $NF; gsub(/[()]/, "", binary); sub(".*/", "", binary) }
          /^test .* \.\.\. FAILED/ { print "failed: " binary ": " $2 }' "$log"
 }
@@ -91,28 +95,27 @@ read -r passed failed ignored < <(awk '
 started=$(grep -cE '^ +(Running|Doc-tests) ' "$log" || true)
 finished=$(grep -c '^test result: ' "$log" || true)
 if ((started > finished)); then
-    say "$((started - finished)) test binaries crashed"
-    failed=$((failed + started - finished))
+    other_failures+=("$((started - finished)) test binaries crashed")
 fi
 if [ -n "${CI:-}" ] && ((ignored > 0)); then
     say "$ignored ignored tests, which CI does not allow"
     failed=$((failed + ignored))
 fi
 # cargo failed although the counts show no failure.
-if ((status != 0 && failed == 0)); then
+if ((status != 0 && failed + ${#other_failures[@]} == 0)); then
     failed=1
 fi
 
 say "licences, bans and sources of dependencies"
 wait "$audit_pid" || {
     cat "$audit_log" >&2
-    failed=$((failed + 1))
+    other_failures+=("licences, bans and sources of dependencies")
 }
 
 say "documentation, and each crate alone"
 wait "$checks_pid" || {
     cat "$checks_log" >&2
-    failed=$((failed + 1))
+    other_failures+=("documentation, or a crate alone")
 }
 
 # Cluster tests: kubelets, containers, manifests, and upstream's tests. Their results are part of the total.
@@ -124,7 +127,8 @@ wait "$cluster_pid" || true
 # Terminate it together with this script, so that it removes its cluster.
 read -r cluster_passed cluster_failed < <(exec setpriv --pdeathsig TERM hack/cluster-test.sh) || true
 passed=$((passed + ${cluster_passed:-0}))
-failed=$((failed + ${cluster_failed:-1}))
-failed_tests
+failed=$((failed + ${cluster_failed:-1} + ${#other_failures[@]}))
+((${cluster_failed:-1} == 0)) || other_failures+=("${cluster_failed:-1} tests of the real cluster, see above")
+report_failures
 total
 ((failed == 0))

@@ -7,7 +7,7 @@
 //! * A query, the change of an address and an acknowledgement cost O(log n); a publication costs one step for each node
 //!   that it wakes.
 //! * Only an acknowledgement proves that a kernel holds a revision; the position with which an agent resumes does not.
-//! * Everything is bounded: [`QUERIES`] wait at a time, [`REMEMBERED`] drained addresses are remembered.
+//! * Everything is bounded: [`QUERIES`] wait at a time, `REMEMBERED` drained addresses are remembered.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;

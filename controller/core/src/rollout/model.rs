@@ -146,7 +146,7 @@ pub struct Progress {
 pub struct Failure {
     /// The node.
     pub node: String,
-    /// The name of a [`FailureReason`].
+    /// The name of a [`FailureReason`](super::FailureReason).
     pub reason: String,
     /// Human-readable message.
     pub message: String,
