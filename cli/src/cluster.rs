@@ -130,6 +130,21 @@ impl Cluster {
         Ok(slices.map_err(|error| explained(&what, &error))?.items)
     }
 
+    /// Lists the EndpointSlices of all namespaces, in pages.
+    pub(crate) async fn all_slices(&self) -> Result<Vec<EndpointSlice>, CliError> {
+        let api: Api<EndpointSlice> = Api::all(self.client.clone());
+        let mut page = ListParams::default().limit(500);
+        let mut slices = Vec::new();
+        loop {
+            let list = api.list(&page).await.map_err(|error| explained("list EndpointSlices", &error))?;
+            slices.extend(list.items);
+            match list.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return Ok(slices),
+            }
+        }
+    }
+
     /// Returns the latest resourceVersions of Services and EndpointSlices in the cluster.
     pub(crate) async fn newest(&self) -> Result<(u64, u64), CliError> {
         let one = ListParams::default().limit(1);

@@ -9,6 +9,7 @@ use crate::error::CliError;
 use crate::output::{Exit, Report, Style, count, wrapped};
 
 mod builtin;
+mod drain_gate;
 mod post;
 mod pre;
 mod proxies;

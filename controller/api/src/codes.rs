@@ -139,6 +139,10 @@ codes! {
     PROFILES_OVERLAP = "ST0308", "profiles select the same nodes",
         "The profile with the highest priority applies to such a node; at equal priority, the oldest one.",
         "Set different priorities, or use selectors that do not overlap.";
+    GATE_PORT_USED = "ST0309", "pods listen on the port of the drain gate",
+        "Connections from a node to this port of its pods reach the agent instead of the pod: probes of the kubelet \
+         and requests of host processes fail. Connections through Services are not affected.",
+        "Set spec.settings.drainGate.port of the profile and the hooks to a port on which no pod listens.";
     NOT_INSTALLED = "ST0401", "a custom resource is not installed",
         "Without ProxyStatus the cluster shows no state of Switchtower; without ProxyProfile and ProxyRollout its \
          settings cannot be changed.",

@@ -6,7 +6,7 @@ use switchtower_admin_api::codes;
 use switchtower_admin_api::{ControllerInfo, OPERATOR, VIEWER};
 use switchtower_crds::ProxyProfile;
 
-use super::{Check, builtin};
+use super::{Check, builtin, drain_gate};
 use crate::args::Global;
 use crate::cluster::{Cluster, Kinds};
 use crate::controller::Controller;
@@ -33,7 +33,10 @@ pub(super) async fn run(global: &Global, cluster: &Cluster) -> Result<Vec<Check>
     checks.extend(about_fleet(&nodes, &asked));
     if !kinds.missing().contains(&"proxyprofiles") {
         match cluster.profiles().await {
-            Ok(profiles) => checks.extend(about_profiles(&profiles)),
+            Ok(profiles) => {
+                checks.extend(about_profiles(&profiles));
+                checks.extend(drain_gate::after(cluster, &profiles).await);
+            }
             Err(error) => checks.push(Check::error(error)),
         }
     }
