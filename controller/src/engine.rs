@@ -254,6 +254,7 @@ impl Engine {
         let mut compiled = self.compiler.compile();
         // Not part of publishing: pods may change without a change of any layer.
         self.fleet.pods_changed(&compiled.pods);
+        self.fleet.host_pods_changed(&compiled.host_pods);
         self.outputs.events.report(std::mem::take(&mut compiled.problems));
         if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
             let publication = Publication { changes, total, compiling, published: compiling };

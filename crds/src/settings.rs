@@ -50,8 +50,9 @@ pub struct ProxySettings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DrainGate {
-    /// TCP port of the hooks, 1 to 65535. Connections from the node to its own pods on this port reach the agent, not
-    /// the pod. The agent also listens on this port of the node's loopback addresses. The node needs local detection.
+    /// TCP port of the hooks, 1 to 65535. Connections from the node to its own pods and to its own addresses on this
+    /// port reach the agent, not the pod. The agent also listens on this port of the node's loopback addresses. The
+    /// node needs local detection.
     #[schemars(range(min = 1, max = 65_535))]
     pub port: i32,
 }

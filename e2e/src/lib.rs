@@ -19,6 +19,7 @@
 pub mod bench;
 pub mod cluster;
 pub mod demo;
+pub mod drain_gate;
 pub mod fleet;
 pub mod lab;
 pub mod observe;

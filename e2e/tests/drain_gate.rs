@@ -5,21 +5,20 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
 use std::collections::BTreeSet;
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::ensure;
 use serde_json::{Value, json};
+use switchtower_e2e::drain_gate::{self, open_gate};
 use switchtower_e2e::lab::namespace::Namespace;
 use switchtower_e2e::lab::{objects, wait};
 use switchtower_e2e::probe::{self, Transport};
 use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip, fleet, node_port};
 
-const GATE: u16 = 9910;
 const LOAD_BALANCER: &str = "203.0.113.18";
 /// The pods that are replaced, one after another, and those that remain.
 const REPLACED: [&str; 3] = ["a1", "a2", "b1"];
@@ -27,48 +26,10 @@ const REMAINING: [&str; 2] = ["c1", "c2"];
 /// Delay of the slow agent.
 const SLOWED: Duration = Duration::from_secs(2);
 
-/// Applies a profile with the gate and waits until every node has it.
-fn open_gate() {
-    let profile = json!({
-        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "default"},
-        "spec": {
-            "settings": {"drainGate": {"port": GATE}},
-            "strategy": {
-                "steps": [{"nodes": "100%"}], "maxUnavailable": "100%",
-                "gates": {"probes": [], "windowSeconds": 0},
-            },
-        },
-    });
-    let path = fleet().lab().directory().join("drain-gate.json");
-    std::fs::write(&path, profile.to_string()).unwrap();
-    fleet().control_plane().kubectl(&["apply", "-f", &path.to_string_lossy()]).unwrap();
-    wait::until("every node redirects hooks", Duration::from_secs(60), || {
-        for node in fleet().nodes() {
-            let chain =
-                node.net.namespace.output("nft", &["list", "chain", "ip", "switchtower", "nat_output"])?;
-            ensure!(chain.contains("redirect"), "{}: {chain}", node.net.name);
-            let listening = node.net.namespace.run(|| TcpStream::connect(("127.0.0.1", GATE)))?;
-            listening.with_context(|| format!("the listener of {}", node.net.name))?;
-        }
-        Ok(())
-    })
-    .unwrap();
-}
-
 /// Sends the request of a hook as the kubelet of the pod's node does; returns the body of the response.
-fn hook(pod: &str, query: &str) -> Result<Value> {
+fn hook(pod: &str, query: &str) -> anyhow::Result<Value> {
     let (net, node) = fleet().pod(pod)?;
-    let to = SocketAddr::new(net.address(false), GATE);
-    let text = node.net.namespace.run(|| -> Result<String> {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
-        write!(stream, "GET /drained{query} HTTP/1.1\r\nHost: {to}\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })??;
-    ensure!(text.starts_with("HTTP/1.1 200 "), "{text}");
-    let (_, body) = text.split_once("\r\n\r\n").context("no body")?;
-    Ok(serde_json::from_str(body)?)
+    drain_gate::hook(node, net.address(false), &format!("/drained{query}"))
 }
 
 /// A pod's process ends: new connections are refused, established ones continue. Dropping it starts the process again.
@@ -252,7 +213,7 @@ impl Run {
 #[test]
 fn rolling_replacement_loses_no_connection_with_the_gate() {
     let _alone = alone();
-    open_gate();
+    open_gate(fleet()).unwrap();
     let run = Run::new("drain-roll");
     let (without, lost) = run.roll(|_| ());
     assert!(!lost.is_empty(), "no connection of {without} was lost without the gate; the agent was not slow");
@@ -280,7 +241,7 @@ fn rolling_replacement_loses_no_connection_with_the_gate() {
 #[test]
 fn every_verdict_is_reached() {
     let _alone = alone();
-    open_gate();
+    open_gate(fleet()).unwrap();
     let scene = Scene::new("drain-verdicts");
     let verdict = |pod: &str, query: &str| hook(pod, query).unwrap()["verdict"].as_str().unwrap().to_owned();
     let service = scene.service("web", &json!({}));
@@ -314,4 +275,55 @@ fn every_verdict_is_reached() {
     let body = waiting.join().unwrap();
     assert_eq!(body["verdict"], "Drained", "{body}");
     fleet().settled(Duration::from_secs(60)).unwrap();
+}
+
+/// Applies the EndpointSlice of a host-network pod on alpha; `replaced`: it terminates, and c1 is ready.
+fn host_endpoint(scene: &Scene, service: &str, pod: &str, port: u16, replaced: bool) {
+    let node = &scene.node("alpha").net;
+    let host = json!({
+        "addresses": [node.address(false).to_string()], "nodeName": node.name,
+        "conditions": {"ready": true, "serving": true, "terminating": false},
+        "targetRef": {"kind": "Pod", "namespace": scene.namespace, "name": pod},
+    });
+    let mut endpoints = vec![host];
+    if replaced {
+        let (pod, node) = fleet().pod("c1").unwrap();
+        endpoints =
+            vec![objects::terminating(endpoints.remove(0), true), objects::endpoint(pod, &node.net, false)];
+    }
+    let name = format!("{service}-4");
+    let slice = objects::slice(&scene.namespace, &name, service, false, &[("tcp", "TCP", port)], &endpoints);
+    fleet().kube().apply(&slice).unwrap();
+}
+
+#[test]
+fn host_network_pod_waits_by_its_name() {
+    const NAMESPACE: &str = "drain-host";
+    let _alone = alone();
+    open_gate(fleet()).unwrap();
+    let scene = Scene::new(NAMESPACE);
+    for (service, pod, port) in [("web", "web-host", 8080), ("api", "api-host", 9090)] {
+        scene.service(service, &json!({}));
+        host_endpoint(&scene, service, pod, port, false);
+    }
+    fleet().settled(Duration::from_secs(20)).unwrap();
+    let verdict = |node: &str, pod: &str, timeout: &str| {
+        let node = scene.node(node);
+        let path = format!("/drained/{NAMESPACE}/{pod}?timeout={timeout}");
+        drain_gate::hook(node, node.net.address(false), &path).unwrap()["verdict"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(verdict("alpha", "web-host", "300ms"), "TimedOut", "ready");
+    // In its first minute, the controller cannot know that a pod was no endpoint.
+    let is_none = |verdict: String| ["NotAnEndpoint", "Drained"].contains(&&*verdict);
+    assert!(is_none(verdict("alpha", "unknown", "20s")));
+    assert!(is_none(verdict("beta", "web-host", "20s")), "a pod of another node");
+    host_endpoint(&scene, "web", "web-host", 8080, true);
+    assert_eq!(verdict("alpha", "web-host", "20s"), "Drained", "the other pod has the same address");
+    assert_eq!(verdict("alpha", "api-host", "300ms"), "TimedOut", "ready");
+    for service in ["web", "api"] {
+        scene.endpoints(service, &[]);
+    }
 }

@@ -28,6 +28,7 @@ use switchtower_proto::v1::{Nack, NackReason};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::controller::backoff::full_jitter;
+use crate::drain::GateSettings;
 use crate::health::{Health, HealthTargets};
 use crate::kernel::change::KernelChange;
 use crate::kernel::conntrack::FlowTable;
@@ -87,8 +88,8 @@ pub struct Parts {
     pub questions: crate::kernel::inspector::Inspector,
     /// Exporter of spans for updates and repairs.
     pub traces: Traces,
-    /// Port of the drain gate, a setting; its listener follows it.
-    pub drain_gate: watch::Sender<Option<u16>>,
+    /// Settings of the drain gate; its listener follows them.
+    pub drain_gate: watch::Sender<GateSettings>,
 }
 
 /// The view, the kernel, and the changes between them.

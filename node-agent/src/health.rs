@@ -112,7 +112,8 @@ fn only_ipv6(socket: &TcpSocket, only: bool) -> std::io::Result<()> {
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
+/// Returns the address in a message.
+pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),

@@ -22,6 +22,8 @@ use switchtower_proto::v1::*;
 const GATE: u16 = 9910;
 const POD: &str = "10.244.0.1:9910";
 const POD_IPV6: &str = "[fd44::1]:9910";
+/// The node's own addresses.
+const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 /// Port of the backends.
 const PORT: u16 = 8081;
 
@@ -59,7 +61,8 @@ impl Scene {
         fleet.add_pool(fleet::pool_key(0), vec![backend]);
         let pods = [("10.244.0.0", 24), ("fd44::", 64)];
         let pod_cidrs = pods.map(|(net, prefix_length)| Cidr { address: common::bytes(net), prefix_length });
-        fleet.replace_node(NodeRecord { pod_cidrs: pod_cidrs.to_vec(), ..fleet::node_record() });
+        let addresses = NODE.map(common::bytes).to_vec();
+        fleet.replace_node(NodeRecord { pod_cidrs: pod_cidrs.to_vec(), addresses, ..fleet::node_record() });
         fleet.generation = 1;
         Self::of(fleet).await
     }
@@ -152,14 +155,105 @@ fn hooks_reach_the_agent_with_every_local_detection() {
             assert_eq!(refused, Err("ConnectionRefused".into()), "from a pod to {to}");
         }
         assert_eq!(get("127.0.0.1:9910", "/drained").unwrap().0, 400, "not redirected");
-        assert_eq!(get("192.0.2.1:9910", "/drained"), Err("ConnectionRefused".into()), "not a pod");
-        assert_eq!(get(POD, "/drained?timeout=soon").unwrap().0, 400);
-        assert_eq!(get(POD, "/other").unwrap().0, 400);
+        for path in
+            ["/drained?timeout=soon", "/other", "/drained/", "/drained/default", "/drained/default/a/b"]
+        {
+            let (status, explanation) = get(POD, path).unwrap();
+            assert_eq!(status, 400, "{path}");
+            assert!(explanation.ends_with('\n') && explanation.len() > 20, "{path}: {explanation}");
+        }
 
         scene.set(fleet::settings()).await;
         assert_eq!(rule(), "");
         assert_eq!(get(POD, "/drained"), Err("ConnectionRefused".into()), "off again");
         connection.exchange("after the gate was closed");
+    });
+}
+
+#[test]
+fn host_network_pods_are_identified_by_the_path() {
+    in_lab(async |pods| {
+        let mut scene = Scene::start().await;
+        for (mode, interface) in [(LocalDetection::NodeCidr, ""), (LocalDetection::BridgeInterface, "br0")] {
+            scene.open(mode, interface).await;
+            for (to, address) in [("192.0.2.1:9910", NODE[0]), ("[2001:db8::1]:9910", NODE[1])] {
+                let (status, explanation) = get(to, "/drained").unwrap();
+                assert_eq!(status, 400, "the address alone names no pod");
+                assert!(explanation.contains("/drained/NAMESPACE/NAME"), "{explanation}");
+                let waiting = hook(to, "/drained/kube-system/dns-7.x?timeout=60s");
+                let query = scene.query().await;
+                let name = PodName { namespace: "kube-system".into(), name: "dns-7.x".into() };
+                assert_eq!((query.address, query.host_pod), (common::bytes(address), Some(name)));
+                scene.answer(query.id, DrainVerdict::Drained).await;
+                let body = waiting.await.unwrap().unwrap().1;
+                assert!(body.contains("kube-system/dns-7.x"), "{body}");
+                for pod in &pods {
+                    let refused = pod.run(|| get(to, "/drained/kube-system/dns-7.x"));
+                    assert_eq!(refused, Err("ConnectionRefused".into()), "from a pod");
+                }
+            }
+            // The address of a pod is its identity, whatever the path says.
+            let waiting = hook(POD, "/drained/kube-system/dns-7.x");
+            let query = scene.query().await;
+            assert_eq!((query.address, query.host_pod), (vec![10, 244, 0, 1], None));
+            scene.answer(query.id, DrainVerdict::Drained).await;
+            assert_eq!(verdict(waiting.await.unwrap()), "Drained");
+        }
+        // The Node gets another address.
+        let moved = NodeRecord { addresses: vec![vec![192, 0, 2, 9]], ..fleet::node_record() };
+        scene.stream.update(scene.fleet.replace_node(moved)).await;
+        scene.stream.ack().await;
+        assert_eq!(get("192.0.2.1:9910", "/drained/a/b"), Err("ConnectionRefused".into()), "not the node's");
+    });
+}
+
+#[test]
+fn pods_of_a_node_wait_together_during_a_flood() {
+    const PODS: u8 = 250;
+    in_lab(async |_| {
+        let mut scene = Scene::start().await;
+        scene.open(LocalDetection::NodeCidr, "").await;
+        let ended = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopping = ended.clone();
+        // A local process: connections that are not redirected, malformed requests, and connections without a request.
+        let flood = tokio::task::spawn_blocking(move || {
+            let mut count = 0_usize;
+            let mut idle = Vec::new();
+            while !stopping.load(std::sync::atomic::Ordering::Relaxed) {
+                let _ = get("127.0.0.1:9910", "/drained");
+                let _ = get(POD, "/drained?timeout=soon");
+                if idle.len() < 200 {
+                    idle.extend(TcpStream::connect(POD));
+                }
+                count += 2;
+            }
+            count
+        });
+        let hooks: Vec<_> = (1..=PODS)
+            .map(|pod| {
+                tokio::task::spawn_blocking(move || {
+                    get(&format!("10.244.0.{pod}:9910"), "/drained?timeout=60s")
+                })
+            })
+            .collect();
+        let mut queries = std::collections::BTreeMap::new();
+        while queries.len() < usize::from(PODS) {
+            let query = scene.query().await;
+            assert!(queries.insert(query.address, query.id).is_none(), "one query for each pod");
+        }
+        let began = Instant::now();
+        for id in queries.into_values() {
+            scene.answer(id, DrainVerdict::Drained).await;
+        }
+        for hook in hooks {
+            assert_eq!(verdict(hook.await.unwrap()), "Drained");
+        }
+        let took = began.elapsed();
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        let count = flood.await.unwrap();
+        println!("{PODS} hooks answered in {took:?} during {count} requests of another process");
+        assert!(count > 20, "no flood: {count}");
+        assert!(took < Duration::from_secs(10), "{took:?}");
     });
 }
 

@@ -63,6 +63,7 @@ fn slice(name: &str, index: u32, endpoints: u32, ports: u32, round: u32) -> Endp
         serving: true,
         terminating: false,
         node: Some(format!("n{}", number % 100).into()),
+        pod: None,
         zones: Box::default(),
         nodes: Box::default(),
     };

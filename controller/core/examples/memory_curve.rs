@@ -54,6 +54,7 @@ fn slice(number: u32, nodes: u32, round: u32) -> EndpointSlice {
         serving: true,
         terminating: false,
         node: Some(format!("n{}", (number + index * 7) % nodes).into()),
+        pod: None,
         zones: Box::default(),
         nodes: Box::default(),
     };

@@ -6,6 +6,7 @@
 mod categorize;
 mod claims;
 mod emit;
+mod host_endpoints;
 mod limits;
 mod nodes;
 mod pods;
@@ -33,6 +34,7 @@ use self::nodes::Nodes;
 use self::reserved::ControlPlane;
 use self::service::Output;
 use crate::compiled::{Compiled, Problem, ProblemReason};
+use crate::drain::host_pods::HostPodChange;
 use crate::locality::PodChange;
 use crate::model::{EndpointSlice, Input, ObjectKey, Service};
 use crate::wire;
@@ -73,6 +75,8 @@ pub struct Compiler {
     endpoints: usize,
     /// Ready endpoints that appeared or went since the last compile.
     pods: Vec<PodChange>,
+    /// Host-network endpoints that appeared or went since the last compile.
+    host_pods: Vec<HostPodChange>,
 }
 
 impl Compiler {
@@ -135,6 +139,7 @@ impl Compiler {
                     // The items of the node's layer go with the layer, and return with the Node.
                     if let Some(output) = self.outputs.get_mut(&key) {
                         emit::forget_node(output, &name);
+                        host_endpoints::forget_node(&mut output.hosts, &name, &mut self.host_pods);
                     }
                 }
                 existed
@@ -199,7 +204,8 @@ impl Compiler {
             self.compile_service(&key, &mut emitter);
         }
         self.claims.settle(&mut emitter);
-        Compiled { pods: std::mem::take(&mut self.pods), ..emitter.finish() }
+        let host_pods = std::mem::take(&mut self.host_pods);
+        Compiled { pods: std::mem::take(&mut self.pods), host_pods, ..emitter.finish() }
     }
 
     /// Addresses of the API servers: the endpoints of the Service default/kubernetes.
@@ -227,9 +233,10 @@ impl Compiler {
             usage: limits::demand(service, &slices, limits.service),
         });
         self.dirty.extend(self.admission.update(key, demand));
+        let is_host = |node: &str, address| self.nodes.addresses(node).contains(&address);
         let mut new = match (service, self.admission.refusal(key)) {
             (None, _) => Output::default(),
-            (Some(service), None) => service::compile(service, &slices, limits.service),
+            (Some(service), None) => service::compile(service, &slices, limits.service, &is_host),
             (Some(service), Some(bound)) => refused(service, bound, limits),
         };
         let old = self.outputs.remove(key).unwrap_or_default();
@@ -239,6 +246,7 @@ impl Compiler {
         self.claims.update(service, key, &old.frontends, &new.frontends);
         emitter.pools(&old.pools, &new.pools);
         self.nodes.local_endpoints(&old, &new, emitter);
+        host_endpoints::difference(&old.hosts, &new.hosts, &mut self.host_pods);
         Nodes::health(key, &old, &new, emitter);
         self.endpoints = self.endpoints + new.endpoints - old.endpoints;
         let (before, now) = (old.bound, new.bound);

@@ -1,9 +1,12 @@
 //! Output of the compiler: changes per layer, and problems of the objects.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
 
 use switchtower_proto::v1::Change;
 
+use crate::drain::host_pods::HostPodChange;
 use crate::locality::PodChange;
 use crate::model::{LayerId, ObjectKey, Service};
 
@@ -18,6 +21,8 @@ pub struct Compiled {
     pub problems: Vec<Problem>,
     /// Ready endpoints that appeared or went, in their order.
     pub pods: Vec<PodChange>,
+    /// Endpoints of host-network pods that appeared or disappeared, in their order.
+    pub host_pods: Vec<HostPodChange>,
 }
 
 /// Which object a problem is about.
@@ -29,6 +34,24 @@ pub enum ProblemObject {
     EndpointSlice(ObjectKey),
     /// A Node.
     Node(String),
+}
+
+/// A pod as the drain gate knows it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PodIdentity {
+    /// The pod with this address.
+    Address(IpAddr),
+    /// A pod that shares the address of its node.
+    HostNetwork(ObjectKey),
+}
+
+impl fmt::Display for PodIdentity {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(formatter),
+            Self::HostNetwork(ObjectKey { namespace, name }) => write!(formatter, "{namespace}/{name}"),
+        }
+    }
 }
 
 /// The reason of an Event: one CamelCase word.

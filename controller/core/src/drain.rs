@@ -1,19 +1,22 @@
-//! The drain gate: when does no node send new connections to an address any more? Pure: time is an argument.
+//! The drain gate: when does no node send new connections to a pod any more? Pure: time is an argument.
 //!
-//! An address is drained once it is in no pool, and every node has acknowledged the revision of the layers in which it
-//! left its last pool. Nodes without a stream are waited for during [`GRACE`] and then excluded.
+//! A pod is drained once its endpoints are in no pool, and every node has acknowledged the revision of the layers in which
+//! the last of them left its last pool. Nodes without a stream are waited for during [`GRACE`] and then excluded.
 //!
 //! Invariants:
-//! * A query, the change of an address and an acknowledgement cost O(log n); a publication costs one step for each node
-//!   that it wakes.
+//! * A query, the change of an endpoint and an acknowledgement cost O(log n) and the ports of one address; a publication
+//!   costs one step for each node that it wakes.
 //! * Only an acknowledgement proves that a kernel holds a revision; the position with which an agent resumes does not.
-//! * Everything is bounded: [`QUERIES`] wait at a time, `REMEMBERED` drained addresses are remembered.
+//! * Everything is bounded: [`QUERIES`] wait at a time, `REMEMBERED` drained endpoints are remembered.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::model::ObjectKey;
+
+pub mod host_pods;
 #[cfg(test)]
 mod tests;
 
@@ -23,13 +26,59 @@ pub const GRACE: Duration = Duration::from_secs(10);
 pub const YOUNG: Duration = Duration::from_secs(60);
 /// Maximum number of waiting queries.
 pub const QUERIES: usize = 65_536;
-/// Maximum number of addresses that left their last pool and are remembered.
+/// Maximum number of endpoints that left their last pool and are remembered.
 const REMEMBERED: usize = 65_536;
 /// Maximum number of nodes that an answer names.
 const NAMES: usize = 16;
 
-/// Changes of the number of pools that contain an address.
-pub type Moves = BTreeMap<IpAddr, i64>;
+/// Address, protocol and port of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Socket {
+    /// Address.
+    pub address: IpAddr,
+    /// IANA protocol number.
+    pub protocol: i32,
+    /// Port.
+    pub port: u16,
+}
+
+impl Socket {
+    /// Returns the range of all endpoints with an address.
+    fn all(address: IpAddr) -> std::ops::RangeInclusive<Self> {
+        let first = Self { address, protocol: i32::MIN, port: 0 };
+        first..=Self { address, protocol: i32::MAX, port: u16::MAX }
+    }
+}
+
+/// Change of the number of pools that contain an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Move {
+    /// Change of the number.
+    pub change: i64,
+    /// The Service of the last pool that it left.
+    pub left: Option<Arc<ObjectKey>>,
+}
+
+/// Changes of the number of pools that contain an endpoint.
+pub type Moves = BTreeMap<Socket, Move>;
+
+/// Endpoints that a query waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// All endpoints with an address: a pod with an address of its own.
+    Address(IpAddr),
+    /// Endpoints of a pod that shares the address of its node. May be empty.
+    Sockets(Vec<Socket>),
+}
+
+/// The publication that removed an endpoint from its last pool.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Removal {
+    /// Revision of the layers.
+    pub revision: u64,
+    /// The Service of that pool.
+    pub service: Option<Arc<ObjectKey>>,
+}
 
 /// Number of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,6 +139,8 @@ pub struct Answer {
     pub waited_for: Names,
     /// Nodes without a stream, which were not waited for.
     pub missing: Names,
+    /// Removal of the last endpoint; `None`: there is an endpoint, or there was none that is remembered.
+    pub removal: Option<Removal>,
 }
 
 /// Answers to queries that have waited.
@@ -118,22 +169,44 @@ struct Node {
     pending: Option<u64>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Query {
-    address: IpAddr,
-    /// Revision in which the address left its last pool; `None`: it is in one.
+    target: Target,
+    /// State of endpoints that are not remembered.
+    unknown: Option<u64>,
+    /// Revision in which the last endpoint left its last pool; `None`: one is in a pool.
     gone: Option<u64>,
 }
 
-/// Addresses, nodes and waiting queries.
+impl Query {
+    /// Addresses whose changes concern the query.
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        match &self.target {
+            Target::Address(address) => BTreeSet::from([*address]),
+            Target::Sockets(sockets) => sockets.iter().map(|socket| socket.address).collect(),
+        }
+    }
+}
+
+/// State of the endpoints of a query.
+enum State {
+    /// At least one is in a pool.
+    Member,
+    /// None is in a pool; the last left in this publication.
+    Gone(Removal),
+    /// None is in a pool, and none is remembered.
+    Unknown,
+}
+
+/// Endpoints, nodes and waiting queries.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// Number of pools that contain the address.
-    members: HashMap<IpAddr, i64>,
-    /// Revision in which the address left its last pool.
-    gone: HashMap<IpAddr, u64>,
+    /// Number of pools that contain the endpoint.
+    members: BTreeMap<Socket, i64>,
+    /// Publication in which the endpoint left its last pool.
+    gone: BTreeMap<Socket, Removal>,
     /// Keys of `gone` in order of their revisions, with outdated entries.
-    gone_order: VecDeque<(u64, IpAddr)>,
+    gone_order: VecDeque<(u64, Socket)>,
     revision: u64,
     young_until: Instant,
     nodes: HashMap<Arc<str>, Node>,
@@ -144,16 +217,17 @@ pub struct Gate {
     away: VecDeque<(Instant, Arc<str>)>,
     queries: HashMap<QueryId, Query>,
     by_address: BTreeSet<(IpAddr, QueryId)>,
-    /// Queries whose address is in no pool, by revision.
+    /// Queries whose endpoints are in no pool, by revision.
     by_revision: BTreeSet<(u64, QueryId)>,
     last_query: u64,
 }
 
 impl Gate {
-    /// Creates a gate at a revision of the layers, from the number of pools of each address.
+    /// Creates a gate at a revision of the layers, from the number of pools of each endpoint.
     #[must_use]
     pub fn new(members: Moves, revision: u64, now: Instant) -> Self {
-        let members = members.into_iter().filter(|(_, count)| *count > 0).collect();
+        let members = members.into_iter().map(|(socket, pools)| (socket, pools.change));
+        let members = members.filter(|(_, count)| *count > 0).collect();
         Self { members, revision, young_until: now + YOUNG, ..Self::default() }
     }
 
@@ -262,7 +336,7 @@ impl Gate {
         self.away.front().map(|(since, _)| *since + GRACE)
     }
 
-    /// A revision of the layers was published: it changes the pools of these addresses and woke these nodes' streams.
+    /// A revision of the layers was published: it changes the pools of these endpoints and woke these nodes' streams.
     pub fn published(&mut self, revision: u64, moves: &Moves, woken: &[Arc<str>]) -> Answers {
         self.revision = revision;
         for node in woken {
@@ -273,42 +347,71 @@ impl Gate {
                 self.set_pending(node, Some(revision));
             }
         }
-        for (address, change) in moves {
-            let before = self.members.get(address).copied().unwrap_or(0);
+        let mut addresses = BTreeSet::new();
+        for (socket, Move { change, left }) in moves {
+            let before = self.members.get(socket).copied().unwrap_or(0);
             let after = (before + change).max(0);
             if after > 0 {
-                self.members.insert(*address, after);
+                self.members.insert(*socket, after);
             } else {
-                self.members.remove(address);
+                self.members.remove(socket);
             }
             match (before > 0, after > 0) {
-                (true, false) => self.left(*address, revision),
-                (false, true) => self.joined(*address),
-                _ => {}
+                (true, false) => self.left(*socket, Removal { revision, service: left.clone() }),
+                (false, true) => {
+                    self.gone.remove(socket);
+                }
+                _ => continue,
             }
+            addresses.insert(socket.address);
+        }
+        for address in addresses {
+            self.queries_of(address).into_iter().for_each(|id| self.update(id));
         }
         self.complete(None)
     }
 
-    fn left(&mut self, address: IpAddr, revision: u64) {
-        self.gone.insert(address, revision);
-        self.gone_order.push_back((revision, address));
+    fn left(&mut self, socket: Socket, removal: Removal) {
+        self.gone_order.push_back((removal.revision, socket));
+        self.gone.insert(socket, removal);
         while self.gone_order.len() > REMEMBERED {
-            let Some((revision, address)) = self.gone_order.pop_front() else { break };
-            if self.gone.get(&address) == Some(&revision) {
-                self.gone.remove(&address);
+            let Some((revision, socket)) = self.gone_order.pop_front() else { break };
+            if self.gone.get(&socket).is_some_and(|removal| removal.revision == revision) {
+                self.gone.remove(&socket);
             }
-        }
-        for id in self.queries_of(address) {
-            self.wait(id, Some(revision));
         }
     }
 
-    fn joined(&mut self, address: IpAddr) {
-        self.gone.remove(&address);
-        for id in self.queries_of(address) {
-            self.wait(id, None);
+    fn state(&self, target: &Target) -> State {
+        let (member, removal) = match target {
+            Target::Address(address) => {
+                let all = Socket::all(*address);
+                let gone = self.gone.range(all.clone()).map(|(_, removal)| removal);
+                let last = gone.max_by_key(|removal| removal.revision);
+                (self.members.range(all).next().is_some(), last)
+            }
+            Target::Sockets(sockets) => {
+                let gone = sockets.iter().filter_map(|socket| self.gone.get(socket));
+                let last = gone.max_by_key(|removal| removal.revision);
+                (sockets.iter().any(|socket| self.members.contains_key(socket)), last)
+            }
+        };
+        match removal {
+            _ if member => State::Member,
+            Some(removal) => State::Gone(removal.clone()),
+            None => State::Unknown,
         }
+    }
+
+    fn update(&mut self, id: QueryId) {
+        let Some(query) = self.queries.get(&id) else { return };
+        let gone = match self.state(&query.target) {
+            State::Member => None,
+            State::Gone(removal) => Some(removal.revision),
+            // More endpoints left than are remembered: the last known state is on the safe side.
+            State::Unknown => query.gone.or(query.unknown).or(Some(self.revision)),
+        };
+        self.wait(id, gone);
     }
 
     fn queries_of(&self, address: IpAddr) -> Vec<QueryId> {
@@ -326,28 +429,27 @@ impl Gate {
         }
     }
 
-    /// Asks for an address. Returns the answer, or the number of the query that waits for one.
-    pub fn ask(&mut self, address: IpAddr, now: Instant) -> Result<Answer, QueryId> {
-        let gone = if self.members.contains_key(&address) {
-            None
-        } else {
-            match self.gone.get(&address) {
-                Some(revision) => Some(*revision),
-                // It may have left its last pool shortly before this process started.
-                None if now < self.young_until => Some(self.revision),
-                None => return Ok(self.answer(Verdict::NotAnEndpoint, Names::default())),
-            }
+    /// Asks for endpoints. Returns the answer, or the number of the query that waits for one.
+    pub fn ask(&mut self, target: Target, now: Instant) -> Result<Answer, QueryId> {
+        // They may have left their last pool shortly before this process started.
+        let unknown = (now < self.young_until).then_some(self.revision);
+        let gone = match self.state(&target) {
+            State::Member => None,
+            State::Gone(removal) => Some(removal.revision),
+            State::Unknown if unknown.is_some() => unknown,
+            State::Unknown => return Ok(self.answer(Verdict::NotAnEndpoint, Names::default(), None)),
         };
         if gone.is_some_and(|revision| self.is_held(revision)) {
-            return Ok(self.answer(Verdict::Drained, Names::default()));
+            return Ok(self.answer(Verdict::Drained, Names::default(), Some(&target)));
         }
         if self.queries.len() >= QUERIES {
-            return Ok(self.answer(Verdict::Overloaded, Names::default()));
+            return Ok(self.answer(Verdict::Overloaded, Names::default(), None));
         }
         self.last_query += 1;
         let id = QueryId(self.last_query);
-        self.queries.insert(id, Query { address, gone: None });
-        self.by_address.insert((address, id));
+        let query = Query { target, unknown, gone: None };
+        self.by_address.extend(query.addresses().into_iter().map(|address| (address, id)));
+        self.queries.insert(id, query);
         self.wait(id, gone);
         Err(id)
     }
@@ -356,11 +458,11 @@ impl Gate {
     pub fn give_up(&mut self, id: QueryId) -> Option<Answer> {
         let query = self.forget(id)?;
         Some(match query.gone {
-            None => self.answer(Verdict::StillMember, Names::default()),
+            None => self.answer(Verdict::StillMember, Names::default(), None),
             Some(revision) => {
                 let waiting = self.pending.iter().take_while(|(first, _)| *first <= revision);
                 let names = Names::of(waiting.map(|(_, node)| node));
-                self.answer(Verdict::NotAcknowledged, names)
+                self.answer(Verdict::NotAcknowledged, names, Some(&query.target))
             }
         })
     }
@@ -373,15 +475,22 @@ impl Gate {
 
     fn forget(&mut self, id: QueryId) -> Option<Query> {
         let query = self.queries.remove(&id)?;
-        self.by_address.remove(&(query.address, id));
+        for address in query.addresses() {
+            self.by_address.remove(&(address, id));
+        }
         if let Some(revision) = query.gone {
             self.by_revision.remove(&(revision, id));
         }
         Some(query)
     }
 
-    fn answer(&self, verdict: Verdict, waited_for: Names) -> Answer {
-        Answer { verdict, waited_for, missing: Names::of(self.missing.iter()) }
+    /// `removed`: endpoints that are in no pool.
+    fn answer(&self, verdict: Verdict, waited_for: Names, removed: Option<&Target>) -> Answer {
+        let removal = removed.and_then(|target| match self.state(target) {
+            State::Gone(removal) => Some(removal),
+            State::Member | State::Unknown => None,
+        });
+        Answer { verdict, waited_for, missing: Names::of(self.missing.iter()), removal }
     }
 
     /// Returns true if every node that is waited for holds the revision.
@@ -405,8 +514,9 @@ impl Gate {
         while let Some((revision, id)) = self.by_revision.first().copied()
             && self.is_held(revision)
         {
-            self.forget(id);
-            answers.push((id, self.answer(Verdict::Drained, Names::of(last.into_iter()))));
+            let Some(query) = self.forget(id) else { break };
+            answers
+                .push((id, self.answer(Verdict::Drained, Names::of(last.into_iter()), Some(&query.target))));
         }
         answers
     }

@@ -122,7 +122,7 @@ pub struct Applied {
     pub touched: Vec<LayerId>,
     /// Changes that were malformed and dropped; a defect of the compiler.
     pub dropped: usize,
-    /// Changes of the number of pools per address; `None` unless [`Layers::track`] was called.
+    /// Changes of the number of pools per endpoint; `None` unless [`Layers::track`] was called.
     pub moves: Option<Moves>,
 }
 
@@ -208,7 +208,7 @@ pub struct Layers {
     /// resumes only where all of its layers cover its place, so entries below CLUSTER's floor are useless; without
     /// this queue a layer would keep them until it changes often.
     logged: VecDeque<(u64, LayerId)>,
-    /// Record the pools of each address.
+    /// Record the pools of each endpoint.
     tracked: bool,
 }
 
@@ -308,7 +308,7 @@ impl Layers {
         }
     }
 
-    /// Records changes of the number of pools per address from now on. Returns the current numbers.
+    /// Records changes of the number of pools per endpoint from now on. Returns the current numbers.
     pub fn track(&mut self) -> Moves {
         self.tracked = true;
         let mut moves = Moves::new();

@@ -3,7 +3,9 @@
 //! Everything here is plain data in its smallest form. The controller makes it from API objects and drops
 //! the rest: an EndpointSlice held as the API type costs 80 times as much.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -16,6 +18,21 @@ pub struct ObjectKey {
     pub namespace: Arc<str>,
     /// Name.
     pub name: Arc<str>,
+}
+
+/// Identity of a pod: a hash of namespace and name, because every endpoint has one. Two pods with the same hash would wait
+/// for each other at the drain gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodId(NonZeroU64);
+
+impl PodId {
+    /// Returns the identity of a pod.
+    #[must_use]
+    pub fn of(namespace: &str, name: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (namespace, name).hash(&mut hasher);
+        Self(NonZeroU64::new(hasher.finish()).unwrap_or(NonZeroU64::MAX))
+    }
 }
 
 /// internalTrafficPolicy and externalTrafficPolicy.
@@ -94,6 +111,8 @@ pub struct SliceEndpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
+    /// `targetRef`, if it is a pod.
+    pub pod: Option<PodId>,
     /// `hints.forZones`.
     pub zones: Box<[Arc<str>]>,
     /// `hints.forNodes`.

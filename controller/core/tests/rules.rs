@@ -207,6 +207,7 @@ fn slice(name: &str, places: &[Place]) -> EndpointSlice {
         serving: matches!(place.condition, Condition::Ready | Condition::Serving),
         terminating: matches!(place.condition, Condition::Serving | Condition::Gone),
         node: Some(place.node.into()),
+        pod: None,
         zones: match place.hint {
             Hint::None => Box::default(),
             Hint::Zone(zone) => [zone.into()].into(),

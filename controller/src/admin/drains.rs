@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use switchtower_admin_api::DrainReport;
+use switchtower_core::compiled::PodIdentity;
 use switchtower_core::drain::Verdict;
 
 use crate::fleet::Fleet;
@@ -12,7 +13,7 @@ use crate::fleet::Fleet;
 const WAIT: Duration = Duration::from_millis(500);
 
 pub(super) async fn drain(fleet: &Fleet, address: IpAddr) -> DrainReport {
-    let drained = fleet.drain(None, address.to_canonical(), WAIT).await;
+    let drained = fleet.drain(None, &PodIdentity::Address(address.to_canonical()), WAIT).await;
     let (waited_for, missing) = (&drained.answer.waited_for, &drained.answer.missing);
     DrainReport {
         verdict: drained.verdict_name().to_owned(),

@@ -1,16 +1,18 @@
 //! The drain gate of the fleet ([`switchtower_core::drain`]): feeds it with publications and acknowledgements, and waits
 //! for its answers.
 //!
-//! Invariants: without settings that have a drain gate and without a query, nothing is recorded. The gate's lock is taken
-//! after that of the nodes, before that of the layers, and never across an await.
+//! Invariants: without settings that have a drain gate and without a query, only host-network endpoints are recorded. The
+//! gate's lock is taken after that of the nodes, before that of the layers, and never across an await.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use switchtower_core::drain::{Answer, Answers, Gate, Moves, Names, QueryId, Verdict};
+use switchtower_core::compiled::PodIdentity;
+use switchtower_core::drain::host_pods::{HostPodChange, HostPods};
+use switchtower_core::drain::{Answer, Answers, Gate, Moves, Names, QueryId, Target, Verdict};
 use switchtower_core::layer::Layers;
+use switchtower_core::model::PodId;
 use switchtower_proto::v1::DrainVerdict;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -82,11 +84,12 @@ impl Open {
 pub(super) struct Drains {
     started: Instant,
     open: Mutex<Option<Open>>,
+    host_pods: Mutex<HostPods>,
 }
 
 impl Default for Drains {
     fn default() -> Self {
-        Self { started: Instant::now(), open: Mutex::default() }
+        Self { started: Instant::now(), open: Mutex::default(), host_pods: Mutex::default() }
     }
 }
 
@@ -188,17 +191,32 @@ impl Drop for Withdraw<'_> {
 }
 
 impl Fleet {
-    /// Waits until no node sends new connections to the address, at most for `timeout`. `node`: the node of the pod.
-    pub async fn drain(&self, node: Option<&str>, address: IpAddr, timeout: Duration) -> Drained {
+    /// Records endpoints of host-network pods that appeared or disappeared.
+    pub fn host_pods_changed(&self, changes: &[HostPodChange]) {
+        let mut host_pods = lock(&self.drains.host_pods);
+        changes.iter().for_each(|change| host_pods.change(change));
+    }
+
+    /// Waits until no node sends new connections to the pod, at most for `timeout`. `node`: the node of the pod; a node has
+    /// no host-network pods of others.
+    pub async fn drain(&self, node: Option<&str>, pod: &PodIdentity, timeout: Duration) -> Drained {
         let asked = Instant::now();
-        let answer = self.wait_for_drain(address, asked + timeout.min(TIMEOUT_LIMIT)).await;
-        let last_endpoint = answer.verdict == Verdict::StillMember && !self.is_ready(node, address);
+        let target = match pod {
+            PodIdentity::Address(address) => Target::Address(*address),
+            PodIdentity::HostNetwork(name) => {
+                let pod = PodId::of(&name.namespace, &name.name);
+                let host_pods = lock(&self.drains.host_pods);
+                Target::Sockets(node.map_or_else(Vec::new, |node| host_pods.sockets(pod, node)))
+            }
+        };
+        let answer = self.wait_for_drain(target, asked + timeout.min(TIMEOUT_LIMIT)).await;
+        let last_endpoint = answer.verdict == Verdict::StillMember && !self.is_ready(node, pod);
         Drained { answer, last_endpoint, took: asked.elapsed() }
     }
 
-    async fn wait_for_drain(&self, address: IpAddr, deadline: Instant) -> Answer {
+    async fn wait_for_drain(&self, target: Target, deadline: Instant) -> Answer {
         let asked = self.with_drain_gate(&lock(&self.nodes), |open, now| {
-            let id = match open.gate.ask(address, now) {
+            let id = match open.gate.ask(target, now) {
                 Ok(answer) => return Err(answer),
                 Err(id) => id,
             };
@@ -220,10 +238,18 @@ impl Fleet {
             verdict: Verdict::Overloaded,
             waited_for: Names::default(),
             missing: Names::default(),
+            removal: None,
         })
     }
 
-    fn is_ready(&self, node: Option<&str>, address: IpAddr) -> bool {
+    fn is_ready(&self, node: Option<&str>, pod: &PodIdentity) -> bool {
+        let address = match pod {
+            PodIdentity::Address(address) => *address,
+            PodIdentity::HostNetwork(name) => {
+                let pod = PodId::of(&name.namespace, &name.name);
+                return node.is_some_and(|node| lock(&self.drains.host_pods).is_ready(pod, node));
+            }
+        };
         let nodes = lock(&self.nodes);
         match node {
             Some(node) => nodes.localities.is_ready(node, address),

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice as ApiEndpointSlice};
 use switchtower_core::compiled::{ProblemObject, ProblemReason};
-use switchtower_core::model::{EndpointSlice, Input, SliceEndpoint, SlicePort};
+use switchtower_core::model::{EndpointSlice, Input, PodId, SliceEndpoint, SlicePort};
 
 use super::address::parse_ip;
 use super::{Fact, Findings, Ingested, Origin, object_key, port, protocol};
@@ -23,6 +24,7 @@ pub fn slice(object: &ApiEndpointSlice) -> Ingested {
         "IPv6" => Some(true),
         _ => None,
     };
+    let namespace = object.metadata.namespace.as_deref().unwrap_or_default();
     let input = match (service.filter(|name| !name.is_empty()), ipv6) {
         (Some(service), Some(ipv6)) => Input::Slice(EndpointSlice {
             key,
@@ -32,7 +34,7 @@ pub fn slice(object: &ApiEndpointSlice) -> Ingested {
             endpoints: object
                 .endpoints
                 .iter()
-                .filter_map(|endpoint| convert_endpoint(endpoint, ipv6, &mut findings))
+                .filter_map(|endpoint| convert_endpoint(endpoint, ipv6, namespace, &mut findings))
                 .collect(),
         }),
         _ => Input::SliceDeleted(key),
@@ -60,7 +62,12 @@ fn ports(object: &ApiEndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
 }
 
 /// Only the first address counts; the API calls the others meaningless.
-fn convert_endpoint(endpoint: &Endpoint, ipv6: bool, findings: &mut Findings) -> Option<SliceEndpoint> {
+fn convert_endpoint(
+    endpoint: &Endpoint,
+    ipv6: bool,
+    namespace: &str,
+    findings: &mut Findings,
+) -> Option<SliceEndpoint> {
     let text = endpoint.addresses.first().map(String::as_str).unwrap_or_default();
     let Some(address) = parse_ip(text) else {
         findings.note(ProblemReason::InvalidAddress, || {
@@ -85,7 +92,15 @@ fn convert_endpoint(endpoint: &Endpoint, ipv6: bool, findings: &mut Findings) ->
         serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
         node: endpoint.node_name.as_deref().filter(|name| !name.is_empty()).map(Arc::from),
+        pod: endpoint.target_ref.as_ref().and_then(|reference| pod(reference, namespace)),
         zones: zones.iter().map(|zone| Arc::from(zone.name.as_str())).collect(),
         nodes: nodes.iter().map(|node| Arc::from(node.name.as_str())).collect(),
     })
+}
+
+/// A reference without a namespace is to the slice's own. Pods of other namespaces are not accepted.
+fn pod(reference: &ObjectReference, namespace: &str) -> Option<PodId> {
+    let own = reference.namespace.as_deref().is_none_or(|other| other.is_empty() || other == namespace);
+    let name = reference.name.as_deref().filter(|name| !name.is_empty())?;
+    (own && reference.kind.as_deref() == Some("Pod")).then(|| PodId::of(namespace, name))
 }

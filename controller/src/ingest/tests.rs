@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::{Node as ApiNode, Service as ApiService};
 use k8s_openapi::api::discovery::v1::EndpointSlice as ApiEndpointSlice;
 use serde_json::{Value, json};
 use switchtower_core::compiled::ProblemReason;
-use switchtower_core::model::{EndpointSlice, Input, Node, Service, TrafficPolicy};
+use switchtower_core::model::{EndpointSlice, Input, Node, PodId, Service, TrafficPolicy};
 use switchtower_proto::v1::Protocol;
 
 use super::{Fact, Ingested, node, service, slice};
@@ -178,6 +178,24 @@ fn endpoints_conditions_hints_and_ports() {
         (second.ready, second.serving, second.terminating, second.node.as_deref()),
         (false, false, true, None)
     );
+}
+
+#[test]
+fn endpoints_refer_to_pods_of_their_namespace() {
+    let labels = json!({"kubernetes.io/service-name": "cart"});
+    let reference = |kind: &str, namespace: &Value, name: &str| json!({"addresses": ["10.2.0.4"], "targetRef": {"kind": kind, "namespace": namespace, "name": name}});
+    let endpoints = [
+        reference("Pod", &json!("shop"), "cart-0"),
+        reference("Pod", &json!(null), "cart-0"),
+        reference("Pod", &json!("bank"), "cart-0"),
+        reference("Node", &json!("shop"), "cart-0"),
+        reference("Pod", &json!("shop"), ""),
+        json!({"addresses": ["10.2.0.4"]}),
+    ];
+    let slice = slice_of(ingest_slice(&labels, "IPv4", &json!([]), &json!(endpoints)));
+    let pods: Vec<_> = slice.endpoints.iter().map(|endpoint| endpoint.pod).collect();
+    let cart = Some(PodId::of("shop", "cart-0"));
+    assert_eq!(pods, [cart, cart, None, None, None, None]);
 }
 
 fn ingest_node(object: &Value) -> (Node, Vec<ProblemReason>) {

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchtower_core::compiled::PodIdentity;
 use switchtower_core::drain::Names;
+use switchtower_core::model::ObjectKey;
 use switchtower_core::wire;
-use switchtower_proto::v1::{DrainAnswer, DrainQuery, DrainVerdict};
+use switchtower_proto::v1::{DrainAnswer, DrainQuery, DrainVerdict, PodName};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::fleet::Fleet;
@@ -31,7 +33,7 @@ impl DrainQueries {
         query: &DrainQuery,
     ) -> Result<Option<DrainAnswer>, &'static str> {
         let id = query.id;
-        let address = wire::address(&query.address).ok_or("an address of neither 4 nor 16 bytes")?;
+        let pod = identity(query)?;
         if self.waiting.contains_key(&id) {
             return Err("a second query with the same id");
         }
@@ -42,7 +44,7 @@ impl DrainQueries {
         let timeout = Duration::from_millis(query.timeout_milliseconds.into());
         let (fleet, node) = (fleet.clone(), node.clone());
         let task = async move {
-            let drained = fleet.drain(Some(&node), address, timeout).await;
+            let drained = fleet.drain(Some(&node), &pod, timeout).await;
             fleet.metrics().drained(drained.verdict_name(), drained.took);
             answer(id, &drained)
         };
@@ -72,6 +74,19 @@ impl DrainQueries {
             }
         }
     }
+}
+
+fn identity(query: &DrainQuery) -> Result<PodIdentity, &'static str> {
+    let address = wire::address(&query.address).ok_or("an address of neither 4 nor 16 bytes")?;
+    let Some(PodName { namespace, name }) = &query.host_pod else {
+        return Ok(PodIdentity::Address(address));
+    };
+    // Maximum lengths of a DNS label and a DNS subdomain.
+    if !(1..=63).contains(&namespace.len()) || !(1..=253).contains(&name.len()) {
+        return Err("a pod whose namespace or name is empty or too long");
+    }
+    let (namespace, name) = (namespace.as_str().into(), name.as_str().into());
+    Ok(PodIdentity::HostNetwork(ObjectKey { namespace, name }))
 }
 
 fn answer(id: u64, drained: &Drained) -> DrainAnswer {

@@ -1,20 +1,24 @@
 //! Requests that wait for the controller, across streams: each new stream repeats them.
 //!
-//! Invariants: an address is asked for once at a time, and further requests for it share the answer; the number of
-//! addresses is bounded; a request whose client is gone is withdrawn.
+//! Invariants: a pod is asked for once at a time, and further requests for it share the answer; the number of pods and
+//! the rate of messages are bounded; a request whose client is gone is withdrawn.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use switchtower_proto::address_bytes;
-use switchtower_proto::v1::{DrainAnswer, DrainCancel, DrainQuery, agent_message::Message as FromAgent};
+use switchtower_proto::v1::{
+    self, DrainAnswer, DrainCancel, DrainQuery, agent_message::Message as FromAgent,
+};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-/// Maximum number of addresses that wait; the controller accepts twice as many.
-const ADDRESSES: usize = 512;
+use super::pace::Pace;
+use super::{Pod, PodName};
+
+/// Maximum number of pods that wait; the controller accepts twice as many.
+const PODS: usize = 512;
 /// Time that the controller has for its answer after the timeout.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 
@@ -25,13 +29,13 @@ pub enum Outcome {
     Answered(DrainAnswer),
     /// No controller answered in time, or the agent stops.
     NoController,
-    /// Too many addresses wait.
+    /// Too many pods wait.
     Busy,
 }
 
 #[derive(Debug)]
 struct Waiting {
-    address: IpAddr,
+    pod: Pod,
     deadline: Instant,
     replies: Vec<oneshot::Sender<Outcome>>,
 }
@@ -45,19 +49,15 @@ impl Waiting {
     }
 }
 
-#[derive(Debug)]
-enum Message {
-    Query(u64),
-    Cancel(u64),
-}
-
 #[derive(Debug, Default)]
 struct Shared {
     last: u64,
     waiting: BTreeMap<u64, Waiting>,
-    addresses: HashMap<IpAddr, u64>,
-    /// Messages for the open stream.
-    outbox: VecDeque<Message>,
+    pods: HashMap<Pod, u64>,
+    /// Queries that the open stream has not sent, in order. Requests that are withdrawn leave it.
+    unsent: BTreeSet<u64>,
+    /// Queries to cancel on the open stream: at most as many as were sent.
+    canceled: VecDeque<u64>,
     /// The controller of the open stream supports the drain gate.
     connected: bool,
     stopping: bool,
@@ -66,13 +66,36 @@ struct Shared {
 impl Shared {
     fn take(&mut self, id: u64) -> Option<Waiting> {
         let waiting = self.waiting.remove(&id)?;
-        self.addresses.remove(&waiting.address);
+        self.pods.remove(&waiting.pod);
         Some(waiting)
     }
 
-    fn post(&mut self, message: Message) {
-        if self.connected {
-            self.outbox.push_back(message);
+    fn withdraw(&mut self, id: u64) {
+        self.take(id);
+        if !self.unsent.remove(&id) && self.connected {
+            self.canceled.push_back(id);
+        }
+    }
+
+    fn next(&mut self) -> Option<FromAgent> {
+        if let Some(id) = self.canceled.pop_front() {
+            return Some(FromAgent::DrainCancel(DrainCancel { id }));
+        }
+        loop {
+            let id = self.unsent.pop_first()?;
+            let Some(Waiting { pod, deadline, .. }) = self.waiting.get(&id) else { continue };
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            return Some(FromAgent::DrainQuery(DrainQuery {
+                id,
+                address: address_bytes(pod.address()),
+                timeout_milliseconds: u32::try_from(left).unwrap_or(u32::MAX),
+                host_pod: match pod {
+                    Pod::Address(_) => None,
+                    Pod::Host { name: PodName { namespace, name }, .. } => {
+                        Some(v1::PodName { namespace: namespace.clone(), name: name.clone() })
+                    }
+                },
+            }));
         }
     }
 }
@@ -96,8 +119,7 @@ impl Drop for Withdraw<'_> {
         let Some(waiting) = shared.waiting.get_mut(&self.id) else { return };
         waiting.replies.retain(|reply| !reply.is_closed());
         if waiting.replies.is_empty() {
-            shared.take(self.id);
-            shared.post(Message::Cancel(self.id));
+            shared.withdraw(self.id);
             self.requests.posted.notify_one();
         }
     }
@@ -108,8 +130,8 @@ impl Requests {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the controller's answer about an address, at most a second longer than `timeout`.
-    pub async fn wait(&self, address: IpAddr, timeout: Duration) -> Outcome {
+    /// Waits for the controller's answer about a pod, at most a second longer than `timeout`.
+    pub async fn wait(&self, pod: &Pod, timeout: Duration) -> Outcome {
         let deadline = Instant::now() + timeout;
         let (reply, answered) = oneshot::channel();
         let id = {
@@ -117,20 +139,22 @@ impl Requests {
             if shared.stopping {
                 return Outcome::NoController;
             }
-            match shared.addresses.get(&address).copied() {
+            match shared.pods.get(pod).copied() {
                 Some(id) => {
                     if let Some(waiting) = shared.waiting.get_mut(&id) {
                         waiting.replies.push(reply);
                     }
                     id
                 }
-                None if shared.waiting.len() >= ADDRESSES => return Outcome::Busy,
+                None if shared.waiting.len() >= PODS => return Outcome::Busy,
                 None => {
                     shared.last += 1;
                     let id = shared.last;
-                    shared.waiting.insert(id, Waiting { address, deadline, replies: vec![reply] });
-                    shared.addresses.insert(address, id);
-                    shared.post(Message::Query(id));
+                    shared.waiting.insert(id, Waiting { pod: pod.clone(), deadline, replies: vec![reply] });
+                    shared.pods.insert(pod.clone(), id);
+                    if shared.connected {
+                        shared.unsent.insert(id);
+                    }
                     id
                 }
             }
@@ -148,20 +172,17 @@ impl Requests {
     pub fn connected(&self, supported: bool) -> Link {
         let mut shared = self.lock();
         shared.connected = supported;
-        shared.outbox.clear();
-        if supported {
-            let all: Vec<u64> = shared.waiting.keys().copied().collect();
-            shared.outbox.extend(all.into_iter().map(Message::Query));
-        }
+        shared.canceled.clear();
+        shared.unsent = if supported { shared.waiting.keys().copied().collect() } else { BTreeSet::new() };
         drop(shared);
-        Link(self.clone())
+        Link { requests: self.clone(), pace: Mutex::new(Pace::new()) }
     }
 
     /// Ends every request, for the shutdown of the agent.
     pub fn stop(&self) {
         let mut shared = self.lock();
         shared.stopping = true;
-        shared.addresses.clear();
+        shared.pods.clear();
         for (_, waiting) in std::mem::take(&mut shared.waiting) {
             waiting.reply(&Outcome::NoController);
         }
@@ -170,65 +191,75 @@ impl Requests {
 
 /// The requests on an open stream; dropping it ends the stream's part.
 #[derive(Debug)]
-pub struct Link(Requests);
+pub struct Link {
+    requests: Requests,
+    pace: Mutex<Pace>,
+}
 
 impl Link {
-    /// Returns the next message for the controller; waits while there is none.
+    /// Returns the next message for the controller; waits while there is none, or too many were sent.
     pub async fn next(&self) -> FromAgent {
         loop {
-            if let Some(message) = self.take() {
-                return message;
+            let posted = self.requests.posted.notified();
+            match self.take() {
+                Ok(Some(message)) => return message,
+                Ok(None) => posted.await,
+                Err(pause) => tokio::time::sleep(pause).await,
             }
-            self.0.posted.notified().await;
         }
     }
 
-    fn take(&self) -> Option<FromAgent> {
-        let mut shared = self.0.lock();
-        while let Some(message) = shared.outbox.pop_front() {
-            match message {
-                Message::Cancel(id) => return Some(FromAgent::DrainCancel(DrainCancel { id })),
-                Message::Query(id) => {
-                    // It may have been withdrawn.
-                    let Some(Waiting { address, deadline, .. }) = shared.waiting.get(&id) else { continue };
-                    let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-                    let address = address_bytes(*address);
-                    let timeout_milliseconds = u32::try_from(left).unwrap_or(u32::MAX);
-                    return Some(FromAgent::DrainQuery(DrainQuery { id, address, timeout_milliseconds }));
-                }
-            }
+    fn take(&self) -> Result<Option<FromAgent>, Duration> {
+        let mut shared = self.requests.lock();
+        if shared.unsent.is_empty() && shared.canceled.is_empty() {
+            return Ok(None);
         }
-        None
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        Ok(shared.next())
     }
 
     /// Takes the controller's answer; ignores one that no request waits for.
     pub fn answered(&self, answer: DrainAnswer) {
-        if let Some(waiting) = self.0.lock().take(answer.id) {
-            waiting.reply(&Outcome::Answered(answer));
-        }
+        let mut shared = self.requests.lock();
+        let Some(waiting) = shared.take(answer.id) else { return };
+        shared.unsent.remove(&answer.id);
+        drop(shared);
+        waiting.reply(&Outcome::Answered(answer));
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let mut shared = self.0.lock();
+        let mut shared = self.requests.lock();
         shared.connected = false;
-        shared.outbox.clear();
+        shared.unsent.clear();
+        shared.canceled.clear();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use switchtower_proto::v1::DrainVerdict;
 
     use super::*;
 
-    const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 7));
+    const POD: Pod = Pod::Address(IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 7)));
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn ask(requests: &Requests, address: IpAddr) -> tokio::task::JoinHandle<Outcome> {
+    fn ask(requests: &Requests, pod: Pod) -> tokio::task::JoinHandle<Outcome> {
         let requests = requests.clone();
-        tokio::spawn(async move { requests.wait(address, 10 * SECOND).await })
+        tokio::spawn(async move { requests.wait(&pod, 10 * SECOND).await })
+    }
+
+    fn numbered(index: usize) -> Pod {
+        Pod::Address(IpAddr::from([10, 0, (index >> 8) as u8, index as u8]))
+    }
+
+    fn host_pod(name: &str) -> Pod {
+        let name = PodName { namespace: "default".into(), name: name.into() };
+        Pod::Host { address: IpAddr::from([192, 0, 2, 1]), name }
     }
 
     async fn query(link: &Link) -> DrainQuery {
@@ -269,10 +300,10 @@ mod tests {
         let requests = Requests::default();
         let began = Instant::now();
         let link = requests.connected(false);
-        assert_eq!(requests.wait(POD, 2 * SECOND).await, Outcome::NoController);
+        assert_eq!(requests.wait(&POD, 2 * SECOND).await, Outcome::NoController);
         assert_eq!(began.elapsed(), 3 * SECOND);
-        assert!(link.take().is_none(), "the controller does not know the messages");
-        assert!(requests.lock().waiting.is_empty() && requests.lock().addresses.is_empty());
+        assert_eq!(link.take(), Ok(None), "the controller does not know the messages");
+        assert!(requests.lock().waiting.is_empty() && requests.lock().pods.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -288,17 +319,80 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn waiting_addresses_are_bounded_and_end_with_the_agent() {
+    async fn waiting_pods_are_bounded_and_end_with_the_agent() {
         let requests = Requests::default();
-        let address = |index: usize| IpAddr::from([10, 0, (index >> 8) as u8, index as u8]);
-        let all: Vec<_> = (0..ADDRESSES).map(|index| ask(&requests, address(index))).collect();
+        let all: Vec<_> = (0..PODS).map(|index| ask(&requests, numbered(index))).collect();
         // Time advances once all tasks wait.
         tokio::time::sleep(Duration::from_millis(1)).await;
-        assert_eq!(requests.wait(POD, SECOND).await, Outcome::Busy);
+        assert_eq!(requests.wait(&POD, SECOND).await, Outcome::Busy);
         requests.stop();
         for request in all {
             assert_eq!(request.await.unwrap(), Outcome::NoController);
         }
-        assert_eq!(requests.wait(POD, SECOND).await, Outcome::NoController);
+        assert_eq!(requests.wait(&POD, SECOND).await, Outcome::NoController);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn host_network_pods_are_asked_for_one_by_one() {
+        let requests = Requests::default();
+        let link = requests.connected(true);
+        let (first, second) = (ask(&requests, host_pod("a")), ask(&requests, host_pod("b")));
+        let (a, b) = (query(&link).await, query(&link).await);
+        assert_eq!((&a.address, &a.address), (&vec![192, 0, 2, 1], &b.address));
+        assert_eq!(a.host_pod.unwrap(), v1::PodName { namespace: "default".into(), name: "a".into() });
+        link.answered(drained(b.id));
+        assert_eq!(second.await.unwrap(), Outcome::Answered(drained(b.id)));
+        assert!(!first.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_waiting_pods_survive_a_lost_controller() {
+        let requests = Requests::default();
+        let all: Vec<_> = (0..500).map(|index| ask(&requests, numbered(index))).collect();
+        for _ in 0..2 {
+            let link = requests.connected(true);
+            let began = Instant::now();
+            for _ in 0..500 {
+                query(&link).await;
+            }
+            assert_eq!(began.elapsed(), Duration::ZERO, "the next controller has all of them at once");
+        }
+        let link = requests.connected(true);
+        for _ in 0..500 {
+            let query = query(&link).await;
+            link.answered(drained(query.id));
+        }
+        for (request, id) in all.into_iter().zip(1..) {
+            assert_eq!(request.await.unwrap(), Outcome::Answered(drained(id)));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn flood_of_requests_sends_few_messages() {
+        let requests = Requests::default();
+        let link = requests.connected(true);
+        let began = Instant::now();
+        let flood = tokio::spawn({
+            let requests = requests.clone();
+            async move {
+                for index in 0..50_000 {
+                    // The client leaves at once.
+                    let _ = tokio::time::timeout(
+                        Duration::from_millis(1),
+                        requests.wait(&numbered(index), SECOND),
+                    )
+                    .await;
+                }
+            }
+        });
+        let mut messages = 0_u32;
+        while !flood.is_finished() {
+            let _ = tokio::time::timeout(SECOND, link.next()).await.map(|_| messages += 1);
+        }
+        let seconds = began.elapsed().as_secs() as u32;
+        assert!(messages <= 600 + 50 * (seconds + 2), "{messages} in {seconds} s");
+        let shared = requests.lock();
+        assert_eq!((shared.waiting.len(), shared.unsent.len()), (0, 0));
+        assert!(shared.canceled.len() <= 1, "{:?}", shared.canceled);
     }
 }

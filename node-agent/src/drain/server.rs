@@ -19,8 +19,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::path::Hook;
 use super::requests::{Outcome, Requests};
-use super::{DEFAULT_TIMEOUT, TIMEOUT_LIMIT};
+use super::{GateSettings, Pod, PodName};
 use crate::kernel::original_destination::original_destination;
 
 /// Interval between two attempts to listen.
@@ -37,9 +38,9 @@ const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6A
 #[derive(Debug)]
 pub struct ListenFailure(pub Option<String>);
 
-/// Listens on the port that `port` names, until its sender is dropped. Requests in progress outlive a change of the port.
+/// Listens on the port of the settings, until their sender is dropped. Requests in progress outlive a change of the port.
 pub async fn serve<N: From<ListenFailure>>(
-    mut port: watch::Receiver<Option<u16>>,
+    mut settings: watch::Receiver<GateSettings>,
     requests: Requests,
     notices: mpsc::Sender<N>,
 ) {
@@ -47,8 +48,9 @@ pub async fn serve<N: From<ListenFailure>>(
     let mut open = JoinSet::new();
     let mut reported = None;
     loop {
-        let wanted = *port.borrow_and_update();
-        let (listeners, failure) = listen(wanted);
+        let GateSettings { port, node_addresses } = settings.borrow_and_update().clone();
+        let node_addresses = Arc::from(node_addresses);
+        let (listeners, failure) = listen(port);
         if failure != reported {
             if let Some(failure) = &failure {
                 tracing::warn!(failure, "the drain gate does not work; retrying");
@@ -59,12 +61,12 @@ pub async fn serve<N: From<ListenFailure>>(
             }
         }
         let changed = {
-            let accepting = accept(&listeners, &room, &requests, &mut open);
+            let accepting = accept(&listeners, &room, &requests, &node_addresses, &mut open);
             let changed = async {
                 if failure.is_some() {
-                    tokio::time::timeout(BIND_RETRY, port.changed()).await.unwrap_or(Ok(()))
+                    tokio::time::timeout(BIND_RETRY, settings.changed()).await.unwrap_or(Ok(()))
                 } else {
-                    port.changed().await
+                    settings.changed().await
                 }
             };
             tokio::select! {
@@ -103,6 +105,7 @@ async fn accept(
     listeners: &[TcpListener],
     room: &Arc<Semaphore>,
     requests: &Requests,
+    node_addresses: &Arc<[IpAddr]>,
     open: &mut JoinSet<()>,
 ) {
     if listeners.is_empty() {
@@ -115,9 +118,9 @@ async fn accept(
         while open.try_join_next().is_some() {}
         match accepted {
             Ok((stream, _)) => {
-                let requests = requests.clone();
+                let (requests, node_addresses) = (requests.clone(), node_addresses.clone());
                 open.spawn(async move {
-                    connection(stream, requests).await;
+                    connection(stream, requests, node_addresses).await;
                     drop(permit);
                 });
             }
@@ -130,7 +133,7 @@ async fn accept(
 }
 
 /// Serves one request: the kubelet opens a connection for each hook.
-async fn connection(stream: TcpStream, requests: Requests) {
+async fn connection(stream: TcpStream, requests: Requests, node_addresses: Arc<[IpAddr]>) {
     // A connection that the rule did not redirect has no other original destination, or none at all.
     let pod = original_destination(&stream).ok().map(|address| address.ip().to_canonical());
     let pod = pod.filter(|address| !address.is_loopback());
@@ -140,8 +143,10 @@ async fn connection(stream: TcpStream, requests: Requests) {
                 "this connection was not redirected; connect to the address of a pod of this node",
             );
         };
-        match timeout_of(&method, &uri) {
-            Ok(timeout) => answer(&requests, address, timeout).await,
+        let hook = Hook::parse(&method, &uri);
+        let hook = hook.and_then(|hook| Ok((hook.timeout, hook.pod(address, &node_addresses)?)));
+        match hook {
+            Ok((timeout, pod)) => answer(&requests, &pod, timeout).await,
             Err(problem) => bad_request(&problem),
         }
     });
@@ -158,55 +163,24 @@ fn bad_request(problem: &str) -> Response {
     (StatusCode::BAD_REQUEST, format!("{problem}\n")).into_response()
 }
 
-/// Returns the timeout of a request.
-fn timeout_of(method: &Method, uri: &Uri) -> Result<Duration, String> {
-    if method != Method::GET {
-        return Err(format!("method {method} is not supported; send GET /drained"));
-    }
-    if uri.path() != "/drained" {
-        return Err(format!("path {:?} is unknown; send GET /drained", clipped(uri.path())));
-    }
-    let mut timeout = DEFAULT_TIMEOUT;
-    for pair in uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
-        let value = pair
-            .strip_prefix("timeout=")
-            .ok_or_else(|| format!("parameter {:?} is unknown; the only one is timeout", clipped(pair)))?;
-        timeout = duration(value).ok_or_else(|| {
-            format!("timeout {:?} is invalid; use a number of seconds such as 25 or a duration such as 90s, 500ms or 5m", clipped(value))
-        })?;
-    }
-    Ok(timeout.min(TIMEOUT_LIMIT))
-}
-
-fn clipped(text: &str) -> String {
-    text.chars().take(64).collect()
-}
-
-/// Parses a number with the unit ms, s or m; without a unit it counts seconds.
-fn duration(text: &str) -> Option<Duration> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u32 = number.parse().ok()?;
-    match unit {
-        "ms" => Some(Duration::from_millis(number.into())),
-        "" | "s" => Some(Duration::from_secs(number.into())),
-        "m" => Some(Duration::from_secs(u64::from(number) * 60)),
-        _ => None,
-    }
-}
-
-async fn answer(requests: &Requests, address: IpAddr, timeout: Duration) -> Response {
+async fn answer(requests: &Requests, pod: &Pod, timeout: Duration) -> Response {
     let began = Instant::now();
-    let outcome = requests.wait(address, timeout).await;
+    let outcome = requests.wait(pod, timeout).await;
     let milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     let (verdict, detail) = describe(&outcome);
     let answer = match outcome {
         Outcome::Answered(answer) => answer,
         Outcome::NoController | Outcome::Busy => DrainAnswer::default(),
     };
-    tracing::info!(%address, verdict, milliseconds, waited_for = ?answer.waited_for, "drain gate");
+    let address = pod.address();
+    let name = match pod {
+        Pod::Address(_) => None,
+        Pod::Host { name: PodName { namespace, name }, .. } => Some(format!("{namespace}/{name}")),
+    };
+    tracing::info!(%address, pod = name, verdict, milliseconds, waited_for = ?answer.waited_for, "drain gate");
     let body = json!({
         "address": address.to_string(),
+        "pod": name,
         "verdict": verdict,
         "detail": detail,
         "milliseconds": milliseconds,

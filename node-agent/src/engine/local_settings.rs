@@ -3,6 +3,8 @@
 use switchtower_proto::v1::{LocalDetection, NodeRecord, Settings};
 
 use super::Engine;
+use crate::drain::GateSettings;
+use crate::health::address;
 
 impl Engine {
     /// Applies the settings that live outside nftables. Returns whether a condition that no generation covers changed.
@@ -11,7 +13,14 @@ impl Engine {
         let conntrack = settings.conntrack.unwrap_or_default();
         let unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
         let port = u16::try_from(settings.drain_gate_port).ok().filter(|port| *port != 0);
-        self.parts.drain_gate.send_if_modified(|current| std::mem::replace(current, port) != port);
+        let node_addresses = self.state.node().into_iter().flat_map(|node| &node.addresses);
+        let node_addresses = node_addresses.filter_map(|octets| address(octets)).collect();
+        let gate = GateSettings { port, node_addresses };
+        self.parts.drain_gate.send_if_modified(|current| {
+            let changed = *current != gate;
+            *current = gate;
+            changed
+        });
         let undetected = port.is_some() && !detects_pods(settings, self.state.node());
         let gate_changed = std::mem::replace(&mut self.conditions.pods_undetected, undetected) != undetected;
         if self.parts.log.apply(&settings.log_level) {

@@ -597,8 +597,8 @@ pub struct Report {
     #[prost(string, tag = "8")]
     pub drain_gate_failure: ::prost::alloc::string::String,
 }
-/// Asks when no node sends new connections to an address any more. Any number may wait at a time, up to the controller's
-/// limit per stream; the end of the stream cancels them.
+/// Asks when no node sends new connections to a pod any more. Any number may wait at a time, up to the controller's limit
+/// per stream; the end of the stream cancels them.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainQuery {
     /// unique within the stream
@@ -610,6 +610,17 @@ pub struct DrainQuery {
     /// Time after which the controller answers in any case; 0..600000.
     #[prost(uint32, tag = "3")]
     pub timeout_milliseconds: u32,
+    /// The pod, if it shares the address of its node. Only endpoints of this pod on the agent's own node count. Absent: all
+    /// endpoints with the address.
+    #[prost(message, optional, tag = "4")]
+    pub host_pod: ::core::option::Option<PodName>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PodName {
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
 }
 /// Ends the wait of a query without an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -43,17 +43,20 @@ impl Nodes {
         self.known.get(name).map(|node| node.addresses.as_slice()).unwrap_or_default()
     }
 
-    /// Takes note of a Node. Returns the Services that have something for a new one; `None` if nothing changed.
+    /// Takes note of a Node. Returns the Services that have something for it if it is new or has other addresses; `None` if
+    /// nothing changed.
     pub(super) fn apply(&mut self, node: Node) -> Option<BTreeSet<ObjectKey>> {
         let name = node.name.clone();
         let old = self.known.insert(name.clone(), node);
         if old.as_ref() == self.known.get(&name) {
             return None;
         }
+        let moved = old.as_ref().is_some_and(|old| old.addresses != self.addresses(&name));
         let new = old.is_none();
         let pending = self.changed.entry(name.clone()).or_default();
         *pending |= new;
-        Some(if new { self.concerned.get(&name).cloned().unwrap_or_default() } else { BTreeSet::new() })
+        let concerned = new || moved;
+        Some(if concerned { self.concerned.get(&name).cloned().unwrap_or_default() } else { BTreeSet::new() })
     }
 
     /// Forgets a Node and all that its layer held. Returns the Services that had something in it.

@@ -11,9 +11,11 @@ use switchtower_proto::v1::{
 };
 
 use super::categorize::{Address, Categories, Endpoints, categorize, gather};
+use super::host_endpoints::{self, IsHost};
 use super::limits::{Bound, Usage};
 use super::ports::{Ports, distinct_ports};
 use crate::compiled::{Problem, ProblemObject, ProblemReason};
+use crate::drain::host_pods::HostEndpoint;
 use crate::model::{EndpointSlice, LayerId, Service, ServicePortSpec, TrafficPolicy};
 use crate::wire;
 
@@ -33,6 +35,8 @@ pub(super) struct Output {
     pub(super) local: BTreeMap<Arc<str>, BTreeSet<LocalEndpoint>>,
     /// Health check port and ready addresses by node.
     pub(super) health: Option<(u16, ReadyCounts)>,
+    /// Endpoints of host-network pods.
+    pub(super) hosts: BTreeSet<HostEndpoint>,
     /// Nodes that endpoints or hints name, whether the Node exists or not.
     pub(super) nodes: BTreeSet<Arc<str>>,
     pub(super) problems: Vec<Problem>,
@@ -62,7 +66,12 @@ impl Output {
 }
 
 /// Compiles one Service from its slices, in the order of their keys.
-pub(super) fn compile(service: &Service, slices: &[&EndpointSlice], limit: Usage) -> Output {
+pub(super) fn compile(
+    service: &Service,
+    slices: &[&EndpointSlice],
+    limit: Usage,
+    is_host: IsHost<'_>,
+) -> Output {
     let mut output = Output { room: limit.endpoints, ..Output::default() };
     let mut ports = distinct_ports(service, &mut output.problems);
     let external_addresses = bound_frontends(service, &mut ports, limit.frontends, &mut output.problems);
@@ -71,6 +80,7 @@ pub(super) fn compile(service: &Service, slices: &[&EndpointSlice], limit: Usage
         for port in ports.values() {
             let endpoints = gather(slices.iter().copied(), port, cluster_ip.is_ipv6());
             compile_port(service, port, *cluster_ip, external_addresses, &endpoints, &mut output);
+            host_endpoints::collect(port.protocol, &endpoints, is_host, &mut output.hosts);
         }
     }
     output.health = service.health_check_port.map(|port| (port, ready_addresses(service, slices)));

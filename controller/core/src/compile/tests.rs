@@ -12,6 +12,7 @@ use switchtower_proto::v1::{
 
 use super::Compiler;
 use crate::compiled::{Compiled, ProblemReason};
+use crate::drain::host_pods::{HostEndpoint, HostPodChange};
 use crate::locality::PodChange;
 use crate::model::*;
 
@@ -34,6 +35,8 @@ pub(super) struct World {
     cidrs: BTreeSet<Vec<u8>>,
     /// In how many slices each ready endpoint stands, by node and address.
     pods: BTreeMap<(Arc<str>, IpAddr), u32>,
+    /// Number of Services that have each endpoint of a host-network pod.
+    host_pods: BTreeMap<HostEndpoint, u32>,
 }
 
 impl World {
@@ -51,6 +54,11 @@ impl World {
             *count = if present { *count + 1 } else { count.checked_sub(1).unwrap() };
         }
         self.pods.retain(|_, count| *count > 0);
+        for HostPodChange { endpoint, present } in compiled.host_pods {
+            let count = self.host_pods.entry(endpoint).or_default();
+            *count = if present { *count + 1 } else { count.checked_sub(1).unwrap() };
+        }
+        self.host_pods.retain(|_, count| *count > 0);
         for (layer, changes) in compiled.changes {
             for change in changes {
                 self.apply_one(layer.clone(), change.change.unwrap());
@@ -170,9 +178,16 @@ fn mk_endpoint(line: &str) -> SliceEndpoint {
         serving: !words.contains(&"unserving"),
         terminating,
         node: (node != "-").then(|| node.into()),
+        pod: None,
         zones: hints("z="),
         nodes: hints("n="),
     }
+}
+
+/// An endpoint of pod `pod` on a node, with the address of the host.
+fn mk_host_endpoint(node: &str, address: &str) -> SliceEndpoint {
+    let pod = Some(PodId::of("default", "pod"));
+    SliceEndpoint { address: address.parse().unwrap(), pod, ..mk_endpoint(&format!("1 {node}")) }
 }
 
 fn mk_slice(name: &str, service: &str, endpoints: &[&str]) -> EndpointSlice {

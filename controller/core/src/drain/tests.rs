@@ -4,12 +4,24 @@ use super::*;
 
 const WEB: &str = "10.244.1.7";
 
-fn address(text: &str) -> IpAddr {
-    text.parse().unwrap()
+fn address(text: &str) -> Target {
+    Target::Address(text.parse().unwrap())
+}
+
+fn socket(text: &str, port: u16) -> Socket {
+    Socket { address: text.parse().unwrap(), protocol: 6, port }
+}
+
+fn service() -> Arc<ObjectKey> {
+    Arc::new(ObjectKey { namespace: "default".into(), name: "web".into() })
+}
+
+fn moved(change: i64) -> Move {
+    Move { change, left: (change < 0).then(service) }
 }
 
 fn moves(list: &[(&str, i64)]) -> Moves {
-    list.iter().map(|(text, change)| (address(text), *change)).collect()
+    list.iter().map(|(text, change)| (socket(text, 8080), moved(*change))).collect()
 }
 
 fn at(seconds: u64) -> Instant {
@@ -191,6 +203,50 @@ fn queries_and_memory_are_bounded() {
         publish(&mut gate, revision * 2 + 1, -1);
     }
     assert!(gate.gone_order.len() <= REMEMBERED && gate.gone.len() == 1);
+}
+
+fn sockets(list: &[(&str, u16)]) -> Target {
+    Target::Sockets(list.iter().map(|(text, port)| socket(text, *port)).collect())
+}
+
+#[test]
+fn host_network_pod_does_not_wait_for_others_with_its_address() {
+    const HOST: &str = "192.0.2.1";
+    let both = Moves::from([(socket(HOST, 80), moved(1)), (socket(HOST, 443), moved(2))]);
+    let mut gate = Gate::new(both, 1, at(0));
+    gate.opened(&"a".into(), 1, at(0));
+    gate.held(&"a".into(), 1, 1);
+    let pod = gate.ask(sockets(&[(HOST, 80)]), at(100)).unwrap_err();
+    let other = gate.ask(sockets(&[(HOST, 443), ("fd00::1", 443)]), at(100)).unwrap_err();
+    let all = gate.ask(address(HOST), at(100)).unwrap_err();
+    let udp = Socket { protocol: 17, ..socket(HOST, 80) };
+    assert_eq!(gate.ask(Target::Sockets(vec![udp]), at(100)).unwrap().verdict, Verdict::NotAnEndpoint);
+    assert_eq!(gate.ask(sockets(&[]), at(100)).unwrap().verdict, Verdict::NotAnEndpoint);
+    assert!(gate.published(2, &Moves::from([(socket(HOST, 80), moved(-1))]), &names(&["a"])).is_empty());
+    let answers = gate.held(&"a".into(), 1, 2);
+    assert_eq!((answers.len(), answers[0].0, answers[0].1.verdict), (1, pod, Verdict::Drained));
+    assert_eq!(answers[0].1.removal, Some(Removal { revision: 2, service: Some(service()) }));
+    gate.published(3, &Moves::from([(socket(HOST, 443), moved(-2))]), &names(&["a"]));
+    let answers = gate.held(&"a".into(), 1, 3);
+    assert_eq!(BTreeSet::from_iter(answers.iter().map(|(id, _)| *id)), BTreeSet::from([other, all]));
+    assert!(gate.by_address.is_empty() && gate.queries.is_empty());
+}
+
+#[test]
+fn answer_names_the_last_removal() {
+    let mut gate = gate();
+    assert_eq!(
+        gate.ask(address(WEB), at(100)).map(|_| ()).map_err(|id| gate.give_up(id).unwrap().removal),
+        Err(None)
+    );
+    publish(&mut gate, 2, -2);
+    let query = gate.ask(address(WEB), at(100)).unwrap_err();
+    let removal = Some(Removal { revision: 2, service: Some(service()) });
+    assert_eq!(gate.give_up(query).unwrap().removal, removal);
+    for node in ["a", "b", "c"] {
+        gate.held(&node.into(), 1, 2);
+    }
+    assert_eq!(gate.ask(address(WEB), at(101)).unwrap().removal, removal, "also without a wait");
 }
 
 /// Random histories against the definition: drained only if every node that is not missing holds the removal.

@@ -56,6 +56,7 @@ fn view(service: Service, endpoints: &[(u8, &str)]) -> View {
         serving: true,
         terminating: false,
         node: Some((*node).into()),
+        pod: None,
         zones: Box::default(),
         nodes: Box::default(),
     };

@@ -1,10 +1,13 @@
-//! Number of pools that contain an address, as changes of the layers affect it. Pools that no node programs do not count.
+//! Number of pools that contain an endpoint, as changes of the layers affect it. Pools that no node programs do not count.
+
+use std::sync::Arc;
 
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, Endpoint, PoolKey, Role};
 
 use super::items::Items;
-use crate::drain::Moves;
+use crate::drain::{Moves, Socket};
+use crate::model::ObjectKey;
 use crate::wire;
 
 /// Counts all endpoints of a layer.
@@ -30,10 +33,19 @@ pub(super) fn after(change: &Change, moves: &mut Moves) {
 }
 
 fn add(key: &PoolKey, endpoints: &[Endpoint], change: i64, moves: &mut Moves) {
-    if key.role() == Role::Serving {
-        return;
-    }
-    for address in endpoints.iter().filter_map(|endpoint| wire::address(&endpoint.address)) {
-        *moves.entry(address).or_default() += change;
+    let Some(service) = key.service_port.as_ref().filter(|_| key.role() != Role::Serving) else { return };
+    let left =
+        || ObjectKey { namespace: service.namespace.as_str().into(), name: service.name.as_str().into() };
+    let left = (change < 0 && !endpoints.is_empty()).then(left).map(Arc::new);
+    for endpoint in endpoints {
+        let (Some(address), Ok(port)) = (wire::address(&endpoint.address), u16::try_from(endpoint.port))
+        else {
+            continue;
+        };
+        let moved = moves.entry(Socket { address, protocol: service.protocol, port }).or_default();
+        moved.change += change;
+        if left.is_some() {
+            moved.left.clone_from(&left);
+        }
     }
 }

@@ -255,10 +255,10 @@ impl Truth {
 }
 
 fn add(pools: &mut Moves, moves: Option<Moves>) {
-    for (address, change) in moves.expect("tracked") {
-        *pools.entry(address).or_default() += change;
+    for (socket, moved) in moves.expect("tracked") {
+        pools.entry(socket).or_default().change += moved.change;
     }
-    pools.retain(|_, count| *count != 0);
+    pools.retain(|_, pools| pools.change != 0);
 }
 
 #[expect(clippy::too_many_lines, reason = "one scenario, step by step")]

@@ -42,6 +42,7 @@ pub fn slice(number: u32, round: u32) -> EndpointSlice {
         serving: true,
         terminating: false,
         node: Some(format!("n{}", number % 100).into()),
+        pod: None,
         zones: Box::default(),
         nodes: Box::default(),
     };

@@ -1,11 +1,14 @@
 //! The drain gate of a fleet: queries, acknowledgements and lost nodes.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use switchtower_core::compiled::Compiled;
+use switchtower_core::drain::Socket;
+use switchtower_core::drain::host_pods::HostEndpoint;
 use switchtower_core::layer::HealthCheckPlacement;
 use switchtower_core::locality::PodChange;
-use switchtower_core::model::LayerId;
+use switchtower_core::model::{LayerId, ObjectKey};
 use switchtower_core::propagation::Publication;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{
@@ -53,7 +56,7 @@ async fn gated() -> (Arc<Fleet>, u64) {
 
 fn ask(fleet: &Arc<Fleet>) -> tokio::task::JoinHandle<Drained> {
     let fleet = fleet.clone();
-    tokio::spawn(async move { fleet.drain(Some("n1"), POD, 25 * SECOND).await })
+    tokio::spawn(async move { fleet.drain(Some("n1"), &PodIdentity::Address(POD), 25 * SECOND).await })
 }
 
 #[tokio::test(start_paused = true)]
@@ -82,7 +85,8 @@ async fn timeout_names_the_state() {
     let drained = ask(&fleet).await.unwrap();
     assert_eq!(drained.verdict_name(), "TimedOut");
     assert_eq!(drained.answer.waited_for.names, ["n1".into()]);
-    let unknown = fleet.drain(Some("n1"), "10.244.9.9".parse().unwrap(), SECOND).await;
+    let other = PodIdentity::Address("10.244.9.9".parse().unwrap());
+    let unknown = fleet.drain(Some("n1"), &other, SECOND).await;
     assert_eq!((unknown.verdict_name(), unknown.took), ("NotAnEndpoint", Duration::ZERO));
 }
 
@@ -125,4 +129,70 @@ async fn abandoned_queries_leave_nothing_behind() {
     let open = lock(&fleet.drains.open);
     let open = open.as_ref().unwrap();
     assert_eq!((open.gate.waiting(), open.replies.len()), (0, 0));
+}
+
+fn host_pod(name: &str) -> PodIdentity {
+    PodIdentity::HostNetwork(ObjectKey { namespace: "default".into(), name: name.into() })
+}
+
+/// An endpoint of a host-network pod on a node, with the address of the pool.
+fn host_endpoint(name: &str, node: &str, port: u16, present: bool) -> HostPodChange {
+    let socket = Socket { address: POD, protocol: 0, port };
+    let pod = PodId::of("default", name);
+    HostPodChange { endpoint: HostEndpoint { pod, node: node.into(), socket, ready: false }, present }
+}
+
+#[tokio::test(start_paused = true)]
+async fn host_network_pod_is_identified_by_name_and_node() {
+    let (fleet, session) = gated().await;
+    // Of three pods with the address one is in the pool.
+    fleet.host_pods_changed(&[
+        host_endpoint("web", "n1", 8080, true),
+        host_endpoint("idle", "n1", 9090, true),
+        host_endpoint("foreign", "n2", 8080, true),
+    ]);
+    let drain = async |name: &str, timeout| fleet.drain(Some("n1"), &host_pod(name), timeout).await;
+    for name in ["idle", "foreign", "unknown"] {
+        let drained = drain(name, 25 * SECOND).await;
+        assert_eq!((drained.verdict_name(), drained.took), ("NotAnEndpoint", Duration::ZERO), "{name}");
+    }
+    assert_eq!(drain("web", SECOND).await.verdict_name(), "LastEndpoint", "in a pool, but not ready");
+    let ready = host_endpoint("web", "n1", 8080, true);
+    let ready = HostPodChange { endpoint: HostEndpoint { ready: true, ..ready.endpoint }, ..ready };
+    fleet.host_pods_changed(&[ready.clone(), host_endpoint("web", "n1", 8080, false)]);
+    assert_eq!(drain("web", SECOND).await.verdict_name(), "TimedOut");
+    // The EndpointSlice may be deleted before the hook asks.
+    fleet.host_pods_changed(&[HostPodChange { present: false, ..ready }]);
+    let removed = remove_pod(&fleet);
+    assert_eq!(drain("web", SECOND).await.answer.waited_for.names, ["n1".into()]);
+    fleet.holds(&"n1".into(), session, removed);
+    assert_eq!(drain("web", SECOND).await.verdict_name(), "Drained");
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_thousand_pods_that_terminate_at_once_are_all_answered() {
+    const PODS: u16 = 2_000;
+    let (fleet, session) = gated().await;
+    let pod = |index: u16| IpAddr::from([10, 245, (index >> 8) as u8, index as u8]);
+    let endpoint = |index| Endpoint { address: switchtower_proto::address_bytes(pod(index)), port: 8080 };
+    let added = (0..PODS).map(endpoint).collect();
+    let held = publish(&fleet, Op::Pool(PoolPatch { key: Some(key()), added, removed: Vec::new() }));
+    fleet.holds(&"n1".into(), session, held);
+    let queries: Vec<_> = (0..PODS)
+        .map(|index| {
+            let (fleet, pod) = (fleet.clone(), PodIdentity::Address(pod(index)));
+            tokio::spawn(async move { fleet.drain(Some("n1"), &pod, 25 * SECOND).await })
+        })
+        .collect();
+    tokio::time::sleep(SECOND).await;
+    // Each removal is a publication, as with slices of many Services.
+    for index in 0..PODS {
+        let removed = vec![endpoint(index)];
+        publish(&fleet, Op::Pool(PoolPatch { key: Some(key()), added: Vec::new(), removed }));
+    }
+    fleet.holds(&"n1".into(), session, fleet.revision());
+    for query in queries {
+        let drained = query.await.unwrap();
+        assert_eq!((drained.verdict_name(), drained.took), ("Drained", SECOND));
+    }
 }

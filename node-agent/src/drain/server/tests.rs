@@ -4,48 +4,6 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 
-fn parse(target: &str) -> Result<Duration, String> {
-    timeout_of(&Method::GET, &target.parse().unwrap())
-}
-
-#[test]
-fn timeouts_are_parsed_and_bounded() {
-    let seconds = Duration::from_secs;
-    for (target, timeout) in [
-        ("/drained", DEFAULT_TIMEOUT),
-        ("/drained?", DEFAULT_TIMEOUT),
-        ("/drained?timeout=0", Duration::ZERO),
-        ("/drained?timeout=40", seconds(40)),
-        ("/drained?timeout=40s", seconds(40)),
-        ("/drained?timeout=2m", seconds(120)),
-        ("/drained?timeout=250ms", Duration::from_millis(250)),
-        ("/drained?timeout=11m", TIMEOUT_LIMIT),
-        ("/drained?timeout=4294967295m", TIMEOUT_LIMIT),
-    ] {
-        assert_eq!(parse(target), Ok(timeout), "{target}");
-    }
-}
-
-#[test]
-fn malformed_requests_are_explained() {
-    for (target, problem) in [
-        ("/", "path"),
-        ("/drained/", "path"),
-        ("/drained/default/web", "path"),
-        ("/drained?timeout=", "timeout"),
-        ("/drained?timeout=soon", "timeout"),
-        ("/drained?timeout=-1", "timeout"),
-        ("/drained?timeout=1h", "timeout"),
-        ("/drained?timeout=99999999999", "timeout"),
-        ("/drained?wait=1", "parameter"),
-    ] {
-        let error = parse(target).unwrap_err();
-        assert!(error.starts_with(problem), "{target}: {error}");
-    }
-    assert!(timeout_of(&Method::POST, &"/drained".parse().unwrap()).is_err());
-    assert!(parse(&format!("/{}", "x".repeat(5_000))).unwrap_err().len() < 200);
-}
-
 #[test]
 fn every_answer_has_a_verdict() {
     let answered = |verdict: DrainVerdict, waited_for_total| {
@@ -68,16 +26,20 @@ async fn ask(port: u16, head: &str) -> io::Result<String> {
     Ok(text)
 }
 
+fn gate(port: u16) -> GateSettings {
+    GateSettings { port: Some(port), node_addresses: Vec::new() }
+}
+
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 #[tokio::test]
 async fn connection_that_was_not_redirected_is_refused_at_once() {
-    let (port, wanted) = (free_port(), watch::Sender::new(None));
+    let (port, wanted) = (free_port(), watch::Sender::new(GateSettings::default()));
     let (notices, mut failures) = mpsc::channel::<ListenFailure>(16);
     tokio::spawn(serve(wanted.subscribe(), Requests::default(), notices));
-    wanted.send_replace(Some(port));
+    wanted.send_replace(gate(port));
     let deadline = Instant::now() + Duration::from_secs(10);
     let text = loop {
         match ask(port, "GET /drained HTTP/1.1\r\nHost: a\r\n\r\n").await {
@@ -89,7 +51,7 @@ async fn connection_that_was_not_redirected_is_refused_at_once() {
     assert!(text.starts_with("HTTP/1.1 400 "), "{text}");
     assert!(text.contains("connect to the address of a pod"), "{text}");
     assert!(failures.try_recv().is_err());
-    wanted.send_replace(None);
+    wanted.send_replace(GateSettings::default());
     while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok() {
         assert!(Instant::now() < deadline, "still listening");
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -100,7 +62,7 @@ async fn connection_that_was_not_redirected_is_refused_at_once() {
 async fn occupied_port_is_reported_and_retried() {
     let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = occupied.local_addr().unwrap().port();
-    let wanted = watch::Sender::new(Some(port));
+    let wanted = watch::Sender::new(gate(port));
     let (notices, mut failures) = mpsc::channel::<ListenFailure>(16);
     tokio::spawn(serve(wanted.subscribe(), Requests::default(), notices));
     let failure = failures.recv().await.unwrap().0.unwrap();

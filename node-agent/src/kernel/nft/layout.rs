@@ -69,11 +69,19 @@ pub(crate) struct RuleConfig {
     pub(crate) local_pods: LocalPods,
     /// Port of the drain gate.
     pub(crate) drain_gate: Option<u16>,
+    /// The node's own addresses of the family, for host-network pods; empty without a drain gate.
+    pub(crate) drain_gate_hosts: Vec<Vec<u8>>,
 }
 
 impl Default for RuleConfig {
     fn default() -> Self {
-        RuleConfig { mark: 0x4000, masquerade_all: false, local_pods: LocalPods::Unknown, drain_gate: None }
+        RuleConfig {
+            mark: 0x4000,
+            masquerade_all: false,
+            local_pods: LocalPods::Unknown,
+            drain_gate: None,
+            drain_gate_hosts: Vec::new(),
+        }
     }
 }
 
@@ -244,25 +252,33 @@ impl Layout {
         chains
     }
 
-    /// Redirects connections of this host to the drain gate's port of a local pod to the agent's listener on loopback.
-    fn drain_gate(self, config: &RuleConfig) -> Option<Rule> {
-        let port = config.drain_gate?;
-        let mut rule = vec![
-            E::LoadMeta { key: META_PROTOCOL, register: 0 },
-            E::Compare { equal: true, register: 0, data: vec![libc::IPPROTO_TCP as u8] },
-            E::LoadPayload { base: TRANSPORT, offset: 2, length: 2, register: 0 },
-            E::Compare { equal: true, register: 0, data: port.to_be_bytes().to_vec() },
-        ];
-        rule.extend(match &config.local_pods {
-            LocalPods::Unknown => return None,
+    /// Redirects connections of this host to the drain gate's port of a local pod to the agent's listener on loopback. A
+    /// host-network pod has an address of the node.
+    fn drain_gate(self, config: &RuleConfig) -> Vec<Rule> {
+        let Some(port) = config.drain_gate else { return Vec::new() };
+        let local_pod = match &config.local_pods {
+            LocalPods::Unknown => return Vec::new(),
             LocalPods::Sources => vec![self.destination(0), lookup("local_pods")],
             LocalPods::Interface(name) => interface_test(META_OUTPUT_INTERFACE, whole_name(name)),
             LocalPods::InterfacePrefix(prefix) => {
                 interface_test(META_OUTPUT_INTERFACE, prefix.as_bytes().to_vec())
             }
-        });
-        rule.push(E::Redirect);
-        Some(Rule(rule))
+        };
+        let host = |address: &Vec<u8>| {
+            vec![self.destination(0), E::Compare { equal: true, register: 0, data: address.clone() }]
+        };
+        let rule = |destination: Vec<E>| {
+            let mut rule = vec![
+                E::LoadMeta { key: META_PROTOCOL, register: 0 },
+                E::Compare { equal: true, register: 0, data: vec![libc::IPPROTO_TCP as u8] },
+                E::LoadPayload { base: TRANSPORT, offset: 2, length: 2, register: 0 },
+                E::Compare { equal: true, register: 0, data: port.to_be_bytes().to_vec() },
+            ];
+            rule.extend(destination);
+            rule.push(E::Redirect);
+            Rule(rule)
+        };
+        std::iter::once(local_pod).chain(config.drain_gate_hosts.iter().map(host)).map(rule).collect()
     }
 
     /// Decides whether a connection to a ClusterIP is masqueraded.

@@ -188,13 +188,15 @@ impl Plan {
             node_ports = kept;
         }
         let mark = settings.map_or(0, |settings| settings.masquerade_mark);
+        let gate = settings.and_then(|settings| u16::try_from(settings.drain_gate_port).ok());
+        let drain_gate = gate.filter(|port| *port != 0);
+        let gate_hosts = own.iter().filter(|_| drain_gate.is_some());
         let rules = RuleConfig {
             mark: if mark == 0 { DEFAULT_MARK } else { mark },
             masquerade_all: settings.is_some_and(|settings| settings.masquerade_all),
             local_pods,
-            drain_gate: settings
-                .and_then(|settings| u16::try_from(settings.drain_gate_port).ok())
-                .filter(|port| *port != 0),
+            drain_gate,
+            drain_gate_hosts: gate_hosts.map(|address| address.to_vec()).collect(),
         };
         let controllers = controller_keys(&self.controllers);
         Facts { node_ports, unserved, primary: own.first().copied(), local_pods: sources, rules, controllers }

@@ -265,3 +265,39 @@ fn addresses_of_a_foreign_family_omitted_and_reported_once() {
     compiler.apply(Input::Slice(slice));
     assert!(compiler.compile().problems.is_empty());
 }
+
+#[test]
+fn host_network_endpoints_follow_slices_and_nodes() {
+    let mut compiler = Compiler::new();
+    let mut slice = mk_slice("web-1", "web", &["1 n1"]);
+    slice.endpoints.extend([mk_host_endpoint("n1", "192.0.2.1"), mk_host_endpoint("n2", "192.0.2.1")]);
+    slice.endpoints.push(SliceEndpoint { pod: None, ..mk_host_endpoint("n1", "192.0.2.3") });
+    compiler.apply(Input::Slice(slice.clone()));
+    compiler.apply(Input::Service(web()));
+    let mut world = World::default();
+    let mut hosts = |compiler: &mut Compiler| {
+        world.apply(compiler.compile());
+        let socket = |endpoint: &HostEndpoint| {
+            (endpoint.node.to_string(), endpoint.socket.address.to_string(), endpoint.ready)
+        };
+        world.host_pods.keys().map(socket).collect::<Vec<_>>()
+    };
+    assert_eq!(hosts(&mut compiler), [], "no Node yet");
+    let host = |ready| [("n1".to_owned(), "192.0.2.1".to_owned(), ready)];
+    let node = |address: &str| Node { addresses: vec![address.parse().unwrap()], ..mk_node("n1", None) };
+    compiler.apply(Input::Node(node("192.0.2.1")));
+    // One entry for each address and port: the last endpoint wins.
+    assert_eq!(hosts(&mut compiler), []);
+    slice.endpoints.remove(2);
+    compiler.apply(Input::Slice(slice.clone()));
+    assert_eq!(hosts(&mut compiler), host(true));
+    slice.endpoints[1].ready = false;
+    compiler.apply(Input::Slice(slice.clone()));
+    assert_eq!(hosts(&mut compiler), host(false));
+    compiler.apply(Input::Node(node("192.0.2.9")));
+    assert_eq!(hosts(&mut compiler), [], "the Node has another address");
+    compiler.apply(Input::Node(node("192.0.2.1")));
+    assert_eq!(hosts(&mut compiler), host(false));
+    compiler.apply(Input::NodeDeleted("n1".into()));
+    assert_eq!(hosts(&mut compiler), []);
+}

@@ -49,9 +49,10 @@ prop_compose! {
 prop_compose! {
     fn endpoint()(address in address(), ready in any::<bool>(), serving in any::<bool>(),
                   terminating in any::<bool>(), node in proptest::option::of(name("n", 4)),
+                  pod in proptest::option::of(name("pod", 3).prop_map(|name| PodId::of("default", &name))),
                   zones in proptest::collection::vec(name("z", 2), 0..2),
                   nodes in proptest::collection::vec(name("n", 4), 0..2)) -> SliceEndpoint {
-        SliceEndpoint { address, ready, serving, terminating, node, zones: zones.into(), nodes: nodes.into() }
+        SliceEndpoint { address, ready, serving, terminating, node, pod, zones: zones.into(), nodes: nodes.into() }
     }
 }
 
@@ -65,13 +66,16 @@ prop_compose! {
 }
 
 fn input() -> impl Strategy<Value = Input> {
-    let node = (name("n", 4), proptest::option::of(name("z", 2)), any::<bool>());
+    let addresses = proptest::collection::vec(address(), 0..3);
+    let node = (name("n", 4), proptest::option::of(name("z", 2)), any::<bool>(), addresses);
     prop_oneof![
         4 => service().prop_map(Input::Service),
         1 => name("s", 4).prop_map(|name| Input::ServiceDeleted(object(&name))),
         6 => slice().prop_map(Input::Slice),
         2 => (0..6u8).prop_map(|number| Input::SliceDeleted(object(&format!("e{number}")))),
-        3 => node.prop_map(|(name, zone, eligible)| Input::Node(Node { eligible, ..mk_node(&name, zone.as_deref()) })),
+        3 => node.prop_map(|(name, zone, eligible, addresses)| {
+            Input::Node(Node { eligible, addresses, ..mk_node(&name, zone.as_deref()) })
+        }),
         1 => name("n", 4).prop_map(Input::NodeDeleted),
         1 => (0..3u8).prop_map(|octet| Input::ServiceCidrs(vec![format!("10.{octet}.0.0/16").parse().unwrap()])),
     ]
