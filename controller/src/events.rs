@@ -7,12 +7,14 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Node, ObjectReference, Service};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::ListParams;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
 use prometheus::{IntCounterVec, Opts, Registry};
-use switchtower_core::compiled::{Problem, ProblemObject, ProblemReason};
+use switchtower_core::compiled::{PodIdentity, Problem, ProblemObject, ProblemReason};
 use tokio::sync::mpsc;
 
 /// Capacity of the queue.
@@ -117,6 +119,9 @@ fn log(problem: &Problem) {
         ProblemObject::Node(name) => {
             tracing::warn!(kind = "Node", name, ?reason, message, "object has a problem");
         }
+        ProblemObject::Pod { node, pod } => {
+            tracing::warn!(kind = "Pod", %node, %pod, ?reason, message, "object has a problem");
+        }
     }
 }
 
@@ -142,6 +147,7 @@ async fn publish_one(
             reference(&Api::<EndpointSlice>::namespaced(client.clone(), &key.namespace), &key.name).await?
         }
         ProblemObject::Node(name) => reference(&Api::<Node>::all(client.clone()), name).await?,
+        ProblemObject::Pod { node, pod } => pod_reference(client, node, pod).await?,
     };
     let Some(reference) = reference else { return Ok(Published::ObjectGone) };
     let event = Event {
@@ -159,15 +165,39 @@ async fn reference<K>(api: &Api<K>, name: &str) -> Result<Option<ObjectReference
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
 {
-    let metadata = api.get_metadata_opt(name).await?;
-    Ok(metadata.map(|object| ObjectReference {
+    let found = api.get_metadata_opt(name).await?;
+    Ok(found.map(|object| object_reference::<K>(object.metadata)))
+}
+
+fn object_reference<K: Resource<DynamicType = ()>>(metadata: ObjectMeta) -> ObjectReference {
+    ObjectReference {
         api_version: Some(K::api_version(&()).into_owned()),
         kind: Some(K::kind(&()).into_owned()),
-        namespace: object.metadata.namespace,
-        name: object.metadata.name,
-        uid: object.metadata.uid,
+        namespace: metadata.namespace,
+        name: metadata.name,
+        uid: metadata.uid,
         ..ObjectReference::default()
-    }))
+    }
+}
+
+/// Finds a pod. Its node must be the one whose agent reported it: an agent cannot cause Events about other nodes' pods.
+async fn pod_reference(
+    client: &Client,
+    node: &str,
+    pod: &PodIdentity,
+) -> Result<Option<ObjectReference>, kube::Error> {
+    let (api, selector) = match pod {
+        PodIdentity::Address(address) => (Api::<Pod>::all(client.clone()), format!("status.podIP={address}")),
+        PodIdentity::HostNetwork(key) => {
+            (Api::<Pod>::namespaced(client.clone(), &key.namespace), format!("metadata.name={}", key.name))
+        }
+    };
+    // The API server's cache has an index of pods by node. Pods that have ended may have the address of a running one.
+    let selector = format!("spec.nodeName={node},status.phase=Running,{selector}");
+    let found = ListParams::default().match_any().fields(&selector);
+    let pods = api.list_metadata(&found).await?.items;
+    let only = <[_; 1]>::try_from(pods).ok();
+    Ok(only.map(|[pod]| object_reference::<Pod>(pod.metadata)))
 }
 
 fn reason(reason: ProblemReason) -> &'static str {
@@ -181,6 +211,8 @@ fn reason(reason: ProblemReason) -> &'static str {
         ProblemReason::PodsOutside => "PodsOutside",
         ProblemReason::LimitExceeded => "LimitExceeded",
         ProblemReason::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
+        ProblemReason::DrainGateTimedOut => "DrainGateTimedOut",
+        ProblemReason::DrainGateLastEndpoint => "DrainGateLastEndpoint",
     }
 }
 
@@ -188,6 +220,7 @@ fn reason(reason: ProblemReason) -> &'static str {
 fn action(reason: ProblemReason) -> &'static str {
     match reason {
         ProblemReason::FailedToStartServiceHealthcheck => "Listen",
+        ProblemReason::DrainGateTimedOut | ProblemReason::DrainGateLastEndpoint => "Drain",
         _ => "Compile",
     }
 }
@@ -221,6 +254,10 @@ impl Known {
 
 #[cfg(test)]
 mod tests {
+    use kube::client::Body;
+    use serde_json::json;
+    use switchtower_core::model::ObjectKey;
+
     use super::*;
 
     #[test]
@@ -242,5 +279,36 @@ mod tests {
         assert_eq!(shorten("aé", 2), "a");
         assert_eq!(shorten("aé", 3), "aé");
         assert_eq!(shorten("", 3), "");
+    }
+
+    #[tokio::test]
+    async fn event_of_a_pod_needs_exactly_one_running_on_the_node() {
+        let pod = |name: &str| json!({"metadata": {"namespace": "default", "name": name, "uid": "u1"}});
+        let address = PodIdentity::Address("10.244.1.7".parse().unwrap());
+        let named = PodIdentity::HostNetwork(ObjectKey { namespace: "default".into(), name: "web".into() });
+        let cases = [
+            (&address, "/api/v1/pods?", "status.podIP=10.244.1.7", vec![pod("web")], Some("web")),
+            (&named, "/api/v1/namespaces/default/pods?", "metadata.name=web", vec![pod("web")], Some("web")),
+            (&named, "/api/v1/namespaces/default/pods?", "metadata.name=web", vec![], None),
+            (&address, "/api/v1/pods?", "status.podIP=10.244.1.7", vec![pod("a"), pod("b")], None),
+        ];
+        for (identity, path, selector, pods, expected) in cases {
+            let (service, mut api) = tower_test::mock::pair::<http::Request<Body>, http::Response<Body>>();
+            let client = Client::new(service, "default");
+            let answer = async {
+                let (request, reply) = api.next_request().await.unwrap();
+                let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1",
+                    "metadata": {}, "items": pods});
+                reply.send_response(http::Response::new(Body::from(list.to_string().into_bytes())));
+                request.uri().to_string()
+            };
+            let (found, uri) = tokio::join!(pod_reference(&client, "n1", identity), answer);
+            assert_eq!(found.unwrap().and_then(|found| found.name).as_deref(), expected);
+            let uri = uri.replace("%3D", "=").replace("%2C", ",");
+            assert!(uri.starts_with(path), "{uri}");
+            for part in ["spec.nodeName=n1", "status.phase=Running", selector, "resourceVersion=0"] {
+                assert!(uri.contains(part), "{part}: {uri}");
+            }
+        }
     }
 }

@@ -11,7 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::Event;
+use kube::Api;
+use kube::api::ListParams;
 use serde_json::{Value, json};
 use switchtower_e2e::drain_gate::{self, open_gate};
 use switchtower_e2e::lab::namespace::Namespace;
@@ -277,6 +280,33 @@ fn every_verdict_is_reached() {
     fleet().settled(Duration::from_secs(60)).unwrap();
 }
 
+/// Waits for an Event about a Pod; returns its note.
+fn event(namespace: &str, pod: &str, reason: &str) -> String {
+    let api: Api<Event> = Api::namespaced(fleet().kube().client(), namespace);
+    wait::until(&format!("Event {reason} on Pod {pod}"), Duration::from_secs(20), || {
+        let events = fleet().kube().block_on(api.list(&ListParams::default()))?.items;
+        let wanted = |event: &&Event| {
+            let object = &event.involved_object;
+            event.reason.as_deref() == Some(reason)
+                && (object.kind.as_deref(), object.name.as_deref()) == (Some("Pod"), Some(pod))
+                && object.uid.is_some()
+        };
+        let found = events.iter().find(wanted).and_then(|event| event.message.clone());
+        found.with_context(|| format!("not among {} Events", events.len()))
+    })
+    .unwrap()
+}
+
+/// Creates a running Pod on a node with a status.
+fn running_pod(namespace: &str, name: &str, node: &str, status: Value) {
+    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount",
+        "metadata": {"name": "default", "namespace": namespace}});
+    fleet().kube().apply(&account).unwrap();
+    let mut pod = objects::pod(namespace, name, node, "default");
+    pod["status"] = status;
+    fleet().kube().apply(&pod).unwrap();
+}
+
 /// Applies the EndpointSlice of a host-network pod on alpha; `replaced`: it terminates, and c1 is ready.
 fn host_endpoint(scene: &Scene, service: &str, pod: &str, port: u16, replaced: bool) {
     let node = &scene.node("alpha").net;
@@ -323,7 +353,31 @@ fn host_network_pod_waits_by_its_name() {
     host_endpoint(&scene, "web", "web-host", 8080, true);
     assert_eq!(verdict("alpha", "web-host", "20s"), "Drained", "the other pod has the same address");
     assert_eq!(verdict("alpha", "api-host", "300ms"), "TimedOut", "ready");
+
+    // The Event needs the Pod.
+    let status = objects::running_on_host(&scene.node("alpha").net);
+    running_pod(NAMESPACE, "api-host", "alpha", status);
+    assert_eq!(verdict("alpha", "api-host", "400ms"), "TimedOut");
+    let note = event(NAMESPACE, "api-host", "DrainGateTimedOut");
+    assert!(note.contains("still a ready endpoint"), "{note}");
     for service in ["web", "api"] {
         scene.endpoints(service, &[]);
     }
+}
+
+#[test]
+fn pod_gets_an_event_when_the_gate_gives_up() {
+    const NAMESPACE: &str = "drain-event";
+    let _alone = alone();
+    open_gate(fleet()).unwrap();
+    let scene = Scene::new(NAMESPACE);
+    scene.service("web", &json!({}));
+    let (net, node) = fleet().pod("a1").unwrap();
+    running_pod(NAMESPACE, "web-0", &node.net.name, objects::running(net, &node.net));
+    scene.endpoints_with("web", &["a1"], |_, endpoint| objects::terminating(endpoint, true));
+    fleet().settled(Duration::from_secs(20)).unwrap();
+    assert_eq!(hook("a1", "?timeout=300ms").unwrap()["verdict"], "LastEndpoint");
+    let note = event(NAMESPACE, "web-0", "DrainGateLastEndpoint");
+    assert!(note.contains("only terminating endpoints"), "{note}");
+    scene.endpoints("web", &[]);
 }

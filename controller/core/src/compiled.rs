@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use switchtower_proto::v1::Change;
 
@@ -34,6 +35,13 @@ pub enum ProblemObject {
     EndpointSlice(ObjectKey),
     /// A Node.
     Node(String),
+    /// A pod of a node.
+    Pod {
+        /// The node.
+        node: Arc<str>,
+        /// The pod.
+        pod: PodIdentity,
+    },
 }
 
 /// A pod as the drain gate knows it.
@@ -75,6 +83,10 @@ pub enum ProblemReason {
     LimitExceeded,
     /// A node cannot listen on the Service's health check node port (kube-proxy's word).
     FailedToStartServiceHealthcheck,
+    /// The drain gate stopped waiting for the removal of the pod from its Services.
+    DrainGateTimedOut,
+    /// The drain gate stopped waiting for a ready endpoint that replaces the pod.
+    DrainGateLastEndpoint,
 }
 
 /// Something wrong with one object. It never stops the others.

@@ -20,6 +20,8 @@ use tokio::time::Instant;
 use super::{Fleet, Nodes};
 use crate::sync::lock;
 
+mod reports;
+
 /// Maximum timeout of a query.
 pub const TIMEOUT_LIMIT: Duration = Duration::from_secs(600);
 

@@ -14,7 +14,7 @@ use crate::sync::lock;
 use crate::text::sanitized;
 
 /// Maximum number of problems per node and minute.
-const MAX_PER_MINUTE: u32 = 16;
+pub(super) const MAX_PER_MINUTE: u32 = 16;
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// Number of problems that a node reported in the current minute, and the start of that minute.
@@ -22,7 +22,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 pub(super) struct ReportLimit(Option<(Instant, u32)>);
 
 impl ReportLimit {
-    fn take(&mut self, now: Instant) -> bool {
+    /// Counts a problem. Returns false if the node has reported too many.
+    pub(super) fn take(&mut self, now: Instant) -> bool {
         let (_, count) = match &mut self.0 {
             Some(window) if now.duration_since(window.0) < MINUTE => window,
             window => window.insert((now, 0)),

@@ -46,6 +46,7 @@ impl DrainQueries {
         let task = async move {
             let drained = fleet.drain(Some(&node), &pod, timeout).await;
             fleet.metrics().drained(drained.verdict_name(), drained.took);
+            fleet.report_drain(&node, pod, &drained);
             answer(id, &drained)
         };
         self.waiting.insert(id, self.tasks.spawn(task));

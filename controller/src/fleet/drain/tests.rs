@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use switchtower_core::compiled::Compiled;
+use switchtower_core::compiled::{Compiled, Problem, ProblemObject, ProblemReason};
 use switchtower_core::drain::Socket;
 use switchtower_core::drain::host_pods::HostEndpoint;
 use switchtower_core::layer::HealthCheckPlacement;
@@ -15,6 +15,7 @@ use switchtower_proto::v1::{
     Change, Endpoint, Family, PoolKey, PoolPatch, Role, ServicePort, Settings, Source,
 };
 
+use super::super::reports::MAX_PER_MINUTE;
 use super::super::reports::tests::fleet;
 use super::*;
 use crate::status::Floor;
@@ -43,7 +44,13 @@ fn remove_pod(fleet: &Fleet) -> u64 {
 
 /// A fleet whose settings have a drain gate, with one connected node that holds the pod's pool, long after the start.
 async fn gated() -> (Arc<Fleet>, u64) {
-    let (fleet, _) = fleet();
+    let (fleet, session, _) = reporting().await;
+    (fleet, session)
+}
+
+/// The fleet with the problems that it reports.
+async fn reporting() -> (Arc<Fleet>, u64, Arc<Mutex<Vec<Problem>>>) {
+    let (fleet, problems) = fleet();
     let settings = Settings { drain_gate_port: 9910, ..Settings::default() };
     fleet.set_settings(&BTreeMap::from([(("p".into(), 1), settings)]));
     fleet.accept();
@@ -51,7 +58,7 @@ async fn gated() -> (Arc<Fleet>, u64) {
     let revision = add_pod(&fleet);
     fleet.holds(&"n1".into(), session, revision);
     tokio::time::advance(100 * SECOND).await;
-    (fleet, session)
+    (fleet, session, problems)
 }
 
 fn ask(fleet: &Arc<Fleet>) -> tokio::task::JoinHandle<Drained> {
@@ -167,6 +174,49 @@ async fn host_network_pod_is_identified_by_name_and_node() {
     assert_eq!(drain("web", SECOND).await.answer.waited_for.names, ["n1".into()]);
     fleet.holds(&"n1".into(), session, removed);
     assert_eq!(drain("web", SECOND).await.verdict_name(), "Drained");
+}
+
+#[tokio::test(start_paused = true)]
+async fn event_reported_only_if_the_gate_gave_up() {
+    let (fleet, session, problems) = reporting().await;
+    let node: Arc<str> = "n1".into();
+    let report = async |pod: PodIdentity| {
+        let drained = fleet.drain(Some("n1"), &pod, 5 * SECOND).await;
+        fleet.report_drain(&node, pod, &drained);
+        std::mem::take(&mut *problems.lock().unwrap())
+    };
+    let pod = PodIdentity::Address(POD);
+    let object = ProblemObject::Pod { node: node.clone(), pod: pod.clone() };
+    let reported = report(pod.clone()).await;
+    assert_eq!((&reported[0].object, reported[0].reason), (&object, ProblemReason::DrainGateLastEndpoint));
+    assert!(reported[0].message.contains("waited 5.0 s"), "{reported:?}");
+    let removed = remove_pod(&fleet);
+    let reported = report(pod.clone()).await;
+    assert_eq!(reported[0].reason, ProblemReason::DrainGateTimedOut);
+    assert!(
+        reported[0].message.contains("node n1 has not acknowledged the removal of the pod"),
+        "{reported:?}"
+    );
+    fleet.holds(&node, session, removed);
+    assert_eq!(report(pod).await, [], "drained");
+    assert_eq!(report(host_pod("unknown")).await, []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_of_a_node_are_limited() {
+    let (fleet, _, problems) = reporting().await;
+    let node: Arc<str> = "n1".into();
+    let flood = async || {
+        for _ in 0..200 {
+            let pod = PodIdentity::Address(POD);
+            let drained = fleet.drain(Some("n1"), &pod, Duration::ZERO).await;
+            fleet.report_drain(&node, pod, &drained);
+        }
+        std::mem::take(&mut *problems.lock().unwrap()).len()
+    };
+    assert_eq!(flood().await, MAX_PER_MINUTE as usize);
+    tokio::time::advance(60 * SECOND).await;
+    assert_eq!(flood().await, MAX_PER_MINUTE as usize);
 }
 
 #[tokio::test(start_paused = true)]
