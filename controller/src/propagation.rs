@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use switchtower_admin_api::ChangeReport;
+use switchtower_core::drain::Removal;
 use switchtower_core::propagation::{
-    Change, Delivery, Limits, Outcome, Pacer, Publication, Record, Slot, TraceContext, Tracker,
+    Change, Delivery, DrainRecord, Limits, Outcome, Pacer, Publication, Record, Slot, TraceContext, Tracker,
     UnixNanoseconds,
 };
 use switchtower_proto::v1::ChangeInfo;
@@ -37,12 +38,21 @@ pub fn new_trace() -> TraceContext {
     TraceContext { trace, span, sampled: false }
 }
 
+/// Input of the reader, which exports traces.
+#[derive(Debug)]
+pub enum Traced {
+    /// Changes that are concluded.
+    Record(Record),
+    /// A query of the drain gate, in the trace of a change.
+    Drain(TraceContext, DrainRecord),
+}
+
 /// Propagation of each change, shared by the streams, the engine and the admin API.
 #[derive(Debug)]
 pub struct Propagation {
     tracker: Mutex<Tracker>,
     metrics: PropagationMetrics,
-    reader: Option<mpsc::Sender<Record>>,
+    reader: Option<mpsc::Sender<Traced>>,
     opened: Notify,
     pacer: Mutex<Pacer>,
     /// Half of the nodes hold the last publication.
@@ -63,9 +73,9 @@ impl Propagation {
         }
     }
 
-    /// Sends every concluded record to the returned receiver.
+    /// Sends every concluded record and drain query to the returned receiver.
     #[must_use]
-    pub fn with_reader(self) -> (Self, mpsc::Receiver<Record>) {
+    pub fn with_reader(self) -> (Self, mpsc::Receiver<Traced>) {
         let (reader, records) = mpsc::channel(RECORDS);
         (Self { reader: Some(reader), ..self }, records)
     }
@@ -151,6 +161,15 @@ impl Propagation {
         self.note(outcome);
     }
 
+    /// Adds a query of the drain gate to the trace of the change that removed the endpoint.
+    pub(crate) fn drained(&self, removal: &Removal, record: DrainRecord) {
+        let Some(reader) = &self.reader else { return };
+        let Some(trace) = self.lock().trace_of(removal) else { return };
+        if reader.try_send(Traced::Drain(trace, record)).is_err() {
+            self.metrics.unread();
+        }
+    }
+
     fn note(&self, outcome: Outcome) {
         self.metrics.note(&outcome);
         if let Some(revision) = outcome.half
@@ -160,7 +179,7 @@ impl Propagation {
         }
         let Some(reader) = &self.reader else { return };
         for record in outcome.concluded {
-            if reader.try_send(record).is_err() {
+            if reader.try_send(Traced::Record(record)).is_err() {
                 self.metrics.unread();
             }
         }

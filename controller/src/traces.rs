@@ -28,7 +28,7 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use opentelemetry::trace::{SpanKind, TraceId, TracerProvider as _};
 use opentelemetry_sdk::trace::{Config, Sampler, SamplingDecision, SdkTracerProvider};
-use switchtower_core::propagation::{Record, TraceContext};
+use switchtower_core::propagation::TraceContext;
 use switchtower_telemetry::TelemetryError;
 use switchtower_telemetry::spans::{self, BoxedLayer};
 use tokio::sync::mpsc;
@@ -37,6 +37,8 @@ mod emit;
 mod ids;
 mod names;
 mod shared;
+
+use crate::propagation::Traced;
 
 use emit::Emitter;
 use ids::ChosenIds;
@@ -96,9 +98,12 @@ impl Traces {
     }
 
     /// Builds traces until the sender of records is dropped.
-    pub async fn run(&self, mut records: mpsc::Receiver<Record>) {
-        while let Some(record) = records.recv().await {
-            self.emitter.emit(&record);
+    pub async fn run(&self, mut records: mpsc::Receiver<Traced>) {
+        while let Some(traced) = records.recv().await {
+            match traced {
+                Traced::Record(record) => self.emitter.emit(&record),
+                Traced::Drain(trace, record) => self.emitter.drain(trace, &record),
+            }
         }
     }
 

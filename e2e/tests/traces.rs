@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
-use switchtower_crds::ProxyStatus;
+use switchtower_crds::{ProxyProfile, ProxyStatus};
+use switchtower_e2e::drain_gate;
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
 use switchtower_e2e::observe::collector::{Collector, Span};
@@ -356,6 +357,36 @@ fn background_work_exported_as_ordinary_spans() {
         Ok(())
     })
     .unwrap();
+    restarted(Who::Controller, &[]);
+}
+
+#[test]
+fn drain_query_is_in_the_trace_of_the_removal() {
+    let _alone = alone();
+    let collector = collecting(Who::Controller, "always_on");
+    let scene = Scene::new("drain-trace");
+    drain_gate::open_gate(scene.fleet).unwrap();
+    scene.service("web", &json!({}));
+    scene.endpoints("web", &["a1", "b1"]);
+    scene.fleet.settled(SOON).unwrap();
+    let (pod, node) = scene.fleet.pod("a1").unwrap();
+    let waiting = std::thread::spawn(move || drain_gate::hook(node, pod.address(false), "/drained").unwrap());
+    std::thread::sleep(Duration::from_millis(500));
+    scene.endpoints("web", &["b1"]);
+    assert_eq!(waiting.join().unwrap()["verdict"], "Drained");
+    wait::until("the collector has the span", Duration::from_secs(20), || {
+        let spans = collector.spans()?;
+        let drain = spans.iter().find(|span| span.name == "switchtower.drain").context("no drain query")?;
+        let root = spans.iter().find(|span| span.id == drain.parent).context("no change")?;
+        ensure!(root.attribute("switchtower.object") == "EndpointSlice drain-trace/web-4", "{root:?}");
+        ensure!(root.trace == drain.trace && root.name == "switchtower.change", "{root:?}");
+        let attributes = ["k8s.node.name", "switchtower.drain.verdict", "switchtower.drain.address"];
+        let values = attributes.map(|key| drain.attribute(key));
+        ensure!(values == ["alpha", "Drained", &pod.address(false).to_string()], "{values:?}");
+        Ok(())
+    })
+    .unwrap();
+    scene.fleet.kube().delete_cluster::<ProxyProfile>("default").unwrap();
     restarted(Who::Controller, &[]);
 }
 

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use crate::model::ObjectKey;
 
+mod drain_record;
 mod nodes;
 mod pacing;
 mod record;
@@ -25,6 +26,7 @@ mod tracker;
 #[cfg(test)]
 mod tests;
 
+pub use drain_record::DrainRecord;
 pub use pacing::{Pacer, PacerLimits};
 pub use record::{Milestone, NodeAck, Record, Refusal};
 pub use trace_context::TraceContext;

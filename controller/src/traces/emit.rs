@@ -9,8 +9,9 @@ use opentelemetry::trace::{
 };
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::trace::SdkTracer;
+use switchtower_core::compiled::PodIdentity;
 use switchtower_core::propagation::{
-    Change, Delivery, Milestone, NodeAck, Record, TraceContext, UnixNanoseconds,
+    Change, Delivery, DrainRecord, Milestone, NodeAck, Record, TraceContext, UnixNanoseconds,
 };
 
 use super::ids::ChosenIds;
@@ -82,6 +83,34 @@ impl Emitter {
                 self.change(record, change);
             }
         }
+    }
+
+    /// A query of the drain gate, in the trace of the change that removed the endpoint. It may begin before the change, when
+    /// the hook is faster than the EndpointSlice, and end after it.
+    pub(super) fn drain(&self, trace: TraceContext, record: &DrainRecord) {
+        let parent = Context::new().with_remote_span_context(span_context(trace));
+        let mut drain = Part::new(names::DRAIN, record.started, record.ended);
+        drain.attributes = vec![
+            KeyValue::new(names::NODE, record.node.to_string()),
+            KeyValue::new(names::VERDICT, record.verdict),
+            KeyValue::new(names::MISSING, number(record.missing.total)),
+        ];
+        match &record.pod {
+            PodIdentity::Address(address) => {
+                drain.attributes.push(KeyValue::new(names::ENDPOINT, address.to_string()));
+            }
+            PodIdentity::HostNetwork(pod) => {
+                drain.attributes.push(KeyValue::new(names::POD, pod.name.to_string()));
+                drain.attributes.push(KeyValue::new(names::NAMESPACE, pod.namespace.to_string()));
+            }
+        }
+        if let Some(last) = record.waited_for.names.first() {
+            drain.attributes.push(KeyValue::new(names::WAITED_FOR, last.to_string()));
+        }
+        if record.verdict != "Drained" {
+            drain.status = Status::error("the drain gate gave up");
+        }
+        self.span(&parent, drain);
     }
 
     fn change(&self, record: &Record, change: &Change) {

@@ -17,6 +17,9 @@ pub(super) const DISTRIBUTE: &str = "switchtower.distribute";
 /// One node: from the first byte to the acknowledgement.
 pub(super) const SEND: &str = "switchtower.send";
 
+/// A query of the drain gate.
+pub(super) const DRAIN: &str = "switchtower.drain";
+
 /// Event: start of the change according to the cluster.
 pub(super) const TRIGGERED: &str = "switchtower.triggered";
 /// Event: the connection has the whole update.
@@ -52,3 +55,15 @@ pub(super) const CARRIED_BY: &str = "switchtower.carried_by";
 pub(super) const BYTES: &str = "switchtower.message.bytes";
 /// From publication to the first byte, in milliseconds.
 pub(super) const QUEUE: &str = "switchtower.queue.ms";
+/// Address of a pod at the drain gate.
+pub(super) const ENDPOINT: &str = "switchtower.drain.address";
+/// Name of a host-network pod at the drain gate.
+pub(super) const POD: &str = "k8s.pod.name";
+/// Namespace of a host-network pod at the drain gate.
+pub(super) const NAMESPACE: &str = "k8s.namespace.name";
+/// Verdict of the drain gate.
+pub(super) const VERDICT: &str = "switchtower.drain.verdict";
+/// The first node that a query waited for.
+pub(super) const WAITED_FOR: &str = "switchtower.drain.waited_for";
+/// Number of nodes that a query did not wait for.
+pub(super) const MISSING: &str = "switchtower.nodes.missing";

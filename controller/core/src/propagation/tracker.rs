@@ -199,6 +199,12 @@ impl Tracker {
         all.into_iter()
     }
 
+    /// Returns the record of a revision, if it is remembered.
+    pub(super) fn record(&self, revision: u64) -> Option<&Record> {
+        let settled = || self.settled.iter().rev().find(|record| record.revision == revision);
+        self.open.get(&revision).or_else(settled)
+    }
+
     /// Nodes that have yet to acknowledge a record of this tracker.
     pub fn waiting<'a>(&'a self, record: &'a Record) -> impl Iterator<Item = &'a Arc<str>> {
         record.waiting.iter().filter_map(|slot| Some(&self.nodes.get(slot)?.as_ref()?.name))

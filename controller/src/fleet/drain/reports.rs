@@ -1,19 +1,36 @@
-//! Reports about queries of the drain gate: an Event on the pod if the gate gave up.
+//! Reports about queries of the drain gate: an Event on the pod if the gate gave up, and a span in the trace of the change
+//! that removed the pod.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use switchtower_core::compiled::{PodIdentity, Problem, ProblemObject, ProblemReason};
 use switchtower_core::drain::Names;
+use switchtower_core::propagation::DrainRecord;
 use switchtower_proto::v1::DrainVerdict;
 use tokio::time::Instant;
 
 use super::super::Fleet;
 use super::Drained;
+use crate::propagation::unix_nanoseconds;
 use crate::sync::lock;
 
 impl Fleet {
     /// Reports the outcome of a query from the agent of `node`. The number of Events of a node is limited.
     pub(crate) fn report_drain(&self, node: &Arc<str>, pod: PodIdentity, drained: &Drained) {
+        if let Some(removal) = &drained.answer.removal {
+            let ended = SystemTime::now();
+            let record = DrainRecord {
+                node: node.clone(),
+                pod: pod.clone(),
+                verdict: drained.verdict_name(),
+                started: unix_nanoseconds(ended.checked_sub(drained.took).unwrap_or(ended)),
+                ended: unix_nanoseconds(ended),
+                waited_for: drained.answer.waited_for.clone(),
+                missing: drained.answer.missing.clone(),
+            };
+            self.propagation.drained(removal, record);
+        }
         let (reason, message) = match drained.verdict() {
             DrainVerdict::Drained | DrainVerdict::NotAnEndpoint => return,
             DrainVerdict::LastEndpoint => (ProblemReason::DrainGateLastEndpoint, last_endpoint(drained)),

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider, SpanData, SpanExporter};
+use switchtower_core::drain::{Names, Removal};
+use switchtower_core::model::ObjectKey;
 use switchtower_core::propagation::{Limits, Publication, Tracker};
 
 use super::*;
@@ -25,6 +27,10 @@ impl SpanExporter for Kept {
 }
 
 fn emitted(records: &[Record]) -> Vec<SpanData> {
+    exported(|emitter| records.iter().for_each(|record| emitter.emit(record)))
+}
+
+fn exported(emit: impl FnOnce(&Emitter)) -> Vec<SpanData> {
     let (kept, ids) = (Kept::default(), ChosenIds::default());
     let provider = SdkTracerProvider::builder()
         .with_simple_exporter(kept.clone())
@@ -32,7 +38,7 @@ fn emitted(records: &[Record]) -> Vec<SpanData> {
         .with_id_generator(ids.clone())
         .build();
     let emitter = Emitter::new(provider.tracer("test"), ids);
-    records.iter().for_each(|record| emitter.emit(record));
+    emit(&emitter);
     std::mem::take(&mut *kept.0.lock().unwrap())
 }
 
@@ -144,4 +150,56 @@ fn troubled_change_is_always_kept() {
     let refused = &names[names::DISTRIBUTE].events.events[0];
     assert_eq!((refused.name.as_ref(), refused.timestamp), (names::REFUSED, time(START + MILLI)));
     assert!(!names.contains_key(names::SEND));
+}
+
+#[test]
+fn drain_query_is_in_the_trace_of_the_removal() {
+    let mut tracker = Tracker::new(Limits::default());
+    let slot = tracker.join("n1".into(), 0);
+    let service = |name: &str| ObjectKey { namespace: "default".into(), name: name.into() };
+    let of_service =
+        |id, name, sampled| Change { service: Some(service(name)), ..change(id, START, sampled) };
+    // A deleted EndpointSlice does not name its Service.
+    let changes = vec![of_service(1, "api", true), of_service(2, "web", true), change(3, START, true)];
+    tracker.publish(7, Publication { changes, total: 3, compiling: START, published: START }, &[slot]);
+    let unsampled = vec![of_service(4, "web", false)];
+    tracker.publish(
+        8,
+        Publication { changes: unsampled, total: 1, compiling: START, published: START },
+        &[slot],
+    );
+    tracker.reached(slot, 8, START + MILLI, None);
+    let trace = |revision, name| tracker.trace_of(&Removal { revision, service: Some(service(name).into()) });
+    let removal = trace(7, "web").unwrap();
+    assert_eq!(removal, change(2, START, true).trace);
+    assert_eq!(trace(7, "deleted"), Some(change(3, START, true).trace));
+    assert_eq!((trace(8, "web"), trace(9, "web")), (None, None), "not exported");
+
+    let record = DrainRecord {
+        node: "n1".into(),
+        pod: PodIdentity::Address("10.244.1.7".parse().unwrap()),
+        verdict: "Drained",
+        started: START,
+        ended: START + SECOND,
+        waited_for: Names { names: vec!["n2".into()], total: 1 },
+        missing: Names::default(),
+    };
+    let spans = exported(|emitter| {
+        tracker.records().for_each(|record| emitter.emit(record));
+        emitter.drain(removal, &record);
+    });
+    let drain = spans.iter().find(|span| span.name == names::DRAIN).unwrap();
+    let root = spans.iter().find(|span| span.span_context.span_id() == drain.parent_span_id).unwrap();
+    assert_eq!((root.name.as_ref(), &root.status), (names::CHANGE, &Status::Unset));
+    assert_eq!(root.span_context.trace_id(), drain.span_context.trace_id());
+    assert_eq!((drain.start_time, drain.end_time), (time(START), time(START + SECOND)));
+    let attribute =
+        |key: &str| drain.attributes.iter().find(|pair| pair.key.as_str() == key).unwrap().value.to_string();
+    assert_eq!(
+        (attribute(names::ENDPOINT), attribute(names::VERDICT)),
+        ("10.244.1.7".into(), "Drained".into())
+    );
+    assert_eq!((attribute(names::NODE), attribute(names::WAITED_FOR)), ("n1".into(), "n2".into()));
+    let failed = exported(|emitter| emitter.drain(removal, &DrainRecord { verdict: "TimedOut", ..record }));
+    assert!(matches!(failed[0].status, Status::Error { .. }));
 }
