@@ -5,7 +5,6 @@
 //! it. The controller writes the ConfigMap at every start, and again after another client deleted or changed it. The
 //! manifests do not contain it, so that applying them does not reset it.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -232,24 +231,6 @@ pub fn advertised(
     }
     let address = if listen.ip().is_unspecified() { local_address(api_server)? } else { listen.ip() };
     Ok(vec![SocketAddr::new(address, listen.port()).to_string()])
-}
-
-/// Timeout of the name resolution.
-const RESOLVE_DEADLINE: Duration = Duration::from_secs(5);
-
-/// Resolves `host:port`. Logs and omits names that cannot be resolved: agents resolve them on their own.
-pub async fn resolve(controllers: &[String]) -> BTreeSet<SocketAddr> {
-    let lookups = controllers.iter().map(|controller| async move {
-        let found = tokio::time::timeout(RESOLVE_DEADLINE, tokio::net::lookup_host(controller)).await;
-        match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
-            Ok(addresses) => addresses.collect::<Vec<_>>(),
-            Err(error) => {
-                tracing::warn!(controller, %error, "cannot resolve the advertised name; Services that use its addresses are not rejected");
-                Vec::new()
-            }
-        }
-    });
-    futures::future::join_all(lookups).await.into_iter().flatten().collect()
 }
 
 /// Returns the source address to a peer. Connecting a UDP socket makes the kernel choose it without sending a packet.

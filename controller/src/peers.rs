@@ -13,7 +13,6 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 use tokio::sync::watch;
 
-use crate::bootstrap;
 use crate::errors::Chain;
 
 /// Label of the controller's Pods.
@@ -80,13 +79,31 @@ pub async fn follow(client: Client, namespace: String, port: u16, sender: watch:
     }
 }
 
-/// Resolves the list for as long as the process runs: no Service may take the address of a replica.
-pub async fn resolve(mut peers: Peers, sender: watch::Sender<BTreeSet<SocketAddr>>) {
+/// Keeps the resolved list current for as long as the process runs: no Service may take the address of a replica.
+pub async fn reserve(mut peers: Peers, sender: watch::Sender<BTreeSet<SocketAddr>>) {
     loop {
-        let addresses = bootstrap::resolve(&peers.take_current()).await;
+        let addresses = resolve(&peers.take_current()).await;
         sender.send_if_modified(|known| std::mem::replace(known, addresses.clone()) != addresses);
         peers.changed().await;
     }
+}
+
+/// Timeout of the name resolution.
+const RESOLVE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Resolves `host:port`. Logs and omits names that cannot be resolved: agents resolve them on their own.
+pub async fn resolve(controllers: &[String]) -> BTreeSet<SocketAddr> {
+    let lookups = controllers.iter().map(|controller| async move {
+        let found = tokio::time::timeout(RESOLVE_DEADLINE, tokio::net::lookup_host(controller)).await;
+        match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+            Ok(addresses) => addresses.collect::<Vec<_>>(),
+            Err(error) => {
+                tracing::warn!(controller, %error, "cannot resolve the advertised name; Services that use its addresses are not rejected");
+                Vec::new()
+            }
+        }
+    });
+    futures::future::join_all(lookups).await.into_iter().flatten().collect()
 }
 
 /// Own addresses, then those of the other Pods in order. A Pod that ends or has its own network namespace has no

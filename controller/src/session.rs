@@ -15,7 +15,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    AgentMessage, ControllerMessage, GoAway, GoAwayReason, Hello, Ping, Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAwayReason, Hello, Ping, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -30,11 +30,14 @@ use crate::token_bucket::{Rate, TokenBucket};
 
 mod bounded;
 mod drain;
+mod go_away;
 mod hello;
 mod in_flight;
 mod limits;
 mod received;
 
+use go_away::go_away;
+pub(crate) use go_away::overloaded;
 use in_flight::InFlight;
 pub use limits::Limits;
 
@@ -121,27 +124,8 @@ pub(crate) struct Session {
     allowance: TokenBucket,
 }
 
-/// Response to an agent that exceeds the limits.
-pub(crate) fn overloaded(limits: &Limits) -> Outbound {
-    let message = go_away(GoAwayReason::Overloaded, "too many agents connect at once".to_owned(), limits);
-    Box::pin(tokio_stream::once(Ok(message)))
-}
-
 fn message(message: ToAgent) -> ControllerMessage {
     ControllerMessage { message: Some(message) }
-}
-
-fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> ControllerMessage {
-    // Full jitter: agents that were disconnected together do not reconnect together.
-    let retry_after_milliseconds = match reason {
-        GoAwayReason::CredentialExpiring | GoAwayReason::Shutdown => rand::random_range(0..1_000),
-        GoAwayReason::NotReady => rand::random_range(500..2_000),
-        GoAwayReason::Overloaded => rand::random_range(
-            500..2_000 + (limits.stream_burst / limits.streams_per_second * 1_000.0) as u32,
-        ),
-        _ => rand::random_range(5_000..15_000),
-    };
-    message(ToAgent::GoAway(GoAway { reason: reason as i32, detail, retry_after_milliseconds }))
 }
 
 /// Returns the delay before the next check if a stream may outlive its recycling time: while tokens cannot be

@@ -20,6 +20,7 @@ use crate::builtin::{self, BuiltinError};
 use crate::cli::ServeArgs;
 use crate::engine::{self, EngineMetrics, Head, Outputs};
 use crate::errors::{Chain, is_missing_kind};
+use crate::events;
 use crate::fleet::Fleet;
 use crate::fleet::behind::BehindCollector;
 use crate::fleet::metrics::StreamMetrics;
@@ -32,7 +33,6 @@ use crate::status::absence::{self, Agents};
 use crate::status::{Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterSettings, backlog};
 use crate::traces::{Head as Sampled, Traces};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
-use crate::{bootstrap, events};
 
 /// Leaves Services of other proxies to them, as kube-proxy does.
 const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name";
@@ -155,8 +155,8 @@ pub(super) async fn start_synced(
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
     let compiler = Compiler::new().limited(args.limits.limits());
-    let (reserve, reserved) = channel::channel(bootstrap::resolve(&args.advertise).await);
-    tasks.spawn("reserved addresses", peers::resolve(replica.peers.clone(), reserve));
+    let (reserve, reserved) = channel::channel(peers::resolve(&args.advertise).await);
+    tasks.spawn("reserved addresses", peers::reserve(replica.peers.clone(), reserve));
     let outputs = Outputs { head, nodes: vec![nodes], events, busy: busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
     let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches, reserved);

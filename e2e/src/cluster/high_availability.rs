@@ -132,9 +132,11 @@ impl Pair<'_> {
         Ok(())
     }
 
+    /// Name of the Pod that holds the Lease. The identity also has a part that is new after each restart.
     fn holder(&self) -> Result<String> {
         let lease = self.object("get lease switchtower-controller")?;
-        Ok(lease["spec"]["holderIdentity"].as_str().unwrap_or_default().to_owned())
+        let identity = lease["spec"]["holderIdentity"].as_str().unwrap_or_default();
+        Ok(identity.split('_').next().unwrap_or_default().to_owned())
     }
 
     /// Ready controllers that are not being deleted.

@@ -189,7 +189,7 @@ impl Bench {
                             if let Ok(mut losses) = losses.lock() {
                                 losses.push(format!("{name} {loss}"));
                             }
-                        })
+                        });
                     })
                 }));
             }
