@@ -34,9 +34,9 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Returns the delay after an attempt that began at `began` and failed at `now`.
-    pub fn after(&mut self, failure: Failure, began: Instant, now: Instant) -> Duration {
-        let outage = now.saturating_duration_since(*self.since.get_or_insert(began));
+    /// Returns the delay after an attempt, or a session, that failed at `now`. The first failure begins the outage.
+    pub fn after(&mut self, failure: Failure, now: Instant) -> Duration {
+        let outage = now.saturating_duration_since(*self.since.get_or_insert(now));
         let pause = full_jitter(FIRST, ceiling(failure, outage), self.attempt);
         self.attempt = self.attempt.saturating_add(1);
         pause
@@ -86,7 +86,7 @@ mod tests {
                 while at < outage {
                     attempts[at.as_secs() as usize] += 1;
                     // A refused connection takes no time.
-                    at += backoff.after(Failure::Away, start + at, start + at);
+                    at += backoff.after(Failure::Away, start + at);
                 }
                 latest = latest.max(at - outage);
             }
@@ -105,7 +105,7 @@ mod tests {
         let began = Instant::now();
         let mut total = Duration::ZERO;
         for _ in 0..100 {
-            total += backoff.after(Failure::Refused, began, began);
+            total += backoff.after(Failure::Refused, began);
         }
         assert!(total > 20 * CEILING, "{total:?} for 100 attempts");
     }

@@ -200,7 +200,7 @@ pub async fn run(
             backoff = Backoff::default();
         }
         turn = turn.wrapping_add(1);
-        let mut pause = backoff.after(error.failure(), began, Instant::now());
+        let mut pause = backoff.after(error.failure(), Instant::now());
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(backoff::FIRST, backoff::FIRST, 0);
         }
