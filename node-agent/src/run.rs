@@ -22,7 +22,7 @@ use crate::kernel::conntrack::{Conntrack, Reconciler};
 use crate::kernel::inspector::Inspector;
 use crate::kernel::nft::KernelReader;
 use crate::kernel::sysctl::{Sysctls, Unset};
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::probe::TcpProber;
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
@@ -88,9 +88,10 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 /// Registers the metrics of the agent and of its process.
-fn register_metrics() -> anyhow::Result<(Registry, Metrics)> {
+fn register_metrics(node_name: &str) -> anyhow::Result<(Registry, Metrics)> {
     let registry = Registry::new();
     let metrics = Metrics::register(&registry).context("register metrics")?;
+    metrics::register_info(&registry, node_name).context("register metrics")?;
     #[cfg(target_os = "linux")]
     registry
         .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
@@ -129,7 +130,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     );
     // In the main thread: sockets belong to the network namespace of the thread that opens them.
     let Sockets { kernel, flows, host_addresses, watched } = Sockets::open()?;
-    let (registry, metrics) = register_metrics()?;
+    let (registry, metrics) = register_metrics(&node_name)?;
     let health = Health::default();
     let (commands, received) = mpsc::channel(COMMANDS);
     let files = StateFiles::start().context("start the thread that writes state files")?;
@@ -173,4 +174,19 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     });
     wait_for(&runtime, &engine);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_name_the_node() {
+        let (registry, _) = register_metrics("worker-1").unwrap();
+        let families = registry.gather();
+        let info = families.iter().find(|family| family.name() == "switchtower_agent_info").unwrap();
+        let labels = info.get_metric()[0].get_label();
+        let node = labels.iter().find(|label| label.name() == "node").unwrap();
+        assert_eq!(node.value(), "worker-1");
+    }
 }
