@@ -15,7 +15,7 @@ use crate::storage::trial_file::TrialFile;
 ///
 /// # Errors
 /// An agent is running, or something cannot be removed.
-pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+pub(crate) fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     // A running agent would restore its tables within milliseconds.
     let lock = if state.exists() && !dry_run {
         match StateLock::take(state) {

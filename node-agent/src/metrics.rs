@@ -46,7 +46,7 @@ pub struct Metrics {
 ///
 /// # Errors
 /// The name is already registered.
-pub fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
+pub(crate) fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
     let info = GaugeVec::new(
         Opts::new("switchtower_agent_info", "Always 1: the node and the version of the agent."),
         &["node", "version"],

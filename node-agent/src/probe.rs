@@ -29,29 +29,29 @@ const LINE: usize = 256;
 
 /// Results of one round of probes.
 #[derive(Debug)]
-pub struct RoundResults {
+pub(crate) struct RoundResults {
     /// Number of the [`Round`].
-    pub number: u64,
+    pub(crate) number: u64,
     /// One result per target.
-    pub measured: Vec<Measured>,
+    pub(crate) measured: Vec<Measured>,
 }
 
 /// Runs rounds of probes.
-pub trait Prober: Send {
+pub(crate) trait Prober: Send {
     /// Starts a round and returns at once; its [`RoundResults`] follow.
     fn start(&self, round: Round);
 }
 
 /// Probes by TCP on the agent's runtime.
 #[derive(Debug)]
-pub struct TcpProber {
+pub(crate) struct TcpProber {
     runtime: tokio::runtime::Handle,
     results: mpsc::Sender<RoundResults>,
 }
 
 impl TcpProber {
     /// Creates a prober that sends its results to `results`.
-    pub fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<RoundResults>) -> Self {
+    pub(crate) fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<RoundResults>) -> Self {
         TcpProber { runtime, results }
     }
 }

@@ -33,12 +33,12 @@ use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
-pub use trust::Distrust;
+pub(crate) use trust::Distrust;
 
 /// Name in the controller's certificate, for every address.
-pub const SERVER_NAME: &str = "switchtower-controller";
+pub(crate) const SERVER_NAME: &str = "switchtower-controller";
 /// Supported versions of the protocol.
-pub const VERSIONS: &[u32] = &[1];
+pub(crate) const VERSIONS: &[u32] = &[1];
 /// Maximum size of a message in bytes: a part of 1 MiB with its frame.
 const MESSAGE_LIMIT: usize = 2 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -57,7 +57,7 @@ const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(300);
 
 /// Error that ended a session.
 #[derive(Debug, thiserror::Error)]
-pub enum SessionError {
+pub(crate) enum SessionError {
     /// Bootstrap input is missing or invalid.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
@@ -109,7 +109,7 @@ pub enum SessionError {
 impl SessionError {
     /// Returns the CamelCase reason for the conditions of the node's `ProxyStatus`.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Bootstrap(error) => error.reason(),
             Self::Tls(_) => "BootstrapInvalid",
@@ -124,7 +124,7 @@ impl SessionError {
 
     /// Returns whether a later attempt may succeed without other files, credentials or version.
     #[must_use]
-    pub fn absence(&self) -> Absence {
+    pub(crate) fn absence(&self) -> Absence {
         use tonic::Code;
         match self {
             Self::Bootstrap(_)

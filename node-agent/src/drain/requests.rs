@@ -24,7 +24,7 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 
 /// Outcome of a request.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The controller's answer.
     Answered(DrainAnswer),
     /// No controller answered in time, or the agent stops.
@@ -131,7 +131,7 @@ impl Requests {
     }
 
     /// Waits for the controller's answer about a pod, at most a second longer than `timeout`.
-    pub async fn wait(&self, pod: &Pod, timeout: Duration) -> Outcome {
+    pub(crate) async fn wait(&self, pod: &Pod, timeout: Duration) -> Outcome {
         let deadline = Instant::now() + timeout;
         let (reply, answered) = oneshot::channel();
         let id = {
@@ -169,7 +169,7 @@ impl Requests {
     }
 
     /// Begins a stream: repeats all requests if the controller supports them.
-    pub fn connected(&self, supported: bool) -> Link {
+    pub(crate) fn connected(&self, supported: bool) -> Link {
         let mut shared = self.lock();
         shared.connected = supported;
         shared.canceled.clear();
@@ -179,7 +179,7 @@ impl Requests {
     }
 
     /// Ends every request, for the shutdown of the agent.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         let mut shared = self.lock();
         shared.stopping = true;
         shared.pods.clear();
@@ -191,14 +191,14 @@ impl Requests {
 
 /// The requests on an open stream; dropping it ends the stream's part.
 #[derive(Debug)]
-pub struct Link {
+pub(crate) struct Link {
     requests: Requests,
     pace: Mutex<Pace>,
 }
 
 impl Link {
     /// Returns the next message for the controller; waits while there is none, or too many were sent.
-    pub async fn next(&self) -> FromAgent {
+    pub(crate) async fn next(&self) -> FromAgent {
         loop {
             let posted = self.requests.posted.notified();
             match self.take() {
@@ -219,7 +219,7 @@ impl Link {
     }
 
     /// Takes the controller's answer; ignores one that no request waits for.
-    pub fn answered(&self, answer: DrainAnswer) {
+    pub(crate) fn answered(&self, answer: DrainAnswer) {
         let mut shared = self.requests.lock();
         let Some(waiting) = shared.take(answer.id) else { return };
         shared.unsent.remove(&answer.id);

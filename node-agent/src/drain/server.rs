@@ -36,10 +36,10 @@ const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6A
 
 /// Reason why the agent cannot listen, or `None`; sent whenever it changes.
 #[derive(Debug)]
-pub struct ListenFailure(pub Option<String>);
+pub(crate) struct ListenFailure(pub(crate) Option<String>);
 
 /// Listens on the port of the settings, until their sender is dropped. Requests in progress outlive a change of the port.
-pub async fn serve<N: From<ListenFailure>>(
+pub(crate) async fn serve<N: From<ListenFailure>>(
     mut settings: watch::Receiver<GateSettings>,
     requests: Requests,
     notices: mpsc::Sender<N>,

@@ -23,11 +23,11 @@ const LOOKUPS: usize = 256;
 pub(crate) const ANSWER: usize = 16 << 20;
 
 /// Receives the answer, or the reason why there is none.
-pub type Reply = oneshot::Sender<Result<Vec<u8>, String>>;
+pub(crate) type Reply = oneshot::Sender<Result<Vec<u8>, String>>;
 
 /// The reason why a query has no answer; the message is for the user who sent it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum QueryError {
+pub(crate) enum QueryError {
     /// Unknown kind of query.
     #[error(
         "this agent answers \"counts\", \"stamp\", \"lookup\", \"frontends\", \"elements\" and \"rules\", not {0:?}; \
@@ -58,14 +58,14 @@ pub enum QueryError {
 
 /// Handle of the thread that answers queries. The thread ends when the handle is dropped.
 #[derive(Debug)]
-pub struct Inspector(Option<SyncSender<(Query, Reply)>>);
+pub(crate) struct Inspector(Option<SyncSender<(Query, Reply)>>);
 
 impl Inspector {
     /// Starts the thread.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(mut reader: KernelReader) -> io::Result<Self> {
+    pub(crate) fn start(mut reader: KernelReader) -> io::Result<Self> {
         // One query waits while the thread still sends the previous answer.
         let (sender, queries) = sync_channel::<(Query, Reply)>(1);
         std::thread::Builder::new().name("inspector".into()).spawn(move || {
@@ -79,12 +79,13 @@ impl Inspector {
     }
 
     /// Creates an inspector that fails every query.
-    pub fn none() -> Self {
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
         Inspector(None)
     }
 
     /// Queues a query; fails it at once if another one waits.
-    pub fn ask(&self, query: &Query, reply: Reply) {
+    pub(crate) fn ask(&self, query: &Query, reply: Reply) {
         let refused = match &self.0 {
             None => Some((reply, QueryError::Unavailable)),
             Some(sender) => match sender.try_send((query.clone(), reply)) {

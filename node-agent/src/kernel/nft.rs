@@ -45,9 +45,9 @@ use mirror::Mirror;
 use plan::Plan;
 use transaction::Outcome;
 
-pub use foreign::ForeignProxy;
-pub use inspect::{TableSummary, cleanup, inspect};
-pub use layout::{LAYOUT_VERSION, TABLE};
+pub(crate) use foreign::ForeignProxy;
+pub use inspect::{cleanup, inspect};
+pub(crate) use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
 pub use reader::{FrontendQuery, KernelReader};
 

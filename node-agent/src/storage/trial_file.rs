@@ -21,18 +21,18 @@ const SIZE_LIMIT: u64 = 16 << 20;
 
 /// The file of a state directory.
 #[derive(Debug, Clone)]
-pub struct TrialFile {
+pub(crate) struct TrialFile {
     path: PathBuf,
 }
 
 /// Unusable trial file.
 #[derive(Debug, thiserror::Error)]
 #[error("trial file {path}: {source}")]
-pub struct TrialFileError {
+pub(crate) struct TrialFileError {
     /// The file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Cause; [`io::ErrorKind::InvalidData`] if it is damaged or of another version.
-    pub source: io::Error,
+    pub(crate) source: io::Error,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -91,7 +91,7 @@ struct SeenBy {
 
 impl TrialFile {
     /// Returns the file in `directory`, which the first write creates.
-    pub fn new(directory: &Path) -> Self {
+    pub(crate) fn new(directory: &Path) -> Self {
         TrialFile { path: directory.join("trial") }
     }
 
@@ -100,12 +100,12 @@ impl TrialFile {
     }
 
     /// Returns its path.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Encodes a record as the content of the file.
-    pub fn encode(record: &TrialRecord) -> Vec<u8> {
+    pub(crate) fn encode(record: &TrialRecord) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(content(record).encode_to_vec());
         let checksum = blake3::hash(&bytes);
@@ -117,7 +117,7 @@ impl TrialFile {
     ///
     /// # Errors
     /// The file cannot be read, is damaged, or is of another version.
-    pub fn read(&self) -> Result<Option<TrialRecord>, TrialFileError> {
+    pub(crate) fn read(&self) -> Result<Option<TrialRecord>, TrialFileError> {
         let unusable = |what: &str| self.failed(io::Error::new(io::ErrorKind::InvalidData, what.to_owned()));
         match std::fs::metadata(&self.path) {
             Ok(metadata) if metadata.len() > SIZE_LIMIT => return Err(unusable("it is too large")),
