@@ -319,7 +319,7 @@ impl Engine {
             }
             Command::Flows(report) => self.flows(report),
             Command::Probed { number, measured } => self.probed(number, measured),
-            Command::Ask { query, answer } => self.ask(&query, answer),
+            Command::Ask { query, answer } => self.parts.questions.ask(&query, answer),
             Command::Stop => {}
         }
     }

@@ -6,7 +6,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use switchtower_proto::v1::{Answer, Query as QueryMessage};
+use switchtower_proto::v1::query::Kind;
+use switchtower_proto::v1::{Answer, Query};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Fleet;
@@ -19,17 +20,6 @@ pub const QUERY_TIMEOUT: Duration = Duration::from_secs(15);
 const RATE: Rate = Rate { per_second: 2.0, burst: 20.0 };
 /// Maximum length of an answer in bytes, as in fleet.proto.
 const ANSWER: usize = 16 << 20;
-
-/// A query; fleet.proto lists the kinds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Query {
-    /// "lookup", "frontends", ….
-    pub what: &'static str,
-    /// Filter, with a syntax that depends on the kind.
-    pub filter: String,
-    /// Maximum number of items; 0 for the agent's default.
-    pub limit: u32,
-}
 
 /// Reason for a missing answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,7 +66,7 @@ type Outcome = Result<Vec<u8>, Failure>;
 pub(crate) struct QueryQueue {
     turn: Semaphore,
     allowance: Mutex<TokenBucket>,
-    waiting: Mutex<Option<(Query, oneshot::Sender<Outcome>)>>,
+    waiting: Mutex<Option<(Kind, oneshot::Sender<Outcome>)>>,
 }
 
 impl Default for QueryQueue {
@@ -94,13 +84,13 @@ impl QueryQueue {
         lock(&self.allowance).take(now)
     }
 
-    fn put(&self, query: Query) -> oneshot::Receiver<Outcome> {
+    fn put(&self, query: Kind) -> oneshot::Receiver<Outcome> {
         let (answer, answered) = oneshot::channel();
         *lock(&self.waiting) = Some((query, answer));
         answered
     }
 
-    fn take(&self) -> Option<(Query, oneshot::Sender<Outcome>)> {
+    fn take(&self) -> Option<(Kind, oneshot::Sender<Outcome>)> {
         lock(&self.waiting).take()
     }
 }
@@ -110,7 +100,7 @@ impl Fleet {
     ///
     /// # Errors
     /// The agent is not connected, or does not answer.
-    pub async fn ask(self: &Arc<Self>, node: &str, query: Query) -> Result<Vec<u8>, QueryError> {
+    pub async fn ask(self: &Arc<Self>, node: &str, query: Kind) -> Result<Vec<u8>, QueryError> {
         if !self.knows(node) {
             return Err(QueryError::UnknownNode(node.to_owned()));
         }
@@ -157,14 +147,14 @@ pub(crate) struct PendingQuery {
 
 impl PendingQuery {
     /// Returns the next query for the agent if the previous one is answered or its caller gave up.
-    pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<QueryMessage> {
+    pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<Query> {
         if self.running.as_ref().is_some_and(|(answer, _)| !answer.is_closed()) {
             return None;
         }
-        let (Query { what, filter, limit }, answer) = queue.take()?;
+        let (kind, answer) = queue.take()?;
         self.number += 1;
         self.running = Some((answer, Vec::new()));
-        Some(QueryMessage { id: self.number, what: what.to_owned(), filter, limit })
+        Some(Query { id: self.number, kind: Some(kind) })
     }
 
     /// Takes a part of the answer. Ignores answers to other queries and answers that no caller waits for.
@@ -192,10 +182,12 @@ impl PendingQuery {
 
 #[cfg(test)]
 mod tests {
+    use switchtower_proto::v1::FrontendsQuery;
+
     use super::*;
 
-    fn query() -> Query {
-        Query { what: "lookup", filter: "10.96.0.1:80/TCP".to_owned(), limit: 0 }
+    fn query() -> Kind {
+        Kind::Frontends(FrontendsQuery { limit: 3 })
     }
 
     fn part(id: u64, part: &[u8], last: bool) -> Answer {
@@ -208,7 +200,7 @@ mod tests {
         assert_eq!(pending.next(&queue), None);
         let mut answered = queue.put(query());
         let query = pending.next(&queue).unwrap();
-        assert_eq!((query.id, query.what.as_str(), query.limit), (1, "lookup", 0));
+        assert_eq!(query, Query { id: 1, kind: Some(self::query()) });
         pending.take(part(7, b"not asked", true));
         pending.take(part(1, b"one ", false));
         assert!(pending.next(&queue).is_none());

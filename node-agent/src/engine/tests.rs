@@ -480,13 +480,6 @@ fn last_addresses_committed_after_failures() {
     assert_eq!(bound(), ["198.51.100.49"]);
 }
 
-fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {
-    let (answer, answered) = oneshot::channel();
-    let query = switchtower_proto::v1::Query { what: what.to_owned(), ..Default::default() };
-    engine.handle(Command::Ask { query, answer });
-    answered.blocking_recv().unwrap().map(|json| serde_json::from_slice(&json).unwrap())
-}
-
 #[test]
 fn foreign_proxy_reported_to_every_session() {
     let directory = tempfile::tempdir().unwrap();
@@ -505,17 +498,6 @@ fn foreign_proxy_reported_to_every_session() {
     assert_eq!(foreign(&mut events), Some(false));
     let (_, mut events) = attach(&mut engine);
     assert_eq!(foreign(&mut events), None);
-}
-
-#[test]
-fn queries_about_the_view_answered() {
-    let directory = tempfile::tempdir().unwrap();
-    let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
-    play(&mut engine, Fleet::new(5, 2).snapshot());
-    let counts = ask(&mut engine, "counts").unwrap();
-    assert_eq!((&counts["services"], &counts["endpoints"]), (&5.into(), &10.into()));
-    assert_eq!(ask(&mut engine, "stamp").unwrap()["generation"], 1);
-    assert!(ask(&mut engine, "rules").is_err(), "this kernel has no reader");
 }
 
 #[test]

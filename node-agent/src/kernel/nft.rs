@@ -49,7 +49,7 @@ pub(crate) use foreign::ForeignProxy;
 pub use inspect::{cleanup, inspect};
 pub(crate) use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
-pub use reader::{FrontendQuery, KernelReader};
+pub use reader::KernelReader;
 
 /// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
 #[derive(Debug)]

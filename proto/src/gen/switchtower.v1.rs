@@ -777,30 +777,57 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_milliseconds: u32,
 }
-/// A query about a node's kernel, made by an operator through the controller. The answer comes from the agent's own
-/// tables, read at that moment, and never delays an update. One at a time per node: a second Query before
-/// the last part of an Answer is refused. Queries:
-///
-///    what         filter                                               payload (the parts, joined)
-///    "counts"     -                                                    JSON: sizes of the view
-///    "stamp"      -                                                    JSON: the kernel's stamp
-///    "lookup"     frontends "10.96.0.10:80/TCP", comma-separated,      KernelTable: stamp, frontends
-///                 ":30080/TCP" for every address with that NodePort
-///    "frontends"  -                                                    KernelTable: stamp, all frontends
-///    "elements"   text that an element's line contains                 KernelTable: stamp, elements
-///    "rules"      -                                                    KernelTable: stamp, chains
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// A query about a node's kernel, made by an operator through the controller. The agent reads its tables for the answer,
+/// which never delays an update. One query at a time per node: the agent refuses a second Query before the last part of an
+/// Answer. The payload of the Answer, its parts joined, is a KernelTable with a stamp.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Query {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(string, tag = "2")]
-    pub what: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub filter: ::prost::alloc::string::String,
-    /// most frontends or elements; 0: 1,000; at most 100,000
-    #[prost(uint32, tag = "4")]
+    #[prost(oneof = "query::Kind", tags = "2, 3, 4, 5")]
+    pub kind: ::core::option::Option<query::Kind>,
+}
+/// Nested message and enum types in `Query`.
+pub mod query {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "2")]
+        Lookup(super::LookupQuery),
+        #[prost(message, tag = "3")]
+        Frontends(super::FrontendsQuery),
+        #[prost(message, tag = "4")]
+        Elements(super::ElementsQuery),
+        #[prost(message, tag = "5")]
+        Chains(super::ChainsQuery),
+    }
+}
+/// Answered with the frontends that exist.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupQuery {
+    /// At most 256. Without an address: the frontends on every address of the family.
+    #[prost(message, repeated, tag = "1")]
+    pub frontends: ::prost::alloc::vec::Vec<FrontendKey>,
+}
+/// Answered with all frontends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FrontendsQuery {
+    /// maximum number; 0: 1,000; at most 100,000
+    #[prost(uint32, tag = "1")]
     pub limit: u32,
 }
+/// Answered with the elements whose line contains a text.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ElementsQuery {
+    /// empty: all elements
+    #[prost(string, tag = "1")]
+    pub text: ::prost::alloc::string::String,
+    /// maximum number; 0: 1,000; at most 100,000
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+}
+/// Answered with all chains.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChainsQuery {}
 /// At most 128 KiB of payload each, at most 16 MiB altogether.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Answer {

@@ -256,7 +256,8 @@ fn range<const N: usize>(cidr: &Cidr) -> Option<Range<N>> {
     Range::new(&cidr.address, cidr.prefix_length)
 }
 
-fn key<const N: usize>(address: &[u8], protocol: Protocol, port: u32) -> Option<Key<N>> {
+/// Returns the key of an element; `None` if the address is of the other family, or a part is malformed.
+pub(crate) fn key<const N: usize>(address: &[u8], protocol: Protocol, port: u32) -> Option<Key<N>> {
     let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
     let protocol = u8::try_from(protocol as i32).ok().filter(|protocol| *protocol != 0)?;
     Some(Key { address: address.try_into().ok()?, port, protocol })
