@@ -42,7 +42,7 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
 
-pub use messages::{AgentStatus, Command, DriftCause, Event};
+pub use messages::{AgentStatus, Command, Event};
 use report::Conditions;
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 

@@ -185,7 +185,7 @@ fn agent(observation: &Observation, clock: &Clock) -> Agent {
         refused_items: deviations.map_or(0, |deviations| deviations.refused),
         held_removals: deviations.map_or(0, |deviations| deviations.held),
         trial: observation.trial.as_ref().and_then(trial),
-        drift: moments.drifted.map(|at| (clock.at(at), observation.drift_cause.clone())),
+        drift: moments.drifted.map(|at| (clock.at(at), observation.drift_cause)),
         losses: moments.losses.iter().map(|at| clock.at(*at)).collect(),
     })
 }

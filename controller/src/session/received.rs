@@ -6,7 +6,7 @@ use switchtower_core::layer::Cursor;
 use switchtower_core::propagation::Delivery;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
-use switchtower_proto::v1::{Ack, AgentMessage, GoAwayReason, Nack, NackReason, Pong, Report};
+use switchtower_proto::v1::{Ack, AgentMessage, DriftCause, GoAwayReason, Nack, NackReason, Pong, Report};
 use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
@@ -197,8 +197,9 @@ impl Session {
         self.fleet.report_health_check_failures(&self.node, &report.health_check_failures);
         self.fleet.observe_with(&self.node, self.number, |known| {
             // Without a cause the count is historical, repeated for a controller that may not know it.
-            if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
-                known.note_drift(sanitized(&report.drift_cause));
+            if report.drift_repaired > known.drift_repaired && report.drift_cause() != DriftCause::Unspecified
+            {
+                known.note_drift(report.drift_cause());
             }
             known.drift_repaired = report.drift_repaired;
             known.foreign_proxy = report.foreign_proxy;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::locality::Locality;
-use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
+use switchtower_proto::v1::{Deviations, DriftCause, NackReason, TrialStatus};
 use tokio::time::Instant;
 
 /// Maximum number of lost streams that are kept per node.
@@ -48,7 +48,7 @@ pub struct Observation {
     /// Foreign changes repaired since the agent started.
     pub drift_repaired: u64,
     /// Cause of the last foreign change.
-    pub drift_cause: String,
+    pub drift_cause: DriftCause,
     /// Time of the last repaired foreign change.
     pub drift_at: Option<Timestamp>,
     /// Rules of kube-proxy exist on the node.
@@ -104,7 +104,7 @@ impl Observation {
     }
 
     /// Records the repair of a foreign change.
-    pub fn note_drift(&mut self, cause: String) {
+    pub fn note_drift(&mut self, cause: DriftCause) {
         (self.drift_at, self.drift_cause) = (Some(Timestamp::now()), cause);
         self.moments.drifted = Some(Instant::now());
     }

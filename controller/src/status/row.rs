@@ -252,7 +252,7 @@ fn failure_message(failure: &Failure) -> String {
 fn consistent(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
     match observation.drift_at {
         Some(at) if !check.passed(at, DRIFT_SHOWN, now) => {
-            let cause = if observation.drift_cause.is_empty() { "unknown" } else { &observation.drift_cause };
+            let cause = observation.drift_cause.name();
             Verdict::new(
                 Status::False,
                 "ForeignChange",

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use switchtower_proto::v1::{
-    Ack, ApplyTimings, Deviation, Deviations, HealthCheckFailure, Report, Stamp as WireStamp, TrialStatus,
-    View,
+    Ack, ApplyTimings, Deviation, Deviations, DriftCause, HealthCheckFailure, Report, Stamp as WireStamp,
+    TrialStatus, View,
 };
 
 use super::sync::Confidence;
-use super::{AgentStatus, DriftCause, Engine, Event};
+use super::{AgentStatus, Engine, Event};
 use crate::kernel::dataplane::{Committed, Refused, Stamp};
 use crate::traces::Applying;
 
@@ -116,20 +116,20 @@ impl Engine {
 
     /// Reports the conditions that no generation covers.
     pub(super) fn report_conditions(&mut self) {
-        self.report("", None);
+        self.report(DriftCause::Unspecified, None);
     }
 
     /// Reports a repair of foreign changes.
     pub(super) fn report_drift(&mut self, cause: DriftCause) {
-        self.report(cause.as_str(), None);
+        self.report(cause, None);
     }
 
     /// Reports the status of the trial of settings.
     pub(super) fn report_trial(&mut self) {
-        self.report("", self.state.trial_status());
+        self.report(DriftCause::Unspecified, self.state.trial_status());
     }
 
-    fn report(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
+    fn report(&mut self, drift_cause: DriftCause, trial: Option<TrialStatus>) {
         let report = Report {
             session: 0,
             drift_repaired: self.drift.repaired,

@@ -1,7 +1,7 @@
 //! The engine with a kernel in memory.
 
 use switchtower_proto::v1::{
-    Ack, Cidr, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
+    Ack, Cidr, DriftCause, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
 };
 use tokio::sync::oneshot;
 
@@ -372,14 +372,16 @@ fn addresses_and_drift_committed_without_a_generation() {
     engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
     match events.try_recv() {
         Ok(Event::Report(report)) => {
-            assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "changed"));
+            assert_eq!((report.drift_repaired, report.drift_cause()), (1, DriftCause::Changed));
         }
         other => panic!("expected a Report, got {other:?}"),
     }
     assert_eq!(kernel.lock().repairs, 1);
     engine.handle(Command::ForeignProxy(true));
     match events.try_recv() {
-        Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "drift is reported once"),
+        Ok(Event::Report(report)) => {
+            assert_eq!(report.drift_cause(), DriftCause::Unspecified, "drift is reported once");
+        }
         other => panic!("expected a Report, got {other:?}"),
     }
 }

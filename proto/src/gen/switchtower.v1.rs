@@ -578,9 +578,9 @@ pub struct Report {
     /// times since the agent started
     #[prost(uint64, tag = "2")]
     pub drift_repaired: u64,
-    /// Of a drift repaired just now; empty where the report is about something else.
-    #[prost(string, tag = "3")]
-    pub drift_cause: ::prost::alloc::string::String,
+    /// Cause of a drift repaired just now; unspecified in reports about other subjects.
+    #[prost(enumeration = "DriftCause", tag = "3")]
+    pub drift_cause: i32,
     /// kube-proxy's tables or chains exist (queried by exact name, never listed).
     #[prost(bool, tag = "4")]
     pub foreign_proxy: bool,
@@ -1290,6 +1290,46 @@ impl NackReason {
             "NACK_REASON_OVER_LIMIT" => Some(Self::OverLimit),
             "NACK_REASON_UNKNOWN_FEATURE" => Some(Self::UnknownFeature),
             "NACK_REASON_KERNEL" => Some(Self::Kernel),
+            _ => None,
+        }
+    }
+}
+/// Why the agent compared its tables with the view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DriftCause {
+    Unspecified = 0,
+    /// Another program changed one of the tables.
+    Changed = 1,
+    /// Another program deleted one of the tables.
+    TableDeleted = 2,
+    /// Notifications were lost.
+    Overflow = 3,
+    /// The tables were not monitored for some time.
+    Unwatched = 4,
+}
+impl DriftCause {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DRIFT_CAUSE_UNSPECIFIED",
+            Self::Changed => "DRIFT_CAUSE_CHANGED",
+            Self::TableDeleted => "DRIFT_CAUSE_TABLE_DELETED",
+            Self::Overflow => "DRIFT_CAUSE_OVERFLOW",
+            Self::Unwatched => "DRIFT_CAUSE_UNWATCHED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DRIFT_CAUSE_UNSPECIFIED" => Some(Self::Unspecified),
+            "DRIFT_CAUSE_CHANGED" => Some(Self::Changed),
+            "DRIFT_CAUSE_TABLE_DELETED" => Some(Self::TableDeleted),
+            "DRIFT_CAUSE_OVERFLOW" => Some(Self::Overflow),
+            "DRIFT_CAUSE_UNWATCHED" => Some(Self::Unwatched),
             _ => None,
         }
     }

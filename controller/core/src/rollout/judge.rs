@@ -136,7 +136,7 @@ fn disturbed(observed: &Observed, touched: Time, strategy: &Strategy) -> Option<
     if let Some((_, cause)) = observed.drift.as_ref().filter(|(at, _)| *at > touched) {
         return Some((
             FailureReason::Drifted,
-            format!("the node's tables were changed by others: {cause}"),
+            format!("the node's tables were changed by others: {}", cause.name()),
             0,
         ));
     }

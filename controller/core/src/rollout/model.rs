@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchtower_proto::v1::DriftCause;
+
 use super::{Selector, State, Time, WaitingOn};
 
 /// A revision of a profile, such as `default@7`.
@@ -259,7 +261,7 @@ pub struct Observed {
     /// State of its latest trial of settings.
     pub trial: Option<Trial>,
     /// Time and cause of the latest foreign change of its tables known to this controller.
-    pub drift: Option<(Time, String)>,
+    pub drift: Option<(Time, DriftCause)>,
     /// Times of recent stream losses.
     pub losses: Vec<Time>,
 }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchtower_proto::v1::DriftCause;
+
 use super::*;
 use fixtures::{assignment, labelled, step, strategy};
 
@@ -234,8 +236,16 @@ fn each_kind_of_evidence_fails_a_node() {
         ("kernel", Box::new(move |seen| seen.refusal = Some(refusal(false))), Some("ApplyFailed")),
         ("repaired", Box::new(move |seen| seen.refusal = Some(refusal(true))), None),
         ("items", Box::new(|seen| seen.refused_items = 2), Some("ItemsRefused")),
-        ("drift", Box::new(|seen| seen.drift = Some((Time(NOW.0 + 1), "flush".into()))), Some("Drifted")),
-        ("drift before", Box::new(|seen| seen.drift = Some((Time(NOW.0 - 1), "flush".into()))), None),
+        (
+            "drift",
+            Box::new(|seen| seen.drift = Some((Time(NOW.0 + 1), DriftCause::TableDeleted))),
+            Some("Drifted"),
+        ),
+        (
+            "drift before",
+            Box::new(|seen| seen.drift = Some((Time(NOW.0 - 1), DriftCause::TableDeleted))),
+            None,
+        ),
         ("reconnects", Box::new(|seen| seen.losses = vec![Time(NOW.0 + 1); 4]), Some("Reconnecting")),
         ("few reconnects", Box::new(|seen| seen.losses = vec![Time(NOW.0 + 1); 3]), None),
         ("reconnects before", Box::new(|seen| seen.losses = vec![NOW; 8]), None),

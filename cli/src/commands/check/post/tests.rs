@@ -10,7 +10,7 @@ use switchtower_controller::status::absence::{Agents, Blocker, pod::agent_pod};
 use switchtower_controller::status::observation::{Failure, Observation, nack_word};
 use switchtower_controller::status::row::{Absence, Inputs, row};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
-use switchtower_proto::v1::{Deviations, NackReason, SettingsCause, SettingsDeviation};
+use switchtower_proto::v1::{Deviations, DriftCause, NackReason, SettingsCause, SettingsDeviation};
 
 use super::super::{Verdict, codes_of, text};
 use super::*;
@@ -225,7 +225,7 @@ fn connected_agents_diagnosed_by_their_reports() {
     blames(&deviating(0, 0, Some(SettingsCause::Trial)), "ST0113", &["SettingsOnTrial", "default@3"]);
     blames(&deviating(0, 0, Some(SettingsCause::RolledBack)), "ST0114", &["RolledBack", "default@3"]);
     let observed = |observation| Fault::Observed(Box::new(observation));
-    let drift = Observation { drift_at: Some(ago(3)), drift_cause: "table_deleted".into(), ..healthy() };
+    let drift = Observation { drift_at: Some(ago(3)), drift_cause: DriftCause::TableDeleted, ..healthy() };
     blames(&observed(drift), "ST0106", &["ForeignChange", "table_deleted"]);
     let shared = Observation { foreign_proxy: true, ..healthy() };
     blames(&observed(shared), "ST0107", &["ForeignProxy", "kube-proxy"]);
