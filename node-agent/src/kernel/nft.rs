@@ -22,6 +22,7 @@ mod mirror;
 mod monitor;
 mod nfta;
 mod plan;
+mod port_name;
 mod reader;
 mod release;
 mod resolve;

@@ -145,7 +145,8 @@ impl<const N: usize> Mirror<N> {
                 _ => format!("the kernel refused it: {}", std::io::Error::from_raw_os_error(*errno)),
             };
             let address = text::socket_address(&member.address, member.port);
-            let item = format!("endpoint {address} of {}", text::port_name(&self.port_name(*index)));
+            let owner = self.port_name(*index).map(|name| format!(" of {name}")).unwrap_or_default();
+            let item = format!("endpoint {address}{owner}");
             all.push(Refusal { item, reason, errno: *errno });
         }
         all.sort_by(|left, right| left.item.cmp(&right.item));
@@ -155,8 +156,8 @@ impl<const N: usize> Mirror<N> {
     fn frontend_item(&self, key: &Key<N>) -> String {
         let address = text::socket_address(&key.address, key.port);
         let protocol = text::protocol(key.protocol);
-        let owner = self.frontend_at(key).map(|frontend| self.port_name(frontend.port));
-        let owner = owner.map(|name| format!(" ({})", text::service(&name))).unwrap_or_default();
+        let owner = self.frontend_at(key).and_then(|frontend| self.port_name(frontend.port));
+        let owner = owner.map(|name| format!(" ({})", name.service())).unwrap_or_default();
         format!("frontend {address}/{protocol}{owner}")
     }
 
