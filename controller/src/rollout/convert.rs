@@ -357,11 +357,12 @@ pub(super) fn conditions(
     now: Time,
 ) -> Vec<Condition> {
     let condition = |condition: &core::Condition| {
-        let known = previous.iter().find(|known| known.type_ == condition.kind);
-        let known = known.filter(|known| known.status == condition.status);
+        let known = previous.iter().find(|known| known.type_ == condition.kind.as_str());
+        let status = if condition.holds { "True" } else { "False" };
+        let known = known.filter(|known| known.status == status);
         Condition {
-            type_: condition.kind.to_owned(),
-            status: condition.status.to_owned(),
+            type_: condition.kind.as_str().to_owned(),
+            status: status.to_owned(),
             reason: condition.reason.to_owned(),
             message: condition.message.clone(),
             observed_generation: generation,

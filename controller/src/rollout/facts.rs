@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use switchtower_admin_api::NodeReason;
 use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile, next_revision, returns_to, stable, winner};
 use switchtower_core::rollout::{
@@ -176,11 +177,11 @@ fn agent(observation: &Observation, clock: &Clock) -> Agent {
         took: observation.settings_took,
         in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
         refusal: observation.failure.as_ref().map(|failure| Refusal {
-            reason: failure.reason.to_owned(),
+            reason: failure.reason.as_str().to_owned(),
             detail: failure.detail.clone(),
             errno: failure.errno,
             // The stream answers these with a snapshot.
-            transient: matches!(failure.reason, "FromMismatch" | "DigestMismatch"),
+            transient: matches!(failure.reason, NodeReason::FromMismatch | NodeReason::DigestMismatch),
         }),
         refused_items: deviations.map_or(0, |deviations| deviations.refused),
         held_removals: deviations.map_or(0, |deviations| deviations.held),

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
+use switchtower_admin_api::ConditionType;
 use switchtower_core::rollout::{FailureReason, Progress, State};
 use switchtower_crds::ProxyRollout;
 
@@ -119,7 +120,8 @@ impl Sample {
     fn of(object: &ProxyRollout) -> Self {
         let status = object.status.clone().unwrap_or_default();
         let progress = &status.progress;
-        let stalled = status.conditions.iter().find(|condition| condition.type_ == "Stalled");
+        let stalled =
+            status.conditions.iter().find(|condition| condition.type_ == ConditionType::Stalled.as_str());
         Self {
             rollout: object.metadata.name.clone().unwrap_or_default(),
             reason: stalled.map(|condition| condition.reason.clone()).unwrap_or_default(),

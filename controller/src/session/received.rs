@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
 use crate::status::News;
-use crate::status::observation::{Failure, nack_word};
+use crate::status::observation::{Failure, nack_reason};
 use crate::text::sanitized;
 
 /// Maximum delay before a snapshot that the agent cannot accept is sent again without a change of the view.
@@ -143,21 +143,21 @@ impl Session {
         if !in_flight && !held {
             return;
         }
-        self.fleet.metrics().nacked(nack_word(reason));
-        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
+        self.fleet.metrics().nacked(nack_reason(reason).as_str());
+        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_reason(reason).as_str(),
             errno = nack.errno, detail = sanitized(&nack.detail), "the agent refused an update");
         if let Some(sent) = self.in_flight.as_mut().filter(|_| in_flight) {
             let revision = sent.after.revision();
             // The agent keeps the update and acknowledges it when its kernel accepts it.
             sent.retried = reason == NackReason::Kernel;
-            self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
+            self.fleet.refused(&self.node, self.number, revision, nack_reason(reason).as_str());
             if reason != NackReason::Kernel {
                 self.recover_from_refusal(reason, nack.kept);
             }
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
             known.failure = Some(Failure {
-                reason: nack_word(reason),
+                reason: nack_reason(reason),
                 detail: sanitized(&nack.detail),
                 errno: nack.errno,
                 generation: nack.generation,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use switchtower_admin_api::NodeReason;
 use switchtower_core::locality::Locality;
 use switchtower_proto::v1::{Deviations, DriftCause, NackReason, TrialStatus};
 use tokio::time::Instant;
@@ -113,8 +114,8 @@ impl Observation {
 /// A generation that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// CamelCase reason of the condition.
-    pub reason: &'static str,
+    /// Reason of the condition.
+    pub reason: NodeReason,
     /// Message of the agent.
     pub detail: String,
     /// Error number of the kernel; 0 if the kernel is not the cause.
@@ -125,14 +126,14 @@ pub struct Failure {
 
 /// Returns the condition reason of a refusal.
 #[must_use]
-pub fn nack_word(reason: NackReason) -> &'static str {
+pub fn nack_reason(reason: NackReason) -> NodeReason {
     match reason {
-        NackReason::Unspecified => "Refused",
-        NackReason::FromMismatch => "FromMismatch",
-        NackReason::DigestMismatch => "DigestMismatch",
-        NackReason::Malformed => "MalformedUpdate",
-        NackReason::OverLimit => "OverLimit",
-        NackReason::UnknownFeature => "UnknownFeature",
-        NackReason::Kernel => "KernelRefused",
+        NackReason::Unspecified => NodeReason::Refused,
+        NackReason::FromMismatch => NodeReason::FromMismatch,
+        NackReason::DigestMismatch => NodeReason::DigestMismatch,
+        NackReason::Malformed => NodeReason::MalformedUpdate,
+        NackReason::OverLimit => NodeReason::OverLimit,
+        NackReason::UnknownFeature => NodeReason::UnknownFeature,
+        NackReason::Kernel => NodeReason::KernelRefused,
     }
 }
