@@ -10,10 +10,11 @@ use prometheus::Registry;
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
+use crate::cleanup;
 use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
-use crate::controller::session::Identity;
+use crate::controller::session::{Context, Identity};
 use crate::drain::requests::Requests;
 use crate::engine::{Command, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
@@ -44,7 +45,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
     match action {
         Action::Cleanup { state_dir, stay, dry_run } => {
-            crate::cleanup::run(&state_dir, dry_run, &mut std::io::stdout().lock())?;
+            let mode = if dry_run { cleanup::Mode::DryRun } else { cleanup::Mode::Remove };
+            cleanup::run(&state_dir, mode, &mut std::io::stdout().lock())?;
             if stay { runtime()?.block_on(stop_signal()) } else { Ok(()) }
         }
         Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait } => {
@@ -170,7 +172,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
         let drains = Requests::default();
         tokio::spawn(crate::drain::server::serve(drain_port, drains.clone(), commands.clone()));
-        until_stopped(controllers, identity, commands, metrics, contact, drains).await
+        until_stopped(Context { controllers, identity, commands, metrics, contact, drains }).await
     });
     wait_for(&runtime, &engine);
     result

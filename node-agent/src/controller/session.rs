@@ -169,31 +169,39 @@ pub struct Identity {
     pub files: StateFiles,
 }
 
+/// The parts of the agent that every session uses.
+pub struct Context {
+    /// Addresses and credentials of the controllers.
+    pub controllers: Controllers,
+    /// Content of Hello.
+    pub identity: Identity,
+    /// Queue of the engine.
+    pub commands: mpsc::Sender<Command>,
+    /// The agent's metrics.
+    pub metrics: Metrics,
+    /// Status of the connection, for `/connection`.
+    pub contact: Contact,
+    /// Requests of the drain gate.
+    pub drains: Requests,
+}
+
 /// Keeps a session with one of the controllers until `stop` becomes true.
-pub async fn run(
-    mut controllers: Controllers,
-    identity: Identity,
-    commands: mpsc::Sender<Command>,
-    metrics: Metrics,
-    contact: Contact,
-    drains: Requests,
-    mut stop: watch::Receiver<bool>,
-) {
+pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
     let mut turn = 0_usize;
     let mut backoff = Backoff::default();
     let mut logged = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut controllers, turn, &identity, &commands, &metrics, &contact, &drains) => result,
+            result = session(&mut context, turn) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
-        metrics.connected.set(0);
+        context.metrics.connected.set(0);
         let Err(error) = result;
         if matches!(error, SessionError::Stopping) {
             return;
         }
-        contact.lost(error.reason(), error.absence(), &error.to_string());
+        context.contact.lost(error.reason(), error.absence(), &error.to_string());
         // Missing files, which the kubelet may still be mounting, are cheap to check.
         let waiting = matches!(error, SessionError::Bootstrap(_));
         if waiting || began.elapsed() > SILENCE {
@@ -291,18 +299,9 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn session(
-    controllers: &mut Controllers,
-    turn: usize,
-    identity: &Identity,
-    commands: &mpsc::Sender<Command>,
-    metrics: &Metrics,
-    contact: &Contact,
-    drains: &Requests,
-) -> Result<std::convert::Infallible, SessionError> {
+async fn session(context: &mut Context, turn: usize) -> Result<std::convert::Infallible, SessionError> {
     let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
-    let opening = open(controllers, turn, identity, commands, metrics, contact, drains);
-    let opened = opening.instrument(span.clone()).await;
+    let opened = open(context, turn).instrument(span.clone()).await;
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
@@ -313,15 +312,11 @@ async fn session(
 }
 
 /// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
-async fn open<'a>(
-    controllers: &mut Controllers,
+async fn open(
+    context: &mut Context,
     turn: usize,
-    identity: &Identity,
-    commands: &'a mpsc::Sender<Command>,
-    metrics: &Metrics,
-    contact: &Contact,
-    drains: &Requests,
-) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
+) -> Result<(Stream<'_>, tonic::Streaming<ControllerMessage>), SessionError> {
+    let Context { controllers, identity, commands, metrics, contact, drains } = context;
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
     let address = addresses[turn % addresses.len()].clone();

@@ -65,8 +65,9 @@ impl Agent {
         let controllers = Controllers::new(Vec::new(), Some(path.clone()), None, path.join("token"), state);
         let identity = Identity { node_name: "node-1".into(), kernel_version: "6.1".into(), files };
         let (contact, drains) = (Contact::default(), Requests::default());
-        tokio::spawn(run(controllers, identity, commands, metrics.clone(), contact.clone(), drains, stopped));
-        Agent { kernel, directory, stop, connected: metrics, contact }
+        let agent = Agent { kernel, directory, stop, connected: metrics.clone(), contact: contact.clone() };
+        tokio::spawn(run(Context { controllers, identity, commands, metrics, contact, drains }, stopped));
+        agent
     }
 }
 
