@@ -15,7 +15,7 @@ mod states;
 
 pub use changes::{ChangeReport, DrainReport, NodeReport, RefusalReport};
 pub use conditions::{ConditionType, NodeReason, ProfileReason, RolloutReason};
-pub use explanation::{Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus, Outcome};
+pub use explanation::{ConnectionOutcome, Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus};
 pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
 pub use states::{FailureReason, NodeState, RolloutState, WaitingOn};
 

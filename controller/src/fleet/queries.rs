@@ -54,19 +54,19 @@ pub enum QueryError {
 
 /// Error of a query, without the node's name.
 #[derive(Debug)]
-enum Failure {
+enum AnswerError {
     TooLong,
     Agent(String),
 }
 
-type Outcome = Result<Vec<u8>, Failure>;
+type AnswerResult = Result<Vec<u8>, AnswerError>;
 
 /// Queries that wait for the stream of one node.
 #[derive(Debug)]
 pub(crate) struct QueryQueue {
     turn: Semaphore,
     allowance: Mutex<TokenBucket>,
-    waiting: Mutex<Option<(Kind, oneshot::Sender<Outcome>)>>,
+    waiting: Mutex<Option<(Kind, oneshot::Sender<AnswerResult>)>>,
 }
 
 impl Default for QueryQueue {
@@ -84,13 +84,13 @@ impl QueryQueue {
         lock(&self.allowance).take(now)
     }
 
-    fn put(&self, query: Kind) -> oneshot::Receiver<Outcome> {
+    fn put(&self, query: Kind) -> oneshot::Receiver<AnswerResult> {
         let (answer, answered) = oneshot::channel();
         *lock(&self.waiting) = Some((query, answer));
         answered
     }
 
-    fn take(&self) -> Option<(Kind, oneshot::Sender<Outcome>)> {
+    fn take(&self) -> Option<(Kind, oneshot::Sender<AnswerResult>)> {
         lock(&self.waiting).take()
     }
 }
@@ -115,8 +115,8 @@ impl Fleet {
             signal.notify.notify_one();
             match answered.await {
                 Ok(Ok(payload)) => Ok(payload),
-                Ok(Err(Failure::TooLong)) => Err(QueryError::TooLong(node.to_owned())),
-                Ok(Err(Failure::Agent(text))) => Err(QueryError::Agent { node: node.to_owned(), text }),
+                Ok(Err(AnswerError::TooLong)) => Err(QueryError::TooLong(node.to_owned())),
+                Ok(Err(AnswerError::Agent(text))) => Err(QueryError::Agent { node: node.to_owned(), text }),
                 Err(_) => Err(QueryError::Ended(node.to_owned())),
             }
         };
@@ -142,7 +142,7 @@ impl Fleet {
 #[derive(Debug, Default)]
 pub(crate) struct PendingQuery {
     number: u64,
-    running: Option<(oneshot::Sender<Outcome>, Vec<u8>)>,
+    running: Option<(oneshot::Sender<AnswerResult>, Vec<u8>)>,
 }
 
 impl PendingQuery {
@@ -164,9 +164,9 @@ impl PendingQuery {
         }
         let Some((answer, mut payload)) = self.running.take() else { return };
         let outcome = if !part.error.is_empty() {
-            Err(Failure::Agent(part.error.chars().take(512).collect()))
+            Err(AnswerError::Agent(part.error.chars().take(512).collect()))
         } else if payload.len() + part.part.len() > ANSWER {
-            Err(Failure::TooLong)
+            Err(AnswerError::TooLong)
         } else {
             payload.extend(part.part);
             if !part.last {
@@ -218,7 +218,7 @@ mod tests {
         assert_eq!(pending.next(&queue).unwrap().id, 2);
         pending.take(part(1, b"late", true));
         pending.take(Answer { id: 2, error: "no".to_owned(), ..Answer::default() });
-        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::Agent(text)) if text == "no"));
+        assert!(matches!(answered.try_recv().unwrap(), Err(AnswerError::Agent(text)) if text == "no"));
     }
 
     #[test]
@@ -228,6 +228,6 @@ mod tests {
         pending.next(&queue).unwrap();
         pending.take(part(1, &vec![0; ANSWER], false));
         pending.take(part(1, b"x", true));
-        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::TooLong)));
+        assert!(matches!(answered.try_recv().unwrap(), Err(AnswerError::TooLong)));
     }
 }

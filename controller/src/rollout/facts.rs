@@ -7,7 +7,7 @@ use switchtower_admin_api::NodeReason;
 use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile, next_revision, returns_to, stable, winner};
 use switchtower_core::rollout::{
-    Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
+    Agent, FleetNode, Observed, Revision, State, Time, Trial, TrialPhase as Phase, UpdateRefusal,
 };
 use switchtower_proto::v1::{TrialPhase, TrialStatus};
 
@@ -176,7 +176,7 @@ fn agent(observation: &Observation, clock: &Clock) -> Agent {
         acknowledged: observation.settings.as_ref().map(|(profile, number)| revision(profile, *number)),
         took: observation.settings_took,
         in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
-        refusal: observation.failure.as_ref().map(|failure| Refusal {
+        refusal: observation.failure.as_ref().map(|failure| UpdateRefusal {
             reason: failure.reason.as_str().to_owned(),
             detail: failure.detail.clone(),
             errno: failure.errno,

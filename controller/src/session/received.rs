@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
 use crate::status::News;
-use crate::status::observation::{Failure, nack_reason};
+use crate::status::observation::{RefusedGeneration, nack_reason};
 use crate::text::sanitized;
 
 /// Maximum delay before a snapshot that the agent cannot accept is sent again without a change of the view.
@@ -156,7 +156,7 @@ impl Session {
             }
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
-            known.failure = Some(Failure {
+            known.failure = Some(RefusedGeneration {
                 reason: nack_reason(reason),
                 detail: sanitized(&nack.detail),
                 errno: nack.errno,

@@ -37,7 +37,7 @@ pub struct Observation {
     /// Deviations from Hello or the last acknowledgement.
     pub deviations: Option<Deviations>,
     /// The last refusal, until the next acknowledgement.
-    pub failure: Option<Failure>,
+    pub failure: Option<RefusedGeneration>,
     /// Version of the agent.
     pub agent_version: String,
     /// Kernel release of the node.
@@ -113,7 +113,7 @@ impl Observation {
 
 /// A generation that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct RefusedGeneration {
     /// Reason of the condition.
     pub reason: NodeReason,
     /// Message of the agent.

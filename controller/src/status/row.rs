@@ -16,7 +16,7 @@ use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
 use super::condition::{Status, Verdict};
 use super::local_detection;
-use super::observation::{Failure, Observation};
+use super::observation::{Observation, RefusedGeneration};
 
 #[cfg(test)]
 mod tests;
@@ -244,7 +244,7 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
     Verdict::new(Status::True, Reason::UpToDate, "The kernel holds the desired generation.")
 }
 
-fn failure_message(failure: &Failure) -> String {
+fn failure_message(failure: &RefusedGeneration) -> String {
     let errno = if failure.errno == 0 { String::new() } else { format!(" (errno {})", failure.errno) };
     format!("The agent refused generation {}: {}{errno}.", failure.generation, failure.detail)
 }

@@ -24,7 +24,7 @@ use tracing::Instrument as _;
 mod answers;
 mod trust;
 
-use crate::controller::backoff::{self, Backoff, Failure, full_jitter};
+use crate::controller::backoff::{self, Backoff, FailureKind, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
 use crate::controller::link::{Absence, Contact};
 use crate::drain::requests::{Link, Requests};
@@ -148,12 +148,14 @@ impl SessionError {
 
 impl SessionError {
     /// Returns the kind of failure for the backoff.
-    fn failure(&self) -> Failure {
+    fn failure(&self) -> FailureKind {
         match self {
             // Tokens and certificates change rarely, so frequent retries would only load the controller.
-            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => Failure::Refused,
-            Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => Failure::Refused,
-            _ => Failure::Away,
+            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => FailureKind::Refused,
+            Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => {
+                FailureKind::Refused
+            }
+            _ => FailureKind::Away,
         }
     }
 }

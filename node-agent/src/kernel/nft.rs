@@ -44,7 +44,7 @@ use encode::Structure;
 use layout::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 use mirror::Mirror;
 use plan::Plan;
-use transaction::Outcome;
+use transaction::Written;
 
 pub(crate) use foreign::ForeignProxy;
 pub use inspect::{cleanup, inspect};
@@ -103,7 +103,7 @@ impl Nft {
             .collect()
     }
 
-    fn committed(&self, outcome: &Outcome, started: Instant) -> Committed {
+    fn committed(&self, outcome: &Written, started: Instant) -> Committed {
         Committed {
             operations: outcome.operations,
             plan: started.elapsed().saturating_sub(outcome.kernel),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 use switchtower_proto::v1::{Settings, TrialPhase};
 
-use crate::state::{Measured, Outcome, TrialRecord};
+use crate::state::{Measured, ProbeOutcome, TrialRecord};
 
 /// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTRIAL1";
@@ -164,15 +164,15 @@ fn row(measured: &Measured) -> Row {
     let Measured { probe, address, outcome } = measured;
     let address = address.map(|address| address.to_string()).unwrap_or_default();
     let (kind, errno, detail, seen) = match outcome {
-        Outcome::Passed { seen } => {
+        ProbeOutcome::Passed { seen } => {
             let seen = seen.iter().map(|(backend, sources)| SeenBy {
                 backend: backend.clone(),
                 sources: sources.iter().map(ToString::to_string).collect(),
             });
             (Kind::Passed, 0, String::new(), seen.collect())
         }
-        Outcome::Failed { errno, detail } => (Kind::Failed, *errno, detail.clone(), Vec::new()),
-        Outcome::Absent { detail } => (Kind::Absent, 0, detail.clone(), Vec::new()),
+        ProbeOutcome::Failed { errno, detail } => (Kind::Failed, *errno, detail.clone(), Vec::new()),
+        ProbeOutcome::Absent { detail } => (Kind::Absent, 0, detail.clone(), Vec::new()),
     };
     Row { probe: probe.clone(), address, kind: kind as i32, errno, detail, seen }
 }
@@ -185,10 +185,10 @@ fn measured(row: Row) -> Measured {
             let seen = seen.into_iter().map(|SeenBy { backend, sources }| {
                 (backend, sources.iter().filter_map(|source| source.parse().ok()).collect())
             });
-            Outcome::Passed { seen: seen.collect() }
+            ProbeOutcome::Passed { seen: seen.collect() }
         }
-        Kind::Failed => Outcome::Failed { errno, detail },
-        Kind::Absent => Outcome::Absent { detail },
+        Kind::Failed => ProbeOutcome::Failed { errno, detail },
+        Kind::Absent => ProbeOutcome::Absent { detail },
     };
     Measured { probe, address: address.parse::<SocketAddr>().ok(), outcome }
 }
@@ -212,12 +212,12 @@ mod tests {
             },
             in_force: Settings { profile: "builtin".into(), ..Settings::default() },
             phase: TrialPhase::RolledBack,
-            before: vec![one(Outcome::Passed { seen })],
-            after: vec![one(Outcome::Failed { errno: 111, detail: "refused".into() })],
+            before: vec![one(ProbeOutcome::Passed { seen })],
+            after: vec![one(ProbeOutcome::Failed { errno: 111, detail: "refused".into() })],
             again: Some(vec![Measured {
                 probe: "api".into(),
                 address: None,
-                outcome: Outcome::Absent { detail: "gone".into() },
+                outcome: ProbeOutcome::Absent { detail: "gone".into() },
             }]),
         }
     }

@@ -226,7 +226,7 @@ fn failing_canary_halts_with_exactly_the_canary_touched() {
 
 #[test]
 fn each_kind_of_evidence_fails_a_node() {
-    let refusal = |transient| Refusal {
+    let refusal = |transient| UpdateRefusal {
         reason: "KernelRefused".into(),
         detail: "no space".into(),
         errno: 28,

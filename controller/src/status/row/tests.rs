@@ -8,7 +8,7 @@ use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviat
 
 use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
 use crate::status::absence::Blocker;
-use crate::status::observation::{Failure, Observation};
+use crate::status::observation::{Observation, RefusedGeneration};
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).unwrap()
@@ -136,7 +136,8 @@ fn every_state_has_a_reason() {
 
 #[test]
 fn last_error_is_kept_until_the_node_is_synced() {
-    let failure = Failure { reason: Reason::KernelRefused, detail: "EPERM".into(), errno: 1, generation: 11 };
+    let failure =
+        RefusedGeneration { reason: Reason::KernelRefused, detail: "EPERM".into(), errno: 1, generation: 11 };
     let failed = Observation { failure: Some(failure), ..healthy() };
     let first = check(&failed, "ApplyFailed", "False", "KernelRefused");
     assert_eq!(first.status.last_error.as_ref().unwrap().errno, 1);

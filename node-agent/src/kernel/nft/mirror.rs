@@ -132,7 +132,7 @@ pub(crate) struct Facts<const N: usize> {
 }
 
 use lists::SourceLists;
-pub(crate) use refusal::Refusal;
+pub(crate) use refusal::UnprogrammedItem;
 
 /// Numbers from a dump, which an adopted mirror continues to use.
 #[derive(Debug, Default)]

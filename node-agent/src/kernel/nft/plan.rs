@@ -11,7 +11,7 @@ use switchtower_proto::v1::{
 
 use super::element::{Key, Range};
 use super::layout::{LocalPods, RuleConfig};
-use super::mirror::{Facts, Frontend, Mirror, Reference, Refusal, Target, role_index};
+use super::mirror::{Facts, Frontend, Mirror, Reference, Target, UnprogrammedItem, role_index};
 use super::port_name::PortName;
 use crate::kernel::change::KernelChange;
 
@@ -232,7 +232,7 @@ impl Plan {
     }
 
     /// Returns the refused items of both families.
-    pub(crate) fn refusals(&self) -> Vec<Refusal> {
+    pub(crate) fn refusals(&self) -> Vec<UnprogrammedItem> {
         let mut all = self.v4.refusals();
         all.extend(self.v6.refusals());
         all

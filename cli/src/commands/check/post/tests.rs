@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use switchtower_admin_api::NodeReason;
 use switchtower_controller::status::absence::ask::{Answer, Connection};
 use switchtower_controller::status::absence::{Agents, Blocker, pod::agent_pod};
-use switchtower_controller::status::observation::{Failure, Observation, nack_reason};
+use switchtower_controller::status::observation::{Observation, RefusedGeneration, nack_reason};
 use switchtower_controller::status::row::{Absence, Inputs, row};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 use switchtower_proto::v1::{Deviations, DriftCause, NackReason, SettingsCause, SettingsDeviation};
@@ -114,7 +114,8 @@ fn waiting(reason: &str, message: &str) -> Fault {
 }
 
 fn refused(reason: NackReason, errno: i32) -> Fault {
-    let failure = Failure { reason: nack_reason(reason), detail: "as it says".into(), errno, generation: 11 };
+    let failure =
+        RefusedGeneration { reason: nack_reason(reason), detail: "as it says".into(), errno, generation: 11 };
     Fault::Observed(Box::new(Observation { failure: Some(failure), ..healthy() }))
 }
 
