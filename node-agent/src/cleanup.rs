@@ -10,7 +10,7 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
 use crate::storage::trial_file::TrialFile;
 
-/// Whether to remove, or only to print what would be removed.
+/// Removal, or a dry run that only prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     Remove,

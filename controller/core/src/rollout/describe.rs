@@ -114,7 +114,7 @@ fn message(
         }
         (State::Pending, _) => "not begun".to_owned(),
         (State::Soaking, _) => format!("{place}: {held}; they are being watched"),
-        (State::Frozen, _) => format!("{place}: frozen: {note}; it goes on when they are in order again"),
+        (State::Frozen, _) => format!("{place}: frozen: {note}; it continues when they are healthy again"),
         (State::Paused, Some(WaitingOn::Approval)) => format!(
             "{place}: {held}; waiting for approval: `kubectl patch pxr {object} --type=merge -p \
              '{{\"spec\":{{\"approvedStep\":{step}}}}}'`"
