@@ -379,7 +379,7 @@ fn explained(what: &str, error: &kube::Error) -> CliError {
     }
 }
 
-/// Whether a list of `host:port`, one per line, names this address.
+/// Returns true if a list of `host:port`, one per line, contains this address.
 fn names_host(controllers: &str, host: &str) -> bool {
     let Ok(host) = host.parse::<IpAddr>() else { return false };
     controllers

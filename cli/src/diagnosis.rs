@@ -5,7 +5,7 @@
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use switchtower_admin_api::codes::{self, Code};
-use switchtower_admin_api::{ControllerInfo, NodeState};
+use switchtower_admin_api::{ConditionType, ControllerInfo, NodeReason, NodeState};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
 
 use crate::error::CliError;
@@ -47,7 +47,8 @@ impl Diagnosis {
     pub(crate) fn new(row: &ProxyStatus, now: Timestamp) -> Self {
         let empty = ProxyStatusStatus::default();
         let status = row.status.as_ref().unwrap_or(&empty);
-        let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+        let ready =
+            status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str());
         let agent = status.agent.as_ref();
         let seconds_since = |time: Timestamp| now.duration_since(time).as_secs();
         let state = if status.state.is_empty() { NodeState::Unknown.as_str() } else { &status.state };
@@ -77,12 +78,12 @@ impl Diagnosis {
 /// Returns violated conditions other than the one that determines the state.
 fn also(status: &ProxyStatusStatus, state: Option<NodeState>) -> Vec<(Code, String, String)> {
     let known = [
-        ("Exclusive", NodeState::NotExclusive, codes::NOT_EXCLUSIVE),
-        ("LocalDetection", NodeState::PodsNotLocal, codes::PODS_NOT_LOCAL),
+        (ConditionType::Exclusive, NodeState::NotExclusive, codes::NOT_EXCLUSIVE),
+        (ConditionType::LocalDetection, NodeState::PodsNotLocal, codes::PODS_NOT_LOCAL),
     ];
-    let violated = |kind: &str| {
+    let violated = |kind: ConditionType| {
         let mut conditions = status.conditions.iter();
-        conditions.find(|condition| condition.type_ == kind && condition.status == "False")
+        conditions.find(|condition| condition.type_ == kind.as_str() && condition.status == "False")
     };
     let others = known.into_iter().filter(|(_, own, _)| Some(*own) != state);
     others
@@ -95,13 +96,13 @@ fn also(status: &ProxyStatusStatus, state: Option<NodeState>) -> Vec<(Code, Stri
 
 /// Returns the message code for a state and reason, or `None` for a healthy node.
 fn code(state: Option<NodeState>, reason: &str) -> Option<Code> {
-    Some(match (state, reason) {
+    Some(match (state, NodeReason::from_name(reason)) {
         (Some(NodeState::Synced), _) => return None,
-        (_, "NodeStatusUnknown") => codes::NODE_DOWN,
-        (_, "ControllerNotListening") => codes::CONTROLLER_NOT_LISTENING,
-        (_, "SettingsOnTrial") => codes::SETTINGS_ON_TRIAL,
-        (_, "RolledBack") => codes::SETTINGS_ROLLED_BACK,
-        (_, "DeletionsHeld") => codes::DELETIONS_HELD,
+        (_, Some(NodeReason::NodeStatusUnknown)) => codes::NODE_DOWN,
+        (_, Some(NodeReason::ControllerNotListening)) => codes::CONTROLLER_NOT_LISTENING,
+        (_, Some(NodeReason::SettingsOnTrial)) => codes::SETTINGS_ON_TRIAL,
+        (_, Some(NodeReason::RolledBack)) => codes::SETTINGS_ROLLED_BACK,
+        (_, Some(NodeReason::DeletionsHeld)) => codes::DELETIONS_HELD,
         (Some(NodeState::Absent), _) => codes::AGENT_ABSENT,
         (Some(NodeState::Unknown), _) => codes::AGENT_AWAITED,
         (Some(NodeState::Stale), _) => codes::AGENT_DISCONNECTED,

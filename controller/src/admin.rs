@@ -60,7 +60,7 @@ pub struct Admin {
 pub enum AdminError {
     /// The token does not permit the request.
     #[error(transparent)]
-    Refused(#[from] auth::Refusal),
+    Refused(#[from] auth::CallerRejection),
     /// A parameter is not an IP address.
     #[error("{0:?} is not an IPv4 or IPv6 address")]
     NotAnAddress(String),

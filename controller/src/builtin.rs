@@ -12,6 +12,7 @@ use kube::api::{ListParams, PostParams};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
+use switchtower_admin_api::ConditionType;
 use switchtower_crds::ProxyStatus;
 use switchtower_crds::builtin::{CONFIG_MAP, Record, RecordError};
 use switchtower_crds::kube_proxy;
@@ -146,7 +147,10 @@ async fn served_before(client: &Client) -> Result<bool, BuiltinError> {
     let api: Api<ProxyStatus> = Api::all(client.clone());
     let listed = each_page(&api, ListParams::default(), |page| {
         page.iter().filter_map(|row| row.status.as_ref()).any(|status| {
-            let reported = status.conditions.iter().any(|condition| condition.type_ == "LocalDetection");
+            let reported = status
+                .conditions
+                .iter()
+                .any(|condition| condition.type_ == ConditionType::LocalDetection.as_str());
             status.connection.is_some() && !reported
         })
     });

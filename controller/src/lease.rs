@@ -33,7 +33,7 @@ pub use fence::{Fence, Fenced};
 pub const LEASE: &str = "switchtower-controller";
 /// Renewals, or reads by a standby, within one lease duration.
 const TURNS: u32 = 5;
-/// Between two looks of a controller that waits, at most.
+/// Maximum interval between two reads of the Lease by a standby.
 const POLL: Duration = Duration::from_secs(1);
 
 /// Another controller holds the Lease.

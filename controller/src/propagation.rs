@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use switchtower_admin_api::ChangeReport;
 use switchtower_core::drain::Removal;
 use switchtower_core::propagation::{
-    Change, Delivery, DrainRecord, Limits, Outcome, Pacer, Publication, Record, Slot, TraceContext, Tracker,
-    UnixNanoseconds,
+    Change, Delivery, DrainRecord, Limits, Pacer, Publication, Record, Slot, StepResult, TraceContext,
+    Tracker, UnixNanoseconds,
 };
 use switchtower_proto::v1::ChangeInfo;
 use tokio::sync::{Notify, mpsc};
@@ -170,7 +170,7 @@ impl Propagation {
         }
     }
 
-    fn note(&self, outcome: Outcome) {
+    fn note(&self, outcome: StepResult) {
         self.metrics.note(&outcome);
         if let Some(revision) = outcome.half
             && lock(&self.pacer).half_reached(revision, Instant::now().into_std())

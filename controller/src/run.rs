@@ -1,9 +1,9 @@
 //! Starts the parts of the controller, runs them until a signal arrives, and stops them in order.
 //!
 //! Invariants: a replica serves agents and writes objects only while it holds the Lease; a standby watches and compiles,
-//! so that it takes over without a list. No signal is lost, whatever the process waits for.
+//! so that it takes over without a list. No signal is lost while the process waits.
 //!
-//! The permissions of the controller stand in `manifests/rbac.yaml`.
+//! `manifests/rbac.yaml` lists the permissions of the controller.
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;

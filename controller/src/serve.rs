@@ -31,7 +31,7 @@ pub mod tls;
 mod tests;
 
 use admission::Admission;
-use auth::{Authenticator, Refusal};
+use auth::{AgentRejection, Authenticator};
 use connection::Origin;
 use gate::{Gate, GateLimits, Ticket};
 use tls::ServerTls;
@@ -109,7 +109,7 @@ impl FleetService for Service {
                 "a credential on this connection was refused; connect again",
             ));
         }
-        let refuse = |refusal: Refusal| refused(&ticket, &refusal);
+        let refuse = |refusal: AgentRejection| refused(&ticket, &refusal);
         let credential = authenticator.credential(request.metadata()).map_err(refuse)?;
         let identity = {
             let _turn = ticket.review().await;
@@ -136,9 +136,9 @@ impl FleetService for Service {
 }
 
 /// Counts and logs a refusal, and closes the connection if the credential is invalid.
-fn refused(ticket: &Ticket, refusal: &Refusal) -> Status {
+fn refused(ticket: &Ticket, refusal: &AgentRejection) -> Status {
     ticket.refused(refusal.reason(), Some(refusal.to_string()));
-    if !matches!(refusal, Refusal::ReviewUnavailable(_)) {
+    if !matches!(refusal, AgentRejection::ReviewUnavailable(_)) {
         ticket.refuse();
     }
     refusal.status()

@@ -10,7 +10,9 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, RwLock};
 
-use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry as Metrics};
+use prometheus::{
+    IntCounterVec, IntGaugeVec, register_int_counter_vec_with_registry, register_int_gauge_vec_with_registry,
+};
 use switchtower_admin_api::NodeState;
 use switchtower_crds::ProxyStatusStatus;
 
@@ -116,15 +118,19 @@ impl StatusMetrics {
     ///
     /// # Errors
     /// A name is already registered.
-    pub fn new(registry: &Metrics) -> Result<Self, prometheus::Error> {
-        let nodes =
-            IntGaugeVec::new(Opts::new("switchtower_nodes", "Nodes by the STATE of their row."), &["state"])?;
-        let writes = IntCounterVec::new(
-            Opts::new("switchtower_status_writes_total", "Requests that write rows, by outcome."),
-            &["outcome"],
+    pub fn new(registry: &prometheus::Registry) -> Result<Self, prometheus::Error> {
+        let nodes = register_int_gauge_vec_with_registry!(
+            "switchtower_nodes",
+            "Nodes by the STATE of their row.",
+            &["state"],
+            registry
         )?;
-        registry.register(Box::new(nodes.clone()))?;
-        registry.register(Box::new(writes.clone()))?;
+        let writes = register_int_counter_vec_with_registry!(
+            "switchtower_status_writes_total",
+            "Requests that write rows, by outcome.",
+            &["outcome"],
+            registry
+        )?;
         for outcome in requests::OUTCOMES {
             writes.with_label_values(&[outcome]);
         }

@@ -10,14 +10,30 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
 use crate::storage::trial_file::TrialFile;
 
-/// Removes tables and state files, or lists them with `dry_run`. Keeps everything else: other tables, conntrack entries,
+/// Removal, or a dry run that only prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Remove,
+    DryRun,
+}
+
+impl Mode {
+    fn verb(self) -> &'static str {
+        match self {
+            Mode::Remove => "remove",
+            Mode::DryRun => "would remove",
+        }
+    }
+}
+
+/// Removes tables and state files, or lists them. Keeps everything else: other tables, conntrack entries,
 /// sysctls, foreign files in the directory.
 ///
 /// # Errors
 /// An agent is running, or something cannot be removed.
-pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+pub(crate) fn run(state: &Path, mode: Mode, out: &mut dyn Write) -> anyhow::Result<()> {
     // A running agent would restore its tables within milliseconds.
-    let lock = if state.exists() && !dry_run {
+    let lock = if state.exists() && mode == Mode::Remove {
         match StateLock::take(state) {
             Ok(lock) => Some(lock),
             Err(error @ LockError::Held { .. }) => {
@@ -32,26 +48,26 @@ pub fn run(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<(
     } else {
         None
     };
-    tables(dry_run, out)?;
-    state_files(state, dry_run, out)?;
+    tables(mode, out)?;
+    state_files(state, mode, out)?;
     drop(lock);
     Ok(())
 }
 
-fn tables(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+fn tables(mode: Mode, out: &mut dyn Write) -> anyhow::Result<()> {
     let tables = crate::kernel::nft::inspect().context("read our nftables tables")?;
     for table in &tables {
         let (family, chains, elements) = (table.family, table.chains.len(), table.elements.len());
         let name = crate::kernel::nft::TABLE;
-        writeln!(out, "{} table {family} {name}: {chains} chains, {elements} elements", verb(dry_run))?;
+        writeln!(out, "{} table {family} {name}: {chains} chains, {elements} elements", mode.verb())?;
     }
-    if !dry_run && !crate::kernel::nft::cleanup().context("remove our nftables tables")? {
+    if mode == Mode::Remove && !crate::kernel::nft::cleanup().context("remove our nftables tables")? {
         writeln!(out, "this network namespace has no table {}", crate::kernel::nft::TABLE)?;
     }
     Ok(())
 }
 
-fn state_files(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+fn state_files(state: &Path, mode: Mode, out: &mut dyn Write) -> anyhow::Result<()> {
     let kept = [
         SnapshotFile::new(state).path().to_path_buf(),
         TrialFile::new(state).path().to_path_buf(),
@@ -63,12 +79,12 @@ fn state_files(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Resu
         if path.symlink_metadata().is_err() {
             continue;
         }
-        writeln!(out, "{} {}", verb(dry_run), path.display())?;
-        if !dry_run {
+        writeln!(out, "{} {}", mode.verb(), path.display())?;
+        if mode == Mode::Remove {
             files::remove(path).with_context(|| format!("remove {}", path.display()))?;
         }
     }
-    if dry_run {
+    if mode == Mode::DryRun {
         return Ok(());
     }
     match std::fs::remove_dir(state) {
@@ -86,10 +102,6 @@ fn state_files(state: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Resu
     Ok(())
 }
 
-fn verb(dry_run: bool) -> &'static str {
-    if dry_run { "would remove" } else { "remove" }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,16 +117,16 @@ mod tests {
             std::fs::write(state.join(name), "").unwrap();
         }
         let mut out = Vec::new();
-        state_files(&state, true, &mut out).unwrap();
+        state_files(&state, Mode::DryRun, &mut out).unwrap();
         assert_eq!(std::fs::read_dir(&state).unwrap().count(), names.len() + 1, "a dry run removes nothing");
         assert_eq!(String::from_utf8(out).unwrap().lines().count(), names.len());
-        state_files(&state, false, &mut Vec::new()).unwrap();
+        state_files(&state, Mode::Remove, &mut Vec::new()).unwrap();
         let left: Vec<_> =
             std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["foreign"]);
         std::fs::remove_file(state.join("foreign")).unwrap();
-        state_files(&state, false, &mut Vec::new()).unwrap();
+        state_files(&state, Mode::Remove, &mut Vec::new()).unwrap();
         assert!(!state.exists());
-        state_files(&state, false, &mut Vec::new()).unwrap();
+        state_files(&state, Mode::Remove, &mut Vec::new()).unwrap();
     }
 }

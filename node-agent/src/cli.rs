@@ -14,13 +14,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub struct Cli {
     /// Command to run instead of the agent.
     #[command(subcommand)]
-    pub command: Option<Action>,
+    pub(crate) command: Option<Action>,
     /// Settings of the agent.
     #[command(flatten)]
-    pub agent: AgentArgs,
+    pub(crate) agent: AgentArgs,
     /// Log format.
     #[arg(long, global = true, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    pub(crate) log_format: LogFormat,
     /// Log level or filter, for example `info` or `switchtower_node_agent=debug`.
     #[arg(long, global = true, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
@@ -28,13 +28,13 @@ pub struct Cli {
 
 /// Settings of the agent.
 #[derive(Debug, Args)]
-pub struct AgentArgs {
+pub(crate) struct AgentArgs {
     /// Name of the Node; must match the token.
     #[arg(long, env = "SWITCHTOWER_NODE_NAME")]
     pub node_name: Option<String>,
     /// Name of the Node if it differs from --node-name, as in kube-proxy.
     #[arg(long, env = "SWITCHTOWER_HOSTNAME_OVERRIDE")]
-    pub hostname_override: Option<String>,
+    pub(crate) hostname_override: Option<String>,
     /// Comma-separated controllers as https://HOST:PORT.
     #[arg(long, env = "SWITCHTOWER_CONTROLLER", value_delimiter = ',')]
     pub controller: Vec<String>,
@@ -43,17 +43,17 @@ pub struct AgentArgs {
     pub token_file: PathBuf,
     /// CA of the controller (PEM; one certificate, or two during a rotation). Default: ca.crt in --bootstrap-dir.
     #[arg(long, env = "SWITCHTOWER_CA_FILE")]
-    pub ca_file: Option<PathBuf>,
+    pub(crate) ca_file: Option<PathBuf>,
     /// Directory with `ca.crt` and `controllers` (one host:port per line): the ConfigMap switchtower-bootstrap.
     #[arg(long, env = "SWITCHTOWER_BOOTSTRAP_DIR")]
-    pub bootstrap_dir: Option<PathBuf>,
+    pub(crate) bootstrap_dir: Option<PathBuf>,
     /// Directory that keeps the view and the addresses of controllers across restarts.
     #[arg(long, env = "SWITCHTOWER_STATE_DIR", default_value = "/var/lib/switchtower")]
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// Maximum age in hours of a view on disk that is programmed at start, counted from the last time an agent held it;
     /// 0: no limit.
     #[arg(long, env = "SWITCHTOWER_SNAPSHOT_MAX_AGE_HOURS", default_value_t = 24)]
-    pub snapshot_max_age_hours: u32,
+    pub(crate) snapshot_max_age_hours: u32,
     /// Comma-separated addresses of /metrics and /proxyMode; IPv6 with or without brackets.
     #[arg(
         long,
@@ -62,7 +62,7 @@ pub struct AgentArgs {
         value_parser = address_and_port,
         default_value = "127.0.0.1:10249"
     )]
-    pub metrics_bind_address: Vec<SocketAddr>,
+    pub(crate) metrics_bind_address: Vec<SocketAddr>,
     /// Address of /healthz and /livez; `[::]` listens on both families, or on IPv4 only on a node without IPv6.
     #[arg(
         long,
@@ -70,13 +70,13 @@ pub struct AgentArgs {
         value_parser = address_and_port,
         default_value = "[::]:10256"
     )]
-    pub healthz_bind_address: SocketAddr,
+    pub(crate) healthz_bind_address: SocketAddr,
 }
 
 impl AgentArgs {
     /// Maximum age of a view on disk that is programmed at start; `None`: no limit.
     #[must_use]
-    pub fn snapshot_limit(&self) -> Option<Duration> {
+    pub(crate) fn snapshot_limit(&self) -> Option<Duration> {
         let hours = u64::from(self.snapshot_max_age_hours);
         (hours > 0).then(|| Duration::from_secs(hours * 3600))
     }
@@ -97,7 +97,7 @@ fn address_and_port(text: &str) -> Result<SocketAddr, String> {
 
 /// Commands other than the agent itself.
 #[derive(Debug, Subcommand)]
-pub enum Action {
+pub(crate) enum Action {
     /// Delete the agent's nftables tables in this network namespace, and its state files. Services stop working on this
     /// node. Fails while an agent is running.
     Cleanup {
@@ -130,7 +130,7 @@ pub enum Action {
 
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Human-readable lines.
     Text,
     /// One JSON object per line.

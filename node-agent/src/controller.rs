@@ -1,6 +1,6 @@
 //! The connection to the controller: bootstrap sources, sessions and their backoff, link status.
 
-pub mod backoff;
+pub(crate) mod backoff;
 pub mod bootstrap;
 pub mod link;
 pub mod session;

@@ -8,30 +8,30 @@
 //! pod: a process of the host may name any host-network pod of the node, and learns nothing but the pod's verdict.
 
 mod pace;
-pub mod path;
+pub(crate) mod path;
 pub mod requests;
-pub mod server;
+pub(crate) mod server;
 
 use std::net::IpAddr;
 use std::time::Duration;
 
 /// Timeout of a request without `?timeout=`.
-pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(25);
+pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(25);
 /// Maximum timeout of a request.
-pub const TIMEOUT_LIMIT: Duration = Duration::from_secs(600);
+pub(crate) const TIMEOUT_LIMIT: Duration = Duration::from_secs(600);
 
 /// Settings of the listener.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct GateSettings {
+pub(crate) struct GateSettings {
     /// Port; `None`: no drain gate.
-    pub port: Option<u16>,
+    pub(crate) port: Option<u16>,
     /// The node's own addresses, which host-network pods share.
-    pub node_addresses: Vec<IpAddr>,
+    pub(crate) node_addresses: Vec<IpAddr>,
 }
 
 /// A pod that waits.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Pod {
+pub(crate) enum Pod {
     /// A pod with an address of its own.
     Address(IpAddr),
     /// A host-network pod.
@@ -46,7 +46,7 @@ pub enum Pod {
 impl Pod {
     /// Returns the address.
     #[must_use]
-    pub fn address(&self) -> IpAddr {
+    pub(crate) fn address(&self) -> IpAddr {
         match self {
             Self::Address(address) | Self::Host { address, .. } => *address,
         }
@@ -55,9 +55,9 @@ impl Pod {
 
 /// Namespace and name of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PodName {
+pub(crate) struct PodName {
     /// Namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Name.
-    pub name: String,
+    pub(crate) name: String,
 }

@@ -42,7 +42,7 @@ use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
 use crate::traces::{Applying, Traces};
 
-pub use messages::{AgentStatus, Command, DriftCause, Event};
+pub use messages::{AgentStatus, Command, Event};
 use report::Conditions;
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 
@@ -57,7 +57,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const RETRY_LIMIT: Duration = Duration::from_secs(30);
 
 /// Dependencies of an engine.
-pub struct Parts {
+pub(crate) struct Parts {
     /// The kernel's tables.
     pub dataplane: Box<dyn Dataplane>,
     /// The conntrack table.
@@ -67,13 +67,13 @@ pub struct Parts {
     /// Writes files in the background.
     pub files: StateFiles,
     /// Maximum age of a snapshot file that is programmed where the kernel holds nothing; `None`: no limit.
-    pub snapshot_limit: Option<Duration>,
+    pub(crate) snapshot_limit: Option<Duration>,
     /// State behind the health endpoints.
     pub health: Health,
     /// Metrics.
     pub metrics: Metrics,
     /// Addresses of the node's interfaces.
-    pub host_addresses: Vec<IpAddr>,
+    pub(crate) host_addresses: Vec<IpAddr>,
     /// Known addresses of controllers, without name resolution.
     pub controllers: Vec<SocketAddr>,
     /// Applies the conntrack settings when they change.
@@ -81,19 +81,19 @@ pub struct Parts {
     /// Log level, a setting.
     pub log: LogLevel,
     /// Runs the probes of a trial of settings.
-    pub prober: Box<dyn Prober>,
+    pub(crate) prober: Box<dyn Prober>,
     /// Record of the running trial across restarts, if there is a state directory.
     pub trial: Option<TrialFile>,
     /// Answers queries about the kernel in the background.
-    pub questions: crate::kernel::inspector::Inspector,
+    pub(crate) questions: crate::kernel::inspector::Inspector,
     /// Exporter of spans for updates and repairs.
-    pub traces: Traces,
+    pub(crate) traces: Traces,
     /// Settings of the drain gate; its listener follows them.
-    pub drain_gate: watch::Sender<GateSettings>,
+    pub(crate) drain_gate: watch::Sender<GateSettings>,
 }
 
 /// The view, the kernel, and the changes between them.
-pub struct Engine {
+pub(crate) struct Engine {
     parts: Parts,
     state: State,
     /// The kernel's last known stamp.
@@ -127,7 +127,7 @@ impl Engine {
     /// * equal: adopts the kernel's state without a write;
     /// * no table: programs the file;
     /// * a file older than the kernel, or none: writes nothing before the first update.
-    pub fn start(mut parts: Parts) -> Self {
+    pub(crate) fn start(mut parts: Parts) -> Self {
         parts.health.busy();
         let stamp = parts.dataplane.stamp();
         let (kernel, confidence) = match stamp {
@@ -207,7 +207,7 @@ impl Engine {
     }
 
     /// Runs until [`Command::Stop`], or until all senders are dropped.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &tokio::runtime::Handle) {
+    pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &tokio::runtime::Handle) {
         loop {
             self.parts.health.idle();
             let wait = self.next_wakeup().map(|at| at.saturating_duration_since(Instant::now()));
@@ -266,7 +266,7 @@ impl Engine {
     }
 
     /// Executes one command.
-    pub fn handle(&mut self, command: Command) {
+    pub(crate) fn handle(&mut self, command: Command) {
         self.snapshots.command(Instant::now());
         match command {
             Command::Attach { events, status } => self.attach(events, status),
@@ -319,7 +319,7 @@ impl Engine {
             }
             Command::Flows(report) => self.flows(report),
             Command::Probed { number, measured } => self.probed(number, measured),
-            Command::Ask { query, answer } => self.ask(&query, answer),
+            Command::Ask { query, answer } => self.parts.questions.ask(&query, answer),
             Command::Stop => {}
         }
     }

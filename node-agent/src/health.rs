@@ -24,37 +24,37 @@ use tokio::sync::watch;
 use crate::state::State;
 
 pub(crate) use node_ports::listen;
-pub use node_ports::{BindFailures, serve_node_ports};
-pub use server::{health_router, metrics_router, serve};
+pub(crate) use node_ports::{BindFailures, serve_node_ports};
+pub(crate) use server::{health_router, metrics_router, serve};
 
 /// Age of a change that makes the node unhealthy: twice kube-proxy's default syncPeriod.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
 /// One healthCheckNodePort.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Check {
+pub(crate) struct Check {
     /// The port.
-    pub port: u16,
+    pub(crate) port: u16,
     /// Distinct local ready IPv4 addresses.
-    pub ready_ipv4: u32,
+    pub(crate) ready_ipv4: u32,
     /// Distinct local ready IPv6 addresses.
-    pub ready_ipv6: u32,
+    pub(crate) ready_ipv6: u32,
 }
 
 /// healthCheckNodePorts with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HealthTargets {
+pub(crate) struct HealthTargets {
     /// Port and local endpoints by (namespace, name) of the Service.
-    pub checks: BTreeMap<(String, String), Check>,
+    pub(crate) checks: BTreeMap<(String, String), Check>,
     /// Addresses to listen on; an unspecified one covers its family.
-    pub bind: Vec<IpAddr>,
+    pub(crate) bind: Vec<IpAddr>,
     /// The Node is known, and neither deleted nor about to be.
-    pub eligible: bool,
+    pub(crate) eligible: bool,
 }
 
 impl HealthTargets {
     /// From the view and the addresses of the node's interfaces.
-    pub fn of(state: &State, host_addresses: &[IpAddr]) -> Self {
+    pub(crate) fn of(state: &State, host_addresses: &[IpAddr]) -> Self {
         let checks = state.health_checks().filter_map(|check| {
             let key = check.key.clone()?;
             let port = u16::try_from(check.port).ok()?;
@@ -146,22 +146,22 @@ struct Shared {
 
 /// Health, shared by the engine that sets it and the servers that report it.
 #[derive(Clone)]
-pub struct Health {
+pub(crate) struct Health {
     shared: Arc<Mutex<Shared>>,
     targets: watch::Sender<HealthTargets>,
 }
 
 /// One reading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reading {
+pub(crate) struct Reading {
     /// The data plane keeps up.
-    pub healthy: bool,
+    pub(crate) healthy: bool,
     /// The Node is known and eligible for load balancers.
-    pub eligible: bool,
+    pub(crate) eligible: bool,
     /// The last commit.
-    pub last_updated: Option<SystemTime>,
+    pub(crate) last_updated: Option<SystemTime>,
     /// The kernel holds a view that the agent knows.
-    pub holds_view: bool,
+    pub(crate) holds_view: bool,
 }
 
 impl Default for Health {
@@ -176,41 +176,41 @@ impl Health {
     }
 
     /// Notes an uncommitted change.
-    pub fn queued(&self) {
+    pub(crate) fn queued(&self) {
         self.lock().queued.get_or_insert_with(Instant::now);
     }
 
     /// Notes that everything is committed.
-    pub fn applied(&self) {
+    pub(crate) fn applied(&self) {
         let mut shared = self.lock();
         (shared.queued, shared.applied, shared.holds_view) = (None, Some(SystemTime::now()), true);
     }
 
     /// Notes that the kernel forwards by a newer generation than the agent's view.
-    pub fn held(&self) {
+    pub(crate) fn held(&self) {
         self.lock().holds_view = true;
     }
 
     /// Returns whether this agent can replace another one: the kernel holds a view, and the agent's bootstrap files are
     /// `usable`. It stays true: a controller or files that disappear later take no node out of service.
-    pub fn ready(&self, usable: bool) -> bool {
+    pub(crate) fn ready(&self, usable: bool) -> bool {
         let mut shared = self.lock();
         shared.ready |= shared.holds_view && usable;
         shared.ready
     }
 
     /// Notes that the engine starts a command.
-    pub fn busy(&self) {
+    pub(crate) fn busy(&self) {
         self.lock().busy = Some(Instant::now());
     }
 
     /// Notes that the engine is idle.
-    pub fn idle(&self) {
+    pub(crate) fn idle(&self) {
         self.lock().busy = None;
     }
 
     /// Publishes the targets in the kernel; wakes subscribers only if they changed.
-    pub fn publish(&self, targets: HealthTargets) {
+    pub(crate) fn publish(&self, targets: HealthTargets) {
         self.targets.send_if_modified(|current| {
             let changed = *current != targets;
             *current = targets;
@@ -219,12 +219,12 @@ impl Health {
     }
 
     /// Subscribes to the published targets.
-    pub fn subscribe(&self) -> watch::Receiver<HealthTargets> {
+    pub(crate) fn subscribe(&self) -> watch::Receiver<HealthTargets> {
         self.targets.subscribe()
     }
 
     /// Returns the current reading.
-    pub fn read(&self) -> Reading {
+    pub(crate) fn read(&self) -> Reading {
         self.read_at(Instant::now())
     }
 

@@ -3,12 +3,12 @@
 //! Everything here reads or writes the network namespace of the agent. Nothing here knows the engine: watchers send
 //! notices of their own type, which `run` maps to the engine's commands.
 
-pub mod addresses;
+pub(crate) mod addresses;
 pub mod change;
-pub mod conntrack;
+pub(crate) mod conntrack;
 pub mod dataplane;
-pub mod inspector;
+pub(crate) mod inspector;
 mod netlink;
 pub mod nft;
-pub mod original_destination;
-pub mod sysctl;
+pub(crate) mod original_destination;
+pub(crate) mod sysctl;

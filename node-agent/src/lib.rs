@@ -3,20 +3,20 @@
 //! It holds the node's view, commits it to nftables in one batch per generation, and acknowledges a generation once
 //! the kernel holds it. It links no Kubernetes client and needs no Kubernetes API.
 
-pub mod cleanup;
+pub(crate) mod cleanup;
 pub mod cli;
 pub mod controller;
 pub mod drain;
 pub mod engine;
-pub mod health;
+pub(crate) mod health;
 pub mod kernel;
-pub mod log;
+pub(crate) mod log;
 pub mod metrics;
-pub mod probe;
+pub(crate) mod probe;
 pub mod run;
 pub mod state;
 pub mod storage;
-pub mod traces;
+pub(crate) mod traces;
 
 #[cfg(test)]
 mod testing;

@@ -8,7 +8,7 @@ use tracing_subscriber::{EnvFilter, Layer as _, fmt, reload};
 use crate::cli::LogFormat;
 
 /// Handle for the level of the log.
-pub struct LogLevel {
+pub(crate) struct LogLevel {
     default: String,
     current: String,
     set: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send>,
@@ -16,12 +16,15 @@ pub struct LogLevel {
 
 impl LogLevel {
     /// Creates a handle that changes the level by `set`; `default` is the filter of the command line.
-    pub fn new(default: &str, set: impl Fn(EnvFilter) -> Result<(), reload::Error> + Send + 'static) -> Self {
+    pub(crate) fn new(
+        default: &str,
+        set: impl Fn(EnvFilter) -> Result<(), reload::Error> + Send + 'static,
+    ) -> Self {
         LogLevel { default: default.to_owned(), current: default.to_owned(), set: Box::new(set) }
     }
 
     /// Applies `level`; empty selects the filter of the command line. Returns whether the level changed.
-    pub fn apply(&mut self, level: &str) -> bool {
+    pub(crate) fn apply(&mut self, level: &str) -> bool {
         let wanted = if level.is_empty() { &self.default } else { level };
         if self.current == wanted {
             return false;
@@ -47,7 +50,11 @@ impl LogLevel {
 ///
 /// # Errors
 /// `filter` is invalid, or a log exists already.
-pub fn to_stderr(filter: &str, format: LogFormat, exported: Option<BoxedLayer>) -> anyhow::Result<LogLevel> {
+pub(crate) fn to_stderr(
+    filter: &str,
+    format: LogFormat,
+    exported: Option<BoxedLayer>,
+) -> anyhow::Result<LogLevel> {
     let parsed = EnvFilter::try_new(filter).with_context(|| format!("invalid --log-level {filter:?}"))?;
     let (level, handle) = reload::Layer::new(parsed);
     let wanted = spans::in_log(level);

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, exponential_buckets,
@@ -46,7 +47,7 @@ pub struct Metrics {
 ///
 /// # Errors
 /// The name is already registered.
-pub fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
+pub(crate) fn register_info(registry: &Registry, node: &str) -> Result<(), prometheus::Error> {
     let info = GaugeVec::new(
         Opts::new("switchtower_agent_info", "Always 1: the node and the version of the agent."),
         &["node", "version"],
@@ -76,119 +77,89 @@ impl Metrics {
             "Duration of one pass of the conntrack reconciler.",
         )
         .buckets(exponential_buckets(0.001, 2.0, 15)?);
-        let metrics = Metrics {
+        Ok(Metrics {
             programming: Programming::register(registry)?,
-            sync_duration: HistogramVec::new(sync, family)?,
+            sync_duration: add(registry, HistogramVec::new(sync, family)?)?,
             last_timestamp: gauges(
+                registry,
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
                 "Time of the last successful sync.",
             )?,
             last_queued: gauges(
+                registry,
                 "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
                 "Time of the last queued sync.",
             )?,
-            sync_failures: IntCounter::new(
-                "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
-                "Syncs that the kernel refused.",
+            sync_failures: add(
+                registry,
+                IntCounter::new(
+                    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+                    "Syncs that the kernel refused.",
+                )?,
             )?,
-            conntrack_duration: Histogram::with_opts(conntrack)?,
-            conntrack_deleted: IntCounter::new(
-                "kubeproxy_conntrack_reconciler_deleted_entries_total",
-                "Conntrack entries that the reconciler deleted.",
+            conntrack_duration: add(registry, Histogram::with_opts(conntrack)?)?,
+            conntrack_deleted: add(
+                registry,
+                IntCounter::new(
+                    "kubeproxy_conntrack_reconciler_deleted_entries_total",
+                    "Conntrack entries that the reconciler deleted.",
+                )?,
             )?,
-            healthz: counters("kubeproxy_proxy_healthz_total", "Responses of /healthz.", "code")?,
-            livez: counters("kubeproxy_proxy_livez_total", "Responses of /livez.", "code")?,
-            apply: HistogramVec::new(apply, &["mode"])?,
+            healthz: counters(registry, "kubeproxy_proxy_healthz_total", "Responses of /healthz.", "code")?,
+            livez: counters(registry, "kubeproxy_proxy_livez_total", "Responses of /livez.", "code")?,
+            apply: add(registry, HistogramVec::new(apply, &["mode"])?)?,
             apply_errors: counters(
+                registry,
                 "switchtower_apply_errors_total",
                 "Failed commits, by error number.",
                 "errno",
             )?,
             drift: counters(
+                registry,
                 "switchtower_drift_total",
                 "Foreign changes of our tables that were repaired.",
                 "cause",
             )?,
-            drift_watched: IntGauge::new(
-                "switchtower_drift_watched",
-                "1 while the agent monitors its tables for foreign changes.",
+            drift_watched: add(
+                registry,
+                IntGauge::new(
+                    "switchtower_drift_watched",
+                    "1 while the agent monitors its tables for foreign changes.",
+                )?,
             )?,
-            generation: IntGauge::new("switchtower_kernel_generation", "Generation in the kernel.")?,
-            connected: IntGauge::new(
-                "switchtower_controller_connected",
-                "1 while a controller serves this node.",
+            generation: add(
+                registry,
+                IntGauge::new("switchtower_kernel_generation", "Generation in the kernel.")?,
             )?,
-            snapshot_written: Gauge::new(
-                "switchtower_snapshot_timestamp_seconds",
-                "Time of the last write of the snapshot file.",
+            connected: add(
+                registry,
+                IntGauge::new("switchtower_controller_connected", "1 while a controller serves this node.")?,
             )?,
-            refused: IntGauge::new(
-                "switchtower_refused_items",
-                "Items of the view that the kernel refused.",
+            snapshot_written: add(
+                registry,
+                Gauge::new(
+                    "switchtower_snapshot_timestamp_seconds",
+                    "Time of the last write of the snapshot file.",
+                )?,
             )?,
-            services: IntGauge::new("switchtower_services", "Services in the view.")?,
-            endpoints: IntGauge::new("switchtower_endpoints", "Endpoints in the view.")?,
-            sysctl_failures: IntGauge::new(
-                "switchtower_sysctl_failures",
-                "Kernel settings that could not be applied.",
+            refused: add(
+                registry,
+                IntGauge::new("switchtower_refused_items", "Items of the view that the kernel refused.")?,
             )?,
-            health_check_bind_failures: IntCounter::new(
-                "switchtower_health_check_bind_failures_total",
-                "Failed attempts to listen on a healthCheckNodePort.",
+            services: add(registry, IntGauge::new("switchtower_services", "Services in the view.")?)?,
+            endpoints: add(registry, IntGauge::new("switchtower_endpoints", "Endpoints in the view.")?)?,
+            sysctl_failures: add(
+                registry,
+                IntGauge::new("switchtower_sysctl_failures", "Kernel settings that could not be applied.")?,
             )?,
-        };
-        metrics.register_all(registry)?;
-        Ok(metrics)
-    }
-
-    fn register_all(&self, registry: &Registry) -> Result<(), prometheus::Error> {
-        let Metrics {
-            // Registered by itself.
-            programming: _,
-            sync_duration,
-            last_timestamp,
-            last_queued,
-            sync_failures,
-            conntrack_duration,
-            conntrack_deleted,
-            healthz,
-            livez,
-            apply,
-            apply_errors,
-            drift,
-            drift_watched,
-            generation,
-            connected,
-            snapshot_written,
-            refused,
-            services,
-            endpoints,
-            sysctl_failures,
-            health_check_bind_failures,
-        } = self.clone();
-        let all: [Box<dyn prometheus::core::Collector>; 20] = [
-            Box::new(sync_duration),
-            Box::new(last_timestamp),
-            Box::new(last_queued),
-            Box::new(sync_failures),
-            Box::new(conntrack_duration),
-            Box::new(conntrack_deleted),
-            Box::new(healthz),
-            Box::new(livez),
-            Box::new(apply),
-            Box::new(apply_errors),
-            Box::new(drift),
-            Box::new(drift_watched),
-            Box::new(generation),
-            Box::new(connected),
-            Box::new(snapshot_written),
-            Box::new(refused),
-            Box::new(services),
-            Box::new(endpoints),
-            Box::new(sysctl_failures),
-            Box::new(health_check_bind_failures),
-        ];
-        all.into_iter().try_for_each(|collector| registry.register(collector))
+            health_check_bind_failures: add(
+                registry,
+                IntCounter::new(
+                    "switchtower_health_check_bind_failures_total",
+                    "Failed attempts to listen on a healthCheckNodePort.",
+                )?,
+            )?,
+        })
     }
 
     /// A change waits to be committed.
@@ -219,12 +190,23 @@ impl Metrics {
     }
 }
 
-fn gauges(name: &str, help: &str) -> Result<GaugeVec, prometheus::Error> {
-    GaugeVec::new(Opts::new(name, help), &["ip_family"])
+/// Registers a metric and returns it.
+fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
 }
 
-fn counters(name: &str, help: &str, label: &str) -> Result<IntCounterVec, prometheus::Error> {
-    IntCounterVec::new(Opts::new(name, help), &[label])
+fn gauges(registry: &Registry, name: &str, help: &str) -> Result<GaugeVec, prometheus::Error> {
+    add(registry, GaugeVec::new(Opts::new(name, help), &["ip_family"])?)
+}
+
+fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    label: &str,
+) -> Result<IntCounterVec, prometheus::Error> {
+    add(registry, IntCounterVec::new(Opts::new(name, help), &[label])?)
 }
 
 fn unix_now() -> f64 {

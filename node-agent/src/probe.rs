@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::state::{Measured, Outcome, Round, Seen, Target};
+use crate::state::{Measured, ProbeOutcome, Round, Seen, Target};
 
 /// Attempts of one connection before it counts as failed: a trial must not fail because a node is under load or an
 /// endpoint is being removed.
@@ -29,29 +29,29 @@ const LINE: usize = 256;
 
 /// Results of one round of probes.
 #[derive(Debug)]
-pub struct RoundResults {
+pub(crate) struct RoundResults {
     /// Number of the [`Round`].
-    pub number: u64,
+    pub(crate) number: u64,
     /// One result per target.
-    pub measured: Vec<Measured>,
+    pub(crate) measured: Vec<Measured>,
 }
 
 /// Runs rounds of probes.
-pub trait Prober: Send {
+pub(crate) trait Prober: Send {
     /// Starts a round and returns at once; its [`RoundResults`] follow.
     fn start(&self, round: Round);
 }
 
 /// Probes by TCP on the agent's runtime.
 #[derive(Debug)]
-pub struct TcpProber {
+pub(crate) struct TcpProber {
     runtime: tokio::runtime::Handle,
     results: mpsc::Sender<RoundResults>,
 }
 
 impl TcpProber {
     /// Creates a prober that sends its results to `results`.
-    pub fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<RoundResults>) -> Self {
+    pub(crate) fn new(runtime: tokio::runtime::Handle, results: mpsc::Sender<RoundResults>) -> Self {
         TcpProber { runtime, results }
     }
 }
@@ -71,12 +71,12 @@ async fn measure(target: &Target) -> Measured {
     let Target { probe, address, absent } = target;
     let outcome = match (address, absent) {
         (Some(address), None) => probe_all(probe, *address).await,
-        (_, absent) => Outcome::Absent { detail: absent.clone().unwrap_or_default() },
+        (_, absent) => ProbeOutcome::Absent { detail: absent.clone().unwrap_or_default() },
     };
     Measured { probe: probe.name.clone(), address: *address, outcome }
 }
 
-async fn probe_all(probe: &Probe, address: SocketAddr) -> Outcome {
+async fn probe_all(probe: &Probe, address: SocketAddr) -> ProbeOutcome {
     let connections = if probe.compare_source { CONNECTIONS } else { 1 };
     let mut seen = Seen::new();
     for _ in 0..connections {
@@ -90,11 +90,11 @@ async fn probe_all(probe: &Probe, address: SocketAddr) -> Outcome {
                     io::ErrorKind::TimedOut => libc::ETIMEDOUT,
                     _ => 0,
                 });
-                return Outcome::Failed { errno, detail: format!("{address}: {error}") };
+                return ProbeOutcome::Failed { errno, detail: format!("{address}: {error}") };
             }
         }
     }
-    Outcome::Passed { seen }
+    ProbeOutcome::Passed { seen }
 }
 
 async fn probe_with_retries(probe: &Probe, address: SocketAddr) -> io::Result<Option<(String, IpAddr)>> {
@@ -210,10 +210,10 @@ mod tests {
         });
         let seen = measure(&target(address, true)).await.outcome;
         let expected: Seen = BTreeMap::from([("a".to_owned(), [address.ip()].into())]);
-        assert_eq!(seen, Outcome::Passed { seen: expected });
+        assert_eq!(seen, ProbeOutcome::Passed { seen: expected });
         let unheard: SocketAddr = "127.0.0.1:1".parse().unwrap();
         match measure(&target(unheard, false)).await.outcome {
-            Outcome::Failed { errno, .. } => assert_eq!(errno, libc::ECONNREFUSED),
+            ProbeOutcome::Failed { errno, .. } => assert_eq!(errno, libc::ECONNREFUSED),
             other => panic!("no process listens there: {other:?}"),
         }
     }

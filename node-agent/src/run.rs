@@ -10,10 +10,11 @@ use prometheus::Registry;
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
 
+use crate::cleanup;
 use crate::cli::{Action, AgentArgs, Cli, LogFormat};
 use crate::controller::bootstrap::Controllers;
 use crate::controller::link::Contact;
-use crate::controller::session::Identity;
+use crate::controller::session::{Context, Identity};
 use crate::drain::requests::Requests;
 use crate::engine::{Command, Engine, Parts};
 use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
@@ -22,7 +23,7 @@ use crate::kernel::conntrack::{Conntrack, Reconciler};
 use crate::kernel::inspector::Inspector;
 use crate::kernel::nft::KernelReader;
 use crate::kernel::sysctl::{Sysctls, Unset};
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::probe::TcpProber;
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
@@ -44,7 +45,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
     match action {
         Action::Cleanup { state_dir, stay, dry_run } => {
-            crate::cleanup::run(&state_dir, dry_run, &mut std::io::stdout().lock())?;
+            let mode = if dry_run { cleanup::Mode::DryRun } else { cleanup::Mode::Remove };
+            cleanup::run(&state_dir, mode, &mut std::io::stdout().lock())?;
             if stay { runtime()?.block_on(stop_signal()) } else { Ok(()) }
         }
         Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait } => {
@@ -88,9 +90,10 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 /// Registers the metrics of the agent and of its process.
-fn register_metrics() -> anyhow::Result<(Registry, Metrics)> {
+fn register_metrics(node_name: &str) -> anyhow::Result<(Registry, Metrics)> {
     let registry = Registry::new();
     let metrics = Metrics::register(&registry).context("register metrics")?;
+    metrics::register_info(&registry, node_name).context("register metrics")?;
     #[cfg(target_os = "linux")]
     registry
         .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
@@ -129,7 +132,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     );
     // In the main thread: sockets belong to the network namespace of the thread that opens them.
     let Sockets { kernel, flows, host_addresses, watched } = Sockets::open()?;
-    let (registry, metrics) = register_metrics()?;
+    let (registry, metrics) = register_metrics(&node_name)?;
     let health = Health::default();
     let (commands, received) = mpsc::channel(COMMANDS);
     let files = StateFiles::start().context("start the thread that writes state files")?;
@@ -169,8 +172,23 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
         let drains = Requests::default();
         tokio::spawn(crate::drain::server::serve(drain_port, drains.clone(), commands.clone()));
-        until_stopped(controllers, identity, commands, metrics, contact, drains).await
+        until_stopped(Context { controllers, identity, commands, metrics, contact, drains }).await
     });
     wait_for(&runtime, &engine);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_name_the_node() {
+        let (registry, _) = register_metrics("worker-1").unwrap();
+        let families = registry.gather();
+        let info = families.iter().find(|family| family.name() == "switchtower_agent_info").unwrap();
+        let labels = info.get_metric()[0].get_label();
+        let node = labels.iter().find(|label| label.name() == "node").unwrap();
+        assert_eq!(node.value(), "worker-1");
+    }
 }

@@ -28,7 +28,7 @@ use switchtower_proto::v1::{
 };
 
 use crate::kernel::change::KernelChange;
-pub use evidence::{Measured, Outcome, Seen};
+pub use evidence::{Measured, ProbeOutcome, Seen};
 use layer::Layer;
 pub(crate) use locality::WithoutLocal;
 pub(crate) use merge::{Flow, UdpChanges};

@@ -45,7 +45,7 @@ const CAUSE: &str = "switchtower.drift.cause";
 const DIFFERENCES: &str = "switchtower.drift.differences";
 
 /// The export, or none.
-pub struct Traces {
+pub(crate) struct Traces {
     export: Option<(SdkTracerProvider, SdkTracer)>,
     node: String,
 }
@@ -53,7 +53,7 @@ pub struct Traces {
 impl Traces {
     /// No export.
     #[must_use]
-    pub fn none() -> Self {
+    pub(crate) fn none() -> Self {
         Traces { export: None, node: String::new() }
     }
 
@@ -61,7 +61,7 @@ impl Traces {
     ///
     /// # Errors
     /// The environment is invalid.
-    pub fn from_environment(node: &str) -> Result<Self, TelemetryError> {
+    pub(crate) fn from_environment(node: &str) -> Result<Self, TelemetryError> {
         let Some(exporter) = switchtower_telemetry::exporter()? else { return Ok(Self::none()) };
         let own = vec![KeyValue::new("service.instance.id", node.to_owned())];
         let builder = SdkTracerProvider::builder()
@@ -77,18 +77,18 @@ impl Traces {
 
     /// Returns whether spans are exported.
     #[must_use]
-    pub fn are_exported(&self) -> bool {
+    pub(crate) fn are_exported(&self) -> bool {
         self.export.is_some()
     }
 
     /// Returns the layer that exports ordinary spans, for the subscriber of the log.
     #[must_use]
-    pub fn layer(&self) -> Option<BoxedLayer> {
+    pub(crate) fn layer(&self) -> Option<BoxedLayer> {
         self.export.as_ref().map(|(_, tracer)| spans::exported(tracer.clone()))
     }
 
     /// Starts the span of an update; `None` if it is not traced.
-    pub fn begin(&self, update: &Update) -> Option<Applying> {
+    pub(crate) fn begin(&self, update: &Update) -> Option<Applying> {
         let (_, tracer) = self.export.as_ref()?;
         let of_change = update.from.is_some();
         let parent = if of_change { sampled_change(update)? } else { Context::new() };
@@ -107,7 +107,12 @@ impl Traces {
     }
 
     /// Exports a repair of drift, or its failure.
-    pub fn repaired(&self, cause: &'static str, started: SystemTime, result: &Result<Repaired, CommitError>) {
+    pub(crate) fn repaired(
+        &self,
+        cause: &'static str,
+        started: SystemTime,
+        result: &Result<Repaired, CommitError>,
+    ) {
         let Some((_, tracer)) = &self.export else { return };
         let mut attributes = vec![KeyValue::new(NODE, self.node.clone()), KeyValue::new(CAUSE, cause)];
         let failed = match result {
@@ -123,7 +128,7 @@ impl Traces {
     }
 
     /// Exports queued spans within a timeout. Must not run on the runtime's thread.
-    pub fn shut_down(&self) {
+    pub(crate) fn shut_down(&self) {
         let Some((provider, _)) = &self.export else { return };
         if let Err(error) = provider.shutdown_with_timeout(SHUTDOWN) {
             tracing::warn!(%error, "cannot export the last spans");
@@ -142,7 +147,7 @@ fn sampled_change(update: &Update) -> Option<Context> {
 }
 
 /// Span of one update, from its first message until the kernel holds it.
-pub struct Applying {
+pub(crate) struct Applying {
     tracer: SdkTracer,
     context: Context,
     began: SystemTime,
@@ -152,17 +157,17 @@ pub struct Applying {
 impl Applying {
     /// Returns whether the span belongs to the trace of a change, so that the controller need not export it.
     #[must_use]
-    pub fn is_of_change(&self) -> bool {
+    pub(crate) fn is_of_change(&self) -> bool {
         self.of_change
     }
 
     /// Notes that the view has the complete update.
-    pub fn received(&self) {
+    pub(crate) fn received(&self) {
         self.child(RECEIVE, (self.began, SystemTime::now()), Vec::new(), None);
     }
 
     /// Ends the span of a refused update.
-    pub fn refused(self, reason: &'static str) {
+    pub(crate) fn refused(self, reason: &'static str) {
         let span = self.context.span();
         span.set_attribute(KeyValue::new(REASON, reason));
         span.set_status(Status::error("the update was refused"));
@@ -170,7 +175,7 @@ impl Applying {
     }
 
     /// Notes an attempt to commit the update; `full` if it compared everything.
-    pub fn attempted(&self, full: bool, started: SystemTime, result: &Result<Committed, CommitError>) {
+    pub(crate) fn attempted(&self, full: bool, started: SystemTime, result: &Result<Committed, CommitError>) {
         let now = SystemTime::now();
         match result {
             Ok(committed) => {
@@ -186,12 +191,12 @@ impl Applying {
     }
 
     /// Ends the span: the kernel holds the update.
-    pub fn held(&self) {
+    pub(crate) fn held(&self) {
         self.context.span().end();
     }
 
     /// Notes the end of the pass over the conntrack table that the update required.
-    pub fn flows(&self, took: Duration, deleted: usize) {
+    pub(crate) fn flows(&self, took: Duration, deleted: usize) {
         let now = SystemTime::now();
         let deleted = vec![KeyValue::new(DELETED, i64::try_from(deleted).unwrap_or(i64::MAX))];
         self.child(CONNTRACK, (now - took, now), deleted, None);

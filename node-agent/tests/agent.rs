@@ -159,7 +159,7 @@ fn drift_repaired_and_addresses_followed() {
         shell("nft delete table ip switchtower");
         match stream.next().await {
             Some(FromAgent::Report(report)) => {
-                assert_eq!((report.drift_repaired, report.session), (1, 1), "{}", report.drift_cause);
+                assert_eq!((report.drift_repaired, report.session), (1, 1), "{:?}", report.drift_cause());
             }
             other => panic!("a Report is due, this came: {other:?}"),
         }

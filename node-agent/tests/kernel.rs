@@ -11,6 +11,7 @@ use common::*;
 use switchtower_node_agent::kernel::change::KernelChange;
 use switchtower_node_agent::kernel::dataplane::{CommitError, Dataplane};
 use switchtower_node_agent::kernel::nft::{self, Monitor, Nft, Notice};
+use switchtower_proto::address_bytes;
 use switchtower_proto::v1::{self as proto, Role};
 
 fn open(namespace: &Namespace) -> Nft {
@@ -426,9 +427,10 @@ fn reader_follows_the_maps_to_the_endpoints() {
     view.push(KernelChange::Frontend(cluster_ip("none", "10.96.0.2")));
     nft.commit(&view, stamp(5)).unwrap();
     let mut reader = node.run(|| nft::KernelReader::open().unwrap());
-    let ask = |address: Option<&str>, port| nft::FrontendQuery {
-        address: address.map(|address| address.parse().unwrap()),
-        protocol: 6,
+    let ask = |address: Option<&str>, port| proto::FrontendKey {
+        family: proto::Family::Ipv4.into(),
+        address: address.map(|address| address_bytes(address.parse().unwrap())).unwrap_or_default(),
+        protocol: proto::Protocol::Tcp.into(),
         port,
     };
     let queries =

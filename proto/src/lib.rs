@@ -22,6 +22,20 @@ pub fn address_bytes(address: std::net::IpAddr) -> Vec<u8> {
     }
 }
 
+impl v1::DriftCause {
+    /// Returns the name in messages, spans and the metric's label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unknown",
+            Self::Changed => "changed",
+            Self::TableDeleted => "table_deleted",
+            Self::Overflow => "overflow",
+            Self::Unwatched => "unwatched",
+        }
+    }
+}
+
 /// Messages and service of `switchtower.v1`, generated; do not edit.
 pub mod v1 {
     #![allow(

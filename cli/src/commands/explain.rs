@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::Serialize;
 use switchtower_admin_api::codes;
-use switchtower_admin_api::{Explanation, Finding, KernelCheck, NodeGroup, Outcome, VIEWER};
+use switchtower_admin_api::{ConnectionOutcome, Explanation, Finding, KernelCheck, NodeGroup, VIEWER};
 
 use crate::args::{ExplainArgs, Global, ServiceName};
 use crate::cluster::Cluster;
@@ -150,7 +150,8 @@ fn is_well(explanation: &Explanation) -> bool {
 }
 
 fn works(finding: &Finding) -> bool {
-    finding.outcome == Outcome::Forwarded && !matches!(finding.kernel, Some(KernelCheck::Differs(_)))
+    finding.outcome == ConnectionOutcome::Forwarded
+        && !matches!(finding.kernel, Some(KernelCheck::Differs(_)))
 }
 
 fn text(found: &Found, all: bool, style: Style) -> String {
@@ -208,10 +209,10 @@ fn paragraph(explanation: &Explanation, group: &NodeGroup, finding: &Finding, st
         None => format!("on {} ({})", count(group.nodes, "node"), names(&group.names, group.nodes, 3)),
     };
     let verdict = match finding.outcome {
-        Outcome::Forwarded => style.good("FORWARDED"),
-        Outcome::Refused => style.bad("REFUSED"),
-        Outcome::Dropped => style.bad("DROPPED"),
-        Outcome::NotServed => style.warn("NOT SERVED"),
+        ConnectionOutcome::Forwarded => style.good("FORWARDED"),
+        ConnectionOutcome::Refused => style.bad("REFUSED"),
+        ConnectionOutcome::Dropped => style.bad("DROPPED"),
+        ConnectionOutcome::NotServed => style.warn("NOT SERVED"),
     };
     let code = finding.code.clone().unwrap_or_default();
     let kind = &finding.kind;

@@ -1,7 +1,7 @@
 //! `rollout`: progress of rollouts, and commands that set `paused`, `approvedStep` and `abort`.
 
 use serde_json::json;
-use switchtower_admin_api::{RolloutState, WaitingOn};
+use switchtower_admin_api::{ConditionType, RolloutState, WaitingOn};
 use switchtower_crds::{ProxyRollout, ProxyRolloutStatus};
 
 use crate::args::{Global, RolloutAction, RolloutArgs};
@@ -150,7 +150,7 @@ fn one(name: &str, rollout: &ProxyRollout, style: Style) -> String {
             line("next", &format!("kubectl switchtower rollout approve {name}"));
         }
     }
-    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+    let ready = status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str());
     if let Some(message) = ready.map(|ready| ready.message.as_str()).filter(|message| !message.is_empty()) {
         line("why", message);
     }

@@ -48,7 +48,7 @@ pub struct Finding {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<IpAddr>,
     /// Outcome of the connection.
-    pub outcome: Outcome,
+    pub outcome: ConnectionOutcome,
     /// The message code, unless it is forwarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
@@ -76,7 +76,7 @@ pub struct Finding {
 /// Outcome of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Outcome {
+pub enum ConnectionOutcome {
     /// It reaches an endpoint.
     Forwarded,
     /// No Service is concerned.

@@ -8,12 +8,14 @@ use serde::{Deserialize, Serialize};
 
 mod changes;
 pub mod codes;
+mod conditions;
 mod explanation;
 mod nodes;
 mod states;
 
 pub use changes::{ChangeReport, DrainReport, NodeReport, RefusalReport};
-pub use explanation::{Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus, Outcome};
+pub use conditions::{ConditionType, NodeReason, ProfileReason, RolloutReason};
+pub use explanation::{ConnectionOutcome, Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus};
 pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
 pub use states::{FailureReason, NodeState, RolloutState, WaitingOn};
 

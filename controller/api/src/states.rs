@@ -33,6 +33,8 @@ macro_rules! names {
     };
 }
 
+pub(crate) use names;
+
 names! {
     /// State of a node: the summary of its conditions.
     NodeState {

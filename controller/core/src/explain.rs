@@ -14,7 +14,7 @@ use crate::tracer::{Cause, Fate, Packet, Source, Trace, trace};
 use crate::view::View;
 use crate::wire;
 use switchtower_admin_api::codes::{self, Code};
-use switchtower_admin_api::{Finding, Outcome};
+use switchtower_admin_api::{ConnectionOutcome, Finding};
 
 mod group;
 mod kernel;
@@ -166,7 +166,7 @@ fn finding(view: &View, frontend: &Frontend, destination: IpAddr, source: Source
     }
 }
 
-fn outcome(fate: &Fate) -> (Outcome, Option<Code>) {
+fn outcome(fate: &Fate) -> (ConnectionOutcome, Option<Code>) {
     let code = |cause: &Cause| match cause {
         Cause::NoEndpoints => codes::NO_ENDPOINTS,
         Cause::NoLocalEndpointsInside => codes::NO_LOCAL_ENDPOINTS_INSIDE,
@@ -176,10 +176,10 @@ fn outcome(fate: &Fate) -> (Outcome, Option<Code>) {
         Cause::UnallocatedAddress => codes::UNALLOCATED_ADDRESS,
     };
     match fate {
-        Fate::Forward { .. } => (Outcome::Forwarded, None),
-        Fate::Reject(cause) => (Outcome::Refused, Some(code(cause))),
-        Fate::Drop(cause) => (Outcome::Dropped, Some(code(cause))),
-        Fate::Pass => (Outcome::NotServed, Some(codes::NOT_SERVED)),
+        Fate::Forward { .. } => (ConnectionOutcome::Forwarded, None),
+        Fate::Reject(cause) => (ConnectionOutcome::Refused, Some(code(cause))),
+        Fate::Drop(cause) => (ConnectionOutcome::Dropped, Some(code(cause))),
+        Fate::Pass => (ConnectionOutcome::NotServed, Some(codes::NOT_SERVED)),
     }
 }
 

@@ -28,9 +28,9 @@ mod tests;
 
 pub use drain_record::DrainRecord;
 pub use pacing::{Pacer, PacerLimits};
-pub use record::{Milestone, NodeAck, Record, Refusal};
+pub use record::{Milestone, NodeAck, Record, RefusedUpdate};
 pub use trace_context::TraceContext;
-pub use tracker::{Limits, Outcome, Slot, Tracker};
+pub use tracker::{Limits, Slot, StepResult, Tracker};
 
 /// Nanoseconds since 1970, of the controller's clock.
 pub type UnixNanoseconds = u64;

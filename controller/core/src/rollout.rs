@@ -31,8 +31,8 @@ pub use decide::{Decision, decide};
 pub use describe::{Condition, Status, Transition};
 pub use judge::{Health, health};
 pub use model::{
-    Acknowledgements, Agent, Assignment, Excluded, Failure, FleetNode, Observed, Progress, Quantity, Refusal,
-    Revision, Rollout, Step, Strategy, Trial, TrialPhase,
+    Acknowledgements, Agent, Assignment, Excluded, FailedNode, FleetNode, Observed, Progress, Quantity,
+    Revision, Rollout, Step, Strategy, Trial, TrialPhase, UpdateRefusal,
 };
 pub use selector::{Requirement, Selector};
 pub use switchtower_admin_api::{FailureReason, RolloutState as State, WaitingOn};

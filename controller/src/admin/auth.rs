@@ -32,14 +32,14 @@ pub enum Caller {
 
 impl Caller {
     /// Returns an error unless the caller is an operator.
-    pub(super) fn must_be_operator(self) -> Result<(), Refusal> {
-        if self == Self::Operator { Ok(()) } else { Err(Refusal::OperatorOnly) }
+    pub(super) fn must_be_operator(self) -> Result<(), CallerRejection> {
+        if self == Self::Operator { Ok(()) } else { Err(CallerRejection::OperatorOnly) }
     }
 }
 
 /// Reasons to refuse a caller.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum CallerRejection {
     /// The request has no token.
     #[error("the request has no bearer token; kubectl switchtower requests one from the API server")]
     NoToken,
@@ -57,7 +57,7 @@ pub enum Refusal {
     OperatorOnly,
 }
 
-impl Refusal {
+impl CallerRejection {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::NoToken | Self::NotAuthenticated(_) => StatusCode::UNAUTHORIZED,
@@ -67,7 +67,7 @@ impl Refusal {
     }
 }
 
-impl From<Unavailable> for Refusal {
+impl From<Unavailable> for CallerRejection {
     fn from(Unavailable(why): Unavailable) -> Self {
         Self::ReviewUnavailable(why)
     }
@@ -89,22 +89,23 @@ impl AdminAuthenticator {
         }
     }
 
-    async fn identify(&self, headers: &HeaderMap) -> Result<Caller, Refusal> {
+    async fn identify(&self, headers: &HeaderMap) -> Result<Caller, CallerRejection> {
         let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let token = value.and_then(|value| value.strip_prefix("Bearer ")).ok_or(Refusal::NoToken)?.trim();
+        let token =
+            value.and_then(|value| value.strip_prefix("Bearer ")).ok_or(CallerRejection::NoToken)?.trim();
         if token.is_empty() || token.len() > TOKEN {
-            return Err(Refusal::NoToken);
+            return Err(CallerRejection::NoToken);
         }
         self.reviews.holder(token, |status| self.judge(status)).await
     }
 
-    fn judge(&self, status: TokenReviewStatus) -> Result<Caller, Refusal> {
+    fn judge(&self, status: TokenReviewStatus) -> Result<Caller, CallerRejection> {
         // An API server without support for audiences returns none.
         let ours =
             status.audiences.is_some_and(|audiences| audiences.iter().any(|audience| audience == AUDIENCE));
         if status.authenticated != Some(true) || !ours {
             let error = status.error.unwrap_or_else(|| "it is for another audience".to_owned());
-            return Err(Refusal::NotAuthenticated(error));
+            return Err(CallerRejection::NotAuthenticated(error));
         }
         let name = status.user.and_then(|user| user.username).unwrap_or_default();
         let of = |account: &str| format!("system:serviceaccount:{}:{account}", self.namespace);
@@ -113,7 +114,7 @@ impl AdminAuthenticator {
         } else if name == of(VIEWER) {
             Ok(Caller::Viewer)
         } else {
-            Err(Refusal::ForeignUser(name))
+            Err(CallerRejection::ForeignUser(name))
         }
     }
 }
@@ -141,6 +142,6 @@ impl<S: Sync> FromRequestParts<S> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
         // Without the authentication layer there is no caller: refuse.
-        parts.extensions.get().copied().ok_or_else(|| Refusal::NoToken.into())
+        parts.extensions.get().copied().ok_or_else(|| CallerRejection::NoToken.into())
     }
 }

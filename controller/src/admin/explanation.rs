@@ -73,9 +73,8 @@ pub(super) async fn on_node(
 /// Compares each finding with the kernel.
 async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>, findings: &mut [Finding]) {
     let frontends = explain::frontends(view, subject);
-    let keys = frontends.iter().filter_map(|frontend| frontend.key.as_ref());
-    let filter = keys.map(names::frontend).collect::<Vec<_>>().join(",");
-    let answer = nodes::lookup(fleet, node, filter).await;
+    let keys = frontends.iter().filter_map(|frontend| frontend.key.clone()).collect();
+    let answer = nodes::lookup(fleet, node, keys).await;
     let table = match answer {
         Ok(table) => table,
         Err(error) => {

@@ -7,12 +7,13 @@ use std::time::Duration;
 use prost::Message as _;
 use switchtower_admin_api::{ChainInfo, NodeDiff, NodeRules, Stage};
 use switchtower_core::explain::{self, Held, Subject};
-use switchtower_core::names;
-use switchtower_proto::v1::{FrontendKey, KernelTable, Stamp};
+use switchtower_proto::v1::query::Kind as Query;
+use switchtower_proto::v1::{
+    ChainsQuery, ElementsQuery, FrontendKey, FrontendsQuery, KernelTable, LookupQuery, Stamp,
+};
 
 use super::AdminError;
 use crate::fleet::Fleet;
-use crate::fleet::queries::Query;
 
 /// Maximum number of differences in an answer.
 const DIFFERENCES: usize = 200;
@@ -32,9 +33,9 @@ async fn ask(fleet: &Arc<Fleet>, node: &str, query: Query) -> Result<KernelTable
 pub(super) async fn lookup(
     fleet: &Arc<Fleet>,
     node: &str,
-    filter: String,
+    frontends: Vec<FrontendKey>,
 ) -> Result<KernelTable, AdminError> {
-    settled(fleet, node, Query { what: "lookup", filter, limit: 0 }).await
+    settled(fleet, node, Query::Lookup(LookupQuery { frontends })).await
 }
 
 /// Queries until the kernel's stamp has the desired digest, at most [`ATTEMPTS`] times.
@@ -68,7 +69,7 @@ fn hex(bytes: &[u8]) -> String {
 pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, AdminError> {
     let unknown = || AdminError::UnknownNode(node.to_owned());
     let standing = fleet.standing(node).ok_or_else(unknown)?;
-    let query = Query { what: "frontends", filter: String::new(), limit: FRONTENDS };
+    let query = Query::Frontends(FrontendsQuery { limit: FRONTENDS });
     let table = settled(fleet, node, query).await?;
     let (view, digest) = fleet.view(node, None).ok_or_else(unknown)?;
     let expected = explain::expected(&view, view.frontends());
@@ -104,8 +105,8 @@ pub(super) async fn rules_of(
     if frontends.is_empty() {
         return Err(AdminError::UnknownService(format!("{}/{}", subject.namespace, subject.name)));
     }
-    let keys = frontends.iter().filter_map(|frontend| frontend.key.as_ref());
-    let table = lookup(fleet, node, keys.map(names::frontend).collect::<Vec<_>>().join(",")).await?;
+    let keys = frontends.iter().filter_map(|frontend| frontend.key.clone()).collect();
+    let table = lookup(fleet, node, keys).await?;
     Ok(NodeRules {
         node: node.to_owned(),
         kernel: table.stamp.as_ref().map(stage),
@@ -119,12 +120,11 @@ pub(super) async fn rules_of(
 pub(super) async fn rules(
     fleet: &Arc<Fleet>,
     node: &str,
-    filter: String,
+    text: String,
     limit: u32,
 ) -> Result<NodeRules, AdminError> {
-    let query = |what, filter| Query { what, filter, limit };
-    let chains = ask(fleet, node, query("rules", String::new())).await?;
-    let elements = ask(fleet, node, query("elements", filter)).await?;
+    let chains = ask(fleet, node, Query::Chains(ChainsQuery {})).await?;
+    let elements = ask(fleet, node, Query::Elements(ElementsQuery { text, limit })).await?;
     let chain = |chain: switchtower_proto::v1::KernelChain| ChainInfo {
         family: chain.family,
         name: chain.name,

@@ -84,7 +84,7 @@ impl Fleet {
             connected: entry.signal.is_some(),
             desired: known.map_or(0, |known| known.desired),
             applied: known.map_or(0, |known| known.applied),
-            failure: failure.map(|failure| format!("{}: {}", failure.reason, failure.detail)),
+            failure: failure.map(|failure| format!("{}: {}", failure.reason.as_str(), failure.detail)),
         })
     }
 

@@ -6,7 +6,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use switchtower_proto::v1::{Answer, Query as QueryMessage};
+use switchtower_proto::v1::query::Kind;
+use switchtower_proto::v1::{Answer, Query};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Fleet;
@@ -19,17 +20,6 @@ pub const QUERY_TIMEOUT: Duration = Duration::from_secs(15);
 const RATE: Rate = Rate { per_second: 2.0, burst: 20.0 };
 /// Maximum length of an answer in bytes, as in fleet.proto.
 const ANSWER: usize = 16 << 20;
-
-/// A query; fleet.proto lists the kinds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Query {
-    /// "lookup", "frontends", ….
-    pub what: &'static str,
-    /// Filter, with a syntax that depends on the kind.
-    pub filter: String,
-    /// Maximum number of items; 0 for the agent's default.
-    pub limit: u32,
-}
 
 /// Reason for a missing answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -64,19 +54,19 @@ pub enum QueryError {
 
 /// Error of a query, without the node's name.
 #[derive(Debug)]
-enum Failure {
+enum AnswerError {
     TooLong,
     Agent(String),
 }
 
-type Outcome = Result<Vec<u8>, Failure>;
+type AnswerResult = Result<Vec<u8>, AnswerError>;
 
 /// Queries that wait for the stream of one node.
 #[derive(Debug)]
 pub(crate) struct QueryQueue {
     turn: Semaphore,
     allowance: Mutex<TokenBucket>,
-    waiting: Mutex<Option<(Query, oneshot::Sender<Outcome>)>>,
+    waiting: Mutex<Option<(Kind, oneshot::Sender<AnswerResult>)>>,
 }
 
 impl Default for QueryQueue {
@@ -94,13 +84,13 @@ impl QueryQueue {
         lock(&self.allowance).take(now)
     }
 
-    fn put(&self, query: Query) -> oneshot::Receiver<Outcome> {
+    fn put(&self, query: Kind) -> oneshot::Receiver<AnswerResult> {
         let (answer, answered) = oneshot::channel();
         *lock(&self.waiting) = Some((query, answer));
         answered
     }
 
-    fn take(&self) -> Option<(Query, oneshot::Sender<Outcome>)> {
+    fn take(&self) -> Option<(Kind, oneshot::Sender<AnswerResult>)> {
         lock(&self.waiting).take()
     }
 }
@@ -110,7 +100,7 @@ impl Fleet {
     ///
     /// # Errors
     /// The agent is not connected, or does not answer.
-    pub async fn ask(self: &Arc<Self>, node: &str, query: Query) -> Result<Vec<u8>, QueryError> {
+    pub async fn ask(self: &Arc<Self>, node: &str, query: Kind) -> Result<Vec<u8>, QueryError> {
         if !self.knows(node) {
             return Err(QueryError::UnknownNode(node.to_owned()));
         }
@@ -125,8 +115,8 @@ impl Fleet {
             signal.notify.notify_one();
             match answered.await {
                 Ok(Ok(payload)) => Ok(payload),
-                Ok(Err(Failure::TooLong)) => Err(QueryError::TooLong(node.to_owned())),
-                Ok(Err(Failure::Agent(text))) => Err(QueryError::Agent { node: node.to_owned(), text }),
+                Ok(Err(AnswerError::TooLong)) => Err(QueryError::TooLong(node.to_owned())),
+                Ok(Err(AnswerError::Agent(text))) => Err(QueryError::Agent { node: node.to_owned(), text }),
                 Err(_) => Err(QueryError::Ended(node.to_owned())),
             }
         };
@@ -152,19 +142,19 @@ impl Fleet {
 #[derive(Debug, Default)]
 pub(crate) struct PendingQuery {
     number: u64,
-    running: Option<(oneshot::Sender<Outcome>, Vec<u8>)>,
+    running: Option<(oneshot::Sender<AnswerResult>, Vec<u8>)>,
 }
 
 impl PendingQuery {
     /// Returns the next query for the agent if the previous one is answered or its caller gave up.
-    pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<QueryMessage> {
+    pub(crate) fn next(&mut self, queue: &QueryQueue) -> Option<Query> {
         if self.running.as_ref().is_some_and(|(answer, _)| !answer.is_closed()) {
             return None;
         }
-        let (Query { what, filter, limit }, answer) = queue.take()?;
+        let (kind, answer) = queue.take()?;
         self.number += 1;
         self.running = Some((answer, Vec::new()));
-        Some(QueryMessage { id: self.number, what: what.to_owned(), filter, limit })
+        Some(Query { id: self.number, kind: Some(kind) })
     }
 
     /// Takes a part of the answer. Ignores answers to other queries and answers that no caller waits for.
@@ -174,9 +164,9 @@ impl PendingQuery {
         }
         let Some((answer, mut payload)) = self.running.take() else { return };
         let outcome = if !part.error.is_empty() {
-            Err(Failure::Agent(part.error.chars().take(512).collect()))
+            Err(AnswerError::Agent(part.error.chars().take(512).collect()))
         } else if payload.len() + part.part.len() > ANSWER {
-            Err(Failure::TooLong)
+            Err(AnswerError::TooLong)
         } else {
             payload.extend(part.part);
             if !part.last {
@@ -192,10 +182,12 @@ impl PendingQuery {
 
 #[cfg(test)]
 mod tests {
+    use switchtower_proto::v1::FrontendsQuery;
+
     use super::*;
 
-    fn query() -> Query {
-        Query { what: "lookup", filter: "10.96.0.1:80/TCP".to_owned(), limit: 0 }
+    fn query() -> Kind {
+        Kind::Frontends(FrontendsQuery { limit: 3 })
     }
 
     fn part(id: u64, part: &[u8], last: bool) -> Answer {
@@ -208,7 +200,7 @@ mod tests {
         assert_eq!(pending.next(&queue), None);
         let mut answered = queue.put(query());
         let query = pending.next(&queue).unwrap();
-        assert_eq!((query.id, query.what.as_str(), query.limit), (1, "lookup", 0));
+        assert_eq!(query, Query { id: 1, kind: Some(self::query()) });
         pending.take(part(7, b"not asked", true));
         pending.take(part(1, b"one ", false));
         assert!(pending.next(&queue).is_none());
@@ -226,7 +218,7 @@ mod tests {
         assert_eq!(pending.next(&queue).unwrap().id, 2);
         pending.take(part(1, b"late", true));
         pending.take(Answer { id: 2, error: "no".to_owned(), ..Answer::default() });
-        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::Agent(text)) if text == "no"));
+        assert!(matches!(answered.try_recv().unwrap(), Err(AnswerError::Agent(text)) if text == "no"));
     }
 
     #[test]
@@ -236,6 +228,6 @@ mod tests {
         pending.next(&queue).unwrap();
         pending.take(part(1, &vec![0; ANSWER], false));
         pending.take(part(1, b"x", true));
-        assert!(matches!(answered.try_recv().unwrap(), Err(Failure::TooLong)));
+        assert!(matches!(answered.try_recv().unwrap(), Err(AnswerError::TooLong)));
     }
 }

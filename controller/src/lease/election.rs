@@ -1,15 +1,15 @@
-//! Who may take the Lease: a pure function of what was observed and when.
+//! Decides whether a controller may take the Lease, from its observations and their times. Pure.
 
 use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::Lease;
 use tokio::time::Instant;
 
-/// Bounds of a stored duration: whatever a Lease says, it neither expires at once nor blocks for ever.
+/// Bounds of a stored duration in seconds: a Lease never expires at once and never blocks forever.
 const SHORTEST: i32 = 1;
 const LONGEST: i32 = 60;
 
-/// What a Lease says. It counts as renewed whenever any of this changes.
+/// Content of a Lease. A change of any field counts as a renewal.
 #[derive(Debug, Clone, PartialEq)]
 struct Record {
     uid: Option<String>,
@@ -33,7 +33,7 @@ impl Record {
     }
 }
 
-/// What to do about the Lease.
+/// Next step of a controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Write it.
@@ -42,7 +42,7 @@ pub(super) enum Step {
     Wait(String),
 }
 
-/// What one process observed.
+/// Observations of one process.
 #[derive(Debug)]
 pub(super) struct Election {
     identity: String,

@@ -25,12 +25,12 @@ enum Open {
     #[default]
     Not,
     Until(Instant),
-    /// Given up or lost: whatever still comes does not open it again.
+    /// Released or lost: never opens again.
     Never,
 }
 
 impl Fence {
-    /// Whether this process may write.
+    /// Returns true if this process may write.
     #[must_use]
     pub fn is_open(&self) -> bool {
         let open = *read(&self.0);

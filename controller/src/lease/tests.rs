@@ -1,4 +1,4 @@
-//! Who takes the Lease when.
+//! Elections with scripted Leases.
 
 use super::*;
 

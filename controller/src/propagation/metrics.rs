@@ -7,7 +7,7 @@ use prometheus::{
     register_histogram_vec_with_registry, register_histogram_with_registry,
     register_int_counter_with_registry,
 };
-use switchtower_core::propagation::{Milestone, Outcome, TraceContext};
+use switchtower_core::propagation::{Milestone, StepResult, TraceContext};
 
 use crate::metrics::{Exemplar, Exemplars};
 
@@ -89,7 +89,7 @@ impl PropagationMetrics {
         Self { exemplars, ..self }
     }
 
-    pub(super) fn note(&self, outcome: &Outcome) {
+    pub(super) fn note(&self, outcome: &StepResult) {
         for (nanoseconds, trace) in &outcome.acknowledged {
             self.ack.observe(seconds(*nanoseconds));
             self.remember(ACK, "", *nanoseconds, trace);

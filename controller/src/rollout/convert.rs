@@ -12,7 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use switchtower_core::rollout::profile::{Past, Profile};
 use switchtower_core::rollout::{
-    self as core, Decision, Failure, Progress, Quantity, Requirement, Revision, Rollout, Selector, State,
+    self as core, Decision, FailedNode, Progress, Quantity, Requirement, Revision, Rollout, Selector, State,
     Step, Strategy, Time, WaitingOn,
 };
 use switchtower_crds as api;
@@ -257,7 +257,7 @@ fn progress(status: &api::ProxyRolloutStatus, now: Time) -> Progress {
     let from = &status.progress;
     let at = |at: &Option<meta::Time>| at.as_ref().map(|at| stored_time(at, now));
     let count = |value: i64| usize::try_from(value).unwrap_or(0);
-    let failures = status.failures.iter().map(|failure| Failure {
+    let failures = status.failures.iter().map(|failure| FailedNode {
         node: failure.node.clone(),
         reason: failure.reason.clone(),
         message: failure.message.clone(),
@@ -357,11 +357,12 @@ pub(super) fn conditions(
     now: Time,
 ) -> Vec<Condition> {
     let condition = |condition: &core::Condition| {
-        let known = previous.iter().find(|known| known.type_ == condition.kind);
-        let known = known.filter(|known| known.status == condition.status);
+        let known = previous.iter().find(|known| known.type_ == condition.kind.as_str());
+        let status = if condition.holds { "True" } else { "False" };
+        let known = known.filter(|known| known.status == status);
         Condition {
-            type_: condition.kind.to_owned(),
-            status: condition.status.to_owned(),
+            type_: condition.kind.as_str().to_owned(),
+            status: status.to_owned(),
             reason: condition.reason.to_owned(),
             message: condition.message.clone(),
             observed_generation: generation,
@@ -387,7 +388,11 @@ mod tests {
             advanced_at: Some(Time(9_000)),
             updated: 3,
             failed: 1,
-            failures: vec![Failure { node: "n".into(), reason: "Drifted".into(), ..Failure::default() }],
+            failures: vec![FailedNode {
+                node: "n".into(),
+                reason: "Drifted".into(),
+                ..FailedNode::default()
+            }],
         };
         let mut object = api::ProxyRollout::default();
         object.spec.strategy.steps = default_steps();

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use switchtower_admin_api::NodeReason;
 use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile, next_revision, returns_to, stable, winner};
 use switchtower_core::rollout::{
-    Agent, FleetNode, Observed, Refusal, Revision, State, Time, Trial, TrialPhase as Phase,
+    Agent, FleetNode, Observed, Revision, State, Time, Trial, TrialPhase as Phase, UpdateRefusal,
 };
 use switchtower_proto::v1::{TrialPhase, TrialStatus};
 
@@ -175,17 +176,17 @@ fn agent(observation: &Observation, clock: &Clock) -> Agent {
         acknowledged: observation.settings.as_ref().map(|(profile, number)| revision(profile, *number)),
         took: observation.settings_took,
         in_force: settings.map(|settings| revision(&settings.profile, settings.revision)),
-        refusal: observation.failure.as_ref().map(|failure| Refusal {
-            reason: failure.reason.to_owned(),
+        refusal: observation.failure.as_ref().map(|failure| UpdateRefusal {
+            reason: failure.reason.as_str().to_owned(),
             detail: failure.detail.clone(),
             errno: failure.errno,
             // The stream answers these with a snapshot.
-            transient: matches!(failure.reason, "FromMismatch" | "DigestMismatch"),
+            transient: matches!(failure.reason, NodeReason::FromMismatch | NodeReason::DigestMismatch),
         }),
         refused_items: deviations.map_or(0, |deviations| deviations.refused),
         held_removals: deviations.map_or(0, |deviations| deviations.held),
         trial: observation.trial.as_ref().and_then(trial),
-        drift: moments.drifted.map(|at| (clock.at(at), observation.drift_cause.clone())),
+        drift: moments.drifted.map(|at| (clock.at(at), observation.drift_cause)),
         losses: moments.losses.iter().map(|at| clock.at(*at)).collect(),
     })
 }

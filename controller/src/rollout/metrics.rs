@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, register_int_counter_vec_with_registry};
+use switchtower_admin_api::ConditionType;
 use switchtower_core::rollout::{FailureReason, Progress, State};
 use switchtower_crds::ProxyRollout;
 
@@ -34,20 +35,17 @@ impl RolloutMetrics {
     /// # Errors
     /// A name is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counters = |name: &str, help: &str, label: &str| {
-            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
-            registry.register(Box::new(counters.clone()))?;
-            Ok::<_, prometheus::Error>(counters)
-        };
-        let failures = counters(
+        let failures = register_int_counter_vec_with_registry!(
             "switchtower_rollout_failures_total",
             "Nodes that failed a gate of a rollout, by reason; at most 16 of one rollout.",
-            "reason",
+            &["reason"],
+            registry
         )?;
-        let rollbacks = counters(
+        let rollbacks = register_int_counter_vec_with_registry!(
             "switchtower_rollout_rollbacks_total",
             "Rollouts that were rolled back, by cause.",
-            "cause",
+            &["cause"],
+            registry
         )?;
         // Create all series at the start: rate() misses the first increase of a new series.
         for reason in FailureReason::ALL {
@@ -119,7 +117,8 @@ impl Sample {
     fn of(object: &ProxyRollout) -> Self {
         let status = object.status.clone().unwrap_or_default();
         let progress = &status.progress;
-        let stalled = status.conditions.iter().find(|condition| condition.type_ == "Stalled");
+        let stalled =
+            status.conditions.iter().find(|condition| condition.type_ == ConditionType::Stalled.as_str());
         Self {
             rollout: object.metadata.name.clone().unwrap_or_default(),
             reason: stalled.map(|condition| condition.reason.clone()).unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! Writes the status of profiles.
 
 use kube::ResourceExt as _;
+use switchtower_admin_api::{ConditionType, ProfileReason as Reason};
 use switchtower_core::rollout::handover;
 use switchtower_core::rollout::profile::{Past, Profile};
 use switchtower_core::rollout::{Condition, Revision, State};
@@ -76,43 +77,49 @@ fn conditions(
                 "the API server refuses the ProxyRollout of the present settings; nodes keep their settings: \
                  {refused}"
             );
-            ("RolloutRefused", message)
+            (Reason::RolloutRefused, message)
         }
-        (None, None) => ("Pending", "the first rollout has not started".to_owned()),
+        (None, None) => (Reason::Pending, "the first rollout has not started".to_owned()),
         (None, Some(State::Complete)) => up_to_date(profile, nodes, facts),
-        (None, Some(State::Failed)) => ("RolloutFailed", format!("{name} failed; see its conditions")),
-        (None, Some(State::Aborted)) => ("RolloutAborted", format!("{name} was aborted")),
-        (None, Some(_)) => ("RollingOut", format!("{name} is in progress")),
+        (None, Some(State::Failed)) => (Reason::RolloutFailed, format!("{name} failed; see its conditions")),
+        (None, Some(State::Aborted)) => (Reason::RolloutAborted, format!("{name} was aborted")),
+        (None, Some(_)) => (Reason::RollingOut, format!("{name} is in progress")),
     };
-    let condition = |kind, holds, reason, message: &str| Condition {
+    let condition = |kind, holds, reason: Reason, message: &str| Condition {
         kind,
-        status: if holds { "True" } else { "False" },
-        reason,
+        holds,
+        reason: reason.as_str(),
         message: message.to_owned(),
     };
-    let stalled = matches!(reason, "RolloutFailed" | "RolloutAborted" | "RolloutRefused" | "HandoverFailed");
+    let stalled = matches!(
+        reason,
+        Reason::RolloutFailed | Reason::RolloutAborted | Reason::RolloutRefused | Reason::HandoverFailed
+    );
     let overlapping = match facts.lost.get(&profile.name) {
         Some((count, winner)) => {
             let message = format!(
                 "{count} selected nodes belong to {winner} or others: the highest priority wins, then age, then name"
             );
-            condition("Overlapping", true, "OtherProfileWins", &message)
+            condition(ConditionType::Overlapping, true, Reason::OtherProfileWins, &message)
         }
-        None => {
-            condition("Overlapping", false, "NoOverlap", "no other profile has precedence on a selected node")
-        }
+        None => condition(
+            ConditionType::Overlapping,
+            false,
+            Reason::NoOverlap,
+            "no other profile has precedence on a selected node",
+        ),
     };
     vec![
-        condition("Ready", reason == "UpToDate", reason, &message),
-        condition("Reconciling", !stalled && reason != "UpToDate", reason, &message),
-        condition("Stalled", stalled, reason, &message),
+        condition(ConditionType::Ready, reason == Reason::UpToDate, reason, &message),
+        condition(ConditionType::Reconciling, !stalled && reason != Reason::UpToDate, reason, &message),
+        condition(ConditionType::Stalled, stalled, reason, &message),
         overlapping,
     ]
 }
 
 /// Returns reason and message of a complete rollout. Not every node needs to have the revision: a relabelled node keeps
 /// its settings until a rollout moves it, and a node without an agent follows when the agent reconnects.
-fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (&'static str, String) {
+fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (Reason, String) {
     let stable = facts.stable(&profile.name);
     let mine = facts.fleet.iter().filter(|node| node.profile.as_ref() == Some(&profile.name));
     let have =
@@ -125,17 +132,17 @@ fn up_to_date(profile: &Profile, nodes: usize, facts: &Facts) -> (&'static str, 
              rollout; change changeCause to start one"
         )
     };
-    ("UpToDate", message)
+    (Reason::UpToDate, message)
 }
 
 /// Returns reason and message of a profile that is being deleted.
-fn deleting(profile: &Profile, latest: Option<&Past>, facts: &Facts) -> (&'static str, String) {
+fn deleting(profile: &Profile, latest: Option<&Past>, facts: &Facts) -> (Reason, String) {
     let holders = facts.holders(&profile.name);
     let handover = latest.and_then(|past| Some((past, past.handover.as_ref()?)));
     match handover {
         Some((past, to)) if !past.state.is_final() => {
             let name = rollout_name(&past.target);
-            ("Deleting", format!("{name} hands its nodes over to {to}; {holders} nodes remain"))
+            (Reason::Deleting, format!("{name} hands its nodes over to {to}; {holders} nodes remain"))
         }
         Some((past, to)) if handover::was_tried(profile, to, &facts.past) && holders > 0 => {
             let message = format!(
@@ -143,14 +150,14 @@ fn deleting(profile: &Profile, latest: Option<&Past>, facts: &Facts) -> (&'stati
                  profile to retry, or roll out another profile that selects the nodes",
                 rollout_name(&past.target)
             );
-            ("HandoverFailed", message)
+            (Reason::HandoverFailed, message)
         }
         _ => {
             let message = format!(
                 "waiting until no node has its settings: {holders} nodes remain. A rollout moves them to the profile that \
                  selects them next, or to the built-in settings"
             );
-            ("Deleting", message)
+            (Reason::Deleting, message)
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
+use switchtower_admin_api::{ConditionType, RolloutReason};
 use switchtower_core::rollout::handover::{self, Handover};
 use switchtower_core::rollout::profile::{
     Profile, fallback, lies_ahead, next_revision, origin, settled, stable, superseded,
@@ -256,15 +257,18 @@ impl Rollouts {
     async fn ignore(&mut self, object: ProxyRollout, now: Time) {
         let message =
             "the controller did not create this object and ignores it; change a ProxyProfile instead";
-        let condition = |kind, status| switchtower_core::rollout::Condition {
+        let condition = |kind, holds| switchtower_core::rollout::Condition {
             kind,
-            status,
-            reason: "NotOwned",
+            holds,
+            reason: RolloutReason::NotOwned.as_str(),
             message: message.to_owned(),
         };
         let previous = object.status.clone().unwrap_or_default();
-        let conditions =
-            [condition("Ready", "False"), condition("Reconciling", "False"), condition("Stalled", "True")];
+        let conditions = [
+            condition(ConditionType::Ready, false),
+            condition(ConditionType::Reconciling, false),
+            condition(ConditionType::Stalled, true),
+        ];
         let generation = object.metadata.generation;
         let status = ProxyRolloutStatus {
             observed_generation: generation,

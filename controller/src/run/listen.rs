@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use switchtower_admin_api::NodeReason;
 use tokio::net::TcpListener;
 
 use super::RETRY;
@@ -22,7 +23,7 @@ pub(super) async fn bind(address: SocketAddr, agents: &Agents) -> anyhow::Result
         }
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
             agents.closed(Some(Blocker::new(
-                "ControllerNotListening",
+                NodeReason::ControllerNotListening,
                 format!(
                     "The controller cannot accept agents: another program uses {address}. Stop it, or choose another \
                      port with --listen."

@@ -31,7 +31,7 @@ const STRANGERS: usize = 2;
 
 /// Reason why an agent is not authenticated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum AgentRejection {
     /// No `authorization` in the request.
     #[error("the request has no bearer token; the agent reads it from --token-file")]
     NoToken,
@@ -70,7 +70,7 @@ pub enum Refusal {
     ReviewUnavailable(String),
 }
 
-impl Refusal {
+impl AgentRejection {
     /// Returns the value of the metric label `reason`.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -110,7 +110,7 @@ impl Refusal {
     }
 }
 
-impl From<Unavailable> for Refusal {
+impl From<Unavailable> for AgentRejection {
     fn from(Unavailable(why): Unavailable) -> Self {
         Self::ReviewUnavailable(why)
     }
@@ -153,20 +153,20 @@ impl Authenticator {
     ///
     /// # Errors
     /// The request has no token, or one that cannot be accepted.
-    pub fn credential<'a>(&self, metadata: &'a MetadataMap) -> Result<Credential<'a>, Refusal> {
-        let value = metadata.get("authorization").ok_or(Refusal::NoToken)?;
-        let value = value.to_str().map_err(|_| Refusal::MalformedToken)?;
-        let token = value.strip_prefix("Bearer ").ok_or(Refusal::NoToken)?.trim();
+    pub fn credential<'a>(&self, metadata: &'a MetadataMap) -> Result<Credential<'a>, AgentRejection> {
+        let value = metadata.get("authorization").ok_or(AgentRejection::NoToken)?;
+        let value = value.to_str().map_err(|_| AgentRejection::MalformedToken)?;
+        let token = value.strip_prefix("Bearer ").ok_or(AgentRejection::NoToken)?.trim();
         if token.len() > TOKEN {
-            return Err(Refusal::MalformedToken);
+            return Err(AgentRejection::MalformedToken);
         }
         // Not verified yet: rejects early what cannot be a token, and gives the reason.
-        let claims = Claims::of(token).ok_or(Refusal::MalformedToken)?;
+        let claims = Claims::of(token).ok_or(AgentRejection::MalformedToken)?;
         if claims.expires <= SystemTime::now() {
-            return Err(Refusal::Expired);
+            return Err(AgentRejection::Expired);
         }
         if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
-            return Err(Refusal::WrongAudience(self.reviews.audience().to_owned()));
+            return Err(AgentRejection::WrongAudience(self.reviews.audience().to_owned()));
         }
         Ok(Credential { token, claims })
     }
@@ -180,40 +180,40 @@ impl Authenticator {
         Credential { token, claims }: Credential<'_>,
         class: Class,
         node_exists: impl Fn(&str) -> bool,
-    ) -> Result<Identity, Refusal> {
+    ) -> Result<Identity, AgentRejection> {
         let _turn = match self.keys.verify(token).await {
             Signature::Genuine => {
                 self.check(&claims, &node_exists)?;
                 None
             }
-            Signature::Forged => return Err(Refusal::Forged),
-            Signature::UnknownKey => return Err(Refusal::UnknownKey),
+            Signature::Forged => return Err(AgentRejection::Forged),
+            Signature::UnknownKey => return Err(AgentRejection::UnknownKey),
             // Tokens of nodes do not wait behind possibly forged ones.
             Signature::Unverifiable if class == Class::Stranger => self.strangers.acquire().await.ok(),
             Signature::Unverifiable => None,
         };
         let identity = self.reviews.holder(token, |status| self.judge(status, &claims)).await?;
         if !node_exists(&identity.node) {
-            return Err(Refusal::UnknownNode(identity.node.to_string()));
+            return Err(AgentRejection::UnknownNode(identity.node.to_string()));
         }
         Ok(identity)
     }
 
     /// Checks the claims of a genuine token without a review: every pod can have one for its own ServiceAccount.
-    fn check(&self, claims: &Claims, node_exists: impl Fn(&str) -> bool) -> Result<(), Refusal> {
+    fn check(&self, claims: &Claims, node_exists: impl Fn(&str) -> bool) -> Result<(), AgentRejection> {
         if let Some(subject) = claims.subject.as_ref().filter(|subject| **subject != self.user) {
-            return Err(Refusal::ForeignServiceAccount(subject.clone(), self.user.clone()));
+            return Err(AgentRejection::ForeignServiceAccount(subject.clone(), self.user.clone()));
         }
         if !claims.bound {
-            return Err(Refusal::NotPodBound);
+            return Err(AgentRejection::NotPodBound);
         }
         match &claims.node {
-            Some(node) if !node_exists(node) => Err(Refusal::UnknownNode(node.clone())),
+            Some(node) if !node_exists(node) => Err(AgentRejection::UnknownNode(node.clone())),
             _ => Ok(()),
         }
     }
 
-    fn judge(&self, status: TokenReviewStatus, claims: &Claims) -> Result<Identity, Refusal> {
+    fn judge(&self, status: TokenReviewStatus, claims: &Claims) -> Result<Identity, AgentRejection> {
         let ours =
             |audiences: &[String]| audiences.iter().any(|audience| audience == self.reviews.audience());
         if status.authenticated != Some(true) {
@@ -221,39 +221,39 @@ impl Authenticator {
         }
         // An API server that does not know audiences answers with none.
         if !status.audiences.as_deref().is_some_and(ours) {
-            return Err(Refusal::WrongAudience(self.reviews.audience().to_owned()));
+            return Err(AgentRejection::WrongAudience(self.reviews.audience().to_owned()));
         }
         let user = status.user.unwrap_or_default();
         let name = user.username.unwrap_or_default();
         if name != self.user {
-            return Err(Refusal::ForeignServiceAccount(name, self.user.clone()));
+            return Err(AgentRejection::ForeignServiceAccount(name, self.user.clone()));
         }
         let extra = |key: &str| {
             let values = user.extra.as_ref()?.get(key)?;
             values.first().filter(|value| !value.is_empty()).map(|value| Arc::<str>::from(value.as_str()))
         };
-        let node = extra("authentication.kubernetes.io/node-name").ok_or(Refusal::NotPodBound)?;
+        let node = extra("authentication.kubernetes.io/node-name").ok_or(AgentRejection::NotPodBound)?;
         // A kubelet can request only tokens of Pods on its Node; a token that is bound to the Node itself, for an agent
         // outside of a Pod, needs an administrator.
         let bound = ["authentication.kubernetes.io/pod-uid", "authentication.kubernetes.io/node-uid"];
-        bound.into_iter().find_map(extra).ok_or(Refusal::NotPodBound)?;
+        bound.into_iter().find_map(extra).ok_or(AgentRejection::NotPodBound)?;
         Ok(Identity { node, expires: claims.expires })
     }
 
     /// Returns the reason for a rejection. The API server's message is free text; the token's claims are more
     /// precise, and a false claim only changes the reason in the log.
-    fn explain(&self, error: String, claims: &Claims) -> Refusal {
+    fn explain(&self, error: String, claims: &Claims) -> AgentRejection {
         if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
-            return Refusal::WrongAudience(self.reviews.audience().to_owned());
+            return AgentRejection::WrongAudience(self.reviews.audience().to_owned());
         }
         if error.contains("expired") {
-            return Refusal::Expired;
+            return AgentRejection::Expired;
         }
         if claims.bound
             && (error.contains("invalidated") || error.contains("not found") || error.contains("pod"))
         {
-            return Refusal::PodGone;
+            return AgentRejection::PodGone;
         }
-        Refusal::NotAuthenticated(error)
+        AgentRejection::NotAuthenticated(error)
     }
 }

@@ -20,9 +20,10 @@ use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::fleet_client::FleetClient;
+use switchtower_proto::v1::query::Kind;
 use switchtower_proto::v1::{
-    Ack, Answer, ApplyTimings, Change, Cidr, ControllerMessage, Hello, Nack, NackReason, NodeRecord, Part,
-    Settings, Source, Stamp, Update, View,
+    Ack, Answer, ApplyTimings, Change, Cidr, ControllerMessage, FrontendsQuery, Hello, Nack, NackReason,
+    NodeRecord, Part, Settings, Source, Stamp, Update, View,
 };
 use tokio::net::TcpStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -32,7 +33,7 @@ use super::keys::tests::Published;
 use super::review::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
-use crate::fleet::queries::{Query, QueryError};
+use crate::fleet::queries::QueryError;
 use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::{Floors, Registry as _};
@@ -543,7 +544,7 @@ async fn five_hundred_agents_come_at_once() {
 #[tokio::test]
 async fn query_travels_over_the_stream_and_returns_its_answer() {
     let lab = Lab::start(Limits::default()).await;
-    let question = || Query { what: "lookup", filter: ":80/TCP".to_owned(), limit: 3 };
+    let question = || Kind::Frontends(FrontendsQuery { limit: 3 });
     let refused = lab.fleet.ask("n9", question()).await;
     assert_eq!(refused, Err(QueryError::UnknownNode("n9".to_owned())));
     let refused = lab.fleet.ask("n1", question()).await;
@@ -555,7 +556,7 @@ async fn query_travels_over_the_stream_and_returns_its_answer() {
     let fleet = lab.fleet.clone();
     let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
     let ToAgent::Query(query) = agent.next().await else { panic!("Query") };
-    assert_eq!((query.what.as_str(), query.filter.as_str(), query.limit), ("lookup", ":80/TCP", 3));
+    assert_eq!(query.kind, Some(question()));
     // An acknowledgement in between is no matter.
     let part = |part: &str, last| Answer { id: query.id, part: part.into(), last, ..Answer::default() };
     agent.send(FromAgent::Answer(part("first, ", false))).await;

@@ -6,12 +6,12 @@ use switchtower_core::layer::Cursor;
 use switchtower_core::propagation::Delivery;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
-use switchtower_proto::v1::{Ack, AgentMessage, GoAwayReason, Nack, NackReason, Pong, Report};
+use switchtower_proto::v1::{Ack, AgentMessage, DriftCause, GoAwayReason, Nack, NackReason, Pong, Report};
 use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
 use crate::status::News;
-use crate::status::observation::{Failure, nack_word};
+use crate::status::observation::{RefusedGeneration, nack_reason};
 use crate::text::sanitized;
 
 /// Maximum delay before a snapshot that the agent cannot accept is sent again without a change of the view.
@@ -143,21 +143,21 @@ impl Session {
         if !in_flight && !held {
             return;
         }
-        self.fleet.metrics().nacked(nack_word(reason));
-        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_word(reason),
+        self.fleet.metrics().nacked(nack_reason(reason).as_str());
+        tracing::warn!(node = %self.node, generation = nack.generation, reason = nack_reason(reason).as_str(),
             errno = nack.errno, detail = sanitized(&nack.detail), "the agent refused an update");
         if let Some(sent) = self.in_flight.as_mut().filter(|_| in_flight) {
             let revision = sent.after.revision();
             // The agent keeps the update and acknowledges it when its kernel accepts it.
             sent.retried = reason == NackReason::Kernel;
-            self.fleet.refused(&self.node, self.number, revision, nack_word(reason));
+            self.fleet.refused(&self.node, self.number, revision, nack_reason(reason).as_str());
             if reason != NackReason::Kernel {
                 self.recover_from_refusal(reason, nack.kept);
             }
         }
         self.fleet.observe_with(&self.node, self.number, |known| {
-            known.failure = Some(Failure {
-                reason: nack_word(reason),
+            known.failure = Some(RefusedGeneration {
+                reason: nack_reason(reason),
                 detail: sanitized(&nack.detail),
                 errno: nack.errno,
                 generation: nack.generation,
@@ -197,8 +197,9 @@ impl Session {
         self.fleet.report_health_check_failures(&self.node, &report.health_check_failures);
         self.fleet.observe_with(&self.node, self.number, |known| {
             // Without a cause the count is historical, repeated for a controller that may not know it.
-            if report.drift_repaired > known.drift_repaired && !report.drift_cause.is_empty() {
-                known.note_drift(sanitized(&report.drift_cause));
+            if report.drift_repaired > known.drift_repaired && report.drift_cause() != DriftCause::Unspecified
+            {
+                known.note_drift(report.drift_cause());
             }
             known.drift_repaired = report.drift_repaired;
             known.foreign_proxy = report.foreign_proxy;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use switchtower_admin_api::NodeReason;
 use tokio::sync::Notify;
 
 use crate::sync::lock;
@@ -35,8 +36,8 @@ pub struct Blocker {
 
 impl Blocker {
     /// Creates a blocker with a reason of this controller.
-    pub fn new(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { reason: Cow::Borrowed(reason), message: message.into() }
+    pub fn new(reason: NodeReason, message: impl Into<String>) -> Self {
+        Self { reason: Cow::Borrowed(reason.as_str()), message: message.into() }
     }
 }
 
@@ -179,7 +180,7 @@ impl Agents {
         }
         if let Some(message) = kubelet {
             let message = format!("The node's kubelet does not report: {message}");
-            return Some(Blocker::new("NodeStatusUnknown", message));
+            return Some(Blocker::new(NodeReason::NodeStatusUnknown, message));
         }
         let Some((pod, answer)) =
             known.nodes.get(node).and_then(|entry| Some((entry.current()?, entry.answer.as_ref())))
@@ -187,7 +188,7 @@ impl Agents {
             // If agents do not run as Pods, a missing Pod explains nothing.
             return (known.synced && known.pods > 0).then(|| {
                 Blocker::new(
-                    "NoAgentPod",
+                    NodeReason::NoAgentPod,
                     "The node agent has no Pod on this node. Check that the DaemonSet's nodeSelector and tolerations \
                      match the node.",
                 )
@@ -199,7 +200,10 @@ impl Agents {
             Stage::Running { last_exit, .. } => match answer {
                 Some(answer) => answer.blocker(&pod.name, last_exit.as_deref()),
                 None => last_exit.as_ref().map(|exit| {
-                    Blocker::new("AgentRestarted", format!("Pod {} was restarted: {exit}", pod.name))
+                    Blocker::new(
+                        NodeReason::AgentRestarted,
+                        format!("Pod {} was restarted: {exit}", pod.name),
+                    )
                 }),
             },
         }

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use switchtower_admin_api::NodeReason;
+
 use super::absence::Blocker;
 
 /// Status of a condition.
@@ -27,28 +29,31 @@ impl Status {
 #[derive(Debug)]
 pub(super) struct Verdict {
     pub(super) status: Status,
-    /// CamelCase identifier.
+    /// A [`NodeReason`], or the reason of the kubelet or the agent.
     pub(super) reason: Cow<'static, str>,
     pub(super) message: String,
 }
 
 impl Verdict {
-    pub(super) fn new(
-        status: Status,
-        reason: impl Into<Cow<'static, str>>,
-        message: impl Into<String>,
-    ) -> Self {
-        Self { status, reason: reason.into(), message: message.into() }
+    pub(super) fn new(status: Status, reason: NodeReason, message: impl Into<String>) -> Self {
+        Self { status, reason: reason.as_str().into(), message: message.into() }
+    }
+
+    /// Returns the same reason and message with another status.
+    pub(super) fn with_status(&self, status: Status) -> Self {
+        Self { status, reason: self.reason.clone(), message: self.message.clone() }
     }
 
     /// The agent is not connected: because of the blocker if it is known, otherwise with the given reason.
     pub(super) fn not_connected(
         blocker: Option<&Blocker>,
-        reason: &'static str,
+        reason: NodeReason,
         message: &'static str,
     ) -> Self {
         match blocker {
-            Some(Blocker { reason, message }) => Self::new(Status::False, reason.clone(), message.clone()),
+            Some(Blocker { reason, message }) => {
+                Self { status: Status::False, reason: reason.clone(), message: message.clone() }
+            }
             None => Self::new(Status::False, reason, message),
         }
     }

@@ -1,5 +1,6 @@
 //! The condition LocalDetection: which connections count as those of local pods, and whether known pods are missed.
 
+use switchtower_admin_api::NodeReason;
 use switchtower_core::locality::{Detection, Locality};
 
 use super::condition::{Status, Verdict};
@@ -9,36 +10,36 @@ pub(super) fn verdict(locality: &Locality) -> Verdict {
     let Locality { detection, missed, .. } = locality;
     let networks = detection.networks().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     if *missed > 0 {
-        return Verdict::new(Status::False, "PodsOutside", sentence(&locality.missed_message()));
+        return Verdict::new(Status::False, NodeReason::PodsOutside, sentence(&locality.missed_message()));
     }
     let (status, reason, message) = match detection {
         // Only the node can see which pods are behind an interface.
         Detection::Interface(name) => (
             Status::Unknown,
-            "ByInterface",
+            NodeReason::ByInterface,
             format!("Connections through the interface {name} count as those of local pods."),
         ),
         Detection::Nothing => (
             Status::True,
-            "NothingLocal",
+            NodeReason::NothingLocal,
             "No connection counts as one of a local pod: connections to ClusterIPs keep their source address."
                 .to_owned(),
         ),
         Detection::PodCidrs(_) if networks.is_empty() => (
             Status::True,
-            "NothingLocal",
+            NodeReason::NothingLocal,
             "The Node has no pod CIDR, so no connection counts as one of a local pod: connections to ClusterIPs keep \
              their source address."
                 .to_owned(),
         ),
         Detection::PodCidrs(_) => (
             Status::True,
-            "PodsInside",
+            NodeReason::PodsInside,
             format!("Connections from the Node's pod CIDRs ({networks}) count as those of local pods."),
         ),
         Detection::ClusterCidrs(_) => (
             Status::True,
-            "PodsInside",
+            NodeReason::PodsInside,
             format!("Connections from the cluster CIDRs ({networks}) count as those of local pods."),
         ),
     };

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use switchtower_admin_api::NodeReason;
 use switchtower_core::locality::Locality;
-use switchtower_proto::v1::{Deviations, NackReason, TrialStatus};
+use switchtower_proto::v1::{Deviations, DriftCause, NackReason, TrialStatus};
 use tokio::time::Instant;
 
 /// Maximum number of lost streams that are kept per node.
@@ -36,7 +37,7 @@ pub struct Observation {
     /// Deviations from Hello or the last acknowledgement.
     pub deviations: Option<Deviations>,
     /// The last refusal, until the next acknowledgement.
-    pub failure: Option<Failure>,
+    pub failure: Option<RefusedGeneration>,
     /// Version of the agent.
     pub agent_version: String,
     /// Kernel release of the node.
@@ -48,7 +49,7 @@ pub struct Observation {
     /// Foreign changes repaired since the agent started.
     pub drift_repaired: u64,
     /// Cause of the last foreign change.
-    pub drift_cause: String,
+    pub drift_cause: DriftCause,
     /// Time of the last repaired foreign change.
     pub drift_at: Option<Timestamp>,
     /// Rules of kube-proxy exist on the node.
@@ -104,7 +105,7 @@ impl Observation {
     }
 
     /// Records the repair of a foreign change.
-    pub fn note_drift(&mut self, cause: String) {
+    pub fn note_drift(&mut self, cause: DriftCause) {
         (self.drift_at, self.drift_cause) = (Some(Timestamp::now()), cause);
         self.moments.drifted = Some(Instant::now());
     }
@@ -112,9 +113,9 @@ impl Observation {
 
 /// A generation that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// CamelCase reason of the condition.
-    pub reason: &'static str,
+pub struct RefusedGeneration {
+    /// Reason of the condition.
+    pub reason: NodeReason,
     /// Message of the agent.
     pub detail: String,
     /// Error number of the kernel; 0 if the kernel is not the cause.
@@ -125,14 +126,14 @@ pub struct Failure {
 
 /// Returns the condition reason of a refusal.
 #[must_use]
-pub fn nack_word(reason: NackReason) -> &'static str {
+pub fn nack_reason(reason: NackReason) -> NodeReason {
     match reason {
-        NackReason::Unspecified => "Refused",
-        NackReason::FromMismatch => "FromMismatch",
-        NackReason::DigestMismatch => "DigestMismatch",
-        NackReason::Malformed => "MalformedUpdate",
-        NackReason::OverLimit => "OverLimit",
-        NackReason::UnknownFeature => "UnknownFeature",
-        NackReason::Kernel => "KernelRefused",
+        NackReason::Unspecified => NodeReason::Refused,
+        NackReason::FromMismatch => NodeReason::FromMismatch,
+        NackReason::DigestMismatch => NodeReason::DigestMismatch,
+        NackReason::Malformed => NodeReason::MalformedUpdate,
+        NackReason::OverLimit => NodeReason::OverLimit,
+        NackReason::UnknownFeature => NodeReason::UnknownFeature,
+        NackReason::Kernel => NodeReason::KernelRefused,
     }
 }

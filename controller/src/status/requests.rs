@@ -62,7 +62,7 @@ pub(super) enum Request {
 
 /// Result of a request.
 #[derive(Debug)]
-pub(super) enum Outcome {
+pub(super) enum WriteOutcome {
     /// The row, as it is stored now.
     Stored(Box<Stored>),
     /// Another client wrote the row first; the row as it is stored now.
@@ -76,7 +76,7 @@ pub(super) enum Outcome {
 /// Labels of all outcomes.
 pub(super) const OUTCOMES: [&str; 4] = ["ok", "conflict", "missing", "failed"];
 
-impl Outcome {
+impl WriteOutcome {
     /// Returns the label of the metric.
     pub(super) fn label(&self) -> &'static str {
         match self {
@@ -109,7 +109,7 @@ impl Request {
     }
 
     /// Sends the request.
-    pub(super) async fn run(self, api: Api<ProxyStatus>) -> Outcome {
+    pub(super) async fn run(self, api: Api<ProxyStatus>) -> WriteOutcome {
         let span = span!(
             "switchtower.status.write",
             otel.kind = "client",
@@ -120,16 +120,16 @@ impl Request {
         let sent = tokio::time::timeout(TIMEOUT, self.send(&api)).instrument(span.clone()).await;
         let outcome = match sent {
             Ok(outcome) => outcome,
-            Err(_) => Outcome::Failed(timed_out()),
+            Err(_) => WriteOutcome::Failed(timed_out()),
         };
         span.record("switchtower.outcome", outcome.label());
-        if let Outcome::Failed(error) = &outcome {
+        if let WriteOutcome::Failed(error) = &outcome {
             spans::failed(&span, error);
         }
         outcome
     }
 
-    async fn send(self, api: &Api<ProxyStatus>) -> Outcome {
+    async fn send(self, api: &Api<ProxyStatus>) -> WriteOutcome {
         let name = self.node().clone();
         let sent = match self {
             Self::Create(node, profile) => api.create(&PostParams::default(), &new_row(&node, profile)).await,
@@ -162,13 +162,13 @@ impl Request {
                 let parameters =
                     DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
                 return match api.delete(&name, &parameters).await {
-                    Ok(_) => Outcome::Missing,
+                    Ok(_) => WriteOutcome::Missing,
                     Err(error) => recover(api, &name, error).await,
                 };
             }
         };
         match sent {
-            Ok(object) => Outcome::Stored(Box::new(object.into())),
+            Ok(object) => WriteOutcome::Stored(Box::new(object.into())),
             Err(error) => recover(api, &name, error).await,
         }
     }
@@ -184,16 +184,16 @@ fn whole(assignment: &ProfileAssignment) -> serde_json::Value {
 }
 
 /// Reads the row again after a conflict. A missing row is no failure.
-async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> Outcome {
+async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> WriteOutcome {
     match &error {
         kube::Error::Api(status) if status.code == 409 => match api.get_opt(name).await {
-            Ok(Some(object)) => Outcome::Conflict(Box::new(object.into())),
-            Ok(None) => Outcome::Missing,
-            Err(error) => Outcome::Failed(error),
+            Ok(Some(object)) => WriteOutcome::Conflict(Box::new(object.into())),
+            Ok(None) => WriteOutcome::Missing,
+            Err(error) => WriteOutcome::Failed(error),
         },
         // The message of a missing row names it; that of a missing kind does not.
-        kube::Error::Api(status) if status.code == 404 && !is_missing_kind(&error) => Outcome::Missing,
-        _ => Outcome::Failed(error),
+        kube::Error::Api(status) if status.code == 404 && !is_missing_kind(&error) => WriteOutcome::Missing,
+        _ => WriteOutcome::Failed(error),
     }
 }
 

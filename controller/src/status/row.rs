@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
-use switchtower_admin_api::NodeState as State;
+use switchtower_admin_api::{ConditionType, NodeReason as Reason, NodeState as State};
 use switchtower_crds::{
     Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
 };
@@ -16,7 +16,7 @@ use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
 
 use super::condition::{Status, Verdict};
 use super::local_detection;
-use super::observation::{Failure, Observation};
+use super::observation::{Observation, RefusedGeneration};
 
 #[cfg(test)]
 mod tests;
@@ -197,10 +197,10 @@ fn connected(
     match observation.lost_since {
         Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::not_connected(
             blocker,
-            "AgentDisconnected",
+            Reason::AgentDisconnected,
             "The agent's stream ended; the kernel keeps its last generation. See the agent's log on the node.",
         ),
-        _ => Verdict::new(Status::True, "StreamOpen", "The agent's stream is open."),
+        _ => Verdict::new(Status::True, Reason::StreamOpen, "The agent's stream is open."),
     }
 }
 
@@ -212,39 +212,39 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
     if !observation.acknowledged {
         return Verdict::new(
             Status::False,
-            "Programming",
+            Reason::Programming,
             "The agent has not acknowledged a generation yet.",
         );
     }
     if let Some(deviations) = observation.deviations.as_ref() {
         let (reason, message) = if let Some(settings) = &deviations.settings {
             let reason = match settings.cause() {
-                SettingsCause::Trial => "SettingsOnTrial",
-                SettingsCause::RolledBack | SettingsCause::Unspecified => "RolledBack",
+                SettingsCause::Trial => Reason::SettingsOnTrial,
+                SettingsCause::RolledBack | SettingsCause::Unspecified => Reason::RolledBack,
             };
             let SettingsDeviation { profile, revision, .. } = settings;
             (reason, format!("The node uses the settings {profile}@{revision} instead."))
         } else if deviations.refused > 0 {
             (
-                "ItemsRefused",
+                Reason::ItemsRefused,
                 format!("The kernel refused {} items; all others are programmed.", deviations.refused),
             )
         } else {
-            ("DeletionsHeld", format!("The delete budget holds back {} removals.", deviations.held))
+            (Reason::DeletionsHeld, format!("The delete budget holds back {} removals.", deviations.held))
         };
         return Verdict::new(Status::False, reason, message);
     }
     if behind {
         return Verdict::new(
             Status::False,
-            "Behind",
+            Reason::Behind,
             "The agent has not acknowledged the latest generation in time.",
         );
     }
-    Verdict::new(Status::True, "UpToDate", "The kernel holds the desired generation.")
+    Verdict::new(Status::True, Reason::UpToDate, "The kernel holds the desired generation.")
 }
 
-fn failure_message(failure: &Failure) -> String {
+fn failure_message(failure: &RefusedGeneration) -> String {
     let errno = if failure.errno == 0 { String::new() } else { format!(" (errno {})", failure.errno) };
     format!("The agent refused generation {}: {}{errno}.", failure.generation, failure.detail)
 }
@@ -252,14 +252,14 @@ fn failure_message(failure: &Failure) -> String {
 fn consistent(observation: &Observation, check: &mut CheckAfter, now: Timestamp) -> Verdict {
     match observation.drift_at {
         Some(at) if !check.passed(at, DRIFT_SHOWN, now) => {
-            let cause = if observation.drift_cause.is_empty() { "unknown" } else { &observation.drift_cause };
+            let cause = observation.drift_cause.name();
             Verdict::new(
                 Status::False,
-                "ForeignChange",
+                Reason::ForeignChange,
                 format!("The agent repaired a foreign change of its tables; cause: {cause}."),
             )
         }
-        _ => Verdict::new(Status::True, "NoDrift", "No program changed the agent's tables."),
+        _ => Verdict::new(Status::True, Reason::NoDrift, "No program changed the agent's tables."),
     }
 }
 
@@ -267,11 +267,11 @@ fn exclusive(observation: &Observation) -> Verdict {
     if observation.foreign_proxy {
         Verdict::new(
             Status::False,
-            "ForeignProxy",
+            Reason::ForeignProxy,
             "Rules of kube-proxy exist alongside the agent's; stop it and remove its rules (commands: docs/migration.md).",
         )
     } else {
-        Verdict::new(Status::True, "OnlyProxy", "No rules of another service proxy were found.")
+        Verdict::new(Status::True, Reason::OnlyProxy, "No rules of another service proxy were found.")
     }
 }
 
@@ -285,7 +285,7 @@ fn kernel_settings(observation: &Observation) -> Verdict {
     if unset.is_empty() {
         return Verdict::new(
             Status::True,
-            "InForce",
+            Reason::InForce,
             "The kernel has the connection tracking settings of the profile.",
         );
     }
@@ -293,14 +293,14 @@ fn kernel_settings(observation: &Observation) -> Verdict {
         "{}. The component conntrack-sysctls sets them when the agent's Pod starts.",
         unset.join("; ")
     );
-    Verdict::new(Status::False, "NotInForce", message)
+    Verdict::new(Status::False, Reason::NotInForce, message)
 }
 
 /// Pods terminate at once without it, as they do with other proxies, so Ready does not depend on it.
 fn drain_gate(observation: &Observation) -> Option<Verdict> {
     let failure = &observation.drain_gate_failure;
     let message = || format!("Hooks of the drain gate end at once: {failure}.");
-    (!failure.is_empty()).then(|| Verdict::new(Status::False, "NotInForce", message()))
+    (!failure.is_empty()).then(|| Verdict::new(Status::False, Reason::NotInForce, message()))
 }
 
 fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
@@ -340,7 +340,7 @@ fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
         State::Drifted => (Status::False, &verdicts.consistent),
         State::Progressing | State::ApplyFailed | State::Deviating => (Status::False, &verdicts.programmed),
     };
-    Verdict::new(status, decisive.reason.clone(), decisive.message.clone())
+    decisive.with_status(status)
 }
 
 /// The settings that the agent reports as in force, otherwise those that it acknowledged.
@@ -375,7 +375,7 @@ fn last_error(
 ) -> Option<LastError> {
     if let Some(failure) = &observation.failure {
         return Some(LastError {
-            reason: failure.reason.to_owned(),
+            reason: failure.reason.as_str().to_owned(),
             message: failure.detail.clone(),
             errno: failure.errno,
             generation: to_api(failure.generation),
@@ -391,10 +391,10 @@ fn last_error(
 fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let lost = Verdict::not_connected(
         inputs.blocker,
-        "AgentDisconnected",
+        Reason::AgentDisconnected,
         "The agent has not connected since the controller started; the kernel keeps its last generation.",
     );
-    let ready = Verdict::new(Status::False, lost.reason.clone(), lost.message.clone());
+    let ready = lost.with_status(Status::False);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
     State::Stale.as_str().clone_into(&mut status.state);
@@ -403,33 +403,41 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     {
         agent.since = Some(api_time(inputs.now));
     }
-    replace_conditions(&mut status, [("Ready", ready), ("Connected", lost)], inputs);
+    replace_conditions(
+        &mut status,
+        [(ConditionType::Ready, ready), (ConditionType::Connected, lost)],
+        inputs,
+    );
     Row { status, state: State::Stale, check_after: None, confirmed: true }
 }
 
 /// The agent has not reconnected yet. Ready becomes Unknown; a row that is already not ready stays unchanged.
 fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
-    let ready = previous.conditions.iter().find(|condition| condition.type_ == "Ready");
+    let ready = previous.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str());
     if ready.is_some_and(|ready| ready.status == "False") {
         return carried_over(previous, DISCONNECT_GRACE);
     }
     let message = "The controller restarted and the agent has not reconnected yet; the kernel keeps its last generation.";
-    let unknown = || Verdict::new(Status::Unknown, "AwaitingAgent", message);
+    let unknown = || Verdict::new(Status::Unknown, Reason::AwaitingAgent, message);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
     State::Unknown.as_str().clone_into(&mut status.state);
-    replace_conditions(&mut status, [("Ready", unknown()), ("Connected", unknown())], inputs);
+    replace_conditions(
+        &mut status,
+        [(ConditionType::Ready, unknown()), (ConditionType::Connected, unknown())],
+        inputs,
+    );
     Row { status, state: State::Unknown, check_after: Some(DISCONNECT_GRACE), confirmed: true }
 }
 
 fn replace_conditions<const N: usize>(
     status: &mut ProxyStatusStatus,
-    verdicts: [(&str, Verdict); N],
+    verdicts: [(ConditionType, Verdict); N],
     inputs: Inputs<'_>,
 ) {
     for (kind, verdict) in verdicts {
         let condition = merge(kind, verdict, inputs);
-        match status.conditions.iter_mut().find(|known| known.type_ == kind) {
+        match status.conditions.iter_mut().find(|known| known.type_ == kind.as_str()) {
             Some(known) => *known = condition,
             None => status.conditions.push(condition),
         }
@@ -438,8 +446,8 @@ fn replace_conditions<const N: usize>(
 
 fn absent(inputs: Inputs<'_>) -> Row {
     let message = "No agent of this node has connected. Check that the node agent's Pod runs on the node.";
-    let not_connected = || Verdict::not_connected(inputs.blocker, "NoAgent", message);
-    let unknown = || Verdict::new(Status::Unknown, "NoAgent", message);
+    let not_connected = || Verdict::not_connected(inputs.blocker, Reason::NoAgent, message);
+    let unknown = || Verdict::new(Status::Unknown, Reason::NoAgent, message);
     let verdicts = Verdicts {
         connected: not_connected(),
         programmed: unknown(),
@@ -469,28 +477,28 @@ fn conditions(ready: Verdict, verdicts: Verdicts, inputs: Inputs<'_>) -> Vec<Con
         drain_gate,
     } = verdicts;
     [
-        ("Ready", ready),
-        ("Connected", connected),
-        ("Programmed", programmed),
-        ("Consistent", consistent),
-        ("Exclusive", exclusive),
-        ("LocalDetection", local_detection),
-        ("KernelSettings", kernel_settings),
+        (ConditionType::Ready, ready),
+        (ConditionType::Connected, connected),
+        (ConditionType::Programmed, programmed),
+        (ConditionType::Consistent, consistent),
+        (ConditionType::Exclusive, exclusive),
+        (ConditionType::LocalDetection, local_detection),
+        (ConditionType::KernelSettings, kernel_settings),
     ]
     .into_iter()
-    .chain(drain_gate.map(|verdict| ("DrainGate", verdict)))
+    .chain(drain_gate.map(|verdict| (ConditionType::DrainGate, verdict)))
     .map(|(kind, verdict)| merge(kind, verdict, inputs))
     .collect()
 }
 
 /// Keeps the transition time of the previous condition while the status stays the same.
-fn merge(kind: &str, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
+fn merge(kind: ConditionType, verdict: Verdict, inputs: Inputs<'_>) -> Condition {
     let known = inputs
         .previous
-        .and_then(|previous| previous.conditions.iter().find(|condition| condition.type_ == kind))
+        .and_then(|previous| previous.conditions.iter().find(|condition| condition.type_ == kind.as_str()))
         .filter(|condition| condition.status == verdict.status.as_str());
     Condition {
-        type_: kind.to_owned(),
+        type_: kind.as_str().to_owned(),
         status: verdict.status.as_str().to_owned(),
         reason: verdict.reason.into_owned(),
         message: verdict.message,

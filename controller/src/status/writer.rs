@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use lanes::Lane;
 
 use super::absence::Agents;
-use super::requests::{self, Outcome, Stored};
+use super::requests::{self, Stored, WriteOutcome};
 use super::row::{Absence, Inputs, Row, row};
 use super::schedule::{
     ASSIGNMENTS_PER_SECOND, Budget, Schedule, WRITES_PER_SECOND, minimum_interval, renewal_interval,
@@ -132,7 +132,7 @@ pub struct Writer<R> {
     /// Names from a list of rows that is not complete yet.
     listing: Option<HashSet<Arc<str>>>,
     /// Requests in flight.
-    running: JoinSet<(Arc<str>, Lane, Outcome)>,
+    running: JoinSet<(Arc<str>, Lane, WriteOutcome)>,
     /// Number of assignments in flight.
     assigning: usize,
     /// Number of consecutive failures.
@@ -469,31 +469,31 @@ impl<R: Registry> Writer<R> {
         self.assignments.set(name, &row);
     }
 
-    fn finished(&mut self, name: &Arc<str>, lane: Lane, outcome: Outcome) {
+    fn finished(&mut self, name: &Arc<str>, lane: Lane, outcome: WriteOutcome) {
         self.metrics.written(outcome.label());
         self.assigning -= usize::from(lane == Lane::Assignment);
-        if !matches!(outcome, Outcome::Failed(_)) {
+        if !matches!(outcome, WriteOutcome::Failed(_)) {
             self.failures = 0;
         }
-        if let Outcome::Stored(stored) | Outcome::Conflict(stored) = &outcome {
+        if let WriteOutcome::Stored(stored) | WriteOutcome::Conflict(stored) = &outcome {
             self.publish(name, stored);
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
         let session = self.registry.session(name);
         match outcome {
-            Outcome::Stored(stored) => {
+            WriteOutcome::Stored(stored) => {
                 entry.take(name, *stored, &self.settings.replica, session);
                 entry.kept = None;
             }
-            Outcome::Conflict(stored) => {
+            WriteOutcome::Conflict(stored) => {
                 if lane == Lane::Assignment {
                     self.assignments.cancel(name);
                 }
                 entry.take(name, *stored, &self.settings.replica, session);
             }
-            Outcome::Missing => entry.row_gone(),
-            Outcome::Failed(error) => {
+            WriteOutcome::Missing => entry.row_gone(),
+            WriteOutcome::Failed(error) => {
                 self.log_error(&error);
                 let now = Instant::now();
                 self.failures += 1;

@@ -102,7 +102,7 @@ pub struct Run {
 
 /// Outcome of a test.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum SpecOutcome {
     Passed,
     /// Failure with the first line of the reason.
     Failed(String),
@@ -111,7 +111,7 @@ pub enum Outcome {
 }
 
 /// Outcomes by test name.
-pub type Outcomes = BTreeMap<String, Outcome>;
+pub type Outcomes = BTreeMap<String, SpecOutcome>;
 
 /// Result of a run.
 #[derive(Debug, Default)]
@@ -202,7 +202,7 @@ fn run_suite(
 }
 
 fn worse_than<'a>(outcomes: &'a Outcomes, baseline: &Outcomes) -> Vec<&'a String> {
-    let failed = |outcome: &Outcome| matches!(outcome, Outcome::Failed(_));
+    let failed = |outcome: &SpecOutcome| matches!(outcome, SpecOutcome::Failed(_));
     let mine = outcomes.iter().filter(|(_, outcome)| failed(outcome));
     mine.map(|(name, _)| name).filter(|name| !baseline.get(*name).is_some_and(failed)).collect()
 }
@@ -238,26 +238,26 @@ struct Spec {
     #[serde(default)]
     state: String,
     #[serde(default)]
-    failure: Option<Failure>,
+    failure: Option<SpecFailure>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Failure {
+struct SpecFailure {
     #[serde(default)]
     message: String,
 }
 
 impl Spec {
-    fn outcome(self) -> Option<(String, Outcome)> {
+    fn outcome(self) -> Option<(String, SpecOutcome)> {
         let reason = self.failure.map(|failure| failure.message).unwrap_or_default();
         let reason = reason.lines().next().unwrap_or_default().chars().take(160).collect::<String>();
         let outcome = match self.state.as_str() {
-            "passed" => Outcome::Passed,
+            "passed" => SpecOutcome::Passed,
             // Without a reason, the filter excluded the test.
             "skipped" | "pending" if reason.is_empty() => return None,
-            "skipped" | "pending" => Outcome::Skipped(reason),
-            _ => Outcome::Failed(reason),
+            "skipped" | "pending" => SpecOutcome::Skipped(reason),
+            _ => SpecOutcome::Failed(reason),
         };
         let mut name = self.container_hierarchy_texts.unwrap_or_default();
         name.push(self.leaf_node_text);
@@ -275,12 +275,12 @@ pub fn render(label: &str, report: &Report, baseline: &Report) -> String {
     text.push_str("\n| test | outcome |\n|---|---|\n");
     for (name, outcome) in &report.outcomes {
         let line = match outcome {
-            Outcome::Passed => continue,
-            Outcome::Failed(reason) => format!("failed: {reason}"),
-            Outcome::Skipped(reason) => format!("skipped: {reason}"),
+            SpecOutcome::Passed => continue,
+            SpecOutcome::Failed(reason) => format!("failed: {reason}"),
+            SpecOutcome::Skipped(reason) => format!("skipped: {reason}"),
         };
         let with_kube_proxy = match baseline.outcomes.get(name) {
-            Some(Outcome::Failed(_)) if label != "kube-proxy" => " (fails with kube-proxy too)",
+            Some(SpecOutcome::Failed(_)) if label != "kube-proxy" => " (fails with kube-proxy too)",
             _ => "",
         };
         text.push_str(&format!("| {name} | {}{with_kube_proxy} |\n", line.replace('|', "\\|")));
@@ -292,9 +292,9 @@ fn row(label: &str, report: &Report) -> String {
     let (mut passed, mut failed, mut skipped) = (0_u32, 0_u32, 0_u32);
     for outcome in report.outcomes.values() {
         match outcome {
-            Outcome::Passed => passed += 1,
-            Outcome::Failed(_) => failed += 1,
-            Outcome::Skipped(_) => skipped += 1,
+            SpecOutcome::Passed => passed += 1,
+            SpecOutcome::Failed(_) => failed += 1,
+            SpecOutcome::Skipped(_) => skipped += 1,
         }
     }
     let seconds = report.duration.as_secs();
@@ -336,7 +336,7 @@ mod tests {
     fn only_tests_passed_by_kube_proxy_count() {
         let mut baseline = report().outcomes;
         assert!(worse_than(&report().outcomes, &baseline).is_empty());
-        baseline.insert("[sig-network] Services b".into(), Outcome::Passed);
+        baseline.insert("[sig-network] Services b".into(), SpecOutcome::Passed);
         assert_eq!(worse_than(&report().outcomes, &baseline), ["[sig-network] Services b"]);
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use prometheus::Registry;
 use switchtower_node_agent::controller::bootstrap::Controllers;
 use switchtower_node_agent::controller::link::Contact;
-use switchtower_node_agent::controller::session::{self, Identity};
+use switchtower_node_agent::controller::session::{self, Context, Identity};
 use switchtower_node_agent::drain::requests::Requests;
 use switchtower_node_agent::engine::{AgentStatus, Command, Event};
 use switchtower_node_agent::metrics::Metrics;
@@ -110,7 +110,8 @@ impl Agents {
             }
             let (metrics, contact) = (metrics.clone(), Contact::default());
             let (drains, stopped) = (Requests::default(), stopped.clone());
-            runtime.spawn(session::run(controllers, identity, commands, metrics, contact, drains, stopped));
+            let context = Context { controllers, identity, commands, metrics, contact, drains };
+            runtime.spawn(session::run(context, stopped));
         }
         Ok(Self { agents, _stop: stop })
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Ceiling of the first delay; it doubles with each attempt.
-pub const FIRST: Duration = Duration::from_millis(500);
+pub(crate) const FIRST: Duration = Duration::from_millis(500);
 /// Maximum ceiling during a short outage.
 const SHORT_CEILING: Duration = Duration::from_secs(3);
 /// Maximum duration of a short outage.
@@ -19,7 +19,7 @@ const CEILING: Duration = Duration::from_secs(30);
 
 /// Kind of failure of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub(crate) enum FailureKind {
     /// The controller is unreachable, starting, or at capacity.
     Away,
     /// The controller rejects the agent, or the agent rejects the controller.
@@ -28,14 +28,14 @@ pub enum Failure {
 
 /// Counts the attempts of one outage.
 #[derive(Debug, Default)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     attempt: u32,
     since: Option<Instant>,
 }
 
 impl Backoff {
     /// Returns the delay after an attempt, or a session, that failed at `now`. The first failure begins the outage.
-    pub fn after(&mut self, failure: Failure, now: Instant) -> Duration {
+    pub(crate) fn after(&mut self, failure: FailureKind, now: Instant) -> Duration {
         let outage = now.saturating_duration_since(*self.since.get_or_insert(now));
         let pause = full_jitter(FIRST, ceiling(failure, outage), self.attempt);
         self.attempt = self.attempt.saturating_add(1);
@@ -44,10 +44,10 @@ impl Backoff {
 }
 
 /// Returns the ceiling, which rises linearly while the outage grows from `SHORT` to twice `SHORT`.
-fn ceiling(failure: Failure, outage: Duration) -> Duration {
+fn ceiling(failure: FailureKind, outage: Duration) -> Duration {
     match failure {
-        Failure::Refused => CEILING,
-        Failure::Away => {
+        FailureKind::Refused => CEILING,
+        FailureKind::Away => {
             let long = outage.saturating_sub(SHORT).as_secs_f64() / SHORT.as_secs_f64();
             SHORT_CEILING + (CEILING - SHORT_CEILING).mul_f64(long.min(1.0))
         }
@@ -55,7 +55,7 @@ fn ceiling(failure: Failure, outage: Duration) -> Duration {
 }
 
 /// Returns a random delay between 0 and `base` · 2^`attempt`, at most `limit`, at least a tenth of `base`.
-pub fn full_jitter(base: Duration, limit: Duration, attempt: u32) -> Duration {
+pub(crate) fn full_jitter(base: Duration, limit: Duration, attempt: u32) -> Duration {
     let ceiling = base.saturating_mul(1_u32.checked_shl(attempt.min(20)).unwrap_or(u32::MAX)).min(limit);
     ceiling.mul_f64(rand::random::<f64>()).max(base / 10)
 }
@@ -86,7 +86,7 @@ mod tests {
                 while at < outage {
                     attempts[at.as_secs() as usize] += 1;
                     // A refused connection takes no time.
-                    at += backoff.after(Failure::Away, start + at);
+                    at += backoff.after(FailureKind::Away, start + at);
                 }
                 latest = latest.max(at - outage);
             }
@@ -98,14 +98,14 @@ mod tests {
 
     #[test]
     fn long_outages_and_refusals_back_off() {
-        assert_eq!(ceiling(Failure::Away, SHORT), SHORT_CEILING);
-        assert_eq!(ceiling(Failure::Away, 10 * SHORT), CEILING);
-        assert_eq!(ceiling(Failure::Refused, Duration::ZERO), CEILING);
+        assert_eq!(ceiling(FailureKind::Away, SHORT), SHORT_CEILING);
+        assert_eq!(ceiling(FailureKind::Away, 10 * SHORT), CEILING);
+        assert_eq!(ceiling(FailureKind::Refused, Duration::ZERO), CEILING);
         let mut backoff = Backoff::default();
         let began = Instant::now();
         let mut total = Duration::ZERO;
         for _ in 0..100 {
-            total += backoff.after(Failure::Refused, began);
+            total += backoff.after(FailureKind::Refused, began);
         }
         assert!(total > 20 * CEILING, "{total:?} for 100 attempts");
     }

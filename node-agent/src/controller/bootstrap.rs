@@ -21,7 +21,7 @@ const TOKEN: &str = "the token";
 
 /// Missing or invalid bootstrap input.
 #[derive(Debug, thiserror::Error)]
-pub enum BootstrapError {
+pub(crate) enum BootstrapError {
     /// A file cannot be read.
     #[error("read {what} from {path}: {source}")]
     Read {
@@ -61,7 +61,7 @@ pub enum BootstrapError {
 impl BootstrapError {
     /// Returns the CamelCase reason.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Read { what: TOKEN, .. } | Self::EmptyToken { .. } => "TokenMissing",
             Self::Read { source, .. } if source.kind() != std::io::ErrorKind::NotFound => "BootstrapInvalid",
@@ -79,7 +79,7 @@ pub struct Controllers {
     /// A directory with `ca.crt` and `controllers`.
     pub bootstrap: Option<PathBuf>,
     /// CA from the command line.
-    pub ca_file: Option<PathBuf>,
+    pub(crate) ca_file: Option<PathBuf>,
     /// The token.
     pub token_file: PathBuf,
     /// State directory, which keeps the peers.
@@ -114,7 +114,7 @@ impl Controllers {
     ///
     /// # Errors
     /// There is none.
-    pub fn addresses(&self) -> Result<Vec<String>, BootstrapError> {
+    pub(crate) fn addresses(&self) -> Result<Vec<String>, BootstrapError> {
         let lines = |path: PathBuf| -> Vec<String> {
             read(&path, "addresses").map(|text| text.lines().map(str::to_owned).collect()).unwrap_or_default()
         };
@@ -139,13 +139,13 @@ impl Controllers {
     }
 
     /// Records the addresses of a `host:port` of [`Controllers::addresses`].
-    pub fn resolved(&mut self, controller: &str, addresses: &[SocketAddr]) {
+    pub(crate) fn resolved(&mut self, controller: &str, addresses: &[SocketAddr]) {
         self.resolved.insert(controller.to_owned(), addresses.to_vec());
     }
 
     /// Returns the sorted addresses of all known controllers, without names that were never resolved.
     #[must_use]
-    pub fn known_addresses(&self) -> Vec<SocketAddr> {
+    pub(crate) fn known_addresses(&self) -> Vec<SocketAddr> {
         let controllers = self.addresses().unwrap_or_default();
         let known = controllers.iter().flat_map(|controller| match controller.parse() {
             Ok(address) => vec![address],
@@ -155,7 +155,7 @@ impl Controllers {
     }
 
     /// Records the peers from Welcome. Returns their file and its content if they are new.
-    pub fn remember(&mut self, peers: &[String]) -> Option<(PathBuf, Vec<u8>)> {
+    pub(crate) fn remember(&mut self, peers: &[String]) -> Option<(PathBuf, Vec<u8>)> {
         let peers: Vec<String> =
             peers.iter().filter_map(|peer| normalize(peer)).take(ADDRESS_LIMIT).collect();
         if peers.is_empty() || peers == self.peers {
@@ -170,7 +170,7 @@ impl Controllers {
     ///
     /// # Errors
     /// No file is set, it cannot be read, or holds no certificate.
-    pub fn ca(&self) -> Result<Vec<CertificateDer<'static>>, BootstrapError> {
+    pub(crate) fn ca(&self) -> Result<Vec<CertificateDer<'static>>, BootstrapError> {
         let path = match (&self.ca_file, &self.bootstrap) {
             (Some(path), _) => path.clone(),
             (None, Some(directory)) => directory.join("ca.crt"),
@@ -186,7 +186,7 @@ impl Controllers {
     ///
     /// # Errors
     /// The file cannot be read or is empty.
-    pub fn token(&self) -> Result<String, BootstrapError> {
+    pub(crate) fn token(&self) -> Result<String, BootstrapError> {
         let token = read(&self.token_file, TOKEN)?.trim().to_owned();
         if token.is_empty() {
             Err(BootstrapError::EmptyToken { path: self.token_file.clone() })

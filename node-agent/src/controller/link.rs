@@ -13,7 +13,7 @@ const DETAIL_LIMIT: usize = 512;
 
 /// Kind of missing stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Absence {
+pub(crate) enum Absence {
     /// No attempt has finished yet.
     Unknown,
     /// The controller is unreachable; a later attempt may succeed.
@@ -24,7 +24,7 @@ pub enum Absence {
 
 /// Response of `/connection`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ContactState {
+pub(crate) struct ContactState {
     /// A controller's stream is open.
     pub connected: bool,
     /// CamelCase reason; empty while connected.
@@ -33,13 +33,13 @@ pub struct ContactState {
     pub detail: String,
     /// `None` while connected.
     #[serde(skip)]
-    pub absence: Option<Absence>,
+    pub(crate) absence: Option<Absence>,
 }
 
 impl ContactState {
     /// Returns whether the agent is connected, or would be if a controller were reachable.
     #[must_use]
-    pub fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self) -> bool {
         matches!(self.absence, None | Some(Absence::ControllerAway))
     }
 }
@@ -67,14 +67,14 @@ impl Contact {
     }
 
     /// Notes a missing stream.
-    pub fn lost(&self, reason: &'static str, absence: Absence, detail: &str) {
+    pub(crate) fn lost(&self, reason: &'static str, absence: Absence, detail: &str) {
         let (detail, absence) = (shortened(detail), Some(absence));
         self.set(ContactState { connected: false, reason, detail, absence });
     }
 
     /// Returns the latest status.
     #[must_use]
-    pub fn state(&self) -> ContactState {
+    pub(crate) fn state(&self) -> ContactState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -24,7 +24,7 @@ use tracing::Instrument as _;
 mod answers;
 mod trust;
 
-use crate::controller::backoff::{self, Backoff, Failure, full_jitter};
+use crate::controller::backoff::{self, Backoff, FailureKind, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
 use crate::controller::link::{Absence, Contact};
 use crate::drain::requests::{Link, Requests};
@@ -33,12 +33,12 @@ use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
-pub use trust::Distrust;
+pub(crate) use trust::Distrust;
 
 /// Name in the controller's certificate, for every address.
-pub const SERVER_NAME: &str = "switchtower-controller";
+pub(crate) const SERVER_NAME: &str = "switchtower-controller";
 /// Supported versions of the protocol.
-pub const VERSIONS: &[u32] = &[1];
+pub(crate) const VERSIONS: &[u32] = &[1];
 /// Maximum size of a message in bytes: a part of 1 MiB with its frame.
 const MESSAGE_LIMIT: usize = 2 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -57,7 +57,7 @@ const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(300);
 
 /// Error that ended a session.
 #[derive(Debug, thiserror::Error)]
-pub enum SessionError {
+pub(crate) enum SessionError {
     /// Bootstrap input is missing or invalid.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
@@ -109,7 +109,7 @@ pub enum SessionError {
 impl SessionError {
     /// Returns the CamelCase reason for the conditions of the node's `ProxyStatus`.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Bootstrap(error) => error.reason(),
             Self::Tls(_) => "BootstrapInvalid",
@@ -124,7 +124,7 @@ impl SessionError {
 
     /// Returns whether a later attempt may succeed without other files, credentials or version.
     #[must_use]
-    pub fn absence(&self) -> Absence {
+    pub(crate) fn absence(&self) -> Absence {
         use tonic::Code;
         match self {
             Self::Bootstrap(_)
@@ -148,12 +148,14 @@ impl SessionError {
 
 impl SessionError {
     /// Returns the kind of failure for the backoff.
-    fn failure(&self) -> Failure {
+    fn failure(&self) -> FailureKind {
         match self {
             // Tokens and certificates change rarely, so frequent retries would only load the controller.
-            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => Failure::Refused,
-            Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => Failure::Refused,
-            _ => Failure::Away,
+            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => FailureKind::Refused,
+            Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => {
+                FailureKind::Refused
+            }
+            _ => FailureKind::Away,
         }
     }
 }
@@ -169,31 +171,39 @@ pub struct Identity {
     pub files: StateFiles,
 }
 
+/// The parts of the agent that every session uses.
+pub struct Context {
+    /// Addresses and credentials of the controllers.
+    pub controllers: Controllers,
+    /// Content of Hello.
+    pub identity: Identity,
+    /// Queue of the engine.
+    pub commands: mpsc::Sender<Command>,
+    /// The agent's metrics.
+    pub metrics: Metrics,
+    /// Status of the connection, for `/connection`.
+    pub contact: Contact,
+    /// Requests of the drain gate.
+    pub drains: Requests,
+}
+
 /// Keeps a session with one of the controllers until `stop` becomes true.
-pub async fn run(
-    mut controllers: Controllers,
-    identity: Identity,
-    commands: mpsc::Sender<Command>,
-    metrics: Metrics,
-    contact: Contact,
-    drains: Requests,
-    mut stop: watch::Receiver<bool>,
-) {
+pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
     let mut turn = 0_usize;
     let mut backoff = Backoff::default();
     let mut logged = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut controllers, turn, &identity, &commands, &metrics, &contact, &drains) => result,
+            result = session(&mut context, turn) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
-        metrics.connected.set(0);
+        context.metrics.connected.set(0);
         let Err(error) = result;
         if matches!(error, SessionError::Stopping) {
             return;
         }
-        contact.lost(error.reason(), error.absence(), &error.to_string());
+        context.contact.lost(error.reason(), error.absence(), &error.to_string());
         // Missing files, which the kubelet may still be mounting, are cheap to check.
         let waiting = matches!(error, SessionError::Bootstrap(_));
         if waiting || began.elapsed() > SILENCE {
@@ -291,18 +301,9 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn session(
-    controllers: &mut Controllers,
-    turn: usize,
-    identity: &Identity,
-    commands: &mpsc::Sender<Command>,
-    metrics: &Metrics,
-    contact: &Contact,
-    drains: &Requests,
-) -> Result<std::convert::Infallible, SessionError> {
+async fn session(context: &mut Context, turn: usize) -> Result<std::convert::Infallible, SessionError> {
     let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
-    let opening = open(controllers, turn, identity, commands, metrics, contact, drains);
-    let opened = opening.instrument(span.clone()).await;
+    let opened = open(context, turn).instrument(span.clone()).await;
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
@@ -313,15 +314,11 @@ async fn session(
 }
 
 /// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
-async fn open<'a>(
-    controllers: &mut Controllers,
+async fn open(
+    context: &mut Context,
     turn: usize,
-    identity: &Identity,
-    commands: &'a mpsc::Sender<Command>,
-    metrics: &Metrics,
-    contact: &Contact,
-    drains: &Requests,
-) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
+) -> Result<(Stream<'_>, tonic::Streaming<ControllerMessage>), SessionError> {
+    let Context { controllers, identity, commands, metrics, contact, drains } = context;
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
     let address = addresses[turn % addresses.len()].clone();

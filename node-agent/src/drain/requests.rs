@@ -24,7 +24,7 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 
 /// Outcome of a request.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
+pub(crate) enum GateAnswer {
     /// The controller's answer.
     Answered(DrainAnswer),
     /// No controller answered in time, or the agent stops.
@@ -37,11 +37,11 @@ pub enum Outcome {
 struct Waiting {
     pod: Pod,
     deadline: Instant,
-    replies: Vec<oneshot::Sender<Outcome>>,
+    replies: Vec<oneshot::Sender<GateAnswer>>,
 }
 
 impl Waiting {
-    fn reply(self, outcome: &Outcome) {
+    fn reply(self, outcome: &GateAnswer) {
         for reply in self.replies {
             // The client may be gone.
             let _ = reply.send(outcome.clone());
@@ -131,13 +131,13 @@ impl Requests {
     }
 
     /// Waits for the controller's answer about a pod, at most a second longer than `timeout`.
-    pub async fn wait(&self, pod: &Pod, timeout: Duration) -> Outcome {
+    pub(crate) async fn wait(&self, pod: &Pod, timeout: Duration) -> GateAnswer {
         let deadline = Instant::now() + timeout;
         let (reply, answered) = oneshot::channel();
         let id = {
             let mut shared = self.lock();
             if shared.stopping {
-                return Outcome::NoController;
+                return GateAnswer::NoController;
             }
             match shared.pods.get(pod).copied() {
                 Some(id) => {
@@ -146,7 +146,7 @@ impl Requests {
                     }
                     id
                 }
-                None if shared.waiting.len() >= PODS => return Outcome::Busy,
+                None if shared.waiting.len() >= PODS => return GateAnswer::Busy,
                 None => {
                     shared.last += 1;
                     let id = shared.last;
@@ -164,12 +164,12 @@ impl Requests {
         let _withdraw = Withdraw { requests: self, id };
         match tokio::time::timeout_at(deadline + ANSWER_TIME, answered).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) | Err(_) => Outcome::NoController,
+            Ok(Err(_)) | Err(_) => GateAnswer::NoController,
         }
     }
 
     /// Begins a stream: repeats all requests if the controller supports them.
-    pub fn connected(&self, supported: bool) -> Link {
+    pub(crate) fn connected(&self, supported: bool) -> Link {
         let mut shared = self.lock();
         shared.connected = supported;
         shared.canceled.clear();
@@ -179,26 +179,26 @@ impl Requests {
     }
 
     /// Ends every request, for the shutdown of the agent.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         let mut shared = self.lock();
         shared.stopping = true;
         shared.pods.clear();
         for (_, waiting) in std::mem::take(&mut shared.waiting) {
-            waiting.reply(&Outcome::NoController);
+            waiting.reply(&GateAnswer::NoController);
         }
     }
 }
 
 /// The requests on an open stream; dropping it ends the stream's part.
 #[derive(Debug)]
-pub struct Link {
+pub(crate) struct Link {
     requests: Requests,
     pace: Mutex<Pace>,
 }
 
 impl Link {
     /// Returns the next message for the controller; waits while there is none, or too many were sent.
-    pub async fn next(&self) -> FromAgent {
+    pub(crate) async fn next(&self) -> FromAgent {
         loop {
             let posted = self.requests.posted.notified();
             match self.take() {
@@ -219,12 +219,12 @@ impl Link {
     }
 
     /// Takes the controller's answer; ignores one that no request waits for.
-    pub fn answered(&self, answer: DrainAnswer) {
+    pub(crate) fn answered(&self, answer: DrainAnswer) {
         let mut shared = self.requests.lock();
         let Some(waiting) = shared.take(answer.id) else { return };
         shared.unsent.remove(&answer.id);
         drop(shared);
-        waiting.reply(&Outcome::Answered(answer));
+        waiting.reply(&GateAnswer::Answered(answer));
     }
 }
 
@@ -248,7 +248,7 @@ mod tests {
     const POD: Pod = Pod::Address(IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 7)));
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn ask(requests: &Requests, pod: Pod) -> tokio::task::JoinHandle<Outcome> {
+    fn ask(requests: &Requests, pod: Pod) -> tokio::task::JoinHandle<GateAnswer> {
         let requests = requests.clone();
         tokio::spawn(async move { requests.wait(&pod, 10 * SECOND).await })
     }
@@ -290,7 +290,7 @@ mod tests {
         assert!((5_900..6_000).contains(&again.timeout_milliseconds), "the rest of the time");
         assert!(tokio::time::timeout(SECOND, link.next()).await.is_err(), "one query per address");
         link.answered(drained(sent.id));
-        let outcome = Outcome::Answered(drained(sent.id));
+        let outcome = GateAnswer::Answered(drained(sent.id));
         assert_eq!((first.await.unwrap(), second.await.unwrap()), (outcome.clone(), outcome));
         link.answered(drained(sent.id));
     }
@@ -300,7 +300,7 @@ mod tests {
         let requests = Requests::default();
         let began = Instant::now();
         let link = requests.connected(false);
-        assert_eq!(requests.wait(&POD, 2 * SECOND).await, Outcome::NoController);
+        assert_eq!(requests.wait(&POD, 2 * SECOND).await, GateAnswer::NoController);
         assert_eq!(began.elapsed(), 3 * SECOND);
         assert_eq!(link.take(), Ok(None), "the controller does not know the messages");
         assert!(requests.lock().waiting.is_empty() && requests.lock().pods.is_empty());
@@ -324,12 +324,12 @@ mod tests {
         let all: Vec<_> = (0..PODS).map(|index| ask(&requests, numbered(index))).collect();
         // Time advances once all tasks wait.
         tokio::time::sleep(Duration::from_millis(1)).await;
-        assert_eq!(requests.wait(&POD, SECOND).await, Outcome::Busy);
+        assert_eq!(requests.wait(&POD, SECOND).await, GateAnswer::Busy);
         requests.stop();
         for request in all {
-            assert_eq!(request.await.unwrap(), Outcome::NoController);
+            assert_eq!(request.await.unwrap(), GateAnswer::NoController);
         }
-        assert_eq!(requests.wait(&POD, SECOND).await, Outcome::NoController);
+        assert_eq!(requests.wait(&POD, SECOND).await, GateAnswer::NoController);
     }
 
     #[tokio::test(start_paused = true)]
@@ -341,7 +341,7 @@ mod tests {
         assert_eq!((&a.address, &a.address), (&vec![192, 0, 2, 1], &b.address));
         assert_eq!(a.host_pod.unwrap(), v1::PodName { namespace: "default".into(), name: "a".into() });
         link.answered(drained(b.id));
-        assert_eq!(second.await.unwrap(), Outcome::Answered(drained(b.id)));
+        assert_eq!(second.await.unwrap(), GateAnswer::Answered(drained(b.id)));
         assert!(!first.is_finished());
     }
 
@@ -363,7 +363,7 @@ mod tests {
             link.answered(drained(query.id));
         }
         for (request, id) in all.into_iter().zip(1..) {
-            assert_eq!(request.await.unwrap(), Outcome::Answered(drained(id)));
+            assert_eq!(request.await.unwrap(), GateAnswer::Answered(drained(id)));
         }
     }
 

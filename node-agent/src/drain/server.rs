@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::path::Hook;
-use super::requests::{Outcome, Requests};
+use super::requests::{GateAnswer, Requests};
 use super::{GateSettings, Pod, PodName};
 use crate::kernel::original_destination::original_destination;
 
@@ -36,10 +36,10 @@ const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6A
 
 /// Reason why the agent cannot listen, or `None`; sent whenever it changes.
 #[derive(Debug)]
-pub struct ListenFailure(pub Option<String>);
+pub(crate) struct ListenFailure(pub(crate) Option<String>);
 
 /// Listens on the port of the settings, until their sender is dropped. Requests in progress outlive a change of the port.
-pub async fn serve<N: From<ListenFailure>>(
+pub(crate) async fn serve<N: From<ListenFailure>>(
     mut settings: watch::Receiver<GateSettings>,
     requests: Requests,
     notices: mpsc::Sender<N>,
@@ -169,8 +169,8 @@ async fn answer(requests: &Requests, pod: &Pod, timeout: Duration) -> Response {
     let milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     let (verdict, detail) = describe(&outcome);
     let answer = match outcome {
-        Outcome::Answered(answer) => answer,
-        Outcome::NoController | Outcome::Busy => DrainAnswer::default(),
+        GateAnswer::Answered(answer) => answer,
+        GateAnswer::NoController | GateAnswer::Busy => DrainAnswer::default(),
     };
     let address = pod.address();
     let name = match pod {
@@ -193,11 +193,11 @@ async fn answer(requests: &Requests, pod: &Pod, timeout: Duration) -> Response {
 }
 
 /// Returns the verdict as users see it, and what it means.
-fn describe(outcome: &Outcome) -> (&'static str, &'static str) {
+fn describe(outcome: &GateAnswer) -> (&'static str, &'static str) {
     let answer = match outcome {
-        Outcome::Answered(answer) => answer,
-        Outcome::NoController => return ("NoController", "No controller answered in time."),
-        Outcome::Busy => return ("TimedOut", "Too many pods of the node wait at once."),
+        GateAnswer::Answered(answer) => answer,
+        GateAnswer::NoController => return ("NoController", "No controller answered in time."),
+        GateAnswer::Busy => return ("TimedOut", "Too many pods of the node wait at once."),
     };
     match answer.verdict() {
         DrainVerdict::Drained => ("Drained", "No node sends new connections to the pod."),

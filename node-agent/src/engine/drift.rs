@@ -6,7 +6,9 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{DriftCause, Engine, SyncState};
+use switchtower_proto::v1::DriftCause;
+
+use super::{Engine, SyncState};
 use crate::kernel::dataplane::Repaired;
 use crate::state::UdpChanges;
 
@@ -83,15 +85,15 @@ impl Engine {
         }
         let began = SystemTime::now();
         let result = self.parts.dataplane.repair();
-        self.parts.traces.repaired(cause.as_str(), began, &result);
+        self.parts.traces.repaired(cause.name(), began, &result);
         match result {
             Ok(Repaired { differences, refused }) => {
                 if differences > 0 {
                     self.drift.repaired += 1;
-                    self.parts.metrics.drift.with_label_values(&[cause.as_str()]).inc();
+                    self.parts.metrics.drift.with_label_values(&[cause.name()]).inc();
                     tracing::warn!(
                         differences,
-                        cause = cause.as_str(),
+                        cause = cause.name(),
                         "repaired foreign changes of our tables"
                     );
                     // Flows that began before the repair may have passed without translation.
@@ -116,14 +118,14 @@ impl Engine {
             return false;
         }
         tracing::warn!(
-            cause = cause.as_str(),
+            cause = cause.name(),
             "foreign changes of our tables during a hold; programming the view of the snapshot file"
         );
         // A controller that resumed this view expects its acknowledgement.
         self.acknowledgement.due |= matches!(self.sync, SyncState::Held { until: Some(_) });
         self.release();
         self.drift.repaired += 1;
-        self.parts.metrics.drift.with_label_values(&[cause.as_str()]).inc();
+        self.parts.metrics.drift.with_label_values(&[cause.name()]).inc();
         self.passes.add(UdpChanges::all());
         self.queue_and_sync();
         self.report_drift(cause);

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use switchtower_proto::v1::{
-    Ack, Deviations, HealthCheckFailure, Nack, Part, Query, Report, Stamp as WireStamp, TrialStatus, Update,
-    UpdateEnd, View,
+    Ack, Deviations, DriftCause, HealthCheckFailure, Nack, Part, Query, Report, Stamp as WireStamp,
+    TrialStatus, Update, UpdateEnd, View,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -109,30 +109,4 @@ pub struct AgentStatus {
     pub deviations: Option<Deviations>,
     /// Status of the last trial of settings.
     pub trial: Option<TrialStatus>,
-}
-
-/// Cause of a notice of drift.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DriftCause {
-    /// Another program changed one of our tables.
-    Changed,
-    /// Another program deleted one of our tables.
-    TableDeleted,
-    /// Notices were lost.
-    Overflow,
-    /// The tables were not monitored for some time.
-    Unwatched,
-}
-
-impl DriftCause {
-    /// Name in reports, spans and the metric's label.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Changed => "changed",
-            Self::TableDeleted => "table_deleted",
-            Self::Overflow => "overflow",
-            Self::Unwatched => "unwatched",
-        }
-    }
 }

@@ -3,14 +3,13 @@
 use std::time::Duration;
 
 use switchtower_proto::v1::{
-    Ack, ApplyTimings, Deviation, Deviations, HealthCheckFailure, Query, Report, Stamp as WireStamp,
+    Ack, ApplyTimings, Deviation, Deviations, DriftCause, HealthCheckFailure, Report, Stamp as WireStamp,
     TrialStatus, View,
 };
 
 use super::sync::Confidence;
-use super::{AgentStatus, DriftCause, Engine, Event};
+use super::{AgentStatus, Engine, Event};
 use crate::kernel::dataplane::{Committed, Refused, Stamp};
-use crate::kernel::inspector::Reply;
 use crate::traces::Applying;
 
 /// Maximum number of refused items that an Ack names.
@@ -117,20 +116,20 @@ impl Engine {
 
     /// Reports the conditions that no generation covers.
     pub(super) fn report_conditions(&mut self) {
-        self.report("", None);
+        self.report(DriftCause::Unspecified, None);
     }
 
     /// Reports a repair of foreign changes.
     pub(super) fn report_drift(&mut self, cause: DriftCause) {
-        self.report(cause.as_str(), None);
+        self.report(cause, None);
     }
 
     /// Reports the status of the trial of settings.
     pub(super) fn report_trial(&mut self) {
-        self.report("", self.state.trial_status());
+        self.report(DriftCause::Unspecified, self.state.trial_status());
     }
 
-    fn report(&mut self, drift_cause: &str, trial: Option<TrialStatus>) {
+    fn report(&mut self, drift_cause: DriftCause, trial: Option<TrialStatus>) {
         let report = Report {
             session: 0,
             drift_repaired: self.drift.repaired,
@@ -171,34 +170,5 @@ impl Engine {
             effective_digest: effective.to_le_bytes().to_vec(),
             samples: samples.collect(),
         })
-    }
-
-    /// Answers queries about the view; another thread answers those about the kernel.
-    pub(super) fn ask(&mut self, query: &Query, answer: Reply) {
-        let json = match query.what.as_str() {
-            "counts" => self.counts(),
-            "stamp" => self.stamp_as_json(),
-            _ => return self.parts.questions.ask(query, answer),
-        };
-        // The session may have ended.
-        let _ = answer.send(json.map(|json| json.to_string().into_bytes()));
-    }
-
-    fn counts(&self) -> Result<serde_json::Value, String> {
-        let counts = self.state.counts();
-        Ok(serde_json::json!({
-            "services": counts.services, "frontends": counts.frontends, "pools": counts.pools,
-            "endpoints": counts.endpoints, "items": counts.items, "refused": self.refused.len(),
-        }))
-    }
-
-    fn stamp_as_json(&mut self) -> Result<serde_json::Value, String> {
-        let stamp = self.parts.dataplane.stamp().map_err(|error| error.to_string())?;
-        Ok(stamp.map_or(serde_json::Value::Null, |stamp| {
-            serde_json::json!({
-                "generation": stamp.generation, "digest": format!("{:032x}", stamp.digest),
-                "facts": format!("{:016x}", stamp.facts), "deviations": stamp.deviations,
-            })
-        }))
     }
 }

@@ -1,7 +1,7 @@
 //! The engine with a kernel in memory.
 
 use switchtower_proto::v1::{
-    Ack, Cidr, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
+    Ack, Cidr, DriftCause, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
 };
 use tokio::sync::oneshot;
 
@@ -372,14 +372,16 @@ fn addresses_and_drift_committed_without_a_generation() {
     engine.handle(Command::Drift { cause: DriftCause::Changed, noticed: Instant::now() });
     match events.try_recv() {
         Ok(Event::Report(report)) => {
-            assert_eq!((report.drift_repaired, report.drift_cause.as_str()), (1, "changed"));
+            assert_eq!((report.drift_repaired, report.drift_cause()), (1, DriftCause::Changed));
         }
         other => panic!("expected a Report, got {other:?}"),
     }
     assert_eq!(kernel.lock().repairs, 1);
     engine.handle(Command::ForeignProxy(true));
     match events.try_recv() {
-        Ok(Event::Report(report)) => assert_eq!(report.drift_cause, "", "drift is reported once"),
+        Ok(Event::Report(report)) => {
+            assert_eq!(report.drift_cause(), DriftCause::Unspecified, "drift is reported once");
+        }
         other => panic!("expected a Report, got {other:?}"),
     }
 }
@@ -480,13 +482,6 @@ fn last_addresses_committed_after_failures() {
     assert_eq!(bound(), ["198.51.100.49"]);
 }
 
-fn ask(engine: &mut Engine, what: &str) -> Result<serde_json::Value, String> {
-    let (answer, answered) = oneshot::channel();
-    let query = switchtower_proto::v1::Query { what: what.to_owned(), ..Default::default() };
-    engine.handle(Command::Ask { query, answer });
-    answered.blocking_recv().unwrap().map(|json| serde_json::from_slice(&json).unwrap())
-}
-
 #[test]
 fn foreign_proxy_reported_to_every_session() {
     let directory = tempfile::tempdir().unwrap();
@@ -505,17 +500,6 @@ fn foreign_proxy_reported_to_every_session() {
     assert_eq!(foreign(&mut events), Some(false));
     let (_, mut events) = attach(&mut engine);
     assert_eq!(foreign(&mut events), None);
-}
-
-#[test]
-fn queries_about_the_view_answered() {
-    let directory = tempfile::tempdir().unwrap();
-    let (mut engine, _) = engine(&MemoryKernel::default(), directory.path());
-    play(&mut engine, Fleet::new(5, 2).snapshot());
-    let counts = ask(&mut engine, "counts").unwrap();
-    assert_eq!((&counts["services"], &counts["endpoints"]), (&5.into(), &10.into()));
-    assert_eq!(ask(&mut engine, "stamp").unwrap()["generation"], 1);
-    assert!(ask(&mut engine, "rules").is_err(), "this kernel has no reader");
 }
 
 #[test]

@@ -26,7 +26,7 @@ const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-we
 
 /// healthCheckNodePorts that cannot be bound; sent whenever the set changes.
 #[derive(Debug)]
-pub struct BindFailures(pub Vec<HealthCheckFailure>);
+pub(crate) struct BindFailures(pub(crate) Vec<HealthCheckFailure>);
 
 type Service = (String, String);
 
@@ -50,7 +50,7 @@ impl Drop for Server {
 /// Keeps one listener per health check and address, following the published targets. Requests read the counts, so only
 /// a new or removed port affects listeners. Retries ports that cannot be bound, and sends changes of this set to
 /// `notices`.
-pub async fn serve_node_ports<N: From<BindFailures>>(
+pub(crate) async fn serve_node_ports<N: From<BindFailures>>(
     health: Health,
     metrics: Metrics,
     notices: mpsc::Sender<N>,

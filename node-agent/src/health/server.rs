@@ -25,7 +25,7 @@ const CONNECTIONS: usize = 64;
 const BACKLOG: u32 = 1024;
 
 /// Returns the routes `/healthz`, `/livez`, `/readyz`, and `/connection` with the status of the controller's link.
-pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
+pub(crate) fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> Router {
     let (for_healthz, for_livez, for_readyz) = (health.clone(), health.clone(), health.clone());
     let (contact, for_connection) = (contact.clone(), contact.clone());
     let (healthz_total, livez_total) = (metrics.healthz.clone(), metrics.livez.clone());
@@ -49,7 +49,7 @@ pub fn health_router(health: &Health, contact: &Contact, metrics: &Metrics) -> R
 }
 
 /// Returns the routes `/metrics`, `/proxyMode` and `/healthz` of kube-proxy's metrics server.
-pub fn metrics_router(registry: Registry) -> Router {
+pub(crate) fn metrics_router(registry: Registry) -> Router {
     Router::new()
         .route("/metrics", get(async move || exposition(&registry)))
         .route("/proxyMode", get(async || ([(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], "nftables")))
@@ -148,7 +148,7 @@ fn listen_with(socket: &dyn Fn() -> io::Result<TcpSocket>, address: SocketAddr) 
 
 /// Serves until the process exits. Retries an address that cannot be bound, because forwarding does not depend on the
 /// health server.
-pub async fn serve(address: SocketAddr, what: &'static str, router: Router) {
+pub(crate) async fn serve(address: SocketAddr, what: &'static str, router: Router) {
     loop {
         match listen(address) {
             Ok(listener) => {

@@ -18,7 +18,7 @@ const ATTEMPTS: usize = 10;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Reads the addresses of all interfaces and follows their changes.
-pub struct Addresses {
+pub(crate) struct Addresses {
     notices: Socket,
     requests: Socket,
 }
@@ -29,7 +29,7 @@ impl Addresses {
     ///
     /// # Errors
     /// No netlink socket can be opened.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Ok(Addresses {
             notices: Socket::open(libc::NETLINK_ROUTE, GROUPS)?,
             requests: Socket::open(libc::NETLINK_ROUTE, 0)?,
@@ -40,7 +40,7 @@ impl Addresses {
     ///
     /// # Errors
     /// The dump failed.
-    pub fn read(&mut self) -> io::Result<Vec<IpAddr>> {
+    pub(crate) fn read(&mut self) -> io::Result<Vec<IpAddr>> {
         for _ in 0..ATTEMPTS {
             let mut addresses = BTreeSet::new();
             let every_address = [0; ADDRESS_HEADER];
@@ -69,7 +69,7 @@ impl Addresses {
     }
 
     /// Reports the addresses after every change, until `report` breaks.
-    pub fn follow(mut self, mut report: impl FnMut(Vec<IpAddr>) -> ControlFlow<()>) {
+    pub(crate) fn follow(mut self, mut report: impl FnMut(Vec<IpAddr>) -> ControlFlow<()>) {
         loop {
             match self.wait() {
                 Ok(()) => {}
@@ -113,7 +113,7 @@ fn address(attributes: &[u8]) -> Option<IpAddr> {
 }
 
 /// Returns the release of the running kernel, empty if it cannot be read.
-pub fn kernel_version() -> String {
+pub(crate) fn kernel_version() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .map(|text| text.trim().to_owned())
         .unwrap_or_default()

@@ -67,11 +67,11 @@ const FLOWS: usize = 512;
 
 /// Families to examine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Families {
+pub(crate) struct Families {
     /// IPv4.
-    pub ipv4: bool,
+    pub(crate) ipv4: bool,
     /// IPv6.
-    pub ipv6: bool,
+    pub(crate) ipv6: bool,
 }
 
 /// A UDP entry of the conntrack table.
@@ -103,19 +103,19 @@ pub enum FlowReport {
 }
 
 /// A conntrack table that passes examine.
-pub trait FlowTable: Send {
+pub(crate) trait FlowTable: Send {
     /// Begins a pass and returns at once. The pass sends reports, at last [`FlowReport::Done`]; no other pass begins
     /// before that.
     fn begin(&mut self, families: Families);
 }
 
 /// The kernel's conntrack table.
-pub struct Conntrack {
+pub(crate) struct Conntrack {
     socket: Socket,
 }
 
 /// Handle of the thread that examines the table. The thread ends when the handle is dropped.
-pub struct Reconciler(SyncSender<Families>);
+pub(crate) struct Reconciler(SyncSender<Families>);
 
 /// Returns which entries are stale; `None` if the receiver of the reports has ended.
 type Judge<'a> = &'a mut dyn FnMut(Vec<UdpFlow>) -> Option<Vec<bool>>;
@@ -132,7 +132,7 @@ impl Conntrack {
     ///
     /// # Errors
     /// No netlink socket can be opened.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Ok(Conntrack { socket: Socket::open(libc::NETLINK_NETFILTER, 0)? })
     }
 
@@ -141,7 +141,7 @@ impl Conntrack {
     ///
     /// # Errors
     /// The module does not exist, or the process must not load it.
-    pub fn load(&mut self) -> io::Result<()> {
+    pub(crate) fn load(&mut self) -> io::Result<()> {
         let any_family = netfilter_header(libc::AF_UNSPEC as u8, 0);
         self.socket.request(cta::GET_STATISTICS, libc::NLM_F_ACK, |writer| writer.header(&any_family), |_| ())
     }
@@ -240,7 +240,7 @@ impl Reconciler {
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(
+    pub(crate) fn start(
         mut table: Conntrack,
         report: impl Fn(FlowReport) -> ControlFlow<()> + Send + 'static,
     ) -> io::Result<Self> {

@@ -7,11 +7,12 @@ use std::io;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 
 use prost::Message as _;
-use switchtower_proto::v1::{KernelTable, Query};
+use switchtower_proto::v1::query::Kind;
+use switchtower_proto::v1::{Family, FrontendKey, KernelTable, Protocol, Query};
 use switchtower_telemetry::{span, spans};
 use tokio::sync::oneshot;
 
-use crate::kernel::nft::{FrontendQuery, KernelReader};
+use crate::kernel::nft::KernelReader;
 
 /// Maximum frontends or elements in an answer if the query sets no limit.
 const DEFAULT_LIMIT: usize = 1_000;
@@ -23,22 +24,19 @@ const LOOKUPS: usize = 256;
 pub(crate) const ANSWER: usize = 16 << 20;
 
 /// Receives the answer, or the reason why there is none.
-pub type Reply = oneshot::Sender<Result<Vec<u8>, String>>;
+pub(crate) type Reply = oneshot::Sender<Result<Vec<u8>, String>>;
 
 /// The reason why a query has no answer; the message is for the user who sent it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum QueryError {
+pub(crate) enum QueryError {
     /// Unknown kind of query.
+    #[error("this agent does not know this kind of query; is it older than the controller?")]
+    Unknown,
+    /// Malformed key of a frontend.
     #[error(
-        "this agent answers \"counts\", \"stamp\", \"lookup\", \"frontends\", \"elements\" and \"rules\", not {0:?}; \
-         is it older than the controller?"
+        "frontend {0} of the query is malformed: it needs a family, an address of that family or none, a protocol and a port"
     )]
-    Unknown(String),
-    /// Malformed name of a frontend.
-    #[error(
-        "{0:?} is not a frontend: write ADDRESS:PORT/TCP, [ADDRESS]:PORT/UDP, or :PORT/TCP for a NodePort"
-    )]
-    Frontend(String),
+    Frontend(usize),
     /// Too many frontends in one lookup.
     #[error("{0} frontends exceed the maximum of {LOOKUPS} per query")]
     TooMany(usize),
@@ -58,14 +56,14 @@ pub enum QueryError {
 
 /// Handle of the thread that answers queries. The thread ends when the handle is dropped.
 #[derive(Debug)]
-pub struct Inspector(Option<SyncSender<(Query, Reply)>>);
+pub(crate) struct Inspector(Option<SyncSender<(Query, Reply)>>);
 
 impl Inspector {
     /// Starts the thread.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(mut reader: KernelReader) -> io::Result<Self> {
+    pub(crate) fn start(mut reader: KernelReader) -> io::Result<Self> {
         // One query waits while the thread still sends the previous answer.
         let (sender, queries) = sync_channel::<(Query, Reply)>(1);
         std::thread::Builder::new().name("inspector".into()).spawn(move || {
@@ -79,12 +77,13 @@ impl Inspector {
     }
 
     /// Creates an inspector that fails every query.
-    pub fn none() -> Self {
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
         Inspector(None)
     }
 
     /// Queues a query; fails it at once if another one waits.
-    pub fn ask(&self, query: &Query, reply: Reply) {
+    pub(crate) fn ask(&self, query: &Query, reply: Reply) {
         let refused = match &self.0 {
             None => Some((reply, QueryError::Unavailable)),
             Some(sender) => match sender.try_send((query.clone(), reply)) {
@@ -101,7 +100,8 @@ impl Inspector {
 
 /// Answers a query within a span.
 fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QueryError> {
-    let span = span!("switchtower.question", otel.kind = "server", switchtower.question = &*query.what);
+    let span =
+        span!("switchtower.question", otel.kind = "server", switchtower.question = name(query.kind.as_ref()));
     let answered = span.in_scope(|| answer(reader, query));
     if let Err(error) = &answered {
         spans::failed(&span, error);
@@ -109,19 +109,34 @@ fn traced(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QueryErro
     answered
 }
 
+fn name(kind: Option<&Kind>) -> &'static str {
+    match kind {
+        Some(Kind::Lookup(_)) => "lookup",
+        Some(Kind::Frontends(_)) => "frontends",
+        Some(Kind::Elements(_)) => "elements",
+        Some(Kind::Chains(_)) => "chains",
+        None => "unknown",
+    }
+}
+
 fn answer(reader: &mut KernelReader, query: &Query) -> Result<Vec<u8>, QueryError> {
-    let limit = match query.limit as usize {
-        0 => DEFAULT_LIMIT,
-        limit => limit.min(LIMIT),
-    };
-    let table = match query.what.as_str() {
-        "lookup" => reader.lookup(&parse_lookups(&query.filter)?),
-        "frontends" => reader.frontends(limit),
-        "elements" => reader.elements(&query.filter, limit),
-        "rules" => reader.chains(),
-        other => return Err(QueryError::Unknown(other.chars().take(64).collect())),
+    let table = match query.kind.as_ref().ok_or(QueryError::Unknown)? {
+        Kind::Lookup(query) => {
+            validate(&query.frontends)?;
+            reader.lookup(&query.frontends)
+        }
+        Kind::Frontends(query) => reader.frontends(limit(query.limit)),
+        Kind::Elements(query) => reader.elements(&query.text, limit(query.limit)),
+        Kind::Chains(_) => reader.chains(),
     };
     encode(&table.map_err(|error| QueryError::Kernel(error.to_string()))?)
+}
+
+fn limit(requested: u32) -> usize {
+    match requested as usize {
+        0 => DEFAULT_LIMIT,
+        limit => limit.min(LIMIT),
+    }
 }
 
 fn encode(table: &KernelTable) -> Result<Vec<u8>, QueryError> {
@@ -132,34 +147,21 @@ fn encode(table: &KernelTable) -> Result<Vec<u8>, QueryError> {
     Ok(table.encode_to_vec())
 }
 
-fn parse_lookups(filter: &str) -> Result<Vec<FrontendQuery>, QueryError> {
-    let names: Vec<&str> = filter.split(',').filter(|name| !name.is_empty()).collect();
-    if names.len() > LOOKUPS {
-        return Err(QueryError::TooMany(names.len()));
+/// Checks the keys of a lookup.
+fn validate(frontends: &[FrontendKey]) -> Result<(), QueryError> {
+    if frontends.len() > LOOKUPS {
+        return Err(QueryError::TooMany(frontends.len()));
     }
-    let wrong = |name: &str| QueryError::Frontend(name.chars().take(64).collect());
-    names.into_iter().map(|name| parse_lookup(name).ok_or_else(|| wrong(name))).collect()
-}
-
-/// Parses `10.96.0.10:80/TCP`, `[fd96::10]:80/UDP` or `:30080/TCP`.
-fn parse_lookup(name: &str) -> Option<FrontendQuery> {
-    let (at, protocol) = name.rsplit_once('/')?;
-    let protocol = match protocol {
-        "TCP" => 6,
-        "UDP" => 17,
-        "SCTP" => 132,
-        _ => return None,
+    let malformed = |key: &FrontendKey| {
+        let length = match key.family() {
+            Family::Ipv4 => 4,
+            Family::Ipv6 => 16,
+            Family::Unspecified => return true,
+        };
+        let address = key.address.is_empty() || key.address.len() == length;
+        !address || key.protocol() == Protocol::Unspecified || !(1..=65_535).contains(&key.port)
     };
-    let (address, port) = at.rsplit_once(':')?;
-    let port = port.parse().ok().filter(|port| *port != 0)?;
-    let address = match address {
-        "" => None,
-        v6 if v6.starts_with('[') => {
-            Some(v6.strip_prefix('[')?.strip_suffix(']')?.parse::<std::net::Ipv6Addr>().ok()?.into())
-        }
-        v4 => Some(v4.parse::<std::net::Ipv4Addr>().ok()?.into()),
-    };
-    Some(FrontendQuery { address, protocol, port })
+    frontends.iter().position(malformed).map_or(Ok(()), |index| Err(QueryError::Frontend(index)))
 }
 
 #[cfg(test)]
@@ -167,24 +169,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frontend_names_parsed() {
-        let query = |address: Option<&str>, protocol, port| FrontendQuery {
-            address: address.map(|address| address.parse().unwrap()),
-            protocol,
+    fn lookup_keys_validated() {
+        let key = |family: Family, address: &[u8], protocol: Protocol, port| FrontendKey {
+            family: family.into(),
+            address: address.to_vec(),
+            protocol: protocol.into(),
             port,
         };
-        let filter = "10.96.0.10:80/TCP,[fd96::10]:53/UDP,:30080/SCTP";
-        let wanted =
-            [query(Some("10.96.0.10"), 6, 80), query(Some("fd96::10"), 17, 53), query(None, 132, 30080)];
-        assert_eq!(parse_lookups(filter).unwrap(), wanted);
-        assert_eq!(parse_lookups("").unwrap(), []);
-        for wrong in
-            ["10.96.0.10", "10.96.0.10:80", "10.96.0.10:0/TCP", "fd96::10:53/UDP", "x:80/TCP", "/TCP"]
-        {
-            assert_eq!(parse_lookups(wrong), Err(QueryError::Frontend(wrong.to_owned())), "{wrong}");
+        let valid = key(Family::Ipv4, &[10, 96, 0, 10], Protocol::Tcp, 80);
+        let node_port = key(Family::Ipv6, &[], Protocol::Sctp, 30_080);
+        assert_eq!(validate(&[valid.clone(), node_port.clone()]), Ok(()));
+        assert_eq!(validate(&[]), Ok(()));
+        for wrong in [
+            FrontendKey { family: Family::Ipv6.into(), ..valid.clone() },
+            FrontendKey { family: Family::Unspecified.into(), ..node_port },
+            FrontendKey { address: vec![10, 96, 0], ..valid.clone() },
+            FrontendKey { protocol: 0, ..valid.clone() },
+            FrontendKey { port: 0, ..valid.clone() },
+            FrontendKey { port: 65_536, ..valid.clone() },
+        ] {
+            assert_eq!(validate(&[valid.clone(), wrong.clone()]), Err(QueryError::Frontend(1)), "{wrong:?}");
         }
-        let many = vec!["10.96.0.10:80/TCP"; 257].join(",");
-        assert_eq!(parse_lookups(&many), Err(QueryError::TooMany(257)));
+        assert_eq!(validate(&vec![valid; 257]), Err(QueryError::TooMany(257)));
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod mirror;
 mod monitor;
 mod nfta;
 mod plan;
+mod port_name;
 mod reader;
 mod release;
 mod resolve;
@@ -43,13 +44,13 @@ use encode::Structure;
 use layout::{FAMILY_IPV4, FAMILY_IPV6, Pick};
 use mirror::Mirror;
 use plan::Plan;
-use transaction::Outcome;
+use transaction::Written;
 
-pub use foreign::ForeignProxy;
-pub use inspect::{TableSummary, cleanup, inspect};
-pub use layout::{LAYOUT_VERSION, TABLE};
+pub(crate) use foreign::ForeignProxy;
+pub use inspect::{cleanup, inspect};
+pub(crate) use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};
-pub use reader::{FrontendQuery, KernelReader};
+pub use reader::KernelReader;
 
 /// The kernel's nf_tables as a [`Dataplane`], in the network namespace of the thread that opened it.
 #[derive(Debug)]
@@ -102,7 +103,7 @@ impl Nft {
             .collect()
     }
 
-    fn committed(&self, outcome: &Outcome, started: Instant) -> Committed {
+    fn committed(&self, outcome: &Written, started: Instant) -> Committed {
         Committed {
             operations: outcome.operations,
             plan: started.elapsed().saturating_sub(outcome.kernel),

@@ -13,7 +13,7 @@ const ORIGINAL_DESTINATION: libc::c_int = 80;
 ///
 /// # Errors
 /// Connection tracking does not know the connection.
-pub fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
+pub(crate) fn original_destination(stream: &TcpStream) -> io::Result<SocketAddr> {
     if stream.local_addr()?.is_ipv4() {
         // SAFETY: all zeros is a valid sockaddr_in.
         let address: libc::sockaddr_in = option(stream, libc::SOL_IP, unsafe { std::mem::zeroed() })?;

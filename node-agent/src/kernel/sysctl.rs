@@ -12,7 +12,7 @@ const MAXIMUM: u64 = 1_048_576;
 
 /// Writes sysctls below a directory: `/proc/sys`, or another one in tests.
 #[derive(Debug, Clone)]
-pub struct Sysctls {
+pub(crate) struct Sysctls {
     root: PathBuf,
     applied: Option<ConntrackSettings>,
     /// Descriptions of the sysctls that are not in force.
@@ -23,14 +23,14 @@ pub struct Sysctls {
 
 impl Sysctls {
     /// Creates a writer for sysctls below `root`.
-    pub fn new(root: &Path) -> Self {
+    pub(crate) fn new(root: &Path) -> Self {
         Sysctls { root: root.to_path_buf(), applied: None, unset: Vec::new(), found: BTreeMap::new() }
     }
 
     /// Applies `settings` if they differ from the last ones. A sysctl that they no longer set gets its original value
     /// back. One that cannot be written (a read-only `/proc` in an unprivileged container) causes a warning and counts
     /// in a metric, but is never a failure: an init container writes it. Returns whether [`Sysctls::unset`] changed.
-    pub fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) -> bool {
+    pub(crate) fn apply(&mut self, settings: &ConntrackSettings, metrics: &Metrics) -> bool {
         if self.applied.as_ref() == Some(settings) {
             return false;
         }
@@ -59,12 +59,12 @@ impl Sysctls {
     }
 
     /// Returns the sysctls that are not in force: name, value, wanted value and reason.
-    pub fn unset(&self) -> &[String] {
+    pub(crate) fn unset(&self) -> &[String] {
         &self.unset
     }
 
     /// Writes the sysctls that differ; returns those that could not be written.
-    pub fn write_all(&self, settings: &ConntrackSettings) -> Vec<Unset> {
+    pub(crate) fn write_all(&self, settings: &ConntrackSettings) -> Vec<Unset> {
         let wanted = wanted(settings, cores()).into_iter();
         let failures: Vec<_> = wanted.filter_map(|(name, value)| self.write(name, value).err()).collect();
         failures.iter().for_each(warn);
@@ -98,7 +98,7 @@ fn is_acceptable(name: &str, current: Option<u64>, wanted: u64) -> bool {
 
 /// A sysctl that is not in force.
 #[derive(Debug)]
-pub struct Unset {
+pub(crate) struct Unset {
     name: &'static str,
     wanted: u64,
     current: Option<u64>,
@@ -107,7 +107,7 @@ pub struct Unset {
 
 impl Unset {
     /// Returns whether the sysctl does not exist: connection tracking is not loaded, or lacks the feature.
-    pub fn is_absent(&self) -> bool {
+    pub(crate) fn is_absent(&self) -> bool {
         self.error.kind() == std::io::ErrorKind::NotFound
     }
 }

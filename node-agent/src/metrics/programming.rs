@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use prometheus::core::Collector;
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
     linear_buckets,
 };
 
-use super::FAMILIES;
+use super::{FAMILIES, add};
 use crate::state::WithoutLocal;
 
 /// The metrics. One transaction covers both families, so both get the same values.
@@ -140,11 +139,6 @@ impl Programming {
             duration.with_label_values(&[family]).observe(took.as_secs_f64());
         }
     }
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(collector.clone()))?;
-    Ok(collector)
 }
 
 /// Buckets of kube-proxy: quarters of a second, then seconds to a minute, then coarser to five minutes.

@@ -3,14 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
-use crate::controller::bootstrap::Controllers;
-use crate::controller::link::Contact;
-use crate::controller::session::Identity;
-use crate::drain::requests::Requests;
+use crate::controller::session::{self, Context};
 use crate::engine::Command;
-use crate::metrics::Metrics;
 
 /// Timeout of the shutdown.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
@@ -28,24 +24,10 @@ pub(super) async fn stop_signal() -> anyhow::Result<()> {
 }
 
 /// Runs the session until a stop signal; an engine that exits earlier is an error.
-pub(super) async fn until_stopped(
-    controllers: Controllers,
-    identity: Identity,
-    commands: mpsc::Sender<Command>,
-    metrics: Metrics,
-    contact: Contact,
-    drains: Requests,
-) -> anyhow::Result<()> {
+pub(super) async fn until_stopped(context: Context) -> anyhow::Result<()> {
+    let (commands, drains) = (context.commands.clone(), context.drains.clone());
     let (stop, stopped) = watch::channel(false);
-    let session = tokio::spawn(crate::controller::session::run(
-        controllers,
-        identity,
-        commands.clone(),
-        metrics,
-        contact,
-        drains.clone(),
-        stopped,
-    ));
+    let session = tokio::spawn(session::run(context, stopped));
     tokio::select! {
         signal = stop_signal() => signal?,
         () = commands.closed() => {
@@ -82,7 +64,14 @@ pub(super) fn wait_for(runtime: &tokio::runtime::Runtime, engine: &std::thread::
 mod tests {
     use prometheus::Registry;
 
+    use tokio::sync::mpsc;
+
     use super::*;
+    use crate::controller::bootstrap::Controllers;
+    use crate::controller::link::Contact;
+    use crate::controller::session::Identity;
+    use crate::drain::requests::Requests;
+    use crate::metrics::Metrics;
     use crate::storage::files::StateFiles;
 
     #[test]
@@ -101,14 +90,8 @@ mod tests {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ended = runtime.block_on(async {
-            let agent = until_stopped(
-                controllers,
-                identity,
-                commands,
-                metrics,
-                Contact::default(),
-                Requests::default(),
-            );
+            let (contact, drains) = (Contact::default(), Requests::default());
+            let agent = until_stopped(Context { controllers, identity, commands, metrics, contact, drains });
             tokio::time::timeout(Duration::from_secs(20), agent).await.unwrap()
         });
         assert!(engine.join().is_err());

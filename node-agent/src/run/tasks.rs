@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use prometheus::IntGauge;
+use switchtower_proto::v1::DriftCause;
 use tokio::sync::mpsc;
 
-use crate::engine::{Command, DriftCause};
+use crate::engine::Command;
 use crate::kernel::nft::{Monitor, Notice};
 use crate::probe::RoundResults;
 

@@ -14,12 +14,12 @@ pub struct Measured {
     /// Destination; `None` if there is none.
     pub address: Option<SocketAddr>,
     /// Outcome.
-    pub outcome: Outcome,
+    pub outcome: ProbeOutcome,
 }
 
 /// Outcome of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ProbeOutcome {
     /// Connected, and answered if the probe requests an answer.
     Passed {
         /// Sources that each backend saw; empty unless the probe compares sources.
@@ -45,8 +45,8 @@ pub type Seen = BTreeMap<String, BTreeSet<IpAddr>>;
 impl Measured {
     fn seen(&self) -> Option<&Seen> {
         match &self.outcome {
-            Outcome::Passed { seen } => Some(seen),
-            Outcome::Failed { .. } | Outcome::Absent { .. } => None,
+            ProbeOutcome::Passed { seen } => Some(seen),
+            ProbeOutcome::Failed { .. } | ProbeOutcome::Absent { .. } => None,
         }
     }
 
@@ -69,8 +69,8 @@ fn changed_source(before: &Seen, after: &Seen) -> Option<(IpAddr, IpAddr)> {
 /// Returns whether a probe that passed before fails after, or its source changed.
 fn failed(before: &Measured, after: &Measured) -> bool {
     match (before.seen(), &after.outcome) {
-        (Some(_), Outcome::Failed { .. }) => true,
-        (Some(old), Outcome::Passed { seen }) => changed_source(old, seen).is_some(),
+        (Some(_), ProbeOutcome::Failed { .. }) => true,
+        (Some(old), ProbeOutcome::Passed { seen }) => changed_source(old, seen).is_some(),
         _ => false,
     }
 }
@@ -139,8 +139,8 @@ fn explain(
         return (0, format!("a backend that saw {old} sees {new}"));
     }
     match after.or(before).map(|measured| &measured.outcome) {
-        Some(Outcome::Failed { errno, detail }) => (*errno, detail.clone()),
-        Some(Outcome::Absent { detail }) => (0, detail.clone()),
-        Some(Outcome::Passed { .. }) | None => (0, String::new()),
+        Some(ProbeOutcome::Failed { errno, detail }) => (*errno, detail.clone()),
+        Some(ProbeOutcome::Absent { detail }) => (0, detail.clone()),
+        Some(ProbeOutcome::Passed { .. }) | None => (0, String::new()),
     }
 }

@@ -73,7 +73,7 @@ impl StateFiles {
 
     /// Queues `content` for `path` and returns immediately; `written` is called after the write. Replaces queued content
     /// of the same file.
-    pub fn put(&self, path: &Path, content: Content, written: Option<Box<dyn Fn() + Send>>) {
+    pub(crate) fn put(&self, path: &Path, content: Content, written: Option<Box<dyn Fn() + Send>>) {
         let shared = &self.0.0;
         let mut queue = shared.lock();
         let job = Job { content, written, not_before: None };
@@ -189,7 +189,7 @@ fn store(path: &Path, job: Job) -> Result<(), Job> {
 ///
 /// # Errors
 /// It cannot be created.
-pub fn create_directory(directory: &Path) -> io::Result<()> {
+pub(crate) fn create_directory(directory: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(directory)
 }
 
@@ -213,7 +213,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// Returns the path of the temporary file that replaces `path`.
 #[must_use]
-pub fn temporary(path: &Path) -> PathBuf {
+pub(crate) fn temporary(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 

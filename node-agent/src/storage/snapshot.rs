@@ -40,7 +40,7 @@ struct Header {
 
 /// Unusable snapshot file.
 #[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
+pub(crate) enum SnapshotError {
     /// It cannot be read or written.
     #[error("snapshot file {path}: {source}")]
     Io {
@@ -61,21 +61,21 @@ pub enum SnapshotError {
 
 /// The snapshot file of a state directory.
 #[derive(Debug, Clone)]
-pub struct SnapshotFile {
+pub(crate) struct SnapshotFile {
     path: PathBuf,
 }
 
 /// View from a snapshot file.
-pub struct Restored {
+pub(crate) struct Restored {
     /// The view.
-    pub state: State,
+    pub(crate) state: State,
     /// Items that the kernel refused when the file was written.
-    pub refused: Vec<Refused>,
+    pub(crate) refused: Vec<Refused>,
 }
 
 impl SnapshotFile {
     /// Returns the file in `directory`, which the first write creates.
-    pub fn new(directory: &Path) -> Self {
+    pub(crate) fn new(directory: &Path) -> Self {
         SnapshotFile { path: directory.join("view.snapshot") }
     }
 
@@ -88,7 +88,7 @@ impl SnapshotFile {
     }
 
     /// Returns its path.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -96,7 +96,7 @@ impl SnapshotFile {
     ///
     /// # Errors
     /// There is no file, or its time cannot be read.
-    pub fn age(&self, now: SystemTime) -> io::Result<Duration> {
+    pub(crate) fn age(&self, now: SystemTime) -> io::Result<Duration> {
         Ok(now.duration_since(std::fs::metadata(&self.path)?.modified()?).unwrap_or_default())
     }
 
@@ -104,7 +104,7 @@ impl SnapshotFile {
     ///
     /// # Errors
     /// A record is too large for the format.
-    pub fn encode(state: &State, refused: &[Refused]) -> io::Result<Vec<u8>> {
+    pub(crate) fn encode(state: &State, refused: &[Refused]) -> io::Result<Vec<u8>> {
         let mut out = Vec::from(MAGIC);
         let deviations = refused.iter().map(|Refused { item, reason, errno }| Deviation {
             item: item.clone(),
@@ -133,7 +133,7 @@ impl SnapshotFile {
     ///
     /// # Errors
     /// The file cannot be read, is damaged, or is of another version.
-    pub fn read(&self) -> Result<Option<Restored>, SnapshotError> {
+    pub(crate) fn read(&self) -> Result<Option<Restored>, SnapshotError> {
         let size = match std::fs::metadata(&self.path) {
             Ok(metadata) => metadata.len(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 /// Lock, held until dropped or until the process exits.
 #[derive(Debug)]
-pub struct StateLock {
+pub(crate) struct StateLock {
     _file: File,
 }
 
 /// Failure to take the lock.
 #[derive(Debug, thiserror::Error)]
-pub enum LockError {
+pub(crate) enum LockError {
     /// Another process holds it.
     #[error("another node agent (process {holder}) runs on this node with the state directory {directory}")]
     Held {
@@ -37,7 +37,7 @@ impl StateLock {
     ///
     /// # Errors
     /// Another process holds it, or the directory cannot be written.
-    pub fn take(directory: &Path) -> Result<Self, LockError> {
+    pub(crate) fn take(directory: &Path) -> Result<Self, LockError> {
         let path = directory.join("lock");
         let failed = |source| LockError::Io { path: path.clone(), source };
         crate::storage::files::create_directory(directory).map_err(failed)?;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 use switchtower_proto::v1::{Settings, TrialPhase};
 
-use crate::state::{Measured, Outcome, TrialRecord};
+use crate::state::{Measured, ProbeOutcome, TrialRecord};
 
 /// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTRIAL1";
@@ -21,18 +21,18 @@ const SIZE_LIMIT: u64 = 16 << 20;
 
 /// The file of a state directory.
 #[derive(Debug, Clone)]
-pub struct TrialFile {
+pub(crate) struct TrialFile {
     path: PathBuf,
 }
 
 /// Unusable trial file.
 #[derive(Debug, thiserror::Error)]
 #[error("trial file {path}: {source}")]
-pub struct TrialFileError {
+pub(crate) struct TrialFileError {
     /// The file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Cause; [`io::ErrorKind::InvalidData`] if it is damaged or of another version.
-    pub source: io::Error,
+    pub(crate) source: io::Error,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -91,7 +91,7 @@ struct SeenBy {
 
 impl TrialFile {
     /// Returns the file in `directory`, which the first write creates.
-    pub fn new(directory: &Path) -> Self {
+    pub(crate) fn new(directory: &Path) -> Self {
         TrialFile { path: directory.join("trial") }
     }
 
@@ -100,12 +100,12 @@ impl TrialFile {
     }
 
     /// Returns its path.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Encodes a record as the content of the file.
-    pub fn encode(record: &TrialRecord) -> Vec<u8> {
+    pub(crate) fn encode(record: &TrialRecord) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(content(record).encode_to_vec());
         let checksum = blake3::hash(&bytes);
@@ -117,7 +117,7 @@ impl TrialFile {
     ///
     /// # Errors
     /// The file cannot be read, is damaged, or is of another version.
-    pub fn read(&self) -> Result<Option<TrialRecord>, TrialFileError> {
+    pub(crate) fn read(&self) -> Result<Option<TrialRecord>, TrialFileError> {
         let unusable = |what: &str| self.failed(io::Error::new(io::ErrorKind::InvalidData, what.to_owned()));
         match std::fs::metadata(&self.path) {
             Ok(metadata) if metadata.len() > SIZE_LIMIT => return Err(unusable("it is too large")),
@@ -164,15 +164,15 @@ fn row(measured: &Measured) -> Row {
     let Measured { probe, address, outcome } = measured;
     let address = address.map(|address| address.to_string()).unwrap_or_default();
     let (kind, errno, detail, seen) = match outcome {
-        Outcome::Passed { seen } => {
+        ProbeOutcome::Passed { seen } => {
             let seen = seen.iter().map(|(backend, sources)| SeenBy {
                 backend: backend.clone(),
                 sources: sources.iter().map(ToString::to_string).collect(),
             });
             (Kind::Passed, 0, String::new(), seen.collect())
         }
-        Outcome::Failed { errno, detail } => (Kind::Failed, *errno, detail.clone(), Vec::new()),
-        Outcome::Absent { detail } => (Kind::Absent, 0, detail.clone(), Vec::new()),
+        ProbeOutcome::Failed { errno, detail } => (Kind::Failed, *errno, detail.clone(), Vec::new()),
+        ProbeOutcome::Absent { detail } => (Kind::Absent, 0, detail.clone(), Vec::new()),
     };
     Row { probe: probe.clone(), address, kind: kind as i32, errno, detail, seen }
 }
@@ -185,10 +185,10 @@ fn measured(row: Row) -> Measured {
             let seen = seen.into_iter().map(|SeenBy { backend, sources }| {
                 (backend, sources.iter().filter_map(|source| source.parse().ok()).collect())
             });
-            Outcome::Passed { seen: seen.collect() }
+            ProbeOutcome::Passed { seen: seen.collect() }
         }
-        Kind::Failed => Outcome::Failed { errno, detail },
-        Kind::Absent => Outcome::Absent { detail },
+        Kind::Failed => ProbeOutcome::Failed { errno, detail },
+        Kind::Absent => ProbeOutcome::Absent { detail },
     };
     Measured { probe, address: address.parse::<SocketAddr>().ok(), outcome }
 }
@@ -212,12 +212,12 @@ mod tests {
             },
             in_force: Settings { profile: "builtin".into(), ..Settings::default() },
             phase: TrialPhase::RolledBack,
-            before: vec![one(Outcome::Passed { seen })],
-            after: vec![one(Outcome::Failed { errno: 111, detail: "refused".into() })],
+            before: vec![one(ProbeOutcome::Passed { seen })],
+            after: vec![one(ProbeOutcome::Failed { errno: 111, detail: "refused".into() })],
             again: Some(vec![Measured {
                 probe: "api".into(),
                 address: None,
-                outcome: Outcome::Absent { detail: "gone".into() },
+                outcome: ProbeOutcome::Absent { detail: "gone".into() },
             }]),
         }
     }

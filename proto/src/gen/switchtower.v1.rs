@@ -578,9 +578,9 @@ pub struct Report {
     /// times since the agent started
     #[prost(uint64, tag = "2")]
     pub drift_repaired: u64,
-    /// Of a drift repaired just now; empty where the report is about something else.
-    #[prost(string, tag = "3")]
-    pub drift_cause: ::prost::alloc::string::String,
+    /// Cause of a drift repaired just now; unspecified in reports about other subjects.
+    #[prost(enumeration = "DriftCause", tag = "3")]
+    pub drift_cause: i32,
     /// kube-proxy's tables or chains exist (queried by exact name, never listed).
     #[prost(bool, tag = "4")]
     pub foreign_proxy: bool,
@@ -777,30 +777,57 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_milliseconds: u32,
 }
-/// A query about a node's kernel, made by an operator through the controller. The answer comes from the agent's own
-/// tables, read at that moment, and never delays an update. One at a time per node: a second Query before
-/// the last part of an Answer is refused. Queries:
-///
-///    what         filter                                               payload (the parts, joined)
-///    "counts"     -                                                    JSON: sizes of the view
-///    "stamp"      -                                                    JSON: the kernel's stamp
-///    "lookup"     frontends "10.96.0.10:80/TCP", comma-separated,      KernelTable: stamp, frontends
-///                 ":30080/TCP" for every address with that NodePort
-///    "frontends"  -                                                    KernelTable: stamp, all frontends
-///    "elements"   text that an element's line contains                 KernelTable: stamp, elements
-///    "rules"      -                                                    KernelTable: stamp, chains
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// A query about a node's kernel, made by an operator through the controller. The agent reads its tables for the answer,
+/// which never delays an update. One query at a time per node: the agent refuses a second Query before the last part of an
+/// Answer. The payload of the Answer, its parts joined, is a KernelTable with a stamp.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Query {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(string, tag = "2")]
-    pub what: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub filter: ::prost::alloc::string::String,
-    /// most frontends or elements; 0: 1,000; at most 100,000
-    #[prost(uint32, tag = "4")]
+    #[prost(oneof = "query::Kind", tags = "2, 3, 4, 5")]
+    pub kind: ::core::option::Option<query::Kind>,
+}
+/// Nested message and enum types in `Query`.
+pub mod query {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "2")]
+        Lookup(super::LookupQuery),
+        #[prost(message, tag = "3")]
+        Frontends(super::FrontendsQuery),
+        #[prost(message, tag = "4")]
+        Elements(super::ElementsQuery),
+        #[prost(message, tag = "5")]
+        Chains(super::ChainsQuery),
+    }
+}
+/// Answered with the frontends that exist.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupQuery {
+    /// At most 256. Without an address: the frontends on every address of the family.
+    #[prost(message, repeated, tag = "1")]
+    pub frontends: ::prost::alloc::vec::Vec<FrontendKey>,
+}
+/// Answered with all frontends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FrontendsQuery {
+    /// maximum number; 0: 1,000; at most 100,000
+    #[prost(uint32, tag = "1")]
     pub limit: u32,
 }
+/// Answered with the elements whose line contains a text.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ElementsQuery {
+    /// empty: all elements
+    #[prost(string, tag = "1")]
+    pub text: ::prost::alloc::string::String,
+    /// maximum number; 0: 1,000; at most 100,000
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+}
+/// Answered with all chains.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChainsQuery {}
 /// At most 128 KiB of payload each, at most 16 MiB altogether.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Answer {
@@ -1263,6 +1290,46 @@ impl NackReason {
             "NACK_REASON_OVER_LIMIT" => Some(Self::OverLimit),
             "NACK_REASON_UNKNOWN_FEATURE" => Some(Self::UnknownFeature),
             "NACK_REASON_KERNEL" => Some(Self::Kernel),
+            _ => None,
+        }
+    }
+}
+/// Why the agent compared its tables with the view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DriftCause {
+    Unspecified = 0,
+    /// Another program changed one of the tables.
+    Changed = 1,
+    /// Another program deleted one of the tables.
+    TableDeleted = 2,
+    /// Notifications were lost.
+    Overflow = 3,
+    /// The tables were not monitored for some time.
+    Unwatched = 4,
+}
+impl DriftCause {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DRIFT_CAUSE_UNSPECIFIED",
+            Self::Changed => "DRIFT_CAUSE_CHANGED",
+            Self::TableDeleted => "DRIFT_CAUSE_TABLE_DELETED",
+            Self::Overflow => "DRIFT_CAUSE_OVERFLOW",
+            Self::Unwatched => "DRIFT_CAUSE_UNWATCHED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DRIFT_CAUSE_UNSPECIFIED" => Some(Self::Unspecified),
+            "DRIFT_CAUSE_CHANGED" => Some(Self::Changed),
+            "DRIFT_CAUSE_TABLE_DELETED" => Some(Self::TableDeleted),
+            "DRIFT_CAUSE_OVERFLOW" => Some(Self::Overflow),
+            "DRIFT_CAUSE_UNWATCHED" => Some(Self::Unwatched),
             _ => None,
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use switchtower_admin_api::codes;
-use switchtower_admin_api::{ControllerInfo, OPERATOR, VIEWER};
+use switchtower_admin_api::{ConditionType, ControllerInfo, OPERATOR, VIEWER};
 use switchtower_crds::ProxyProfile;
 
 use super::{Check, builtin, drain_gate};
@@ -123,9 +123,11 @@ fn about_profiles(profiles: &[ProxyProfile]) -> Vec<Check> {
         let conditions = profile.status.iter().flat_map(|status| &status.conditions);
         for condition in conditions.filter(|condition| condition.status == "True") {
             let what = format!("ProxyProfile {name}; {}: {}", condition.reason, condition.message);
-            match &*condition.type_ {
-                "Stalled" => checks.push(Check::failed(codes::PROFILE_STALLED, what)),
-                "Overlapping" => checks.push(Check::warning(codes::PROFILES_OVERLAP, what)),
+            match ConditionType::from_name(&condition.type_) {
+                Some(ConditionType::Stalled) => checks.push(Check::failed(codes::PROFILE_STALLED, what)),
+                Some(ConditionType::Overlapping) => {
+                    checks.push(Check::warning(codes::PROFILES_OVERLAP, what));
+                }
                 _ => {}
             }
         }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
+use switchtower_admin_api::ConditionType;
 use switchtower_crds::{ProxyRollout, ProxyStatus};
 
 use crate::diagnosis::Diagnosis;
@@ -180,7 +181,9 @@ impl Model {
 fn node(row: &ProxyStatus, now: Timestamp) -> Node {
     let known = Diagnosis::new(row, now);
     let status = row.status.as_ref();
-    let ready = status.and_then(|status| status.conditions.iter().find(|known| known.type_ == "Ready"));
+    let ready = status.and_then(|status| {
+        status.conditions.iter().find(|known| known.type_ == ConditionType::Ready.as_str())
+    });
     let profile = status.and_then(|status| status.profile.as_ref());
     Node {
         since: ready.map(|ready| ready.last_transition_time.0.to_string()),

@@ -5,7 +5,7 @@ use switchtower_admin_api::{Example, NodeStatus};
 
 use super::*;
 
-fn finding(kind: &str, from: &str, outcome: Outcome, code: Option<&str>) -> Finding {
+fn finding(kind: &str, from: &str, outcome: ConnectionOutcome, code: Option<&str>) -> Finding {
     Finding {
         frontend: "10.96.4.2:80/TCP".into(),
         service_port: "shop/cart:http".into(),
@@ -16,7 +16,7 @@ fn finding(kind: &str, from: &str, outcome: Outcome, code: Option<&str>) -> Find
         code: code.map(str::to_owned),
         why: "because".into(),
         endpoints: match outcome {
-            Outcome::Forwarded => vec!["10.244.1.5:8080".into()],
+            ConnectionOutcome::Forwarded => vec!["10.244.1.5:8080".into()],
             _ => vec![],
         },
         masquerade: false,
@@ -51,7 +51,7 @@ fn found(explanation: Explanation) -> Found {
 fn dropped_packet_explained_with_reason_and_fix() {
     let dropped = Finding {
         kernel: Some(KernelCheck::Agrees),
-        ..finding("ClusterIP", "10.244.1.7 (a local pod)", Outcome::Dropped, Some("ST0202"))
+        ..finding("ClusterIP", "10.244.1.7 (a local pod)", ConnectionOutcome::Dropped, Some("ST0202"))
     };
     let found = found(explanation(Some("alpha"), vec![dropped]));
     let wanted = "\
@@ -72,9 +72,9 @@ node     alpha holds the latest generation
 #[test]
 fn failures_first_and_equal_groups_once() {
     let findings = vec![
-        finding("ClusterIP", "a pod on the node", Outcome::Forwarded, None),
-        finding("ClusterIP", "the node itself", Outcome::Forwarded, None),
-        finding("LoadBalancer", "a client outside", Outcome::Dropped, Some("ST0203")),
+        finding("ClusterIP", "a pod on the node", ConnectionOutcome::Forwarded, None),
+        finding("ClusterIP", "the node itself", ConnectionOutcome::Forwarded, None),
+        finding("LoadBalancer", "a client outside", ConnectionOutcome::Dropped, Some("ST0203")),
     ];
     let mut explanation = explanation(None, findings);
     explanation.not_current =
@@ -90,8 +90,8 @@ fn failures_first_and_equal_groups_once() {
 
 #[test]
 fn failing_nodes_listed_before_working_ones() {
-    let works = finding("ClusterIP", "a pod on the node", Outcome::Forwarded, None);
-    let fails = finding("LoadBalancer", "a client outside", Outcome::Dropped, Some("ST0203"));
+    let works = finding("ClusterIP", "a pod on the node", ConnectionOutcome::Forwarded, None);
+    let fails = finding("LoadBalancer", "a client outside", ConnectionOutcome::Dropped, Some("ST0203"));
     let example = Example {
         node: "alpha".into(),
         frontend: "10.96.4.2:80/TCP".into(),
@@ -115,7 +115,7 @@ fn failing_nodes_listed_before_working_ones() {
 #[test]
 fn kernel_with_differences_reported() {
     let differs = KernelCheck::Differs("without 10.244.1.5:8080".to_owned());
-    let forwarded = finding("ClusterIP", "a pod", Outcome::Forwarded, None);
+    let forwarded = finding("ClusterIP", "a pod", ConnectionOutcome::Forwarded, None);
     let one = explanation(Some("alpha"), vec![Finding { kernel: Some(differs), ..forwarded.clone() }]);
     assert!(!is_well(&one));
     assert!(text(&found(one), false, Style::PLAIN).contains("ST0108 differs: without"));

@@ -1,7 +1,7 @@
 //! Findings that hold on every node of a group: what differs between its nodes is left out and shown for one of them.
 
 use switchtower_admin_api::codes;
-use switchtower_admin_api::{Example, Finding, Outcome};
+use switchtower_admin_api::{ConnectionOutcome, Example, Finding};
 
 /// Key of nodes on which a Service behaves alike.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -12,7 +12,7 @@ struct Line {
     service_port: String,
     frontend: Option<String>,
     from: String,
-    outcome: Outcome,
+    outcome: ConnectionOutcome,
     code: Option<String>,
     masquerade: bool,
     hairpin: bool,
@@ -84,7 +84,7 @@ fn of_every_node(frontend: &str) -> String {
 
 /// A reason without what only one node has.
 fn why(finding: &Finding) -> String {
-    if finding.outcome == Outcome::Forwarded {
+    if finding.outcome == ConnectionOutcome::Forwarded {
         let sees = if finding.masquerade { "the node's address" } else { "the client's address" };
         return format!("to endpoints that differ from node to node; the endpoint sees {sees}");
     }
@@ -99,7 +99,7 @@ fn why(finding: &Finding) -> String {
 mod tests {
     use super::*;
 
-    fn finding(kind: &str, frontend: &str, outcome: Outcome, endpoints: &[&str]) -> Finding {
+    fn finding(kind: &str, frontend: &str, outcome: ConnectionOutcome, endpoints: &[&str]) -> Finding {
         Finding {
             frontend: frontend.into(),
             service_port: "shop/cart:http".into(),
@@ -107,7 +107,7 @@ mod tests {
             from: "a pod on the node".into(),
             source: Some([10, 244, 1, 254].into()),
             outcome,
-            code: (outcome == Outcome::Dropped).then(|| "ST0203".into()),
+            code: (outcome == ConnectionOutcome::Dropped).then(|| "ST0203".into()),
             why: format!("to {} endpoints", endpoints.len()),
             endpoints: endpoints.iter().map(|&endpoint| endpoint.to_owned()).collect(),
             masquerade: false,
@@ -121,10 +121,16 @@ mod tests {
 
     #[test]
     fn node_differences_shown_as_examples() {
-        let balanced =
-            |endpoint| finding("LoadBalancer", "203.0.113.10:80/TCP", Outcome::Forwarded, &[endpoint]);
+        let balanced = |endpoint| {
+            finding("LoadBalancer", "203.0.113.10:80/TCP", ConnectionOutcome::Forwarded, &[endpoint])
+        };
         let port = |address: &str| {
-            finding("NodePort", &format!("{address}:31507/TCP"), Outcome::Forwarded, &["10.244.1.11:8080"])
+            finding(
+                "NodePort",
+                &format!("{address}:31507/TCP"),
+                ConnectionOutcome::Forwarded,
+                &["10.244.1.11:8080"],
+            )
         };
         let alpha = [balanced("10.244.1.11:8080"), port("198.18.0.11")];
         let beta = [balanced("10.244.2.11:8080"), port("198.18.0.12")];
@@ -148,11 +154,12 @@ mod tests {
 
     #[test]
     fn equal_nodes_need_no_example() {
-        let one = [finding("ClusterIP", "10.96.0.1:80/TCP", Outcome::Forwarded, &["10.244.1.11:8080"])];
+        let one =
+            [finding("ClusterIP", "10.96.0.1:80/TCP", ConnectionOutcome::Forwarded, &["10.244.1.11:8080"])];
         let mut group = one.to_vec();
         join(&mut group, "alpha", &one);
         assert_eq!(group, one);
-        let dropped = [finding("ClusterIP", "10.96.0.1:80/TCP", Outcome::Dropped, &[])];
+        let dropped = [finding("ClusterIP", "10.96.0.1:80/TCP", ConnectionOutcome::Dropped, &[])];
         assert_ne!(signature(&one), signature(&dropped));
     }
 }

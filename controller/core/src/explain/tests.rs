@@ -129,10 +129,10 @@ fn no_endpoints_and_source_ranges() {
     let findings = explain(&view, SHOP, None);
     let outside: Vec<_> = findings.iter().filter(|finding| finding.kind == "LoadBalancer").collect();
     assert_eq!(outside.last().unwrap().from, "a client in the source ranges");
-    assert_eq!(outside.last().unwrap().outcome, Outcome::Forwarded);
+    assert_eq!(outside.last().unwrap().outcome, ConnectionOutcome::Forwarded);
     let stranger = explain(&view, SHOP, Some(IpAddr::from([203, 0, 114, 9])));
     let last = stranger.last().unwrap();
-    assert_eq!((last.outcome, last.code.as_deref()), (Outcome::Dropped, Some("ST0204")));
+    assert_eq!((last.outcome, last.code.as_deref()), (ConnectionOutcome::Dropped, Some("ST0204")));
     assert_eq!(last.why, "203.0.114.9 is in none of loadBalancerSourceRanges (203.0.113.0/24)");
 }
 

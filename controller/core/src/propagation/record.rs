@@ -53,7 +53,7 @@ pub struct NodeAck {
 
 /// An update with this revision that a node refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct RefusedUpdate {
     /// The node.
     pub node: Arc<str>,
     /// Time of the rejection.
@@ -82,7 +82,7 @@ pub struct Record {
     /// The first node, the sampled ones, and those that took long or had refused it before; at most 24.
     pub kept: Vec<NodeAck>,
     /// At most 16.
-    pub refusals: Vec<Refusal>,
+    pub refusals: Vec<RefusedUpdate>,
     /// Some node took longer than [`super::Limits::slow`], refused it, or was lost.
     pub troubled: bool,
     reached: [Option<UnixNanoseconds>; 3],
@@ -150,7 +150,7 @@ impl Record {
         self.advance()
     }
 
-    pub(super) fn refuse(&mut self, refusal: Refusal) {
+    pub(super) fn refuse(&mut self, refusal: RefusedUpdate) {
         self.troubled = true;
         if self.refusals.len() < REFUSALS {
             self.refusals.push(refusal);

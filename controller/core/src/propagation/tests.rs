@@ -31,7 +31,7 @@ fn delivery(started: u64, acknowledged: u64) -> Option<Delivery> {
 fn milestones_record_when_shares_of_nodes_held_a_revision() {
     let mut tracker = Tracker::default();
     let slots = fleet(&mut tracker, 200);
-    assert_eq!(tracker.publish(1, publication(1, 1_000), &slots), Outcome::default());
+    assert_eq!(tracker.publish(1, publication(1, 1_000), &slots), StepResult::default());
     let mut reached = Vec::new();
     for (at, slot) in (2_000..).zip(&slots) {
         let outcome = tracker.reached(*slot, 1, at, delivery(1_500, at));
@@ -65,7 +65,11 @@ fn acknowledgement_covers_all_earlier_revisions() {
     for record in &outcome.concluded {
         assert_eq!(record.kept[0].carrier, trace(2, true));
     }
-    assert_eq!(tracker.reached(slots[0], 3, 1_001, None), Outcome::default(), "the same again says nothing");
+    assert_eq!(
+        tracker.reached(slots[0], 3, 1_001, None),
+        StepResult::default(),
+        "the same again says nothing"
+    );
 }
 
 #[test]
@@ -93,8 +97,8 @@ fn only_nodes_present_at_publication_are_awaited() {
     // The slot has a new owner; what it does concerns no old record.
     let next = tracker.join("next".into(), 1);
     assert_eq!(next, slots[2]);
-    assert_eq!(tracker.reached(next, 2, 30, None), Outcome::default());
-    assert_eq!(tracker.leave(late), Outcome::default());
+    assert_eq!(tracker.reached(next, 2, 30, None), StepResult::default());
+    assert_eq!(tracker.leave(late), StepResult::default());
 }
 
 #[test]
@@ -136,10 +140,10 @@ fn overdue_revision_reported_once_and_still_followed() {
     tracker.publish(1, publication(1, 0), &slots);
     tracker.reached(slots[0], 1, 10, None);
     assert_eq!(tracker.next_overdue(), Some(1_002));
-    assert_eq!(tracker.overdue(1_001), Outcome::default());
+    assert_eq!(tracker.overdue(1_001), StepResult::default());
     let told = tracker.overdue(1_002).concluded;
     assert_eq!((told.len(), told[0].outstanding()), (1, 1));
-    assert_eq!((tracker.overdue(5_000), tracker.next_overdue()), (Outcome::default(), None));
+    assert_eq!((tracker.overdue(5_000), tracker.next_overdue()), (StepResult::default(), None));
     let outcome = tracker.reached(slots[1], 1, 9_000, None);
     assert_eq!((outcome.acknowledged[0].0, outcome.concluded.len()), (9_000, 0));
     assert_eq!(tracker.records().next().unwrap().reached(Milestone::All), Some(9_000));

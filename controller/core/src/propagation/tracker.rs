@@ -5,7 +5,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::nodes::NodeSet;
-use super::record::{Milestone, NodeAck, Record, Refusal};
+use super::record::{Milestone, NodeAck, Record, RefusedUpdate};
 use super::{Delivery, Publication, TraceContext, UnixNanoseconds};
 
 /// Bounds.
@@ -35,7 +35,7 @@ pub struct Slot(usize);
 
 /// Result of a step.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Outcome {
+pub struct StepResult {
     /// Per change that a node acknowledged: from its receipt, in nanoseconds, and its trace.
     pub acknowledged: Vec<(u64, TraceContext)>,
     /// Per change and milestone reached: from its receipt, in nanoseconds, and its trace.
@@ -90,8 +90,8 @@ impl Tracker {
     }
 
     /// A new revision concerns these nodes.
-    pub fn publish(&mut self, revision: u64, publication: Publication, nodes: &[Slot]) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub fn publish(&mut self, revision: u64, publication: Publication, nodes: &[Slot]) -> StepResult {
+        let mut outcome = StepResult::default();
         if publication.changes.is_empty() {
             return outcome;
         }
@@ -120,8 +120,8 @@ impl Tracker {
         revision: u64,
         now: UnixNanoseconds,
         delivery: Option<Delivery>,
-    ) -> Outcome {
-        let mut outcome = Outcome::default();
+    ) -> StepResult {
+        let mut outcome = StepResult::default();
         let Some(node) = self.nodes.get_mut(slot.0).and_then(Option::as_mut) else { return outcome };
         let (name, from) = (node.name.clone(), node.revision);
         node.revision = revision.max(from);
@@ -154,14 +154,14 @@ impl Tracker {
         let (name, from) = (node.name.clone(), node.revision);
         for revision in self.waiting_for(slot, from, revision) {
             if let Some(record) = self.open.get_mut(&revision) {
-                record.refuse(Refusal { node: name.clone(), at: now, reason });
+                record.refuse(RefusedUpdate { node: name.clone(), at: now, reason });
             }
         }
     }
 
     /// A node is no longer followed: its stream ended.
-    pub fn leave(&mut self, slot: Slot) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub fn leave(&mut self, slot: Slot) -> StepResult {
+        let mut outcome = StepResult::default();
         let Some(node) = self.nodes.get_mut(slot.0).and_then(Option::take) else { return outcome };
         self.free.push(slot.0);
         for revision in self.waiting_for(slot, node.revision, u64::MAX) {
@@ -178,8 +178,8 @@ impl Tracker {
     }
 
     /// Reports revisions that have waited long enough. They stay open.
-    pub fn overdue(&mut self, now: UnixNanoseconds) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub fn overdue(&mut self, now: UnixNanoseconds) -> StepResult {
+        let mut outcome = StepResult::default();
         self.conclude_overdue(now, &mut outcome);
         outcome
     }
@@ -238,13 +238,13 @@ impl Tracker {
         Some(chosen.trace)
     }
 
-    fn settle(&mut self, revision: u64, outcome: &mut Outcome) {
+    fn settle(&mut self, revision: u64, outcome: &mut StepResult) {
         if let Some(record) = self.open.remove(&revision) {
             self.retire(record, outcome);
         }
     }
 
-    fn retire(&mut self, mut record: Record, outcome: &mut Outcome) {
+    fn retire(&mut self, mut record: Record, outcome: &mut StepResult) {
         if !std::mem::replace(&mut record.told, true) {
             outcome.concluded.push(record.clone());
         }
@@ -254,7 +254,7 @@ impl Tracker {
         self.settled.push_back(record);
     }
 
-    fn conclude_overdue(&mut self, now: UnixNanoseconds, outcome: &mut Outcome) {
+    fn conclude_overdue(&mut self, now: UnixNanoseconds, outcome: &mut StepResult) {
         for record in self.open.values_mut() {
             if record.publication.published.saturating_add(self.limits.patience) > now {
                 break;
@@ -267,7 +267,7 @@ impl Tracker {
     }
 }
 
-fn note_milestones(record: &Record, milestones: &[Milestone], outcome: &mut Outcome) {
+fn note_milestones(record: &Record, milestones: &[Milestone], outcome: &mut StepResult) {
     if milestones.contains(&Milestone::Half) {
         outcome.half = outcome.half.max(Some(record.revision));
     }

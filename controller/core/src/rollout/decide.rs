@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::describe::{self, Status};
-use super::judge::Outcome;
+use super::judge::Judgement;
 use super::order::order;
 use super::survey::{Member, Survey};
 use super::{
@@ -178,13 +178,13 @@ impl Work<'_> {
             if !moves.is_empty() {
                 self.progress.soaking_since = None; // Who joins a step that soaks is watched for as long.
             }
-            let waits = touched.iter().any(|member| member.outcome == Some(Outcome::Waiting));
+            let waits = touched.iter().any(|member| member.outcome == Some(Judgement::Waiting));
             let blocked = moves.is_empty() && !waits;
             let waiting_on = if blocked { WaitingOn::HealthyNodes } else { WaitingOn::Nodes };
             self.stop(State::Progressing, Some(waiting_on));
             return (moves, Some(self.rollout.strategy.apply_deadline));
         }
-        if touched.iter().any(|member| member.outcome == Some(Outcome::Waiting)) {
+        if touched.iter().any(|member| member.outcome == Some(Judgement::Waiting)) {
             self.stop(State::Progressing, Some(WaitingOn::Nodes));
             return (BTreeMap::new(), Some(self.rollout.strategy.apply_deadline));
         }

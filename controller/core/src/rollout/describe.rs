@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use switchtower_admin_api::{ConditionType, RolloutReason as Reason};
+
 use super::survey::Survey;
 use super::{Acknowledgements, Excluded, Progress, Revision, Rollout, State, Time, WaitingOn};
 
@@ -32,9 +34,9 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
     /// Its type.
-    pub kind: &'static str,
-    /// "True" or "False".
-    pub status: &'static str,
+    pub kind: ConditionType,
+    /// True or False.
+    pub holds: bool,
     /// Machine-readable reason in CamelCase.
     pub reason: &'static str,
     /// Human-readable message.
@@ -112,7 +114,7 @@ fn message(
         }
         (State::Pending, _) => "not begun".to_owned(),
         (State::Soaking, _) => format!("{place}: {held}; they are being watched"),
-        (State::Frozen, _) => format!("{place}: frozen: {note}; it goes on when they are in order again"),
+        (State::Frozen, _) => format!("{place}: frozen: {note}; it continues when they are healthy again"),
         (State::Paused, Some(WaitingOn::Approval)) => format!(
             "{place}: {held}; waiting for approval: `kubectl patch pxr {object} --type=merge -p \
              '{{\"spec\":{{\"approvedStep\":{step}}}}}'`"
@@ -193,33 +195,33 @@ fn why(progress: &Progress) -> String {
 }
 
 fn conditions(progress: &Progress, message: &str, overdue: bool) -> Vec<Condition> {
-    let condition = |kind, holds, reason| Condition {
+    let condition = |kind, holds, reason: Reason| Condition {
         kind,
-        status: if holds { "True" } else { "False" },
-        reason,
+        holds,
+        reason: reason.as_str(),
         message: message.to_owned(),
     };
     let state = progress.state;
     let reason = match (state, progress.waiting_on) {
-        (State::Failed | State::RollingBack, _) if progress.failed > 0 => "NodeFailed",
-        (State::RollingBack, _) => "Aborted",
-        (State::Paused, Some(WaitingOn::Approval)) => "WaitingForApproval",
-        (State::Paused, Some(WaitingOn::EligibleNodes)) => "NoEligibleNodes",
-        (State::Paused, Some(WaitingOn::CanaryNodes)) => "Inconclusive",
-        (State::Paused, Some(WaitingOn::UnreachableNodes)) => "UnreachableNodes",
-        (State::Progressing | State::Pending, _) if overdue => "ProgressDeadlineExceeded",
-        _ => state.as_str(),
+        (State::Failed | State::RollingBack, _) if progress.failed > 0 => Reason::NodeFailed,
+        (State::RollingBack, _) => Reason::Aborted,
+        (State::Paused, Some(WaitingOn::Approval)) => Reason::WaitingForApproval,
+        (State::Paused, Some(WaitingOn::EligibleNodes)) => Reason::NoEligibleNodes,
+        (State::Paused, Some(WaitingOn::CanaryNodes)) => Reason::Inconclusive,
+        (State::Paused, Some(WaitingOn::UnreachableNodes)) => Reason::UnreachableNodes,
+        (State::Progressing | State::Pending, _) if overdue => Reason::ProgressDeadlineExceeded,
+        _ => state.into(),
     };
     let stalled = overdue
         || matches!(state, State::Failed | State::Aborted | State::RollingBack | State::Frozen)
-        || matches!(reason, "NoEligibleNodes" | "Inconclusive" | "UnreachableNodes");
+        || matches!(reason, Reason::NoEligibleNodes | Reason::Inconclusive | Reason::UnreachableNodes);
     let mut conditions = vec![
-        condition("Reconciling", !stalled && !state.is_final(), reason),
-        condition("Stalled", stalled, reason),
+        condition(ConditionType::Reconciling, !stalled && !state.is_final(), reason),
+        condition(ConditionType::Stalled, stalled, reason),
     ];
     // Ready=False would read as "in progress", and a superseded rollout neither succeeds nor continues.
     if state != State::Superseded {
-        conditions.insert(0, condition("Ready", state == State::Complete, reason));
+        conditions.insert(0, condition(ConditionType::Ready, state == State::Complete, reason));
     }
     conditions
 }

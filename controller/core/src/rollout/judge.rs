@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Agent, Assignment, Failure, FailureReason, FleetNode, Observed, Revision, Strategy, Time, TrialPhase,
+    Agent, Assignment, FailedNode, FailureReason, FleetNode, Observed, Revision, Strategy, Time, TrialPhase,
 };
 
 /// A foreign change counts against a node's health for this long.
@@ -46,7 +46,7 @@ pub fn health(node: &FleetNode, now: Time) -> Health {
 
 /// Outcome of a node that was assigned the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum Judgement {
     /// It holds the target and passed the gates.
     Updated,
     /// It is on its way.
@@ -54,17 +54,22 @@ pub(super) enum Outcome {
     /// It cannot be asked.
     Unreachable,
     /// It has been unreachable for longer than a canary may be, with the evidence.
-    Lost(Failure),
+    Lost(FailedNode),
     /// It failed, with the evidence.
-    Failed(Failure),
+    Failed(FailedNode),
 }
 
 /// Judges a touched node.
-pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Strategy, now: Time) -> Outcome {
+pub(super) fn outcome(
+    node: &FleetNode,
+    assignment: &Assignment,
+    strategy: &Strategy,
+    now: Time,
+) -> Judgement {
     let observed = match &node.agent {
         // A slow API server is no evidence about the node.
-        _ if node.pending => return Outcome::Waiting,
-        Agent::Unknown => return Outcome::Waiting,
+        _ if node.pending => return Judgement::Waiting,
+        Agent::Unknown => return Judgement::Waiting,
         Agent::Absent | Agent::Disconnected => return lost(node, assignment, strategy, now),
         Agent::Connected(observed) => observed,
     };
@@ -73,10 +78,10 @@ pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Stra
         .or_else(|| refused(observed))
         .or_else(|| disturbed(observed, assignment.at, strategy));
     if let Some((reason, message, errno)) = finding {
-        return Outcome::Failed(failure(node, assignment, reason, message, errno));
+        return Judgement::Failed(failure(node, assignment, reason, message, errno));
     }
     if is_updated(observed, target) {
-        return Outcome::Updated;
+        return Judgement::Updated;
     }
     // A trial takes the time that it takes; its own window bounds it.
     let on_trial = observed
@@ -90,20 +95,28 @@ pub(super) fn outcome(node: &FleetNode, assignment: &Assignment, strategy: &Stra
             "the node has not taken {target} within {} s of being connected with it",
             strategy.apply_deadline.as_secs()
         );
-        return Outcome::Failed(failure(node, assignment, FailureReason::ApplyDeadlineExceeded, message, 0));
+        return Judgement::Failed(failure(
+            node,
+            assignment,
+            FailureReason::ApplyDeadlineExceeded,
+            message,
+            0,
+        ));
     }
-    Outcome::Waiting
+    Judgement::Waiting
 }
 
-fn lost(node: &FleetNode, assignment: &Assignment, strategy: &Strategy, now: Time) -> Outcome {
+fn lost(node: &FleetNode, assignment: &Assignment, strategy: &Strategy, now: Time) -> Judgement {
     let gone = node.lost.map(|lost| now.since(lost.max(assignment.at)));
-    let Some(gone) = gone.filter(|gone| *gone > strategy.apply_deadline) else { return Outcome::Unreachable };
+    let Some(gone) = gone.filter(|gone| *gone > strategy.apply_deadline) else {
+        return Judgement::Unreachable;
+    };
     let message = format!(
         "the agent was lost after the node got {}, and has not been back for {} s",
         assignment.revision,
         gone.as_secs()
     );
-    Outcome::Lost(failure(node, assignment, FailureReason::LostAfterUpdate, message, 0))
+    Judgement::Lost(failure(node, assignment, FailureReason::LostAfterUpdate, message, 0))
 }
 
 type Finding = (FailureReason, String, i32);
@@ -136,7 +149,7 @@ fn disturbed(observed: &Observed, touched: Time, strategy: &Strategy) -> Option<
     if let Some((_, cause)) = observed.drift.as_ref().filter(|(at, _)| *at > touched) {
         return Some((
             FailureReason::Drifted,
-            format!("the node's tables were changed by others: {cause}"),
+            format!("the node's tables were changed by others: {}", cause.name()),
             0,
         ));
     }
@@ -169,7 +182,7 @@ fn failure(
     reason: FailureReason,
     message: String,
     errno: i32,
-) -> Failure {
+) -> FailedNode {
     let (node, reason) = (node.name.to_string(), reason.as_str().to_owned());
-    Failure { node, reason, message, errno, trace: assignment.trace.clone() }
+    FailedNode { node, reason, message, errno, trace: assignment.trace.clone() }
 }

@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchtower_proto::v1::DriftCause;
+
 use super::{Selector, State, Time, WaitingOn};
 
 /// A revision of a profile, such as `default@7`.
@@ -138,12 +140,12 @@ pub struct Progress {
     /// Number of failed nodes.
     pub failed: usize,
     /// The first of them, at most 16.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<FailedNode>,
 }
 
 /// A node that failed, with the evidence.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Failure {
+pub struct FailedNode {
     /// The node.
     pub node: String,
     /// The name of a [`FailureReason`](super::FailureReason).
@@ -251,7 +253,7 @@ pub struct Observed {
     /// Other settings are in force than the acknowledged ones.
     pub in_force: Option<Revision>,
     /// An update was refused and nothing acknowledged since.
-    pub refusal: Option<Refusal>,
+    pub refusal: Option<UpdateRefusal>,
     /// Items that the kernel refused.
     pub refused_items: u32,
     /// Removals that are held back.
@@ -259,14 +261,14 @@ pub struct Observed {
     /// State of its latest trial of settings.
     pub trial: Option<Trial>,
     /// Time and cause of the latest foreign change of its tables known to this controller.
-    pub drift: Option<(Time, String)>,
+    pub drift: Option<(Time, DriftCause)>,
     /// Times of recent stream losses.
     pub losses: Vec<Time>,
 }
 
 /// An update that the agent refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct UpdateRefusal {
     /// Machine-readable reason in CamelCase.
     pub reason: String,
     /// Reports of a connected agent.

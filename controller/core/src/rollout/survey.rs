@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::judge::{Outcome, outcome};
-use super::{Acknowledgements, Excluded, Failure, FleetNode, Health, Revision, Rollout, Step, Time, health};
+use super::judge::{Judgement, outcome};
+use super::{
+    Acknowledgements, Excluded, FailedNode, FleetNode, Health, Revision, Rollout, Step, Time, health,
+};
 
 /// Fewer unhealthy nodes than this never freeze a rollout: one broken node must not hold up a small cluster.
 const FREEZE_MINIMUM: usize = 2;
@@ -15,7 +17,7 @@ pub(super) struct Member<'a> {
     pub(super) mine: bool,
     pub(super) health: Health,
     /// Of a touched node.
-    pub(super) outcome: Option<Outcome>,
+    pub(super) outcome: Option<Judgement>,
 }
 
 impl Member<'_> {
@@ -29,7 +31,7 @@ impl Member<'_> {
     }
 
     pub(super) fn updated(&self) -> bool {
-        self.outcome == Some(Outcome::Updated)
+        self.outcome == Some(Judgement::Updated)
     }
 
     pub(super) fn is_of(&self, step: &Step) -> bool {
@@ -40,7 +42,7 @@ impl Member<'_> {
     /// an agent is excluded, so that one dead node does not stop everything.
     pub(super) fn unavailable(&self) -> bool {
         match &self.outcome {
-            Some(outcome) => *outcome != Outcome::Updated,
+            Some(outcome) => *outcome != Judgement::Updated,
             None => self.health == Health::Unhealthy,
         }
     }
@@ -113,10 +115,10 @@ impl<'a> Survey<'a> {
     }
 
     /// Nodes that failed. `canaries`: the step that is under way, if its nodes are canaries; their loss is a failure.
-    pub(super) fn failures(&self, canaries: Option<&Step>) -> Vec<Failure> {
+    pub(super) fn failures(&self, canaries: Option<&Step>) -> Vec<FailedNode> {
         let failed = self.members.iter().filter_map(|member| match &member.outcome {
-            Some(Outcome::Failed(failure)) => Some(failure.clone()),
-            Some(Outcome::Lost(failure)) if canaries.is_some_and(|step| member.is_of(step)) => {
+            Some(Judgement::Failed(failure)) => Some(failure.clone()),
+            Some(Judgement::Lost(failure)) if canaries.is_some_and(|step| member.is_of(step)) => {
                 Some(failure.clone())
             }
             _ => None,

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchtower_admin_api::ConditionType;
+use switchtower_proto::v1::DriftCause;
+
 use super::*;
 use fixtures::{assignment, labelled, step, strategy};
 
@@ -152,9 +155,9 @@ fn reasons(decision: &Decision) -> Vec<&'static str> {
     decision.transitions.iter().map(|transition| transition.reason).collect()
 }
 
-fn condition(decision: &Decision, kind: &str) -> Option<(&'static str, &'static str)> {
+fn condition(decision: &Decision, kind: ConditionType) -> Option<(bool, &'static str)> {
     let found = decision.status.conditions.iter().find(|condition| condition.kind == kind);
-    found.map(|condition| (condition.status, condition.reason))
+    found.map(|condition| (condition.holds, condition.reason))
 }
 
 #[test]
@@ -185,9 +188,9 @@ fn good_change_passes_canary_and_waves() {
     let decision = stage.settle();
     stage.stands(State::Complete, None, 11);
     assert_eq!((decision.status.updated, decision.status.eligible), (11, 11));
-    assert_eq!(condition(&decision, "Ready"), Some(("True", "Complete")));
-    assert_eq!(condition(&decision, "Stalled"), Some(("False", "Complete")));
-    assert_eq!(condition(&decision, "Reconciling"), Some(("False", "Complete")));
+    assert_eq!(condition(&decision, ConditionType::Ready), Some((true, "Complete")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((false, "Complete")));
+    assert_eq!(condition(&decision, ConditionType::Reconciling), Some((false, "Complete")));
 }
 
 #[test]
@@ -212,7 +215,7 @@ fn failing_canary_halts_with_exactly_the_canary_touched() {
         assert!(decision.status.message.contains(evidence), "{}", decision.status.message);
         assert!(decision.transitions[0].message.contains(evidence), "{:?}", decision.transitions);
     }
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "NodeFailed")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "NodeFailed")));
     stage.agents_follow();
     let decision = stage.decide();
     stage.stands(State::Failed, None, 0);
@@ -223,7 +226,7 @@ fn failing_canary_halts_with_exactly_the_canary_touched() {
 
 #[test]
 fn each_kind_of_evidence_fails_a_node() {
-    let refusal = |transient| Refusal {
+    let refusal = |transient| UpdateRefusal {
         reason: "KernelRefused".into(),
         detail: "no space".into(),
         errno: 28,
@@ -234,8 +237,16 @@ fn each_kind_of_evidence_fails_a_node() {
         ("kernel", Box::new(move |seen| seen.refusal = Some(refusal(false))), Some("ApplyFailed")),
         ("repaired", Box::new(move |seen| seen.refusal = Some(refusal(true))), None),
         ("items", Box::new(|seen| seen.refused_items = 2), Some("ItemsRefused")),
-        ("drift", Box::new(|seen| seen.drift = Some((Time(NOW.0 + 1), "flush".into()))), Some("Drifted")),
-        ("drift before", Box::new(|seen| seen.drift = Some((Time(NOW.0 - 1), "flush".into()))), None),
+        (
+            "drift",
+            Box::new(|seen| seen.drift = Some((Time(NOW.0 + 1), DriftCause::TableDeleted))),
+            Some("Drifted"),
+        ),
+        (
+            "drift before",
+            Box::new(|seen| seen.drift = Some((Time(NOW.0 - 1), DriftCause::TableDeleted))),
+            None,
+        ),
         ("reconnects", Box::new(|seen| seen.losses = vec![Time(NOW.0 + 1); 4]), Some("Reconnecting")),
         ("few reconnects", Box::new(|seen| seen.losses = vec![Time(NOW.0 + 1); 3]), None),
         ("reconnects before", Box::new(|seen| seen.losses = vec![NOW; 8]), None),
@@ -289,7 +300,7 @@ fn selectors_without_nodes_never_pass() {
     let mut stage = Stage::new(vec![canary(labelled("canary")), step(Quantity::Percent(100))], fleet(4));
     let decision = stage.settle();
     stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), 0);
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "Inconclusive")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "Inconclusive")));
     stage.pass(1_000_000);
     stage.settle();
     stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), 0);
@@ -321,7 +332,7 @@ fn no_eligible_node() {
     let mut stage = Stage::new(vec![step(Quantity::Percent(100))], Vec::new());
     let decision = stage.settle();
     stage.stands(State::Paused, Some(WaitingOn::EligibleNodes), 0);
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "NoEligibleNodes")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "NoEligibleNodes")));
     stage.fleet = fleet(2);
     stage.fleet[0].agent = Agent::Absent;
     stage.fleet[1].profile = None;
@@ -350,7 +361,7 @@ fn step_without_canaries_pauses() {
         }
         let decision = stage.settle();
         stage.stands(State::Paused, Some(WaitingOn::CanaryNodes), usize::from(!deleted));
-        assert_eq!(condition(&decision, "Stalled"), Some(("True", "Inconclusive")));
+        assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "Inconclusive")));
         if deleted {
             // A person decides to continue with another node.
             stage.rollout.paused = true;
@@ -442,7 +453,7 @@ fn nodes_out_of_order_count_before_others_are_touched() {
     let decision = stage.decide();
     assert_eq!((decision.moves.len(), decision.progress.waiting_on), (0, Some(WaitingOn::HealthyNodes)));
     stage.pass(601);
-    assert_eq!(condition(&stage.decide(), "Stalled"), Some(("True", "ProgressDeadlineExceeded")));
+    assert_eq!(condition(&stage.decide(), ConditionType::Stalled), Some((true, "ProgressDeadlineExceeded")));
     for node in &mut stage.fleet[..2] {
         observed(node).held_removals = 0;
     }
@@ -464,7 +475,7 @@ fn too_much_out_of_order_elsewhere_freezes_it() {
     let decision = stage.decide();
     assert_eq!(reasons(&decision), ["RolloutFrozen"]);
     stage.stands(State::Frozen, Some(WaitingOn::HealthyNodes), 1);
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "Frozen")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "Frozen")));
     for other in &others[..2] {
         observed(stage.node(other)).refused_items = 0;
     }
@@ -486,7 +497,7 @@ fn pausing_touches_no_further_node_and_aborting_returns_all() {
     stage.settle();
     stage.stands(State::Aborted, None, 0);
     let decision = decide(&stage.rollout, &stage.fleet, stage.now);
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "Aborted")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "Aborted")));
     stage.rollout.abort = false;
     stage.settle();
     stage.stands(State::Aborted, None, 0);
@@ -504,8 +515,8 @@ fn superseded_rollout_returns_nodes_before_the_next_one() {
     let decision = stage.decide();
     assert_eq!(reasons(&decision), ["RolloutSuperseded"]);
     stage.stands(State::Superseded, None, 0);
-    assert_eq!(condition(&decision, "Ready"), None);
-    assert_eq!(condition(&decision, "Stalled"), Some(("False", "Superseded")));
+    assert_eq!(condition(&decision, ConditionType::Ready), None);
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((false, "Superseded")));
     stage.agents_follow();
     assert_eq!(decide(&next, &stage.fleet, NOW).moves.len(), 4);
     // A row restored from a backup.

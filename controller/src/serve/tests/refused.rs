@@ -1,4 +1,4 @@
-//! What follows when an agent refuses an update.
+//! Recovery after an agent refuses an update.
 
 use super::*;
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use serde::Deserialize;
+use switchtower_admin_api::NodeReason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -57,7 +58,7 @@ impl Answer {
                 message: format!("Pod {pod} is running; its agent reports: {}{before}", bounded(detail)),
             }),
             Self::Failed(error) => Some(Blocker::new(
-                "AgentNotAnswering",
+                NodeReason::AgentNotAnswering,
                 format!("Pod {pod} is running; its agent does not answer: {}{before}", bounded(error)),
             )),
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 use k8s_openapi::jiff::Timestamp;
+use switchtower_admin_api::NodeReason;
 
 use super::Blocker;
 
@@ -85,13 +86,13 @@ fn stage(pod: &Pod) -> Stage {
     };
     if let Some(condition) = unscheduled(status) {
         return blocked(
-            condition.0.unwrap_or("Unschedulable"),
+            condition.0.unwrap_or(NodeReason::Unschedulable.as_str()),
             bounded(condition.1.unwrap_or("it is not scheduled")),
         );
     }
     if status.phase.as_deref() == Some("Failed") {
         let message = status.message.as_deref().unwrap_or("it failed, see `kubectl describe pod`");
-        return blocked(status.reason.as_deref().unwrap_or("PodFailed"), bounded(message));
+        return blocked(status.reason.as_deref().unwrap_or(NodeReason::PodFailed.as_str()), bounded(message));
     }
     let containers = status
         .init_container_statuses
@@ -187,7 +188,7 @@ pub(super) fn condition_reason(text: &str) -> Cow<'static, str> {
     let good = text.len() <= 128
         && text.starts_with(|first: char| first.is_ascii_alphabetic())
         && text.chars().all(|letter| letter.is_ascii_alphanumeric());
-    Cow::Owned(if good { text } else { "AgentNotRunning" }.to_owned())
+    Cow::Owned(if good { text } else { NodeReason::AgentNotRunning.as_str() }.to_owned())
 }
 
 /// Joins the last lines of a text, without control characters and within [`MESSAGE_LIMIT`].

@@ -3,6 +3,8 @@
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
+use switchtower_admin_api::NodeReason;
+
 use super::ask::{Answer, Connection};
 use super::pod::{AgentPod, Stage, agent_pod};
 use super::{Agents, Blocker};
@@ -200,6 +202,6 @@ fn lost_kubelet_precedes_the_status_of_its_pods() {
     agents.pod(parsed("agent-x", &running()));
     let lost = agents.blocker(NODE, Some("Kubelet stopped posting node status.")).unwrap();
     assert_eq!(lost.reason, "NodeStatusUnknown");
-    agents.closed(Some(Blocker::new("ControllerNotListening", "")));
+    agents.closed(Some(Blocker::new(NodeReason::ControllerNotListening, "")));
     assert_eq!(agents.blocker(NODE, Some("")).unwrap().reason, "ControllerNotListening");
 }

@@ -1,13 +1,14 @@
 //! Observations, and the columns that `kubectl get proxystatus` prints for them.
 
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
+use switchtower_admin_api::NodeReason as Reason;
 use switchtower_core::locality::{Detection, Locality};
 use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
 
 use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
 use crate::status::absence::Blocker;
-use crate::status::observation::{Failure, Observation};
+use crate::status::observation::{Observation, RefusedGeneration};
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).unwrap()
@@ -135,7 +136,8 @@ fn every_state_has_a_reason() {
 
 #[test]
 fn last_error_is_kept_until_the_node_is_synced() {
-    let failure = Failure { reason: "KernelRefused", detail: "EPERM".into(), errno: 1, generation: 11 };
+    let failure =
+        RefusedGeneration { reason: Reason::KernelRefused, detail: "EPERM".into(), errno: 1, generation: 11 };
     let failed = Observation { failure: Some(failure), ..healthy() };
     let first = check(&failed, "ApplyFailed", "False", "KernelRefused");
     assert_eq!(first.status.last_error.as_ref().unwrap().errno, 1);
@@ -216,7 +218,7 @@ fn samples_are_bounded_and_numbers_fit_the_api() {
 
 #[test]
 fn blocker_is_the_reason_of_an_absent_agent_only() {
-    let blocker = Blocker::new("ErrImagePull", "no such image");
+    let blocker = Blocker { reason: "ErrImagePull".into(), message: "no such image".into() };
     let with = |observation: Option<&Observation>, previous: Option<&ProxyStatusStatus>| {
         let row = make_with(observation, Some(&blocker), previous, true);
         let connected = row.status.conditions.iter().find(|known| known.type_ == "Connected").unwrap();

@@ -10,6 +10,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
+use switchtower_admin_api::NodeReason;
 use switchtower_crds::{PreviousRevision, ProfileAssignment};
 
 use crate::fake_api::{self, Call, Store, failure};
@@ -319,7 +320,7 @@ async fn row_shows_the_blocker_of_its_agent() {
         ready["reason"].as_str().unwrap().to_owned()
     };
     assert_eq!(reason(), "NoAgent");
-    lab.agents.closed(Some(Blocker::new("ControllerNotListening", "the port is taken")));
+    lab.agents.closed(Some(Blocker::new(NodeReason::ControllerNotListening, "the port is taken")));
     lab.wait(2_000).await;
     assert_eq!(reason(), "ControllerNotListening");
     lab.agents.closed(None);
@@ -379,7 +380,7 @@ async fn missing_agent_counts_after_the_time_to_reconnect() {
     assert_eq!(lab.row("n1")["status"]["state"], "Unknown", "it must not claim to be ready");
     lab.wait(120_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Unknown", "streams are not accepted yet");
-    lab.agents.closed(Some(Blocker::new("ControllerNotListening", "the port is taken")));
+    lab.agents.closed(Some(Blocker::new(NodeReason::ControllerNotListening, "the port is taken")));
     lab.wait(12_000).await;
     assert_eq!(lab.row("n1")["status"]["state"], "Stale", "no agent can connect");
     lab.agents.closed(None);

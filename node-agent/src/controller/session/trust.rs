@@ -6,7 +6,7 @@ use rustls::CertificateError;
 
 /// Fault of the certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Distrust {
+pub(crate) enum Distrust {
     /// Another authority issued it, or it is for another name.
     NotTheControllers,
     /// It becomes valid this long after the time of the node's clock. The controller dates its certificate back by an

@@ -8,14 +8,14 @@ use super::*;
 fn every_answer_has_a_verdict() {
     let answered = |verdict: DrainVerdict, waited_for_total| {
         let verdict = verdict as i32;
-        describe(&Outcome::Answered(DrainAnswer { verdict, waited_for_total, ..DrainAnswer::default() })).0
+        describe(&GateAnswer::Answered(DrainAnswer { verdict, waited_for_total, ..DrainAnswer::default() })).0
     };
     assert_eq!(answered(DrainVerdict::Drained, 1), "Drained");
     assert_eq!(answered(DrainVerdict::LastEndpoint, 0), "LastEndpoint");
     assert_eq!(answered(DrainVerdict::TimedOut, 0), "TimedOut");
     assert_eq!(answered(DrainVerdict::TimedOut, 3), "TimedOut");
     assert_eq!(answered(DrainVerdict::NotAnEndpoint, 0), "NotAnEndpoint");
-    assert_eq!(describe(&Outcome::NoController).0, "NoController");
+    assert_eq!(describe(&GateAnswer::NoController).0, "NoController");
 }
 
 async fn ask(port: u16, head: &str) -> io::Result<String> {

@@ -74,9 +74,9 @@ fn flows_reconciled_after_a_rollback() {
     let round = |engine: &mut Engine, passes_probe: bool| {
         let round = prober.take().expect("a round of probes");
         let outcome = if passes_probe {
-            crate::state::Outcome::Passed { seen: Default::default() }
+            crate::state::ProbeOutcome::Passed { seen: Default::default() }
         } else {
-            crate::state::Outcome::Failed { errno: libc::ECONNREFUSED, detail: "refused".into() }
+            crate::state::ProbeOutcome::Failed { errno: libc::ECONNREFUSED, detail: "refused".into() }
         };
         let one = |target: &crate::state::Target| Measured {
             probe: target.probe.name.clone(),

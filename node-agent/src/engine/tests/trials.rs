@@ -3,7 +3,7 @@
 use switchtower_proto::v1::{Settings, SettingsCause, TrialPhase};
 
 use super::*;
-use crate::state::{Measured, Outcome, Seen};
+use crate::state::{Measured, ProbeOutcome, Seen};
 use crate::testing::{NotingProber, settings_on_trial};
 
 /// An engine with a programmed kernel, connected.
@@ -40,8 +40,8 @@ impl Node {
     fn round(&mut self, passes: bool) {
         let round = self.prober.take().expect("a round was started");
         let outcome = || match passes {
-            true => Outcome::Passed { seen: Seen::new() },
-            false => Outcome::Failed { errno: libc::ECONNREFUSED, detail: "refused".into() },
+            true => ProbeOutcome::Passed { seen: Seen::new() },
+            false => ProbeOutcome::Failed { errno: libc::ECONNREFUSED, detail: "refused".into() },
         };
         let measured = round.targets.iter().map(|target| {
             assert_eq!((target.address, &target.absent), (Some("10.96.0.0:80".parse().unwrap()), &None));

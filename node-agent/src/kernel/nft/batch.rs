@@ -36,7 +36,7 @@ pub(crate) struct Batch {
 
 /// An operation that the kernel refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Failure {
+pub(crate) struct RefusedMessage {
     /// Index of the message, as [`Batch::len`] was before it was written.
     pub(crate) message: usize,
     /// The error number, positive.
@@ -84,7 +84,7 @@ impl Batch {
     }
 
     /// Returns the index of the entry of a message's element list that the failure's offset lies in.
-    pub(crate) fn element_at(&self, failure: &Failure) -> Option<usize> {
+    pub(crate) fn element_at(&self, failure: &RefusedMessage) -> Option<usize> {
         let start = *self.starts.get(failure.message)?;
         let offset = failure.offset?;
         let message = Messages(self.writer.bytes.get(start..)?).next()?;
@@ -102,7 +102,7 @@ impl Batch {
     }
 
     /// Describes the object of a refused message, and the expression if the kernel reported it.
-    pub(crate) fn describe(&self, failure: &Failure) -> Option<String> {
+    pub(crate) fn describe(&self, failure: &RefusedMessage) -> Option<String> {
         let start = *self.starts.get(failure.message).filter(|_| failure.message > 0)?;
         let bytes = self.writer.bytes.get(start..)?;
         let message = Messages(bytes).next()?;
@@ -150,7 +150,7 @@ impl Batch {
     ///
     /// # Errors
     /// The socket failed.
-    pub(crate) fn commit(&mut self, socket: &mut Socket) -> io::Result<Vec<Failure>> {
+    pub(crate) fn commit(&mut self, socket: &mut Socket) -> io::Result<Vec<RefusedMessage>> {
         if self.starts.len() == 1 {
             // No operation would request the acknowledgement: everything was refused, or was there already.
             return Ok(Vec::new());
@@ -171,7 +171,7 @@ impl Batch {
                         let message = reply.sequence as usize;
                         match reply.errno {
                             0 => committed |= message == last,
-                            errno => failures.push(Failure { message, errno, offset: reply.offset }),
+                            errno => failures.push(RefusedMessage { message, errno, offset: reply.offset }),
                         }
                     }
                 }
@@ -283,7 +283,7 @@ mod tests {
                 });
             });
         });
-        let mut failure = Failure { message: 1, errno: libc::ENOENT, offset: Some(offset) };
+        let mut failure = RefusedMessage { message: 1, errno: libc::ENOENT, offset: Some(offset) };
         let wanted = "rule of chain size-2 with expression numgen in family ip6";
         assert_eq!(batch.describe(&failure).as_deref(), Some(wanted));
         failure.offset = Some(2);

@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Detects the rules of kube-proxy in the network namespace of the thread that opened it.
 #[derive(Debug)]
-pub struct ForeignProxy {
+pub(crate) struct ForeignProxy {
     socket: Socket,
 }
 
@@ -28,7 +28,7 @@ impl ForeignProxy {
     ///
     /// # Errors
     /// The kernel has no nf_tables, or the process has too many open files.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Ok(ForeignProxy { socket: batch::open()? })
     }
 
@@ -36,7 +36,7 @@ impl ForeignProxy {
     ///
     /// # Errors
     /// The kernel refused the request.
-    pub fn present(&mut self) -> io::Result<bool> {
+    pub(crate) fn present(&mut self) -> io::Result<bool> {
         let own_table = |writer: &mut Writer| writer.string(table::NAME, "kube-proxy");
         let services = |writer: &mut Writer| {
             writer.string(chain::TABLE, "nat");
@@ -53,7 +53,7 @@ impl ForeignProxy {
     }
 
     /// Reports every change, starting from absent, until `report` breaks.
-    pub fn follow(mut self, mut report: impl FnMut(bool) -> ControlFlow<()>) {
+    pub(crate) fn follow(mut self, mut report: impl FnMut(bool) -> ControlFlow<()>) {
         let mut reported = false;
         loop {
             match self.present() {

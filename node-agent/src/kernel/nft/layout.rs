@@ -23,9 +23,9 @@ pub(crate) use dispatch::{Masquerade, Pick, source_list_name, source_list_of};
 pub(crate) use sets::{DataType, SetSpec};
 
 /// The name of our table in both families.
-pub const TABLE: &str = "switchtower";
+pub(crate) const TABLE: &str = "switchtower";
 /// Version of the layout, part of the stamp; raised when rules or sets change their meaning.
-pub const LAYOUT_VERSION: u16 = 4;
+pub(crate) const LAYOUT_VERSION: u16 = 4;
 
 /// Code of a frontend that only listed sources may use: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;

@@ -21,6 +21,7 @@ use switchtower_proto::v1::{Cidr, FrontendKind, Role, Verdict};
 use super::allocate::Allocator;
 use super::element::{Changes, Data, Element, Key, Range};
 use super::layout::{BACKEND_BIT, RuleConfig};
+use super::port_name::PortName;
 
 /// Service-port numbers without affinity: those below 2^18 that are no multiples of 8.
 const PLAIN_NUMBERS: u32 = (1 << 18) / 8 * 7;
@@ -105,7 +106,7 @@ struct Pool<const N: usize> {
 
 #[derive(Debug)]
 struct Port<const N: usize> {
-    name: Arc<str>,
+    name: Arc<PortName>,
     /// 0: none, nothing of its pools is in the kernel.
     number: u32,
     sticky: bool,
@@ -131,7 +132,7 @@ pub(crate) struct Facts<const N: usize> {
 }
 
 use lists::SourceLists;
-pub(crate) use refusal::Refusal;
+pub(crate) use refusal::UnprogrammedItem;
 
 /// Numbers from a dump, which an adopted mirror continues to use.
 #[derive(Debug, Default)]
@@ -154,7 +155,7 @@ pub(crate) struct Hints<const N: usize> {
 pub(crate) struct Mirror<const N: usize> {
     ports: Vec<Option<Port<N>>>,
     free_ports: Vec<u32>,
-    names: HashMap<Arc<str>, u32>,
+    names: HashMap<Arc<PortName>, u32>,
     frontends: HashMap<Reference<N>, Frontend>,
     programmed: HashMap<Key<N>, Programmed>,
     /// Frontends and ClusterIP frontends per address.
@@ -243,11 +244,11 @@ impl<const N: usize> Mirror<N> {
         }
     }
 
-    fn port_index(&mut self, name: &str) -> u32 {
+    fn port_index(&mut self, name: &PortName) -> u32 {
         if let Some(index) = self.names.get(name) {
             return *index;
         }
-        let name: Arc<str> = name.into();
+        let name = Arc::new(name.clone());
         let pools = [None, None];
         let port = Port {
             name: Arc::clone(&name),
@@ -274,9 +275,8 @@ impl<const N: usize> Mirror<N> {
         self.ports.get_mut(index as usize)?.as_mut()
     }
 
-    /// The service port's name as it was given.
-    pub(crate) fn port_name(&self, index: u32) -> Arc<str> {
-        self.port(index).map_or_else(|| "".into(), |port| Arc::clone(&port.name))
+    fn port_name(&self, index: u32) -> Option<Arc<PortName>> {
+        self.port(index).map(|port| Arc::clone(&port.name))
     }
 
     fn mark_keys(&mut self, reference: Reference<N>) {
@@ -296,9 +296,9 @@ impl<const N: usize> Mirror<N> {
     pub(crate) fn set_frontend(
         &mut self,
         reference: Reference<N>,
-        port: &str,
+        port: &PortName,
         mut frontend: Frontend,
-    ) -> Option<(Arc<str>, Frontend)> {
+    ) -> Option<(Arc<PortName>, Frontend)> {
         let before = self.remove_frontend(reference);
         let index = self.port_index(port);
         frontend.port = index;
@@ -312,11 +312,11 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Removes a frontend; returns it with its port's name.
-    pub(crate) fn remove_frontend(&mut self, reference: Reference<N>) -> Option<(Arc<str>, Frontend)> {
+    pub(crate) fn remove_frontend(&mut self, reference: Reference<N>) -> Option<(Arc<PortName>, Frontend)> {
         let frontend = self.frontends.remove(&reference)?;
         self.mark_keys(reference);
         let index = frontend.port;
-        let name = self.port_name(index);
+        let name = self.port_name(index)?;
         if let Some(port) = self.port_mut(index) {
             port.references.retain(|other| *other != reference);
         }
@@ -425,7 +425,9 @@ impl<const N: usize> Mirror<N> {
             .port(index)
             .is_some_and(|port| port.references.is_empty() && port.pools.iter().all(Option::is_none));
         if unused {
-            self.names.remove(&self.port_name(index));
+            if let Some(name) = self.port_name(index) {
+                self.names.remove(&name);
+            }
             self.ports[index as usize] = None;
             self.free_ports.push(index);
         }

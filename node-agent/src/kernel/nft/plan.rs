@@ -11,8 +11,8 @@ use switchtower_proto::v1::{
 
 use super::element::{Key, Range};
 use super::layout::{LocalPods, RuleConfig};
-use super::mirror::{Facts, Frontend, Mirror, Reference, Refusal, Target, role_index};
-use super::text::SEPARATOR;
+use super::mirror::{Facts, Frontend, Mirror, Reference, Target, UnprogrammedItem, role_index};
+use super::port_name::PortName;
 use crate::kernel::change::KernelChange;
 
 /// Maximum addresses per family on which node ports are served: each port has an element per address.
@@ -232,7 +232,7 @@ impl Plan {
     }
 
     /// Returns the refused items of both families.
-    pub(crate) fn refusals(&self) -> Vec<Refusal> {
+    pub(crate) fn refusals(&self) -> Vec<UnprogrammedItem> {
         let mut all = self.v4.refusals();
         all.extend(self.v6.refusals());
         all
@@ -256,7 +256,8 @@ fn range<const N: usize>(cidr: &Cidr) -> Option<Range<N>> {
     Range::new(&cidr.address, cidr.prefix_length)
 }
 
-fn key<const N: usize>(address: &[u8], protocol: Protocol, port: u32) -> Option<Key<N>> {
+/// Returns the key of an element; `None` if the address is of the other family, or a part is malformed.
+pub(crate) fn key<const N: usize>(address: &[u8], protocol: Protocol, port: u32) -> Option<Key<N>> {
     let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
     let protocol = u8::try_from(protocol as i32).ok().filter(|protocol| *protocol != 0)?;
     Some(Key { address: address.try_into().ok()?, port, protocol })
@@ -274,22 +275,9 @@ fn reference<const N: usize>(frontend: &FrontendKey) -> Option<Reference<N>> {
     key(&frontend.address, frontend.protocol(), frontend.port).map(Reference::Explicit)
 }
 
-/// Returns the internal name of a service port.
-fn name_of(port: Option<&ServicePort>) -> String {
-    let port = port.cloned().unwrap_or_default();
-    [port.namespace, port.name, port.port, port.protocol.to_string()].join(&SEPARATOR.to_string())
-}
-
-/// The inverse of [`name_of`].
-fn service_port(name: &str) -> ServicePort {
-    let mut parts = name.split(SEPARATOR).map(str::to_owned);
-    let mut next = || parts.next().unwrap_or_default();
-    ServicePort {
-        namespace: next(),
-        name: next(),
-        port: next(),
-        protocol: next().parse().unwrap_or_default(),
-    }
+/// Returns the name of a service port; one that a malformed message lacks is empty.
+fn name_of(port: Option<&ServicePort>) -> PortName {
+    PortName::from(port.unwrap_or(&ServicePort::default()))
 }
 
 fn target(target: Option<&ViewTarget>) -> Target {
@@ -317,13 +305,13 @@ fn set_frontend<const N: usize>(mirror: &mut Mirror<N>, view: &ViewFrontend) -> 
     }))
 }
 
-fn view_of(key: FrontendKey, name: &str, frontend: &Frontend) -> ViewFrontend {
+fn view_of(key: FrontendKey, name: &PortName, frontend: &Frontend) -> ViewFrontend {
     let target =
         |target: Target| ViewTarget { role: target.role as i32, when_empty: target.when_empty as i32 };
     ViewFrontend {
         key: Some(key),
         kind: frontend.kind as i32,
-        service_port: Some(service_port(name)),
+        service_port: Some(name.into()),
         outside: Some(target(frontend.outside)),
         inside: Some(target(frontend.inside)),
         affinity_seconds: frontend.affinity,

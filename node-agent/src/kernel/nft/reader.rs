@@ -5,29 +5,18 @@
 //! attempt may mix two generations.
 
 use std::io;
-use std::net::IpAddr;
 
-use switchtower_proto::address_bytes;
-use switchtower_proto::v1::{KernelChain, KernelFrontend, KernelTable, Stamp as WireStamp};
+use switchtower_proto::v1::{
+    Family, FrontendKey, KernelChain, KernelFrontend, KernelTable, Stamp as WireStamp,
+};
 
 use super::dump::{self, TableDump};
 use super::element::{Data, Element, Key};
 use super::inspect;
 use super::layout::{FAMILY_IPV4, FAMILY_IPV6, Pick, source_list_name};
 use super::resolve::{self, Lookup};
-use super::{batch, stamp_from};
+use super::{batch, plan, stamp_from};
 use crate::kernel::netlink::Socket;
-
-/// The frontends of a lookup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FrontendQuery {
-    /// `None`: every address with this protocol and port.
-    pub address: Option<IpAddr>,
-    /// IANA number.
-    pub protocol: u8,
-    /// 1..65535.
-    pub port: u16,
-}
 
 /// Attempts of a read that commits interrupt.
 const ATTEMPTS: usize = 3;
@@ -47,14 +36,15 @@ impl KernelReader {
         Ok(KernelReader { socket: batch::open()? })
     }
 
-    /// Reads frontends by name, without absent ones.
+    /// Reads frontends by key, without absent ones. A key without an address stands for every address of its family.
     ///
     /// # Errors
     /// Reading failed.
-    pub fn lookup(&mut self, queries: &[FrontendQuery]) -> io::Result<KernelTable> {
+    pub fn lookup(&mut self, wanted: &[FrontendKey]) -> io::Result<KernelTable> {
         self.steadily(|socket| {
-            let mut frontends = lookup::<4>(socket, queries)?;
-            frontends.extend(lookup::<16>(socket, queries)?);
+            let of = |family: Family| wanted.iter().filter(move |key| key.family() == family);
+            let mut frontends = lookup::<4>(socket, of(Family::Ipv4))?;
+            frontends.extend(lookup::<16>(socket, of(Family::Ipv6))?);
             Ok(KernelTable { total: frontends.len() as u64, frontends, ..KernelTable::default() })
         })
     }
@@ -154,16 +144,17 @@ fn chains<const N: usize>(socket: &mut Socket, family: &str) -> io::Result<Vec<K
     Ok(dump.chains.iter().map(chain).collect())
 }
 
-fn lookup<const N: usize>(socket: &mut Socket, queries: &[FrontendQuery]) -> io::Result<Vec<KernelFrontend>> {
+fn lookup<'a, const N: usize>(
+    socket: &mut Socket,
+    wanted: impl Iterator<Item = &'a FrontendKey>,
+) -> io::Result<Vec<KernelFrontend>> {
     let mut partial = Partial::<N> { socket, dump: TableDump::default() };
     let mut keys = Vec::new();
-    for query in queries {
-        let address = query.address.map(address_bytes);
-        match address.as_deref().map(<[u8; N]>::try_from) {
-            Some(Ok(address)) => keys.push(Key { address, port: query.port, protocol: query.protocol }),
-            // Of the other family.
-            Some(Err(_)) => {}
-            None => keys.extend(partial.keys_with(query)?),
+    for wanted in wanted {
+        if wanted.address.is_empty() {
+            keys.extend(partial.keys_with(wanted)?);
+        } else {
+            keys.extend(plan::key::<N>(&wanted.address, wanted.protocol(), wanted.port));
         }
     }
     keys.sort_unstable();
@@ -182,14 +173,19 @@ struct Partial<'a, const N: usize> {
 
 impl<const N: usize> Partial<'_, N> {
     /// Returns the keys of frontends on any address; reads the whole map `frontends`.
-    fn keys_with(&mut self, query: &FrontendQuery) -> io::Result<Vec<Key<N>>> {
+    fn keys_with(&mut self, wanted: &FrontendKey) -> io::Result<Vec<Key<N>>> {
+        let Some(wanted) = plan::key::<N>(&[0; N], wanted.protocol(), wanted.port) else {
+            return Ok(Vec::new());
+        };
         let mut frontends = TableDump::<N>::default();
         match dump::elements(self.socket, "frontends", &mut frontends) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
             _ => {}
         }
         let keys = frontends.elements.keys().filter_map(|element| match element {
-            Element::Frontend(key) if (key.protocol, key.port) == (query.protocol, query.port) => Some(*key),
+            Element::Frontend(key) if (key.protocol, key.port) == (wanted.protocol, wanted.port) => {
+                Some(*key)
+            }
             _ => None,
         });
         Ok(keys.collect())

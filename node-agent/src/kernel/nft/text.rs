@@ -1,9 +1,6 @@
-//! Readable names of addresses, protocols and Services.
+//! Readable names of addresses and protocols.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-
-/// Separator of the parts of an internal service-port name.
-pub(crate) const SEPARATOR: char = '\0';
 
 /// Formats `10.0.0.1` or `fd00::1`.
 pub(crate) fn address(bytes: &[u8]) -> IpAddr {
@@ -26,16 +23,4 @@ pub(crate) fn protocol(number: u8) -> String {
         132 => "SCTP".to_owned(),
         other => other.to_string(),
     }
-}
-
-/// Returns `namespace/name` of an internal service-port name.
-pub(crate) fn service(name: &str) -> String {
-    let mut parts = name.split(SEPARATOR);
-    format!("{}/{}", parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
-}
-
-/// Returns `namespace/name:port` of an internal service-port name.
-pub(crate) fn port_name(name: &str) -> String {
-    let port = name.split(SEPARATOR).nth(2).unwrap_or_default();
-    if port.is_empty() { service(name) } else { format!("{}:{port}", service(name)) }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::batch::{Batch, Failure};
+use super::batch::{Batch, RefusedMessage};
 use super::element::{Changes, Data, Element};
 use super::encode::{self, Encoded, Operation, Structure};
 use super::layout::{FAMILY_IPV4, FAMILY_IPV6, TABLE};
@@ -60,7 +60,7 @@ impl Families {
 
 /// An operation that the kernel refused for a reason that no element explains.
 #[derive(Debug)]
-struct Refusal {
+struct RefusedBatch {
     families: Families,
     operation: String,
     errno: i32,
@@ -68,7 +68,7 @@ struct Refusal {
 
 /// The reason why a transaction failed.
 enum Failed {
-    Refused(Refusal),
+    Refused(RefusedBatch),
     Io(io::Error),
 }
 
@@ -80,7 +80,7 @@ impl From<io::Error> for Failed {
 
 /// Operations and kernel time of a transaction.
 #[derive(Default)]
-pub(super) struct Outcome {
+pub(super) struct Written {
     pub(super) operations: u32,
     pub(super) kernel: Duration,
 }
@@ -88,7 +88,7 @@ pub(super) struct Outcome {
 /// The step after an attempt of a transaction.
 enum Next {
     /// The transaction is committed.
-    Done(Outcome),
+    Done(Written),
     /// An element was removed or repaired: retry.
     Again,
     /// Another transaction, or an object that the kernel does not identify, conflicts: retry after a delay.
@@ -96,22 +96,23 @@ enum Next {
     /// The tables differ from the expected content: compare with a dump, then retry.
     Compare(Families),
     /// The kernel refuses the changes of these families as a whole.
-    Refused(Refusal),
+    Refused(RefusedBatch),
 }
 
 impl Nft {
     /// Sends the pending changes until the kernel accepts them. If it refuses those of one family, sends
     /// only the other family's, without a stamp: an agent that starts then finds none and compares.
-    pub(super) fn transact(&mut self, stamp: Option<Stamp>) -> Result<Outcome, CommitError> {
+    pub(super) fn transact(&mut self, stamp: Option<Stamp>) -> Result<Written, CommitError> {
         let entries = stamp.as_ref().map(stamp_entries).unwrap_or_default();
-        let Refusal { families, operation, errno } = match self.transact_families(Families::Both, &entries) {
-            Ok(outcome) => {
-                self.stamp = stamp;
-                return Ok(outcome);
-            }
-            Err(Failed::Io(error)) => return Err(error.into()),
-            Err(Failed::Refused(refusal)) => refusal,
-        };
+        let RefusedBatch { families, operation, errno } =
+            match self.transact_families(Families::Both, &entries) {
+                Ok(outcome) => {
+                    self.stamp = stamp;
+                    return Ok(outcome);
+                }
+                Err(Failed::Io(error)) => return Err(error.into()),
+                Err(Failed::Refused(refusal)) => refusal,
+            };
         if let Some((family, other)) = families.split()
             && self.transact_families(other, &BTreeMap::new()).is_ok()
         {
@@ -158,7 +159,7 @@ impl Nft {
         &mut self,
         families: Families,
         stamp: &BTreeMap<u32, [u8; 16]>,
-    ) -> Result<Outcome, Failed> {
+    ) -> Result<Written, Failed> {
         let result = self.transact_parts(families, stamp);
         self.plan.v4.rejoin();
         self.plan.v6.rejoin();
@@ -170,11 +171,11 @@ impl Nft {
         &mut self,
         families: Families,
         stamp: &BTreeMap<u32, [u8; 16]>,
-    ) -> Result<Outcome, Failed> {
+    ) -> Result<Written, Failed> {
         let mut retry = Retry { chunk: usize::MAX, healed: Default::default() };
         let (mut compared, mut busy) = (false, 0);
         let mut blamed = families;
-        let mut total = Outcome::default();
+        let mut total = Written::default();
         self.split(families);
         let mut attempts = ATTEMPTS;
         while attempts > 0 {
@@ -210,7 +211,7 @@ impl Nft {
             self.split(families);
         }
         let operation = "every attempt was refused".to_owned();
-        Err(Failed::Refused(Refusal { families: blamed, operation, errno: libc::EBUSY }))
+        Err(Failed::Refused(RefusedBatch { families: blamed, operation, errno: libc::EBUSY }))
     }
 
     /// Sets the changes beyond one transaction aside, unless a table is replaced, which must leave no gap.
@@ -284,13 +285,13 @@ impl Nft {
         if families.has_ipv6() {
             committed(&mut self.plan.v6, &mut self.structures.1, entries);
         }
-        Ok(Next::Done(Outcome { operations: sent.v4.operations + sent.v6.operations, kernel }))
+        Ok(Next::Done(Written { operations: sent.v4.operations + sent.v6.operations, kernel }))
     }
 
     /// Removes or corrects the refused elements and decides the next step.
     fn refused_by(
         &mut self,
-        failures: &[Failure],
+        failures: &[RefusedMessage],
         families: Families,
         sent: &Sent,
         retry: &mut Retry,
@@ -298,7 +299,7 @@ impl Nft {
         // A refusal may change the later parts.
         self.plan.v4.rejoin();
         self.plan.v6.rejoin();
-        let (mut next, mut refusal) = (None, None::<Refusal>);
+        let (mut next, mut refusal) = (None, None::<RefusedBatch>);
         for failure in failures {
             let family = sent.family(failure).unwrap_or(families);
             // Errors that follow from the first one of a family say nothing about their elements.
@@ -308,7 +309,7 @@ impl Nft {
             match self.judge(failure, family, sent, retry) {
                 Next::Refused(own) => {
                     refusal = Some(match refusal {
-                        Some(first) => Refusal { families: first.families.join(family), ..first },
+                        Some(first) => RefusedBatch { families: first.families.join(family), ..first },
                         None => own,
                     });
                 }
@@ -324,7 +325,7 @@ impl Nft {
     }
 
     /// Handles one failure of a transaction.
-    fn judge(&mut self, failure: &Failure, family: Families, sent: &Sent, retry: &mut Retry) -> Next {
+    fn judge(&mut self, failure: &RefusedMessage, family: Families, sent: &Sent, retry: &mut Retry) -> Next {
         let elements = sent.v4.has(failure.message) || sent.v6.has(failure.message);
         let busy = [libc::EBUSY, libc::EINTR, libc::EAGAIN, libc::ERESTART].contains(&failure.errno);
         if busy && !elements {
@@ -351,7 +352,7 @@ impl Nft {
             }
             operation += &unsupported(failure.errno);
         }
-        Next::Refused(Refusal { families: family, operation, errno: failure.errno })
+        Next::Refused(RefusedBatch { families: family, operation, errno: failure.errno })
     }
 }
 
@@ -366,14 +367,14 @@ struct Sent {
 
 impl Sent {
     /// Returns the family of a failure; `None` if it is about the batch as a whole.
-    fn family(&self, failure: &Failure) -> Option<Families> {
+    fn family(&self, failure: &RefusedMessage) -> Option<Families> {
         let message = failure.message;
         let known = (1..self.batch.len()).contains(&message);
         known.then_some(if message < self.boundary { Families::Ipv4 } else { Families::Ipv6 })
     }
 
     /// Describes the operation of a failure.
-    fn operation(&self, failure: &Failure) -> String {
+    fn operation(&self, failure: &RefusedMessage) -> String {
         let v4 = self.v4.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
         let v6 = self.v6.element(failure.message, None).map(|(element, _)| format!("{element:?}"));
         let object = v4.or(v6).or_else(|| self.batch.describe(failure));
@@ -405,7 +406,7 @@ fn committed<const N: usize>(
 fn resolve<const N: usize>(
     mirror: &mut Mirror<N>,
     encoded: &Encoded<N>,
-    failure: &Failure,
+    failure: &RefusedMessage,
     position: Option<usize>,
     healed: &mut HashSet<Element<N>>,
 ) -> Option<()> {

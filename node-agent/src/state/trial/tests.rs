@@ -1,6 +1,6 @@
 //! The machine as tables: what happens, and what is in force afterwards.
 
-use super::super::evidence::{Outcome, Seen};
+use super::super::evidence::{ProbeOutcome, Seen};
 use super::*;
 
 const START: u64 = 1_000;
@@ -23,20 +23,20 @@ fn on_trial(revision: u64, fallback: u64) -> Settings {
     Settings { trial: Some(Box::new(trial)), ..settings(revision) }
 }
 
-fn measured(outcome: Outcome) -> Vec<Measured> {
+fn measured(outcome: ProbeOutcome) -> Vec<Measured> {
     vec![Measured { probe: "web".into(), address: Some("10.96.0.1:80".parse().unwrap()), outcome }]
 }
 
 fn passed() -> Vec<Measured> {
-    measured(Outcome::Passed { seen: Seen::new() })
+    measured(ProbeOutcome::Passed { seen: Seen::new() })
 }
 
 fn failed() -> Vec<Measured> {
-    measured(Outcome::Failed { errno: 111, detail: "refused".into() })
+    measured(ProbeOutcome::Failed { errno: 111, detail: "refused".into() })
 }
 
 fn absent() -> Vec<Measured> {
-    measured(Outcome::Absent { detail: "no endpoint".into() })
+    measured(ProbeOutcome::Absent { detail: "no endpoint".into() })
 }
 
 /// Backends with what they saw.
@@ -44,7 +44,7 @@ fn saw(seen: &[(&str, &[&str])]) -> Vec<Measured> {
     let seen = seen.iter().map(|(backend, sources)| {
         ((*backend).to_owned(), sources.iter().map(|source| source.parse().unwrap()).collect())
     });
-    measured(Outcome::Passed { seen: seen.collect() })
+    measured(ProbeOutcome::Passed { seen: seen.collect() })
 }
 
 /// A machine with its clock, in milliseconds.

@@ -5,12 +5,13 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
 use serde_json::{Value, json};
+use switchtower_admin_api::NodeReason;
 use switchtower_controller::status::absence::ask::{Answer, Connection};
 use switchtower_controller::status::absence::{Agents, Blocker, pod::agent_pod};
-use switchtower_controller::status::observation::{Failure, Observation, nack_word};
+use switchtower_controller::status::observation::{Observation, RefusedGeneration, nack_reason};
 use switchtower_controller::status::row::{Absence, Inputs, row};
 use switchtower_crds::{ProxyStatus, ProxyStatusStatus};
-use switchtower_proto::v1::{Deviations, NackReason, SettingsCause, SettingsDeviation};
+use switchtower_proto::v1::{Deviations, DriftCause, NackReason, SettingsCause, SettingsDeviation};
 
 use super::super::{Verdict, codes_of, text};
 use super::*;
@@ -113,7 +114,8 @@ fn waiting(reason: &str, message: &str) -> Fault {
 }
 
 fn refused(reason: NackReason, errno: i32) -> Fault {
-    let failure = Failure { reason: nack_word(reason), detail: "as it says".into(), errno, generation: 11 };
+    let failure =
+        RefusedGeneration { reason: nack_reason(reason), detail: "as it says".into(), errno, generation: 11 };
     Fault::Observed(Box::new(Observation { failure: Some(failure), ..healthy() }))
 }
 
@@ -207,7 +209,10 @@ fn absent_agents_reported_with_their_reason() {
     let down = Agents::default().blocker("node-1", Some("Kubelet stopped posting node status."));
     blames(&Fault::Lost(down), "ST0112", &["NodeStatusUnknown", "Kubelet stopped"]);
     let closed = Agents::default();
-    closed.closed(Some(Blocker::new("ControllerNotListening", "another program uses 192.0.2.9:9443")));
+    closed.closed(Some(Blocker::new(
+        NodeReason::ControllerNotListening,
+        "another program uses 192.0.2.9:9443",
+    )));
     let closed = closed.blocker("node-1", None);
     blames(&Fault::Lost(closed), "ST0306", &["ControllerNotListening", "192.0.2.9:9443"]);
     blames(&Fault::Restarted(Absence::Overdue), "ST0111", &["AwaitingAgent"]);
@@ -225,7 +230,7 @@ fn connected_agents_diagnosed_by_their_reports() {
     blames(&deviating(0, 0, Some(SettingsCause::Trial)), "ST0113", &["SettingsOnTrial", "default@3"]);
     blames(&deviating(0, 0, Some(SettingsCause::RolledBack)), "ST0114", &["RolledBack", "default@3"]);
     let observed = |observation| Fault::Observed(Box::new(observation));
-    let drift = Observation { drift_at: Some(ago(3)), drift_cause: "table_deleted".into(), ..healthy() };
+    let drift = Observation { drift_at: Some(ago(3)), drift_cause: DriftCause::TableDeleted, ..healthy() };
     blames(&observed(drift), "ST0106", &["ForeignChange", "table_deleted"]);
     let shared = Observation { foreign_proxy: true, ..healthy() };
     blames(&observed(shared), "ST0107", &["ForeignProxy", "kube-proxy"]);

@@ -20,7 +20,7 @@ fn canary_that_goes_dark_fails_after_a_deadline() {
         let decision = stage.settle();
         let on = if touched == 1 { WaitingOn::CanaryNodes } else { WaitingOn::UnreachableNodes };
         stage.stands(State::Paused, Some(on), touched);
-        assert_eq!(condition(&decision, "Stalled").map(|(status, _)| status), Some("True"));
+        assert_eq!(condition(&decision, ConditionType::Stalled).map(|(holds, _)| holds), Some(true));
         stage.pass(1);
         stage.decide();
         assert_eq!(stage.rollout.progress.failures[0].reason, "LostAfterUpdate");
@@ -61,7 +61,7 @@ fn unreachable_node_blocks_a_step_until_approved() {
     let decision = stage.settle();
     stage.stands(State::Paused, Some(WaitingOn::UnreachableNodes), 40);
     assert_eq!(reasons(&decision), ["RolloutInconclusive"]);
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "UnreachableNodes")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "UnreachableNodes")));
     let message = &decision.status.message;
     assert!(message.contains(&format!("3 nodes ({})", dark.join(", "))), "{message}");
     assert!(
@@ -119,10 +119,10 @@ fn rollout_waiting_too_long_is_stalled() {
     stage.fleet[1].assigned = Some(assignment(earlier, NOW));
     let decision = stage.decide();
     assert_eq!(stage.rollout.progress.state, State::Pending);
-    assert_eq!(condition(&decision, "Stalled"), Some(("False", "Pending")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((false, "Pending")));
     stage.pass(601);
     let decision = stage.decide();
-    assert_eq!(condition(&decision, "Stalled"), Some(("True", "ProgressDeadlineExceeded")));
+    assert_eq!(condition(&decision, ConditionType::Stalled), Some((true, "ProgressDeadlineExceeded")));
     assert!(decision.status.message.contains("1 node (n1)"), "{}", decision.status.message);
     // No rollout returns a revision that no object describes: the rollout takes the node as it is.
     stage.fleet[1].unknown = true;

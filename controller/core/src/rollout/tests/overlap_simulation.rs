@@ -32,7 +32,7 @@ struct Item {
 #[derive(Clone, Default)]
 struct Row {
     stored: Option<Assignment>,
-    /// What the node returns to, and the profile's UID; of what is assigned, written or not.
+    /// Revision that the node returns to, and the profile's UID, for the latest assignment, stored or not.
     had: Option<(Revision, Arc<str>)>,
     had_stored: Option<(Revision, Arc<str>)>,
 }
@@ -50,7 +50,7 @@ struct World {
     /// Names, UIDs and hashes that were given out.
     counter: u64,
     used: BTreeSet<Revision>,
-    /// How many nodes returned to another revision than the rollout's stable one.
+    /// Number of nodes that returned to another revision than the rollout's stable one.
     own_ways: usize,
 }
 

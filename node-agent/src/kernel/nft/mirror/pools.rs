@@ -5,10 +5,11 @@ use std::collections::{HashMap, HashSet};
 use super::{Member, Mirror, Pool, Reference, STICKY_MEMBERS, index_of, number_of, pool_bits};
 use crate::kernel::nft::element::{Data, Element, Key};
 use crate::kernel::nft::layout::{BACKEND_BIT, Masquerade, POOL_MASK, Pick};
+use crate::kernel::nft::port_name::PortName;
 
 impl<const N: usize> Mirror<N> {
     /// Creates a pool if it is absent; returns whether it was.
-    pub(crate) fn create_pool(&mut self, port: &str, role: usize) -> bool {
+    pub(crate) fn create_pool(&mut self, port: &PortName, role: usize) -> bool {
         let index = self.port_index(port);
         self.dirty_ports.insert(index);
         let Some(port) = self.port_mut(index) else { return false };
@@ -18,7 +19,7 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Removes a pool; returns its members, `None` if it was absent.
-    pub(crate) fn remove_pool(&mut self, port: &str, role: usize) -> Option<Vec<([u8; N], u16)>> {
+    pub(crate) fn remove_pool(&mut self, port: &PortName, role: usize) -> Option<Vec<([u8; N], u16)>> {
         let index = *self.names.get(port)?;
         self.dirty_ports.insert(index);
         let pool = self.port(index)?.pools[role].as_ref()?;
@@ -37,7 +38,7 @@ impl<const N: usize> Mirror<N> {
     /// Adds members to a pool; returns those that were not members.
     pub(crate) fn add_members(
         &mut self,
-        port: &str,
+        port: &PortName,
         role: usize,
         endpoints: &[([u8; N], u16)],
     ) -> Vec<([u8; N], u16)> {
@@ -68,7 +69,7 @@ impl<const N: usize> Mirror<N> {
     /// Removes members from a pool; returns those that were members.
     pub(crate) fn remove_members(
         &mut self,
-        port: &str,
+        port: &PortName,
         role: usize,
         endpoints: &[([u8; N], u16)],
     ) -> Vec<([u8; N], u16)> {

@@ -8,7 +8,7 @@ use crate::kernel::nft::text;
 
 /// An item that is not in the kernel, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Refusal {
+pub(crate) struct UnprogrammedItem {
     pub(crate) item: String,
     pub(crate) reason: String,
     pub(crate) errno: i32,
@@ -112,11 +112,11 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Returns all items of the view that are not in the kernel.
-    pub(crate) fn refusals(&self) -> Vec<Refusal> {
-        let mut all: Vec<Refusal> = self
+    pub(crate) fn refusals(&self) -> Vec<UnprogrammedItem> {
+        let mut all: Vec<UnprogrammedItem> = self
             .overflowed
             .iter()
-            .map(|(key, reason)| Refusal {
+            .map(|(key, reason)| UnprogrammedItem {
                 item: self.frontend_item(key),
                 reason: (*reason).to_owned(),
                 errno: 0,
@@ -125,7 +125,7 @@ impl<const N: usize> Mirror<N> {
         if self.facts.unserved > 0 {
             let (served, family) = (self.facts.node_ports.len(), if N == 4 { "IPv4" } else { "IPv6" });
             let total = served + self.facts.unserved;
-            all.push(Refusal {
+            all.push(UnprogrammedItem {
                 item: format!("{family} addresses for node ports"),
                 reason: format!(
                     "nodePortAddresses selects {total} addresses of this node; node ports are served on {served}. Select \
@@ -137,7 +137,7 @@ impl<const N: usize> Mirror<N> {
         for (element, errno) in &self.blocked {
             let reason = std::io::Error::from_raw_os_error(*errno);
             let reason = format!("the kernel refused an element of {}: {reason}", element.set());
-            all.push(Refusal { item: self.item(element), reason, errno: *errno });
+            all.push(UnprogrammedItem { item: self.item(element), reason, errno: *errno });
         }
         for (index, _, member, errno) in &self.refused_members {
             let reason = match errno {
@@ -145,8 +145,9 @@ impl<const N: usize> Mirror<N> {
                 _ => format!("the kernel refused it: {}", std::io::Error::from_raw_os_error(*errno)),
             };
             let address = text::socket_address(&member.address, member.port);
-            let item = format!("endpoint {address} of {}", text::port_name(&self.port_name(*index)));
-            all.push(Refusal { item, reason, errno: *errno });
+            let owner = self.port_name(*index).map(|name| format!(" of {name}")).unwrap_or_default();
+            let item = format!("endpoint {address}{owner}");
+            all.push(UnprogrammedItem { item, reason, errno: *errno });
         }
         all.sort_by(|left, right| left.item.cmp(&right.item));
         all
@@ -155,8 +156,8 @@ impl<const N: usize> Mirror<N> {
     fn frontend_item(&self, key: &Key<N>) -> String {
         let address = text::socket_address(&key.address, key.port);
         let protocol = text::protocol(key.protocol);
-        let owner = self.frontend_at(key).map(|frontend| self.port_name(frontend.port));
-        let owner = owner.map(|name| format!(" ({})", text::service(&name))).unwrap_or_default();
+        let owner = self.frontend_at(key).and_then(|frontend| self.port_name(frontend.port));
+        let owner = owner.map(|name| format!(" ({})", name.service())).unwrap_or_default();
         format!("frontend {address}/{protocol}{owner}")
     }
 
