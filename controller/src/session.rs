@@ -23,6 +23,7 @@ use tonic::{Status, Streaming};
 
 use crate::fleet::queries::PendingQuery;
 use crate::fleet::{Fleet, Signal};
+use crate::peers::Peers;
 use crate::status::row::BEHIND_GRACE;
 use crate::status::{News, Observation};
 use crate::text::sanitized;
@@ -117,6 +118,8 @@ pub(crate) struct Session {
     pause: Option<Pause>,
     refusals: u32,
     pings: u64,
+    /// Addresses of all replicas; the agent has those that are marked as seen.
+    peers: Peers,
     query: PendingQuery,
     drains: drain::DrainQueries,
     heard: Instant,
@@ -154,6 +157,7 @@ impl Session {
                 health_checks: HealthCheckPlacement::default(),
             },
             allowance: TokenBucket::new(rate, now.into_std()),
+            peers: limits.peers.clone(),
             fleet,
             limits,
             node,
@@ -237,7 +241,7 @@ impl Session {
             version: hello::VERSION,
             session: number,
             controller: self.limits.replica.clone(),
-            peers: self.limits.peers.current(),
+            peers: self.peers.take_current(),
             resumed: self.cursor.is_some(),
             features: vec![switchtower_proto::DRAIN_GATE.to_owned()],
         };
@@ -552,12 +556,14 @@ impl Session {
         }
         // The peers have just heard each other.
         let recent = self.limits.ping / 2;
-        if self.heard.elapsed() < recent && self.spoke.elapsed() < recent {
+        let peers = self.peers.take_news();
+        if peers.is_empty() && self.heard.elapsed() < recent && self.spoke.elapsed() < recent {
             return Ok(());
         }
         self.pings += 1;
         let age = self.fleet.upstream_age().map_or(u64::MAX, |age| age.as_millis() as u64);
-        self.send(ToAgent::Ping(Ping { sequence: self.pings, upstream_age_milliseconds: age })).await
+        let ping = Ping { sequence: self.pings, upstream_age_milliseconds: age, peers };
+        self.send(ToAgent::Ping(ping)).await
     }
 }
 

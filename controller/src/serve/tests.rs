@@ -315,6 +315,23 @@ async fn snapshot_precedes_deltas_and_changes_are_combined() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn connected_agents_learn_replicas_that_start_later() {
+    let (peers, sender) = crate::peers::Peers::new(vec!["192.0.2.1:9443".to_owned()]);
+    let limits = Limits { peers, ping: Duration::from_millis(50), ..Limits::default() };
+    let lab = Lab::start(limits).await;
+    let (mut agent, _) = Agent::settled(&lab, "n1").await;
+    let both = vec!["192.0.2.1:9443".to_owned(), "192.0.2.2:9443".to_owned()];
+    sender.send(both.clone()).unwrap();
+    let mut sent = Vec::new();
+    while sent.iter().position(|peers: &Vec<String>| !peers.is_empty()).is_none_or(|at| sent.len() < at + 3) {
+        let ToAgent::Ping(ping) = agent.next().await else { continue };
+        sent.push(ping.peers);
+    }
+    sent.retain(|peers| !peers.is_empty());
+    assert_eq!(sent, [both], "once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn settings_assignment_is_followed_like_any_change() {
     let lab = Lab::start(Limits::default()).await;
     let (mut agent, first) = Agent::settled(&lab, "n1").await;

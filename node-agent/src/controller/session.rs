@@ -360,15 +360,23 @@ async fn open(
     tracing::Span::current().record("server.address", address.as_str());
     metrics.connected.set(1);
     contact.made(&address);
-    if let Some((path, content)) = controllers.remember(&peers) {
-        identity.files.put(&path, Content::Bytes(content), None);
-    }
+    remember(controllers, identity, &peers);
     if resumed {
         commands.send(Command::Resumed).await.map_err(|_| SessionError::Stopping)?;
     }
     let answers = Answers::new(commands.clone(), out.clone());
     let drains = drains.connected(features.iter().any(|feature| feature == DRAIN_GATE));
-    Ok((Stream { commands, out, session, events, sequence: 0, answers, drains }, incoming))
+    Ok((
+        Stream { controllers, identity, commands, out, session, events, sequence: 0, answers, drains },
+        incoming,
+    ))
+}
+
+/// Keeps the addresses of the replicas, also for the time after a restart without a bootstrap ConfigMap.
+fn remember(controllers: &mut Controllers, identity: &Identity, peers: &[String]) {
+    if let Some((path, content)) = controllers.remember(peers) {
+        identity.files.put(&path, Content::Bytes(content), None);
+    }
 }
 
 fn go_away(goodbye: GoAway) -> SessionError {
@@ -401,6 +409,8 @@ fn hello(identity: &Identity, status: AgentStatus) -> Hello {
 
 /// An open stream.
 struct Stream<'a> {
+    controllers: &'a mut Controllers,
+    identity: &'a Identity,
     commands: &'a mpsc::Sender<Command>,
     out: mpsc::Sender<AgentMessage>,
     session: u64,
@@ -434,7 +444,7 @@ impl Stream<'_> {
                         continue;
                     }
                     self.sequence += 1;
-                    let ping = Ping { sequence: self.sequence, upstream_age_milliseconds: 0 };
+                    let ping = Ping { sequence: self.sequence, ..Ping::default() };
                     self.send(FromAgent::Ping(ping)).await?;
                 }
                 message = incoming.next() => {
@@ -479,6 +489,7 @@ impl Stream<'_> {
             Some(FromController::Part(part)) => self.command(Command::Part(part)).await,
             Some(FromController::UpdateEnd(end)) => self.command(Command::End(end)).await,
             Some(FromController::Ping(ping)) => {
+                remember(self.controllers, self.identity, &ping.peers);
                 self.send(FromAgent::Pong(Pong { sequence: ping.sequence })).await
             }
             Some(FromController::GoAway(goodbye)) => Err(go_away(goodbye)),

@@ -756,12 +756,15 @@ pub struct UpdateEnd {
     pub to: u64,
 }
 /// Carries the age of the sender's own upstream: how long ago the API server was last heard.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ping {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
     #[prost(uint64, tag = "2")]
     pub upstream_age_milliseconds: u64,
+    /// From the controller: host:port of all replicas, if they changed since the Welcome or the last Ping that had some.
+    #[prost(string, repeated, tag = "3")]
+    pub peers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Pong {

@@ -104,6 +104,11 @@ async fn hello_update_ack_and_resume() {
     assert_eq!(agent.connected.connected.get(), 1);
     assert!(agent.contact.state().connected);
 
+    // A replica that started after the Welcome.
+    let peers = vec!["192.0.2.10:9443".to_owned()];
+    stream.send(FromController::Ping(Ping { peers, ..Ping::default() })).await;
+    assert!(matches!(stream.next().await, Some(FromAgent::Pong(_))));
+
     // The stream breaks; the agent reconnects with its view, and a delta continues from there.
     drop(stream);
     let mut stream = controller.accept().await;
@@ -117,7 +122,7 @@ async fn hello_update_ack_and_resume() {
     assert_eq!((ack.session, ack.generation), (8, 3));
     assert_eq!(agent.kernel.lock().commits[1..], [1, 1]);
     let remembered = std::fs::read_to_string(agent.directory.path().join("state/controllers")).unwrap();
-    assert_eq!(remembered, "192.0.2.9:9443\n");
+    assert_eq!(remembered, "192.0.2.10:9443\n");
     agent.stop.send(true).unwrap();
 }
 
@@ -231,7 +236,7 @@ async fn questions_and_pings_are_answered() {
     let _agent = Agent::start(&controller);
     let mut stream = controller.accept().await;
     stream.welcome(1, &[]).await;
-    stream.send(FromController::Ping(Ping { sequence: 42, upstream_age_milliseconds: 5 })).await;
+    stream.send(FromController::Ping(Ping { sequence: 42, ..Ping::default() })).await;
     assert!(matches!(stream.next().await, Some(FromAgent::Pong(Pong { sequence: 42 }))));
     let query = Query { id: 9, kind: Some(query::Kind::Chains(ChainsQuery {})) };
     stream.send(FromController::Query(query)).await;
