@@ -114,17 +114,27 @@ impl EngineMetrics {
     }
 }
 
-/// Runs until the watches have ended. `controllers` are the addresses that no Service may take. `new_trace` creates the
-/// trace context of each change.
+/// Everything that the task uses besides its input.
+pub struct Parts {
+    /// Compiles the input.
+    pub compiler: Compiler,
+    /// Holds the layers, and sends them.
+    pub fleet: Arc<Fleet>,
+    /// Receivers of results other than layers.
+    pub outputs: Outputs,
+    /// The task's metrics.
+    pub metrics: EngineMetrics,
+    /// Creates the trace context of a change.
+    pub new_trace: Box<dyn FnMut() -> TraceContext + Send>,
+}
+
+/// Runs until the watches have ended. `controllers` are the addresses that no Service may take.
 pub async fn run(
-    compiler: Compiler,
-    fleet: Arc<Fleet>,
-    outputs: Outputs,
-    metrics: EngineMetrics,
-    new_trace: Box<dyn FnMut() -> TraceContext + Send>,
+    parts: Parts,
     mut batches: mpsc::Receiver<Batch>,
     mut controllers: watch::Receiver<BTreeSet<SocketAddr>>,
 ) {
+    let Parts { compiler, fleet, outputs, metrics, new_trace } = parts;
     let busy = outputs.busy.clone();
     let mut engine = Engine {
         intake: Intake::default(),

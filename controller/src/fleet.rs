@@ -121,17 +121,27 @@ pub struct Fleet {
     drains: Arc<drain::Drains>,
 }
 
+/// Everything that a fleet needs from outside.
+pub struct Parts {
+    /// Settings of nodes without a profile.
+    pub settings: Settings,
+    /// High-water marks of the generations in the rows.
+    pub floors: Floors,
+    /// Metrics of streams.
+    pub metrics: StreamMetrics,
+    /// Age of the input of the watches.
+    pub upstream: UpstreamAge,
+    /// Follows changes through the fleet.
+    pub propagation: Arc<Propagation>,
+    /// Receives problems that agents report.
+    pub problems: ProblemSink,
+}
+
 impl Fleet {
     /// Creates a fleet without nodes. It is ready after the first [`Fleet::publish`].
     #[must_use]
-    pub fn new(
-        settings: Settings,
-        floors: Floors,
-        metrics: StreamMetrics,
-        upstream: UpstreamAge,
-        propagation: Arc<Propagation>,
-        problems: ProblemSink,
-    ) -> Arc<Self> {
+    pub fn new(parts: Parts) -> Arc<Self> {
+        let Parts { settings, floors, metrics, upstream, propagation, problems } = parts;
         let builtin: SettingsName = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
         let layer = LayerId::Settings(builtin.0.clone(), builtin.1);

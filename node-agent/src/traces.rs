@@ -124,7 +124,10 @@ impl Traces {
             }
             Err(error) => Some(error),
         };
-        child(tracer, &Context::new(), REPAIR, (started, SystemTime::now()), attributes, failed);
+        Part::new(REPAIR, started, SystemTime::now())
+            .with(attributes)
+            .failed(failed)
+            .record(tracer, &Context::new());
     }
 
     /// Exports queued spans within a timeout. Must not run on the runtime's thread.
@@ -163,7 +166,7 @@ impl Applying {
 
     /// Notes that the view has the complete update.
     pub(crate) fn received(&self) {
-        self.child(RECEIVE, (self.began, SystemTime::now()), Vec::new(), None);
+        self.record(Part::new(RECEIVE, self.began, SystemTime::now()));
     }
 
     /// Ends the span of a refused update.
@@ -182,11 +185,13 @@ impl Applying {
                 let mode = if full { "full" } else { "delta" };
                 self.context.span().set_attribute(KeyValue::new(MODE, mode));
                 let planned = (started + committed.plan).min(now);
-                self.child(PLAN, (started, planned), Vec::new(), None);
+                self.record(Part::new(PLAN, started, planned));
                 let operations = vec![KeyValue::new(OPERATIONS, i64::from(committed.operations))];
-                self.child(COMMIT, (planned, (planned + committed.commit).min(now)), operations, None);
+                self.record(
+                    Part::new(COMMIT, planned, (planned + committed.commit).min(now)).with(operations),
+                );
             }
-            Err(error) => self.child(COMMIT, (started, now), Vec::new(), Some(error)),
+            Err(error) => self.record(Part::new(COMMIT, started, now).failed(Some(error))),
         }
     }
 
@@ -199,36 +204,48 @@ impl Applying {
     pub(crate) fn flows(&self, took: Duration, deleted: usize) {
         let now = SystemTime::now();
         let deleted = vec![KeyValue::new(DELETED, i64::try_from(deleted).unwrap_or(i64::MAX))];
-        self.child(CONNTRACK, (now - took, now), deleted, None);
+        self.record(Part::new(CONNTRACK, now - took, now).with(deleted));
     }
 
-    fn child(
-        &self,
-        name: &'static str,
-        times: (SystemTime, SystemTime),
-        attributes: Vec<KeyValue>,
-        failed: Option<&CommitError>,
-    ) {
-        child(&self.tracer, &self.context, name, times, attributes, failed);
+    fn record(&self, part: Part<'_>) {
+        part.record(&self.tracer, &self.context);
     }
 }
 
-fn child(
-    tracer: &SdkTracer,
-    parent: &Context,
+/// A finished part of the work on an update.
+struct Part<'a> {
     name: &'static str,
-    (start, end): (SystemTime, SystemTime),
-    mut attributes: Vec<KeyValue>,
-    failed: Option<&CommitError>,
-) {
-    use opentelemetry::trace::Span as _;
-    attributes.extend(failed.map(|error| KeyValue::new(REASON, i64::from(error.errno()).to_string())));
-    let builder = SpanBuilder::from_name(name).with_start_time(start).with_attributes(attributes);
-    let mut span = tracer.build_with_context(builder, parent);
-    if let Some(error) = failed {
-        span.set_status(Status::error(error.to_string()));
+    start: SystemTime,
+    end: SystemTime,
+    attributes: Vec<KeyValue>,
+    failed: Option<&'a CommitError>,
+}
+
+impl<'a> Part<'a> {
+    fn new(name: &'static str, start: SystemTime, end: SystemTime) -> Self {
+        Self { name, start, end, attributes: Vec::new(), failed: None }
     }
-    span.end_with_timestamp(end);
+
+    fn with(self, attributes: Vec<KeyValue>) -> Self {
+        Self { attributes, ..self }
+    }
+
+    fn failed(self, failed: Option<&'a CommitError>) -> Self {
+        Self { failed, ..self }
+    }
+
+    /// Records the part as a span below `parent`.
+    fn record(self, tracer: &SdkTracer, parent: &Context) {
+        use opentelemetry::trace::Span as _;
+        let Self { name, start, end, mut attributes, failed } = self;
+        attributes.extend(failed.map(|error| KeyValue::new(REASON, i64::from(error.errno()).to_string())));
+        let builder = SpanBuilder::from_name(name).with_start_time(start).with_attributes(attributes);
+        let mut span = tracer.build_with_context(builder, parent);
+        if let Some(error) = failed {
+            span.set_status(Status::error(error.to_string()));
+        }
+        span.end_with_timestamp(end);
+    }
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ mod moves;
 mod tests;
 
 pub use health_checks::HealthCheckPlacement;
-use log::Layer;
+use log::{Layer, Publication};
 
 /// Maximum payload bytes in a part, with room for what deflate adds to bytes that do not compress.
 const PART: usize = (1 << 20) - (32 << 10);
@@ -194,6 +194,15 @@ fn compress(kind: LayerKind, raw: Vec<u8>) -> Part {
     Part { layer: kind as i32, kind: kind_of_part as i32, payload: payload.into() }
 }
 
+/// The state of a layer that a node has.
+#[derive(Clone, Copy)]
+struct Place {
+    revision: u64,
+    digest: Digest,
+    /// It is the layer that the node needs now.
+    same: bool,
+}
+
 /// All layers of this process.
 #[derive(Debug)]
 pub struct Layers {
@@ -275,8 +284,8 @@ impl Layers {
         for (id, changes) in changes {
             let floor = self.last_removal[position(&id)];
             let layer = self.layers.entry(id.clone()).or_insert_with(|| Layer::new(kind(&id), floor));
-            let (dropped, touched) =
-                layer.apply(self.revision, changes, &infos, &self.limits, applied.moves.as_mut());
+            let publication = Publication { revision: self.revision, infos: &infos, limits: &self.limits };
+            let (dropped, touched) = layer.apply(changes, &publication, applied.moves.as_mut());
             applied.dropped += dropped;
             // Hints may name any zone: an empty layer is removed even if nodes subscribe to it.
             let empty = matches!(id, LayerId::Zone(_)) && layer.items.digest() == Digest::default();
@@ -436,14 +445,17 @@ impl Layers {
         };
         let then = from.map(|from| from.subscription.layers()).unwrap_or_default();
         for (at, id) in subscription.layers().into_iter().enumerate() {
-            let place = from.map(|from| (from.revision, from.digests[at]));
             if let Some(id) = id.as_ref().filter(|id| subscription.merges(id)) {
+                let place = from.map(|from| (from.revision, from.digests[at]));
                 self.merged(id).plan(place, &mut plan);
                 continue;
             }
-            let same = id == then[at]
-                && from.is_some_and(|from| from.subscription.health_checks == subscription.health_checks);
-            if let Err(raw) = self.plan_layer(at, id.as_ref(), place, same, &mut plan) {
+            let place = from.map(|from| Place {
+                revision: from.revision,
+                digest: from.digests[at],
+                same: id == then[at] && from.subscription.health_checks == subscription.health_checks,
+            });
+            if let Err(raw) = self.plan_layer(at, id.as_ref(), place, &mut plan) {
                 return Planned::Compress(raw);
             }
         }
@@ -454,34 +466,34 @@ impl Layers {
         Planned::Update(Box::new(plan))
     }
 
+    /// Plans the update of one layer, the one at index `at` of a subscription.
     fn plan_layer(
         &self,
         at: usize,
         id: Option<&LayerId>,
-        place: Option<(u64, Digest)>,
-        same: bool,
+        place: Option<Place>,
         plan: &mut Plan,
     ) -> Result<(), Box<RawSnapshot>> {
         let found = id.and_then(|id| Some((id, self.layers.get(id)?)));
         match (found, place) {
-            (Some((_, layer)), Some((revision, _))) if same && layer.covers(revision) => {
+            (Some((_, layer)), Some(Place { revision, same: true, .. })) if layer.covers(revision) => {
                 let entries = layer.since(revision);
                 plan.changes += entries.len() as u64;
                 note(&mut plan.infos, entries.map(|entry| &*entry.infos));
                 layer.delta(revision, &mut plan.parts);
             }
             // The other layer, or the older state of this one, is the same content.
-            (Some((_, layer)), Some((_, digest))) if layer.items.digest() == digest => {}
+            (Some((_, layer)), Some(place)) if layer.items.digest() == place.digest => {}
             (Some((id, layer)), place) => {
                 layer.snapshot(id, self.revision, &mut plan.parts)?;
                 note(
                     &mut plan.infos,
-                    layer.since(place.map_or(0, |(revision, _)| revision)).map(|entry| &*entry.infos),
+                    layer.since(place.map_or(0, |place| place.revision)).map(|entry| &*entry.infos),
                 );
                 plan.snapshot = true;
                 plan.changes += 1;
             }
-            (None, Some((_, digest))) if digest != Digest::default() => {
+            (None, Some(place)) if place.digest != Digest::default() => {
                 let kind = PartKind::Snapshot as i32;
                 plan.parts.push(Part { layer: KINDS[at] as i32, kind, payload: bytes::Bytes::new() });
                 plan.changes += 1;

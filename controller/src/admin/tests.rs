@@ -13,7 +13,7 @@ use switchtower_proto::v1::Source;
 use tower::ServiceExt as _;
 
 use super::*;
-use crate::fleet::builtin_settings;
+use crate::fleet::{Parts, builtin_settings};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::serve::review::{Review, Reviewer};
 use crate::status::Floors;
@@ -41,14 +41,14 @@ fn router() -> Router {
     let age = || Some(Duration::from_millis(70));
     let followed = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
     let propagation = Arc::new(Propagation::new(Limits::default(), followed));
-    let fleet = Fleet::new(
-        builtin_settings(),
-        Floors::default(),
+    let fleet = Fleet::new(Parts {
+        settings: builtin_settings(),
+        floors: Floors::default(),
         metrics,
-        Arc::new(age),
+        upstream: Arc::new(age),
         propagation,
-        Arc::new(drop),
-    );
+        problems: Arc::new(drop),
+    });
     let mut compiler = Compiler::new();
     compiler.apply(Input::Node(Node {
         name: "n1".into(),

@@ -33,8 +33,9 @@ impl Lab {
             Outputs { head, nodes: Vec::new(), events: EventSink::to(queue), busy: Busy::default() };
         let metrics = EngineMetrics::new(&Registry::new()).unwrap();
         let new_trace = Box::new(|| TraceContext { trace: 1, span: 2, sampled: false });
-        let (compiler, measured) = (Compiler::new(), metrics.clone());
-        tokio::spawn(run(compiler, fleet.clone(), outputs, measured, new_trace, receiver, reserved));
+        let (compiler, fleet_of_engine) = (Compiler::new(), fleet.clone());
+        let parts = Parts { compiler, fleet: fleet_of_engine, outputs, metrics: metrics.clone(), new_trace };
+        tokio::spawn(run(parts, receiver, reserved));
         for resource in WatchedResource::ALL {
             batches.send(batch(resource, Vec::new(), true)).await.unwrap();
         }

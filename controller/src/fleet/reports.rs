@@ -73,8 +73,8 @@ pub(crate) mod tests {
     use switchtower_proto::v1::{Change, HealthCheck, HealthCheckKey, NodeRecord, Source};
 
     use super::*;
-    use crate::fleet::builtin_settings;
     use crate::fleet::metrics::StreamMetrics;
+    use crate::fleet::{Parts, builtin_settings};
     use crate::propagation::{Propagation, PropagationMetrics};
     use crate::status::Floors;
 
@@ -88,14 +88,14 @@ pub(crate) mod tests {
         let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
         let problems = Arc::new(Mutex::new(Vec::new()));
         let sink = problems.clone();
-        let fleet = Fleet::new(
-            builtin_settings(),
-            Floors::default(),
-            StreamMetrics::new(&registry).unwrap(),
-            Arc::new(|| None),
-            Arc::new(propagation),
-            Arc::new(move |problem| sink.lock().unwrap().push(problem)),
-        );
+        let fleet = Fleet::new(Parts {
+            settings: builtin_settings(),
+            floors: Floors::default(),
+            metrics: StreamMetrics::new(&registry).unwrap(),
+            upstream: Arc::new(|| None),
+            propagation: Arc::new(propagation),
+            problems: Arc::new(move |problem| sink.lock().unwrap().push(problem)),
+        });
         let check = HealthCheck { key: failure("web").key, port: 30_000, ready_ipv4: 0, ready_ipv6: 0 };
         let ops =
             [Op::Node(NodeRecord { name: "n1".into(), ..NodeRecord::default() }), Op::HealthCheck(check)];

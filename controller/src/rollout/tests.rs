@@ -9,8 +9,8 @@ use switchtower_core::propagation::Limits;
 
 use super::*;
 use crate::fake_api::{self, Call, Store, failure};
-use crate::fleet::builtin_settings;
 use crate::fleet::metrics::StreamMetrics;
+use crate::fleet::{Parts, builtin_settings};
 use crate::propagation::{Propagation, PropagationMetrics};
 use crate::status::Floors;
 
@@ -61,14 +61,14 @@ async fn lab() -> Lab {
 fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
     let registry = prometheus::Registry::new();
     let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
-    let fleet = Fleet::new(
-        builtin_settings(),
-        Floors::default(),
-        StreamMetrics::new(&registry).unwrap(),
-        Arc::new(|| Some(Duration::ZERO)),
-        Arc::new(propagation),
-        Arc::new(drop),
-    );
+    let fleet = Fleet::new(Parts {
+        settings: builtin_settings(),
+        floors: Floors::default(),
+        metrics: StreamMetrics::new(&registry).unwrap(),
+        upstream: Arc::new(|| Some(Duration::ZERO)),
+        propagation: Arc::new(propagation),
+        problems: Arc::new(drop),
+    });
     let metrics = RolloutMetrics::new(&registry).unwrap();
     let assignments = Assignments::default();
     assignments.set_loaded();

@@ -21,9 +21,9 @@ use crate::cli::ServeArgs;
 use crate::engine::{self, EngineMetrics, Head, Outputs};
 use crate::errors::{Chain, is_missing_kind};
 use crate::events;
-use crate::fleet::Fleet;
 use crate::fleet::behind::BehindCollector;
 use crate::fleet::metrics::StreamMetrics;
+use crate::fleet::{Fleet, Parts};
 use crate::metrics::health::{Busy, Health};
 use crate::metrics::{self, Exemplars, Readiness};
 use crate::peers;
@@ -132,14 +132,14 @@ pub(super) async fn start_synced(
     let (events, publisher) = events::publisher(clients.fenced.clone(), name, registry)?;
     let sink = events.clone();
     let builtin = builtin_settings(&clients.unfenced, args).await?;
-    let fleet = Fleet::new(
-        builtin::settings(&builtin),
-        floors.clone(),
-        serve.clone(),
-        Arc::new(move || age.age()),
-        changes.propagation,
-        Arc::new(move |problem| sink.report([problem])),
-    );
+    let fleet = Fleet::new(Parts {
+        settings: builtin::settings(&builtin),
+        floors: floors.clone(),
+        metrics: serve.clone(),
+        upstream: Arc::new(move || age.age()),
+        propagation: changes.propagation,
+        problems: Arc::new(move |problem| sink.report([problem])),
+    });
     registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     let (nodes, node_events) = mpsc::unbounded_channel();
@@ -159,8 +159,9 @@ pub(super) async fn start_synced(
     tasks.spawn("reserved addresses", peers::reserve(replica.peers.clone(), reserve));
     let outputs = Outputs { head, nodes: vec![nodes], events, busy: busy.clone() };
     let metrics = EngineMetrics::new(registry)?;
-    let engine = engine::run(compiler, fleet.clone(), outputs, metrics, changes.new_trace, batches, reserved);
-    tasks.spawn("engine", engine);
+    let new_trace = changes.new_trace;
+    let parts = engine::Parts { compiler, fleet: fleet.clone(), outputs, metrics, new_trace };
+    tasks.spawn("engine", engine::run(parts, batches, reserved));
     Ok(Synced { fleet, head: head_seen, traces: changes.traces, active })
 }
 
@@ -175,10 +176,15 @@ fn prepare_active(
     let Replica { args, name, clients, agents, telemetry, .. } = replica;
     let Telemetry { registry, upstream, .. } = telemetry;
     let assignments = Assignments::default();
-    let settings = WriterSettings { replica: name.clone(), agents: agents.clone() };
+    let settings = WriterSettings {
+        replica: name.clone(),
+        agents: agents.clone(),
+        floors,
+        assignments: assignments.clone(),
+    };
     let client = clients.fenced.clone();
     let metrics = StatusMetrics::new(registry)?;
-    let writer = Writer::new(client.clone(), fleet.clone(), settings, floors, assignments.clone(), metrics);
+    let writer = Writer::new(client.clone(), fleet.clone(), settings, metrics);
     let metrics = RolloutMetrics::new(registry)?;
     let rollouts = Rollouts::new(client, name, fleet.clone(), assignments, metrics);
     let account = args.agent_service_account.clone();

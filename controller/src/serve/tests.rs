@@ -93,14 +93,14 @@ impl Lab {
         let metrics = StreamMetrics::new(&prometheus::Registry::new()).unwrap();
         let propagation = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
         let propagation = Arc::new(Propagation::new(FollowLimits::default(), propagation));
-        let fleet = Fleet::new(
-            crate::fleet::builtin_settings(),
-            Floors::default(),
-            metrics.clone(),
-            Arc::new(|| Some(Duration::ZERO)),
-            propagation.clone(),
-            Arc::new(drop),
-        );
+        let fleet = Fleet::new(crate::fleet::Parts {
+            settings: crate::fleet::builtin_settings(),
+            floors: Floors::default(),
+            metrics: metrics.clone(),
+            upstream: Arc::new(|| Some(Duration::ZERO)),
+            propagation: propagation.clone(),
+            problems: Arc::new(drop),
+        });
         let keys = Keys::new(Published::new(Err("no keys")), &prometheus::Registry::new()).unwrap();
         let (namespace, account) = ("switchtower-system", "switchtower-node-agent");
         let authenticator = Authenticator::new(Fake, Arc::new(keys), "switchtower", namespace, account);

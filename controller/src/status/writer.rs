@@ -62,6 +62,10 @@ pub struct WriterSettings {
     pub replica: String,
     /// Blockers of absent agents.
     pub agents: Agents,
+    /// High-water marks of the generations in the rows.
+    pub floors: Floors,
+    /// Assignments to write.
+    pub assignments: Assignments,
 }
 
 /// A node, a row, or both.
@@ -147,21 +151,14 @@ pub struct Writer<R> {
 impl<R: Registry> Writer<R> {
     /// Creates a writer without rows.
     #[must_use]
-    pub fn new(
-        client: Client,
-        registry: Arc<R>,
-        settings: WriterSettings,
-        floors: Floors,
-        assignments: Assignments,
-        metrics: StatusMetrics,
-    ) -> Self {
+    pub fn new(client: Client, registry: Arc<R>, settings: WriterSettings, metrics: StatusMetrics) -> Self {
         let now = Instant::now();
         Self {
             api: Api::all(client),
             registry,
+            floors: settings.floors.clone(),
+            assignments: settings.assignments.clone(),
             settings,
-            floors,
-            assignments,
             metrics,
             entries: HashMap::new(),
             schedule: Schedule::default(),

@@ -135,7 +135,9 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     say(&format!("running upstream's tests; log: {}", log.display()));
     let (focus, skip) = run.part.filters();
     let focus = run.focus.as_deref().unwrap_or(focus);
-    let status = run_suite(layout, tools, run, (focus, &skip), &out, &json, &log)?;
+    let files = Files { out: &out, json: &json, log: &log };
+    let status =
+        run_suite(layout, tools, run, &[format!("--focus={focus}"), format!("--skip={skip}")], &files)?;
     let report = read(&out.join(&json))
         .with_context(|| format!("the tests left no report ({status}), see {}", log.display()))?;
     let baseline = format!("{}.json", run.part.report("kube-proxy"));
@@ -150,6 +152,15 @@ pub fn conformance(layout: &Layout, tools: &Tools, run: &Run) -> Result<()> {
     Ok(())
 }
 
+/// Files that a run of the suite writes.
+struct Files<'a> {
+    /// Folder of the report.
+    out: &'a Path,
+    /// Name of the report.
+    json: &'a str,
+    log: &'a Path,
+}
+
 /// Starts ginkgo in the hub's network, from which pods, nodes and VIPs are reachable, but with the host's files. A
 /// load balancer assigns addresses during the run. The suite has its own PID namespace, so that all its processes end
 /// with this one.
@@ -157,22 +168,18 @@ fn run_suite(
     layout: &Layout,
     tools: &Tools,
     run: &Run,
-    (focus, skip): (&str, &str),
-    out: &Path,
-    json: &str,
-    log: &Path,
+    filters: &[String; 2],
+    files: &Files<'_>,
 ) -> Result<ExitStatus> {
+    let Files { out, json, log } = files;
     let output = fs::File::create(log).context("making the log")?;
     let mut command = Command::new("nsenter");
     command
         .arg(format!("--net=/run/netns/{}", Machine::find(layout, &layout.hub())?.name))
         .args(["unshare", "--pid", "--fork", "--kill-child"])
         .arg(tools.cluster("ginkgo"))
-        .args([
-            format!("--procs={}", if run.part == Part::Serial { 1 } else { run.processes }),
-            format!("--focus={focus}"),
-            format!("--skip={skip}"),
-        ])
+        .arg(format!("--procs={}", if run.part == Part::Serial { 1 } else { run.processes }))
+        .args(filters)
         .args(["--no-color", "--timeout=60m", &format!("--json-report={json}")])
         .arg(format!("--output-dir={}", out.display()))
         .arg(tools.cluster("e2e.test"))

@@ -40,9 +40,10 @@ pub fn write(layout: &Layout) -> Result<()> {
     ];
     names.push(layout.hub_ip().to_string());
     names.push(layout.hub_ip6().to_string());
-    leaf(&dir, "apiserver", &ca, "kube-apiserver", "", &names, ExtendedKeyUsagePurpose::ServerAuth)?;
-    let client = ExtendedKeyUsagePurpose::ClientAuth;
-    leaf(&dir, "kubelet-client", &ca, "kube-apiserver-kubelet-client", "system:masters", &[], client)?;
+    let usage = ExtendedKeyUsagePurpose::ServerAuth;
+    leaf(&dir, "apiserver", &ca, Leaf { user: "kube-apiserver", group: "", names: &names, usage })?;
+    let (user, usage) = ("kube-apiserver-kubelet-client", ExtendedKeyUsagePurpose::ClientAuth);
+    leaf(&dir, "kubelet-client", &ca, Leaf { user, group: "system:masters", names: &[], usage })?;
     let key = KeyPair::generate().context("making the key of ServiceAccount tokens")?;
     put(&dir.join("service-account.key"), &key.serialize_pem())?;
     put(&dir.join("service-account.pub"), &key.public_key_pem())?;
@@ -75,15 +76,17 @@ fn authority() -> Result<CertifiedIssuer<'static, KeyPair>> {
     CertifiedIssuer::self_signed(params, key).context("signing the authority's certificate")
 }
 
-fn leaf(
-    dir: &Path,
-    file: &str,
-    ca: &CertifiedIssuer<'_, KeyPair>,
-    user: &str,
-    group: &str,
-    names: &[String],
+/// Contents of a certificate. Servers have names, clients have a group.
+struct Leaf<'a> {
+    user: &'a str,
+    group: &'a str,
+    names: &'a [String],
     usage: ExtendedKeyUsagePurpose,
-) -> Result<()> {
+}
+
+/// Writes a certificate and its key to two files with this stem.
+fn leaf(dir: &Path, file: &str, ca: &CertifiedIssuer<'_, KeyPair>, leaf: Leaf<'_>) -> Result<()> {
+    let Leaf { user, group, names, usage } = leaf;
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, user);
     if !group.is_empty() {

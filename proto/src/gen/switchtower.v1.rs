@@ -886,9 +886,8 @@ pub struct KernelTarget {
     /// sorted, each once
     #[prost(message, repeated, tag = "2")]
     pub endpoints: ::prost::alloc::vec::Vec<Endpoint>,
-    /// "never", "cluster_ip" (local pods are spared), "always"
-    #[prost(string, tag = "3")]
-    pub masquerade: ::prost::alloc::string::String,
+    #[prost(enumeration = "KernelMasquerade", tag = "3")]
+    pub masquerade: i32,
     #[prost(uint32, tag = "4")]
     pub affinity_seconds: u32,
     /// the chain that chooses; empty without one
@@ -1503,6 +1502,40 @@ impl KernelVerdict {
             "KERNEL_VERDICT_REJECT" => Some(Self::Reject),
             "KERNEL_VERDICT_DROP" => Some(Self::Drop),
             "KERNEL_VERDICT_BROKEN" => Some(Self::Broken),
+            _ => None,
+        }
+    }
+}
+/// Connections that the endpoint sees with an address of the node instead of the client's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum KernelMasquerade {
+    Unspecified = 0,
+    Never = 1,
+    /// Those of clients that are not local pods.
+    ClusterIp = 2,
+    Always = 3,
+}
+impl KernelMasquerade {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "KERNEL_MASQUERADE_UNSPECIFIED",
+            Self::Never => "KERNEL_MASQUERADE_NEVER",
+            Self::ClusterIp => "KERNEL_MASQUERADE_CLUSTER_IP",
+            Self::Always => "KERNEL_MASQUERADE_ALWAYS",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "KERNEL_MASQUERADE_UNSPECIFIED" => Some(Self::Unspecified),
+            "KERNEL_MASQUERADE_NEVER" => Some(Self::Never),
+            "KERNEL_MASQUERADE_CLUSTER_IP" => Some(Self::ClusterIp),
+            "KERNEL_MASQUERADE_ALWAYS" => Some(Self::Always),
             _ => None,
         }
     }

@@ -79,7 +79,7 @@ pub(super) fn compile(
     for cluster_ip in &service.cluster_ips {
         for port in ports.values() {
             let endpoints = gather(slices.iter().copied(), port, cluster_ip.is_ipv6());
-            compile_port(service, port, *cluster_ip, external_addresses, &endpoints, &mut output);
+            CompiledPort::new(service, port, *cluster_ip, external_addresses, &endpoints).write(&mut output);
             host_endpoints::collect(port.protocol, &endpoints, is_host, &mut output.hosts);
         }
     }
@@ -130,36 +130,173 @@ fn foreign_addresses(slice: &EndpointSlice) -> Option<Problem> {
     })
 }
 
-fn compile_port(
-    service: &Service,
-    port: &ServicePortSpec,
+/// A port of a Service in the family of one of its ClusterIPs.
+struct CompiledPort<'a> {
+    service: &'a Service,
+    port: &'a ServicePortSpec,
     cluster_ip: IpAddr,
-    external_addresses: usize,
-    endpoints: &Endpoints<'_>,
-    output: &mut Output,
-) {
-    let family = wire::family(cluster_ip);
-    let key = ServicePort {
-        namespace: service.key.namespace.to_string(),
-        name: service.key.name.to_string(),
-        port: port.name.to_string(),
-        protocol: port.protocol.into(),
-    };
-    let categories = categorize(endpoints);
-    output.endpoints += endpoints.len();
-    output.nodes.extend(endpoints.values().filter_map(|endpoint| endpoint.node.clone()));
-    output.nodes.extend(categories.nodes.keys().cloned());
-    let outside = Outside::of(service, port, family, external_addresses);
-    let uses_cluster = service.internal_policy == TrafficPolicy::Cluster || !outside.is_empty();
-    let uses_local = service.internal_policy == TrafficPolicy::Local
-        || (service.external_policy == TrafficPolicy::Local && !outside.is_empty());
-    let ranges = source_ranges(service, family, output);
-    for frontend in frontends(service, port, cluster_ip, &key, &outside, categories.any, &ranges) {
-        let frontend_key = frontend.key.clone().unwrap_or_default();
-        output.frontends.insert(frontend_key, frontend);
+    key: ServicePort,
+    outside: Outside,
+    endpoints: &'a Endpoints<'a>,
+    categories: Categories,
+    /// Some frontend uses the Cluster pool.
+    uses_cluster: bool,
+    /// Some frontend uses the Local pools.
+    uses_local: bool,
+}
+
+impl<'a> CompiledPort<'a> {
+    /// At most `external_addresses` of the family get a frontend.
+    fn new(
+        service: &'a Service,
+        port: &'a ServicePortSpec,
+        cluster_ip: IpAddr,
+        external_addresses: usize,
+        endpoints: &'a Endpoints<'a>,
+    ) -> Self {
+        let outside = Outside::of(service, port, wire::family(cluster_ip), external_addresses);
+        Self {
+            service,
+            port,
+            cluster_ip,
+            key: ServicePort {
+                namespace: service.key.namespace.to_string(),
+                name: service.key.name.to_string(),
+                port: port.name.to_string(),
+                protocol: port.protocol.into(),
+            },
+            endpoints,
+            categories: categorize(endpoints),
+            uses_cluster: service.internal_policy == TrafficPolicy::Cluster || !outside.is_empty(),
+            uses_local: service.internal_policy == TrafficPolicy::Local
+                || (service.external_policy == TrafficPolicy::Local && !outside.is_empty()),
+            outside,
+        }
     }
-    pools(service, &key, family, &categories, uses_cluster, uses_local, output);
-    local_endpoints(port.protocol, endpoints, &categories, uses_cluster, uses_local, output);
+
+    fn write(&self, output: &mut Output) {
+        output.endpoints += self.endpoints.len();
+        output.nodes.extend(self.endpoints.values().filter_map(|endpoint| endpoint.node.clone()));
+        output.nodes.extend(self.categories.nodes.keys().cloned());
+        let ranges = source_ranges(self.service, wire::family(self.cluster_ip), output);
+        for frontend in self.frontends(&ranges) {
+            let frontend_key = frontend.key.clone().unwrap_or_default();
+            output.frontends.insert(frontend_key, frontend);
+        }
+        self.pools(output);
+        self.local_endpoints(output);
+    }
+
+    fn frontends(&self, ranges: &[IpNet]) -> Vec<Frontend> {
+        let Self { service, port, cluster_ip, .. } = *self;
+        let family = wire::family(cluster_ip);
+        // A Cluster pool is empty only where nothing is usable anywhere.
+        let when_empty = |role| match (role, self.categories.any) {
+            (Role::Local, true) => Verdict::Drop,
+            _ => Verdict::Reject,
+        };
+        let target = |policy| {
+            let role = if policy == TrafficPolicy::Local { Role::Local } else { Role::Cluster };
+            Target { role: role.into(), when_empty: when_empty(role).into() }
+        };
+        let frontend = |kind, address: Vec<u8>, number: u16, outside: Target, inside: Target| Frontend {
+            key: Some(FrontendKey {
+                family: family.into(),
+                address,
+                protocol: port.protocol.into(),
+                port: number.into(),
+            }),
+            kind: FrontendKind::into(kind),
+            service_port: Some(self.key.clone()),
+            outside: Some(outside),
+            inside: Some(inside),
+            affinity_seconds: service.affinity_seconds.unwrap_or(0).min(86_400),
+            source_ranges: if kind == FrontendKind::LoadBalancer {
+                ranges.iter().map(|net| wire::cidr(*net)).collect()
+            } else {
+                Vec::new()
+            },
+        };
+        let internal = target(service.internal_policy);
+        let (external, inside) = (target(service.external_policy), target(TrafficPolicy::Cluster));
+        let mut all =
+            vec![frontend(FrontendKind::ClusterIp, wire::octets(cluster_ip), port.port, internal, internal)];
+        for (kind, address) in &self.outside.addresses {
+            if *address != cluster_ip {
+                all.push(frontend(*kind, wire::octets(*address), port.port, external, inside));
+            }
+        }
+        if let Some(number) = self.outside.node_port {
+            all.push(frontend(FrontendKind::NodePort, Vec::new(), number, external, inside));
+        }
+        all
+    }
+
+    fn pools(&self, output: &mut Output) {
+        let categories = &self.categories;
+        let family = wire::family(self.cluster_ip).into();
+        let pool = |role: Role| PoolKey { service_port: Some(self.key.clone()), family, role: role.into() };
+        let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
+            let room = MAX_POOL_MEMBERS.min(output.room - output.members);
+            let members: BTreeSet<Address> = addresses.iter().copied().take(room).collect();
+            output.members += members.len();
+            if !members.is_empty() {
+                output.pools.entry(layer).or_default().insert(pool(role), members);
+            }
+            if addresses.len() > room {
+                let message = if room == MAX_POOL_MEMBERS {
+                    format!(
+                        "{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used",
+                        addresses.len()
+                    )
+                } else {
+                    format!("more than {} endpoints of all ports: the others are left out", output.room)
+                };
+                output.exceeds(self.service, message);
+            }
+        };
+        if self.uses_cluster && !categories.cluster.is_empty() {
+            put(LayerId::Cluster, Role::Cluster, &categories.cluster);
+            for (zone, addresses) in &categories.zones {
+                if *addresses != categories.cluster {
+                    put(LayerId::Zone(zone.clone()), Role::Cluster, addresses);
+                }
+            }
+            for (node, addresses) in &categories.nodes {
+                put(LayerId::Node(node.clone()), Role::Cluster, addresses);
+            }
+        }
+        if self.uses_local {
+            for (node, addresses) in &categories.local {
+                put(LayerId::Node(node.clone()), Role::Local, addresses);
+            }
+        }
+        if self.port.protocol == Protocol::Udp && !categories.serving.is_empty() {
+            put(LayerId::Cluster, Role::Serving, &categories.serving);
+        }
+    }
+
+    /// Endpoints that can reach themselves through the Service.
+    ///
+    /// Topology hints are not applied: an entry for an endpoint that its own node does not use is never matched.
+    fn local_endpoints(&self, output: &mut Output) {
+        let categories = &self.categories;
+        if output.members >= output.room {
+            return; // What no pool has a member for is not used.
+        }
+        for (address, endpoint) in self.endpoints {
+            let Some(node) = &endpoint.node else { continue };
+            let by_local = || categories.local.get(node).is_some_and(|local| local.contains(address));
+            if (self.uses_cluster && categories.cluster.contains(address)) || (self.uses_local && by_local())
+            {
+                output.local.entry(node.clone()).or_default().insert(LocalEndpoint {
+                    address: wire::octets(address.0),
+                    protocol: self.port.protocol.into(),
+                    port: address.1.into(),
+                });
+            }
+        }
+    }
 }
 
 /// External addresses and the node port of a service port, in one family.
@@ -199,133 +336,6 @@ fn source_ranges(service: &Service, family: Family, output: &mut Output) -> Vec<
         output.exceeds(service, message);
     }
     ranges.into_iter().take(most).collect()
-}
-
-fn frontends(
-    service: &Service,
-    port: &ServicePortSpec,
-    cluster_ip: IpAddr,
-    key: &ServicePort,
-    outside: &Outside,
-    any: bool,
-    ranges: &[IpNet],
-) -> Vec<Frontend> {
-    let family = wire::family(cluster_ip);
-    // A Cluster pool is empty only where nothing is usable anywhere.
-    let when_empty = |role| match (role, any) {
-        (Role::Local, true) => Verdict::Drop,
-        _ => Verdict::Reject,
-    };
-    let target = |policy| {
-        let role = if policy == TrafficPolicy::Local { Role::Local } else { Role::Cluster };
-        Target { role: role.into(), when_empty: when_empty(role).into() }
-    };
-    let frontend = |kind, address: Vec<u8>, number: u16, outside: Target, inside: Target| Frontend {
-        key: Some(FrontendKey {
-            family: family.into(),
-            address,
-            protocol: port.protocol.into(),
-            port: number.into(),
-        }),
-        kind: FrontendKind::into(kind),
-        service_port: Some(key.clone()),
-        outside: Some(outside),
-        inside: Some(inside),
-        affinity_seconds: service.affinity_seconds.unwrap_or(0).min(86_400),
-        source_ranges: if kind == FrontendKind::LoadBalancer {
-            ranges.iter().map(|net| wire::cidr(*net)).collect()
-        } else {
-            Vec::new()
-        },
-    };
-    let internal = target(service.internal_policy);
-    let (external, inside) = (target(service.external_policy), target(TrafficPolicy::Cluster));
-    let mut all =
-        vec![frontend(FrontendKind::ClusterIp, wire::octets(cluster_ip), port.port, internal, internal)];
-    for (kind, address) in &outside.addresses {
-        if *address != cluster_ip {
-            all.push(frontend(*kind, wire::octets(*address), port.port, external, inside));
-        }
-    }
-    if let Some(number) = outside.node_port {
-        all.push(frontend(FrontendKind::NodePort, Vec::new(), number, external, inside));
-    }
-    all
-}
-
-fn pools(
-    service: &Service,
-    key: &ServicePort,
-    family: Family,
-    categories: &Categories,
-    uses_cluster: bool,
-    uses_local: bool,
-    output: &mut Output,
-) {
-    let pool =
-        |role: Role| PoolKey { service_port: Some(key.clone()), family: family.into(), role: role.into() };
-    let mut put = |layer: LayerId, role: Role, addresses: &BTreeSet<Address>| {
-        let room = MAX_POOL_MEMBERS.min(output.room - output.members);
-        let members: BTreeSet<Address> = addresses.iter().copied().take(room).collect();
-        output.members += members.len();
-        if !members.is_empty() {
-            output.pools.entry(layer).or_default().insert(pool(role), members);
-        }
-        if addresses.len() > room {
-            let message = if room == MAX_POOL_MEMBERS {
-                format!("{} endpoints of one port: the first {MAX_POOL_MEMBERS} are used", addresses.len())
-            } else {
-                format!("more than {} endpoints of all ports: the others are left out", output.room)
-            };
-            output.exceeds(service, message);
-        }
-    };
-    if uses_cluster && !categories.cluster.is_empty() {
-        put(LayerId::Cluster, Role::Cluster, &categories.cluster);
-        for (zone, addresses) in &categories.zones {
-            if *addresses != categories.cluster {
-                put(LayerId::Zone(zone.clone()), Role::Cluster, addresses);
-            }
-        }
-        for (node, addresses) in &categories.nodes {
-            put(LayerId::Node(node.clone()), Role::Cluster, addresses);
-        }
-    }
-    if uses_local {
-        for (node, addresses) in &categories.local {
-            put(LayerId::Node(node.clone()), Role::Local, addresses);
-        }
-    }
-    if Protocol::try_from(key.protocol) == Ok(Protocol::Udp) && !categories.serving.is_empty() {
-        put(LayerId::Cluster, Role::Serving, &categories.serving);
-    }
-}
-
-/// Endpoints that can reach themselves through the Service.
-///
-/// Topology hints are not applied: an entry for an endpoint that its own node does not use is never matched.
-fn local_endpoints(
-    protocol: Protocol,
-    endpoints: &Endpoints<'_>,
-    categories: &Categories,
-    uses_cluster: bool,
-    uses_local: bool,
-    output: &mut Output,
-) {
-    if output.members >= output.room {
-        return; // What no pool has a member for is not used.
-    }
-    for (address, endpoint) in endpoints {
-        let Some(node) = &endpoint.node else { continue };
-        let by_local = || categories.local.get(node).is_some_and(|local| local.contains(address));
-        if (uses_cluster && categories.cluster.contains(address)) || (uses_local && by_local()) {
-            output.local.entry(node.clone()).or_default().insert(LocalEndpoint {
-                address: wire::octets(address.0),
-                protocol: protocol.into(),
-                port: address.1.into(),
-            });
-        }
-    }
 }
 
 /// Distinct ready addresses by node, IPv4 and IPv6.

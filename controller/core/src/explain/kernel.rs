@@ -6,19 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use switchtower_proto::affinity::programmed_timeout;
 use switchtower_proto::v1::{
-    Cidr, Endpoint, Family, Frontend, FrontendKey, FrontendKind, KernelFrontend, KernelTarget, KernelVerdict,
-    Role, Target, Verdict,
+    Cidr, Endpoint, Family, Frontend, FrontendKey, FrontendKind, KernelFrontend, KernelMasquerade,
+    KernelTarget, KernelVerdict, Role, Target, Verdict,
 };
 
 use crate::names;
 use crate::tracer::{self, ClusterIpMasquerade};
 use crate::view::View;
 use crate::wire;
-
-/// Values of `KernelTarget.masquerade`: when the endpoint sees an address of the node instead of the client's.
-const NEVER: &str = "never";
-const CLUSTER_IP: &str = "cluster_ip";
-const ALWAYS: &str = "always";
 
 /// A frontend in the kernel's terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +44,8 @@ pub enum Side {
 pub struct Forward {
     /// To one of these, sorted.
     pub endpoints: Vec<Endpoint>,
-    /// "never", "cluster_ip" (all but local pods), "always".
-    pub masquerade: String,
+    /// Connections that the endpoint sees with an address of the node.
+    pub masquerade: KernelMasquerade,
     /// Session affinity timeout in seconds; 0 without affinity.
     pub affinity_seconds: u32,
 }
@@ -91,7 +86,7 @@ fn side(view: &View, frontend: &Frontend, target: Option<&Target>) -> Side {
     match view.pool(&service_port, family, target.role()).filter(|pool| !pool.is_empty()) {
         Some(pool) => Side::Forward(Forward {
             endpoints: pool.iter().cloned().collect(),
-            masquerade: masquerade(frontend).to_owned(),
+            masquerade: masquerade(frontend),
             affinity_seconds: programmed_timeout(frontend.affinity_seconds),
         }),
         None if target.when_empty() == Verdict::Drop => Side::Drop,
@@ -100,11 +95,11 @@ fn side(view: &View, frontend: &Frontend, target: Option<&Target>) -> Side {
 }
 
 /// With policy Local, the rule that distinguishes inside from outside has already decided.
-fn masquerade(frontend: &Frontend) -> &'static str {
+fn masquerade(frontend: &Frontend) -> KernelMasquerade {
     match (frontend.kind(), frontend.outside.unwrap_or_default().role()) {
-        (FrontendKind::ClusterIp, _) => CLUSTER_IP,
-        (_, Role::Local) => NEVER,
-        _ => ALWAYS,
+        (FrontendKind::ClusterIp, _) => KernelMasquerade::ClusterIp,
+        (_, Role::Local) => KernelMasquerade::Never,
+        _ => KernelMasquerade::Always,
     }
 }
 
@@ -141,7 +136,8 @@ pub fn found(frontend: &KernelFrontend) -> Held {
         let target = target.clone().unwrap_or_default();
         match target.verdict() {
             KernelVerdict::Forward => {
-                let KernelTarget { mut endpoints, masquerade, affinity_seconds, .. } = target;
+                let masquerade = target.masquerade();
+                let KernelTarget { mut endpoints, affinity_seconds, .. } = target;
                 endpoints.sort();
                 Side::Forward(Forward { endpoints, masquerade, affinity_seconds })
             }
@@ -200,7 +196,7 @@ fn of_side(wanted: &Side, held: &Side) -> String {
         missing.map(|endpoint| format!("without {}", names::endpoint(endpoint))).collect();
     parts.extend(extra.map(|endpoint| format!("with {} besides", names::endpoint(endpoint))));
     if wanted.masquerade != held.masquerade {
-        parts.push(format!("masquerade {}, should be {}", seen(&held.masquerade), seen(&wanted.masquerade)));
+        parts.push(format!("masquerade {}, should be {}", seen(held.masquerade), seen(wanted.masquerade)));
     }
     if wanted.affinity_seconds != held.affinity_seconds {
         let (held, wanted) = (held.affinity_seconds, wanted.affinity_seconds);
@@ -229,12 +225,12 @@ fn who(sources: &BTreeSet<IpNet>) -> String {
     sources.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn seen(masquerade: &str) -> &str {
+fn seen(masquerade: KernelMasquerade) -> &'static str {
     match masquerade {
-        NEVER => "of no source",
-        CLUSTER_IP => "of all sources but local pods",
-        ALWAYS => "of all sources",
-        other => other,
+        KernelMasquerade::Never => "of no source",
+        KernelMasquerade::ClusterIp => "of all sources but local pods",
+        KernelMasquerade::Always => "of all sources",
+        KernelMasquerade::Unspecified => "of unknown sources",
     }
 }
 
@@ -270,9 +266,9 @@ fn action(side: &Side, cluster_ip: ClusterIpMasquerade) -> String {
         }
         .to_owned();
     };
-    let mark = match forward.masquerade.as_str() {
-        ALWAYS => " masquerade",
-        CLUSTER_IP => match cluster_ip {
+    let mark = match forward.masquerade {
+        KernelMasquerade::Always => " masquerade",
+        KernelMasquerade::ClusterIp => match cluster_ip {
             ClusterIpMasquerade::All => " masquerade",
             ClusterIpMasquerade::NotLocalPods => " masquerade unless from a local pod",
             ClusterIpMasquerade::Never => "",

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use switchtower_proto::v1::change::Change as Kind;
 use switchtower_proto::v1::{
-    Change, Cidr, Endpoint, KernelFrontend, KernelTarget, KernelVerdict, LayerKind, LocalDetection, Settings,
+    Change, Cidr, Endpoint, KernelFrontend, KernelMasquerade, KernelTarget, KernelVerdict, LayerKind,
+    LocalDetection, Settings,
 };
 
 use super::*;
@@ -144,7 +145,7 @@ fn kernel_of(key: &FrontendKey, held: &Held) -> KernelFrontend {
         Some(match side {
             Side::Forward(forward) => KernelTarget {
                 endpoints: forward.endpoints.clone(),
-                masquerade: forward.masquerade.clone(),
+                masquerade: forward.masquerade.into(),
                 affinity_seconds: forward.affinity_seconds,
                 ..verdict(KernelVerdict::Forward)
             },
@@ -196,7 +197,7 @@ fn kernel_is_compared_with_the_view() {
     assert_eq!(only(|way| drop(way.endpoints.pop())), [format!("{name}: without 10.244.2.6:8080")]);
     let more = only(|way| way.endpoints.push(Endpoint { address: vec![10, 244, 1, 9], port: 1 }));
     assert_eq!(more, [format!("{name}: with 10.244.1.9:1 besides")]);
-    let masquerade = only(|way| way.masquerade = "always".into());
+    let masquerade = only(|way| way.masquerade = KernelMasquerade::Always);
     assert_eq!(
         masquerade,
         [format!("{name}: masquerade of all sources, should be of all sources but local pods")]
@@ -233,7 +234,7 @@ fn sources_affinity_and_policy_are_compared_too() {
     assert_eq!(open, [format!("{name}: open to every source, should be to 192.0.2.0/24, 198.51.100.1/32")]);
     let affinity = of(|held| forward(&mut held.outside).affinity_seconds = 1);
     assert_eq!(affinity, [format!("{name}: outside: session affinity of 1 s, should be 600 s")]);
-    let masquerade = of(|held| forward(&mut held.inside).masquerade = "always".into());
+    let masquerade = of(|held| forward(&mut held.inside).masquerade = KernelMasquerade::Always);
     assert_eq!(masquerade, [format!("{name}: inside: masquerade of all sources, should be of no source")]);
 }
 

@@ -31,6 +31,15 @@ pub(super) struct Entry {
     after: Digest,
 }
 
+/// A revision that changes layers.
+pub(super) struct Publication<'a> {
+    pub(super) revision: u64,
+    /// Its causes.
+    pub(super) infos: &'a Arc<[ChangeInfo]>,
+    /// Bounds of the log.
+    pub(super) limits: &'a LogLimits,
+}
+
 #[derive(Debug)]
 struct Joined {
     from: u64,
@@ -69,10 +78,8 @@ impl Layer {
     /// Applies changes; returns how many were dropped as malformed, and whether anything is different now.
     pub(super) fn apply(
         &mut self,
-        revision: u64,
         changes: Vec<Change>,
-        infos: &Arc<[ChangeInfo]>,
-        limits: &LogLimits,
+        publication: &Publication<'_>,
         mut moves: Option<&mut Moves>,
     ) -> (usize, bool) {
         let mut effective = Vec::new();
@@ -88,6 +95,7 @@ impl Layer {
                 effective[applied..].iter().for_each(|change| moves::after(change, moves));
             }
         }
+        let Publication { revision, infos, limits } = *publication;
         if effective.is_empty() {
             return (dropped, false);
         }

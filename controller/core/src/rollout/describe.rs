@@ -79,7 +79,8 @@ pub(super) fn status(
     };
     let overdue = matches!(progress.state, State::Progressing | State::Pending)
         && progress.advanced_at.is_some_and(|at| now.since(at) > rollout.strategy.progress_deadline);
-    status.message = message(rollout, progress, &status, &way_back(rollout, progress, survey), note, overdue);
+    let remarks = Remarks { way_back: &way_back(rollout, progress, survey), note, overdue };
+    status.message = message(rollout, progress, &status, &remarks);
     if let Some(to) = &rollout.handover {
         let profile = &rollout.target.profile;
         status.message =
@@ -89,14 +90,18 @@ pub(super) fn status(
     status
 }
 
-fn message(
-    rollout: &Rollout,
-    progress: &Progress,
-    status: &Status,
-    way_back: &str,
-    note: Option<&str>,
+/// Parts of the message that do not follow from the state alone.
+struct Remarks<'a> {
+    /// The settings to which nodes return.
+    way_back: &'a str,
+    /// The nodes that the decision is about.
+    note: Option<&'a str>,
+    /// There was no progress for longer than the strategy allows.
     overdue: bool,
-) -> String {
+}
+
+fn message(rollout: &Rollout, progress: &Progress, status: &Status, remarks: &Remarks<'_>) -> String {
+    let Remarks { way_back, note, overdue } = *remarks;
     let Rollout { target, .. } = rollout;
     let object = format!("{}-{}", target.profile, target.number);
     let Status { step, steps, updated, eligible, touched, .. } = status;

@@ -10,8 +10,8 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change as LayerChange, NodeRecord, Protocol};
 
 use super::super::*;
-use crate::fleet::builtin_settings;
 use crate::fleet::metrics::StreamMetrics;
+use crate::fleet::{Parts, builtin_settings};
 use crate::ingest::{Fact, Ingested};
 use crate::propagation::{Propagation, PropagationMetrics, new_trace};
 use crate::status::{Floor, Floors, News};
@@ -27,14 +27,14 @@ fn name(node: usize) -> Arc<str> {
 fn connected_fleet() -> (Arc<Fleet>, Vec<u64>) {
     let registry = Registry::new();
     let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
-    let fleet = Fleet::new(
-        builtin_settings(),
-        Floors::default(),
-        StreamMetrics::new(&registry).unwrap(),
-        Arc::new(|| None),
-        Arc::new(propagation),
-        Arc::new(drop),
-    );
+    let fleet = Fleet::new(Parts {
+        settings: builtin_settings(),
+        floors: Floors::default(),
+        metrics: StreamMetrics::new(&registry).unwrap(),
+        upstream: Arc::new(|| None),
+        propagation: Arc::new(propagation),
+        problems: Arc::new(drop),
+    });
     let record = |node| NodeRecord { name: name(node).to_string(), ..NodeRecord::default() };
     let layer =
         |node| (LayerId::Node(name(node)), vec![LayerChange { change: Some(Op::Node(record(node))) }]);
@@ -64,7 +64,9 @@ fn engine(fleet: Arc<Fleet>) -> mpsc::Sender<Batch> {
     let outputs = Outputs { head: watch::channel(None).0, nodes: Vec::new(), events, busy: Busy::default() };
     let metrics = EngineMetrics::new(&registry).unwrap();
     let controllers = watch::channel(BTreeSet::new()).1;
-    tokio::spawn(run(Compiler::new(), fleet, outputs, metrics, Box::new(new_trace), batches, controllers));
+    let parts =
+        super::Parts { compiler: Compiler::new(), fleet, outputs, metrics, new_trace: Box::new(new_trace) };
+    tokio::spawn(run(parts, batches, controllers));
     sink
 }
 

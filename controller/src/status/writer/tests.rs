@@ -129,9 +129,13 @@ async fn replica(server: Arc<Mutex<Server>>, name: &str) -> Lab {
     let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
     let agents = Agents::default();
-    let settings = WriterSettings { replica: name.into(), agents: agents.clone() };
-    let mut writer =
-        Writer::new(client, fleet.clone(), settings, floors.clone(), assignments.clone(), metrics);
+    let settings = WriterSettings {
+        replica: name.into(),
+        agents: agents.clone(),
+        floors: floors.clone(),
+        assignments: assignments.clone(),
+    };
+    let mut writer = Writer::new(client, fleet.clone(), settings, metrics);
     let loaded = writer.load().await.is_ok();
     let (nodes, events) = mpsc::unbounded_channel();
     let upstream = Upstream::default();

@@ -123,11 +123,12 @@ pub(crate) fn family<const N: usize>(
     }
     let deletes = changes.iter().filter(|(_, (before, _))| before.is_some());
     let deletes: Vec<(Element<N>, Option<Data<N>>)> = deletes.map(|(element, _)| (**element, None)).collect();
-    elements += write_elements(batch, layout, &mut encoded, &deletes, Operation::Delete, chunk);
+    elements +=
+        ElementWriter { batch, layout, encoded: &mut encoded, chunk }.write(&deletes, Operation::Delete);
     let adds = changes.iter().filter(|(_, (_, after))| after.is_some());
     let adds: Vec<(Element<N>, Option<Data<N>>)> =
         adds.map(|(element, (_, after))| (**element, *after)).collect();
-    elements += write_elements(batch, layout, &mut encoded, &adds, Operation::Add, chunk);
+    elements += ElementWriter { batch, layout, encoded: &mut encoded, chunk }.write(&adds, Operation::Add);
     if !structure.built {
         for chain in chains.iter().filter(|chain| chain.hook.is_some()) {
             new_chain(batch, layout, chain);
@@ -144,7 +145,8 @@ pub(crate) fn family<const N: usize>(
 /// Writes the removal of one element.
 pub(crate) fn removal<const N: usize>(batch: &mut Batch, element: Element<N>) {
     let mut encoded = Encoded { groups: Vec::new(), operations: 0 };
-    write_elements(batch, Layout::new(N), &mut encoded, &[(element, None)], Operation::Delete, usize::MAX);
+    let writer = ElementWriter { batch, layout: Layout::new(N), encoded: &mut encoded, chunk: usize::MAX };
+    writer.write(&[(element, None)], Operation::Delete);
 }
 
 /// Creates the table, its constant sets and chains; base chains come at the end.
@@ -294,41 +296,46 @@ fn changed_chains(layout: Layout, structure: &Structure, config: &RuleConfig) ->
     pairs.filter(|(old, new)| old != new).map(|(_, new)| new.name).collect()
 }
 
-/// Writes elements, grouped by set; returns their number.
-fn write_elements<const N: usize>(
-    batch: &mut Batch,
+/// Writes elements into a batch, and records the messages that have them.
+struct ElementWriter<'a, const N: usize> {
+    batch: &'a mut Batch,
     layout: Layout,
-    encoded: &mut Encoded<N>,
-    elements: &[(Element<N>, Option<Data<N>>)],
-    operation: Operation,
+    encoded: &'a mut Encoded<N>,
+    /// Maximum number of elements per message.
     chunk: usize,
-) -> usize {
-    let (kind, flags) = operation.message();
-    let mut rest = elements;
-    while let Some(set) = rest.first().map(|(element, _)| element.set()) {
-        let mut taken = 0;
-        let mut entries = Vec::new();
-        let message = batch.len();
-        batch.push(kind, flags, layout.family, |writer: &mut Writer| {
-            writer.string(nfta::element_list::TABLE, TABLE);
-            writer.string(nfta::element_list::SET, &set);
-            writer.nest(nfta::element_list::ELEMENTS, |writer| {
-                let start = writer.bytes.len();
-                for (element, data) in rest {
-                    let full = writer.bytes.len() - start > CHUNK || taken >= chunk;
-                    if full || element.set() != set {
-                        break;
+}
+
+impl<const N: usize> ElementWriter<'_, N> {
+    /// Writes elements, grouped by set; returns their number.
+    fn write(self, elements: &[(Element<N>, Option<Data<N>>)], operation: Operation) -> usize {
+        let Self { batch, layout, encoded, chunk } = self;
+        let (kind, flags) = operation.message();
+        let mut rest = elements;
+        while let Some(set) = rest.first().map(|(element, _)| element.set()) {
+            let mut taken = 0;
+            let mut entries = Vec::new();
+            let message = batch.len();
+            batch.push(kind, flags, layout.family, |writer: &mut Writer| {
+                writer.string(nfta::element_list::TABLE, TABLE);
+                writer.string(nfta::element_list::SET, &set);
+                writer.nest(nfta::element_list::ELEMENTS, |writer| {
+                    let start = writer.bytes.len();
+                    for (element, data) in rest {
+                        let full = writer.bytes.len() - start > CHUNK || taken >= chunk;
+                        if full || element.set() != set {
+                            break;
+                        }
+                        let count = element.encode(writer, data.as_ref());
+                        entries.extend(std::iter::repeat_n(*element, count));
+                        taken += 1;
                     }
-                    let count = element.encode(writer, data.as_ref());
-                    entries.extend(std::iter::repeat_n(*element, count));
-                    taken += 1;
-                }
+                });
             });
-        });
-        encoded.groups.push(Group { message, elements: entries, operation });
-        rest = &rest[taken..];
+            encoded.groups.push(Group { message, elements: entries, operation });
+            rest = &rest[taken..];
+        }
+        elements.len()
     }
-    elements.len()
 }
 
 fn write_stamp(batch: &mut Batch, layout: Layout, structure: &Structure, stamp: &BTreeMap<u32, [u8; 16]>) {

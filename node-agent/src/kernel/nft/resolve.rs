@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use switchtower_proto::v1::{
-    Cidr, Endpoint, Family, FrontendKey, KernelFrontend, KernelTarget, KernelVerdict,
+    Cidr, Endpoint, Family, FrontendKey, KernelFrontend, KernelMasquerade, KernelTarget, KernelVerdict,
 };
 
 use super::dump::TableDump;
@@ -127,11 +127,11 @@ fn target<const N: usize>(dump: &TableDump<N>, key: &Key<N>, side: fn(Key<N>) ->
         verdict: if broken { KernelVerdict::Broken } else { KernelVerdict::Forward }.into(),
         endpoints: found.into_iter().flatten().collect(),
         masquerade: match pick.masquerade {
-            Masquerade::Never => "never",
-            Masquerade::ClusterIp => "cluster_ip",
-            Masquerade::Always => "always",
+            Masquerade::Never => KernelMasquerade::Never,
+            Masquerade::ClusterIp => KernelMasquerade::ClusterIp,
+            Masquerade::Always => KernelMasquerade::Always,
         }
-        .to_owned(),
+        .into(),
         affinity_seconds: pick.affinity,
         chain: pick.chain(),
     }
@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(target.verdict(), KernelVerdict::Forward);
         let last: Vec<u8> = target.endpoints.iter().map(|endpoint| endpoint.address[3]).collect();
         assert_eq!(last, [5, 9]);
-        assert_eq!((target.chain.as_str(), target.masquerade.as_str()), ("size-3", "cluster_ip"));
+        assert_eq!((target.chain.as_str(), target.masquerade()), ("size-3", KernelMasquerade::ClusterIp));
     }
 
     #[test]
