@@ -47,12 +47,6 @@ impl Peers {
         }
     }
 
-    /// The current list if it differs from the one that [`Peers::take_current`] or this function returned last, otherwise
-    /// nothing.
-    pub fn take_news(&mut self) -> Vec<String> {
-        if self.0.has_changed().unwrap_or(false) { self.take_current() } else { Vec::new() }
-    }
-
     /// The current list, marked as seen.
     pub fn take_current(&mut self) -> Vec<String> {
         self.0.borrow_and_update().clone()

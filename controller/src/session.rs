@@ -338,7 +338,8 @@ impl Session {
                 },
                 () = signal.notify.notified() => Ok(()),
                 answer = self.drains.next() => self.send(ToAgent::DrainAnswer(answer)).await,
-                _ = ping.tick() => self.ping().await,
+                _ = ping.tick() => self.ping(Vec::new()).await,
+                () = self.peers.changed() => self.ping(self.peers.current()).await,
                 () = timer.as_mut() => self.recycle(&mut recycled),
             };
             if let Err(end) = outcome {
@@ -550,13 +551,13 @@ impl Session {
         if sent { Ok(()) } else { Err(End::Gone("connection_lost")) }
     }
 
-    async fn ping(&mut self) -> Result<(), End> {
+    /// Checks that the agent responds. `peers` are sent if there are any.
+    async fn ping(&mut self, peers: Vec<String>) -> Result<(), End> {
         if self.heard.elapsed() > self.limits.silence {
             return Err(End::Gone("silent"));
         }
         // The peers have just heard each other.
         let recent = self.limits.ping / 2;
-        let peers = self.peers.take_news();
         if peers.is_empty() && self.heard.elapsed() < recent && self.spoke.elapsed() < recent {
             return Ok(());
         }

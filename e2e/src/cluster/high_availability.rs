@@ -22,6 +22,8 @@ const STARTED: Duration = Duration::from_secs(90);
 const DELIVERED: Duration = Duration::from_secs(180);
 /// Timeout of a takeover: the Lease expires after 15 seconds at most.
 const TAKEN_OVER: Duration = Duration::from_secs(30);
+/// Timeout of all agents to reach the next controller.
+const MOVED: Duration = Duration::from_secs(30);
 
 /// Installs the component, removes the active controller, and restores the installation with one controller.
 ///
@@ -72,6 +74,15 @@ impl Pair<'_> {
             ensure!(expected.is_subset(&listed), "{listed:?} lacks some of {expected:?}");
             Ok(())
         })?;
+        for node in self.layout.node_names() {
+            let file = self.layout.machine_var(&node).join("lib/switchtower/controllers");
+            wait_until("the standby's address in the agent's state", STARTED, || {
+                let known = std::fs::read_to_string(&file).unwrap_or_default();
+                let standby = SocketAddr::new(standby.address, PORT).to_string();
+                ensure!(known.lines().any(|line| line == standby), "{node} knows {known:?}");
+                Ok(())
+            })?;
+        }
         self.claim(standby.address).context("the standby's address")?;
         let budget = self.object("get poddisruptionbudget switchtower-controller")?;
         ensure!(budget["status"]["currentHealthy"] == 2, "the budget counts {}", budget["status"]);
@@ -88,7 +99,7 @@ impl Pair<'_> {
             Ok(())
         })?;
         say(&format!("the standby holds the Lease after {:.1} s", start.elapsed().as_secs_f32()));
-        wait_until("every agent is connected to the standby", STARTED, || self.connected_to(&standby.name))?;
+        wait_until("every agent is connected to the standby", MOVED, || self.connected_to(&standby.name))?;
         say(&format!("every row is Ready again after {:.1} s", start.elapsed().as_secs_f32()));
         Ok(())
     }

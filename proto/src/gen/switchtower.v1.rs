@@ -762,7 +762,7 @@ pub struct Ping {
     pub sequence: u64,
     #[prost(uint64, tag = "2")]
     pub upstream_age_milliseconds: u64,
-    /// From the controller: host:port of all replicas, if they changed since the Welcome or the last Ping that had some.
+    /// From the controller: host:port of all replicas, sent when they change after the Welcome.
     #[prost(string, repeated, tag = "3")]
     pub peers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
