@@ -238,7 +238,8 @@ fn rolling_replacement_loses_no_connection_with_the_gate() {
     assert_eq!(losses, Vec::<String>::new());
     waits.sort_unstable();
     assert!(waits[waits.len() / 2] <= SLOWED + Duration::from_secs(1), "{waits:?}");
-    run.terminate(&BTreeSet::new());
+    // The other tests ask about the same pods, in any order.
+    run.scene.endpoints("web", &[]);
 }
 
 #[test]
