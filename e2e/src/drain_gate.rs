@@ -11,15 +11,12 @@ use crate::lab::wait;
 use crate::switchtower::{Fleet, FleetNode};
 
 /// Port of the gate.
-const GATE: u16 = 9910;
+pub(crate) const GATE: u16 = 9910;
 
-/// Applies a profile with the gate and waits until every node has it.
-///
-/// # Errors
-/// A node does not redirect hooks in time.
-pub fn open_gate(fleet: &Fleet) -> Result<()> {
-    let profile = json!({
-        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "default"},
+/// Returns a ProxyProfile that sets the gate on all nodes at once.
+pub(crate) fn profile(name: &str) -> Value {
+    json!({
+        "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": name},
         "spec": {
             "priority": 10,
             "settings": {"drainGate": {"port": GATE}},
@@ -28,7 +25,15 @@ pub fn open_gate(fleet: &Fleet) -> Result<()> {
                 "gates": {"probes": [], "windowSeconds": 0},
             },
         },
-    });
+    })
+}
+
+/// Applies a profile with the gate and waits until every node has it.
+///
+/// # Errors
+/// A node does not redirect hooks in time.
+pub fn open_gate(fleet: &Fleet) -> Result<()> {
+    let profile = profile("default");
     let path = fleet.lab().directory().join("drain-gate.json");
     std::fs::write(&path, profile.to_string())?;
     fleet.control_plane().kubectl(&["apply", "-f", &path.to_string_lossy()])?;

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use super::layout::{API_SERVER_PORT, HUB_PKI, Layout, POD_CIDRS, SERVICE_CIDRS, Tools};
 use super::machine::Machine;
@@ -31,6 +32,12 @@ impl Kubectl {
     /// Runs kubectl with arguments split at blanks and returns its output.
     pub fn run(&self, line: &str) -> Result<String> {
         finish(&mut self.command(line))
+    }
+
+    /// Runs kubectl with arguments split at blanks and `--output json`.
+    pub fn json(&self, line: &str) -> Result<Value> {
+        let text = self.run(&format!("{line} --output json"))?;
+        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` did not print JSON"))
     }
 
     /// Runs kubectl with arguments that may contain blanks.

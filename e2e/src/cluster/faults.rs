@@ -114,9 +114,10 @@ struct Bench {
 
 impl Bench {
     fn write_config_maps(&self) -> Result<()> {
-        let real =
-            self.object(&format!("get configmap --namespace {NAMESPACE} switchtower-bootstrap"))?["data"]
-                .take();
+        let real = self
+            .kubectl
+            .json(&format!("get configmap --namespace {NAMESPACE} switchtower-bootstrap"))?["data"]
+            .take();
         let map = |name: &str, data: Value| {
             let metadata = json!({"name": name, "namespace": NAMESPACE});
             json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}).to_string()
@@ -128,7 +129,7 @@ impl Bench {
 
     /// Kills the kubelet of a node that runs neither the faults nor the controller; returns the node's number.
     fn kill_a_kubelet(&self) -> Result<u8> {
-        let controllers = self.object(&format!(
+        let controllers = self.kubectl.json(&format!(
             "get pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-controller"
         ))?;
         let taken = |node: &str| {
@@ -157,7 +158,7 @@ impl Bench {
 
     fn try_one(&self, fault: &Fault) -> Result<()> {
         say(&format!("{} on {}", fault.name, self.node));
-        let spec = self.object(&format!("get --namespace {NAMESPACE} {DAEMON_SET}"))?["spec"].take();
+        let spec = self.kubectl.json(&format!("get --namespace {NAMESPACE} {DAEMON_SET}"))?["spec"].take();
         let broken = json!({"spec": {
             "updateStrategy": {"type": "OnDelete", "rollingUpdate": null},
             "template": fault.template,
@@ -213,16 +214,11 @@ impl Bench {
 
     /// Status, reason and message of the Ready condition in a node's ProxyStatus.
     fn ready(&self, node: &str) -> Result<(String, String, String)> {
-        let row = self.object(&format!("get proxystatus {node}"))?;
+        let row = self.kubectl.json(&format!("get proxystatus {node}"))?;
         let conditions = row.pointer("/status/conditions").and_then(Value::as_array);
         let ready = conditions.into_iter().flatten().find(|known| known["type"] == "Ready");
         let ready = ready.with_context(|| format!("the ProxyStatus of {node} has no condition Ready"))?;
         let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
         Ok((text("status"), text("reason"), text("message")))
-    }
-
-    fn object(&self, line: &str) -> Result<Value> {
-        let text = self.kubectl.run(&format!("{line} --output json"))?;
-        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` did not print JSON"))
     }
 }

@@ -173,7 +173,6 @@ impl Pair<'_> {
     }
 
     fn object(&self, line: &str) -> Result<Value> {
-        let text = self.kubectl.run(&format!("{line} --namespace {NAMESPACE} --output json"))?;
-        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` did not print JSON"))
+        self.kubectl.json(&format!("{line} --namespace {NAMESPACE}"))
     }
 }

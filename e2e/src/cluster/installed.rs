@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use super::control_plane::Kubectl;
@@ -62,12 +62,7 @@ impl Installed<'_> {
     fn metrics(&self) -> Result<()> {
         let nodes = usize::from(self.layout.nodes);
         for (service, pods) in [("switchtower-controller", 1), ("switchtower-node-agent", nodes)] {
-            let text = self.kubectl.run(&format!(
-                "get endpointslices --namespace {NAMESPACE} --selector kubernetes.io/service-name={service}-metrics \
-                 --output json"
-            ))?;
-            let slices: Value = serde_json::from_str(&text).context("the EndpointSlices are not JSON")?;
-            let addresses = addresses(&slices);
+            let addresses = metrics_addresses(&self.kubectl, service)?;
             ensure!(addresses.len() == pods, "{service}: {addresses:?}, expected {pods}");
             for address in addresses {
                 let metrics = http_get(address, "/metrics")?;
@@ -78,8 +73,11 @@ impl Installed<'_> {
     }
 }
 
-/// Addresses of the ready endpoints.
-fn addresses(slices: &Value) -> Vec<SocketAddr> {
+/// Addresses at which the ready Pods of a component serve metrics.
+pub(super) fn metrics_addresses(kubectl: &Kubectl, component: &str) -> Result<Vec<SocketAddr>> {
+    let slices = kubectl.json(&format!(
+        "get endpointslices --namespace {NAMESPACE} --selector kubernetes.io/service-name={component}-metrics"
+    ))?;
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let mut found = Vec::new();
     for slice in list(&slices["items"]) {
@@ -90,5 +88,5 @@ fn addresses(slices: &Value) -> Vec<SocketAddr> {
             found.extend(address.zip(port).map(SocketAddr::from));
         }
     }
-    found
+    Ok(found)
 }

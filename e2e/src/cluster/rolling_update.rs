@@ -12,16 +12,16 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::control_plane::Kubectl;
-use super::install::NAMESPACE;
+use super::installed::metrics_addresses;
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{Results, print, run, say, wait_until};
+use crate::drain_gate::{self, GATE};
 use crate::lab::http::http_get;
 
 const MANIFESTS: &str = include_str!("drain.yaml");
 /// The Deployment's replicas.
 const REPLICAS: usize = 30;
-const GATE: u16 = 9_910;
 /// Address in the status of the Service, from a documentation block; the nodes serve it themselves.
 const LOAD_BALANCER: &str = "198.51.100.30";
 /// Time for which the slow agent stops at a time, and time between two stops.
@@ -120,14 +120,7 @@ impl Bench {
 
     /// Sets the gate for all nodes by a profile, and waits until every agent listens.
     fn open_gate(&self) -> Result<()> {
-        let strategy = json!({
-            "steps": [{"nodes": "100%"}], "maxUnavailable": "100%", "gates": {"probes": [], "windowSeconds": 0},
-        });
-        let profile = json!({
-            "apiVersion": "switchtower.dev/v1alpha1", "kind": "ProxyProfile", "metadata": {"name": "drain"},
-            "spec": {"settings": {"drainGate": {"port": GATE}}, "strategy": strategy},
-        });
-        self.kubectl.apply(&profile.to_string())?;
+        self.kubectl.apply(&drain_gate::profile("drain").to_string())?;
         wait_until("a listener on every node", Duration::from_secs(60), || {
             for node in self.layout.node_names() {
                 let machine = Machine::find(&self.layout, &node)?;
@@ -159,8 +152,8 @@ impl Bench {
 
     /// ClusterIP, NodePort of the first node, and LoadBalancer address.
     fn targets(&self) -> Result<Vec<SocketAddr>> {
-        let service = self.object("get service web --namespace drain")?;
-        let node = self.object(&format!("get node {}", self.layout.node_names()[0]))?;
+        let service = self.kubectl.json("get service web --namespace drain")?;
+        let node = self.kubectl.json(&format!("get node {}", self.layout.node_names()[0]))?;
         let address = |value: &Value| -> Result<IpAddr> {
             value.as_str().unwrap_or_default().parse().with_context(|| format!("{value} is not an address"))
         };
@@ -209,7 +202,7 @@ impl Bench {
 
     /// Succeeds when no Pod is terminating.
     fn settled(&self) -> Result<()> {
-        let pods = self.object("get pods --namespace drain")?;
+        let pods = self.kubectl.json("get pods --namespace drain")?;
         let count = pods["items"].as_array().map_or(0, Vec::len);
         ensure!(count == REPLICAS, "{count} Pods");
         Ok(())
@@ -217,21 +210,8 @@ impl Bench {
 
     /// Returns the controller's histogram of the gate's queries, over all verdicts.
     fn waits(&self) -> Result<Waits> {
-        let pods = self.object(&format!(
-            "get pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-controller"
-        ))?;
-        let address = pods["items"][0]["status"]["hostIP"].as_str().context("no controller Pod")?;
-        let slices = self.object(&format!(
-            "get endpointslices --namespace {NAMESPACE} --selector \
-             kubernetes.io/service-name=switchtower-controller-metrics"
-        ))?;
-        let port = slices["items"][0]["ports"][0]["port"].as_u64().context("no metrics port")?;
-        Waits::parse(&http_get(SocketAddr::new(address.parse()?, u16::try_from(port)?), "/metrics")?)
-    }
-
-    fn object(&self, line: &str) -> Result<Value> {
-        let text = self.kubectl.run(&format!("{line} --output json"))?;
-        serde_json::from_str(&text).with_context(|| format!("`kubectl {line}` did not print JSON"))
+        let addresses = metrics_addresses(&self.kubectl, "switchtower-controller")?;
+        Waits::parse(&http_get(*addresses.first().context("no controller is ready")?, "/metrics")?)
     }
 }
 
