@@ -26,6 +26,8 @@ use crate::error::{CliError, chain};
 const TOKEN_SECONDS: i64 = 600;
 /// ConfigMap in which the controller publishes its CA.
 const BOOTSTRAP: &str = "switchtower-bootstrap";
+/// Label that names the Service of an EndpointSlice.
+pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// Connection to the API server.
 #[derive(Clone)]
@@ -124,7 +126,7 @@ impl Cluster {
 
     pub(crate) async fn slices(&self, namespace: &str, name: &str) -> Result<Vec<EndpointSlice>, CliError> {
         let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), namespace);
-        let of = ListParams::default().labels(&format!("kubernetes.io/service-name={name}"));
+        let of = ListParams::default().labels(&format!("{SERVICE_NAME_LABEL}={name}"));
         let slices = api.list(&of).await;
         let what = format!("list EndpointSlices of {namespace}/{name}");
         Ok(slices.map_err(|error| explained(&what, &error))?.items)

@@ -7,11 +7,8 @@ use switchtower_admin_api::codes;
 use switchtower_crds::ProxyProfile;
 
 use super::Check;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, SERVICE_NAME_LABEL};
 use crate::output::names;
-
-/// Label that names the Service of an EndpointSlice.
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// Lists EndpointSlices only if a profile has a drain gate.
 pub(super) async fn after(cluster: &Cluster, profiles: &[ProxyProfile]) -> Vec<Check> {
