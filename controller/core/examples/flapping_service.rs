@@ -42,16 +42,9 @@ fn service(name: &str, ports: u32) -> Service {
     Service {
         key: key(name),
         uid: name.into(),
-        created: 0,
         cluster_ips: vec![address(10, name.len() as u32)],
         ports: (0..ports).map(port).collect(),
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
+        ..Service::default()
     }
 }
 

@@ -32,13 +32,7 @@ fn service(number: u32) -> Service {
         created: i64::from(number),
         cluster_ips: vec![address(10, number)],
         ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
+        ..Service::default()
     }
 }
 

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use switchtower_proto::v1::Protocol;
 
 /// `namespace` and `name` of an object.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
     /// Namespace.
     pub namespace: Arc<str>,
@@ -59,7 +59,7 @@ pub struct ServicePortSpec {
 }
 
 /// A Service that the proxy serves. Headless and ExternalName Services are never in the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Service {
     /// Its key.
     pub key: ObjectKey,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{address, cluster, service, slice};
 use switchtower_core::compile::Compiler;
-use switchtower_core::layer::{HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
+use switchtower_core::layer::{Applied, HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
 use switchtower_core::model::*;
 use switchtower_proto::v1::Source;
 
@@ -29,20 +29,22 @@ fn one_change(services: u32) -> Duration {
     runs.min().unwrap()
 }
 
+/// Compiles what is pending, and applies it to the layers.
+fn publish(compiler: &mut Compiler, layers: &mut Layers) -> Applied {
+    let compiled = compiler.compile();
+    layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
+}
+
 /// Layers touched, log entries added and bytes sent by one endpoint change.
 fn one_change_in_a_fleet(nodes: u32) -> (usize, usize, usize) {
     let mut compiler = cluster(nodes, 200);
     let mut layers = Layers::new(LogLimits::default());
-    let apply = |compiler: &mut Compiler, layers: &mut Layers| {
-        let compiled = compiler.compile();
-        layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
-    };
-    apply(&mut compiler, &mut layers);
+    publish(&mut compiler, &mut layers);
     let health_checks = HealthCheckPlacement::Shared;
     let node = Subscription { node: "n5".into(), zone: None, settings: ("builtin".into(), 0), health_checks };
     let (before, entries) = (layers.head(&node), layers.log_entries());
     compiler.apply(Input::Slice(slice(100, 1)));
-    let applied = apply(&mut compiler, &mut layers);
+    let applied = publish(&mut compiler, &mut layers);
     let Planned::Update(plan) = layers.plan(&node, Some(&before)) else { panic!("nothing is to be sent") };
     let bytes = plan.parts.iter().map(|part| part.payload.len()).sum();
     (applied.touched.len(), layers.log_entries() - entries, bytes)
@@ -72,11 +74,7 @@ fn endpoint_change_cost_independent_of_services() {
 fn one_health_check_in_a_fleet(nodes: u32) -> (usize, usize, Duration) {
     let mut compiler = cluster(nodes, 200);
     let mut layers = Layers::new(LogLimits::default());
-    let apply = |compiler: &mut Compiler, layers: &mut Layers| {
-        let compiled = compiler.compile();
-        layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default())
-    };
-    apply(&mut compiler, &mut layers);
+    publish(&mut compiler, &mut layers);
     let mut cost = (0, 0, Duration::MAX);
     for number in 300..340 {
         let balancer = Service {
@@ -91,7 +89,7 @@ fn one_health_check_in_a_fleet(nodes: u32) -> (usize, usize, Duration) {
         let start = Instant::now();
         compiler.apply(Input::Service(balancer));
         compiler.apply(Input::Slice(endpoints));
-        let applied = apply(&mut compiler, &mut layers);
+        let applied = publish(&mut compiler, &mut layers);
         let taken = start.elapsed();
         cost = (applied.touched.len(), layers.log_entries() - entries, cost.2.min(taken));
     }

@@ -142,13 +142,7 @@ fn mk_service(name: &str, cluster_ip: &str) -> Service {
             port: 80,
             node_port: None,
         }],
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
+        ..Service::default()
     }
 }
 
