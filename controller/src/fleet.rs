@@ -137,6 +137,24 @@ pub struct Parts {
     pub problems: ProblemSink,
 }
 
+#[cfg(test)]
+impl Parts {
+    /// The built-in settings, and an API server that was never heard.
+    pub(crate) fn for_tests() -> Self {
+        use crate::propagation::PropagationMetrics;
+        let registry = prometheus::Registry::new();
+        let metrics = PropagationMetrics::new(&registry).unwrap();
+        Self {
+            settings: builtin_settings(),
+            floors: Floors::default(),
+            metrics: StreamMetrics::new(&registry).unwrap(),
+            upstream: Arc::new(|| None),
+            propagation: Arc::new(Propagation::new(Default::default(), metrics)),
+            problems: Arc::new(drop),
+        }
+    }
+}
+
 impl Fleet {
     /// Creates a fleet without nodes. It is ready after the first [`Fleet::publish`].
     #[must_use]

@@ -8,15 +8,13 @@ use k8s_openapi::api::authentication::v1::{TokenReviewStatus, UserInfo};
 use serde_json::Value;
 use switchtower_core::compile::Compiler;
 use switchtower_core::model::{Input, Node, ObjectKey};
-use switchtower_core::propagation::{Change, Limits, Publication};
+use switchtower_core::propagation::{Change, Publication};
 use switchtower_proto::v1::Source;
 use tower::ServiceExt as _;
 
 use super::*;
-use crate::fleet::{Parts, builtin_settings};
-use crate::propagation::{Propagation, PropagationMetrics};
+use crate::fleet::Parts;
 use crate::serve::review::{Review, Reviewer};
-use crate::status::Floors;
 
 /// Accepts tokens of the form AUDIENCE@USER.
 struct Fake;
@@ -37,18 +35,8 @@ impl Reviewer for Fake {
 }
 
 fn router() -> Router {
-    let metrics = StreamMetrics::new(&prometheus::Registry::new()).unwrap();
     let age = || Some(Duration::from_millis(70));
-    let followed = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
-    let propagation = Arc::new(Propagation::new(Limits::default(), followed));
-    let fleet = Fleet::new(Parts {
-        settings: builtin_settings(),
-        floors: Floors::default(),
-        metrics,
-        upstream: Arc::new(age),
-        propagation,
-        problems: Arc::new(drop),
-    });
+    let fleet = Fleet::new(Parts { upstream: Arc::new(age), ..Parts::for_tests() });
     let mut compiler = Compiler::new();
     compiler.apply(Input::Node(Node {
         name: "n1".into(),

@@ -2,7 +2,7 @@
 
 use switchtower_core::compiled::{Problem, ProblemReason};
 use switchtower_core::layer::{HealthCheckPlacement, Planned, Subscription};
-use switchtower_core::model::{Input, Node, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
+use switchtower_core::model::{Input, Node, ObjectKey, Service, ServicePortSpec};
 use switchtower_proto::v1::Protocol;
 
 use super::*;
@@ -74,16 +74,10 @@ fn service(external: &str, port: u16) -> Fact {
     Fact::Input(Input::Service(Service {
         key: ObjectKey { namespace: "default".into(), name: "web".into() },
         uid: "u".into(),
-        created: 0,
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port, node_port: None }],
         external_ips: vec![external.parse().unwrap()],
-        load_balancer_ips: vec![],
-        source_ranges: vec![],
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
+        ..Service::default()
     }))
 }
 

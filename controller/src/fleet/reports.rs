@@ -68,15 +68,12 @@ pub(crate) mod tests {
 
     use switchtower_core::compiled::Compiled;
     use switchtower_core::model::LayerId;
-    use switchtower_core::propagation::{Limits, Publication};
+    use switchtower_core::propagation::Publication;
     use switchtower_proto::v1::change::Change as Op;
     use switchtower_proto::v1::{Change, HealthCheck, HealthCheckKey, NodeRecord, Source};
 
     use super::*;
-    use crate::fleet::metrics::StreamMetrics;
-    use crate::fleet::{Parts, builtin_settings};
-    use crate::propagation::{Propagation, PropagationMetrics};
-    use crate::status::Floors;
+    use crate::fleet::Parts;
 
     fn failure(name: &str) -> HealthCheckFailure {
         let key = HealthCheckKey { namespace: "default".into(), name: name.into() };
@@ -84,17 +81,11 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn fleet() -> (Arc<Fleet>, Arc<Mutex<Vec<Problem>>>) {
-        let registry = prometheus::Registry::new();
-        let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
         let problems = Arc::new(Mutex::new(Vec::new()));
         let sink = problems.clone();
         let fleet = Fleet::new(Parts {
-            settings: builtin_settings(),
-            floors: Floors::default(),
-            metrics: StreamMetrics::new(&registry).unwrap(),
-            upstream: Arc::new(|| None),
-            propagation: Arc::new(propagation),
             problems: Arc::new(move |problem| sink.lock().unwrap().push(problem)),
+            ..Parts::for_tests()
         });
         let check = HealthCheck { key: failure("web").key, port: 30_000, ready_ipv4: 0, ready_ipv6: 0 };
         let ops =

@@ -5,14 +5,10 @@ use std::time::Duration;
 
 use http::Method;
 use serde_json::{Value, json};
-use switchtower_core::propagation::Limits;
 
 use super::*;
 use crate::fake_api::{self, Call, Store, failure};
-use crate::fleet::metrics::StreamMetrics;
-use crate::fleet::{Parts, builtin_settings};
-use crate::propagation::{Propagation, PropagationMetrics};
-use crate::status::Floors;
+use crate::fleet::Parts;
 
 /// Stored objects, and the answers to the next creations.
 #[derive(Default)]
@@ -60,15 +56,7 @@ async fn lab() -> Lab {
 
 fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
     let registry = prometheus::Registry::new();
-    let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
-    let fleet = Fleet::new(Parts {
-        settings: builtin_settings(),
-        floors: Floors::default(),
-        metrics: StreamMetrics::new(&registry).unwrap(),
-        upstream: Arc::new(|| Some(Duration::ZERO)),
-        propagation: Arc::new(propagation),
-        problems: Arc::new(drop),
-    });
+    let fleet = Fleet::new(Parts { upstream: Arc::new(|| Some(Duration::ZERO)), ..Parts::for_tests() });
     let metrics = RolloutMetrics::new(&registry).unwrap();
     let assignments = Assignments::default();
     assignments.set_loaded();

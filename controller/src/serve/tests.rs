@@ -15,7 +15,7 @@ use switchtower_admin_api::ChangeReport;
 use switchtower_core::compiled::Compiled;
 use switchtower_core::layer::HealthCheckPlacement;
 use switchtower_core::model::LayerId;
-use switchtower_core::propagation::{Change as Followed, Limits as FollowLimits, Publication};
+use switchtower_core::propagation::{Change as Followed, Publication};
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -34,9 +34,9 @@ use super::review::{Review, Reviewer};
 use super::*;
 use crate::bootstrap::CaPem;
 use crate::fleet::queries::QueryError;
-use crate::fleet::{SettingsAssignment, SettingsName};
-use crate::propagation::{Propagation, PropagationMetrics};
-use crate::status::{Floors, Registry as _};
+use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
+use crate::propagation::Propagation;
+use crate::status::Registry as _;
 
 mod load;
 mod refused;
@@ -90,17 +90,10 @@ struct Lab {
 
 impl Lab {
     async fn start(limits: Limits) -> Self {
-        let metrics = StreamMetrics::new(&prometheus::Registry::new()).unwrap();
-        let propagation = PropagationMetrics::new(&prometheus::Registry::new()).unwrap();
-        let propagation = Arc::new(Propagation::new(FollowLimits::default(), propagation));
-        let fleet = Fleet::new(crate::fleet::Parts {
-            settings: crate::fleet::builtin_settings(),
-            floors: Floors::default(),
-            metrics: metrics.clone(),
-            upstream: Arc::new(|| Some(Duration::ZERO)),
-            propagation: propagation.clone(),
-            problems: Arc::new(drop),
-        });
+        let upstream = Arc::new(|| Some(Duration::ZERO));
+        let parts = FleetParts { upstream, ..FleetParts::for_tests() };
+        let (metrics, propagation) = (parts.metrics.clone(), parts.propagation.clone());
+        let fleet = Fleet::new(parts);
         let keys = Keys::new(Published::new(Err("no keys")), &prometheus::Registry::new()).unwrap();
         let (namespace, account) = ("switchtower-system", "switchtower-node-agent");
         let authenticator = Authenticator::new(Fake, Arc::new(keys), "switchtower", namespace, account);

@@ -55,7 +55,7 @@ type MetadataEvents = std::pin::Pin<
     Box<dyn Stream<Item = Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>> + Send>,
 >;
 
-/// Settings of the writer.
+/// Settings of the writer, and state that it shares.
 #[derive(Debug, Clone)]
 pub struct WriterSettings {
     /// Name of this replica in rows.
@@ -126,8 +126,6 @@ pub struct Writer<R> {
     api: Api<ProxyStatus>,
     registry: Arc<R>,
     settings: WriterSettings,
-    floors: Floors,
-    assignments: Assignments,
     metrics: StatusMetrics,
     entries: HashMap<Arc<str>, Entry>,
     schedule: Schedule,
@@ -156,8 +154,6 @@ impl<R: Registry> Writer<R> {
         Self {
             api: Api::all(client),
             registry,
-            floors: settings.floors.clone(),
-            assignments: settings.assignments.clone(),
             settings,
             metrics,
             entries: HashMap::new(),
@@ -184,7 +180,7 @@ impl<R: Registry> Writer<R> {
             self.publish(&name, &stored);
             self.entries.entry(name).or_default().stored = Some(stored);
         }
-        self.assignments.set_loaded();
+        self.settings.assignments.set_loaded();
         Ok(())
     }
 
@@ -201,7 +197,7 @@ impl<R: Registry> Writer<R> {
         let names: Vec<_> = self.entries.keys().cloned().collect();
         names.iter().for_each(|name| self.consider(name));
         let mut rows = self.watch_metadata();
-        let (registry, assignments) = (self.registry.clone(), self.assignments.clone());
+        let (registry, assignments) = (self.registry.clone(), self.settings.assignments.clone());
         let agents = self.settings.agents.clone();
         loop {
             let wake = self.start_requests();
@@ -370,7 +366,7 @@ impl<R: Registry> Writer<R> {
             self.schedule.push(name, true);
             return;
         }
-        if self.assignments.requested(name, stored.assignment.as_ref()).is_some() {
+        if self.settings.assignments.requested(name, stored.assignment.as_ref()).is_some() {
             // `finished` considers its status.
             self.schedule.push_assignment(name);
             return;
@@ -460,10 +456,10 @@ impl<R: Registry> Writer<R> {
 
     /// Publishes high-water marks and assignment of a row that was read.
     fn publish(&self, name: &Arc<str>, stored: &Stored) {
-        self.floors.set(name, stored.status.as_ref());
+        self.settings.floors.set(name, stored.status.as_ref());
         let had_agent = stored.status.as_ref().is_some_and(|status| status.connection.is_some());
         let row = StoredAssignment { profile: stored.assignment.clone(), had_agent };
-        self.assignments.set(name, &row);
+        self.settings.assignments.set(name, &row);
     }
 
     fn finished(&mut self, name: &Arc<str>, lane: Lane, outcome: WriteOutcome) {
@@ -485,7 +481,7 @@ impl<R: Registry> Writer<R> {
             }
             WriteOutcome::Conflict(stored) => {
                 if lane == Lane::Assignment {
-                    self.assignments.cancel(name);
+                    self.settings.assignments.cancel(name);
                 }
                 entry.take(name, *stored, &self.settings.replica, session);
             }
@@ -513,8 +509,8 @@ impl<R: Registry> Writer<R> {
             self.metrics.moved(entry.state, None);
         }
         self.settings.agents.set_missing(name, false);
-        self.floors.remove(name);
-        self.assignments.remove(name);
+        self.settings.floors.remove(name);
+        self.settings.assignments.remove(name);
     }
 
     /// Logs at most one error per minute: many rows fail for the same cause.

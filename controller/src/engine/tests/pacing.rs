@@ -4,17 +4,15 @@ use std::time::Duration;
 
 use switchtower_core::compiled::Compiled;
 use switchtower_core::layer::HealthCheckPlacement;
-use switchtower_core::model::{Input, LayerId, ObjectKey, Service, ServicePortSpec, TrafficPolicy};
-use switchtower_core::propagation::Limits;
+use switchtower_core::model::{Input, LayerId, ObjectKey, Service, ServicePortSpec};
 use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change as LayerChange, NodeRecord, Protocol};
 
 use super::super::*;
-use crate::fleet::metrics::StreamMetrics;
-use crate::fleet::{Parts, builtin_settings};
+use crate::fleet::Parts;
 use crate::ingest::{Fact, Ingested};
-use crate::propagation::{Propagation, PropagationMetrics, new_trace};
-use crate::status::{Floor, Floors, News};
+use crate::propagation::new_trace;
+use crate::status::{Floor, News};
 use crate::watch::WatchedResource;
 
 const NODES: usize = 100;
@@ -25,16 +23,7 @@ fn name(node: usize) -> Arc<str> {
 
 /// Nodes that hold everything, with an open stream each.
 fn connected_fleet() -> (Arc<Fleet>, Vec<u64>) {
-    let registry = Registry::new();
-    let propagation = Propagation::new(Limits::default(), PropagationMetrics::new(&registry).unwrap());
-    let fleet = Fleet::new(Parts {
-        settings: builtin_settings(),
-        floors: Floors::default(),
-        metrics: StreamMetrics::new(&registry).unwrap(),
-        upstream: Arc::new(|| None),
-        propagation: Arc::new(propagation),
-        problems: Arc::new(drop),
-    });
+    let fleet = Fleet::new(Parts::for_tests());
     let record = |node| NodeRecord { name: name(node).to_string(), ..NodeRecord::default() };
     let layer =
         |node| (LayerId::Node(name(node)), vec![LayerChange { change: Some(Op::Node(record(node))) }]);
@@ -79,16 +68,9 @@ fn service(number: u32) -> Ingested {
     Ingested::gone(Fact::Input(Input::Service(Service {
         key: ObjectKey { namespace: "default".into(), name: format!("s{number}").into() },
         uid: format!("u{number}").into(),
-        created: 0,
         cluster_ips: vec![[10, b, c, d].into()],
         ports: vec![ServicePortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        external_policy: TrafficPolicy::Cluster,
-        internal_policy: TrafficPolicy::Cluster,
-        affinity_seconds: None,
-        health_check_port: None,
+        ..Service::default()
     })))
 }
 

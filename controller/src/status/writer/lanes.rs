@@ -86,7 +86,7 @@ impl<R: Registry> Writer<R> {
     fn next_assignment(&self, name: &Arc<str>) -> Option<Request> {
         let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
         let stored = entry.stored.as_ref().filter(|_| entry.is_known())?;
-        let requested = self.assignments.requested(name, stored.assignment.as_ref())?;
+        let requested = self.settings.assignments.requested(name, stored.assignment.as_ref())?;
         Some(Request::Assign(name.clone(), Box::new(stored.clone()), requested))
     }
 
@@ -96,7 +96,7 @@ impl<R: Registry> Writer<R> {
             (None, None) => None,
             (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
             (Some(node), None) => {
-                let requested = self.assignments.requested(name, None);
+                let requested = self.settings.assignments.requested(name, None);
                 Some(Request::Create(node.clone(), requested.or_else(|| entry.kept(node))))
             }
             (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
