@@ -12,6 +12,7 @@ mod backlog;
 mod controllers;
 mod drift;
 mod flows;
+mod held;
 mod local_settings;
 mod messages;
 mod progress;
@@ -285,10 +286,11 @@ impl Engine {
                 let result = self.state.part(&part);
                 self.refuse(to, result);
             }
-            Command::End(end) => match self.state.end(&end) {
+            Command::End(end) => match self.state.end(&end, Instant::now()) {
                 Ok(applied) => self.take(applied),
                 Err(refusal) => self.refuse(end.to, Err(refusal)),
             },
+            Command::ReleaseHeld { before } => self.release_held(before),
             Command::HostAddresses(addresses) => self.addresses_changed(addresses),
             Command::Controllers { addresses, done } => {
                 self.controllers_changed(addresses);
@@ -410,6 +412,7 @@ impl Engine {
             self.pending.extend(applied.changes);
         }
         self.health_checks_changed |= applied.health_checks;
+        self.held_changed(applied.held);
         self.release();
         self.acknowledgement.due = true;
         let counts = self.state.counts();

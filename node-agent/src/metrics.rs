@@ -37,6 +37,7 @@ pub struct Metrics {
     pub(crate) connected: IntGauge,
     snapshot_written: Gauge,
     pub(crate) refused: IntGauge,
+    pub(crate) held: IntGauge,
     pub(crate) services: IntGauge,
     pub(crate) endpoints: IntGauge,
     pub(crate) sysctl_failures: IntGauge,
@@ -145,6 +146,13 @@ impl Metrics {
             refused: add(
                 registry,
                 IntGauge::new("switchtower_refused_items", "Items of the view that the kernel refused.")?,
+            )?,
+            held: add(
+                registry,
+                IntGauge::new(
+                    "switchtower_held_removals",
+                    "Pools and frontends that the delete budget keeps in the kernel.",
+                )?,
             )?,
             services: add(registry, IntGauge::new("switchtower_services", "Services in the view.")?)?,
             endpoints: add(registry, IntGauge::new("switchtower_endpoints", "Endpoints in the view.")?)?,

@@ -5,10 +5,12 @@
 //!
 //! Invariants:
 //! * A refused update has no effect.
-//! * The layers are exactly as the controller sent them; only refused items and trials of settings make the kernel
-//!   deviate.
+//! * The layers are exactly as the controller sent them; only refused items, removals held by the delete budget and
+//!   trials of settings make the kernel deviate.
 
+mod budget;
 mod evidence;
+mod holds;
 mod layer;
 mod locality;
 mod merge;
@@ -29,6 +31,8 @@ use switchtower_proto::v1::{
 
 use crate::kernel::change::KernelChange;
 pub use evidence::{Measured, ProbeOutcome, Seen};
+use holds::Holds;
+pub use holds::{HeldItem, Released, StoredHolds};
 use layer::Layer;
 pub(crate) use locality::WithoutLocal;
 pub(crate) use merge::{Flow, UdpChanges};
@@ -91,6 +95,8 @@ pub struct Applied {
     pub health_checks: bool,
     /// A trial of settings began or ended.
     pub trial: bool,
+    /// Number of removals that this update added to the held ones.
+    pub held: usize,
 }
 
 /// Size of the view.
@@ -122,6 +128,7 @@ pub struct State {
     loaded: bool,
     endpoints: usize,
     trials: Trials,
+    holds: Holds,
 }
 
 impl Default for State {
@@ -151,6 +158,7 @@ impl State {
             loaded: false,
             endpoints: 0,
             trials: Trials::default(),
+            holds: Holds::default(),
         }
     }
 
@@ -219,11 +227,34 @@ impl State {
         self.trials.deviation()
     }
 
-    /// The health checks to serve: those of the NODE layer, which have local endpoints, and all others.
-    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
+    /// The health checks to serve: those of the NODE layer, which have local endpoints, and all others; held ones
+    /// instead of those that became empty.
+    pub fn health_checks(&self) -> impl Iterator<Item = HealthCheck> {
         let own = &self.layer(LayerKind::Node).health_checks;
-        let shared = self.layer(LayerKind::HealthChecks).health_checks.iter();
-        own.values().chain(shared.filter(|(key, _)| !own.contains_key(*key)).map(|(_, check)| check))
+        let shared = &self.layer(LayerKind::HealthChecks).health_checks;
+        self.holds.health_checks(own, shared)
+    }
+
+    /// Number of removals held by the delete budget: pools and frontends.
+    pub fn held(&self) -> usize {
+        self.holds.len()
+    }
+
+    /// Hash of the held removals, independent of their order.
+    pub fn held_digest(&self) -> u128 {
+        self.holds.digest()
+    }
+
+    /// Descriptions of the held removals, each with the generation that would have removed the item.
+    pub fn held_items(&self) -> impl Iterator<Item = (String, u64)> {
+        self.holds.describe(&self.ports)
+    }
+
+    /// Releases held removals of generations below `before`; later removals of such generations are not held.
+    pub fn release_held(&mut self, before: u64) -> Released {
+        let released = self.holds.release_before(before, &self.layers, &mut self.ports);
+        self.ports.sweep();
+        released
     }
 
     /// Size of the view, counted incrementally.
@@ -251,6 +282,14 @@ impl State {
     fn layer(&self, kind: LayerKind) -> &Layer {
         // Parsing refuses the only kind without a position, the unspecified one.
         &self.layers[position(kind).unwrap_or_default()]
+    }
+}
+
+#[cfg(test)]
+impl State {
+    /// Forgets the removals of the last minute.
+    pub(crate) fn forget_window(&mut self) {
+        self.holds.forget_window();
     }
 }
 

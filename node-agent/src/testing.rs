@@ -22,7 +22,7 @@ pub(crate) fn state(services: u32, endpoints: u32) -> State {
     let (update, parts) = Fleet::new(services, endpoints).snapshot();
     state.begin(&update).unwrap();
     parts.iter().for_each(|part| state.part(part).unwrap());
-    state.end(&UpdateEnd { to: update.to }).unwrap();
+    state.end(&UpdateEnd { to: update.to }, std::time::Instant::now()).unwrap();
     state
 }
 

@@ -219,7 +219,7 @@ async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
                 let to = state.receiving().unwrap_or(state.generation());
                 state.part(&part).err().map(|refusal| (to, refusal))
             }
-            Command::End(end) => match state.end(&end) {
+            Command::End(end) => match state.end(&end, Instant::now()) {
                 Ok(applied) => {
                     let slices = state.source().map_or(0, |source| source.endpoint_slices);
                     hollow.note(state.generation(), slices);

@@ -488,6 +488,9 @@ impl Stream<'_> {
             Some(FromController::Update(update)) => self.command(Command::Begin(Box::new(update))).await,
             Some(FromController::Part(part)) => self.command(Command::Part(part)).await,
             Some(FromController::UpdateEnd(end)) => self.command(Command::End(end)).await,
+            Some(FromController::ReleaseHeld(release)) => {
+                self.command(Command::ReleaseHeld { before: release.before }).await
+            }
             Some(FromController::Ping(ping)) => {
                 remember(self.controllers, self.identity, &ping.peers);
                 self.send(FromAgent::Pong(Pong { sequence: ping.sequence })).await

@@ -31,6 +31,11 @@ pub enum Command {
     Part(Part),
     /// End of the current update.
     End(UpdateEnd),
+    /// The operator releases held removals.
+    ReleaseHeld {
+        /// Removals of generations below this are released.
+        before: u64,
+    },
     /// The addresses of the node's interfaces changed.
     HostAddresses(Vec<IpAddr>),
     /// The session is about to connect to a controller: no frontend may capture these connections.

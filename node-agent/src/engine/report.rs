@@ -12,7 +12,7 @@ use super::{AgentStatus, Engine, Event};
 use crate::kernel::dataplane::{Committed, Refused, Stamp};
 use crate::traces::Applying;
 
-/// Maximum number of refused items that an Ack names.
+/// Maximum number of deviating items that an Ack names.
 const SAMPLES: usize = 16;
 
 /// Findings that no generation covers; every report carries them.
@@ -74,7 +74,8 @@ impl Engine {
             generation: self.state.generation(),
             digest: self.state.digest().0,
             facts: self.facts(),
-            deviations: self.refused.len() as u32 + u32::from(self.state.settings_deviation().is_some()),
+            deviations: (self.refused.len() + self.state.held()) as u32
+                + u32::from(self.state.settings_deviation().is_some()),
         }
     }
 
@@ -143,17 +144,18 @@ impl Engine {
         self.send(Event::Report(report));
     }
 
-    /// Returns the intended differences from `desired`: refused items, and settings of a trial.
+    /// Returns the intended differences from `desired`: refused items, held removals, and settings of a trial.
     pub(super) fn deviations(&self, desired: u128) -> Option<Deviations> {
         let settings = self.state.settings_deviation();
-        if self.refused.is_empty() && settings.is_none() {
+        let held = self.state.held();
+        if self.refused.is_empty() && held == 0 && settings.is_none() {
             return None;
         }
         // Equal for equal deviations from equal views; the controller compares it and never decodes it.
         let in_force =
             settings.as_ref().map(|settings| format!("{}@{}", settings.profile, settings.revision));
         let items = self.refused.iter().map(|refused| &refused.item).chain(&in_force);
-        let effective = items.fold(desired, |digest, item| {
+        let effective = items.fold(desired.wrapping_add(self.state.held_digest()), |digest, item| {
             let mut first = [0; 16];
             first.copy_from_slice(&blake3::hash(item.as_bytes()).as_bytes()[..16]);
             digest.wrapping_sub(u128::from_le_bytes(first))
@@ -163,8 +165,14 @@ impl Engine {
             reason: reason.clone(),
             errno: *errno,
         });
+        let held_items = self.state.held_items().map(|(item, since)| Deviation {
+            item,
+            reason: format!("removal held by the delete budget since generation {since}"),
+            errno: 0,
+        });
+        let samples = samples.chain(held_items).take(SAMPLES);
         Some(Deviations {
-            held: 0,
+            held: u32::try_from(held).unwrap_or(u32::MAX),
             refused: self.refused.len() as u32,
             settings,
             effective_digest: effective.to_le_bytes().to_vec(),

@@ -12,6 +12,7 @@ use crate::testing::{self, Fleet, MemoryKernel};
 
 mod damage;
 mod files;
+mod held;
 mod trials;
 
 /// Records the passes that begin; the test ends them.

@@ -3,10 +3,12 @@
 
 use std::collections::BTreeSet;
 
-use switchtower_proto::v1::{Endpoint, LayerKind};
+use switchtower_proto::v1::{Endpoint, HealthCheckKey, LayerKind};
 
 use super::layer::{Layer, StagedLayer, staged_members};
-use super::pack::{FrontendId, Interner, IpFamily, Members, PackedEndpoint, PoolId, PoolRole};
+use super::pack::{
+    FrontendId, Interner, IpFamily, Members, PackedEndpoint, PackedFrontend, PoolId, PoolRole, PortId,
+};
 use super::{Applied, KINDS, State, position};
 use crate::kernel::change::KernelChange;
 
@@ -32,7 +34,17 @@ impl UdpChanges {
         !self.ipv4 && !self.ipv6
     }
 
-    fn mark(&mut self, family: IpFamily) {
+    /// Adds a change or the removal of a frontend.
+    pub(super) fn frontend(&mut self, id: &FrontendId, removed: bool) {
+        if id.protocol == UDP {
+            self.mark(id.family);
+            if removed && !id.any {
+                self.gone.insert(*id);
+            }
+        }
+    }
+
+    pub(super) fn mark(&mut self, family: IpFamily) {
         match family {
             IpFamily::V4 => self.ipv4 = true,
             IpFamily::V6 => self.ipv6 = true,
@@ -72,6 +84,19 @@ impl After<'_> {
         }
     }
 
+    fn len(&self, id: &PoolId) -> usize {
+        let base = self.base.pools.get(id).map_or(0, Members::len);
+        match self.staged {
+            StagedLayer::Unchanged => base,
+            StagedLayer::Changed(overlay) => match overlay.pools.get(id) {
+                Some(pool) if pool.cleared => pool.added.len(),
+                Some(pool) => base + pool.added.len() - pool.removed.len(),
+                None => base,
+            },
+            StagedLayer::Replaced(layer) => layer.pools.get(id).map_or(0, Members::len),
+        }
+    }
+
     fn members(&self, id: &PoolId) -> Vec<PackedEndpoint> {
         let all =
             |members: Option<&Members>| members.map(|members| members.iter().collect()).unwrap_or_default();
@@ -108,35 +133,87 @@ fn touched(
     (pools, frontends)
 }
 
-/// Returns the difference of the merged views, ordered so that each step refers to existing items only: facts, new or
-/// changed pools, removed frontends, new frontends, removed pools, local endpoints.
+/// Change of a merged pool.
+pub(super) struct PoolStep {
+    pub(super) id: PoolId,
+    /// Number of members before and after.
+    pub(super) before: usize,
+    pub(super) after: usize,
+    pub(super) change: KernelChange,
+}
+
+/// Change of a frontend.
+pub(super) struct FrontendStep {
+    pub(super) id: FrontendId,
+    pub(super) before: Option<PackedFrontend>,
+    /// Service port afterwards.
+    pub(super) after: Option<PortId>,
+    pub(super) change: KernelChange,
+}
+
+impl FrontendStep {
+    pub(super) fn is_removal(&self) -> bool {
+        matches!(self.change, KernelChange::FrontendRemoved(_))
+    }
+}
+
+/// Difference of two merged views.
+#[derive(Default)]
+pub(super) struct Difference {
+    facts: Vec<KernelChange>,
+    /// Of the roles CLUSTER and LOCAL.
+    pub(super) pools: Vec<PoolStep>,
+    pub(super) frontends: Vec<FrontendStep>,
+    pub(super) local_endpoints: Vec<KernelChange>,
+    /// Health checks whose content changed.
+    pub(super) health_checks: BTreeSet<HealthCheckKey>,
+    udp: UdpChanges,
+}
+
+impl Difference {
+    /// Returns the changes, ordered so that each step refers to existing items only: facts, new or changed pools,
+    /// removed frontends, new frontends, removed pools, local endpoints.
+    pub(super) fn into_applied(self) -> Applied {
+        let mut applied = Applied {
+            changes: self.facts,
+            udp: self.udp,
+            health_checks: !self.health_checks.is_empty(),
+            ..Applied::default()
+        };
+        let is_removed = |step: &PoolStep| matches!(step.change, KernelChange::PoolRemoved(_));
+        let (removed, changed): (Vec<_>, Vec<_>) = self.pools.into_iter().partition(is_removed);
+        applied.changes.extend(changed.into_iter().map(|step| step.change));
+        for FrontendStep { id, change, .. } in &self.frontends {
+            applied.udp.frontend(id, matches!(change, KernelChange::FrontendRemoved(_)));
+        }
+        let (gone, kept): (Vec<_>, Vec<_>) = self.frontends.into_iter().partition(FrontendStep::is_removal);
+        applied.changes.extend(gone.into_iter().chain(kept).map(|step| step.change));
+        applied.changes.extend(removed.into_iter().map(|step| step.change));
+        applied.changes.extend(self.local_endpoints);
+        applied
+    }
+}
+
+/// Returns the difference of the merged views.
 pub(super) fn difference(
     before: &[Layer; KINDS.len()],
     staged: &[StagedLayer; KINDS.len()],
     ports: &Interner,
-) -> Applied {
-    let mut applied = Applied::default();
+) -> Difference {
+    let mut difference = Difference::default();
     let (pools, frontends) = touched(before, staged);
-    facts(before, staged, &mut applied);
-    let mut removed = Vec::new();
+    facts(before, staged, &mut difference.facts);
     for id in pools {
-        let change = pool_difference(before, staged, &id, ports);
-        if id.role == PoolRole::Serving {
-            if change.is_some_and(|change| can_make_flows_stale(&change, before, &id)) {
-                applied.udp.mark(id.family);
-            }
-            continue;
-        }
-        match change {
-            Some(change @ KernelChange::PoolRemoved(_)) => removed.push(change),
-            Some(change) => applied.changes.push(change),
-            None => {}
+        let Some(step) = pool_difference(before, staged, &id, ports) else { continue };
+        if id.role != PoolRole::Serving {
+            difference.pools.push(step);
+        } else if can_make_flows_stale(&step.change, before, &id) {
+            difference.udp.mark(id.family);
         }
     }
-    frontend_difference(before, staged, frontends, ports, &mut applied);
-    applied.changes.append(&mut removed);
-    node_items(before, staged, &mut applied);
-    applied
+    frontend_difference(before, staged, frontends, ports, &mut difference.frontends);
+    node_items(before, staged, &mut difference);
+    difference
 }
 
 /// Flows become stale when an endpoint is removed, and when the first one is added, because flows of NodePorts without
@@ -156,17 +233,19 @@ fn pool_difference(
     staged: &[StagedLayer; KINDS.len()],
     id: &PoolId,
     ports: &Interner,
-) -> Option<KernelChange> {
+) -> Option<PoolStep> {
     let places = || SPECIFIC_FIRST.iter().filter_map(|kind| position(*kind));
     let old = places().find(|at| before[*at].pools.contains_key(id));
     let new = places().find(|at| after(&before[*at], &staged[*at]).has_pool(id));
     let key = ports.key(*id);
+    let length = old.and_then(|at| before[at].pools.get(id)).map_or(0, Members::len);
+    let step = |after: usize, change| Some(PoolStep { id: *id, before: length, after, change });
     let (old, new) = match (old, new) {
         (None, None) => return None,
-        (Some(_), None) => return Some(KernelChange::PoolRemoved(key)),
+        (Some(_), None) => return step(0, KernelChange::PoolRemoved(key)),
         (None, Some(new)) => {
-            let members = after(&before[new], &staged[new]).members(id);
-            return Some(KernelChange::Pool { key, added: unpack(&members), removed: Vec::new() });
+            let added = unpack(&after(&before[new], &staged[new]).members(id));
+            return step(added.len(), KernelChange::Pool { key, added, removed: Vec::new() });
         }
         (Some(old), Some(new)) => (old, new),
     };
@@ -185,7 +264,8 @@ fn pool_difference(
     if added.is_empty() && removed.is_empty() {
         return None;
     }
-    Some(KernelChange::Pool { key, added: unpack(&added), removed: unpack(&removed) })
+    let length = after(&before[new], &staged[new]).len(id);
+    step(length, KernelChange::Pool { key, added: unpack(&added), removed: unpack(&removed) })
 }
 
 /// Returns added and removed members, both sorted.
@@ -212,10 +292,9 @@ fn frontend_difference(
     staged: &[StagedLayer; KINDS.len()],
     touched: BTreeSet<FrontendId>,
     ports: &Interner,
-    applied: &mut Applied,
+    steps: &mut Vec<FrontendStep>,
 ) {
     let Some(at) = position(LayerKind::Cluster) else { return };
-    let mut added = Vec::new();
     for id in touched {
         let old = before[at].frontends.get(&id);
         let new = match &staged[at] {
@@ -229,24 +308,23 @@ fn frontend_difference(
         if old == new {
             continue;
         }
-        if id.protocol == UDP {
-            applied.udp.mark(id.family);
-            if new.is_none() && !id.any {
-                applied.udp.gone.insert(id);
-            }
-        }
-        match new {
-            Some(frontend) => added.push(KernelChange::Frontend(frontend.unpack(&id, ports))),
-            None => applied.changes.push(KernelChange::FrontendRemoved(id.unpack())),
-        }
+        let change = match new {
+            Some(frontend) => KernelChange::Frontend(frontend.unpack(&id, ports)),
+            None => KernelChange::FrontendRemoved(id.unpack()),
+        };
+        let after = new.map(|frontend| frontend.port);
+        steps.push(FrontendStep { id, before: old.cloned(), after, change });
     }
-    applied.changes.append(&mut added);
 }
 
 const UDP: u8 = 17;
 
 /// Returns changes of the node record and ServiceCIDRs; trials decide on the settings.
-fn facts(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], applied: &mut Applied) {
+fn facts(
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
+    changes: &mut Vec<KernelChange>,
+) {
     for (base, staged) in before.iter().zip(staged) {
         let node = match staged {
             StagedLayer::Unchanged => continue,
@@ -254,14 +332,14 @@ fn facts(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], app
             StagedLayer::Replaced(layer) => layer.node.as_deref(),
         };
         if node != base.node.as_deref() {
-            applied.changes.push(KernelChange::Node(node.cloned().unwrap_or_default()));
+            changes.push(KernelChange::Node(node.cloned().unwrap_or_default()));
         }
         match staged {
             StagedLayer::Unchanged => {}
             StagedLayer::Changed(overlay) => {
                 for (cidr, present) in &overlay.service_cidrs {
                     if *present != base.service_cidrs.contains(cidr) {
-                        applied.changes.push(match present {
+                        changes.push(match present {
                             true => KernelChange::ServiceCidr(cidr.clone()),
                             false => KernelChange::ServiceCidrRemoved(cidr.clone()),
                         });
@@ -270,40 +348,44 @@ fn facts(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], app
             }
             StagedLayer::Replaced(layer) => {
                 let gone = base.service_cidrs.difference(&layer.service_cidrs).cloned();
-                applied.changes.extend(gone.map(KernelChange::ServiceCidrRemoved));
+                changes.extend(gone.map(KernelChange::ServiceCidrRemoved));
                 let new = layer.service_cidrs.difference(&base.service_cidrs).cloned();
-                applied.changes.extend(new.map(KernelChange::ServiceCidr));
+                changes.extend(new.map(KernelChange::ServiceCidr));
             }
         }
     }
 }
 
-/// Returns changes of local endpoints, and whether a health check changed.
-fn node_items(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS.len()], applied: &mut Applied) {
+/// Adds changes of local endpoints and health checks.
+fn node_items(
+    before: &[Layer; KINDS.len()],
+    staged: &[StagedLayer; KINDS.len()],
+    difference: &mut Difference,
+) {
     for (base, staged) in before.iter().zip(staged) {
         match staged {
             StagedLayer::Unchanged => {}
             StagedLayer::Changed(overlay) => {
                 for (endpoint, present) in &overlay.local_endpoints {
                     if *present != base.local_endpoints.contains(endpoint) {
-                        applied.changes.push(match present {
+                        difference.local_endpoints.push(match present {
                             true => KernelChange::LocalEndpoint(endpoint.clone()),
                             false => KernelChange::LocalEndpointRemoved(endpoint.clone()),
                         });
                     }
                 }
-                let changed = overlay
-                    .health_checks
-                    .iter()
-                    .any(|(key, check)| base.health_checks.get(key) != check.as_ref());
-                applied.health_checks |= changed;
+                let checks = overlay.health_checks.iter();
+                let changed = checks.filter(|(key, check)| base.health_checks.get(key) != check.as_ref());
+                difference.health_checks.extend(changed.map(|(key, _)| key.clone()));
             }
             StagedLayer::Replaced(layer) => {
                 let gone = base.local_endpoints.difference(&layer.local_endpoints).cloned();
-                applied.changes.extend(gone.map(KernelChange::LocalEndpointRemoved));
+                difference.local_endpoints.extend(gone.map(KernelChange::LocalEndpointRemoved));
                 let new = layer.local_endpoints.difference(&base.local_endpoints).cloned();
-                applied.changes.extend(new.map(KernelChange::LocalEndpoint));
-                applied.health_checks |= layer.health_checks != base.health_checks;
+                difference.local_endpoints.extend(new.map(KernelChange::LocalEndpoint));
+                let (old, new) = (&base.health_checks, &layer.health_checks);
+                let changed = old.keys().chain(new.keys()).filter(|key| old.get(key) != new.get(key));
+                difference.health_checks.extend(changed.cloned());
             }
         }
     }
@@ -333,15 +415,20 @@ impl State {
                 if id.role == PoolRole::Serving || overridden {
                     continue;
                 }
+                if members.len() == 0 && self.holds.pools.contains_key(id) {
+                    continue;
+                }
                 let added = members.iter().map(|member| member.unpack()).collect();
                 changes.push(KernelChange::Pool { key: self.ports.key(*id), added, removed: Vec::new() });
             }
         }
+        changes.extend(self.holds.held_pools(&self.ports));
         for (id, frontend) in &cluster.frontends {
             changes.push(KernelChange::Frontend(frontend.unpack(id, &self.ports)));
         }
-        let local = self.layer(LayerKind::Node).local_endpoints.iter().cloned();
-        changes.extend(local.map(KernelChange::LocalEndpoint));
+        changes.extend(self.holds.held_frontends(&self.ports));
+        let local = self.layer(LayerKind::Node).local_endpoints.iter().chain(&self.holds.local_endpoints);
+        changes.extend(local.cloned().map(KernelChange::LocalEndpoint));
         changes
     }
 
@@ -364,13 +451,22 @@ impl State {
         let backend = PackedEndpoint::from_parts(backend.ip(), backend.port());
         let served = |members: Option<&Members>| members.is_some_and(|members| members.contains(&backend));
         let addressed = FrontendId::of(family, Some(destination.ip()), UDP, destination.port());
+        let port = |id: &FrontendId| {
+            let desired = cluster.frontends.get(id).map(|frontend| frontend.port);
+            desired.or_else(|| self.holds.frontends.get(id).map(|held| held.frontend.port))
+        };
+        let node_port = FrontendId::of(family, None, UDP, destination.port());
+        let ports = [port(&addressed), port(&node_port)];
+        if ports.iter().flatten().any(|port| self.holds.serves(*port, family, &backend)) {
+            return Flow::Keep;
+        }
         if let Some(members) = serving(&addressed) {
             return if served(members) { Flow::Keep } else { Flow::Stale };
         }
         if gone.contains(&addressed) {
             return Flow::Stale;
         }
-        match serving(&FrontendId::of(family, None, UDP, destination.port())) {
+        match serving(&node_port) {
             Some(Some(members)) if members.len() > 0 && !members.contains(&backend) => Flow::Stale,
             _ => Flow::Keep,
         }

@@ -277,6 +277,19 @@ impl FrontendId {
         FrontendId { family, any: address.is_none(), address: bytes, protocol, port }
     }
 
+    /// Returns the destination in readable form: `10.96.0.10:80`, `:30080` for a NodePort.
+    pub(crate) fn destination(&self) -> String {
+        let address = match (self.any, self.family) {
+            (true, _) => return format!(":{}", self.port),
+            (false, IpFamily::V4) => {
+                let [a, b, c, d, ..] = self.address;
+                std::net::IpAddr::from([a, b, c, d])
+            }
+            (false, IpFamily::V6) => std::net::IpAddr::from(self.address),
+        };
+        std::net::SocketAddr::new(address, self.port).to_string()
+    }
+
     pub(crate) fn unpack(&self) -> FrontendKey {
         let address =
             if self.any { Vec::new() } else { self.address[..self.family.address_length()].to_vec() };
@@ -487,6 +500,12 @@ impl Interner {
                 self.candidates.push(id);
             }
         }
+    }
+
+    /// Number of items that refer to the service port.
+    pub(crate) fn references(&self, id: PortId) -> usize {
+        let entry = self.entries.get(id as usize).and_then(Option::as_ref);
+        entry.map_or(0, |entry| entry.references as usize)
     }
 
     /// Frees unreferenced numbers. The cost follows the numbers interned or released since the last call.

@@ -11,6 +11,8 @@ use switchtower_proto::v1::{Target, *};
 use super::merge::Flow;
 use super::*;
 
+mod counts;
+
 /// The merged view as plain sets, built from changes by the rules of [`KernelChange`] and nothing else.
 #[derive(Debug, Default, Clone, PartialEq)]
 struct Model {
@@ -330,7 +332,21 @@ fn snapshot(layer: LayerKind, kinds: Vec<Kind>) -> Part {
 fn play(state: &mut State, update: &Update, parts: &[Part]) -> Result<Applied, Refusal> {
     state.begin(update)?;
     parts.iter().try_for_each(|part| state.part(part))?;
-    state.end(&UpdateEnd { to: update.to })
+    state.end(&UpdateEnd { to: update.to }, std::time::Instant::now())
+}
+
+/// A restarted agent: the layers and holds as in the snapshot file.
+fn restarted(state: &State, update: &Update) -> State {
+    let mut again = State::new();
+    let mut items = Vec::new();
+    let exported: Result<(), ()> = state.export(&mut |layer, change| {
+        items.push(Ok((layer, change)));
+        Ok(())
+    });
+    exported.unwrap();
+    again.restore(update, &mut items.into_iter(), std::time::Instant::now()).unwrap();
+    again.restore_holds(&state.stored_holds()).unwrap();
+    again
 }
 
 proptest! {
@@ -340,8 +356,12 @@ proptest! {
     fn incremental_changes_equal_the_difference_of_full_merges(
         batches in proptest::collection::vec(proptest::collection::vec(step(), 1..8), 1..12),
         reset_at in 0_usize..12,
+        minimum in prop_oneof![Just(100_usize), 0_usize..3],
+        release_at in 0_usize..12,
+        restart_at in 0_usize..12,
     ) {
         let (mut sender, mut state, mut kernel) = (Sender::default(), State::new(), Model::default());
+        state.holds.set_minimum(minimum);
         for (number, batch) in batches.iter().enumerate() {
             // All snapshot parts of a layer in one update are one snapshot: each layer is sent once.
             let mut sent = BTreeSet::new();
@@ -356,11 +376,24 @@ proptest! {
             let applied = play(&mut state, &update, &parts).unwrap();
             kernel.apply(&applied.changes);
             prop_assert_eq!(&kernel, &Model::of(&state));
+            if number == restart_at {
+                let held = (state.held(), state.held_digest());
+                state = restarted(&state, &update);
+                state.holds.set_minimum(minimum);
+                prop_assert_eq!((state.held(), state.held_digest()), held);
+                prop_assert_eq!(&kernel, &Model::of(&state));
+            }
+            if number == release_at {
+                kernel.apply(&state.release_held(number as u64 + 2).changes);
+                prop_assert_eq!(&kernel, &Model::of(&state));
+                prop_assert_eq!((state.held(), state.held_digest()), (0, 0));
+            }
             prop_assert_eq!(state.digest(), sender.digest());
             prop_assert_eq!(state.digest(), full_digest(&state));
-            let mut served: Vec<HealthCheck> = state.health_checks().cloned().collect();
+            let mut served: Vec<HealthCheck> = state.health_checks().collect();
             served.sort_by(|one, other| one.key.cmp(&other.key));
-            prop_assert_eq!(served, sender.served().into_values().collect::<Vec<_>>());
+            let desired: Vec<HealthCheck> = sender.served().into_values().collect();
+            prop_assert!(served == desired || state.held() > 0, "{served:?} instead of {desired:?}");
             let endpoints: usize = sender.pools.iter()
                 .filter(|((layer, key), _)| *layer == LayerKind::Cluster as i32 && key.role == Role::Cluster as i32)
                 .map(|(_, members)| members.len()).sum();
@@ -549,52 +582,4 @@ fn udp_flows_are_judged_as_kube_proxy_does() {
     };
     assert_eq!(flow(&applied.udp.gone), Flow::Stale, "the Service is gone");
     assert_eq!(flow(&BTreeSet::new()), Flow::Keep, "after the pass no frontend has the address");
-}
-
-#[test]
-fn ports_without_a_local_endpoint_are_counted() {
-    let (mut sender, mut state) = (Sender::default(), State::new());
-    let local = |number: u8, kind: FrontendKind, when_empty: Verdict| {
-        let cluster = Target { role: Role::Cluster as i32, when_empty: Verdict::Reject as i32 };
-        let local = Some(Target { role: Role::Local as i32, when_empty: when_empty as i32 });
-        let inside = if kind == FrontendKind::ClusterIp { local } else { Some(cluster) };
-        Frontend { kind: kind as i32, outside: local, inside, ..frontend(number, 0) }
-    };
-    let frontends = [
-        local(1, FrontendKind::ClusterIp, Verdict::Drop),
-        local(2, FrontendKind::ClusterIp, Verdict::Drop),
-        local(3, FrontendKind::LoadBalancer, Verdict::Drop),
-        // Without an endpoint anywhere.
-        local(4, FrontendKind::ClusterIp, Verdict::Reject),
-        frontend(5, 0),
-    ];
-    for frontend in frontends {
-        sender.frontends.insert(frontend.key.clone().unwrap(), frontend);
-    }
-    sender.play(&Step::Toggle(LayerKind::Node, 2, Role::Local, vec![1]));
-    let parts = [sender.snapshot(LayerKind::Cluster), sender.snapshot(LayerKind::Node)];
-    play(&mut state, &sender.update(None, 1), &parts).unwrap();
-    let counted = state.without_local_endpoints();
-    assert_eq!((counted.internal, counted.external), ((1, 0), (1, 0)));
-}
-
-#[test]
-fn service_ports_are_forgotten_with_their_last_item() {
-    let (mut sender, mut state) = (Sender::default(), State::new());
-    let parts = [
-        sender.play(&Step::Frontend(1, 0)),
-        sender.play(&Step::Toggle(LayerKind::Cluster, 1, Role::Cluster, vec![1])),
-    ];
-    play(&mut state, &sender.update(None, 1), &parts).unwrap();
-    assert_eq!(state.counts().services, 1);
-    let parts = [
-        sender.play(&Step::FrontendRemoved(1)),
-        sender.play(&Step::PoolRemoved(LayerKind::Cluster, 1, Role::Cluster)),
-    ];
-    play(&mut state, &sender.update(Some(1), 2), &parts).unwrap();
-    assert_eq!(state.counts(), Counts::default());
-    // Refused updates leave no names behind either.
-    let part = sender.clone().play(&Step::Frontend(2, 0));
-    assert!(play(&mut state, &sender.update(Some(2), 3), &[part]).is_err());
-    assert_eq!(state.counts().services, 0);
 }

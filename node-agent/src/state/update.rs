@@ -1,12 +1,14 @@
 //! Receiving one update: begin, parts, end. Nothing is applied before the end.
 
 use std::io::Read as _;
+use std::time::Instant;
 
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{
     Change, LayerKind, NackReason, Part, PartKind, Resume, Settings, Source, Update, UpdateEnd,
 };
 
+use super::holds::Arriving;
 use super::layer::{Layer, Overlay, StagedLayer};
 use super::pack::{Malformed, PoolRole};
 use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, wire};
@@ -87,15 +89,16 @@ impl State {
         result
     }
 
-    /// Ends the update: checks it whole, applies it to the view, and returns the changes.
+    /// Ends the update: checks it whole, applies it to the view, and returns the changes. Removals beyond the delete
+    /// budget are not among them.
     ///
     /// # Errors
     /// The update is not whole, or its content has another digest than announced; the view is as before.
-    pub fn end(&mut self, end: &UpdateEnd) -> Result<Applied, Refusal> {
+    pub fn end(&mut self, end: &UpdateEnd, now: Instant) -> Result<Applied, Refusal> {
         let Some(staging) = self.staging.take() else {
             return Err(Malformed("an update's end came without its beginning".into()).into());
         };
-        let result = self.check(&staging, end).map(|()| self.fold(staging));
+        let result = self.check(&staging, end).map(|()| self.fold(staging, now));
         self.ports.sweep();
         result
     }
@@ -108,6 +111,7 @@ impl State {
         &mut self,
         update: &Update,
         changes: &mut dyn Iterator<Item = Result<(LayerKind, Change), Refusal>>,
+        now: Instant,
     ) -> Result<(), Refusal> {
         self.begin(&Update { from: None, ..update.clone() })?;
         let Some(mut staging) = self.staging.take() else { return Ok(()) };
@@ -122,7 +126,7 @@ impl State {
             }
         }
         self.staging = Some(staging);
-        self.end(&UpdateEnd { to: update.to }).map(|_| ())
+        self.end(&UpdateEnd { to: update.to }, now).map(|_| ())
     }
 
     /// Drops the update that is being received, if there is one.
@@ -150,10 +154,13 @@ impl State {
         Ok(())
     }
 
-    fn fold(&mut self, staging: Staging) -> Applied {
+    fn fold(&mut self, staging: Staging, now: Instant) -> Applied {
         let settings = position(LayerKind::Settings)
             .is_some_and(|at| !matches!(staging.layers[at], StagedLayer::Unchanged));
-        let mut applied = merge::difference(&self.layers, &staging.layers, &self.ports);
+        let mut difference = merge::difference(&self.layers, &staging.layers, &self.ports);
+        let arriving = Arriving { before: &self.layers, to: staging.to, first: !self.loaded, now };
+        let (held, traces) = self.holds.intercept(&mut difference, &arriving, &mut self.ports);
+        let mut applied = Applied { held, ..difference.into_applied() };
         self.endpoints =
             self.endpoints.saturating_add_signed(cluster_endpoints(&self.layers, &staging.layers));
         for (base, staged) in self.layers.iter_mut().zip(staging.layers) {
@@ -166,6 +173,12 @@ impl State {
                     *base = *layer;
                 }
             }
+        }
+        if !self.holds.is_settled() {
+            let released = self.holds.settle(traces, &self.layers, &mut self.ports);
+            applied.changes.extend(released.changes);
+            applied.udp.merge(released.udp);
+            applied.health_checks |= released.health_checks;
         }
         if settings {
             self.desire(&mut applied);

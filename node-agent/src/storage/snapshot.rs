@@ -6,14 +6,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use prost::Message;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Change, Deviation, LayerKind, Resume, Source, Update};
 
 use crate::kernel::dataplane::Refused;
-use crate::state::{Refusal, State};
+use crate::state::{Refusal, State, StoredHolds};
 
 /// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTVIEW1";
@@ -36,6 +36,8 @@ struct Header {
     source: Option<Source>,
     #[prost(message, repeated, tag = "5")]
     deviations: Vec<Deviation>,
+    #[prost(message, optional, tag = "6")]
+    holds: Option<StoredHolds>,
 }
 
 /// Unusable snapshot file.
@@ -117,6 +119,7 @@ impl SnapshotFile {
             resume: state.resume().cloned(),
             source: state.source().copied(),
             deviations: deviations.collect(),
+            holds: Some(state.stored_holds()),
         };
         put_record(&mut out, &header)?;
         state.export(&mut |layer, change| {
@@ -171,7 +174,10 @@ fn parse(mut rest: &[u8]) -> Result<Restored, String> {
     };
     let mut changes = std::iter::from_fn(|| next_change(&mut rest));
     let mut state = State::new();
-    state.restore(&update, &mut changes).map_err(|refusal| refusal.to_string())?;
+    state.restore(&update, &mut changes, Instant::now()).map_err(|refusal| refusal.to_string())?;
+    if let Some(holds) = &header.holds {
+        state.restore_holds(holds).map_err(|malformed| malformed.to_string())?;
+    }
     let refused = header.deviations.into_iter().map(|Deviation { item, reason, errno }| Refused {
         item,
         reason,

@@ -239,11 +239,42 @@ impl Fleet {
         self.delta(LayerKind::Cluster, kind)
     }
 
+    /// Removes the pools of these Services and, with `frontends`, the Services too, as one delta.
+    pub fn remove(&mut self, services: std::ops::Range<u32>, frontends: bool) -> (Update, Vec<Part>) {
+        let keys: Vec<_> = services.clone().map(pool_key).collect();
+        let gone: Vec<_> = services.map(|number| frontend(number).key).collect();
+        let mut removed = Vec::new();
+        let mut digest = self.digest;
+        self.cluster.retain(|kind| match kind {
+            Kind::Pool(PoolPatch { key: Some(key), added, .. }) if keys.contains(key) => {
+                added.iter().for_each(|one| digest.remove(LayerKind::Cluster, ItemRef::member(key, one)));
+                if !removed.contains(&Kind::PoolRemoved(key.clone())) {
+                    digest.remove(LayerKind::Cluster, ItemRef::Pool(key));
+                    removed.push(Kind::PoolRemoved(key.clone()));
+                }
+                false
+            }
+            Kind::Frontend(frontend) if frontends && gone.contains(&frontend.key) => {
+                digest.remove(LayerKind::Cluster, ItemRef::Frontend(frontend));
+                removed.extend(frontend.key.clone().map(Kind::FrontendRemoved));
+                false
+            }
+            _ => true,
+        });
+        self.digest = digest;
+        self.deltas(LayerKind::Cluster, removed)
+    }
+
     /// One change as a delta; its hash must have been counted.
     pub fn delta(&mut self, layer: LayerKind, kind: Kind) -> (Update, Vec<Part>) {
+        self.deltas(layer, vec![kind])
+    }
+
+    fn deltas(&mut self, layer: LayerKind, kinds: Vec<Kind>) -> (Update, Vec<Part>) {
         let from = self.generation;
         self.generation += 1;
-        let payload = Segment { changes: vec![Change { change: Some(kind) }] }.encode_to_vec();
+        let changes = kinds.into_iter().map(|kind| Change { change: Some(kind) }).collect();
+        let payload = Segment { changes }.encode_to_vec();
         let part = Part { layer: layer as i32, kind: PartKind::Delta as i32, payload: payload.into() };
         (self.update(Some(from)), vec![part])
     }

@@ -442,7 +442,7 @@ pub struct Source {
 /// Intended differences between the kernel and `desired`.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Deviations {
-    /// removals held back
+    /// removals held back by the delete budget: pools and frontends
     #[prost(uint32, tag = "1")]
     pub held: u32,
     /// items that the kernel or the agent's limits refused
@@ -641,7 +641,10 @@ pub struct HealthCheckFailure {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ControllerMessage {
-    #[prost(oneof = "controller_message::Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(
+        oneof = "controller_message::Message",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+    )]
     pub message: ::core::option::Option<controller_message::Message>,
 }
 /// Nested message and enum types in `ControllerMessage`.
@@ -666,6 +669,8 @@ pub mod controller_message {
         Pong(super::Pong),
         #[prost(message, tag = "9")]
         DrainAnswer(super::DrainAnswer),
+        #[prost(message, tag = "10")]
+        ReleaseHeld(super::ReleaseHeld),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -770,6 +775,14 @@ pub struct Ping {
 pub struct Pong {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
+}
+/// Releases held removals: the operator's `spec.releaseHeldBefore` of the node's ProxyStatus. Sent after Welcome and
+/// whenever it changes, and idempotent. The agent acknowledges its generation again after the commit.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseHeld {
+    /// Removals of generations below this are released, and later ones of such generations are not held.
+    #[prost(uint64, tag = "1")]
+    pub before: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GoAway {

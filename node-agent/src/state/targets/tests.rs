@@ -34,7 +34,7 @@ fn targets(mut fleet: Fleet, probes: Vec<Probe>) -> Vec<(String, String, bool)> 
     let mut play = |(update, parts): (switchtower_proto::v1::Update, Vec<_>)| {
         state.begin(&update).unwrap();
         parts.iter().for_each(|part| state.part(part).unwrap());
-        state.end(&UpdateEnd { to: update.to }).unwrap();
+        state.end(&UpdateEnd { to: update.to }, std::time::Instant::now()).unwrap();
     };
     play(fleet.snapshot());
     let trial = Trial { probes, window_milliseconds: 0, fallback: Some(Box::new(settings())) };
