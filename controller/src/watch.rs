@@ -10,7 +10,8 @@
 //! version of the API server and lists everything again if it went back.
 //!
 //! Invariants: an object that cannot be decoded never blocks the others. Objects that disappeared while the watch was
-//! down become deletions after the next complete list, never before.
+//! down become deletions after the next complete list, never before. A list that lacks most of the known objects is
+//! confirmed by a second one before anything is deleted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -50,6 +51,12 @@ const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 /// Timeout of a page of a list, including the client's own retries.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Number of objects whose disappearance in one list needs no confirmation, whatever their share.
+const UNCONFIRMED: usize = 100;
+/// Delay before the list that confirms a mass disappearance. With the duration of a list it is the maximum delay of an
+/// intended one.
+const CONFIRM_AFTER: Duration = Duration::from_secs(1);
+
 /// Output of a watch: one event, or a page of a list.
 #[derive(Debug)]
 pub struct Batch {
@@ -80,8 +87,16 @@ pub async fn run<K: Watched>(
     metrics: WatchMetrics,
     sink: mpsc::Sender<Batch>,
 ) {
-    let mut watch =
-        Watch { api, selectors, upstream, metrics, sink, known: HashMap::new(), verify_version: false };
+    let mut watch = Watch {
+        api,
+        selectors,
+        upstream,
+        metrics,
+        sink,
+        known: HashMap::new(),
+        verify_version: false,
+        unconfirmed: false,
+    };
     let mut backoff = Backoff::default();
     let mut version: Option<String> = None;
     loop {
@@ -133,6 +148,8 @@ struct Watch<K: Watched> {
     known: HashMap<ObjectKey, u64>,
     /// The last watch had no event or failed: the API server may have gone back in time.
     verify_version: bool,
+    /// The last complete list lacked most of the known objects; the next one decides.
+    unconfirmed: bool,
 }
 
 impl<K: Watched> Watch<K> {
@@ -144,7 +161,7 @@ impl<K: Watched> Watch<K> {
             switchtower.resource = K::RESOURCE.name(),
             switchtower.objects = tracing::field::Empty,
         );
-        let listed = self.pages().instrument(span.clone()).await;
+        let listed = self.confirmed().instrument(span.clone()).await;
         match &listed {
             Ok(_) => {
                 span.record("switchtower.objects", i64::try_from(self.known.len()).unwrap_or(i64::MAX));
@@ -155,7 +172,33 @@ impl<K: Watched> Watch<K> {
         listed
     }
 
-    async fn pages(&mut self) -> Result<String, Stop> {
+    /// Lists until a list is complete and, if most objects disappeared, a second one agrees.
+    async fn confirmed(&mut self) -> Result<String, Stop> {
+        loop {
+            if let Some(version) = self.pages().await? {
+                return Ok(version);
+            }
+            tokio::time::sleep(CONFIRM_AFTER).await;
+        }
+    }
+
+    /// Returns true if the deletion of this many of the known objects waits for a second list.
+    fn doubts(&mut self, gone: usize) -> bool {
+        let mass = gone >= UNCONFIRMED && gone * 2 > self.known.len();
+        self.unconfirmed = mass && !self.unconfirmed;
+        if self.unconfirmed {
+            tracing::warn!(
+                resource = K::RESOURCE.name(),
+                gone,
+                known = self.known.len(),
+                "most objects are missing in a list; listing again before anything is removed"
+            );
+        }
+        self.unconfirmed
+    }
+
+    /// Reads one list. Returns its version, or `None` if another list must confirm it.
+    async fn pages(&mut self) -> Result<Option<String>, Stop> {
         self.metrics.list(K::RESOURCE);
         let mut seen: HashMap<ObjectKey, u64> = HashMap::with_capacity(self.known.len());
         let mut params =
@@ -182,11 +225,16 @@ impl<K: Watched> Watch<K> {
                 }
                 None => {
                     let gone = self.known.keys().filter(|key| !seen.contains_key(*key));
-                    facts.extend(gone.map(|key| Ingested::gone(K::forget(key.clone()))));
+                    let gone: Vec<_> = gone.cloned().collect();
+                    if self.doubts(gone.len()) {
+                        self.send(facts, 0, false, received).await?;
+                        return Ok(None);
+                    }
+                    facts.extend(gone.into_iter().map(|key| Ingested::gone(K::forget(key))));
                     self.known = seen;
                     self.verify_version = false;
                     self.send(facts, parse_version(&version), true, received).await?;
-                    return Ok(version);
+                    return Ok(Some(version));
                 }
             }
         }

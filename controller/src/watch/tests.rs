@@ -243,3 +243,42 @@ async fn list_without_response_times_out() {
     assert_eq!(lab.batch().await, (String::new(), 7, true));
     assert_eq!(lab.count("switchtower_watch_errors_total"), 1);
 }
+
+/// A lab whose first list has this many objects, and its expired watch.
+async fn expired(objects: u64) -> Lab {
+    let mut lab = lab();
+    let all: Vec<Value> = (0..objects).map(|number| object(&format!("s{number}"), number + 1)).collect();
+    lab.request(&[]).await.send_response(list(900, "", &all));
+    assert_eq!(lab.batch().await.1, 900);
+    lab.request(&["watch=true"]).await.send_response(refused(410, "Expired"));
+    lab
+}
+
+#[tokio::test(start_paused = true)]
+async fn empty_list_confirmed_before_anything_is_deleted() {
+    let mut lab = expired(150).await;
+    lab.request(&["limit=500"]).await.send_response(list(910, "", &[]));
+    assert_eq!(lab.batch().await, (String::new(), 0, false), "not a complete list yet");
+    let all: Vec<Value> = (0..150).map(|number| object(&format!("s{number}"), number + 1)).collect();
+    lab.request(&["limit=500"]).await.send_response(list(911, "", &all));
+    assert_eq!(lab.batch().await, (String::new(), 911, true), "nothing was deleted");
+    lab.request(&["watch=true", "resourceVersion=911"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn confirmed_mass_deletion_forwarded() {
+    let mut lab = expired(150).await;
+    lab.request(&["limit=500"]).await.send_response(list(910, "", &[]));
+    assert_eq!(lab.batch().await, (String::new(), 0, false));
+    lab.request(&["limit=500"]).await.send_response(list(911, "", &[]));
+    let (facts, version, synced) = lab.batch().await;
+    assert_eq!((facts.split(' ').count(), version, synced), (150, 911, true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn deletions_in_a_small_cluster_not_delayed() {
+    let mut lab = expired(99).await;
+    lab.request(&["limit=500"]).await.send_response(list(910, "", &[]));
+    let (facts, _, synced) = lab.batch().await;
+    assert_eq!((facts.split(' ').count(), synced), (99, true));
+}
