@@ -213,6 +213,7 @@ fn reason(reason: ProblemReason) -> &'static str {
         ProblemReason::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
         ProblemReason::DrainGateTimedOut => "DrainGateTimedOut",
         ProblemReason::DrainGateLastEndpoint => "DrainGateLastEndpoint",
+        ProblemReason::DeletionsHeld => "DeletionsHeld",
     }
 }
 
@@ -221,6 +222,7 @@ fn action(reason: ProblemReason) -> &'static str {
     match reason {
         ProblemReason::FailedToStartServiceHealthcheck => "Listen",
         ProblemReason::DrainGateTimedOut | ProblemReason::DrainGateLastEndpoint => "Drain",
+        ProblemReason::DeletionsHeld => "Remove",
         _ => "Compile",
     }
 }

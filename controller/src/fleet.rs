@@ -367,6 +367,8 @@ impl Fleet {
         known.session = known.session.max(floor.session) + 1;
         floor.session = known.session;
         let signal = Arc::new(Signal::default());
+        // Under the lock: a later change finds this signal.
+        signal.release_held(self.floors.get(node).release_held_before);
         if let Some(old) = entry.signal.replace(signal.clone()) {
             known.note_loss();
             old.end(GoAwayReason::Superseded);

@@ -15,7 +15,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    AgentMessage, ControllerMessage, GoAwayReason, Hello, Ping, Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAwayReason, Hello, Ping, ReleaseHeld, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -120,6 +120,8 @@ pub(crate) struct Session {
     pings: u64,
     /// Addresses of all replicas; the agent has those that are marked as seen.
     peers: Peers,
+    /// The last `releaseHeldBefore` that was sent.
+    released_before: u64,
     query: PendingQuery,
     drains: drain::DrainQueries,
     heard: Instant,
@@ -175,6 +177,7 @@ impl Session {
             pause: None,
             refusals: 0,
             pings: 0,
+            released_before: 0,
             query: PendingQuery::default(),
             drains: drain::DrainQueries::default(),
             heard: now,
@@ -315,6 +318,12 @@ impl Session {
             }
             signal.stop_waiting();
             if let Err(end) = self.advance(signal).await {
+                return end;
+            }
+            let before = signal.release_held_before();
+            if std::mem::replace(&mut self.released_before, before) != before
+                && let Err(end) = self.send(ToAgent::ReleaseHeld(ReleaseHeld { before })).await
+            {
                 return end;
             }
             if let Some(query) = self.query.next(&signal.queries)

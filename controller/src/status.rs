@@ -52,6 +52,9 @@ pub trait Registry: Send + Sync + 'static {
     /// Returns the number of the node's last stream; 0 if there was none.
     fn session(&self, node: &str) -> u64;
 
+    /// Sends the node's agent the `releaseHeldBefore` of its row, if it changed.
+    fn release_held(&self, node: &str, before: u64);
+
     /// Returns true once agents had enough time to reconnect, so that a missing agent counts as absent.
     fn settled(&self) -> bool;
 
@@ -70,13 +73,15 @@ pub enum NodeEvent {
     Synced,
 }
 
-/// High-water marks of a node, read from its row. A new session continues above them.
+/// High-water marks of a node, read from its row. A new session continues above the first two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Floor {
     /// The highest generation that was ever desired, sent or applied.
     pub generation: u64,
     /// The number of the last session.
     pub session: u64,
+    /// `spec.releaseHeldBefore`; 0: absent.
+    pub release_held_before: u64,
 }
 
 /// High-water marks of all nodes, shared with the sessions.
@@ -90,15 +95,16 @@ impl Floors {
         read(&self.0).get(node).copied().unwrap_or_default()
     }
 
-    pub(crate) fn set(&self, node: &Arc<str>, status: Option<&ProxyStatusStatus>) {
+    pub(crate) fn set(&self, node: &Arc<str>, release_held_before: u64, status: Option<&ProxyStatusStatus>) {
+        let mut floors = write(&self.0);
+        let floor = floors.entry(node.clone()).or_default();
+        floor.release_held_before = release_held_before;
         let Some(status) = status else { return };
         let generations = &status.generation;
         let highest = generations.desired.max(generations.sent).max(generations.applied);
-        let floor = Floor {
-            generation: u64::try_from(highest).unwrap_or(0),
-            session: status.connection.as_ref().map_or(0, |known| u64::try_from(known.session).unwrap_or(0)),
-        };
-        write(&self.0).insert(node.clone(), floor);
+        floor.generation = u64::try_from(highest).unwrap_or(0);
+        floor.session =
+            status.connection.as_ref().map_or(0, |known| u64::try_from(known.session).unwrap_or(0));
     }
 
     pub(crate) fn remove(&self, node: &str) {

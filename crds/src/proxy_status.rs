@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// Desired and actual state of the proxy on one node.
 ///
-/// `spec` is written by the elected controller replica, `status` by the replica that serves the node. Rows lag by
+/// `spec.profile` is written by the elected controller replica, `spec.releaseHeldBefore` by the operator, `status` by
+/// the replica that serves the node. Rows lag by
 /// about a second: do not use the Ready condition of a row as a barrier for a single change.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -63,6 +64,11 @@ pub struct ProxyStatusSpec {
     /// Profile revision assigned to this node. Absent: the built-in settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileAssignment>,
+    /// Releases removals that the node's delete budget holds: those of generations below this one, now and in the
+    /// future. To release what is held now, set it to `status.generation.desired` + 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub release_held_before: Option<i64>,
 }
 
 /// A revision of a profile.
@@ -229,6 +235,9 @@ pub struct Counts {
 pub struct DeviationCounts {
     /// Number of items refused by the kernel or by the agent's limits.
     pub refused: i64,
+    /// Number of pools and frontends that the delete budget keeps in the kernel although the view no longer has them.
+    #[serde(default)]
+    pub held: i64,
     /// Sample of at most 16 deviations: item and reason.
     #[serde(default)]
     pub samples: Vec<String>,

@@ -77,9 +77,10 @@ codes! {
         "The node rejected the assigned revision, or its probes failed with it. The previous settings are in force.",
         "Run kubectl switchtower rollout status to see what failed on the node.";
     DELETIONS_HELD = "ST0115", "the agent holds back removals",
-        "An update would have removed more than the delete budget allows. Frontends and endpoints that should be \
-         gone are still programmed.",
-        "Run kubectl get pxs NODE -o yaml: status.deviations lists the removals. The agent's log has the reason.";
+        "Within a minute, more than 100 and a fifth of the node's frontends and pools would have vanished or become \
+         empty. They are still programmed, so traffic to backends that still run continues.",
+        "Run kubectl get pxs NODE -o yaml: status.deviations lists the removals. If they are a mistake, restore the \
+         objects, which ends the hold. If they are intended, run kubectl switchtower release-held NODE.";
     ROW_OUTDATED = "ST0116", "the row is out of date",
         "No controller has renewed the row in time, so it shows an earlier state. Nodes keep their rules.",
         "Run kubectl -n switchtower-system get pods and check that a controller is running. If it is, its log shows \

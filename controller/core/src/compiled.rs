@@ -87,6 +87,8 @@ pub enum ProblemReason {
     DrainGateTimedOut,
     /// The drain gate stopped waiting for a ready endpoint that replaces the pod.
     DrainGateLastEndpoint,
+    /// A node keeps removed Services and endpoints because too many were removed at once.
+    DeletionsHeld,
 }
 
 /// Something wrong with one object. It never stops the others.

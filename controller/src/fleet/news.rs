@@ -87,6 +87,12 @@ impl crate::status::Registry for Fleet {
         known.map_or(0, |known| known.session)
     }
 
+    fn release_held(&self, node: &str, before: u64) {
+        if let Some(signal) = self.signal(node) {
+            signal.release_held(before);
+        }
+    }
+
     fn settled(&self) -> bool {
         Fleet::settled(self)
     }

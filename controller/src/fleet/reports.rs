@@ -1,5 +1,4 @@
-//! Problems of Services that agents report. An agent can only report health checks of its own node, at a limited
-//! rate.
+//! Problems that agents report: health checks of their own node, and held removals, at a limited rate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +33,23 @@ impl ReportLimit {
 }
 
 impl Fleet {
+    /// Reports removals that a node's delete budget holds as a problem of the Node.
+    pub(crate) fn report_held(&self, node: &Arc<str>, held: u32) {
+        let mut nodes = lock(&self.nodes);
+        if !nodes.nodes.get_mut(node).is_some_and(|entry| entry.report_limit.take(Instant::now())) {
+            return;
+        }
+        drop(nodes);
+        (self.problems)(Problem {
+            object: ProblemObject::Node(node.to_string()),
+            reason: ProblemReason::DeletionsHeld,
+            message: format!(
+                "the delete budget keeps {held} pools and frontends that an update removed; if that is intended, run \
+                 kubectl switchtower release-held {node}"
+            ),
+        });
+    }
+
     /// Reports health checks that a node cannot listen on as problems of their Services.
     pub(crate) fn report_health_check_failures(&self, node: &Arc<str>, failures: &[HealthCheckFailure]) {
         for HealthCheckFailure { key, address, error } in failures.iter().take(MAX_PER_MINUTE as usize) {

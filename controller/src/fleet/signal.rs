@@ -1,7 +1,7 @@
 //! Wakes the task of a stream.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use switchtower_proto::v1::GoAwayReason;
 use tokio::sync::Notify;
@@ -19,6 +19,8 @@ pub(crate) struct Signal {
     /// costs it nothing.
     waiting: AtomicBool,
     pub(crate) queries: QueryQueue,
+    /// `releaseHeldBefore` of the node's row.
+    release_held_before: AtomicU64,
     end: Mutex<Option<GoAwayReason>>,
 }
 
@@ -34,6 +36,18 @@ impl Signal {
         if self.waiting.swap(false, Ordering::SeqCst) {
             self.notify.notify_one();
         }
+    }
+
+    /// Sets the `releaseHeldBefore` of the node's row, and wakes the session if it changed.
+    pub(super) fn release_held(&self, before: u64) {
+        if self.release_held_before.swap(before, Ordering::SeqCst) != before {
+            self.notify.notify_one();
+        }
+    }
+
+    /// The `releaseHeldBefore` of the node's row; 0: absent.
+    pub(crate) fn release_held_before(&self) -> u64 {
+        self.release_held_before.load(Ordering::SeqCst)
     }
 
     /// Returns true if something changed since the last call.

@@ -1,5 +1,6 @@
 //! Real streams over TLS against a fake reviewer: what an agent sees.
 
+mod held;
 mod hostile;
 
 use std::collections::BTreeMap;
@@ -82,6 +83,7 @@ fn token(user: &str, node: &str) -> String {
 
 struct Lab {
     fleet: Arc<Fleet>,
+    floors: Floors,
     propagation: Arc<Propagation>,
     metrics: StreamMetrics,
     ca: CaPem,
@@ -91,7 +93,8 @@ struct Lab {
 impl Lab {
     async fn start(limits: Limits) -> Self {
         let upstream = Arc::new(|| Some(Duration::ZERO));
-        let parts = FleetParts { upstream, ..FleetParts::for_tests() };
+        let floors = Floors::default();
+        let parts = FleetParts { upstream, floors: floors.clone(), ..FleetParts::for_tests() };
         let (metrics, propagation) = (parts.metrics.clone(), parts.propagation.clone());
         let fleet = Fleet::new(parts);
         let keys = Keys::new(Published::new(Err("no keys")), &prometheus::Registry::new()).unwrap();
@@ -103,7 +106,7 @@ impl Lab {
         let address = listener.local_addr().unwrap();
         let server = Server::new(fleet.clone(), Arc::new(authenticator), limits);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
-        let lab = Self { fleet, propagation, metrics, ca, address };
+        let lab = Self { fleet, floors, propagation, metrics, ca, address };
         for node in ["n1", "n2"] {
             lab.add_node(node);
         }

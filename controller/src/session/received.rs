@@ -115,7 +115,10 @@ impl Session {
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
         let settings = Some(at.subscription().settings.clone());
+        let held = deviations.as_ref().map_or(0, |deviations| deviations.held);
+        let mut held_before = held;
         self.fleet.reached(&self.node, self.number, at, delivery, |known| {
+            held_before = known.deviations.as_ref().map_or(0, |deviations| deviations.held);
             let same = known.acknowledged
                 && known.failure.is_none()
                 && known.deviations == deviations
@@ -131,6 +134,9 @@ impl Session {
             if same && !late { News::Progress } else { News::Transition }
         });
         self.fleet.holds(&self.node, self.number, at.revision());
+        if held > held_before {
+            self.fleet.report_held(&self.node, held);
+        }
     }
 
     fn refused(&mut self, nack: &Nack) {

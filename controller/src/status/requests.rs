@@ -25,6 +25,8 @@ pub(super) struct Stored {
     pub(super) generation: Option<i64>,
     pub(super) owner: Option<String>,
     pub(super) assignment: Option<ProfileAssignment>,
+    /// Held removals of generations below this are released; 0: none.
+    pub(super) release_held_before: u64,
     pub(super) status: Option<ProxyStatusStatus>,
 }
 
@@ -38,6 +40,10 @@ impl From<ProxyStatus> for Stored {
             generation: metadata.generation,
             owner: owners.into_iter().find(|owner| owner.kind == "Node").map(|owner| owner.uid),
             assignment: object.spec.profile,
+            release_held_before: object
+                .spec
+                .release_held_before
+                .map_or(0, |before| u64::try_from(before).unwrap_or(0)),
             status: object.status,
         }
     }
@@ -229,7 +235,7 @@ fn new_row(node: &NodeIdentity, profile: Option<ProfileAssignment>) -> ProxyStat
             owner_references: Some(vec![owner(node)]),
             ..ObjectMeta::default()
         },
-        spec: ProxyStatusSpec { profile },
+        spec: ProxyStatusSpec { profile, release_held_before: None },
         status: None,
     }
 }

@@ -230,8 +230,9 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
                 format!("The kernel refused {} items; all others are programmed.", deviations.refused),
             )
         } else {
-            (Reason::DeletionsHeld, format!("The delete budget holds back {} removals.", deviations.held))
+            (Reason::DeletionsHeld, String::new())
         };
+        let message = [message, held_message(deviations.held)].join(" ").trim().to_owned();
         return Verdict::new(Status::False, reason, message);
     }
     if behind {
@@ -242,6 +243,17 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
         );
     }
     Verdict::new(Status::True, Reason::UpToDate, "The kernel holds the desired generation.")
+}
+
+/// Describes held removals; empty if there are none.
+fn held_message(held: u32) -> String {
+    if held == 0 {
+        return String::new();
+    }
+    format!(
+        "The delete budget holds {held} removals: pools that would become empty and frontends that would vanish. If they \
+         are intended, release them with kubectl switchtower release-held."
+    )
 }
 
 fn failure_message(failure: &RefusedGeneration) -> String {
@@ -358,6 +370,7 @@ fn profile(observation: &Observation) -> Option<ProfileInForce> {
 fn deviations(observation: &Observation) -> Option<DeviationCounts> {
     observation.deviations.as_ref().map(|deviations| DeviationCounts {
         refused: deviations.refused.into(),
+        held: deviations.held.into(),
         samples: deviations
             .samples
             .iter()

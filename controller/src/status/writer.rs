@@ -456,7 +456,8 @@ impl<R: Registry> Writer<R> {
 
     /// Publishes high-water marks and assignment of a row that was read.
     fn publish(&self, name: &Arc<str>, stored: &Stored) {
-        self.settings.floors.set(name, stored.status.as_ref());
+        self.settings.floors.set(name, stored.release_held_before, stored.status.as_ref());
+        self.registry.release_held(name, stored.release_held_before);
         let had_agent = stored.status.as_ref().is_some_and(|status| status.connection.is_some());
         let row = StoredAssignment { profile: stored.assignment.clone(), had_agent };
         self.settings.assignments.set(name, &row);

@@ -69,6 +69,8 @@ struct Fleet {
     looks: AtomicUsize,
     settled: AtomicBool,
     notify: Notify,
+    /// The last `releaseHeldBefore` per node.
+    released: Mutex<HashMap<String, u64>>,
 }
 
 impl Fleet {
@@ -91,6 +93,10 @@ impl Registry for Fleet {
 
     fn session(&self, node: &str) -> u64 {
         self.known.lock().unwrap().get(node).map_or(0, |known| known.session)
+    }
+
+    fn release_held(&self, node: &str, before: u64) {
+        self.released.lock().unwrap().insert(node.to_owned(), before);
     }
 
     fn settled(&self) -> bool {
@@ -310,6 +316,20 @@ async fn row_of_another_replica_is_not_written() {
     lab.fleet.set("n1", observed(74, 7));
     lab.wait(5_000).await;
     assert_eq!(lab.row("n1")["status"]["connection"], json!({"replica": "tower-0", "session": 7}));
+}
+
+#[tokio::test(start_paused = true)]
+async fn release_of_held_removals_read_from_the_row() {
+    let mut row = stored("tower-0", 4);
+    row["spec"] = json!({"releaseHeldBefore": 70});
+    let lab = lab(Server::with("n1", row)).await;
+    let released = || lab.fleet.released.lock().unwrap().get("n1").copied();
+    assert_eq!((released(), lab.floors.get("n1").release_held_before), (Some(70), 70));
+    lab.node("n1", "u1");
+    lab.fleet.set("n1", observed(71, 5));
+    lab.change("n1", |row| row["spec"]["releaseHeldBefore"] = json!(71));
+    lab.wait(60_000).await;
+    assert_eq!(released(), Some(71));
 }
 
 #[tokio::test(start_paused = true)]
