@@ -100,6 +100,11 @@ pub enum Command {
     Wait(WaitArgs),
     /// Show and control rollouts of settings
     Rollout(RolloutArgs),
+    /// Release removals that the delete budget of nodes holds
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower release-held alpha\n  kubectl switchtower release-held --all"
+    )]
+    ReleaseHeld(ReleaseHeldArgs),
     /// Check the cluster before or after the installation of Switchtower
     #[command(
         after_help = "Examples:\n  kubectl switchtower check --pre\n  kubectl switchtower check --post"
@@ -254,6 +259,18 @@ pub enum RolloutAction {
         /// Name of the rollout
         name: String,
     },
+}
+
+/// Flags of `release-held`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("which").required(true)))]
+pub struct ReleaseHeldArgs {
+    /// Node names
+    #[arg(group = "which")]
+    pub nodes: Vec<String>,
+    /// All nodes
+    #[arg(long, group = "which")]
+    pub all: bool,
 }
 
 /// Flags of `check`.

@@ -93,6 +93,14 @@ impl Cluster {
         Ok(rows.map_err(|error| explained("list ProxyStatus", &error))?.items)
     }
 
+    /// Applies a merge patch to the spec of a ProxyStatus.
+    pub(crate) async fn patch_row(&self, name: &str, spec: &Value) -> Result<ProxyStatus, CliError> {
+        let api: Api<ProxyStatus> = Api::all(self.client.clone());
+        let patch = Patch::Merge(serde_json::json!({ "spec": spec }));
+        let patched = api.patch(name, &PatchParams::default(), &patch).await;
+        patched.map_err(|error| explained(&format!("change ProxyStatus {name}"), &error))
+    }
+
     pub(crate) async fn profiles(&self) -> Result<Vec<ProxyProfile>, CliError> {
         let api: Api<ProxyProfile> = Api::all(self.client.clone());
         let profiles = api.list(&ListParams::default()).await;
