@@ -18,6 +18,8 @@ pub mod events;
 #[cfg(test)]
 mod fake_api;
 pub mod fleet;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod import_config;
 pub mod ingest;
 pub mod lease;

@@ -41,6 +41,7 @@ use go_away::go_away;
 pub(crate) use go_away::overloaded;
 use in_flight::InFlight;
 pub use limits::Limits;
+pub(crate) use received::read_message;
 
 /// Messages that are written to the connection together.
 pub(crate) type Batch = Vec<ControllerMessage>;

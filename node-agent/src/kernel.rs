@@ -12,3 +12,19 @@ mod netlink;
 pub mod nft;
 pub(crate) mod original_destination;
 pub(crate) mod sysctl;
+
+/// Reads a datagram as answers to all requests of the agent, for fuzzing.
+pub(crate) fn read_datagram(bytes: &[u8]) {
+    for message in netlink::wire::Messages(bytes) {
+        let _ = netlink::Reply::read(&message);
+        nft::read_message(&message);
+        conntrack::read_message(&message);
+        addresses::read_message(&message);
+    }
+}
+
+/// Datagrams as the kernel sends them.
+#[cfg(test)]
+pub(crate) fn example_datagrams() -> Vec<(&'static str, Vec<u8>)> {
+    nft::example_datagrams()
+}

@@ -8,6 +8,8 @@ pub mod cli;
 pub mod controller;
 pub mod drain;
 pub mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 pub(crate) mod health;
 pub mod kernel;
 pub(crate) mod log;

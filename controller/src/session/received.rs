@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use prost::Message as _;
 use switchtower_core::layer::Cursor;
 use switchtower_core::propagation::Delivery;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
-use switchtower_proto::v1::{Ack, AgentMessage, DriftCause, GoAwayReason, Nack, NackReason, Pong, Report};
+use switchtower_proto::v1::{
+    Ack, AgentMessage, DriftCause, GoAwayReason, KernelTable, Nack, NackReason, Pong, Report,
+};
 use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
@@ -18,6 +21,24 @@ use crate::text::sanitized;
 const REFUSED_SNAPSHOT_DELAY: Duration = Duration::from_secs(3_600);
 /// Maximum number of kernel settings in a row.
 const KERNEL_SETTINGS: usize = 8;
+
+/// Validates and truncates a message as a stream does, for fuzzing.
+pub(crate) fn read_message(message: FromAgent) {
+    match message {
+        FromAgent::Hello(hello) => {
+            let node = hello.node_name.clone();
+            if super::hello::check(&hello, &node, 0).is_ok() {
+                let (deviations, trial) = (hello.deviations, hello.trial);
+                let _ = (deviations.map(bounded::deviations), trial.map(bounded::trial));
+            }
+        }
+        FromAgent::Ack(ack) => drop(ack.deviations.map(bounded::deviations)),
+        FromAgent::Nack(nack) => drop((nack_reason(nack.reason()), sanitized(&nack.detail))),
+        FromAgent::Report(report) => drop(report.trial.map(bounded::trial)),
+        FromAgent::Answer(answer) => drop(KernelTable::decode(&*answer.part)),
+        _ => {}
+    }
+}
 
 impl Session {
     pub(super) async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {

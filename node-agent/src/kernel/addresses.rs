@@ -101,6 +101,11 @@ fn until_read<T>(mut read: impl FnMut() -> io::Result<T>, pause: Duration) -> T 
     }
 }
 
+/// Reads a message as an address, for fuzzing.
+pub(super) fn read_message(message: &super::netlink::wire::Message<'_>) {
+    let _ = message.payload.get(ADDRESS_HEADER..).and_then(address);
+}
+
 /// Returns the node's own address: on a point-to-point interface IFA_ADDRESS is that of the peer.
 fn address(attributes: &[u8]) -> Option<IpAddr> {
     let bytes = find(attributes, libc::IFA_LOCAL).or_else(|| find(attributes, libc::IFA_ADDRESS))?;

@@ -299,6 +299,11 @@ fn only_udp(writer: &mut Writer) {
 }
 
 /// Reads an entry; `None` if it is not UDP.
+/// Reads a message as an entry, for fuzzing.
+pub(super) fn read_message(message: &Message<'_>) {
+    let _ = udp_entry(message);
+}
+
 fn udp_entry(message: &Message<'_>) -> Option<(UdpFlow, Entry)> {
     let attributes = message.attributes();
     let original = find(attributes, cta::TUPLE_ORIGINAL)?;

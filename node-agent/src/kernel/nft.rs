@@ -16,6 +16,7 @@ mod element;
 mod encode;
 mod expression;
 mod foreign;
+mod fuzz;
 mod inspect;
 mod layout;
 mod mirror;
@@ -47,6 +48,9 @@ use plan::Plan;
 use transaction::Written;
 
 pub(crate) use foreign::ForeignProxy;
+#[cfg(test)]
+pub(in crate::kernel) use fuzz::example_datagrams;
+pub(in crate::kernel) use fuzz::read_message;
 pub use inspect::{cleanup, inspect};
 pub(crate) use layout::{LAYOUT_VERSION, TABLE};
 pub use monitor::{Monitor, Notice};

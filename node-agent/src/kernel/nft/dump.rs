@@ -161,7 +161,8 @@ fn each_element(
         .send(socket, request, |attributes| for_each_element(attributes, &mut each))
 }
 
-fn for_each_element(attributes: &[u8], mut each: impl FnMut(Dumped<'_>)) {
+/// Calls `each` with every element in a message.
+pub(super) fn for_each_element(attributes: &[u8], mut each: impl FnMut(Dumped<'_>)) {
     use nfta::{data, element, verdict};
     for (_, found) in Attributes(find(attributes, nfta::element_list::ELEMENTS).unwrap_or_default()) {
         let value = find(found, element::DATA);

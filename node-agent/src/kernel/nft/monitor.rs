@@ -93,7 +93,7 @@ impl Monitor {
 }
 
 /// Returns the notice of one announcement; `None` if it does not concern our tables.
-fn notice(message: &Message<'_>) -> Option<Notice> {
+pub(super) fn notice(message: &Message<'_>) -> Option<Notice> {
     const FIRST: u16 = netfilter_type(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWTABLE);
     const DELETED: u16 = netfilter_type(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_DELTABLE);
     /// The announcement of a generation, which has a number where the others have the name of a table.
