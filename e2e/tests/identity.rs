@@ -43,6 +43,54 @@ fn refused(name: &str, token: &str, reason: &str) {
     fleet.settled(SOON).unwrap();
 }
 
+/// Permissions as `kubectl auth can-i --list` prints them, sorted, without padding and duplicates.
+fn permissions(user: &str, namespace: &str) -> String {
+    let list = ["auth", "can-i", "--list", "--as", user, "-n", namespace];
+    let text = fleet().control_plane().kubectl(&list).unwrap();
+    let lines = text.lines().skip(1).filter_map(|line| line.rsplit_once('['));
+    let mut lines: Vec<String> = lines
+        .map(|(resource, verbs)| {
+            let mut verbs: Vec<&str> = verbs.trim_end_matches(']').split_whitespace().collect();
+            verbs.sort_unstable();
+            let resource: Vec<&str> = resource.split_whitespace().collect();
+            format!("{} [{}]", resource.join(" "), verbs.join(" "))
+        })
+        .collect();
+    lines.sort_unstable();
+    lines.dedup();
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// `SWITCHTOWER_UPDATE=1` writes the list again.
+#[test]
+fn permissions_equal_the_committed_list() {
+    let kubectl = |arguments: &[&str]| fleet().control_plane().kubectl(arguments).unwrap();
+    for role in ["switchtower-viewer", "switchtower-operator"] {
+        let (name, role, user) = (format!("test-{role}"), format!("--role={role}"), format!("--user={role}"));
+        kubectl(&["-n", NAMESPACE, "create", "rolebinding", &name, &role, &user]);
+        kubectl(&["create", "clusterrolebinding", &name, &role.replace("--role", "--clusterrole"), &user]);
+    }
+    let account = |name: &str| format!("system:serviceaccount:{NAMESPACE}:{name}");
+    let users = [
+        account("switchtower-controller"),
+        account(AGENT_ACCOUNT),
+        "switchtower-viewer".to_owned(),
+        "switchtower-operator".to_owned(),
+    ];
+    let mut text = String::new();
+    for user in &users {
+        for namespace in [NAMESPACE, "default"] {
+            text += &format!("# {user} in {namespace}\n{}\n", permissions(user, namespace));
+        }
+    }
+    let path = std::env::current_dir().unwrap().join("tests/permissions.txt");
+    if std::env::var_os("SWITCHTOWER_UPDATE").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(text == committed, "permissions differ from {}; they are now:\n{text}", path.display());
+}
+
 #[test]
 fn token_for_another_audience_is_refused() {
     let _alone = alone();

@@ -156,6 +156,25 @@ fn one_tls_provider_is_linked() {
     }
 }
 
+/// The fault table names existing tests, each after its file.
+#[test]
+fn reliability_page_names_existing_tests() {
+    let page = fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let mut rows = 0;
+    for line in page.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`")) {
+        let names: Vec<&str> = line.split('`').skip(1).step_by(2).collect();
+        let at = names.iter().position(|name| name.ends_with(".rs")).unwrap();
+        for pair in names[at..].chunks(2) {
+            assert_eq!(pair.len(), 2, "a file without a test: {line}");
+            let (file, test) = (pair[0], pair[1]);
+            let text = fs::read_to_string(root().join(file)).unwrap_or_default();
+            assert!(text.contains(&format!("fn {test}(")), "{file} has no test {test}");
+            rows += 1;
+        }
+    }
+    assert!(rows > 20, "{rows}");
+}
+
 /// A renamed or removed test would leave its scenario untested.
 #[test]
 fn parity_page_names_existing_tests() {
