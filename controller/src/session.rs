@@ -10,12 +10,11 @@ use std::time::{Duration, SystemTime};
 
 use futures::Stream;
 use switchtower_core::layer::{Cursor, HealthCheckPlacement, Plan, Planned, Subscription};
-use switchtower_core::wire;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    AgentMessage, ControllerMessage, GoAwayReason, Hello, Ping, ReleaseHeld, Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAwayReason, Ping, ReleaseHeld, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -24,8 +23,8 @@ use tonic::{Status, Streaming};
 use crate::fleet::queries::PendingQuery;
 use crate::fleet::{Fleet, Signal};
 use crate::peers::Peers;
+use crate::status::News;
 use crate::status::row::BEHIND_GRACE;
-use crate::status::{News, Observation};
 use crate::text::sanitized;
 use crate::token_bucket::{Rate, TokenBucket};
 
@@ -36,6 +35,7 @@ mod hello;
 mod in_flight;
 mod limits;
 mod received;
+mod resume;
 
 use go_away::go_away;
 pub(crate) use go_away::overloaded;
@@ -255,59 +255,6 @@ impl Session {
         Ok(signal)
     }
 
-    /// Finds the agent's position in the log, and the high-water mark of its generations.
-    fn resume(&mut self, hello: &Hello, floor: u64) {
-        let kernel = hello.kernel.as_ref().map_or(0, |stamp| stamp.generation);
-        let view = hello.view.as_ref();
-        self.generation = view.map_or(0, |view| view.generation);
-        self.highest = floor.max(kernel).max(self.generation);
-        self.kernel_at_hello = hello
-            .kernel
-            .as_ref()
-            .and_then(|stamp| Some((stamp.generation, Digest::from_bytes(&stamp.digest)?)));
-        self.cursor = view.and_then(|view| {
-            let digest = Digest::from_bytes(&view.digest)?;
-            let revision = self.fleet.resumable(view.resume.as_ref());
-            // If the assignment changed while the agent was disconnected, its view is of the previous one.
-            let last = self.fleet.last_place(&self.node);
-            self.fleet.read(|layers| {
-                let resume = |subscription| layers.resume(subscription, revision, digest);
-                resume(&self.subscription).or_else(|| resume(last.as_ref()?.subscription()))
-            })
-        });
-        let (generation, highest) = (self.generation, self.highest);
-        self.unproven = self
-            .cursor
-            .as_ref()
-            .is_some_and(|cursor| self.kernel_at_hello != Some((generation, cursor.digest())));
-        let applied = if self.cursor.is_none() || self.unproven { kernel } else { generation };
-        let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
-        let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
-        let change = |known: &mut Observation| {
-            known.note_connected();
-            known.acknowledged = false;
-            known.applied = applied;
-            known.sent = highest;
-            known.desired = highest;
-            known.failure = None;
-            known.agent_version = sanitized(&hello.agent_version);
-            known.kernel_version = sanitized(&hello.kernel_version);
-            known.addresses =
-                hello.addresses.iter().take(64).filter_map(|octets| wire::address(octets)).collect();
-            if known.settings != settings {
-                known.settings_took = None;
-            }
-            known.settings = settings;
-            known.deviations = deviations.map(bounded::deviations);
-            known.trial = trial.map(bounded::trial);
-            News::Transition
-        };
-        match &self.cursor {
-            Some(cursor) => self.fleet.reached(&self.node, self.number, cursor, None, change),
-            None => self.fleet.observe_with(&self.node, self.number, change),
-        }
-    }
-
     async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {
         let mut recycled = Instant::now() + self.lifetime();
         let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
@@ -453,7 +400,9 @@ impl Session {
         let digest = after.digest().to_bytes();
         let settings = after.subscription().settings.clone();
         let unproven = self.unproven;
+        let mut held = 0;
         self.fleet.reached(&self.node, self.number, &after, None, |known| {
+            held = known.deviations.as_ref().map_or(0, |deviations| deviations.held);
             known.sent = generation;
             known.desired = generation;
             if unproven {
@@ -468,7 +417,7 @@ impl Session {
             if news { News::Transition } else { News::Progress }
         });
         if !unproven {
-            self.fleet.holds(&self.node, self.number, after.revision());
+            self.kernel_reached(&after, held);
         }
         self.cursor = Some(after);
     }

@@ -154,9 +154,17 @@ impl Session {
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
             if same && !late { News::Progress } else { News::Transition }
         });
-        self.fleet.holds(&self.node, self.number, at.revision());
+        self.kernel_reached(at, held);
         if held > held_before {
             self.fleet.report_held(&self.node, held);
+        }
+    }
+
+    /// Reports to the drain gate which revision the kernel has reached. With held removals it has endpoints that the
+    /// revision lacks, so the node keeps its last place, and addresses removed since then do not count as drained.
+    pub(super) fn kernel_reached(&self, at: &Cursor, held: u32) {
+        if held == 0 {
+            self.fleet.holds(&self.node, self.number, at.revision());
         }
     }
 
