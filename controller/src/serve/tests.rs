@@ -37,7 +37,7 @@ use crate::bootstrap::CaPem;
 use crate::fleet::queries::QueryError;
 use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
 use crate::propagation::Propagation;
-use crate::status::Registry as _;
+use crate::status::{Floors, Registry as _};
 
 mod load;
 mod refused;
