@@ -21,6 +21,8 @@ use switchtower_proto::v1::{Cidr, FrontendKind, Role, Verdict};
 use super::allocate::Allocator;
 use super::element::{Changes, Data, Element, Key, Range};
 use super::layout::{BACKEND_BIT, RuleConfig};
+use super::numbering::{Numbering, index_of, pool_bits};
+use super::pool_role::{ByRole, PoolRole};
 use super::port_name::PortName;
 
 /// Service-port numbers without affinity: those below 2^18 that are no multiples of 8.
@@ -97,6 +99,13 @@ struct Member<const N: usize> {
     id: u32,
 }
 
+impl<const N: usize> Member<N> {
+    /// The data of the member's element.
+    fn data(&self) -> Option<Data<N>> {
+        Some(Data::Endpoint(self.address, self.port))
+    }
+}
+
 #[derive(Debug, Default)]
 struct Pool<const N: usize> {
     members: Vec<Member<N>>,
@@ -109,11 +118,16 @@ struct Port<const N: usize> {
     name: Arc<PortName>,
     /// 0: none, nothing of its pools is in the kernel.
     number: u32,
-    sticky: bool,
+    numbering: Numbering,
     next_member: u32,
     references: Vec<Reference<N>>,
-    /// Cluster, Local.
-    pools: [Option<Box<Pool<N>>>; 2],
+    pools: ByRole<Option<Box<Pool<N>>>>,
+}
+
+impl<const N: usize> Port<N> {
+    fn pools(&self) -> impl Iterator<Item = (PoolRole, &Pool<N>)> {
+        self.pools.iter().filter_map(|(role, pool)| pool.as_deref().map(|pool| (role, pool)))
+    }
 }
 
 /// Facts of the node and the settings, as far as they concern one family.
@@ -172,7 +186,7 @@ pub(crate) struct Mirror<const N: usize> {
     dirty_keys: BTreeSet<Key<N>>,
     /// Elements that the kernel refused.
     blocked: HashMap<Element<N>, i32>,
-    refused_members: Vec<(u32, usize, Member<N>, i32)>,
+    refused_members: Vec<(u32, PoolRole, Member<N>, i32)>,
     /// Frontends without a free number, with the reason.
     overflowed: HashMap<Key<N>, &'static str>,
     /// A number became free since the last time.
@@ -184,26 +198,6 @@ pub(crate) struct Mirror<const N: usize> {
     later: Vec<Changes<N>>,
     /// False while a mirror is built that will be compared as a whole.
     pub(crate) recording: bool,
-}
-
-/// The number of a service port from its index in an allocator.
-fn number_of(sticky: bool, index: u32) -> u32 {
-    if sticky { (index + 1) * 8 } else { index / 7 * 8 + index % 7 + 1 }
-}
-
-/// The inverse of [`number_of`].
-fn index_of(number: u32) -> u32 {
-    if number.is_multiple_of(8) { (number / 8).saturating_sub(1) } else { number / 8 * 7 + number % 8 - 1 }
-}
-
-/// The value's upper bits: service port and role.
-fn pool_bits(number: u32, role: usize) -> u32 {
-    number << 13 | (role as u32) << 12
-}
-
-/// Index of a role's pool.
-pub(crate) fn role_index(role: Role) -> usize {
-    usize::from(role == Role::Local)
 }
 
 impl<const N: usize> Mirror<N> {
@@ -249,14 +243,13 @@ impl<const N: usize> Mirror<N> {
             return *index;
         }
         let name = Arc::new(name.clone());
-        let pools = [None, None];
         let port = Port {
             name: Arc::clone(&name),
             number: 0,
-            sticky: false,
+            numbering: Numbering::Plain,
             next_member: 0,
             references: Vec::new(),
-            pools,
+            pools: ByRole::default(),
         };
         let index = self.free_ports.pop().unwrap_or(self.ports.len() as u32);
         if index as usize == self.ports.len() {
@@ -404,7 +397,7 @@ impl<const N: usize> Mirror<N> {
             self.program(key);
         }
         for index in &dirty {
-            (0..2).for_each(|role| self.note_sticky_pool(*index, role));
+            PoolRole::ALL.into_iter().for_each(|role| self.note_sticky_pool(*index, role));
         }
         dirty.iter().for_each(|index| self.drop_unused(*index));
     }
@@ -421,9 +414,8 @@ impl<const N: usize> Mirror<N> {
 
     /// Forgets a service port without frontends and pools.
     fn drop_unused(&mut self, index: u32) {
-        let unused = self
-            .port(index)
-            .is_some_and(|port| port.references.is_empty() && port.pools.iter().all(Option::is_none));
+        let unused =
+            self.port(index).is_some_and(|port| port.references.is_empty() && port.pools().next().is_none());
         if unused {
             if let Some(name) = self.port_name(index) {
                 self.names.remove(&name);
@@ -436,12 +428,12 @@ impl<const N: usize> Mirror<N> {
     /// Marks numbers and ids that the kernel holds as in use.
     pub(crate) fn adopt_numbers(&mut self) {
         let numbers: BTreeSet<u32> = self.hints.numbers.values().copied().collect();
-        let indexes = |sticky: bool| -> BTreeSet<u32> {
-            let own = numbers.iter().filter(|number| number.is_multiple_of(8) == sticky);
+        let indexes = |numbering: Numbering| -> BTreeSet<u32> {
+            let own = numbers.iter().filter(|number| Numbering::of(**number) == numbering);
             own.map(|number| index_of(*number)).collect()
         };
-        self.plain.adopt(&indexes(false));
-        self.sticky.adopt(&indexes(true));
+        self.plain.adopt(&indexes(Numbering::Plain));
+        self.sticky.adopt(&indexes(Numbering::Sticky));
         let ids = self.hints.backends.iter().map(|id| id & !BACKEND_BIT).collect();
         self.backends.adopt(&ids);
         self.lists.adopt(std::mem::take(&mut self.hints.lists));
@@ -497,15 +489,10 @@ impl<const N: usize> Mirror<N> {
 }
 
 fn port_elements<const N: usize>(port: &Port<N>, all: &mut HashMap<Element<N>, Data<N>>) {
-    for (role, pool) in port.pools.iter().enumerate() {
-        let Some(pool) = pool else { continue };
+    for (role, pool) in port.pools() {
         for member in &pool.members {
-            let element = match (port.sticky, role) {
-                (false, _) => Element::Backend(member.id),
-                (true, 0) => Element::StickyCluster(member.id),
-                (true, _) => Element::StickyLocal(member.id),
-            };
-            all.insert(element, Data::Endpoint(member.address, member.port));
+            let data = Data::Endpoint(member.address, member.port);
+            all.insert(port.numbering.backend(role, member.id), data);
         }
         let bits = pool_bits(port.number, role);
         for (index, member) in (0..).zip(&pool.members) {

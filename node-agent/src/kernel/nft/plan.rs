@@ -11,7 +11,8 @@ use switchtower_proto::v1::{
 
 use super::element::{Key, Range};
 use super::layout::{LocalPods, RuleConfig};
-use super::mirror::{Facts, Frontend, Mirror, Reference, Target, UnprogrammedItem, role_index};
+use super::mirror::{Facts, Frontend, Mirror, Reference, Target, UnprogrammedItem};
+use super::pool_role::PoolRole;
 use super::port_name::PortName;
 use crate::kernel::change::KernelChange;
 
@@ -338,17 +339,13 @@ fn view_endpoints<const N: usize>(members: &[([u8; N], u16)]) -> Vec<Endpoint> {
     members.iter().map(endpoint).collect()
 }
 
-fn programmed_role(key: &PoolKey) -> Option<usize> {
-    matches!(key.role(), Role::Cluster | Role::Local).then(|| role_index(key.role()))
-}
-
 fn change_pool<const N: usize>(
     mirror: &mut Mirror<N>,
     key: &PoolKey,
     added: &[Endpoint],
     removed: &[Endpoint],
 ) -> Vec<Undo> {
-    let Some(role) = programmed_role(key) else { return Vec::new() };
+    let Some(role) = PoolRole::of(key.role()) else { return Vec::new() };
     let name = name_of(key.service_port.as_ref());
     let created = mirror.create_pool(&name, role);
     let removed = mirror.remove_members(&name, role, &endpoints(removed));
@@ -361,7 +358,7 @@ fn change_pool<const N: usize>(
 }
 
 fn remove_pool<const N: usize>(mirror: &mut Mirror<N>, key: &PoolKey) -> Option<Undo> {
-    let members = mirror.remove_pool(&name_of(key.service_port.as_ref()), programmed_role(key)?)?;
+    let members = mirror.remove_pool(&name_of(key.service_port.as_ref()), PoolRole::of(key.role())?)?;
     let added = view_endpoints(&members);
     Some(Undo::Change(KernelChange::Pool { key: key.clone(), added, removed: Vec::new() }))
 }

@@ -13,8 +13,10 @@ use switchtower_proto::v1::{
 use super::dump::TableDump;
 use super::element::{Data, Element, Key, LIST_SHIFT};
 use super::layout::{
-    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick, ROLE_BIT,
+    CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, POOL_MASK, Pick,
 };
+use super::numbering::Numbering;
+use super::pool_role::PoolRole;
 
 /// Maximum lookups until a verdict or a pick: `restricted`, then `split`, then the pick.
 const STEPS: usize = 3;
@@ -149,11 +151,8 @@ fn value_of_slot<const N: usize>(dump: &TableDump<N>, pool: u32, index: u32) -> 
 /// Returns the map element with the address of a backend of the pool of a value.
 pub(super) fn backend<const N: usize>(id: u32, value: u32) -> Element<N> {
     let sticky = Pick::of(value).is_some_and(|pick| pick.affinity > 0);
-    match (sticky, value & ROLE_BIT) {
-        (false, _) => Element::Backend(id),
-        (true, 0) => Element::StickyCluster(id),
-        (true, _) => Element::StickyLocal(id),
-    }
+    let numbering = if sticky { Numbering::Sticky } else { Numbering::Plain };
+    numbering.backend(PoolRole::of_value(value), id)
 }
 
 fn endpoint<const N: usize>(dump: &TableDump<N>, slot: &Element<N>, pool: u32) -> Option<Endpoint> {

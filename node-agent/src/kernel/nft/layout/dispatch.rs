@@ -16,6 +16,7 @@ use super::{
     META_PROTOCOL, POOL_MASK, ROLE_BIT, Rule, RuleConfig, STICKY_MASK, Verdict, chain, forget, set_mark,
     verdict,
 };
+use crate::kernel::nft::pool_role::PoolRole;
 
 /// Pools of at most so many members have a size class of their own.
 const EXACT_SIZES: u32 = 16;
@@ -115,12 +116,8 @@ fn size_chain(class: u32) -> String {
     format!("size-{}", class_size(class))
 }
 
-fn sticky_chain(seconds: u32, local: bool) -> String {
-    format!("stick-{seconds}-{}", role_name(local))
-}
-
-fn role_name(local: bool) -> &'static str {
-    if local { "local" } else { "cluster" }
+fn sticky_chain(seconds: u32, role: PoolRole) -> String {
+    format!("stick-{seconds}-{}", role.name())
 }
 
 fn jump(chain: &str) -> Verdict {
@@ -165,20 +162,20 @@ impl Layout {
         let sizes = (1..=LAST_CLASS).map(|class| (class, jump(&size_chain(class)))).collect();
         chains.push(chain("pick", vec![vmap(CLASS_MASK, sizes)]));
         chains.push(choose());
-        for local in [false, true] {
-            let map = if local { "sticky_local" } else { "sticky_cluster" };
-            chains.push(chain(&format!("recalled_{}", role_name(local)), vec![self.translate(map)]));
-            chains.push(self.forgotten(local));
+        for role in PoolRole::ALL {
+            let name = role.name();
+            let recalled = vec![self.translate(&format!("sticky_{name}"))];
+            chains.push(chain(&format!("recalled_{name}"), recalled));
+            chains.push(self.forgotten(role));
         }
-        for (seconds, local) in sticky() {
-            chains.push(self.stick(seconds, local));
+        let mut timeouts = Vec::new();
+        for (seconds, code) in TIMEOUTS.into_iter().zip(1..) {
+            for role in PoolRole::ALL {
+                chains.push(self.stick(seconds, role));
+                let verdict = Verdict::Goto(sticky_chain(seconds, role));
+                timeouts.push((code << TIMEOUT_SHIFT | role.bit(), verdict));
+            }
         }
-        let by_timeout = |(index, (seconds, local)): (usize, (u32, bool))| {
-            let code = (index as u32 / 2 + 1) << TIMEOUT_SHIFT;
-            let role = if local { ROLE_BIT } else { 0 };
-            (code | role, Verdict::Goto(sticky_chain(seconds, local)))
-        };
-        let timeouts = sticky().enumerate().map(by_timeout).collect();
         chains.push(chain("stick", vec![vmap(TIMEOUT_MASK | ROLE_BIT, timeouts), verdict(Verdict::Drop)]));
         chains.push(chain("mark_all", vec![Rule(set_mark(config.mark))]));
         chains.push(self.connect());
@@ -211,8 +208,8 @@ impl Layout {
     }
 
     /// The client's remembered backend, or a fresh one that is then remembered.
-    fn stick(self, seconds: u32, local: bool) -> Chain {
-        let role = role_name(local);
+    fn stick(self, seconds: u32, role: PoolRole) -> Chain {
+        let name = role.name();
         let mut recall = self.client(0);
         recall.extend([
             E::Lookup { set: "affinity".to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
@@ -220,9 +217,9 @@ impl Layout {
         ]);
         let recall = Rule(recall);
         let remember = self.dynamic(DynamicOperation::Update, seconds);
-        let recalled = verdict(jump(&format!("recalled_{role}")));
+        let recalled = verdict(jump(&format!("recalled_{name}")));
         // `update` of a present key renews its timeout and keeps its data: a stale one must be deleted.
-        let forgotten = verdict(jump(&format!("forgotten_{role}")));
+        let forgotten = verdict(jump(&format!("forgotten_{name}")));
         // Another first packet of this client may have been remembered since the lookup: its choice wins.
         let fresh = [verdict(jump("choose")), remember.clone(), recall.clone(), recalled.clone()];
         let mut rules = vec![recall, remember, recalled];
@@ -231,20 +228,20 @@ impl Layout {
             rules.extend(fresh.clone());
         }
         rules.push(verdict(Verdict::Drop));
-        chain(&sticky_chain(seconds, local), rules)
+        chain(&sticky_chain(seconds, role), rules)
     }
 
     /// Forgets a backend that is gone, and gives the priority the value of the pool again.
-    fn forgotten(self, local: bool) -> Chain {
+    fn forgotten(self, role: PoolRole) -> Chain {
         let mut pool = is_backend();
         pool.extend([
             E::LoadMeta { key: META_PRIORITY, register: 0 },
-            E::Bitwise { register: 0, mask: STICKY_MASK, xor: if local { ROLE_BIT } else { 0 } },
+            E::Bitwise { register: 0, mask: STICKY_MASK, xor: role.bit() },
             E::Lookup { set: "sticky_pools".to_owned(), register: 0, result: Some(LookupResult::Value(0)) },
             E::SetMeta { key: META_PRIORITY, register: 0 },
         ]);
         let rules = vec![self.dynamic(DynamicOperation::Delete, 0), Rule(pool)];
-        chain(&format!("forgotten_{}", role_name(local)), rules)
+        chain(&format!("forgotten_{}", role.name()), rules)
     }
 
     /// `service port . client`, the key of map `affinity`.
@@ -322,11 +319,6 @@ fn choose() -> Chain {
     let halves = (EXACT_SIZES + 1..=LAST_CLASS).map(|class| (class, jump(&size_chain(class - 1))));
     rules.push(vmap(CLASS_MASK, halves.collect()));
     chain("choose", rules)
-}
-
-/// Every affinity timeout with either role.
-fn sticky() -> impl Iterator<Item = (u32, bool)> {
-    TIMEOUTS.into_iter().flat_map(|seconds| [(seconds, false), (seconds, true)])
 }
 
 /// The name of a source list's set and of its chain.

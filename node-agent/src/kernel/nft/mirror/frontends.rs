@@ -2,11 +2,13 @@
 
 use switchtower_proto::v1::{FrontendKind, Role, Verdict};
 
-use super::{Frontend, Mirror, Programmed, Reference, Refuses, Target, pool_bits, role_index};
+use super::{Frontend, Mirror, Programmed, Reference, Refuses, Target};
 use crate::kernel::nft::element::{Data, Element, Key, LIST_SHIFT, Range};
 use crate::kernel::nft::layout::{
     CODE_DROP, CODE_MASK, CODE_REFUSE, CODE_RESTRICTED, CODE_SPLIT, Masquerade, Pick,
 };
+use crate::kernel::nft::numbering::{Numbering, pool_bits};
+use crate::kernel::nft::pool_role::PoolRole;
 
 impl<const N: usize> Mirror<N> {
     /// The frontend that an address, protocol and port belongs to: an explicit one before a NodePort.
@@ -153,7 +155,8 @@ impl<const N: usize> Mirror<N> {
         target: Target,
         masquerade: Masquerade,
     ) -> (u32, Option<&'static str>) {
-        let role = role_index(target.role);
+        // The wire has no other role for a frontend.
+        let role = PoolRole::of(target.role).unwrap_or(PoolRole::Cluster);
         let Some(port) = self.port(frontend.port) else { return (CODE_DROP, None) };
         let count = port.pools[role].as_ref().map_or(0, |pool| pool.members.len()) as u32;
         if count == 0 {
@@ -164,7 +167,10 @@ impl<const N: usize> Mirror<N> {
             return (CODE_DROP, Some("no service-port number is left"));
         }
         // Without affinity of its own, a frontend of a port with affinity still needs the sticky maps.
-        let affinity = if port.sticky { frontend.affinity.max(1) } else { 0 };
+        let affinity = match port.numbering {
+            Numbering::Plain => 0,
+            Numbering::Sticky => frontend.affinity.max(1),
+        };
         (pool_bits(port.number, role) | Pick::new(masquerade, affinity, count).code(), None)
     }
 }

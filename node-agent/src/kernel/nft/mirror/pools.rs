@@ -2,14 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Member, Mirror, Pool, Reference, STICKY_MEMBERS, index_of, number_of, pool_bits};
+use super::{Member, Mirror, Pool, Reference, STICKY_MEMBERS};
+use crate::kernel::nft::allocate::Allocator;
 use crate::kernel::nft::element::{Data, Element, Key};
 use crate::kernel::nft::layout::{BACKEND_BIT, Masquerade, POOL_MASK, Pick};
+use crate::kernel::nft::numbering::{Numbering, index_of, pool_bits};
+use crate::kernel::nft::pool_role::PoolRole;
 use crate::kernel::nft::port_name::PortName;
 
 impl<const N: usize> Mirror<N> {
     /// Creates a pool if it is absent; returns whether it was.
-    pub(crate) fn create_pool(&mut self, port: &PortName, role: usize) -> bool {
+    pub(crate) fn create_pool(&mut self, port: &PortName, role: PoolRole) -> bool {
         let index = self.port_index(port);
         self.dirty_ports.insert(index);
         let Some(port) = self.port_mut(index) else { return false };
@@ -19,7 +22,7 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Removes a pool; returns its members, `None` if it was absent.
-    pub(crate) fn remove_pool(&mut self, port: &PortName, role: usize) -> Option<Vec<([u8; N], u16)>> {
+    pub(crate) fn remove_pool(&mut self, port: &PortName, role: PoolRole) -> Option<Vec<([u8; N], u16)>> {
         let index = *self.names.get(port)?;
         self.dirty_ports.insert(index);
         let pool = self.port(index)?.pools[role].as_ref()?;
@@ -39,7 +42,7 @@ impl<const N: usize> Mirror<N> {
     pub(crate) fn add_members(
         &mut self,
         port: &PortName,
-        role: usize,
+        role: PoolRole,
         endpoints: &[([u8; N], u16)],
     ) -> Vec<([u8; N], u16)> {
         let index = self.port_index(port);
@@ -70,14 +73,14 @@ impl<const N: usize> Mirror<N> {
     pub(crate) fn remove_members(
         &mut self,
         port: &PortName,
-        role: usize,
+        role: PoolRole,
         endpoints: &[([u8; N], u16)],
     ) -> Vec<([u8; N], u16)> {
         let Some(index) = self.names.get(port).copied() else { return Vec::new() };
         self.dirty_ports.insert(index);
         let mut removed = endpoints.to_vec();
         removed.retain(|(address, port)| {
-            let same = |other: &(u32, usize, Member<N>, i32)| {
+            let same = |other: &(u32, PoolRole, Member<N>, i32)| {
                 (other.0, other.1, other.2.address, other.2.port) == (index, role, *address, *port)
             };
             let refused = self.refused_members.iter().any(same);
@@ -87,13 +90,18 @@ impl<const N: usize> Mirror<N> {
         removed
     }
 
-    pub(super) fn position(&self, index: u32, role: usize, (address, port): ([u8; N], u16)) -> Option<usize> {
+    pub(super) fn position(
+        &self,
+        index: u32,
+        role: PoolRole,
+        (address, port): ([u8; N], u16),
+    ) -> Option<usize> {
         let pool = self.port(index)?.pools[role].as_ref()?;
         pool.members.iter().position(|member| member.port == port && member.address == address)
     }
 
     /// Appends a member and, if the service port has a number, its elements.
-    pub(super) fn add_member(&mut self, index: u32, role: usize, (address, port): ([u8; N], u16)) {
+    pub(super) fn add_member(&mut self, index: u32, role: PoolRole, (address, port): ([u8; N], u16)) {
         let Some(number) = self.port(index).map(|port| port.number) else { return };
         let mut member = Member { address, port, id: 0 };
         if number != 0 {
@@ -104,35 +112,24 @@ impl<const N: usize> Mirror<N> {
             member.id = id;
         }
         let Some(owner) = self.port_mut(index) else { return };
-        let sticky = owner.sticky;
+        let numbering = owner.numbering;
         let pool = owner.pools[role].get_or_insert_default();
         let slot = pool.members.len() as u32;
         pool.members.push(member);
         if number != 0 {
-            self.put_backend(sticky, role, &member, true);
+            self.put(numbering.backend(role, member.id), None, member.data());
             let element = Element::Slot { pool: pool_bits(number, role), index: slot };
             self.put(element, None, Some(Data::Value(member.id)));
         }
     }
 
-    pub(super) fn put_backend(&mut self, sticky: bool, role: usize, member: &Member<N>, present: bool) {
-        let element = match (sticky, role) {
-            (false, _) => Element::Backend(member.id),
-            (true, 0) => Element::StickyCluster(member.id),
-            (true, _) => Element::StickyLocal(member.id),
-        };
-        let data = Some(Data::Endpoint(member.address, member.port));
-        let (before, after) = if present { (None, data) } else { (data, None) };
-        self.put(element, before, after);
-    }
-
     /// An id for a new member: with affinity, the id of the same endpoint in the port's other pool.
-    pub(super) fn member_id(&mut self, index: u32, role: usize, endpoint: ([u8; N], u16)) -> Option<u32> {
+    pub(super) fn member_id(&mut self, index: u32, role: PoolRole, endpoint: ([u8; N], u16)) -> Option<u32> {
         let port = self.port(index)?;
-        if !port.sticky {
+        if port.numbering == Numbering::Plain {
             return self.backends.allocate().map(|id| BACKEND_BIT | id);
         }
-        let twin = port.pools[1 - role].as_ref().and_then(|pool| {
+        let twin = port.pools[role.other()].as_ref().and_then(|pool| {
             let same = |member: &&Member<N>| (member.address, member.port) == endpoint && member.id != 0;
             pool.members.iter().find(same)
         });
@@ -141,7 +138,7 @@ impl<const N: usize> Mirror<N> {
         }
         let base = BACKEND_BIT | port.number << 13;
         let next = port.next_member;
-        let members = || port.pools.iter().flatten().flat_map(|pool| &pool.members);
+        let members = || port.pools().flat_map(|(_, pool)| &pool.members);
         let wrapped = next >= STICKY_MEMBERS;
         let id = if wrapped {
             let used: HashSet<u32> = members().map(|member| member.id).collect();
@@ -158,10 +155,10 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Takes a member out; the last slot moves into the hole.
-    pub(super) fn remove_member(&mut self, index: u32, role: usize, address: [u8; N], port: u16) -> bool {
+    pub(super) fn remove_member(&mut self, index: u32, role: PoolRole, address: [u8; N], port: u16) -> bool {
         let Some(position) = self.position(index, role, (address, port)) else { return false };
         let Some(owner) = self.port_mut(index) else { return false };
-        let (number, sticky) = (owner.number, owner.sticky);
+        let (number, numbering) = (owner.number, owner.numbering);
         let Some(pool) = owner.pools[role].as_mut() else { return false };
         let last = pool.members.len() - 1;
         let (removed, moved) = (pool.members[position], pool.members[last]);
@@ -174,19 +171,21 @@ impl<const N: usize> Mirror<N> {
             self.put(slot(position), Some(Data::Value(removed.id)), Some(Data::Value(moved.id)));
         }
         self.put(slot(last), Some(Data::Value(moved.id)), None);
-        self.put_backend(sticky, role, &removed, false);
-        if !sticky {
+        self.put(numbering.backend(role, removed.id), removed.data(), None);
+        if numbering == Numbering::Plain {
             self.backends.release(removed.id & !BACKEND_BIT);
         }
         true
     }
 
     /// Brings the value by which a forgotten client's connection finds its pool again in line.
-    pub(super) fn note_sticky_pool(&mut self, index: u32, role: usize) {
+    pub(super) fn note_sticky_pool(&mut self, index: u32, role: PoolRole) {
         let Some(port) = self.port(index) else { return };
-        let (number, sticky) = (port.number, port.sticky);
         let Some(pool) = port.pools[role].as_ref() else { return };
-        let wanted = sticky_value(number, sticky, role, pool);
+        let wanted = match port.numbering {
+            Numbering::Plain => 0,
+            Numbering::Sticky => sticky_value(port.number, role, pool),
+        };
         let before = pool.sticky_value;
         if before == wanted {
             return;
@@ -208,13 +207,12 @@ impl<const N: usize> Mirror<N> {
     /// begins or ends gets another one.
     pub(super) fn number_port(&mut self, index: u32, hinted: bool) {
         let Some(port) = self.port(index) else { return };
-        let sticky = port
-            .references
-            .iter()
-            .any(|reference| self.frontends.get(reference).is_some_and(|frontend| frontend.affinity > 0));
-        let wanted = port.pools.iter().flatten().any(|pool| !pool.members.is_empty());
-        let (number, was_sticky) = (port.number, port.sticky);
-        if number != 0 && (!wanted || sticky != was_sticky) {
+        let affinity =
+            |reference| self.frontends.get(reference).is_some_and(|frontend| frontend.affinity > 0);
+        let numbering =
+            if port.references.iter().any(affinity) { Numbering::Sticky } else { Numbering::Plain };
+        let wanted = port.pools().any(|(_, pool)| !pool.members.is_empty());
+        if port.number != 0 && (!wanted || numbering != port.numbering) {
             self.detach(index);
         }
         let attached = self.port(index).is_some_and(|port| port.number != 0);
@@ -222,22 +220,21 @@ impl<const N: usize> Mirror<N> {
             return;
         }
         let number = if hinted {
-            match self.hinted_number(index, sticky) {
+            match self.hinted_number(index, numbering) {
                 Some(number) => number,
                 None => return,
             }
         } else {
-            let allocator = if sticky { &mut self.sticky } else { &mut self.plain };
-            match allocator.allocate() {
-                Some(index) => number_of(sticky, index),
+            match self.allocator(numbering).allocate() {
+                Some(index) => numbering.number(index),
                 None => return,
             }
         };
-        self.attach(index, number, sticky);
+        self.attach(index, number);
     }
 
     /// The number that a dump shows for one of the port's frontends, if it is of the right kind and free.
-    pub(super) fn hinted_number(&mut self, index: u32, sticky: bool) -> Option<u32> {
+    pub(super) fn hinted_number(&mut self, index: u32, numbering: Numbering) -> Option<u32> {
         let references = self.port(index)?.references.clone();
         for reference in references {
             let key = match reference {
@@ -250,7 +247,7 @@ impl<const N: usize> Mirror<N> {
                 }
             };
             let number = key.and_then(|key| self.hints.numbers.get(&key).copied());
-            let Some(number) = number.filter(|number| number.is_multiple_of(8) == sticky) else { continue };
+            let Some(number) = number.filter(|number| Numbering::of(*number) == numbering) else { continue };
             // The first port that claims a number gets it.
             if self.hints.claimed.insert(number) {
                 return Some(number);
@@ -260,10 +257,10 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Programs a service port's pools under a number.
-    pub(super) fn attach(&mut self, index: u32, number: u32, sticky: bool) {
+    pub(super) fn attach(&mut self, index: u32, number: u32) {
         let Some(port) = self.port_mut(index) else { return };
-        (port.number, port.sticky, port.next_member) = (number, sticky, 0);
-        for role in 0..2 {
+        (port.number, port.numbering, port.next_member) = (number, Numbering::of(number), 0);
+        for role in PoolRole::ALL {
             let Some(pool) = self.port_mut(index).and_then(|port| port.pools[role].as_mut()) else {
                 continue;
             };
@@ -280,7 +277,7 @@ impl<const N: usize> Mirror<N> {
 
     /// Puts the members that a dump shows first, in the order of their slots and with their ids; returns how
     /// many these are.
-    pub(super) fn adopt_members(&mut self, index: u32, role: usize, members: &mut [Member<N>]) -> usize {
+    pub(super) fn adopt_members(&mut self, index: u32, role: PoolRole, members: &mut [Member<N>]) -> usize {
         let Some(port) = self.port(index) else { return 0 };
         let Some(slots) = self.hints.slots.remove(&pool_bits(port.number, role)) else { return 0 };
         let mut places: HashMap<([u8; N], u16), usize> = members
@@ -303,16 +300,16 @@ impl<const N: usize> Mirror<N> {
     }
 
     /// Appends a member whose id is known.
-    pub(super) fn push_known(&mut self, index: u32, role: usize, member: Member<N>) {
+    pub(super) fn push_known(&mut self, index: u32, role: PoolRole, member: Member<N>) {
         let Some(port) = self.port_mut(index) else { return };
-        let (number, sticky) = (port.number, port.sticky);
-        if sticky {
+        let (number, numbering) = (port.number, port.numbering);
+        if numbering == Numbering::Sticky {
             port.next_member = port.next_member.max((member.id & 0xffff) + 1);
         }
         let Some(pool) = port.pools[role].as_mut() else { return };
         let slot = pool.members.len() as u32;
         pool.members.push(member);
-        self.put_backend(sticky, role, &member, true);
+        self.put(numbering.backend(role, member.id), None, member.data());
         let element = Element::Slot { pool: pool_bits(number, role), index: slot };
         self.put(element, None, Some(Data::Value(member.id)));
     }
@@ -320,8 +317,8 @@ impl<const N: usize> Mirror<N> {
     /// Takes a service port's pools out of the kernel and frees its number; the members stay.
     pub(super) fn detach(&mut self, index: u32) {
         let Some(port) = self.port(index) else { return };
-        let (number, sticky) = (port.number, port.sticky);
-        for role in 0..2 {
+        let (number, numbering) = (port.number, port.numbering);
+        for role in PoolRole::ALL {
             let Some(pool) = self.port_mut(index).and_then(|port| port.pools[role].as_mut()) else {
                 continue;
             };
@@ -330,24 +327,30 @@ impl<const N: usize> Mirror<N> {
             for (slot, member) in members.iter().enumerate() {
                 let element = Element::Slot { pool: pool_bits(number, role), index: slot as u32 };
                 self.put(element, Some(Data::Value(member.id)), None);
-                self.put_backend(sticky, role, member, false);
-                if !sticky {
+                self.put(numbering.backend(role, member.id), member.data(), None);
+                if numbering == Numbering::Plain {
                     self.backends.release(member.id & !BACKEND_BIT);
                 }
             }
         }
-        let allocator = if sticky { &mut self.sticky } else { &mut self.plain };
-        allocator.release(index_of(number));
+        self.allocator(numbering).release(index_of(number));
         self.freed = true;
         if let Some(port) = self.port_mut(index) {
             port.number = 0;
         }
     }
+
+    fn allocator(&mut self, numbering: Numbering) -> &mut Allocator {
+        match numbering {
+            Numbering::Plain => &mut self.plain,
+            Numbering::Sticky => &mut self.sticky,
+        }
+    }
 }
 
-/// The value of map `sticky_pools` for a pool; 0: none.
-fn sticky_value<const N: usize>(number: u32, sticky: bool, role: usize, pool: &Pool<N>) -> u32 {
-    if number == 0 || !sticky || pool.members.is_empty() {
+/// The value of map `sticky_pools` for a pool of a port with affinity; 0: none.
+fn sticky_value<const N: usize>(number: u32, role: PoolRole, pool: &Pool<N>) -> u32 {
+    if number == 0 || pool.members.is_empty() {
         return 0;
     }
     pool_bits(number, role) | Pick::new(Masquerade::Never, 0, pool.members.len() as u32).code()

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::{Member, Mirror, Port};
 use crate::kernel::nft::element::{Changes, Data, Element, Key};
+use crate::kernel::nft::pool_role::PoolRole;
 use crate::kernel::nft::text;
 
 /// An item that is not in the kernel, with the reason.
@@ -19,13 +20,12 @@ impl<const N: usize> Mirror<N> {
     pub(crate) fn refuse(&mut self, element: Element<N>, errno: i32) {
         let owner = match element {
             Element::Slot { pool, index } => self.port_numbered(pool >> 13).and_then(|(port, owner)| {
-                let role = (pool >> 12 & 1) as usize;
+                let role = PoolRole::of_value(pool);
                 let members = &owner.pools[role].as_ref()?.members;
                 Some((port, role, *members.get(index as usize % members.len().max(1))?))
             }),
             Element::Backend(id) | Element::StickyCluster(id) | Element::StickyLocal(id) => {
-                let local = matches!(element, Element::StickyLocal(_));
-                self.member_with(id, local)
+                self.member_with(id, &element)
             }
             _ => None,
         };
@@ -100,12 +100,13 @@ impl<const N: usize> Mirror<N> {
         })
     }
 
-    fn member_with(&self, id: u32, local: bool) -> Option<(u32, usize, Member<N>)> {
+    /// The member with this id whose element it is.
+    fn member_with(&self, id: u32, element: &Element<N>) -> Option<(u32, PoolRole, Member<N>)> {
         self.ports.iter().enumerate().find_map(|(index, port)| {
-            let pools = port.as_ref()?.pools.iter().enumerate();
-            let mut pools = pools.filter(|(role, _)| !local || *role == 1);
+            let port = port.as_ref()?;
+            let mut pools = port.pools().filter(|(role, _)| port.numbering.backend(*role, id) == *element);
             pools.find_map(|(role, pool)| {
-                let member = pool.as_ref()?.members.iter().find(|member| member.id == id)?;
+                let member = pool.members.iter().find(|member| member.id == id)?;
                 Some((index as u32, role, *member))
             })
         })
