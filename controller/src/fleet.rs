@@ -76,7 +76,7 @@ struct Node {
 
 /// Nodes that a new revision affects.
 #[derive(Debug, Default)]
-struct Woken {
+struct ChangedNodes {
     /// Nodes without a stream.
     idle: Vec<Arc<str>>,
     /// Nodes whose acknowledgement is pending.
@@ -243,7 +243,7 @@ impl Fleet {
         }
         self.ready.store(true, Ordering::Release);
         publication.published = unix_nanoseconds(SystemTime::now());
-        let Woken { idle, followed, open } = nodes.wake(&applied);
+        let ChangedNodes { idle, followed, open } = nodes.wake(&applied);
         // Under the lock, so that an acknowledgement of this revision cannot come first.
         self.propagation.publish(applied.revision, publication, &followed);
         if let Some(moves) = &applied.moves {
@@ -504,23 +504,23 @@ impl Nodes {
     }
 
     /// Wakes the sessions of the touched layers.
-    fn wake(&self, applied: &Applied) -> Woken {
-        let mut woken = Woken::default();
+    fn wake(&self, applied: &Applied) -> ChangedNodes {
+        let mut changed = ChangedNodes::default();
         let mut wake = |name: &Arc<str>| match self.nodes.get(name) {
             Some(Node { signal: Some(signal), slot, .. }) => {
                 signal.changed();
-                woken.followed.extend(*slot);
+                changed.followed.extend(*slot);
                 if applied.moves.is_some() {
-                    woken.open.push(name.clone());
+                    changed.open.push(name.clone());
                 }
             }
-            Some(Node { observation: Some(_), .. }) => woken.idle.push(name.clone()),
+            Some(Node { observation: Some(_), .. }) => changed.idle.push(name.clone()),
             _ => {}
         };
         let shared = |id: &LayerId| matches!(id, LayerId::Cluster | LayerId::HealthChecks);
         if applied.touched.iter().any(shared) {
             self.nodes.keys().for_each(wake);
-            return woken;
+            return changed;
         }
         for id in &applied.touched {
             match id {
@@ -536,7 +536,7 @@ impl Nodes {
                 LayerId::Cluster | LayerId::HealthChecks => {}
             }
         }
-        woken
+        changed
     }
 }
 

@@ -29,7 +29,7 @@ pub enum Transport {
 
 /// The outcome as the client sees it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
+pub enum ProbeResult {
     /// A backend answered.
     Reply {
         backend: String,
@@ -42,7 +42,7 @@ pub enum Outcome {
     Silence,
 }
 
-impl Outcome {
+impl ProbeResult {
     pub fn backend(&self) -> Option<&str> {
         match self {
             Self::Reply { backend, .. } => Some(backend),
@@ -59,7 +59,7 @@ impl Outcome {
     }
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for ProbeResult {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Reply { backend, source } => write!(formatter, "{backend} answered, sees {source}"),
@@ -73,7 +73,7 @@ impl fmt::Display for Outcome {
 ///
 /// # Errors
 /// The namespace cannot be entered, or the answer is not a pod's.
-pub fn send(from: &Namespace, transport: Transport, to: SocketAddr) -> Result<Outcome> {
+pub fn send(from: &Namespace, transport: Transport, to: SocketAddr) -> Result<ProbeResult> {
     send_with_timeout(from, transport, to, TIMEOUT)
 }
 
@@ -86,7 +86,7 @@ pub fn send_with_timeout(
     transport: Transport,
     to: SocketAddr,
     timeout: Duration,
-) -> Result<Outcome> {
+) -> Result<ProbeResult> {
     from.run(|| once(transport, to, timeout))?
 }
 
@@ -116,30 +116,30 @@ pub fn spread(
 ///
 /// # Errors
 /// The answer is not a pod's, or a socket fails for a reason unrelated to the network.
-pub fn once(transport: Transport, to: SocketAddr, timeout: Duration) -> Result<Outcome> {
+pub fn once(transport: Transport, to: SocketAddr, timeout: Duration) -> Result<ProbeResult> {
     let answer = match transport {
         Transport::Tcp => tcp(to, timeout),
         Transport::Udp => udp(to, timeout),
         Transport::Sctp => {
             let shot = volley::Shot { transport, to, source_port: rand::random_range(33_000..=u16::MAX) };
             let outcome = volley::volley(&[shot], timeout)?.pop();
-            return Ok(outcome.unwrap_or(Outcome::Silence));
+            return Ok(outcome.unwrap_or(ProbeResult::Silence));
         }
     };
     match answer {
         Ok(text) => parse(&text),
         Err(error) => match error.kind() {
-            io::ErrorKind::ConnectionRefused => Ok(Outcome::Refused),
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(Outcome::Silence),
+            io::ErrorKind::ConnectionRefused => Ok(ProbeResult::Refused),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(ProbeResult::Silence),
             _ => bail!("a probe of {to}: {error}"),
         },
     }
 }
 
-fn parse(text: &str) -> Result<Outcome> {
+fn parse(text: &str) -> Result<ProbeResult> {
     let fields: Vec<_> = text.split_whitespace().collect();
     match fields[..] {
-        [backend, source] => Ok(Outcome::Reply { backend: backend.to_owned(), source: source.parse()? }),
+        [backend, source] => Ok(ProbeResult::Reply { backend: backend.to_owned(), source: source.parse()? }),
         _ => bail!("not an answer of a pod: {text:?}"),
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::lab::namespace::Namespace;
 use crate::lab::objects;
 use crate::lab::wait;
-use crate::probe::{self, Outcome, Transport};
+use crate::probe::{self, ProbeResult, Transport};
 use crate::switchtower::{Fleet, FleetNode, NodeSpec};
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::Service;
@@ -154,8 +154,8 @@ pub fn eventually(
     from: &Namespace,
     transport: Transport,
     to: SocketAddr,
-    wanted: impl Fn(&Outcome) -> bool,
-) -> Outcome {
+    wanted: impl Fn(&ProbeResult) -> bool,
+) -> ProbeResult {
     let what = format!("{what}: {transport:?} from {} to {to}", from.name());
     wait::until(&what, SOON, || {
         let outcome = probe::send(from, transport, to)?;

@@ -16,7 +16,7 @@ use serde_json::json;
 use switchtower_e2e::lab::http::http_get;
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{Outcome, Transport};
+use switchtower_e2e::probe::{ProbeResult, Transport};
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
@@ -129,7 +129,7 @@ fn endpoint_in_two_slices_counts_once() {
     fleet().settled(SOON).unwrap();
     answered_by("once", scene.pod("b1"), Transport::Tcp, to, &["a1"]);
     scene.fleet.kube().delete::<EndpointSlice>("twice", "web-4").unwrap();
-    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    let refused = |outcome: &ProbeResult| *outcome == ProbeResult::Refused;
     eventually("not at all", scene.pod("b1"), Transport::Tcp, to, refused);
 }
 

@@ -12,7 +12,7 @@ use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{self, Outcome, Transport};
+use switchtower_e2e::probe::{self, ProbeResult, Transport};
 use switchtower_e2e::scene::{Scene, cluster_ip, eventually, fleet};
 use switchtower_e2e::switchtower::plugin;
 
@@ -83,7 +83,7 @@ fn mass_deletion_held_until_released() {
 
     // Below the budget: in force at once.
     scene.endpoints("s0", &[]);
-    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    let refused = |outcome: &ProbeResult| *outcome == ProbeResult::Refused;
     eventually("scaled to zero", scene.pod("a2"), Transport::Tcp, services[0], refused);
     held(&["alpha", "beta", "gamma"], 0);
     scene.endpoints("s0", &BACKENDS);
@@ -127,7 +127,7 @@ fn mass_deletion_held_until_released() {
 /// Releases alpha with kubectl, then all nodes with the plugin.
 fn released(scene: &Scene, alive: &[SocketAddr]) {
     let last = alive[alive.len() - 1];
-    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    let refused = |outcome: &ProbeResult| *outcome == ProbeResult::Refused;
     let before = scene.fleet.row("alpha").unwrap().generation.applied + 1;
     let patch = json!({"spec": {"releaseHeldBefore": before}}).to_string();
     let control_plane = scene.fleet.control_plane();

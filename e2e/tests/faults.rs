@@ -15,7 +15,7 @@ use serde_json::json;
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
 use switchtower_e2e::observe::kernel;
-use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::probe::{self, LongConnection, ProbeResult, Transport};
 use switchtower_e2e::switchtower::FleetNode;
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
@@ -348,11 +348,11 @@ fn untranslated_packets_never_leave_without_endpoints() {
     let (scene, to) = scene("empty");
     scene.endpoints("web", &[]);
     let from = scene.pod("c2");
-    eventually("empty", from, Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
+    eventually("empty", from, Transport::Tcp, to, |outcome| *outcome == ProbeResult::Refused);
     let ports = [("tcp", "TCP", 8080)];
     let slice = objects::slice("empty", "web-4", "web", false, &ports, &[]);
     scene.fleet.kube().apply(&slice).unwrap();
-    eventually("still", from, Transport::Udp, to, |outcome| *outcome == Outcome::Refused);
+    eventually("still", from, Transport::Udp, to, |outcome| *outcome == ProbeResult::Refused);
     scene.endpoints("web", &["a1"]);
     eventually("back", from, Transport::Tcp, to, |outcome| outcome.backend() == Some("a1"));
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Namespace;
 use switchtower_e2e::lab::Lab;
 use switchtower_e2e::lab::control_plane::ControlPlane;
-use switchtower_e2e::probe::{self, Outcome, Transport};
+use switchtower_e2e::probe::{self, ProbeResult, Transport};
 
 #[test]
 fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
@@ -20,7 +20,7 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
         for transport in [Transport::Tcp, Transport::Udp] {
             for (from, to) in [(&a, &c), (&c, &a), (&a, &b)] {
                 let address = SocketAddr::new(to.address(ipv6), 8080);
-                let expected = Outcome::Reply { backend: to.name.clone(), source: from.address(ipv6) };
+                let expected = ProbeResult::Reply { backend: to.name.clone(), source: from.address(ipv6) };
                 switchtower_e2e::lab::wait::until("the pod answers", Duration::from_secs(5), || {
                     let outcome = probe::send(&from.namespace, transport, address)?;
                     anyhow::ensure!(outcome == expected, "{outcome}");
@@ -29,14 +29,18 @@ fn pods_exchange_packets_across_nodes_and_see_the_true_source() {
                 .unwrap();
             }
             let closed = SocketAddr::new(b.address(ipv6), 9);
-            assert_eq!(probe::send(&a.namespace, transport, closed).unwrap(), Outcome::Refused);
+            assert_eq!(probe::send(&a.namespace, transport, closed).unwrap(), ProbeResult::Refused);
             let host = SocketAddr::new(two.address(ipv6), 9);
-            assert_eq!(probe::send(&one.client, transport, host).unwrap(), Outcome::Refused);
+            assert_eq!(probe::send(&one.client, transport, host).unwrap(), ProbeResult::Refused);
             let nobody: SocketAddr =
                 if ipv6 { "[fd99::1]:9".parse().unwrap() } else { "203.0.113.99:9".parse().unwrap() };
             let patience = Duration::from_millis(300);
             let outcome = probe::send_with_timeout(&one.namespace, transport, nobody, patience).unwrap();
-            assert_eq!(outcome, Outcome::Silence, "an unused address gives neither an answer nor a refusal");
+            assert_eq!(
+                outcome,
+                ProbeResult::Silence,
+                "an unused address gives neither an answer nor a refusal"
+            );
         }
     }
     let mut connection = probe::LongConnection::open(&a.namespace, (c.ipv4, 8080).into()).unwrap();

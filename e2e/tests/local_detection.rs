@@ -14,7 +14,7 @@ use kube::api::ListParams;
 use serde_json::json;
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{Outcome, Transport};
+use switchtower_e2e::probe::{ProbeResult, Transport};
 use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
 
 use switchtower_e2e::scene::{Scene, cluster_ip, eventually, node, nodes};
@@ -65,7 +65,7 @@ fn restart_controller(fleet: &Fleet) {
 /// Checks that gamma's pods are seen under their own addresses, and use the short cut of externalTrafficPolicy Local.
 fn pods_are_local(scene: &Scene, to: impl Fn(bool) -> SocketAddr) {
     for ipv6 in [false, true] {
-        let own = Outcome::Reply { backend: "a1".to_owned(), source: scene.pod_address("c1", ipv6) };
+        let own = ProbeResult::Reply { backend: "a1".to_owned(), source: scene.pod_address("c1", ipv6) };
         let c1 = scene.pod("c1");
         eventually("a pod keeps its address", c1, Transport::Tcp, to(ipv6), |outcome| *outcome == own);
         let vip = SocketAddr::new(VIPS[usize::from(ipv6)].parse().unwrap(), 80);

@@ -12,7 +12,7 @@ use serde_json::json;
 use switchtower_e2e::lab::http::http_get;
 use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::probe::{self, LongConnection, ProbeResult, Transport};
 
 use switchtower_e2e::scene::{SOON, Scene, WAYS, answered_by, cluster_ip, eventually, node_port};
 
@@ -54,7 +54,7 @@ fn sources_are_kept_or_masqueraded_as_kube_proxy_does() {
     for (transport, ipv6) in WAYS {
         let to = cluster_ip(&service, ipv6);
         let vip = SocketAddr::new(ip(if ipv6 { "2001:db8:113::2" } else { "203.0.113.2" }), 80);
-        let sees = |source: IpAddr| move |outcome: &Outcome| outcome.source() == Some(source);
+        let sees = |source: IpAddr| move |outcome: &ProbeResult| outcome.source() == Some(source);
         let (c2, gamma) = (scene.pod("c2"), scene.node("gamma"));
         eventually("a pod keeps its address", c2, transport, to, sees(scene.pod_address("c2", ipv6)));
         let node_address = gamma.net.address(ipv6);
@@ -87,19 +87,19 @@ fn external_policy_local_keeps_client_and_drops_elsewhere() {
             let net = &scene.node(name).net;
             let port = SocketAddr::new(net.address(ipv6), node_port(&service, transport));
             for to in [vip, port] {
-                let wanted = Outcome::Reply { backend: pod.to_owned(), source: net.client_address(ipv6) };
+                let wanted = ProbeResult::Reply { backend: pod.to_owned(), source: net.client_address(ipv6) };
                 eventually("from outside", &net.client, transport, to, |outcome| *outcome == wanted);
             }
         }
         let gamma = &scene.node("gamma").net;
         let port = SocketAddr::new(gamma.address(ipv6), node_port(&service, transport));
         for to in [vip, port] {
-            let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+            let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
             eventually("no local endpoint, from outside", &gamma.client, transport, to, silent);
             answered_by("no local endpoint, from a pod", scene.pod("c1"), transport, to, &["a1", "b1"]);
             answered_by("no local endpoint, from the host", &gamma.namespace, transport, to, &["a1", "b1"]);
         }
-        let kept = |outcome: &Outcome| outcome.source() == Some(scene.pod_address("c1", ipv6));
+        let kept = |outcome: &ProbeResult| outcome.source() == Some(scene.pod_address("c1", ipv6));
         eventually("a pod is not masqueraded", scene.pod("c1"), transport, vip, kept);
     }
 }
@@ -113,7 +113,7 @@ fn internal_policy_local_stays_on_the_node_or_is_dropped() {
         let to = cluster_ip(&service, ipv6);
         answered_by("local", scene.pod("a2"), transport, to, &["a1"]);
         answered_by("local", scene.pod("b1"), transport, to, &["b1"]);
-        let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+        let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
         eventually("nothing local", scene.pod("c1"), transport, to, silent);
     }
     scene.endpoints("web", &["a1", "c2"]);
@@ -224,7 +224,7 @@ fn terminating_pods_serve_only_while_no_other_does() {
     scene.endpoints_with("web", &["a1", "b1"], ending(&[("a1", true), ("b1", false)]));
     answered_by("one serves", from, Transport::Tcp, to, &["a1"]);
     scene.endpoints_with("web", &["a1", "b1"], ending(&[("a1", false), ("b1", false)]));
-    eventually("none serves", from, Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
+    eventually("none serves", from, Transport::Tcp, to, |outcome| *outcome == ProbeResult::Refused);
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn without_endpoints_clients_are_refused_at_once() {
     let scene = Scene::new("refused");
     let vips = ["203.0.113.4", "2001:db8:113::4"];
     let service = scene.load_balancer("web", &json!({}), &vips);
-    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    let refused = |outcome: &ProbeResult| *outcome == ProbeResult::Refused;
     for (transport, ipv6) in WAYS {
         let node = &scene.node("beta").net;
         let port = SocketAddr::new(node.address(ipv6), node_port(&service, transport));
@@ -245,7 +245,7 @@ fn without_endpoints_clients_are_refused_at_once() {
         unused.set_port(81);
         eventually("a port that is not defined", scene.pod("c1"), transport, unused, refused);
     }
-    let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+    let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
     // From the part of the range that the API server does not allocate automatically.
     let nobody = SocketAddr::new(ip("10.96.0.250"), 80);
     eventually("a free address of the ServiceCIDR", scene.pod("c1"), Transport::Tcp, nobody, silent);
@@ -290,8 +290,8 @@ fn source_ranges_guard_the_load_balancer_and_nothing_else() {
     scene.endpoints("web", &["c1"]);
     for (transport, ipv6) in WAYS {
         let vip = SocketAddr::new(ip(vips[usize::from(ipv6)]), 80);
-        let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
-        let answers = |outcome: &Outcome| outcome.backend() == Some("c1");
+        let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
+        let answers = |outcome: &ProbeResult| outcome.backend() == Some("c1");
         eventually("allowed", &alpha.client, transport, vip, answers);
         eventually("not allowed", &beta.client, transport, vip, silent);
         eventually("pods are not exempt", scene.pod("b1"), transport, vip, silent);
@@ -388,7 +388,7 @@ fn internal_policy_local_on_the_host_network() {
     for (transport, ipv6) in WAYS {
         let to = cluster_ip(&service, ipv6);
         answered_by("on the node", &beta.namespace, transport, to, &["host"]);
-        let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+        let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
         eventually("elsewhere", &scene.node("alpha").net.namespace, transport, to, silent);
     }
 }
@@ -407,7 +407,7 @@ fn publish_not_ready_addresses_until_eviction() {
         answered_by("not ready", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, ipv6), &["a1"]);
     }
     scene.endpoints("web", &[]);
-    let refused = |outcome: &Outcome| *outcome == Outcome::Refused;
+    let refused = |outcome: &ProbeResult| *outcome == ProbeResult::Refused;
     eventually("evicted", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), refused);
 }
 
@@ -420,7 +420,7 @@ fn external_name_and_back_releases_and_regains_address() {
     answered_by("at first", scene.pod("c1"), Transport::Tcp, to, &["a1"]);
     let name = json!({"type": "ExternalName", "externalName": "example.org"});
     scene.fleet.kube().apply(&objects::service(&scene.namespace, "web", &name)).unwrap();
-    let silent = |outcome: &Outcome| *outcome == Outcome::Silence;
+    let silent = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
     eventually("an external name", scene.pod("c1"), Transport::Tcp, to, silent);
     let service = scene.service("web", &json!({}));
     answered_by("again", scene.pod("c1"), Transport::Tcp, cluster_ip(&service, false), &["a1"]);

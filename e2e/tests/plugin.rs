@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use serde_json::{Value, json};
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{Outcome, Transport};
+use switchtower_e2e::probe::{ProbeResult, Transport};
 use switchtower_e2e::switchtower::NAMESPACE;
 use switchtower_e2e::switchtower::plugin::{self, Answer};
 
@@ -123,7 +123,7 @@ fn without_local_endpoints_the_policy_is_named() {
     scene.endpoints("web", &["b1"]);
     assert_eq!(ask(&["wait", "local/web"]).code, 0);
     eventually("no endpoint is local", scene.pod("a2"), Transport::Tcp, to, |outcome| {
-        *outcome == Outcome::Silence
+        *outcome == ProbeResult::Silence
     });
     let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
     assert_eq!(answer.code, 1);
@@ -137,7 +137,9 @@ fn without_local_endpoints_the_policy_is_named() {
     // Without any endpoint, the reason differs.
     scene.endpoints("web", &[]);
     assert_eq!(ask(&["wait", "local/web"]).code, 0);
-    eventually("nobody at all", scene.pod("a2"), Transport::Tcp, to, |outcome| *outcome == Outcome::Refused);
+    eventually("nobody at all", scene.pod("a2"), Transport::Tcp, to, |outcome| {
+        *outcome == ProbeResult::Refused
+    });
     let answer = ask(&["explain", "local/web:tcp", "--node", "alpha"]);
     assert!(answer.text.contains("REFUSED") && answer.text.contains("ST0201"), "{}", answer.text);
 }
@@ -152,7 +154,7 @@ fn source_outside_the_ranges_is_named() {
     scene.endpoints("web", &["a1"]);
     assert_eq!(ask(&["wait", "ranges/web"]).code, 0);
     let to = SocketAddr::new(vip.parse().unwrap(), 80);
-    let dropped = |outcome: &Outcome| *outcome == Outcome::Silence;
+    let dropped = |outcome: &ProbeResult| *outcome == ProbeResult::Silence;
     eventually("not in the range", scene.pod("c2"), Transport::Tcp, to, dropped);
     let source = scene.pod_address("c2", false).to_string();
     let answer = ask(&["explain", "ranges/web:tcp", "--node", "gamma", "--from-ip", &source]);

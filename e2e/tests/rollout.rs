@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyRolloutStatus, ProxyStatus};
 use switchtower_e2e::lab::wait;
-use switchtower_e2e::probe::{self, LongConnection, Outcome, Transport};
+use switchtower_e2e::probe::{self, LongConnection, ProbeResult, Transport};
 use switchtower_e2e::switchtower::{Fleet, FleetNode, NodeSpec};
 
 use switchtower_e2e::scene::{self, Scene, alone, cluster_ip, node_port};
@@ -334,7 +334,7 @@ fn breaking_change_stops_at_canary_and_rolls_back() {
     trip.scene.fleet.settled(ROLLOUT).unwrap();
     assert_eq!(trip.touched(&target), BTreeSet::new());
     scene::eventually("again", &node.net.client, Transport::Tcp, to, |outcome| {
-        matches!(outcome, Outcome::Reply { .. })
+        matches!(outcome, ProbeResult::Reply { .. })
     });
 }
 
@@ -466,7 +466,7 @@ impl Watcher {
         let answers = move || {
             let outcome =
                 probe::send_with_timeout(&node.net.client, Transport::Tcp, to, Duration::from_millis(300));
-            matches!(outcome, Ok(Outcome::Reply { .. }))
+            matches!(outcome, Ok(ProbeResult::Reply { .. }))
         };
         wait::until("the NodePort answers at first", ROLLOUT, || {
             ensure!(answers(), "no answer from {to}");

@@ -37,7 +37,7 @@ use crate::kernel::dataplane::{Adopted, CommitError, Committed, Dataplane, Refus
 use crate::log::LogLevel;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
-use crate::state::{Refusal, State, UdpChanges};
+use crate::state::{RefusedUpdate, State, UdpChanges};
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
@@ -110,7 +110,7 @@ pub(crate) struct Engine {
     /// Items that the kernel refused.
     refused: Vec<Refused>,
     retries: refusals::Retries,
-    passes: flows::Passes,
+    flow_checks: flows::FlowChecks,
     last_commit: Option<Instant>,
     events: Option<mpsc::UnboundedSender<Event>>,
     /// The view comes from a snapshot file older than the limit: it is not programmed.
@@ -154,7 +154,7 @@ impl Engine {
             applying: None,
             refused,
             retries: refusals::Retries::default(),
-            passes: flows::Passes::everything(),
+            flow_checks: flows::FlowChecks::everything(),
             last_commit: None,
             events: None,
             expired: stored.expired,
@@ -239,7 +239,7 @@ impl Engine {
         let now = Instant::now();
         let sync = self.sync.next(self.earliest_commit(now)).map(|(at, _)| at);
         let round = self.state.round_due().filter(|_| self.sync == SyncState::Idle);
-        let pass = self.passes.next(now).filter(|_| self.kernel_holds_view());
+        let pass = self.flow_checks.next(now).filter(|_| self.kernel_holds_view());
         let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
         [snapshot, sync, pass, round, drift, self.refused_due()].into_iter().flatten().min()
     }
@@ -366,15 +366,15 @@ impl Engine {
             self.pending.push(KernelChange::HostAddresses(addresses));
         }
         // Until the commit, packets to a new address of the node passed without translation.
-        self.passes.add(UdpChanges::all());
+        self.flow_checks.add(UdpChanges::all());
         if self.sync.is_held() {
             self.publish_health();
         }
         self.queue_and_sync();
     }
 
-    fn refuse(&mut self, to: u64, result: Result<(), Refusal>) {
-        if let Err(Refusal { reason, detail }) = result {
+    fn refuse(&mut self, to: u64, result: Result<(), RefusedUpdate>) {
+        if let Err(RefusedUpdate { reason, detail }) = result {
             tracing::warn!(generation = to, ?reason, %detail, "update refused");
             self.reception = Reception::Discarding;
             if let Some(applying) = self.applying.take() {
@@ -401,9 +401,9 @@ impl Engine {
         }
         self.expired = false;
         self.backlog.take(&applied.changes, &self.parts.metrics.programming);
-        self.passes.add(applied.udp);
+        self.flow_checks.add(applied.udp);
         if applied.changes.iter().any(concerns_all_flows) {
-            self.passes.add(UdpChanges::all());
+            self.flow_checks.add(UdpChanges::all());
         }
         if self.confidence.must_compare() || self.pending.len() + applied.changes.len() > PENDING_LIMIT {
             self.confidence.lose();
@@ -489,7 +489,7 @@ impl Engine {
         }
         if full && committed.operations > 0 || self.refused != committed.refused {
             // The kernel forwarded by other rules until now.
-            self.passes.add(UdpChanges::all());
+            self.flow_checks.add(UdpChanges::all());
         }
         self.pending.clear();
         self.backlog.committed(&self.parts.metrics.programming);

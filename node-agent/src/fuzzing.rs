@@ -8,7 +8,7 @@ use prost::Message as _;
 use switchtower_proto::v1::ControllerMessage;
 use switchtower_proto::v1::controller_message::Message;
 
-use crate::state::{Refusal, State};
+use crate::state::{RefusedUpdate, State};
 
 /// Reads records of a length (u16, little-endian) and a `ControllerMessage` of that length, as an agent does that had
 /// no view before.
@@ -63,7 +63,7 @@ fn play(state: &mut State, messages: &[Message], digest: Option<&[u8]>) -> Resul
 }
 
 /// Reads the digest of the content from the message of a refusal.
-fn actual_digest(refusal: &Refusal) -> Option<Vec<u8>> {
+fn actual_digest(refusal: &RefusedUpdate) -> Option<Vec<u8>> {
     let (_, rest) = refusal.detail.split_once("the content has digest ")?;
     let number = u128::from_str_radix(rest.get(..32)?, 16).ok()?;
     Some(number.to_le_bytes().to_vec())

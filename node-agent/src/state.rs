@@ -39,7 +39,7 @@ pub(crate) use merge::{Flow, UdpChanges};
 use pack::{Interner, Malformed};
 pub use targets::{Round, Target};
 use trial::Trials;
-pub use trial::{Moved, TrialRecord};
+pub use trial::{TrialEffect, TrialRecord};
 use update::Staging;
 
 /// Limits of an update; the agent refuses a larger one as a whole and never truncates it.
@@ -58,29 +58,29 @@ pub mod limits {
     pub const CHANGES: usize = 8_000_000;
 }
 
-/// Refusal of an update, which had no effect.
+/// An update that was refused and had no effect.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("update refused ({reason:?}): {detail}")]
-pub struct Refusal {
+pub struct RefusedUpdate {
     /// The reason for the NACK.
     pub reason: NackReason,
     /// Description of the fault.
     pub detail: String,
 }
 
-impl Refusal {
+impl RefusedUpdate {
     fn over_limit(detail: String) -> Self {
-        Refusal { reason: NackReason::OverLimit, detail }
+        RefusedUpdate { reason: NackReason::OverLimit, detail }
     }
 
     fn unknown_feature(detail: String) -> Self {
-        Refusal { reason: NackReason::UnknownFeature, detail }
+        RefusedUpdate { reason: NackReason::UnknownFeature, detail }
     }
 }
 
-impl From<Malformed> for Refusal {
+impl From<Malformed> for RefusedUpdate {
     fn from(Malformed(detail): Malformed) -> Self {
-        Refusal { reason: NackReason::Malformed, detail }
+        RefusedUpdate { reason: NackReason::Malformed, detail }
     }
 }
 
@@ -198,7 +198,7 @@ impl State {
     }
 
     /// Restores the record of a trial from before a restart.
-    pub fn remember(&mut self, record: TrialRecord) -> Moved {
+    pub fn remember(&mut self, record: TrialRecord) -> TrialEffect {
         self.trials.remember(record)
     }
 
@@ -208,7 +208,7 @@ impl State {
     }
 
     /// Evaluates a round of probes.
-    pub fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> Moved {
+    pub fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> TrialEffect {
         self.trials.measured(number, measured, now)
     }
 

@@ -17,7 +17,7 @@ use switchtower_proto::v1::{self as proto, Role};
 const DURATION: Duration = Duration::from_secs(5);
 /// Minimum number of connections and of changes for a conclusion; an emulated machine needs minutes for them.
 const ENOUGH: usize = 500;
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 #[test]
 fn connections_succeed_with_nat_while_endpoints_churn() {
@@ -60,7 +60,7 @@ fn connections_succeed_with_nat_while_endpoints_churn() {
         let started = Instant::now();
         let mut commits = 0;
         let enough = |commits| commits > ENOUGH && asked.load(Ordering::Relaxed) > ENOUGH;
-        while started.elapsed() < DURATION || !(enough(commits) || started.elapsed() > PATIENCE) {
+        while started.elapsed() < DURATION || !(enough(commits) || started.elapsed() > TIMEOUT) {
             // One of three endpoints is removed and added again; the size changes with it.
             let index = commits / 2 % 3;
             let change = |name: &str, pods: &[&str; 3]| {

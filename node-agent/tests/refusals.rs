@@ -77,7 +77,7 @@ fn refused_object_named_in_the_error() {
 }
 
 #[test]
-fn refused_element_retried_once_the_obstacle_is_gone() {
+fn refused_element_retried_once_the_cause_is_gone() {
     let node = Namespace::new("retry");
     let mut nft = open(&node);
     nft.commit(&sample(), stamp(1)).unwrap();
@@ -85,7 +85,7 @@ fn refused_element_retried_once_the_obstacle_is_gone() {
     node.nft(&["add", "element", "ip", "switchtower", "service_cidrs", range], "");
     let committed = nft.commit(&[KernelChange::ServiceCidr(cidr("10.97.0.0/16"))], stamp(2)).unwrap();
     assert_eq!(committed.refused.len(), 1, "{:?}", committed.refused);
-    assert_eq!(nft.retry_refused().unwrap(), committed.refused, "the obstacle exists");
+    assert_eq!(nft.retry_refused().unwrap(), committed.refused, "the foreign range is still there");
     node.nft(&["delete", "element", "ip", "switchtower", "service_cidrs", range], "");
     assert_eq!(nft.retry_refused().unwrap(), vec![]);
     assert!(node.table("ip").contains("10.97.0.0/16"));

@@ -70,7 +70,7 @@ pub struct PodChange {
     pub node: Arc<str>,
     /// Its address.
     pub address: IpAddr,
-    /// False: it went away.
+    /// Whether the endpoint appeared.
     pub present: bool,
 }
 
@@ -132,7 +132,7 @@ pub struct Localities {
 }
 
 impl Localities {
-    /// Takes note of an endpoint. True: what [`Localities::of`] says of the node changed.
+    /// Records a change of an endpoint; returns whether [`Localities::of`] changed for its node.
     pub fn change(&mut self, change: &PodChange) -> bool {
         let PodChange { node, address, present } = change;
         let pods = self.nodes.entry(node.clone()).or_default();

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::terminal::Terminal;
 use crate::lab::objects;
 use crate::lab::wait;
-use crate::probe::{self, Outcome, Transport};
+use crate::probe::{self, ProbeResult, Transport};
 use crate::switchtower::plugin;
 use crate::switchtower::{Fleet, FleetNode};
 
@@ -61,8 +61,8 @@ pub(super) fn wait_for_backends(fleet: &Fleet, pod: &str, to: SocketAddr, count:
 pub(super) fn eventually(
     node: &FleetNode,
     to: SocketAddr,
-    wanted: impl Fn(&Outcome) -> bool,
-) -> Result<Outcome> {
+    wanted: impl Fn(&ProbeResult) -> bool,
+) -> Result<ProbeResult> {
     wait::until(&format!("{to} through {}", node.net.name), TIMEOUT, || {
         let outcome = probe::send(&node.net.client, Transport::Tcp, to)?;
         ensure!(wanted(&outcome), "{outcome}");
@@ -95,7 +95,7 @@ pub(super) fn dropped_packet(terminal: &Terminal, fleet: &Fleet) -> Result<()> {
     for node in fleet.nodes() {
         let client = node.net.client_address(false);
         let outcome = eventually(node, to, |outcome| match node.net.name.as_str() {
-            "gamma" => *outcome == Outcome::Silence,
+            "gamma" => *outcome == ProbeResult::Silence,
             _ => outcome.source() == Some(client),
         })?;
         let name = &node.net.name;

@@ -13,7 +13,7 @@ use switchtower_node_agent::controller::session::{self, Context, Identity};
 use switchtower_node_agent::drain::requests::Requests;
 use switchtower_node_agent::engine::{AgentStatus, Command, Event};
 use switchtower_node_agent::metrics::Metrics;
-use switchtower_node_agent::state::{Refusal, State};
+use switchtower_node_agent::state::{RefusedUpdate, State};
 use switchtower_node_agent::storage::files::StateFiles;
 use switchtower_proto::v1::{Ack, ApplyTimings, Nack, Stamp, Update, View};
 use tokio::sync::{mpsc, watch};
@@ -235,7 +235,7 @@ async fn answer(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
             // Dropping `done` lets the session connect.
             _ => None,
         };
-        if let Some((generation, Refusal { reason, detail })) = event {
+        if let Some((generation, RefusedUpdate { reason, detail })) = event {
             skipping = true;
             let kept = state.generation();
             let reason = reason as i32;

@@ -9,7 +9,7 @@ use super::compare::TIMEOUT;
 use super::probes::{Origin, Probe};
 use super::world::{Side, World};
 use crate::lab::wait;
-use crate::probe::Outcome;
+use crate::probe::ProbeResult;
 use crate::probe::volley::{Flow, volley};
 
 /// Results of the same operation in both worlds.
@@ -19,7 +19,7 @@ pub struct Both<T> {
     pub switchtower: T,
 }
 
-fn outcome_text(outcome: &Outcome) -> String {
+fn outcome_text(outcome: &ProbeResult) -> String {
     outcome.backend().map_or_else(|| outcome.to_string(), str::to_owned)
 }
 

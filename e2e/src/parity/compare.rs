@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::case::Case;
 use super::probes::{ORIGINS, Origin, Probe};
 use super::world::{OWN, Side, World};
-use crate::probe::Outcome;
+use crate::probe::ProbeResult;
 use crate::probe::volley::{Shot, volley};
 
 /// Timeout of the first attempt. Refusals are immediate and answers take milliseconds; if a busy machine is slower,
@@ -96,7 +96,7 @@ pub(super) fn compare(world: &World, probes: &[Probe]) -> Result<Compared> {
 
 /// Both answers and silence: on a busy machine an answer is late, in both worlds at the same time.
 fn ambiguous(answers: &Answers) -> bool {
-    answers.len() > 1 && answers.contains(&Outcome::Silence.to_string())
+    answers.len() > 1 && answers.contains(&ProbeResult::Silence.to_string())
 }
 
 /// With affinity, only the kind of answer can be compared: the choice of the pod is random, and so is whether the pod
@@ -185,12 +185,12 @@ fn again(world: &World, side: Side, probe: &Probe) -> Result<Answers> {
         let shots: Vec<Shot> = (0..first).map(|_| world.shot(side, probe)).collect();
         let first = volley(&shots, TIMEOUT)?;
         let mut seen: Answers = first.iter().map(|outcome| world.describe(side, probe, outcome)).collect();
-        if !first.iter().any(|outcome| matches!(outcome, Outcome::Reply { .. })) {
+        if !first.iter().any(|outcome| matches!(outcome, ProbeResult::Reply { .. })) {
             // Without an answer there are no backends to find. The kernel may lose an ICMP error (its one socket for
             // them is busy); no rule alternates between refusing and dropping.
             seen.extend(one_by_one(world, side, probe, 2, TIMEOUT)?);
-            if seen.contains(&Outcome::Refused.to_string()) {
-                seen.remove(&Outcome::Silence.to_string());
+            if seen.contains(&ProbeResult::Refused.to_string()) {
+                seen.remove(&ProbeResult::Silence.to_string());
             }
         } else if probe.sticky {
             seen.extend(one_by_one(world, side, probe, MORE, TIMEOUT)?);

@@ -229,7 +229,7 @@ fn compare(probes: &[Probe], served: &[bool], ours: &[Fates], theirs: &[Fates]) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::probe::Outcome;
+    use crate::probe::ProbeResult;
 
     fn fates(entries: &[(&str, &str)]) -> Vec<Fates> {
         let mut fates = Fates::new();
@@ -271,7 +271,7 @@ mod tests {
             |served, theirs: &[(&str, &str)]| compare(&probes, &[served], &ours, &fates(theirs)).len();
         assert_eq!(compare(true, &[("p1", "moves"), ("p3", "moves")]), 0);
         assert_eq!(compare(true, &[("p1", "stays"), ("p2", "stays")]), 1);
-        assert_eq!(compare(true, &[("p2", &Outcome::Silence.to_string())]), 1);
+        assert_eq!(compare(true, &[("p2", &ProbeResult::Silence.to_string())]), 1);
         // No endpoint serves any more: p2 stayed, which it must not.
         assert_eq!(compare(false, &[("p1", "stays"), ("p2", "stays")]), 1);
     }

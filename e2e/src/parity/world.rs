@@ -20,7 +20,7 @@ use crate::lab::kube_proxy::KubeProxy;
 use crate::lab::namespace::Namespace;
 use crate::lab::wait;
 use crate::lab::{Lab, NodeNet, PodNet};
-use crate::probe::Outcome;
+use crate::probe::ProbeResult;
 use crate::probe::volley::Shot;
 use crate::switchtower::{Fleet, NodeSpec};
 
@@ -317,8 +317,8 @@ impl World {
     }
 
     /// Formats an outcome so that both worlds' outcomes compare equal.
-    pub(super) fn describe(&self, side: Side, probe: &Probe, outcome: &Outcome) -> String {
-        let Outcome::Reply { backend, source } = outcome else { return outcome.to_string() };
+    pub(super) fn describe(&self, side: Side, probe: &Probe, outcome: &ProbeResult) -> String {
+        let ProbeResult::Reply { backend, source } = outcome else { return outcome.to_string() };
         let seen = if self.own_address(side, probe.origin, source.is_ipv6()) == Some(*source) {
             OWN.to_owned()
         } else {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Outcome, Transport, parse, sctp};
+use super::{ProbeResult, Transport, parse, sctp};
 
 /// Spare ports for shots whose own port is in use, below those of node ports. Each is used once in ten thousand such
 /// shots; an ephemeral port may have been used a moment ago for the same destination.
@@ -48,10 +48,10 @@ struct Flight {
 ///
 /// # Errors
 /// A socket fails for a reason unrelated to the network, or an answer is not a pod's.
-pub fn volley(shots: &[Shot], timeout: Duration) -> Result<Vec<Outcome>> {
+pub fn volley(shots: &[Shot], timeout: Duration) -> Result<Vec<ProbeResult>> {
     let start = Instant::now();
     let mut deadline = start + timeout;
-    let mut outcomes = vec![Outcome::Silence; shots.len()];
+    let mut outcomes = vec![ProbeResult::Silence; shots.len()];
     let mut flying = Vec::new();
     for (index, shot) in shots.iter().enumerate() {
         match open(index, *shot).with_context(|| format!("a probe of {}", shot.to))? {
@@ -97,9 +97,9 @@ impl Flow {
     ///
     /// # Errors
     /// As [`volley`].
-    pub fn ask_all(flows: &[&Self], timeout: Duration) -> Result<Vec<Outcome>> {
+    pub fn ask_all(flows: &[&Self], timeout: Duration) -> Result<Vec<ProbeResult>> {
         let deadline = Instant::now() + timeout;
-        let mut outcomes = vec![Outcome::Silence; flows.len()];
+        let mut outcomes = vec![ProbeResult::Silence; flows.len()];
         let mut flying = Vec::new();
         for (index, Flow(socket)) in flows.iter().enumerate() {
             let socket = socket.try_clone()?;
@@ -145,12 +145,14 @@ fn wait(flying: &[Flight], deadline: Instant) -> Result<Vec<bool>> {
 }
 
 /// Opens a shot's socket and sends its first packet. The inner error is an immediate outcome.
-fn open(index: usize, shot: Shot) -> io::Result<Result<Flight, Outcome>> {
+fn open(index: usize, shot: Shot) -> io::Result<Result<Flight, ProbeResult>> {
     let socket = bound(shot)?;
     let connected = match socket.connect(&target(shot).into()) {
         Ok(()) => true,
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => false,
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Ok(Err(Outcome::Refused)),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Ok(Err(ProbeResult::Refused));
+        }
         Err(error) => return Err(error),
     };
     let mut flight = Flight { index, shot, socket, connected, answer: Vec::new() };
@@ -222,7 +224,7 @@ fn queue_errors(socket: &Socket, ipv6: bool) -> io::Result<()> {
 
 impl Flight {
     /// Sends the first data; TCP has already sent its SYN.
-    fn ask(&mut self) -> io::Result<Option<Outcome>> {
+    fn ask(&mut self) -> io::Result<Option<ProbeResult>> {
         let sent = match self.shot.transport {
             Transport::Tcp => return Ok(None),
             Transport::Udp => self.socket.send(b"?\n"),
@@ -233,14 +235,14 @@ impl Flight {
             Err(error) => match error.kind() {
                 // The output hook dropped or rejected it; an ICMP error or its absence shows which.
                 io::ErrorKind::PermissionDenied => Ok(None),
-                io::ErrorKind::ConnectionRefused => Ok(Some(Outcome::Refused)),
+                io::ErrorKind::ConnectionRefused => Ok(Some(ProbeResult::Refused)),
                 _ => Err(error),
             },
         }
     }
 
     /// Processes what has arrived; `None` while the outcome is open.
-    fn step(&mut self) -> Result<Option<Outcome>> {
+    fn step(&mut self) -> Result<Option<ProbeResult>> {
         match self.shot.transport {
             Transport::Sctp => self.step_sctp(),
             Transport::Tcp => self.step_tcp(),
@@ -248,11 +250,11 @@ impl Flight {
         }
     }
 
-    fn step_tcp(&mut self) -> Result<Option<Outcome>> {
+    fn step_tcp(&mut self) -> Result<Option<ProbeResult>> {
         if !self.connected {
             if let Some(error) = self.socket.take_error()? {
                 // Any error ends the connection.
-                return Ok(refused(error)?.or(Some(Outcome::Silence)));
+                return Ok(refused(error)?.or(Some(ProbeResult::Silence)));
             }
             if let Some((error, _)) = queued_error(&self.socket)? {
                 return refused(error);
@@ -263,7 +265,7 @@ impl Flight {
         self.receive()
     }
 
-    fn receive(&mut self) -> Result<Option<Outcome>> {
+    fn receive(&mut self) -> Result<Option<ProbeResult>> {
         let mut buffer = [MaybeUninit::uninit(); 256];
         match self.socket.recv(&mut buffer) {
             Ok(length) => {
@@ -277,7 +279,7 @@ impl Flight {
     }
 
     /// Every raw socket of the namespace receives every answer and error from its peer: the ports identify the shot.
-    fn step_sctp(&mut self) -> Result<Option<Outcome>> {
+    fn step_sctp(&mut self) -> Result<Option<ProbeResult>> {
         drop(self.socket.take_error());
         while let Some((error, packet)) = queued_error(&self.socket)? {
             if packet.get(..2) == Some(&self.shot.source_port.to_be_bytes()) {
@@ -296,10 +298,10 @@ impl Flight {
 }
 
 /// Interprets a socket error: refused, or no outcome yet (a router has no route at the moment).
-fn refused(error: io::Error) -> Result<Option<Outcome>> {
+fn refused(error: io::Error) -> Result<Option<ProbeResult>> {
     match error.raw_os_error() {
         // The host has no such port or protocol.
-        Some(libc::ECONNREFUSED | libc::ENOPROTOOPT | libc::EPROTO) => Ok(Some(Outcome::Refused)),
+        Some(libc::ECONNREFUSED | libc::ENOPROTOOPT | libc::EPROTO) => Ok(Some(ProbeResult::Refused)),
         Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ETIMEDOUT) => Ok(None),
         _ => Err(error.into()),
     }

@@ -97,7 +97,7 @@ impl Engine {
                         "repaired foreign changes of our tables"
                     );
                     // Flows that began before the repair may have passed without translation.
-                    self.passes.add(UdpChanges::all());
+                    self.flow_checks.add(UdpChanges::all());
                     self.report_drift(cause);
                 }
                 self.refusals_changed(refused);
@@ -126,7 +126,7 @@ impl Engine {
         self.release();
         self.drift.repaired += 1;
         self.parts.metrics.drift.with_label_values(&[cause.name()]).inc();
-        self.passes.add(UdpChanges::all());
+        self.flow_checks.add(UdpChanges::all());
         self.queue_and_sync();
         self.report_drift(cause);
         true

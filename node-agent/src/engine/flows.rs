@@ -1,10 +1,10 @@
-//! Stale UDP flows, to backends that no longer serve: schedule of passes over the conntrack table, and the decision
+//! Stale UDP flows, to backends that no longer serve: schedule of checks over the conntrack table, and the decision
 //! which entries are stale.
 //!
-//! The cost of a pass depends on the machine's whole table, so another thread runs it, after the acknowledgement, and
+//! The cost of a check depends on the machine's whole table, so another thread runs it, after the acknowledgement, and
 //! queries the engine about the entries that it finds. Invariants:
-//! * A pass begins only while the kernel holds the view: old rules must not recreate a deleted entry.
-//! * The next pass covers changes that arrive during a pass.
+//! * A check begins only while the kernel holds the view: old rules must not recreate a deleted entry.
+//! * The next check covers changes that arrive during a check.
 
 use std::time::{Duration, Instant};
 
@@ -13,36 +13,36 @@ use crate::kernel::conntrack::{Families, FlowReport, UdpFlow};
 use crate::state::{Flow, UdpChanges};
 use crate::traces::Applying;
 
-/// Delay before the retry of a failed pass.
+/// Delay before the retry of a failed check.
 const RETRY: Duration = Duration::from_secs(2);
-/// Pause after a pass, as a multiple of its duration: steady changes use a fifth of a CPU.
+/// Pause after a check, as a multiple of its duration: steady changes use a fifth of a CPU.
 const REST: u32 = 4;
-/// Maximum pause, kube-proxy's minimum interval between two passes. It applies to passes of 250 ms (about 500,000 entries)
-/// and longer: the share of a CPU grows to a half for passes of a second, but flows to dead backends wait no longer.
+/// Maximum pause, kube-proxy's minimum interval between two checks. It applies to checks of 250 ms (about 500,000 entries)
+/// and longer: the share of a CPU grows to a half for checks of a second, but flows to dead backends wait no longer.
 const LONGEST_REST: Duration = Duration::from_secs(1);
 
-/// Changes that need a pass, and those that the running pass covers.
+/// Changes that need a check, and those that the running check covers.
 #[derive(Default)]
-pub(super) struct Passes {
+pub(super) struct FlowChecks {
     due: UdpChanges,
     running: Option<UdpChanges>,
-    /// The update that made the running pass necessary, if it is traced.
+    /// The update that made the running check necessary, if it is traced.
     traced: Option<Applying>,
     not_before: Option<Instant>,
 }
 
-impl Passes {
+impl FlowChecks {
     /// After a start, when earlier changes are unknown.
     pub(super) fn everything() -> Self {
-        Passes { due: UdpChanges::all(), ..Passes::default() }
+        FlowChecks { due: UdpChanges::all(), ..FlowChecks::default() }
     }
 
-    /// Adds changes for the next pass.
+    /// Adds changes for the next check.
     pub(super) fn add(&mut self, changes: UdpChanges) {
         self.due.merge(changes);
     }
 
-    /// Returns the earliest start of the next pass; `None` if none is needed, or one is running.
+    /// Returns the earliest start of the next check; `None` if none is needed, or one is running.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let needed = self.running.is_none() && !self.due.is_empty();
         needed.then(|| self.not_before.unwrap_or(now))
@@ -55,7 +55,7 @@ impl Passes {
         families
     }
 
-    /// Ends the pass; a failed one is repeated.
+    /// Ends the check; a failed one is repeated.
     fn end(&mut self, failed: bool, took: Duration, now: Instant) {
         let changes = self.running.take().unwrap_or_default();
         if failed {
@@ -66,28 +66,28 @@ impl Passes {
 }
 
 impl Engine {
-    /// Begins a pass over the conntrack table if one is due.
+    /// Begins a check over the conntrack table if one is due.
     pub(super) fn reconcile_flows(&mut self) {
         let now = Instant::now();
-        if self.kernel_holds_view() && self.passes.next(now).is_some_and(|at| at <= now) {
-            self.passes.traced = self.applying.take();
-            self.parts.flows.begin(self.passes.begin());
+        if self.kernel_holds_view() && self.flow_checks.next(now).is_some_and(|at| at <= now) {
+            self.flow_checks.traced = self.applying.take();
+            self.parts.flows.begin(self.flow_checks.begin());
         }
     }
 
     pub(super) fn flows(&mut self, report: FlowReport) {
         match report {
             FlowReport::Found { flows, stale } => {
-                // A pass that has failed since needs no answer.
+                // A check that has failed since needs no answer.
                 let _ = stale.send(flows.iter().map(|flow| self.is_stale(flow)).collect());
             }
             FlowReport::Done { deleted, took } => {
                 self.parts.metrics.conntrack_duration.observe(took.as_secs_f64());
-                self.passes.end(deleted.is_err(), took, Instant::now());
+                self.flow_checks.end(deleted.is_err(), took, Instant::now());
                 match deleted {
                     Ok(deleted) => {
                         self.parts.metrics.conntrack_deleted.inc_by(deleted as u64);
-                        if let Some(traced) = self.passes.traced.take() {
+                        if let Some(traced) = self.flow_checks.traced.take() {
                             traced.flows(took, deleted);
                         }
                     }
@@ -100,7 +100,7 @@ impl Engine {
     }
 
     fn is_stale(&self, flow: &UdpFlow) -> bool {
-        let Some(changes) = &self.passes.running else { return false };
+        let Some(changes) = &self.flow_checks.running else { return false };
         self.state.udp_flow(flow.destination, flow.backend, &changes.gone) == Flow::Stale
     }
 }
@@ -112,21 +112,21 @@ mod tests {
     #[test]
     fn steady_changes_leave_pauses_between_passes() {
         let now = Instant::now();
-        let mut passes = Passes::default();
-        assert_eq!(passes.next(now), None, "nothing changed");
-        passes.add(UdpChanges { ipv4: true, ..UdpChanges::default() });
-        assert_eq!(passes.next(now), Some(now), "the first begins immediately");
-        assert_eq!(passes.begin(), Families { ipv4: true, ipv6: false });
-        passes.add(UdpChanges { ipv6: true, ..UdpChanges::default() });
-        assert_eq!(passes.next(now), None, "one at a time");
-        passes.end(false, Duration::from_millis(50), now);
-        assert_eq!(passes.next(now), Some(now + Duration::from_millis(200)));
-        assert_eq!(passes.begin(), Families { ipv4: false, ipv6: true });
-        passes.end(true, Duration::from_secs(5), now);
-        assert_eq!(passes.next(now), Some(now + RETRY), "a failed pass is repeated");
-        assert_eq!(passes.begin(), Families { ipv4: false, ipv6: true });
-        passes.end(false, Duration::from_secs(5), now);
-        passes.add(UdpChanges::all());
-        assert_eq!(passes.next(now), Some(now + LONGEST_REST));
+        let mut checks = FlowChecks::default();
+        assert_eq!(checks.next(now), None, "nothing changed");
+        checks.add(UdpChanges { ipv4: true, ..UdpChanges::default() });
+        assert_eq!(checks.next(now), Some(now), "the first begins immediately");
+        assert_eq!(checks.begin(), Families { ipv4: true, ipv6: false });
+        checks.add(UdpChanges { ipv6: true, ..UdpChanges::default() });
+        assert_eq!(checks.next(now), None, "one at a time");
+        checks.end(false, Duration::from_millis(50), now);
+        assert_eq!(checks.next(now), Some(now + Duration::from_millis(200)));
+        assert_eq!(checks.begin(), Families { ipv4: false, ipv6: true });
+        checks.end(true, Duration::from_secs(5), now);
+        assert_eq!(checks.next(now), Some(now + RETRY), "a failed check is repeated");
+        assert_eq!(checks.begin(), Families { ipv4: false, ipv6: true });
+        checks.end(false, Duration::from_secs(5), now);
+        checks.add(UdpChanges::all());
+        assert_eq!(checks.next(now), Some(now + LONGEST_REST));
     }
 }

@@ -27,7 +27,7 @@ impl Engine {
         }
         tracing::info!(released = held - self.state.held(), before, "released held removals");
         self.held_changed(0);
-        self.passes.add(released.udp);
+        self.flow_checks.add(released.udp);
         self.health_checks_changed |= released.health_checks;
         if !self.confidence.must_compare() {
             self.pending.extend(released.changes);

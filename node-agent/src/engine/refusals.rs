@@ -73,7 +73,7 @@ impl Engine {
             return;
         }
         self.refused = refused;
-        self.passes.add(UdpChanges::all());
+        self.flow_checks.add(UdpChanges::all());
         self.parts.metrics.refused.set(self.refused.len() as i64);
         self.snapshots.invalidate();
         if let Some(kernel) = self.kernel.filter(|_| !self.sync.is_queued()) {

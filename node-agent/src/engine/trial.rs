@@ -51,7 +51,7 @@ impl Engine {
             self.trial_changed();
         }
         if moved.settings {
-            self.passes.add(UdpChanges::all());
+            self.flow_checks.add(UdpChanges::all());
             let in_force = self.state.settings().cloned().unwrap_or_default();
             self.pending.push(KernelChange::Settings(in_force));
             // The deviations change with the commit, so it needs another acknowledgement.

@@ -11,7 +11,7 @@ use switchtower_proto::v1::{
     Settings, change::Change as Kind,
 };
 
-use super::Refusal;
+use super::RefusedUpdate;
 use super::pack::{
     FrontendId, Interner, Malformed, Members, PackedEndpoint, PackedFrontend, PoolId, PoolRole,
     check_address, check_cidr, check_name, check_port, pack_pool,
@@ -133,9 +133,9 @@ impl Overlay {
         base: &Layer,
         change: &Change,
         ports: &mut Interner,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), RefusedUpdate> {
         let Some(kind) = &change.change else {
-            return Err(Refusal::unknown_feature(
+            return Err(RefusedUpdate::unknown_feature(
                 "a change is of a kind that this agent does not know".into(),
             ));
         };
@@ -192,7 +192,12 @@ impl Overlay {
         self.pools.entry(id).or_insert_with(|| StagedPool { exists, ..StagedPool::default() })
     }
 
-    fn patch_pool(&mut self, base: &Layer, patch: &PoolPatch, ports: &mut Interner) -> Result<(), Refusal> {
+    fn patch_pool(
+        &mut self,
+        base: &Layer,
+        patch: &PoolPatch,
+        ports: &mut Interner,
+    ) -> Result<(), RefusedUpdate> {
         let PoolPatch { key, added, removed } = patch;
         let Some(key) = key else { return Err(missing("a pool's key")) };
         let id = pack_pool(key, ports)?;
@@ -229,7 +234,12 @@ impl Overlay {
         Ok(())
     }
 
-    fn remove_pool(&mut self, base: &Layer, key: &PoolKey, ports: &mut Interner) -> Result<(), Refusal> {
+    fn remove_pool(
+        &mut self,
+        base: &Layer,
+        key: &PoolKey,
+        ports: &mut Interner,
+    ) -> Result<(), RefusedUpdate> {
         let id = pack_pool(key, ports)?;
         let below = base.pools.get(&id);
         let pool = self.pool(base, id);
@@ -245,11 +255,13 @@ impl Overlay {
         Ok(())
     }
 
-    fn replace_node(&mut self, base: &Layer, node: &NodeRecord) -> Result<(), Refusal> {
+    fn replace_node(&mut self, base: &Layer, node: &NodeRecord) -> Result<(), RefusedUpdate> {
         check_name(&node.name)?;
         check_name(&node.zone)?;
         if node.addresses.len() > 64 || node.pod_cidrs.len() > 64 {
-            return Err(Refusal::over_limit("a node record has more than 64 addresses or pod CIDRs".into()));
+            return Err(RefusedUpdate::over_limit(
+                "a node record has more than 64 addresses or pod CIDRs".into(),
+            ));
         }
         node.addresses.iter().try_for_each(|address| check_address(address))?;
         node.pod_cidrs.iter().try_for_each(check_cidr)?;
@@ -306,7 +318,7 @@ impl Overlay {
         self.service_cidrs.insert(cidr.clone(), present);
     }
 
-    fn replace_settings(&mut self, base: &Layer, settings: &Settings) -> Result<(), Refusal> {
+    fn replace_settings(&mut self, base: &Layer, settings: &Settings) -> Result<(), RefusedUpdate> {
         check_settings(settings)?;
         let before = self.settings.take().or_else(|| base.settings.as_deref().cloned());
         if let Some(before) = before {
@@ -400,7 +412,7 @@ pub(super) fn staged_members(below: Option<&Members>, pool: &StagedPool) -> Vec<
     members
 }
 
-fn missing(what: &str) -> Refusal {
+fn missing(what: &str) -> RefusedUpdate {
     Malformed(format!("{what} is missing")).into()
 }
 
@@ -410,7 +422,7 @@ fn describe(key: &PoolKey) -> String {
 }
 
 /// Checks that a layer of this kind may contain the item.
-fn check_place(layer: LayerKind, kind: &Kind) -> Result<(), Refusal> {
+fn check_place(layer: LayerKind, kind: &Kind) -> Result<(), RefusedUpdate> {
     let role = |key: Option<&PoolKey>| key.map(|key| key.role).unwrap_or_default();
     let right = match kind {
         Kind::Frontend(_) | Kind::FrontendRemoved(_) | Kind::ServiceCidr(_) | Kind::ServiceCidrRemoved(_) => {

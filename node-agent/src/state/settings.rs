@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use switchtower_proto::v1::{LocalDetection, Probe, ProbeKind, Settings, Trial};
 
-use super::Refusal;
+use super::RefusedUpdate;
 use super::pack::{Malformed, check_cidr, check_name};
 
 /// Maximum number of probes of a trial.
@@ -25,7 +25,7 @@ fn malformed(what: String) -> Result<(), Malformed> {
 }
 
 /// Validates settings with their trial.
-pub(super) fn check_settings(settings: &Settings) -> Result<(), Refusal> {
+pub(super) fn check_settings(settings: &Settings) -> Result<(), RefusedUpdate> {
     check_values(settings)?;
     settings.trial.as_deref().map_or(Ok(()), check_trial)?;
     let fallback = settings.trial.as_deref().and_then(|trial| trial.fallback.as_deref());
@@ -33,11 +33,11 @@ pub(super) fn check_settings(settings: &Settings) -> Result<(), Refusal> {
 }
 
 /// Refuses an unknown way to recognise local pods: ignoring it would masquerade other connections than requested.
-fn check_known(settings: &Settings) -> Result<(), Refusal> {
+fn check_known(settings: &Settings) -> Result<(), RefusedUpdate> {
     match LocalDetection::try_from(settings.local_detection) {
         Ok(_) => Ok(()),
         Err(unknown) => {
-            Err(Refusal::unknown_feature(format!("settings with local pod detection {}", unknown.0)))
+            Err(RefusedUpdate::unknown_feature(format!("settings with local pod detection {}", unknown.0)))
         }
     }
 }
@@ -159,7 +159,7 @@ mod tests {
             ),
         ];
         for (bad, reason) in cases {
-            let Refusal { reason: nack, detail } = check_settings(&bad).unwrap_err();
+            let RefusedUpdate { reason: nack, detail } = check_settings(&bad).unwrap_err();
             assert_eq!(nack, NackReason::Malformed, "{detail}");
             assert!(detail.contains(reason), "{detail:?} does not contain {reason:?}");
         }

@@ -329,7 +329,7 @@ fn snapshot(layer: LayerKind, kinds: Vec<Kind>) -> Part {
     Part { layer: layer as i32, kind: PartKind::SnapshotDeflate as i32, payload: payload.into() }
 }
 
-fn play(state: &mut State, update: &Update, parts: &[Part]) -> Result<Applied, Refusal> {
+fn play(state: &mut State, update: &Update, parts: &[Part]) -> Result<Applied, RefusedUpdate> {
     state.begin(update)?;
     parts.iter().try_for_each(|part| state.part(part))?;
     state.end(&UpdateEnd { to: update.to }, std::time::Instant::now())
@@ -447,7 +447,7 @@ proptest! {
     }
 }
 
-fn reason(result: Result<Applied, Refusal>) -> NackReason {
+fn reason(result: Result<Applied, RefusedUpdate>) -> NackReason {
     result.err().map(|refusal| refusal.reason).unwrap_or_default()
 }
 

@@ -35,7 +35,7 @@ pub struct TrialRecord {
 
 /// Effect of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Moved {
+pub struct TrialEffect {
     /// The settings in force changed and must be committed.
     pub settings: bool,
     /// The trial's status changed: record and report it.
@@ -94,7 +94,7 @@ impl Trials {
     }
 
     /// Restores a record from before a restart.
-    pub(super) fn remember(&mut self, record: TrialRecord) -> Moved {
+    pub(super) fn remember(&mut self, record: TrialRecord) -> TrialEffect {
         match &self.current {
             // The view holds the settings under trial, so the trial continues.
             None if self.in_force.as_ref().is_some_and(|in_force| same(in_force, &record.tried)) => {
@@ -102,17 +102,17 @@ impl Trials {
             }
             _ => {
                 self.remembered = Some(record);
-                Moved::default()
+                TrialEffect::default()
             }
         }
     }
 
-    fn resume(&mut self, record: TrialRecord) -> Moved {
+    fn resume(&mut self, record: TrialRecord) -> TrialEffect {
         let settings = self.in_force.as_ref() != Some(&record.in_force);
         self.in_force = Some(record.in_force.clone());
         self.current = Some(record);
         self.restart_rounds();
-        Moved { settings, status: false }
+        TrialEffect { settings, status: false }
     }
 
     fn restart_rounds(&mut self) {
@@ -120,10 +120,10 @@ impl Trials {
     }
 
     /// Takes over the desired settings.
-    pub(super) fn desire(&mut self, desired: &Settings) -> Moved {
+    pub(super) fn desire(&mut self, desired: &Settings) -> TrialEffect {
         let before = self.in_force.clone();
         let status = self.take(desired);
-        Moved { settings: self.in_force != before, status }
+        TrialEffect { settings: self.in_force != before, status }
     }
 
     /// Returns whether the status changed.
@@ -193,30 +193,30 @@ impl Trials {
     }
 
     /// The results of a round.
-    pub(super) fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> Moved {
+    pub(super) fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> TrialEffect {
         if number != self.round || !std::mem::take(&mut self.running) {
-            return Moved::default();
+            return TrialEffect::default();
         }
-        let Some(current) = &mut self.current else { return Moved::default() };
+        let Some(current) = &mut self.current else { return TrialEffect::default() };
         match current.phase {
             TrialPhase::Before => {
                 current.before = measured;
                 current.phase = TrialPhase::Watching;
                 current.in_force = bare(&current.tried);
                 self.in_force = Some(current.in_force.clone());
-                Moved { settings: true, status: true }
+                TrialEffect { settings: true, status: true }
             }
             TrialPhase::Watching => self.watched(measured, now),
             TrialPhase::RolledBack => {
                 current.again = Some(measured);
-                Moved { settings: false, status: true }
+                TrialEffect { settings: false, status: true }
             }
-            TrialPhase::Passed | TrialPhase::Unspecified => Moved::default(),
+            TrialPhase::Passed | TrialPhase::Unspecified => TrialEffect::default(),
         }
     }
 
-    fn watched(&mut self, measured: Vec<Measured>, now: Instant) -> Moved {
-        let Some(current) = &mut self.current else { return Moved::default() };
+    fn watched(&mut self, measured: Vec<Measured>, now: Instant) -> TrialEffect {
+        let Some(current) = &mut self.current else { return TrialEffect::default() };
         let first = current.after.is_empty();
         current.after = measured;
         if evidence::any_failed(&current.before, &current.after) {
@@ -225,15 +225,15 @@ impl Trials {
                 current.in_force = fallback;
             }
             self.in_force = Some(current.in_force.clone());
-            return Moved { settings: true, status: true };
+            return TrialEffect { settings: true, status: true };
         }
         let until = self.until.unwrap_or(now);
         if now >= until {
             current.phase = TrialPhase::Passed;
-            return Moved { settings: false, status: true };
+            return TrialEffect { settings: false, status: true };
         }
         self.next = Some((now + ROUND_INTERVAL).min(until));
-        Moved { settings: false, status: first }
+        TrialEffect { settings: false, status: first }
     }
 
     /// Record for a restart; `None`: nothing.

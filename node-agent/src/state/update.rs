@@ -11,7 +11,7 @@ use switchtower_proto::v1::{
 use super::holds::Arriving;
 use super::layer::{Layer, Overlay, StagedLayer};
 use super::pack::{Malformed, PoolRole};
-use super::{Applied, FEATURES, KINDS, Refusal, State, limits, merge, position, wire};
+use super::{Applied, FEATURES, KINDS, RefusedUpdate, State, limits, merge, position, wire};
 use crate::kernel::change::KernelChange;
 
 /// The update that is being received.
@@ -32,11 +32,13 @@ impl State {
     /// # Errors
     /// The update continues from another generation than the view's, requires a feature that is unknown, or
     /// is malformed.
-    pub fn begin(&mut self, update: &Update) -> Result<(), Refusal> {
+    pub fn begin(&mut self, update: &Update) -> Result<(), RefusedUpdate> {
         self.abandon();
         if let Some(feature) = update.required_features.iter().find(|name| !FEATURES.contains(&name.as_str()))
         {
-            return Err(Refusal::unknown_feature(format!("the update requires the feature {feature:?}")));
+            return Err(RefusedUpdate::unknown_feature(format!(
+                "the update requires the feature {feature:?}"
+            )));
         }
         let Some(digest) = Digest::from_bytes(&update.digest) else {
             return Err(Malformed("the update's digest is not 16 bytes".into()).into());
@@ -46,7 +48,7 @@ impl State {
             if !self.loaded || from != self.generation {
                 let held = if self.loaded { self.generation.to_string() } else { "no view".into() };
                 let detail = format!("the update continues from generation {from}, this node holds {held}");
-                return Err(Refusal { reason: NackReason::FromMismatch, detail });
+                return Err(RefusedUpdate { reason: NackReason::FromMismatch, detail });
             }
             if update.to <= from {
                 return Err(Malformed(format!("the update goes from {from} to {}", update.to)).into());
@@ -77,7 +79,7 @@ impl State {
     ///
     /// # Errors
     /// The part is malformed, over a limit, or no update was begun; the update is dropped.
-    pub fn part(&mut self, part: &Part) -> Result<(), Refusal> {
+    pub fn part(&mut self, part: &Part) -> Result<(), RefusedUpdate> {
         let Some(mut staging) = self.staging.take() else {
             return Err(Malformed("a part came without an update".into()).into());
         };
@@ -94,7 +96,7 @@ impl State {
     ///
     /// # Errors
     /// The update is not whole, or its content has another digest than announced; the view is as before.
-    pub fn end(&mut self, end: &UpdateEnd, now: Instant) -> Result<Applied, Refusal> {
+    pub fn end(&mut self, end: &UpdateEnd, now: Instant) -> Result<Applied, RefusedUpdate> {
         let Some(staging) = self.staging.take() else {
             return Err(Malformed("an update's end came without its beginning".into()).into());
         };
@@ -110,9 +112,9 @@ impl State {
     pub fn restore(
         &mut self,
         update: &Update,
-        changes: &mut dyn Iterator<Item = Result<(LayerKind, Change), Refusal>>,
+        changes: &mut dyn Iterator<Item = Result<(LayerKind, Change), RefusedUpdate>>,
         now: Instant,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), RefusedUpdate> {
         self.begin(&Update { from: None, ..update.clone() })?;
         let Some(mut staging) = self.staging.take() else { return Ok(()) };
         for change in changes {
@@ -136,7 +138,7 @@ impl State {
         }
     }
 
-    fn check(&self, staging: &Staging, end: &UpdateEnd) -> Result<(), Refusal> {
+    fn check(&self, staging: &Staging, end: &UpdateEnd) -> Result<(), RefusedUpdate> {
         if end.to != staging.to {
             return Err(Malformed(format!("update {} was ended as {}", staging.to, end.to)).into());
         }
@@ -149,7 +151,7 @@ impl State {
         });
         if after != staging.digest {
             let detail = format!("the content has digest {after}, announced was {}", staging.digest);
-            return Err(Refusal { reason: NackReason::DigestMismatch, detail });
+            return Err(RefusedUpdate { reason: NackReason::DigestMismatch, detail });
         }
         Ok(())
     }
@@ -233,16 +235,19 @@ fn cluster_endpoints(before: &[Layer; KINDS.len()], staged: &[StagedLayer; KINDS
 }
 
 impl Staging {
-    fn take_part(&mut self, part: &Part, state: &mut State) -> Result<(), Refusal> {
+    fn take_part(&mut self, part: &Part, state: &mut State) -> Result<(), RefusedUpdate> {
         let Part { layer, kind, payload } = part;
         self.parts += 1;
         if self.parts > limits::PARTS {
-            return Err(Refusal::over_limit(format!("an update has more than {} parts", limits::PARTS)));
+            return Err(RefusedUpdate::over_limit(format!(
+                "an update has more than {} parts",
+                limits::PARTS
+            )));
         }
         if payload.len() > limits::PART {
             let detail =
                 format!("a part has {} bytes of payload, the limit is {}", payload.len(), limits::PART);
-            return Err(Refusal::over_limit(detail));
+            return Err(RefusedUpdate::over_limit(detail));
         }
         let at = LayerKind::try_from(*layer).ok().and_then(position);
         let Some(at) = at else { return Err(Malformed(format!("layer {layer} is unknown")).into()) };
@@ -259,7 +264,10 @@ impl Staging {
         };
         self.bytes += payload.len();
         if self.bytes > limits::UPDATE {
-            return Err(Refusal::over_limit(format!("an update has more than {} bytes", limits::UPDATE)));
+            return Err(RefusedUpdate::over_limit(format!(
+                "an update has more than {} bytes",
+                limits::UPDATE
+            )));
         }
         if kind == PartKind::Delta {
             wire::segment(payload, &mut |change| self.take_change(at, &change, state))
@@ -271,10 +279,13 @@ impl Staging {
         }
     }
 
-    fn take_change(&mut self, at: usize, change: &Change, state: &mut State) -> Result<(), Refusal> {
+    fn take_change(&mut self, at: usize, change: &Change, state: &mut State) -> Result<(), RefusedUpdate> {
         self.changes += 1;
         if self.changes > limits::CHANGES {
-            return Err(Refusal::over_limit(format!("an update has more than {} changes", limits::CHANGES)));
+            return Err(RefusedUpdate::over_limit(format!(
+                "an update has more than {} changes",
+                limits::CHANGES
+            )));
         }
         let staged = &mut self.layers[at];
         if matches!(staged, StagedLayer::Unchanged) {
@@ -298,7 +309,7 @@ impl Staging {
             }
         });
         if items > limits::ITEMS {
-            return Err(Refusal::over_limit(format!(
+            return Err(RefusedUpdate::over_limit(format!(
                 "the view would have more than {} items",
                 limits::ITEMS
             )));
@@ -307,14 +318,17 @@ impl Staging {
     }
 }
 
-fn inflate(payload: &[u8]) -> Result<Vec<u8>, Refusal> {
+fn inflate(payload: &[u8]) -> Result<Vec<u8>, RefusedUpdate> {
     let mut inflated = Vec::with_capacity(payload.len().saturating_mul(4).min(limits::INFLATED));
     let mut reader = flate2::read::DeflateDecoder::new(payload).take(limits::INFLATED as u64 + 1);
     if let Err(error) = reader.read_to_end(&mut inflated) {
         return Err(Malformed(format!("a part cannot be inflated: {error}")).into());
     }
     if inflated.len() > limits::INFLATED {
-        return Err(Refusal::over_limit(format!("a part inflates to more than {} bytes", limits::INFLATED)));
+        return Err(RefusedUpdate::over_limit(format!(
+            "a part inflates to more than {} bytes",
+            limits::INFLATED
+        )));
     }
     Ok(inflated)
 }

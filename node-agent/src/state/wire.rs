@@ -46,14 +46,14 @@ fn next_field<'a>(rest: &mut &'a [u8]) -> Result<Option<Field<'a>>, Malformed> {
 
 fn change(
     content: Option<&[u8]>,
-    each: &mut dyn FnMut(Change) -> Result<(), super::Refusal>,
-) -> Result<(), super::Refusal> {
+    each: &mut dyn FnMut(Change) -> Result<(), super::RefusedUpdate>,
+) -> Result<(), super::RefusedUpdate> {
     let Some(content) = content else {
         return Err(Malformed("a change is not a message".into()).into());
     };
     if content.len() > CHANGE_LIMIT {
         let detail = format!("one change has {} bytes, the limit is {CHANGE_LIMIT}", content.len());
-        return Err(super::Refusal::over_limit(detail));
+        return Err(super::RefusedUpdate::over_limit(detail));
     }
     let change =
         Change::decode(content).map_err(|error| Malformed(format!("a change cannot be decoded: {error}")))?;
@@ -63,8 +63,8 @@ fn change(
 /// Calls `each` for every change of an encoded `Segment`.
 pub(super) fn segment(
     mut payload: &[u8],
-    each: &mut dyn FnMut(Change) -> Result<(), super::Refusal>,
-) -> Result<(), super::Refusal> {
+    each: &mut dyn FnMut(Change) -> Result<(), super::RefusedUpdate>,
+) -> Result<(), super::RefusedUpdate> {
     while let Some(field) = next_field(&mut payload)? {
         if field.number == 1 {
             change(field.content, each)?;
@@ -76,8 +76,8 @@ pub(super) fn segment(
 /// Calls `each` for every change of encoded `Buckets`.
 pub(super) fn buckets(
     mut payload: &[u8],
-    each: &mut dyn FnMut(Change) -> Result<(), super::Refusal>,
-) -> Result<(), super::Refusal> {
+    each: &mut dyn FnMut(Change) -> Result<(), super::RefusedUpdate>,
+) -> Result<(), super::RefusedUpdate> {
     while let Some(field) = next_field(&mut payload)? {
         if field.number != 1 {
             continue;

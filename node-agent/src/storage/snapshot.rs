@@ -13,7 +13,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::{Change, Deviation, LayerKind, Resume, Source, Update};
 
 use crate::kernel::dataplane::Refused;
-use crate::state::{Refusal, State, StoredHolds};
+use crate::state::{RefusedUpdate, State, StoredHolds};
 
 /// Name and version of the format.
 const MAGIC: &[u8; 8] = b"SWTVIEW1";
@@ -186,13 +186,13 @@ fn parse(mut rest: &[u8]) -> Result<Restored, String> {
     Ok(Restored { state, refused: refused.collect() })
 }
 
-fn next_change(rest: &mut &[u8]) -> Option<Result<(LayerKind, Change), Refusal>> {
+fn next_change(rest: &mut &[u8]) -> Option<Result<(LayerKind, Change), RefusedUpdate>> {
     let (kind, after) = rest.split_first()?;
     *rest = after;
     if *kind == END {
         return None;
     }
-    let broken = |detail: String| Refusal { reason: Default::default(), detail };
+    let broken = |detail: String| RefusedUpdate { reason: Default::default(), detail };
     let layer = LayerKind::try_from(i32::from(*kind)).map_err(|error| broken(error.to_string()));
     let change = record(rest)
         .and_then(|bytes| Change::decode(bytes).map_err(|error| error.to_string()))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Namespace;
 
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A backend that sends "name, address of the peer" in a line and then echoes lines.
 pub fn serve_lines(namespace: &Namespace, name: &'static str, port: u16) {
@@ -48,8 +48,8 @@ impl Connection {
 
     fn try_open(to: &str) -> std::io::Result<Self> {
         let address: SocketAddr = to.parse().unwrap();
-        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let mut lines = BufReader::new(stream);
         let mut line = String::new();
         lines.read_line(&mut line)?;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Instant;
 
 use switchtower_node_agent::kernel::change::KernelChange;
-use switchtower_node_agent::state::{Applied, Refusal, State, StoredHolds};
+use switchtower_node_agent::state::{Applied, RefusedUpdate, State, StoredHolds};
 use switchtower_proto::v1::{Change, LayerKind, NackReason, Part, Resume, Source, Update, UpdateEnd};
 
 use crate::kernel::Kernel;
@@ -165,7 +165,7 @@ impl Agent {
         }
     }
 
-    fn refuse(&mut self, to: u64, result: Result<(), Refusal>) {
+    fn refuse(&mut self, to: u64, result: Result<(), RefusedUpdate>) {
         if let Err(refusal) = result {
             assert_ne!(refusal.reason, NackReason::Malformed, "{refusal}");
             self.discarding = true;

@@ -40,7 +40,7 @@ impl Rank {
 
 /// Why a claimant does not get what it claims.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Obstacle {
+enum Cause {
     /// This Service comes first.
     Service(ObjectKey),
     /// The control plane needs it.
@@ -49,13 +49,13 @@ enum Obstacle {
 
 /// Losers with a reported conflict, and the cause.
 #[derive(Debug)]
-struct Told {
-    obstacle: Obstacle,
+struct ReportedConflict {
+    cause: Cause,
     losers: BTreeSet<ObjectKey>,
 }
 
-/// Outcome of the claims on one key.
-enum Outcome<'a> {
+/// The claim that wins a key.
+enum Claim<'a> {
     Served(&'a Rank, &'a Frontend),
     /// A node port of this Service covers it.
     NodePort(&'a ObjectKey),
@@ -67,7 +67,7 @@ pub(super) struct Claims {
     claimants: BTreeMap<FrontendKey, BTreeMap<Rank, Frontend>>,
     /// Published frontends of the keys that changed since the last settlement.
     touched: BTreeMap<FrontendKey, Option<Frontend>>,
-    told: BTreeMap<FrontendKey, Told>,
+    reported: BTreeMap<FrontendKey, ReportedConflict>,
     reserved: Reserved,
     /// Keys that are claimed as external addresses, by address.
     external: BTreeMap<IpAddr, BTreeSet<FrontendKey>>,
@@ -152,19 +152,19 @@ impl Claims {
         self.touched.len()
     }
 
-    fn outcome(&self, key: &FrontendKey) -> Option<Outcome<'_>> {
+    fn winning_claim(&self, key: &FrontendKey) -> Option<Claim<'_>> {
         let claimants = self.claimants.get(key)?;
         let (rank, frontend) = claimants.first_key_value()?;
         if frontend.kind() == FrontendKind::ClusterIp {
-            return Some(Outcome::Served(rank, frontend));
+            return Some(Claim::Served(rank, frontend));
         }
         if let Some(owner) = self.reserved.owner(key) {
-            return Some(Outcome::Reserved(owner));
+            return Some(Claim::Reserved(owner));
         }
-        let Some(other) = self.node_port_at(key) else { return Some(Outcome::Served(rank, frontend)) };
+        let Some(other) = self.node_port_at(key) else { return Some(Claim::Served(rank, frontend)) };
         // The owner of the node port may claim the address too: then both lead to it.
         let own = claimants.iter().find(|(rank, _)| rank.service == *other);
-        Some(own.map_or(Outcome::NodePort(other), |(rank, frontend)| Outcome::Served(rank, frontend)))
+        Some(own.map_or(Claim::NodePort(other), |(rank, frontend)| Claim::Served(rank, frontend)))
     }
 
     /// The Service whose node port is served at an external address, which then is a Node's.
@@ -176,9 +176,9 @@ impl Claims {
     }
 
     fn winner(&self, key: &FrontendKey) -> Option<&Frontend> {
-        match self.outcome(key)? {
-            Outcome::Served(_, frontend) => Some(frontend),
-            Outcome::NodePort(_) | Outcome::Reserved(_) => None,
+        match self.winning_claim(key)? {
+            Claim::Served(_, frontend) => Some(frontend),
+            Claim::NodePort(_) | Claim::Reserved(_) => None,
         }
     }
 
@@ -227,26 +227,26 @@ impl Claims {
     }
 
     fn tell_losers(&mut self, key: &FrontendKey, emitter: &mut Emitter) {
-        let (obstacle, winner) = match self.outcome(key) {
+        let (cause, winner) = match self.winning_claim(key) {
             None => {
-                self.told.remove(key);
+                self.reported.remove(key);
                 return;
             }
-            Some(Outcome::Served(rank, _)) => (Obstacle::Service(rank.service.clone()), Some(&rank.service)),
-            Some(Outcome::NodePort(service)) => (Obstacle::Service(service.clone()), None),
-            Some(Outcome::Reserved(owner)) => (Obstacle::Reserved(owner), None),
+            Some(Claim::Served(rank, _)) => (Cause::Service(rank.service.clone()), Some(&rank.service)),
+            Some(Claim::NodePort(service)) => (Cause::Service(service.clone()), None),
+            Some(Claim::Reserved(owner)) => (Cause::Reserved(owner), None),
         };
         let claimants = self.claimants.get(key).into_iter().flatten().map(|(rank, _)| &rank.service);
         let losers: BTreeSet<_> = claimants.filter(|service| Some(*service) != winner).cloned().collect();
         // A loser to another winner gets a new Event: the previous one names the wrong Service.
-        let told = self.told.remove(key).filter(|told| told.obstacle == obstacle);
-        let told = told.map(|told| told.losers).unwrap_or_default();
-        for loser in losers.difference(&told) {
-            let (reason, message) = explain(key, &obstacle);
+        let reported = self.reported.remove(key).filter(|reported| reported.cause == cause);
+        let reported = reported.map(|reported| reported.losers).unwrap_or_default();
+        for loser in losers.difference(&reported) {
+            let (reason, message) = explain(key, &cause);
             emitter.problem(Problem { object: ProblemObject::Service(loser.clone()), reason, message });
         }
         if !losers.is_empty() {
-            self.told.insert(key.clone(), Told { obstacle, losers });
+            self.reported.insert(key.clone(), ReportedConflict { cause, losers });
         }
     }
 }
@@ -268,17 +268,17 @@ fn node_port(key: &FrontendKey) -> FrontendKey {
     FrontendKey { address: Vec::new(), ..key.clone() }
 }
 
-fn explain(key: &FrontendKey, obstacle: &Obstacle) -> (ProblemReason, String) {
+fn explain(key: &FrontendKey, cause: &Cause) -> (ProblemReason, String) {
     let what = describe(key);
-    match obstacle {
-        Obstacle::Service(ObjectKey { namespace, name }) => (
+    match cause {
+        Cause::Service(ObjectKey { namespace, name }) => (
             ProblemReason::AddressConflict,
             format!(
                 "{what} is already used by Service {namespace}/{name}, which comes first; this Service takes over \
                  when that one gives it up"
             ),
         ),
-        Obstacle::Reserved(owner) => (
+        Cause::Reserved(owner) => (
             ProblemReason::ControlPlaneAddress,
             format!(
                 "{what} belongs to {owner} and is not served for this Service, or nodes would lose their control \

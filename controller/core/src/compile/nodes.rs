@@ -200,10 +200,10 @@ fn incomplete(node: &Node) -> Option<Problem> {
     let missing = match (node.addresses.is_empty(), node.pod_cidrs.is_empty()) {
         (false, false) => return None,
         (true, false) => "no address: its NodePorts are served nowhere",
-        (false, true) => "no pod CIDR: with localDetection NodeCIDR its pods are not told from other sources",
+        (false, true) => "no pod CIDR: localDetection NodeCIDR cannot recognize its pods",
         (true, true) => {
-            "no address and no pod CIDR: its NodePorts are served nowhere, and with localDetection NodeCIDR its pods are \
-             not told from other sources"
+            "no address and no pod CIDR: its NodePorts are served nowhere, and localDetection NodeCIDR cannot recognize \
+             its pods"
         }
     };
     let object = ProblemObject::Node(node.name.to_string());

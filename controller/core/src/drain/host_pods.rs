@@ -28,7 +28,7 @@ pub struct HostEndpoint {
 pub struct HostPodChange {
     /// The endpoint.
     pub endpoint: HostEndpoint,
-    /// False: it disappeared.
+    /// Whether the endpoint appeared.
     pub present: bool,
 }
 

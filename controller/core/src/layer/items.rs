@@ -105,7 +105,7 @@ impl Items {
         self.size = self.size.saturating_sub(size);
     }
 
-    /// Applies a change; what is left of it goes to `out`. False: it was malformed and is dropped whole.
+    /// Applies a change and appends its effective part to `out`. Returns false if it was malformed: it then has no effect.
     pub(super) fn apply(&mut self, change: Change, out: &mut Vec<Change>) -> bool {
         let Some(op) = change.change else { return false };
         match op {

@@ -467,7 +467,7 @@ fn empty_zone_has_no_layer() {
         for op in [Op::Pool(patch), Op::PoolRemoved(pool_key(1))] {
             let changes = BTreeMap::from([(zone.clone(), vec![change(op)])]);
             let applied = layers.apply(changes, &[], Vec::new(), Source::default());
-            assert_eq!(applied.touched, std::slice::from_ref(&zone), "its nodes are told");
+            assert_eq!(applied.touched, std::slice::from_ref(&zone), "its nodes get the change");
             agent.take(plan(&layers, &subscription, agent.cursor.as_ref()).unwrap());
         }
         assert!(!layers.layers.contains_key(&zone));

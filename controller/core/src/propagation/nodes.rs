@@ -8,7 +8,7 @@ pub(super) struct NodeSet {
 }
 
 impl NodeSet {
-    /// Adds a slot. False: it was in the set.
+    /// Adds a slot; returns whether it was absent.
     pub(super) fn insert(&mut self, slot: usize) -> bool {
         let (word, bit) = (slot / 64, 1 << (slot % 64));
         if word >= self.words.len() {
@@ -20,7 +20,7 @@ impl NodeSet {
         added
     }
 
-    /// Takes a slot out. False: it was not in the set.
+    /// Removes a slot; returns whether it was present.
     pub(super) fn remove(&mut self, slot: usize) -> bool {
         let (word, bit) = (slot / 64, 1 << (slot % 64));
         let present = self.words.get(word).is_some_and(|bits| bits & bit != 0);

@@ -88,7 +88,7 @@ pub struct Record {
     reached: [Option<UnixNanoseconds>; 3],
     last: UnixNanoseconds,
     pub(super) waiting: NodeSet,
-    pub(super) told: bool,
+    pub(super) reported: bool,
 }
 
 impl Record {
@@ -107,7 +107,7 @@ impl Record {
             reached: [None; 3],
             last: 0,
             waiting,
-            told: false,
+            reported: false,
         }
     }
 

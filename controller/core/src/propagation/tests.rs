@@ -141,8 +141,8 @@ fn overdue_revision_reported_once_and_still_followed() {
     tracker.reached(slots[0], 1, 10, None);
     assert_eq!(tracker.next_overdue(), Some(1_002));
     assert_eq!(tracker.overdue(1_001), StepResult::default());
-    let told = tracker.overdue(1_002).concluded;
-    assert_eq!((told.len(), told[0].outstanding()), (1, 1));
+    let reported = tracker.overdue(1_002).concluded;
+    assert_eq!((reported.len(), reported[0].outstanding()), (1, 1));
     assert_eq!((tracker.overdue(5_000), tracker.next_overdue()), (StepResult::default(), None));
     let outcome = tracker.reached(slots[1], 1, 9_000, None);
     assert_eq!((outcome.acknowledged[0].0, outcome.concluded.len()), (9_000, 0));

@@ -187,7 +187,7 @@ impl Tracker {
     /// Next time at which [`Tracker::overdue`] has something to report.
     #[must_use]
     pub fn next_overdue(&self) -> Option<UnixNanoseconds> {
-        let first = self.open.values().find(|record| !record.told)?;
+        let first = self.open.values().find(|record| !record.reported)?;
         Some(first.publication.published.saturating_add(self.limits.patience))
     }
 
@@ -245,7 +245,7 @@ impl Tracker {
     }
 
     fn retire(&mut self, mut record: Record, outcome: &mut StepResult) {
-        if !std::mem::replace(&mut record.told, true) {
+        if !std::mem::replace(&mut record.reported, true) {
             outcome.concluded.push(record.clone());
         }
         if self.settled.len() == self.limits.settled {
@@ -259,7 +259,7 @@ impl Tracker {
             if record.publication.published.saturating_add(self.limits.patience) > now {
                 break;
             }
-            if !std::mem::replace(&mut record.told, true) {
+            if !std::mem::replace(&mut record.reported, true) {
                 record.troubled = true;
                 outcome.concluded.push(record.clone());
             }

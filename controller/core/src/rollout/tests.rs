@@ -91,7 +91,7 @@ impl Stage {
         decision
     }
 
-    /// Decides until nothing changes, while the agents do at once what they are told.
+    /// Decides until nothing changes, while agents comply at once.
     fn settle(&mut self) -> Decision {
         for _ in 0..100 {
             let decision = self.decide();

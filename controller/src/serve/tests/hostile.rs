@@ -308,7 +308,7 @@ async fn hostile_connections_do_not_keep_agents_out() {
 async fn without_keys_forged_tokens_wait_behind_nodes() {
     let _alone = ALONE.lock().await;
     let field = Field::start(false).await;
-    // Without keys the reviewer believes what is forged, so that the forger must be told apart by its node.
+    // Without keys the reviewer believes what is forged, so that its node identifies the forger.
     let mut attackers = JoinSet::new();
     for number in 0..100 {
         let field = field.clone();

@@ -506,25 +506,25 @@ async fn rollback_is_assigned_before_statuses_are_written() {
     lab.wait(2_000).await;
     let wanted = ProfileAssignment { name: "default".into(), revision: 1, ..ProfileAssignment::default() };
     lab.assignments.request(names.iter().map(|name| (name.clone(), wanted.clone())).collect());
-    let told = || {
+    let assigned = || {
         let stored = lab.assignments.stored();
         stored.iter().filter(|(_, profile)| profile.revision == 1).count()
     };
     let begun = tokio::time::Instant::now();
-    while told() < NODES - 1 {
+    while assigned() < NODES - 1 {
         lab.wait(50).await;
         assert!(
             begun.elapsed() < Duration::from_secs(5),
             "{} of {NODES} after {:?}",
-            told(),
+            assigned(),
             begun.elapsed()
         );
     }
-    println!("{} rows assigned in {:?}", told(), begun.elapsed());
+    println!("{} rows assigned in {:?}", assigned(), begun.elapsed());
     // Only the failed row is retried.
     lab.server.lock().unwrap().broken = "";
     lab.wait(1_500).await;
-    assert_eq!(told(), NODES);
+    assert_eq!(assigned(), NODES);
     lab.wait(60_000).await;
     let exclusive = |row: Value| row["status"]["state"] == "NotExclusive";
     assert!(names.iter().all(|name| exclusive(lab.row(name))), "statuses follow");

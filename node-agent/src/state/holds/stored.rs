@@ -4,7 +4,7 @@ use prost::Message;
 use switchtower_proto::v1::{Endpoint, Frontend, HealthCheck, LocalEndpoint, PoolKey};
 
 use super::super::pack::{Malformed, PackedEndpoint, PackedFrontend, pack_pool};
-use super::super::{Refusal, State};
+use super::super::{RefusedUpdate, State};
 use super::{HeldFrontend, HeldPool};
 
 /// A held pool or frontend.
@@ -61,7 +61,7 @@ impl State {
     ///
     /// # Errors
     /// An item is malformed; earlier ones are held.
-    pub fn restore_holds(&mut self, stored: &StoredHolds) -> Result<(), Refusal> {
+    pub fn restore_holds(&mut self, stored: &StoredHolds) -> Result<(), RefusedUpdate> {
         for HeldItem { since, frontend, pool, members } in &stored.items {
             if let Some(frontend) = frontend {
                 let (id, frontend) = PackedFrontend::pack(frontend, &mut self.ports)?;

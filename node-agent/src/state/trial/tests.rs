@@ -76,7 +76,7 @@ impl Bench {
         self.trials.record().map_or(TrialPhase::Unspecified, |record| record.phase)
     }
 
-    fn note(&mut self, moved: Moved) {
+    fn note(&mut self, moved: TrialEffect) {
         if moved.status || moved.settings {
             self.log.push((self.in_force(), self.phase()));
         }
@@ -238,7 +238,7 @@ fn newer_trial_starts_from_proven_settings() {
     let stale = bench.trials.round(bench.at()).unwrap().0;
     bench.desire(&on_trial(3, 1));
     assert_eq!((bench.in_force(), bench.phase()), (1, TrialPhase::Before));
-    assert_eq!(bench.trials.measured(stale, passed(), bench.at()), Moved::default());
+    assert_eq!(bench.trials.measured(stale, passed(), bench.at()), TrialEffect::default());
     assert_eq!(bench.in_force(), 1, "results of another trial's round decide nothing");
     // Settings under observation are rolled back first; what passed stays.
     for (until_passed, during) in [(false, 1), (true, 2)] {

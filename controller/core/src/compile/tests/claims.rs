@@ -38,19 +38,19 @@ fn oldest_claimant_wins_and_the_next_takes_over() {
 #[test]
 fn losing_claim_reported_once_per_winner() {
     let mut compiler = Compiler::new();
-    let mut told = |input: Input| -> Vec<String> {
+    let mut reported = |input: Input| -> Vec<String> {
         compiler.apply(input);
         compiler.compile().problems.into_iter().map(|problem| problem.message).collect()
     };
     let claim = |name, octet: u8, created| {
         Input::Service(with_external(name, &format!("10.96.0.{octet}"), "203.0.113.9", created))
     };
-    assert!(told(claim("last", 1, 300)).is_empty());
-    assert!(matches!(told(claim("middle", 2, 200)).as_slice(), [one] if one.contains("default/middle")));
-    let both = told(claim("first", 3, 100));
+    assert!(reported(claim("last", 1, 300)).is_empty());
+    assert!(matches!(reported(claim("middle", 2, 200)).as_slice(), [one] if one.contains("default/middle")));
+    let both = reported(claim("first", 3, 100));
     assert!(both.len() == 2 && both.iter().all(|message| message.contains("default/first")), "{both:?}");
-    assert!(told(claim("later", 4, 400)).len() == 1, "the others know");
-    let of_the_next = told(Input::ServiceDeleted(object("first")));
+    assert!(reported(claim("later", 4, 400)).len() == 1, "the others know");
+    let of_the_next = reported(Input::ServiceDeleted(object("first")));
     assert!(of_the_next.len() == 2 && of_the_next.iter().all(|message| message.contains("default/middle")));
 }
 
@@ -204,8 +204,8 @@ fn control_plane_keeps_its_addresses() {
     for (number, (address, port)) in reserved.into_iter().enumerate() {
         let name = format!("taker-{number}");
         let service = with_external(&name, &format!("10.96.0.{}", number + 1), address, 1);
-        let told = step(&mut compiler, &mut world, vec![at_port(service, port)]);
-        assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object(&name))], "{address}:{port}");
+        let reported = step(&mut compiler, &mut world, vec![at_port(service, port)]);
+        assert_eq!(reported, [(ProblemReason::ControlPlaneAddress, object(&name))], "{address}:{port}");
         assert_eq!(holder(&world, &tcp(address, port.into())), None);
         let cluster_ip = tcp(&format!("10.96.0.{}", number + 1), port.into());
         assert_eq!(holder(&world, &cluster_ip), Some(&*name), "the rest is served");
@@ -225,8 +225,8 @@ fn reservation_ends_with_its_owner() {
     assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, 10_250)]), []);
     let kubelet = tcp("192.0.2.1", 10_250);
     assert_eq!(holder(&world, &kubelet), Some("web"));
-    let told = step(&mut compiler, &mut world, vec![Input::Node(mk_node("n1", None))]);
-    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    let reported = step(&mut compiler, &mut world, vec![Input::Node(mk_node("n1", None))]);
+    assert_eq!(reported, [(ProblemReason::ControlPlaneAddress, object("web"))]);
     assert_eq!(holder(&world, &kubelet), None);
     step(&mut compiler, &mut world, vec![Input::NodeDeleted("n1".into())]);
     assert_eq!(holder(&world, &kubelet), Some("web"));
@@ -235,8 +235,8 @@ fn reservation_ends_with_its_owner() {
     api_server.ports[0].port = 6_443;
     let service = with_external("web", "10.96.0.1", "10.244.0.7", 1);
     assert_eq!(step(&mut compiler, &mut world, vec![at_port(service, 6_443)]), []);
-    let told = step(&mut compiler, &mut world, vec![Input::Slice(api_server)]);
-    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    let reported = step(&mut compiler, &mut world, vec![Input::Slice(api_server)]);
+    assert_eq!(reported, [(ProblemReason::ControlPlaneAddress, object("web"))]);
     step(&mut compiler, &mut world, vec![Input::SliceDeleted(object("kubernetes"))]);
     assert_eq!(holder(&world, &tcp("10.244.0.7", 6_443)), Some("web"));
 }
@@ -251,11 +251,11 @@ fn node_port_is_not_captured_by_an_external_address() {
     for order in [[thief(), node(), owner()], [owner(), thief(), node()], [node(), owner(), thief()]] {
         let mut compiler = Compiler::new();
         let mut world = World::default();
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         for input in order {
-            told.extend(step(&mut compiler, &mut world, vec![input]));
+            reported.extend(step(&mut compiler, &mut world, vec![input]));
         }
-        assert_eq!(told, std::slice::from_ref(&conflict));
+        assert_eq!(reported, std::slice::from_ref(&conflict));
         assert_eq!(holder(&world, &on_node), None, "the node port serves it");
         assert_eq!(holder(&world, &tcp("", 30_080)), Some("owner"));
         assert_eq!(step(&mut compiler, &mut world, vec![Input::ServiceDeleted(object("owner"))]), []);
@@ -305,8 +305,8 @@ fn address_of_a_replica_that_comes_later_is_reserved() {
     assert_eq!(holder(&world, &standby), Some("web"));
     let both = ["198.51.100.1:9443".parse().unwrap(), "198.51.100.2:9443".parse().unwrap()];
     compiler.reserve(both.into());
-    let told = step(&mut compiler, &mut world, vec![]);
-    assert_eq!(told, [(ProblemReason::ControlPlaneAddress, object("web"))]);
+    let reported = step(&mut compiler, &mut world, vec![]);
+    assert_eq!(reported, [(ProblemReason::ControlPlaneAddress, object("web"))]);
     assert_eq!(holder(&world, &standby), None);
     compiler.reserve([both[0]].into());
     assert_eq!(step(&mut compiler, &mut world, vec![]), []);
