@@ -513,12 +513,8 @@ async fn rollback_is_assigned_before_statuses_are_written() {
     let begun = tokio::time::Instant::now();
     while assigned() < NODES - 1 {
         lab.wait(50).await;
-        assert!(
-            begun.elapsed() < Duration::from_secs(5),
-            "{} of {NODES} after {:?}",
-            assigned(),
-            begun.elapsed()
-        );
+        let elapsed = begun.elapsed();
+        assert!(elapsed < Duration::from_secs(5), "{} of {NODES} after {elapsed:?}", assigned());
     }
     println!("{} rows assigned in {:?}", assigned(), begun.elapsed());
     // Only the failed row is retried.

@@ -42,8 +42,6 @@ pub(crate) const CODE_MASK: u32 = 0xfff;
 pub(crate) const POOL_MASK: u32 = 0xffff_f000;
 /// Mask of the service-port number of a pool with affinity, in values and in ids of its backends.
 pub(crate) const STICKY_MASK: u32 = 0x7fff_0000;
-/// The role bit of a value: Local.
-pub(crate) const ROLE_BIT: u32 = 0x1000;
 /// Set in ids of backends, never in values.
 pub(crate) const BACKEND_BIT: u32 = 0x8000_0000;
 

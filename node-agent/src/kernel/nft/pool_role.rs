@@ -4,7 +4,8 @@ use std::ops::{Index, IndexMut};
 
 use switchtower_proto::v1::Role;
 
-use super::layout::ROLE_BIT;
+/// The role bit of a value: Local.
+pub(crate) const ROLE_BIT: u32 = 0x1000;
 
 /// Role of a programmed pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

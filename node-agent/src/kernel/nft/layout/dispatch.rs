@@ -13,10 +13,9 @@ use switchtower_proto::affinity::{TIMEOUTS, programmed_timeout};
 
 use super::{
     BACKEND_BIT, CODE_MASK, Chain, DynamicOperation, E, Expression, Layout, LookupResult, META_PRIORITY,
-    META_PROTOCOL, POOL_MASK, ROLE_BIT, Rule, RuleConfig, STICKY_MASK, Verdict, chain, forget, set_mark,
-    verdict,
+    META_PROTOCOL, POOL_MASK, Rule, RuleConfig, STICKY_MASK, Verdict, chain, forget, set_mark, verdict,
 };
-use crate::kernel::nft::pool_role::PoolRole;
+use crate::kernel::nft::pool_role::{PoolRole, ROLE_BIT};
 
 /// Pools of at most so many members have a size class of their own.
 const EXACT_SIZES: u32 = 16;

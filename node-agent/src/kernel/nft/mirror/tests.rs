@@ -16,8 +16,9 @@ use crate::kernel::nft::element::{Data, Element};
 use crate::kernel::nft::encode::{self, Structure};
 use crate::kernel::nft::hint;
 use crate::kernel::nft::layout::RuleConfig;
-use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, POOL_MASK, Pick, ROLE_BIT};
+use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, POOL_MASK, Pick};
 use crate::kernel::nft::plan::{NODE_PORT_ADDRESSES, Plan};
+use crate::kernel::nft::pool_role::ROLE_BIT;
 
 type Model = HashMap<Element<4>, Data<4>>;
 
