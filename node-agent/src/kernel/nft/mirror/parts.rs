@@ -5,10 +5,10 @@
 //! removal of unreferenced elements; small service ports and lists of sources come before large ones, so that no Service
 //! waits for the thousands of elements of another.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use super::Mirror;
-use crate::kernel::nft::element::{Changes, Data, Element, LIST_SHIFT};
+use crate::kernel::nft::element::{Changes, Data, Element, Key, LIST_SHIFT};
 use crate::kernel::nft::layout::{CODE_MASK, CODE_RESTRICTED, Pick, STICKY_MASK};
 
 type Change<const N: usize> = (Option<Data<N>>, Option<Data<N>>);
@@ -60,13 +60,13 @@ impl<const N: usize> Mirror<N> {
 struct Owners<const N: usize> {
     /// Service-port numbers by backend and by frontend.
     backends: HashMap<u32, u32>,
-    frontends: HashMap<Vec<u8>, u32>,
+    frontends: HashMap<Key<N>, u32>,
     /// Elements by service port.
     weights: HashMap<u32, usize>,
     /// Ranges by list of sources.
     lists: HashMap<u32, usize>,
     /// Frontends that a large list of sources restricts.
-    restricted: HashSet<Vec<u8>>,
+    restricted: HashSet<Key<N>>,
     /// Pools with slots that are replaced or removed.
     modified: HashSet<u32>,
     /// Addresses at which a small service port has a frontend.
@@ -122,8 +122,8 @@ impl<const N: usize> Owners<N> {
             let large = value & CODE_MASK == CODE_RESTRICTED && owners.is_large_list(value >> LIST_SHIFT);
             owners.restricted.extend(place(element).filter(|_| large));
         }
-        let addresses = changes.0.keys().filter(|element| !owners.is_large(element)).filter_map(address);
-        owners.small = addresses.collect();
+        let addresses = changes.0.keys().filter(|element| !owners.is_large(element)).filter_map(place);
+        owners.small = addresses.map(|key| key.address).collect();
         owners
     }
 
@@ -178,31 +178,14 @@ impl<const N: usize> Owners<N> {
     }
 }
 
-/// Returns the address of an element of a frontend.
-fn address<const N: usize>(element: &Element<N>) -> Option<[u8; N]> {
-    match element {
-        Element::Frontend(key)
-        | Element::Inside(key)
-        | Element::Outside(key)
-        | Element::Guarded(key)
-        | Element::Refused(key) => Some(key.address),
-        _ => None,
-    }
-}
-
 /// Returns the key that the elements of one frontend share.
-fn place<const N: usize>(element: &Element<N>) -> Option<Vec<u8>> {
+fn place<const N: usize>(element: &Element<N>) -> Option<Key<N>> {
     match element {
         Element::Frontend(key)
         | Element::Inside(key)
         | Element::Outside(key)
         | Element::Guarded(key)
-        | Element::Refused(key) => {
-            let mut place = key.address.to_vec();
-            place.push(key.protocol);
-            place.extend(key.port.to_be_bytes());
-            Some(place)
-        }
+        | Element::Refused(key) => Some(*key),
         _ => None,
     }
 }
@@ -213,7 +196,7 @@ fn group<const N: usize>(element: &Element<N>, stage: Stage) -> Option<[u8; N]> 
     match element {
         _ if !matches!(stage, Stage::Switch | Stage::SwitchLarge) => None,
         Element::Vip(address) | Element::ClusterIp(address) => Some(*address),
-        _ => address(element),
+        _ => place(element).map(|key| key.address),
     }
 }
 
@@ -234,30 +217,27 @@ type Order<const N: usize> = (Stage, Option<[u8; N]>, usize, Option<u32>, u8);
 /// Changes in parts of `limit`, or a little more where an address needs it.
 fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
     let owners = Owners::of(&changes, limit);
-    let mut stages: BTreeMap<Order<N>, Vec<Element<N>>> = BTreeMap::new();
-    for (element, change) in &changes.0 {
+    let order = |element: &Element<N>, change: &Change<N>| -> Order<N> {
         let stage = owners.stage(element, change);
         let group = group(element, stage);
         let (weight, number) = match group {
             Some(_) => (0, None),
             None => (owners.weight(element), owners.number(element)),
         };
-        stages.entry((stage, group, weight, number, rank(element, stage))).or_default().push(*element);
-    }
-    drop(owners);
-    let mut changes = changes.0;
+        (stage, group, weight, number, rank(element, stage))
+    };
+    let ordered = changes.0.into_iter().map(|(element, change)| (order(&element, &change), element, change));
+    let mut ordered: Vec<_> = ordered.collect();
+    ordered.sort_unstable_by_key(|(order, ..)| *order);
     let (mut parts, mut last) = (vec![Changes::default()], None);
-    for ((stage, group, ..), elements) in stages {
-        let whole = group.is_some();
-        for element in elements {
-            let full = parts.last().is_none_or(|part: &Changes<N>| part.0.len() >= limit);
-            if full && !(whole && last == Some((stage, group))) {
-                parts.push(Changes::default());
-            }
-            last = Some((stage, group));
-            if let (Some(part), Some(change)) = (parts.last_mut(), changes.remove(&element)) {
-                part.0.insert(element, change);
-            }
+    for ((stage, group, ..), element, change) in ordered {
+        let full = parts.last().is_none_or(|part: &Changes<N>| part.0.len() >= limit);
+        if full && !(group.is_some() && last == Some((stage, group))) {
+            parts.push(Changes::default());
+        }
+        last = Some((stage, group));
+        if let Some(part) = parts.last_mut() {
+            part.0.insert(element, change);
         }
     }
     parts
@@ -266,7 +246,7 @@ fn parts<const N: usize>(changes: Changes<N>, limit: usize) -> Vec<Changes<N>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::element::{Key, Range};
+    use crate::kernel::nft::element::Range;
     use crate::kernel::nft::layout::{CODE_DROP, Masquerade};
 
     fn service(number: u32, members: u32) -> Vec<(Element<4>, Change<4>)> {
