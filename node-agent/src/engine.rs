@@ -47,8 +47,8 @@ pub use messages::{AgentStatus, Command, Event};
 use report::Conditions;
 use sync::{Acknowledgement, Confidence, Due, Reception, SyncState};
 
-/// Hold after a resumed stream. A controller that resumes a view sends missing changes immediately; without an update
-/// in this time there are none.
+/// Hold after a resumed stream, if the kernel's generation is not above the view's. A controller that resumes a view
+/// sends missing changes immediately; without an update in this time there are none.
 const HOLD_AFTER_RESUME: Duration = Duration::from_secs(3);
 /// Maximum number of uncommitted changes; beyond it the next commit compares the whole view.
 const PENDING_LIMIT: usize = 100_000;
@@ -249,8 +249,7 @@ impl Engine {
         match self.sync.next(self.earliest_commit(now)).filter(|(at, _)| *at <= now) {
             Some((_, Due::Commit)) => self.attempt(),
             Some((_, Due::Release)) => {
-                // The controller has withdrawn the changes that the kernel holds beyond the view; otherwise it would
-                // have sent an update.
+                // The kernel's content is not newer than the view; otherwise the controller would have sent an update.
                 self.release();
                 self.acknowledgement.due = true;
                 self.queue_and_sync();
@@ -271,7 +270,7 @@ impl Engine {
         self.snapshots.command(Instant::now());
         match command {
             Command::Attach { events, status } => self.attach(events, status),
-            Command::Resumed => self.hold(Some(Instant::now() + HOLD_AFTER_RESUME)),
+            Command::Resumed => self.resumed(Instant::now()),
             Command::Begin(update) => {
                 self.hold(None);
                 self.reception = Reception::Receiving;
@@ -346,6 +345,14 @@ impl Engine {
         if let SyncState::Held { until } = &mut self.sync {
             *until = end;
         }
+    }
+
+    /// The controller resumed the view.
+    fn resumed(&mut self, now: Instant) {
+        // A controller never leaves a node below the generation of its kernel, so an update follows, however late. To
+        // commit the view before it arrives would revert the kernel to an earlier generation.
+        let newer = self.kernel.is_some_and(|stamp| stamp.generation > self.state.generation());
+        self.hold((!newer).then_some(now + HOLD_AFTER_RESUME));
     }
 
     /// Ends the hold.

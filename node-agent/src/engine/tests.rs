@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::kernel::conntrack::{Families, FlowReport, FlowTable};
+use crate::kernel::dataplane::Stamp as KernelStamp;
 use crate::kernel::inspector::Inspector;
 use crate::testing::{self, Fleet, MemoryKernel};
 
@@ -257,6 +258,28 @@ fn agent_killed_before_snapshot_writes_only_the_next_change() {
 fn resumed_view_adopted_after_the_hold() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
+    let fleet = Fleet::new(5, 2);
+    drop(with_a_file(&kernel, directory.path(), &fleet));
+    let mut memory = kernel.lock();
+    memory.stamp = memory.stamp.map(|stamp| KernelStamp { generation: 0, digest: 7, ..stamp });
+    drop(memory);
+    let (mut second, _) = engine(&kernel, directory.path());
+    let (_, mut events) = attach(&mut second);
+    let now = Instant::now();
+    second.resumed(now);
+    assert_eq!(second.sync, SyncState::Held { until: Some(now + HOLD_AFTER_RESUME) });
+    second.wake();
+    assert_eq!(kernel.lock().stamp.unwrap().generation, 0, "not before the hold ends");
+    second.hold(Some(now));
+    second.wake();
+    assert_eq!(ack(&mut events).generation, 1);
+    assert_eq!(kernel.lock().stamp.unwrap().generation, 1);
+}
+
+#[test]
+fn newer_kernel_waits_for_the_update_after_a_resume() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
     let mut fleet = Fleet::new(5, 2);
     let mut first = with_a_file(&kernel, directory.path(), &fleet);
     play(&mut first, fleet.add_endpoint(3, 5));
@@ -264,12 +287,13 @@ fn resumed_view_adopted_after_the_hold() {
     let (mut second, _) = engine(&kernel, directory.path());
     let (_, mut events) = attach(&mut second);
     second.handle(Command::Resumed);
-    second.wake();
-    assert_eq!(kernel.lock().commits.len(), 2, "not before the hold ends");
-    second.hold(Some(Instant::now()));
-    second.wake();
-    assert_eq!(ack(&mut events).generation, 1);
-    assert_eq!(kernel.lock().commits[2..], [1]);
+    assert_eq!(second.sync, SyncState::Held { until: None }, "a slow update is waited for");
+    // A controller without a change sends an empty update above the kernel's generation.
+    let digest = second.state.digest().to_bytes().to_vec();
+    let update = Update { from: Some(1), to: 3, digest, ..Update::default() };
+    play(&mut second, (update, Vec::new()));
+    assert_eq!(ack(&mut events).generation, 3);
+    assert_eq!(kernel.lock().stamp.unwrap().generation, 3);
 }
 
 #[test]

@@ -139,7 +139,9 @@ impl Agent {
         match message {
             ToAgent::Welcome { session, resumed } => {
                 self.session = session;
-                if let (Sync::Held { resumed: known }, true) = (&mut self.sync, resumed) {
+                // Below the kernel's generation, an update follows.
+                let newer = self.kernel.stamp.is_some_and(|(kernel, _)| kernel > self.state.generation());
+                if let (Sync::Held { resumed: known }, true) = (&mut self.sync, resumed && !newer) {
                     *known = true;
                 }
             }
