@@ -97,7 +97,7 @@ fn also(status: &ProxyStatusStatus, state: Option<NodeState>) -> Vec<(Code, Stri
 /// Returns the message code for a state and reason, or `None` for a healthy node.
 fn code(state: Option<NodeState>, reason: &str) -> Option<Code> {
     Some(match (state, NodeReason::from_name(reason)) {
-        (Some(NodeState::Synced), _) => return None,
+        (Some(NodeState::Synced | NodeState::Shadow), _) => return None,
         (_, Some(NodeReason::NodeStatusUnknown)) => codes::NODE_DOWN,
         (_, Some(NodeReason::ControllerNotListening)) => codes::CONTROLLER_NOT_LISTENING,
         (_, Some(NodeReason::SettingsOnTrial)) => codes::SETTINGS_ON_TRIAL,

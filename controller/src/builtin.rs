@@ -22,6 +22,7 @@ mod decide;
 
 use decide::{Found, PodsSeen};
 
+use crate::cli::BuiltinMode;
 use crate::errors::is_missing_kind;
 use crate::fleet::builtin_settings;
 use crate::rollout::laid_over;
@@ -59,12 +60,12 @@ fn refused(what: impl Into<String>) -> impl FnOnce(kube::Error) -> BuiltinError 
     move |source| BuiltinError::Api { what, source: Box::new(source) }
 }
 
-/// Returns the stored decision, or decides now. Of several controllers that start together, one decides and the
+/// Returns the stored decision, or decides now, with the given mode. Of several controllers that start together, one decides and the
 /// others read.
 ///
 /// # Errors
 /// The API server refuses or does not answer, or the record is damaged.
-pub async fn load(client: &Client, namespace: &str) -> Result<Record, BuiltinError> {
+pub async fn load(client: &Client, namespace: &str, mode: BuiltinMode) -> Result<Record, BuiltinError> {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let reading = || {
         refused(format!(
@@ -77,7 +78,7 @@ pub async fn load(client: &Client, namespace: &str) -> Result<Record, BuiltinErr
     if let Some(map) = api.get_opt(CONFIG_MAP).await.map_err(reading())? {
         return read(&map);
     }
-    let record = decide::decide(look(client).await?);
+    let record = decide::decide(look(client).await?, mode);
     match api.create(&PostParams::default(), &record.config_map()).await {
         Ok(_) => {
             tracing::info!(origin = record.origin.as_str(), explanation = record.explanation, %namespace,

@@ -45,6 +45,16 @@ pub struct ImportConfigArgs {
     pub name: String,
 }
 
+/// Mode of nodes without a ProxyProfile.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum BuiltinMode {
+    /// The rules translate connections.
+    #[default]
+    Active,
+    /// The rules are loaded without effect.
+    Shadow,
+}
+
 /// Flags of the controller. Exit codes: 0 stopped by a signal, 1 startup failed, 2 invalid usage.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
@@ -81,6 +91,10 @@ pub struct ServeArgs {
     /// Audience of the agents' tokens.
     #[arg(long, env = "SWITCHTOWER_AUDIENCE", default_value = "switchtower", value_name = "NAME")]
     pub audience: String,
+    /// Mode in the built-in settings, if this start creates them. Shadow: nodes keep their service proxy until a
+    /// ProxyProfile sets mode Active.
+    #[arg(long, env = "SWITCHTOWER_BUILTIN_MODE", value_enum, default_value_t = BuiltinMode::Active)]
+    pub builtin_mode: BuiltinMode,
     /// Label selector of the Nodes that are served and have a ProxyStatus. The default also selects Nodes without the
     /// label.
     #[arg(

@@ -14,7 +14,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    AgentMessage, ControllerMessage, GoAwayReason, Ping, ReleaseHeld, Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAwayReason, Ping, ProxyMode, ReleaseHeld, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -400,9 +400,10 @@ impl Session {
         let digest = after.digest().to_bytes();
         let settings = after.subscription().settings.clone();
         let unproven = self.unproven;
-        let mut held = 0;
+        let (mut held, mut mode) = (0, ProxyMode::default());
         self.fleet.reached(&self.node, self.number, &after, None, |known| {
             held = known.deviations.as_ref().map_or(0, |deviations| deviations.held);
+            mode = known.mode;
             known.sent = generation;
             known.desired = generation;
             if unproven {
@@ -417,7 +418,7 @@ impl Session {
             if news { News::Transition } else { News::Progress }
         });
         if !unproven {
-            self.kernel_reached(&after, held);
+            self.kernel_reached(&after, held, mode);
         }
         self.cursor = Some(after);
     }

@@ -148,6 +148,7 @@ pub fn parse(text: &str) -> Result<KubeProxy, KubeProxyError> {
         conntrack: Some(conntrack(&from.conntrack.unwrap_or_default(), &mut notes)?),
         minimum_interval_milliseconds: None,
         log_level: None,
+        mode: None,
         drain_gate: None,
     };
     let localhost_node_ports = backend == Backend::IpTables && iptables.localhost_node_ports.unwrap_or(true);

@@ -113,7 +113,7 @@ pub struct ProxyStatusStatus {
     /// Generation of `spec` that the status reflects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Summary of the conditions: Synced, Progressing, Stale, ApplyFailed, Deviating, Drifted, PodsNotLocal,
+    /// Summary of the conditions: Synced, Shadow, Progressing, Stale, ApplyFailed, Deviating, Drifted, PodsNotLocal,
     /// NotExclusive, Unknown or Absent. Later versions may add values.
     #[serde(default)]
     pub state: String,

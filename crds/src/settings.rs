@@ -11,6 +11,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxySettings {
+    /// Active: the node's rules translate connections. Shadow: the agent programs the same tables without hooks, so that
+    /// they affect no packet, closes the ports of kube-proxy, and changes neither kernel settings nor conntrack entries:
+    /// another service proxy serves the node. Default: Active.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<ProxyMode>,
     /// Method for recognising connections from the node's own pods. Default: the pod CIDRs of the Node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_detection: Option<LocalDetection>,
@@ -44,6 +49,16 @@ pub struct ProxySettings {
     /// Drain gate: lets the preStop hook of a pod wait until no node sends new connections to the pod. Default: off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_gate: Option<DrainGate>,
+}
+
+/// Mode of the agents.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ProxyMode {
+    /// The node's rules translate connections.
+    #[default]
+    Active,
+    /// The node's rules are loaded without effect.
+    Shadow,
 }
 
 /// Drain gate of the node's pods. A pod uses it with the hook preStop: {httpGet: {port: 9910, path: /drained}}.

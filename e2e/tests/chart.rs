@@ -176,6 +176,21 @@ fn kind_overlay_equals_chart_with_its_values() {
 }
 
 #[test]
+fn shadow_mode_equals_its_overlay() {
+    let wanted = Objects::parse(&kubectl_kustomize(&root().join("examples/shadow")));
+    let wanted = wanted.without("Namespace").without("CustomResourceDefinition");
+    chart("switchtower", &["imageTag=dev", "mode=shadow", "conntrackSysctls.enabled=true"])
+        .assert_equal(&wanted);
+    let arguments = |kind: &str, name: &str| {
+        let object = &wanted.0[&format!("\"{kind}\" \"{NAMESPACE}\"/\"{name}\"")];
+        object["spec"]["template"]["spec"]["containers"][0]["args"].clone()
+    };
+    let has = |arguments: Value, flag: &str| arguments.as_array().unwrap().contains(&json!(flag));
+    assert!(has(arguments("Deployment", "switchtower-controller"), "--builtin-mode=shadow"));
+    assert!(has(arguments("DaemonSet", "switchtower-node-agent"), "--initial-mode=shadow"));
+}
+
+#[test]
 fn crd_chart_equals_generated_definitions() {
     let wanted = kustomize(&["../manifests"], &[]).only("CustomResourceDefinition");
     assert_eq!(wanted.0.len(), 3);
@@ -250,6 +265,7 @@ fn wrong_values_are_rejected_by_the_schema() {
         ),
         ("switchtower", "nodeAgent.maxUnavailable=0%", "'0%' does not match pattern"),
         ("switchtower", "alerts.enabled=yes", "got string, want boolean"),
+        ("switchtower", "mode=passive", "value must be one of 'active', 'shadow'"),
         ("switchtower-crds", "keep=always", "got string, want boolean"),
     ];
     for (chart, value, message) in cases {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use switchtower_proto::v1::ProxyMode;
 
 /// Programs Services on this node: receives its view from a controller and commits it to nftables.
 ///
@@ -71,6 +72,18 @@ pub(crate) struct AgentArgs {
         default_value = "[::]:10256"
     )]
     pub(crate) healthz_bind_address: SocketAddr,
+    /// Address of /livez, /readyz and /connection for the kubelet, in every mode.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_PROBE_BIND_ADDRESS",
+        value_parser = address_and_port,
+        default_value = "127.0.0.1:9446"
+    )]
+    pub(crate) probe_bind_address: SocketAddr,
+    /// Mode until settings are known, from a controller or the state directory. In mode Shadow, ports 10249 and 10256
+    /// stay closed.
+    #[arg(long, env = "SWITCHTOWER_INITIAL_MODE", value_enum, default_value_t = Mode::Active)]
+    pub(crate) initial_mode: Mode,
 }
 
 impl AgentArgs {
@@ -126,6 +139,24 @@ pub(crate) enum Action {
         #[arg(long, env = "SWITCHTOWER_CONNTRACK_TCP_TIMEOUT_CLOSE_WAIT", default_value_t = 3_600)]
         tcp_timeout_close_wait: u64,
     },
+}
+
+/// Mode of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// The rules translate connections.
+    Active,
+    /// Another service proxy serves the node.
+    Shadow,
+}
+
+impl From<Mode> for ProxyMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Active => Self::Active,
+            Mode::Shadow => Self::Shadow,
+        }
+    }
 }
 
 /// Format of log lines.

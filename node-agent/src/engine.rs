@@ -25,7 +25,7 @@ mod trial;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime};
 
-use switchtower_proto::v1::{Nack, NackReason};
+use switchtower_proto::v1::{Nack, NackReason, ProxyMode, Settings};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::controller::backoff::full_jitter;
@@ -89,6 +89,8 @@ pub(crate) struct Parts {
     pub(crate) questions: crate::kernel::inspector::Inspector,
     /// Exporter of spans for updates and repairs.
     pub(crate) traces: Traces,
+    /// Mode before any settings are known.
+    pub(crate) initial_mode: ProxyMode,
     /// Settings of the drain gate; its listener follows them.
     pub(crate) drain_gate: watch::Sender<GateSettings>,
 }
@@ -167,6 +169,7 @@ impl Engine {
         if let Some(record) = stored.trial {
             engine.state.remember(record);
         }
+        engine.parts.health.publish_mode(engine.mode());
         engine.start_from_file();
         engine
     }
@@ -239,7 +242,7 @@ impl Engine {
         let now = Instant::now();
         let sync = self.sync.next(self.earliest_commit(now)).map(|(at, _)| at);
         let round = self.state.round_due().filter(|_| self.sync == SyncState::Idle);
-        let pass = self.flow_checks.next(now).filter(|_| self.kernel_holds_view());
+        let pass = self.flow_checks.next(now).filter(|_| self.reconciles_flows());
         let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
         [snapshot, sync, pass, round, drift, self.refused_due()].into_iter().flatten().min()
     }
@@ -300,7 +303,9 @@ impl Engine {
                 self.repair_if_due();
             }
             Command::ForeignProxy(present) => {
-                if present {
+                if present && self.mode() == ProxyMode::Shadow {
+                    tracing::info!("kube-proxy serves this node");
+                } else if present {
                     tracing::warn!(
                         "another kube-proxy has rules on this node; remove them with kube-proxy --cleanup"
                     );
@@ -552,11 +557,17 @@ impl Engine {
         self.failed(error);
     }
 
+    /// Returns the mode of the settings in force.
+    fn mode(&self) -> ProxyMode {
+        self.state.settings().map_or(self.parts.initial_mode, Settings::mode)
+    }
+
     fn kernel_holds_view(&self) -> bool {
         self.kernel.is_some() && self.state.is_loaded() && self.sync == SyncState::Idle
     }
 
     fn publish_health(&self) {
+        self.parts.health.publish_mode(self.mode());
         if self.kernel.is_none() {
             return;
         }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use switchtower_proto::address_bytes;
-use switchtower_proto::v1::Cidr;
+use switchtower_proto::v1::{Cidr, ProxyMode, Settings};
 use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
@@ -25,7 +25,7 @@ use crate::state::State;
 
 pub(crate) use node_ports::listen;
 pub(crate) use node_ports::{BindFailures, serve_node_ports};
-pub(crate) use server::{health_router, metrics_router, serve};
+pub(crate) use server::{health_router, metrics_router, serve, serve_in_mode};
 
 /// Age of a change that makes the node unhealthy: twice kube-proxy's default syncPeriod.
 const STALE_AFTER: Duration = Duration::from_secs(60);
@@ -55,7 +55,9 @@ pub(crate) struct HealthTargets {
 impl HealthTargets {
     /// From the view and the addresses of the node's interfaces.
     pub(crate) fn of(state: &State, host_addresses: &[IpAddr]) -> Self {
-        let checks = state.health_checks().filter_map(|check| {
+        // In mode Shadow the ports belong to another proxy.
+        let shadow = state.settings().map(Settings::mode) == Some(ProxyMode::Shadow);
+        let checks = state.health_checks().filter(|_| !shadow).filter_map(|check| {
             let key = check.key.clone()?;
             let port = u16::try_from(check.port).ok()?;
             let check = Check { port, ready_ipv4: check.ready_ipv4, ready_ipv6: check.ready_ipv6 };
@@ -149,6 +151,7 @@ struct Shared {
 pub(crate) struct Health {
     shared: Arc<Mutex<Shared>>,
     targets: watch::Sender<HealthTargets>,
+    mode: watch::Sender<ProxyMode>,
 }
 
 /// One reading.
@@ -166,7 +169,11 @@ pub(crate) struct Reading {
 
 impl Default for Health {
     fn default() -> Self {
-        Health { shared: Arc::default(), targets: watch::Sender::new(HealthTargets::default()) }
+        Health {
+            shared: Arc::default(),
+            targets: watch::Sender::new(HealthTargets::default()),
+            mode: watch::Sender::new(ProxyMode::Active),
+        }
     }
 }
 
@@ -216,6 +223,16 @@ impl Health {
             *current = targets;
             changed
         });
+    }
+
+    /// Publishes the mode of the settings in force; wakes subscribers only if it changed.
+    pub(crate) fn publish_mode(&self, mode: ProxyMode) {
+        self.mode.send_if_modified(|current| std::mem::replace(current, mode) != mode);
+    }
+
+    /// Subscribes to the mode of the settings in force.
+    pub(crate) fn mode(&self) -> watch::Receiver<ProxyMode> {
+        self.mode.subscribe()
     }
 
     /// Subscribes to the published targets.

@@ -5,7 +5,10 @@ mod sockets;
 mod startup;
 mod tasks;
 
+use std::net::SocketAddr;
+
 use anyhow::Context as _;
+use axum::Router;
 use prometheus::Registry;
 use switchtower_proto::v1::ConntrackSettings;
 use tokio::sync::{mpsc, watch};
@@ -17,7 +20,7 @@ use crate::controller::link::Contact;
 use crate::controller::session::{Context, Identity};
 use crate::drain::requests::Requests;
 use crate::engine::{Command, Engine, Parts};
-use crate::health::{Health, health_router, metrics_router, serve, serve_node_ports};
+use crate::health::{Health, health_router, metrics_router, serve, serve_in_mode, serve_node_ports};
 use crate::kernel::addresses::kernel_version;
 use crate::kernel::conntrack::{Conntrack, Reconciler};
 use crate::kernel::inspector::Inspector;
@@ -113,6 +116,20 @@ fn start_engine(
         .context("start the engine's thread")
 }
 
+/// Starts the servers of health and probes.
+fn listen(probes: SocketAddr, healthz: SocketAddr, health: &Health, router: Router) {
+    tokio::spawn(serve(probes, "probes", router.clone()));
+    tokio::spawn(serve_in_mode(healthz, "health", router, health.mode()));
+}
+
+/// Starts the servers of metrics.
+fn listen_for_metrics(addresses: Vec<SocketAddr>, health: &Health, registry: Registry) {
+    let router = metrics_router(registry);
+    for address in addresses {
+        tokio::spawn(serve_in_mode(address, "metrics", router.clone(), health.mode()));
+    }
+}
+
 /// Runs the agent until a stop signal.
 fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
     bound_memory();
@@ -134,6 +151,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     let Sockets { kernel, flows, host_addresses, watched } = Sockets::open()?;
     let (registry, metrics) = register_metrics(&node_name)?;
     let health = Health::default();
+    health.publish_mode(args.initial_mode.into());
     let (commands, received) = mpsc::channel(COMMANDS);
     let files = StateFiles::start().context("start the thread that writes state files")?;
     let parts = Parts {
@@ -155,6 +173,7 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
         trial: Some(TrialFile::new(&args.state_dir)),
         questions: KernelReader::open().and_then(Inspector::start).context("open a socket for queries")?,
         traces,
+        initial_mode: args.initial_mode.into(),
         drain_gate: watch::Sender::default(),
     };
     let drain_port = parts.drain_gate.subscribe();
@@ -164,11 +183,8 @@ fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Res
     let contact = Contact::default();
     let result = runtime.block_on(async {
         let router = health_router(&health, &contact, &metrics);
-        tokio::spawn(serve(args.healthz_bind_address, "health", router));
-        let router = metrics_router(registry);
-        for address in args.metrics_bind_address {
-            tokio::spawn(serve(address, "metrics", router.clone()));
-        }
+        listen(args.probe_bind_address, args.healthz_bind_address, &health, router);
+        listen_for_metrics(args.metrics_bind_address, &health, registry);
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
         let drains = Requests::default();
         tokio::spawn(crate::drain::server::serve(drain_port, drains.clone(), commands.clone()));

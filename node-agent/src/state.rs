@@ -115,7 +115,8 @@ pub struct Counts {
 }
 
 /// Features of this agent, for `Hello.features` and `Update.required_features`.
-pub const FEATURES: &[&str] = &[switchtower_proto::HEALTH_CHECK_LAYER, switchtower_proto::DRAIN_GATE];
+pub const FEATURES: &[&str] =
+    &[switchtower_proto::HEALTH_CHECK_LAYER, switchtower_proto::DRAIN_GATE, switchtower_proto::SHADOW_MODE];
 
 /// The layers as received, the place in the controller's log, and the update that is being received.
 pub struct State {

@@ -452,7 +452,7 @@ fn reader_follows_the_maps_to_the_endpoints() {
     let hooked = chains.iter().find(|chain| chain.family == "ip" && chain.name == "nat_prerouting").unwrap();
     assert_eq!(
         (hooked.hook.as_str(), hooked.rules, hooked.foreign),
-        ("nat hook prerouting priority -100", 1, 0)
+        ("nat hook prerouting priority -101", 1, 0)
     );
     assert!(chains.iter().any(|chain| chain.family == "ip6"));
 }

@@ -93,6 +93,9 @@ pub fn bucket(namespace: &str, name: &str) -> u32 {
 /// Byte before `Settings.drain_gate_port`: the number of the field.
 const DRAIN_GATE_MARK: u8 = 13;
 
+/// Byte before `Settings.mode`: the number of the field.
+const MODE_MARK: u8 = 14;
+
 /// Number of buckets of a layer's snapshot.
 pub const BUCKETS: u32 = 1024;
 
@@ -283,6 +286,7 @@ impl Encoder {
             log_level,
             trial,
             drain_gate_port,
+            mode,
         } = settings;
         self.bytes(profile.as_bytes());
         self.uint(*revision);
@@ -299,6 +303,10 @@ impl Encoder {
             // The next byte is 0 or 1 without it: the presence of `trial`.
             self.bytes_raw(&[DRAIN_GATE_MARK]);
             self.uint(*drain_gate_port);
+        }
+        if *mode != 0 {
+            self.bytes_raw(&[MODE_MARK]);
+            self.enumeration(*mode);
         }
         self.message(trial.as_deref(), Self::trial);
     }

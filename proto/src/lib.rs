@@ -13,6 +13,9 @@ pub const HEALTH_CHECK_LAYER: &str = "health-check-layer";
 /// Feature in Hello, Welcome and `Update.required_features`: the drain gate.
 pub const DRAIN_GATE: &str = "drain-gate";
 
+/// Feature in Hello and `Update.required_features`: settings with mode Shadow.
+pub const SHADOW_MODE: &str = "shadow-mode";
+
 /// Returns an address as the messages contain it: 4 or 16 bytes in network order.
 #[must_use]
 pub fn address_bytes(address: std::net::IpAddr) -> Vec<u8> {

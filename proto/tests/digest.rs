@@ -79,6 +79,7 @@ fn vectors() -> BTreeMap<&'static str, String> {
         ..settings.clone()
     };
     let gated = Settings { drain_gate_port: 9910, ..tried.clone() };
+    let shadow = Settings { mode: ProxyMode::Shadow.into(), ..tried.clone() };
     let check = HealthCheck {
         key: Some(HealthCheckKey { namespace: "shop".into(), name: "cart".into() }),
         port: 30100,
@@ -105,6 +106,7 @@ fn vectors() -> BTreeMap<&'static str, String> {
         ("service cidr", hash(LayerKind::Cluster, ItemRef::ServiceCidr(&cidr))),
         ("settings", hash(LayerKind::Settings, ItemRef::Settings(&settings))),
         ("settings on trial", hash(LayerKind::Settings, ItemRef::Settings(&tried))),
+        ("settings in mode Shadow", hash(LayerKind::Settings, ItemRef::Settings(&shadow))),
         ("settings with a drain gate", hash(LayerKind::Settings, ItemRef::Settings(&gated))),
         ("digest of pool and member", sum.to_string()),
         ("bucket of shop/cart", bucket("shop", "cart").to_string()),

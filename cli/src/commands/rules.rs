@@ -77,7 +77,7 @@ mod tests {
             node: "alpha".into(),
             kernel: Some(Stage { generation: 7, digest: String::new() }),
             services: vec![],
-            chains: vec![chain("nat_output", "nat hook output priority -100", 0), chain("services", "", 1)],
+            chains: vec![chain("nat_output", "nat hook output priority -101", 0), chain("services", "", 1)],
             elements: vec!["ip frontends 10.96.0.1:80/TCP : 0x00002007".into()],
             elements_total: 5,
         };
@@ -85,7 +85,7 @@ mod tests {
 alpha: generation 7 in the kernel
 
 CHAIN          RULES  FOREIGN  HOOK
-ip nat_output  3      -        nat hook output priority -100
+ip nat_output  3      -        nat hook output priority -101
 ip services    3      1
 
 ip frontends 10.96.0.1:80/TCP : 0x00002007

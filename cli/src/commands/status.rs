@@ -82,7 +82,8 @@ fn severity(state: Option<NodeState>) -> u8 {
         Some(NodeState::Drifted) => 6,
         Some(NodeState::Progressing) => 7,
         None => 8,
-        Some(NodeState::Synced) => 9,
+        Some(NodeState::Shadow) => 9,
+        Some(NodeState::Synced) => 10,
     }
 }
 

@@ -65,6 +65,8 @@ names! {
         Behind,
         /// The kernel holds the desired generation.
         UpToDate,
+        /// The kernel holds the desired generation without effect on packets.
+        ShadowMode,
         /// The previous settings are in force during the baseline of a trial.
         SettingsOnTrial,
         /// The settings failed their trial.

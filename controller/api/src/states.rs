@@ -40,6 +40,8 @@ names! {
     NodeState {
         /// The kernel holds the latest generation.
         Synced,
+        /// The kernel holds the latest generation without effect on packets: the settings have mode Shadow.
+        Shadow,
         /// The agent is connected and has not applied the latest generation yet.
         Progressing,
         /// The agent is disconnected; the kernel keeps its rules.

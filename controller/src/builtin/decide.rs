@@ -9,8 +9,9 @@ use switchtower_core::locality::Detection;
 use switchtower_core::model::Input;
 use switchtower_crds::builtin::{Origin, Record};
 use switchtower_crds::kube_proxy::{self, Backend, KubeProxy};
-use switchtower_crds::{LocalDetection, LocalDetectionMode, ProxySettings};
+use switchtower_crds::{LocalDetection, LocalDetectionMode, ProxyMode, ProxySettings};
 
+use crate::cli::BuiltinMode;
 use crate::ingest::{self, Fact};
 
 /// Facts for the decision.
@@ -67,8 +68,18 @@ pub(super) fn read(map: &ConfigMap) -> Result<KubeProxy, String> {
     kube_proxy::parse(text).map_err(|error| error.to_string())
 }
 
-/// Derives the built-in settings.
-pub(super) fn decide(found: Found) -> Record {
+/// Derives the built-in settings. Nodes that were served before keep mode Active: they may have no other proxy.
+pub(super) fn decide(found: Found, mode: BuiltinMode) -> Record {
+    let shadow = mode == BuiltinMode::Shadow && !found.served_before;
+    let mut record = translate(found);
+    if shadow {
+        record.settings.mode = Some(ProxyMode::Shadow);
+        record.explanation += " Mode Shadow: --builtin-mode of the controller.";
+    }
+    record
+}
+
+fn translate(found: Found) -> Record {
     let by_node = || detection(LocalDetectionMode::NodeCidr);
     if found.served_before {
         let explanation =
@@ -178,7 +189,10 @@ mod tests {
     fn kube_proxy_s_configuration_comes_first() {
         let config = "clusterCIDR: 10.244.0.0/16\niptables: {masqueradeAll: true}";
         let kube_proxy = Some(read(&map(&json!({"config.conf": config}))));
-        let record = decide(Found { kube_proxy, pods: pods(&["10.9.0.1"]), served_before: false });
+        let record = decide(
+            Found { kube_proxy, pods: pods(&["10.9.0.1"]), served_before: false },
+            BuiltinMode::Active,
+        );
         assert_eq!((record.origin, mode(&record)), (Origin::KubeProxy, LocalDetectionMode::ClusterCidr));
         assert_eq!(record.settings.masquerade_all, Some(true));
         assert!(record.explanation.contains("mode iptables"), "{}", record.explanation);
@@ -189,7 +203,7 @@ mod tests {
     fn invalid_configuration_is_a_problem_and_ignored() {
         for data in [json!({}), json!({"config.conf": "{"}), json!({"kubeconfig": "apiVersion: v1"})] {
             let kube_proxy = Some(read(&map(&data)));
-            let record = decide(Found { kube_proxy, ..Found::default() });
+            let record = decide(Found { kube_proxy, ..Found::default() }, BuiltinMode::Active);
             assert_eq!(
                 (record.origin, mode(&record)),
                 (Origin::Defaults, LocalDetectionMode::NodeCidr),
@@ -212,7 +226,7 @@ mod tests {
                 "10.244.3.11 on node n",
             ),
         ] {
-            let record = decide(Found { pods: pods(addresses), ..Found::default() });
+            let record = decide(Found { pods: pods(addresses), ..Found::default() }, BuiltinMode::Active);
             assert_eq!((record.origin, mode(&record)), (origin, expected), "{addresses:?}");
             assert!(record.explanation.contains(part), "{}", record.explanation);
         }
@@ -221,7 +235,17 @@ mod tests {
     #[test]
     fn nodes_served_before_keep_their_settings() {
         let kube_proxy = Some(read(&map(&json!({"config.conf": "clusterCIDR: 10.244.0.0/16"}))));
-        let record = decide(Found { served_before: true, kube_proxy, pods: PodsSeen::default() });
+        let record =
+            decide(Found { served_before: true, kube_proxy, pods: PodsSeen::default() }, BuiltinMode::Active);
         assert_eq!((record.origin, mode(&record)), (Origin::EarlierVersion, LocalDetectionMode::NodeCidr));
+    }
+
+    #[test]
+    fn shadow_only_for_nodes_never_served() {
+        let decided = |served_before| {
+            decide(Found { served_before, ..Found::default() }, BuiltinMode::Shadow).settings.mode
+        };
+        assert_eq!((decided(false), decided(true)), (Some(ProxyMode::Shadow), None));
+        assert_eq!(decide(Found::default(), BuiltinMode::Active).settings.mode, None);
     }
 }

@@ -7,9 +7,9 @@ use std::time::SystemTime;
 use switchtower_core::layer::Layers;
 use switchtower_core::model::LayerId;
 use switchtower_core::propagation::{Change as FollowedChange, Publication, TraceContext};
-use switchtower_proto::DRAIN_GATE;
 use switchtower_proto::v1::change::Change as Op;
-use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, Settings};
+use switchtower_proto::v1::{Change, ConntrackSettings, LocalDetection, ProxyMode, Settings};
+use switchtower_proto::{DRAIN_GATE, SHADOW_MODE};
 
 use super::{Fleet, Nodes};
 use crate::propagation::{new_trace, unix_nanoseconds};
@@ -111,8 +111,12 @@ impl Fleet {
     /// Returns the features that an agent must have for the settings.
     pub(crate) fn required_features(&self, name: &SettingsName) -> Vec<String> {
         let nodes = lock(&self.nodes);
-        let gated = nodes.settings.get(name).is_some_and(|settings| settings.drain_gate_port != 0);
-        gated.then(|| DRAIN_GATE.to_owned()).into_iter().collect()
+        let Some(settings) = nodes.settings.get(name) else { return Vec::new() };
+        let needed = [
+            (settings.drain_gate_port != 0, DRAIN_GATE),
+            (settings.mode() == ProxyMode::Shadow, SHADOW_MODE),
+        ];
+        needed.into_iter().filter(|(needed, _)| *needed).map(|(_, feature)| feature.to_owned()).collect()
     }
 
     /// Settings of nodes without a profile, and the base of all profiles.

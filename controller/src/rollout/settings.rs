@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use switchtower_core::rollout::Revision;
 use switchtower_core::wire;
 use switchtower_crds as api;
-use switchtower_proto::v1::{Cidr, LocalDetection, Probe, ProbeKind, Settings, Trial};
+use switchtower_proto::v1::{Cidr, LocalDetection, Probe, ProbeKind, ProxyMode, Settings, Trial};
 
 /// Default time for which a node repeats its probes after the switch.
 const WINDOW_SECONDS: i32 = 10;
@@ -25,6 +25,7 @@ pub(super) fn settings(builtin: &Settings, revision: &Revision, from: &api::Prox
 pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings {
     let mut settings = base.clone();
     let api::ProxySettings {
+        mode: proxy_mode,
         local_detection,
         masquerade_all,
         masquerade_bit,
@@ -34,6 +35,7 @@ pub(crate) fn laid_over(base: &Settings, from: &api::ProxySettings) -> Settings 
         log_level,
         drain_gate,
     } = from;
+    settings.mode = proxy_mode.map_or(settings.mode, |mode| node_mode(mode) as i32);
     if let Some(detection) = local_detection {
         settings.local_detection = mode(detection.mode) as i32;
         settings.cluster_cidrs = cidrs(detection.cluster_cidrs.iter().map(|cidr| cidr.0.as_str()));
@@ -151,6 +153,13 @@ fn node_port_networks(from: &[api::NodePortAddress]) -> Vec<Cidr> {
     networks
 }
 
+fn node_mode(mode: api::ProxyMode) -> ProxyMode {
+    match mode {
+        api::ProxyMode::Active => ProxyMode::Active,
+        api::ProxyMode::Shadow => ProxyMode::Shadow,
+    }
+}
+
 fn mode(mode: api::LocalDetectionMode) -> LocalDetection {
     match mode {
         api::LocalDetectionMode::NodeCidr => LocalDetection::NodeCidr,
@@ -199,6 +208,7 @@ mod tests {
                 "tcpCloseWaitTimeoutSeconds": 2, "tcpBeLiberal": true, "udpTimeoutSeconds": 3,
                 "udpStreamTimeoutSeconds": 4},
             "minimumIntervalMilliseconds": 250, "logLevel": "debug", "drainGate": {"port": 9910},
+            "mode": "Shadow",
         }))
         .unwrap();
         let settings = settings(&builtin_settings(), &revision(1), &from);
@@ -219,6 +229,7 @@ mod tests {
         assert_eq!((conntrack.udp_timeout_seconds, conntrack.udp_stream_timeout_seconds), (3, 4));
         assert_eq!((settings.minimum_interval_milliseconds, settings.log_level.as_str()), (250, "debug"));
         assert_eq!((settings.drain_gate_port, builtin_settings().drain_gate_port), (9910, 0));
+        assert_eq!((settings.mode(), builtin_settings().mode()), (ProxyMode::Shadow, ProxyMode::Active));
     }
 
     #[test]

@@ -253,7 +253,9 @@ impl Active {
 /// are missing: a guess would change every node twice.
 async fn builtin_settings(client: &Client, args: &ServeArgs) -> anyhow::Result<Record> {
     loop {
-        match tokio::time::timeout(BUILTIN_TIMEOUT, builtin::load(client, &args.namespace)).await {
+        match tokio::time::timeout(BUILTIN_TIMEOUT, builtin::load(client, &args.namespace, args.builtin_mode))
+            .await
+        {
             Ok(Ok(record)) => return Ok(record),
             Ok(Err(error @ BuiltinError::Api { .. })) => {
                 tracing::error!(error = %Chain(&error), "failed to load the built-in settings; agents wait; retrying");

@@ -35,6 +35,7 @@ pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> 
         addresses,
         deviations: _,
         trial: _,
+        mode: _,
     } = hello;
     if versions.len() > LIST || features.len() > LIST || addresses.len() > LIST {
         return malformed("a list is too long");

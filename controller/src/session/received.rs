@@ -8,7 +8,7 @@ use switchtower_core::propagation::Delivery;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    Ack, AgentMessage, DriftCause, GoAwayReason, KernelTable, Nack, NackReason, Pong, Report,
+    Ack, AgentMessage, DriftCause, GoAwayReason, KernelTable, Nack, NackReason, Pong, ProxyMode, Report,
 };
 use tokio::time::Instant;
 
@@ -133,6 +133,7 @@ impl Session {
         took: Option<Duration>,
         late: bool,
     ) {
+        let mode = ack.mode();
         let Ack { generation, digest, deviations, timings, .. } = ack;
         let deviations = deviations.map(bounded::deviations);
         let settings = Some(at.subscription().settings.clone());
@@ -143,27 +144,30 @@ impl Session {
             let same = known.acknowledged
                 && known.failure.is_none()
                 && known.deviations == deviations
-                && known.settings == settings;
+                && known.settings == settings
+                && known.mode == mode;
             known.acknowledged = true;
             known.applied = generation;
             known.digest = digest.as_slice().try_into().ok();
             known.deviations = deviations;
+            known.mode = mode;
             known.failure = None;
             known.settings = settings;
             known.settings_took = took.or(known.settings_took);
             known.counts = timings.map(|timings| (timings.services, timings.endpoints)).or(known.counts);
             if same && !late { News::Progress } else { News::Transition }
         });
-        self.kernel_reached(at, held);
+        self.kernel_reached(at, held, mode);
         if held > held_before {
             self.fleet.report_held(&self.node, held);
         }
     }
 
     /// Reports to the drain gate which revision the kernel has reached. With held removals it has endpoints that the
-    /// revision lacks, so the node keeps its last place, and addresses removed since then do not count as drained.
-    pub(super) fn kernel_reached(&self, at: &Cursor, held: u32) {
-        if held == 0 {
+    /// revision lacks, so the node keeps its last place, and addresses removed since then do not count as drained. In mode
+    /// Shadow another proxy sends connections, whose state is unknown.
+    pub(super) fn kernel_reached(&self, at: &Cursor, held: u32, mode: ProxyMode) {
+        if held == 0 && mode == ProxyMode::Active {
             self.fleet.holds(&self.node, self.number, at.revision());
         }
     }

@@ -36,7 +36,7 @@ impl Session {
             .is_some_and(|cursor| self.kernel_at_hello != Some((generation, cursor.digest())));
         let applied = if self.cursor.is_none() || self.unproven { kernel } else { generation };
         let settings = self.cursor.as_ref().map(|cursor| cursor.subscription().settings.clone());
-        let (deviations, trial) = (hello.deviations.clone(), hello.trial.clone());
+        let (deviations, trial, mode) = (hello.deviations.clone(), hello.trial.clone(), hello.mode());
         let change = |known: &mut Observation| {
             known.note_connected();
             known.acknowledged = false;
@@ -54,6 +54,7 @@ impl Session {
             known.settings = settings;
             known.deviations = deviations.map(bounded::deviations);
             known.trial = trial.map(bounded::trial);
+            known.mode = mode;
             News::Transition
         };
         match &self.cursor {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 use switchtower_admin_api::NodeReason;
 use switchtower_core::locality::Locality;
-use switchtower_proto::v1::{Deviations, DriftCause, NackReason, TrialStatus};
+use switchtower_proto::v1::{Deviations, DriftCause, NackReason, ProxyMode, TrialStatus};
 use tokio::time::Instant;
 
 /// Maximum number of lost streams that are kept per node.
@@ -52,6 +52,8 @@ pub struct Observation {
     pub drift_cause: DriftCause,
     /// Time of the last repaired foreign change.
     pub drift_at: Option<Timestamp>,
+    /// Mode of the tables in the kernel.
+    pub mode: ProxyMode,
     /// Rules of kube-proxy exist on the node.
     pub foreign_proxy: bool,
     /// Kernel settings of the profile that are not in force, each with its values and the reason.

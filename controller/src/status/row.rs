@@ -12,7 +12,7 @@ use switchtower_crds::{
     Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
 };
 
-use switchtower_proto::v1::{SettingsCause, SettingsDeviation};
+use switchtower_proto::v1::{ProxyMode, SettingsCause, SettingsDeviation};
 
 use super::condition::{Status, Verdict};
 use super::local_detection;
@@ -242,6 +242,13 @@ fn programmed(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
             "The agent has not acknowledged the latest generation in time.",
         );
     }
+    if observation.mode == ProxyMode::Shadow {
+        return Verdict::new(
+            Status::True,
+            Reason::ShadowMode,
+            "The kernel holds the desired generation without effect on packets: the settings have mode Shadow.",
+        );
+    }
     Verdict::new(Status::True, Reason::UpToDate, "The kernel holds the desired generation.")
 }
 
@@ -276,7 +283,14 @@ fn consistent(observation: &Observation, check: &mut CheckAfter, now: Timestamp)
 }
 
 fn exclusive(observation: &Observation) -> Verdict {
-    if observation.foreign_proxy {
+    if observation.mode == ProxyMode::Shadow {
+        let message = if observation.foreign_proxy {
+            "kube-proxy serves the node, and the agent's rules have no effect."
+        } else {
+            "The agent's rules have no effect, and no rules of kube-proxy were found: check that another proxy serves the node."
+        };
+        Verdict::new(Status::True, Reason::ShadowMode, message)
+    } else if observation.foreign_proxy {
         Verdict::new(
             Status::False,
             Reason::ForeignProxy,
@@ -333,6 +347,8 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
         State::PodsNotLocal
     } else if !verdicts.exclusive.holds() {
         State::NotExclusive
+    } else if observation.mode == ProxyMode::Shadow {
+        State::Shadow
     } else {
         State::Synced
     }
@@ -344,7 +360,7 @@ fn derive_state(verdicts: &Verdicts, observation: &Observation) -> State {
 /// Neither do pods that local detection misses: the kernel holds what the settings request.
 fn derive_ready(state: State, verdicts: &Verdicts) -> Verdict {
     let (status, decisive) = match state {
-        State::Synced => (Status::True, &verdicts.programmed),
+        State::Synced | State::Shadow => (Status::True, &verdicts.programmed),
         State::PodsNotLocal => (Status::True, &verdicts.local_detection),
         State::NotExclusive => (Status::True, &verdicts.exclusive),
         State::Unknown => (Status::Unknown, &verdicts.connected),
@@ -395,7 +411,7 @@ fn last_error(
         });
     }
     match state {
-        State::Synced => None,
+        State::Synced | State::Shadow => None,
         _ => previous.and_then(|previous| previous.last_error.clone()),
     }
 }

@@ -271,7 +271,7 @@ async fn acknowledge(mut inbox: mpsc::Receiver<Command>, hollow: Arc<Hollow>) {
                 hollow.note(update.to, update.source.map_or(0, |source| source.endpoint_slices));
                 let (generation, digest) = (update.to, update.digest.clone());
                 let timings = Some(ApplyTimings::default());
-                send(&events, Event::Ack(Ack { session: 0, generation, digest, deviations: None, timings }));
+                send(&events, Event::Ack(Ack { generation, digest, timings, ..Ack::default() }));
                 held = Some(update);
             }
             Command::Ask { answer, .. } => {
@@ -327,5 +327,6 @@ fn ack(state: &State, operations: usize) -> Ack {
             endpoints: count(counts.endpoints),
             ..ApplyTimings::default()
         }),
+        ..Ack::default()
     }
 }

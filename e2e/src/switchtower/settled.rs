@@ -76,7 +76,7 @@ impl Fleet {
         let digest = row.digest.unwrap_or_default();
         ensure!(digest == kernel, "{name}: the kernel's digest is {kernel}, the row's {digest}");
         // A repaired foreign change is reported for half a minute, while everything agrees again.
-        ensure!(["Synced", "Drifted"].contains(&row.state.as_str()), "{name}: state {}", row.state);
+        ensure!(["Synced", "Shadow", "Drifted"].contains(&row.state.as_str()), "{name}: state {}", row.state);
         Ok(())
     }
 }

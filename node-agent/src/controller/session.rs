@@ -388,7 +388,7 @@ fn go_away(goodbye: GoAway) -> SessionError {
 }
 
 fn hello(identity: &Identity, status: AgentStatus) -> Hello {
-    let AgentStatus { kernel, view, addresses, deviations, trial } = status;
+    let AgentStatus { kernel, view, addresses, deviations, trial, mode } = status;
     let bytes = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec(),
         std::net::IpAddr::V6(address) => address.octets().to_vec(),
@@ -404,6 +404,7 @@ fn hello(identity: &Identity, status: AgentStatus) -> Hello {
         addresses: addresses.into_iter().take(64).map(bytes).collect(),
         deviations,
         trial,
+        mode: mode.into(),
     }
 }
 

@@ -8,6 +8,8 @@
 
 use std::time::{Duration, Instant};
 
+use switchtower_proto::v1::ProxyMode;
+
 use super::Engine;
 use crate::kernel::conntrack::{Families, FlowReport, UdpFlow};
 use crate::state::{Flow, UdpChanges};
@@ -69,7 +71,7 @@ impl Engine {
     /// Begins a check over the conntrack table if one is due.
     pub(super) fn reconcile_flows(&mut self) {
         let now = Instant::now();
-        if self.kernel_holds_view() && self.flow_checks.next(now).is_some_and(|at| at <= now) {
+        if self.reconciles_flows() && self.flow_checks.next(now).is_some_and(|at| at <= now) {
             self.flow_checks.traced = self.applying.take();
             self.parts.flows.begin(self.flow_checks.begin());
         }
@@ -99,7 +101,15 @@ impl Engine {
         }
     }
 
+    /// Returns whether passes may begin. In mode Shadow the flows belong to another proxy.
+    pub(super) fn reconciles_flows(&self) -> bool {
+        self.kernel_holds_view() && self.mode() == ProxyMode::Active
+    }
+
     fn is_stale(&self, flow: &UdpFlow) -> bool {
+        if self.mode() == ProxyMode::Shadow {
+            return false;
+        }
         let Some(changes) = &self.flow_checks.running else { return false };
         self.state.udp_flow(flow.destination, flow.backend, &changes.gone) == Flow::Stale
     }

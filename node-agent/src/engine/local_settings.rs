@@ -1,6 +1,6 @@
 //! Settings that live outside nftables: sysctls, the log level, and the listener of the drain gate.
 
-use switchtower_proto::v1::{LocalDetection, NodeRecord, Settings};
+use switchtower_proto::v1::{LocalDetection, NodeRecord, ProxyMode, Settings};
 
 use super::Engine;
 use crate::drain::GateSettings;
@@ -11,8 +11,14 @@ impl Engine {
     pub(super) fn apply_local_settings(&mut self) -> bool {
         let Some(settings) = self.state.settings() else { return false };
         let conntrack = settings.conntrack.unwrap_or_default();
-        let unset_changed = self.parts.sysctls.apply(&conntrack, &self.parts.metrics);
-        let port = u16::try_from(settings.drain_gate_port).ok().filter(|port| *port != 0);
+        let active = settings.mode() == ProxyMode::Active;
+        let sysctls = &mut self.parts.sysctls;
+        let unset_changed = if active {
+            sysctls.apply(&conntrack, &self.parts.metrics)
+        } else {
+            sysctls.leave(&self.parts.metrics)
+        };
+        let port = u16::try_from(settings.drain_gate_port).ok().filter(|port| active && *port != 0);
         let node_addresses = self.state.node().into_iter().flat_map(|node| &node.addresses);
         let node_addresses = node_addresses.filter_map(|octets| address(octets)).collect();
         let gate = GateSettings { port, node_addresses };

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use switchtower_proto::v1::{
-    Ack, Deviations, DriftCause, HealthCheckFailure, Nack, Part, Query, Report, Stamp as WireStamp,
-    TrialStatus, Update, UpdateEnd, View,
+    Ack, Deviations, DriftCause, HealthCheckFailure, Nack, Part, ProxyMode, Query, Report,
+    Stamp as WireStamp, TrialStatus, Update, UpdateEnd, View,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -114,4 +114,6 @@ pub struct AgentStatus {
     pub deviations: Option<Deviations>,
     /// Status of the last trial of settings.
     pub trial: Option<TrialStatus>,
+    /// Mode of the settings in force.
+    pub mode: ProxyMode,
 }

@@ -65,6 +65,7 @@ impl Engine {
             addresses: self.parts.host_addresses.clone(),
             deviations: self.kernel.and_then(|stamp| self.deviations(stamp.digest)),
             trial: self.state.trial_status(),
+            mode: self.mode(),
         }
     }
 
@@ -112,6 +113,7 @@ impl Engine {
                 endpoints: counts.endpoints as u32,
                 traced: self.applying.as_ref().is_some_and(Applying::is_of_change),
             }),
+            mode: self.mode().into(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The engine with a kernel in memory.
 
 use switchtower_proto::v1::{
-    Ack, Cidr, DriftCause, HealthCheck, HealthCheckKey, LayerKind, Part, Settings, Update, UpdateEnd,
+    Ack, Cidr, DriftCause, HealthCheck, HealthCheckKey, LayerKind, Part, ProxyMode, Settings, Update,
+    UpdateEnd,
 };
 use tokio::sync::oneshot;
 
@@ -14,6 +15,7 @@ use crate::testing::{self, Fleet, MemoryKernel};
 mod damage;
 mod files;
 mod held;
+mod shadow;
 mod trials;
 
 /// Records the passes that begin; the test ends them.
@@ -74,6 +76,7 @@ fn parts(
         trial: Some(TrialFile::new(directory)),
         questions: Inspector::none(),
         traces: crate::traces::Traces::none(),
+        initial_mode: ProxyMode::Active,
         drain_gate: tokio::sync::watch::Sender::default(),
     }
 }

@@ -11,12 +11,16 @@ use axum::{Json, Router};
 use jiff::Timestamp;
 use prometheus::{Encoder as _, Registry, TextEncoder};
 use serde_json::{Value, json};
+use switchtower_proto::v1::ProxyMode;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::watch;
 
 use super::{Health, Reading};
 use crate::controller::link::Contact;
 use crate::metrics::Metrics;
 
+/// Default ports of kube-proxy's metrics and health.
+const KUBE_PROXY_PORTS: [u16; 2] = [10249, 10256];
 /// Interval between two attempts to listen.
 const BIND_RETRY: Duration = Duration::from_secs(5);
 /// Maximum number of open connections to one port.
@@ -144,6 +148,31 @@ fn listen_with(socket: &dyn Fn() -> io::Result<TcpSocket>, address: SocketAddr) 
     }
     socket.bind(address)?;
     socket.listen(BACKLOG)
+}
+
+/// Serves until the process exits, except on a port of kube-proxy in mode Shadow: there it closes the listener and its
+/// connections until the mode changes.
+pub(crate) async fn serve_in_mode(
+    address: SocketAddr,
+    what: &'static str,
+    router: Router,
+    mut mode: watch::Receiver<ProxyMode>,
+) {
+    if !KUBE_PROXY_PORTS.contains(&address.port()) {
+        return serve(address, what, router).await;
+    }
+    // The sender lives as long as the engine; without one the last mode stays.
+    while mode.wait_for(|mode| *mode == ProxyMode::Active).await.is_ok() {
+        tokio::select! {
+            () = serve(address, what, router.clone()) => return,
+            shadow = mode.wait_for(|mode| *mode == ProxyMode::Shadow) => {
+                if shadow.is_err() {
+                    return;
+                }
+                tracing::info!(%address, what, "closed in mode Shadow");
+            }
+        }
+    }
 }
 
 /// Serves until the process exits. Retries an address that cannot be bound, because forwarding does not depend on the

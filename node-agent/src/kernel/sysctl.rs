@@ -58,6 +58,14 @@ impl Sysctls {
         changed
     }
 
+    /// Leaves the sysctls as they are, to another program. The next [`Sysctls::apply`] writes all of them. Returns whether
+    /// [`Sysctls::unset`] changed.
+    pub(crate) fn leave(&mut self, metrics: &Metrics) -> bool {
+        self.applied = None;
+        metrics.sysctl_failures.set(0);
+        !std::mem::take(&mut self.unset).is_empty()
+    }
+
     /// Returns the sysctls that are not in force: name, value, wanted value and reason.
     pub(crate) fn unset(&self) -> &[String] {
         &self.unset

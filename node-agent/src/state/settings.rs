@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use switchtower_proto::v1::{LocalDetection, Probe, ProbeKind, Settings, Trial};
+use switchtower_proto::v1::{LocalDetection, Probe, ProbeKind, ProxyMode, Settings, Trial};
 
 use super::RefusedUpdate;
 use super::pack::{Malformed, check_cidr, check_name};
@@ -32,8 +32,12 @@ pub(super) fn check_settings(settings: &Settings) -> Result<(), RefusedUpdate> {
     [settings].into_iter().chain(fallback).try_for_each(check_known)
 }
 
-/// Refuses an unknown way to recognise local pods: ignoring it would masquerade other connections than requested.
+/// Refuses an unknown mode, and an unknown way to recognise local pods: ignoring it would masquerade other connections
+/// than requested.
 fn check_known(settings: &Settings) -> Result<(), RefusedUpdate> {
+    if let Err(unknown) = ProxyMode::try_from(settings.mode) {
+        return Err(RefusedUpdate::unknown_feature(format!("settings with mode {}", unknown.0)));
+    }
     match LocalDetection::try_from(settings.local_detection) {
         Ok(_) => Ok(()),
         Err(unknown) => {
@@ -166,10 +170,11 @@ mod tests {
     }
 
     #[test]
-    fn unknown_local_detection_refused() {
+    fn unknown_local_detection_and_mode_refused() {
         let of_tomorrow = Settings { local_detection: 99, ..settings() };
         let behind = tried(|trial| trial.fallback = Some(Box::new(of_tomorrow.clone())));
-        for unknown in [of_tomorrow, behind] {
+        let mode = Settings { mode: 99, ..settings() };
+        for unknown in [of_tomorrow, behind, mode] {
             assert_eq!(check_settings(&unknown).unwrap_err().reason, NackReason::UnknownFeature);
         }
     }

@@ -198,6 +198,9 @@ pub struct Settings {
     /// 0: no drain gate. Needs the feature "drain-gate".
     #[prost(uint32, tag = "13")]
     pub drain_gate_port: u32,
+    /// Shadow needs the feature "shadow-mode".
+    #[prost(enumeration = "ProxyMode", tag = "14")]
+    pub mode: i32,
 }
 /// Handling of settings that are not proved yet; see "Trial of settings".
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -400,6 +403,9 @@ pub struct Hello {
     /// absent: none, or forgotten after it passed
     #[prost(message, optional, tag = "10")]
     pub trial: ::core::option::Option<TrialStatus>,
+    /// of the tables in the kernel
+    #[prost(enumeration = "ProxyMode", tag = "11")]
+    pub mode: i32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Stamp {
@@ -555,6 +561,9 @@ pub struct Ack {
     pub deviations: ::core::option::Option<Deviations>,
     #[prost(message, optional, tag = "5")]
     pub timings: ::core::option::Option<ApplyTimings>,
+    /// of the tables in the kernel
+    #[prost(enumeration = "ProxyMode", tag = "6")]
+    pub mode: i32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Nack {
@@ -1167,6 +1176,35 @@ impl LocalDetection {
             "LOCAL_DETECTION_BRIDGE_INTERFACE" => Some(Self::BridgeInterface),
             "LOCAL_DETECTION_INTERFACE_NAME_PREFIX" => Some(Self::InterfaceNamePrefix),
             "LOCAL_DETECTION_NONE" => Some(Self::None),
+            _ => None,
+        }
+    }
+}
+/// Whether the node's rules affect packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ProxyMode {
+    Active = 0,
+    /// The tables have no base chains, so that no packet reaches the rules. The agent closes its listeners on kube-proxy's
+    /// ports, on healthCheckNodePorts and of the drain gate, and changes neither sysctls nor conntrack entries.
+    Shadow = 1,
+}
+impl ProxyMode {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Active => "PROXY_MODE_ACTIVE",
+            Self::Shadow => "PROXY_MODE_SHADOW",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PROXY_MODE_ACTIVE" => Some(Self::Active),
+            "PROXY_MODE_SHADOW" => Some(Self::Shadow),
             _ => None,
         }
     }

@@ -3,12 +3,12 @@
 const byId = id => document.getElementById(id);
 const embedded = JSON.parse(byId("state").textContent);
 const kinds = {
-  Synced: "good", Progressing: "busy", Drifted: "warn", Deviating: "warn", NotExclusive: "warn", PodsNotLocal: "warn",
+  Synced: "good", Shadow: "busy", Progressing: "busy", Drifted: "warn", Deviating: "warn", NotExclusive: "warn", PodsNotLocal: "warn",
   Stale: "bad", ApplyFailed: "bad", Absent: "bad", Unknown: "none",
 };
 // Distinguishes states without colours.
 const marks = {
-  Synced: "S", Progressing: "P", Drifted: "D", Deviating: "V", NotExclusive: "N", PodsNotLocal: "L", Stale: "!",
+  Synced: "S", Shadow: "H", Progressing: "P", Drifted: "D", Deviating: "V", NotExclusive: "N", PodsNotLocal: "L", Stale: "!",
   ApplyFailed: "×", Absent: "A", Unknown: "?",
 };
 const final = ["Complete", "Failed", "Aborted", "Superseded"];

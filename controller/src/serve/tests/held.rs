@@ -2,7 +2,7 @@
 
 use switchtower_core::compiled::PodIdentity;
 use switchtower_proto::v1::{
-    Deviations, DrainVerdict, Endpoint, Family, PoolKey, PoolPatch, ReleaseHeld, Role, ServicePort,
+    Deviations, DrainVerdict, Endpoint, Family, PoolKey, PoolPatch, ProxyMode, ReleaseHeld, Role, ServicePort,
 };
 
 use super::*;
@@ -15,6 +15,41 @@ impl Agent {
         let ack = Ack { session: self.session, generation: to, digest, deviations, ..Ack::default() };
         self.send(FromAgent::Ack(ack)).await;
     }
+
+    /// Acknowledges an update with tables in this mode.
+    async fn ack_in(&self, update: &Update, mode: ProxyMode) {
+        let Update { to, digest, .. } = update.clone();
+        let ack = Ack { session: self.session, generation: to, digest, mode: mode.into(), ..Ack::default() };
+        self.send(FromAgent::Ack(ack)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_in_shadow_is_not_drained() {
+    let lab = Lab::start(Limits::default()).await;
+    let service = ServicePort { namespace: "default".into(), name: "web".into(), ..ServicePort::default() };
+    let key =
+        PoolKey { service_port: Some(service), family: Family::Ipv4 as i32, role: Role::Cluster as i32 };
+    let added = vec![Endpoint { address: vec![10, 244, 1, 7], port: 8080 }];
+    let pool = PoolPatch { key: Some(key.clone()), added, removed: Vec::new() };
+    lab.publish(LayerId::Cluster, Op::Pool(pool));
+    let (mut agent, _) = Agent::settled(&lab, "n1").await;
+    let (mut other, _) = Agent::settled(&lab, "n2").await;
+    let asked = async { drained(&lab, Duration::from_millis(500)).await };
+    let removed = async {
+        lab.publish(LayerId::Cluster, Op::PoolRemoved(key));
+        let (update, _) = agent.update().await;
+        agent.ack_in(&update, ProxyMode::Shadow).await;
+        let (of_other, _) = other.update().await;
+        other.ack(&of_other).await;
+        lab.until("n2", |known| known.applied == of_other.to).await;
+        lab.until("n1", |known| known.mode == ProxyMode::Shadow && known.applied == update.to).await;
+        update
+    };
+    let (verdict, update) = tokio::join!(asked, removed);
+    assert_eq!(verdict, (DrainVerdict::TimedOut, vec!["n1".into()]), "another proxy sends connections");
+    agent.ack_in(&update, ProxyMode::Active).await;
+    assert_eq!(drained(&lab, Duration::from_secs(10)).await.0, DrainVerdict::Drained);
 }
 
 #[tokio::test(flavor = "multi_thread")]

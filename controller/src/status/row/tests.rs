@@ -1,10 +1,10 @@
 //! Observations, and the columns that `kubectl get proxystatus` prints for them.
 
 use k8s_openapi::jiff::{Timestamp, ToSpan as _};
-use switchtower_admin_api::NodeReason as Reason;
+use switchtower_admin_api::{NodeReason as Reason, NodeState as State};
 use switchtower_core::locality::{Detection, Locality};
 use switchtower_crds::ProxyStatusStatus;
-use switchtower_proto::v1::{Deviation, Deviations, SettingsCause, SettingsDeviation};
+use switchtower_proto::v1::{Deviation, Deviations, ProxyMode, SettingsCause, SettingsDeviation};
 
 use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
 use crate::status::absence::Blocker;
@@ -235,4 +235,26 @@ fn blocker_is_the_reason_of_an_absent_agent_only() {
     let synced = ("Synced".to_owned(), "True".to_owned(), "UpToDate".to_owned());
     assert_eq!(with(Some(&lost(4)), None).0, synced, "a short interruption is no transition");
     assert_eq!(with(Some(&healthy()), None).0, synced);
+}
+
+#[test]
+fn shadow_is_ready_and_no_conflict_with_kube_proxy() {
+    let shadow = Observation { mode: ProxyMode::Shadow, ..healthy() };
+    for foreign_proxy in [true, false] {
+        let observation = Observation { foreign_proxy, ..shadow.clone() };
+        let row = make(Some(&observation), None, true);
+        assert_eq!(row.state, State::Shadow);
+        let condition = |kind: &str| row.status.conditions.iter().find(|one| one.type_ == kind).unwrap();
+        assert_eq!(
+            (condition("Ready").status.as_str(), condition("Ready").reason.as_str()),
+            ("True", "ShadowMode")
+        );
+        assert_eq!(condition("Exclusive").status, "True");
+        let missing = condition("Exclusive").message.contains("check that another proxy");
+        assert_eq!(missing, !foreign_proxy);
+    }
+    let behind = Observation { behind_since: Some(ago(60)), applied: 9, ..shadow.clone() };
+    assert_eq!(make(Some(&behind), None, true).state, State::Progressing);
+    let lost = Observation { lost_since: Some(ago(60)), ..shadow };
+    assert_eq!(make(Some(&lost), None, true).state, State::Stale);
 }

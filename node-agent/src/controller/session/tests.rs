@@ -55,6 +55,7 @@ impl Agent {
             trial: None,
             questions: crate::kernel::inspector::Inspector::none(),
             traces: crate::traces::Traces::none(),
+            initial_mode: ProxyMode::Active,
             drain_gate: watch::Sender::default(),
         };
         let (commands, received) = mpsc::channel(16);

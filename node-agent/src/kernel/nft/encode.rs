@@ -9,7 +9,7 @@ use super::batch::Batch;
 use super::data::write_value;
 use super::dump::{DumpedHook, TableDump};
 use super::element::{Changes, Data, Element};
-use super::layout::{Chain, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
+use super::layout::{Chain, Hooks, Layout, RuleConfig, SetSpec, TABLE, source_list_name, source_list_of};
 use super::mirror::Mirror;
 use super::nfta;
 use crate::kernel::netlink::wire::Writer;
@@ -119,6 +119,7 @@ pub(crate) fn family<const N: usize>(
     new_structure(batch, layout, &changes);
     if structure.built {
         remove_foreign_rules(batch, layout, structure);
+        remove_hooks(batch, layout, structure, config);
         rewrite_chains(batch, layout, structure, mirror);
     }
     let deletes = changes.iter().filter(|(_, (before, _))| before.is_some());
@@ -129,17 +130,40 @@ pub(crate) fn family<const N: usize>(
     let adds: Vec<(Element<N>, Option<Data<N>>)> =
         adds.map(|(element, (_, after))| (**element, *after)).collect();
     elements += ElementWriter { batch, layout, encoded: &mut encoded, chunk }.write(&adds, Operation::Add);
-    if !structure.built {
-        for chain in chains.iter().filter(|chain| chain.hook.is_some()) {
-            new_chain(batch, layout, chain);
-            write_rules(batch, layout, chain, false);
-        }
+    let added = if structure.built { added_hooks(layout, structure, mirror) } else { chains };
+    for chain in added.iter().filter(|chain| chain.hook.is_some()) {
+        new_chain(batch, layout, chain);
+        write_rules(batch, layout, chain, false);
     }
     old_structure(batch, layout, &changes, structure);
     let messages = batch.len() - start - encoded.groups.len();
     encoded.operations = (messages + elements) as u32;
     write_stamp(batch, layout, structure, stamp);
     encoded
+}
+
+/// Returns the base chains that the transaction adds. With a change in several parts the last one adds them: packets
+/// must not pass an incomplete table.
+fn added_hooks<const N: usize>(layout: Layout, structure: &Structure, mirror: &Mirror<N>) -> Vec<Chain> {
+    let wanted = written_hooks(structure, mirror);
+    let added = structure.config.hooks == Hooks::Absent && wanted == Hooks::Registered;
+    if added { layout.base_chains(&mirror.facts.rules) } else { Vec::new() }
+}
+
+/// Returns whether the table has base chains after the next transaction.
+pub(crate) fn written_hooks<const N: usize>(structure: &Structure, mirror: &Mirror<N>) -> Hooks {
+    let early = structure.built && !mirror.is_last_part() && structure.config.hooks == Hooks::Absent;
+    if early { Hooks::Absent } else { mirror.facts.rules.hooks }
+}
+
+/// Removes the base chains, if the table shall have none.
+fn remove_hooks(batch: &mut Batch, layout: Layout, structure: &Structure, config: &RuleConfig) {
+    if structure.config.hooks == Hooks::Registered && config.hooks == Hooks::Absent {
+        for chain in layout.base_chains(config) {
+            flush_chain(batch, layout, &chain.name);
+            delete_chain(batch, layout, &chain.name);
+        }
+    }
 }
 
 /// Writes the removal of one element.
@@ -215,6 +239,13 @@ fn flush_chain(batch: &mut Batch, layout: Layout, chain: &str) {
     });
 }
 
+fn delete_chain(batch: &mut Batch, layout: Layout, chain: &str) {
+    batch.push(libc::NFT_MSG_DELCHAIN, 0, layout.family, |writer| {
+        writer.string(nfta::chain::TABLE, TABLE);
+        writer.string(nfta::chain::NAME, chain);
+    });
+}
+
 /// Writes the sets and chains that new elements need.
 fn new_structure<const N: usize>(batch: &mut Batch, layout: Layout, changes: &[Change<'_, N>]) {
     for (element, (_, after)) in changes {
@@ -241,12 +272,6 @@ fn old_structure<const N: usize>(
             writer.string(nfta::set::NAME, name);
         });
     };
-    let delete_chain = |batch: &mut Batch, name: &str| {
-        batch.push(libc::NFT_MSG_DELCHAIN, 0, layout.family, |writer| {
-            writer.string(nfta::chain::TABLE, TABLE);
-            writer.string(nfta::chain::NAME, name);
-        });
-    };
     // Before any chain: a foreign verdict map may refer to it.
     if structure.built {
         structure.foreign_sets.iter().for_each(|name| delete_set(batch, name));
@@ -254,12 +279,12 @@ fn old_structure<const N: usize>(
     for (element, (_, after)) in changes {
         if let (Element::SourceList(list), None) = (element, after) {
             let name = source_list_name(*list);
-            delete_chain(batch, &name);
+            delete_chain(batch, layout, &name);
             delete_set(batch, &name);
         }
     }
     if structure.built {
-        structure.foreign_chains.iter().for_each(|name| delete_chain(batch, name));
+        structure.foreign_chains.iter().for_each(|name| delete_chain(batch, layout, name));
     }
 }
 
@@ -280,8 +305,11 @@ fn rewrite_chains<const N: usize>(
     }
     let changed = changed_chains(layout, structure, config);
     let lists = mirror.source_lists().map(|list| layout.source_chain(list));
-    for chain in layout.chains(config).into_iter().chain(lists) {
-        if structure.broken.contains(&chain.name) || changed.contains(&chain.name) {
+    let present = RuleConfig { hooks: structure.config.hooks, ..config.clone() };
+    let removed = structure.config.hooks == Hooks::Registered && config.hooks == Hooks::Absent;
+    for chain in layout.chains(&present).into_iter().chain(lists) {
+        let differs = structure.broken.contains(&chain.name) || changed.contains(&chain.name);
+        if differs && !(removed && chain.hook.is_some()) {
             write_rules(batch, layout, &chain, true);
         }
     }
@@ -383,9 +411,9 @@ pub(crate) fn compare<const N: usize>(
         mirror.changes = changes;
         return (Structure { absent, ..Structure::default() }, count);
     };
-    let config = mirror.facts.rules.clone();
-    let mut structure = Structure { built: true, stamp: dump.stamp, config, ..Structure::default() };
     let layout = Layout::new(N);
+    let config = RuleConfig { hooks: hooks_in(&dump), ..mirror.facts.rules.clone() };
+    let mut structure = Structure { built: true, stamp: dump.stamp, config, ..Structure::default() };
     let mut expected: BTreeMap<String, Chain> = BTreeMap::new();
     let lists: BTreeSet<String> = mirror.source_lists().map(source_list_name).collect();
     let sources = mirror.source_lists().map(|list| layout.source_chain(list));
@@ -417,12 +445,21 @@ pub(crate) fn compare<const N: usize>(
     }
     changes.0.extend(dump.elements.into_iter().map(|(element, data)| (element, (Some(data), None))));
     let count = structure.broken.len() + structure.foreign_chains.len() + structure.foreign_sets.len();
+    let count = count + usize::from(structure.config.hooks != mirror.facts.rules.hooks);
     let count = (count + changes.0.len()) as u32;
     mirror.changes = changes;
     (structure, count)
 }
 
-/// Returns whether sets and base chains are as we build them. Otherwise one transaction rebuilds the table.
+/// Returns whether a table that fits has base chains.
+fn hooks_in<const N: usize>(dump: &TableDump<N>) -> Hooks {
+    let base = Layout::new(N).base_chains(&RuleConfig::default());
+    let registered = base.iter().any(|chain| dump.chains.contains_key(&chain.name));
+    if registered { Hooks::Registered } else { Hooks::Absent }
+}
+
+/// Returns whether sets and chains are as we build them, with all base chains or none. Otherwise one transaction rebuilds
+/// the table.
 fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
     let layout = Layout::new(N);
     let sets = layout.sets().iter().all(|set| dump.sets.get(&set.name).is_some_and(|found| found.is(set)));
@@ -430,7 +467,13 @@ fn structure_fits<const N: usize>(dump: &TableDump<N>) -> bool {
         let list = source_list_of(name);
         list.is_none_or(|list| found.is(&layout.source_list(list)))
     });
-    let chains = layout.chains(&RuleConfig::default()).iter().all(|chain| {
+    let all = layout.chains(&RuleConfig::default());
+    let absent = |chain: &Chain| chain.hook.is_some() && !dump.chains.contains_key(&chain.name);
+    let without_hooks = all.iter().filter(|chain| chain.hook.is_some()).all(absent);
+    let chains = all.iter().all(|chain| {
+        if without_hooks && absent(chain) {
+            return true;
+        }
         let wanted = chain.hook.map(|hook| DumpedHook {
             kind: hook.kind.to_owned(),
             number: hook.number,

@@ -25,7 +25,7 @@ pub(crate) use sets::{DataType, SetSpec};
 /// The name of our table in both families.
 pub(crate) const TABLE: &str = "switchtower";
 /// Version of the layout, part of the stamp; raised when rules or sets change their meaning.
-pub(crate) const LAYOUT_VERSION: u16 = 4;
+pub(crate) const LAYOUT_VERSION: u16 = 5;
 
 /// Code of a frontend that only listed sources may use: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
@@ -59,9 +59,20 @@ pub(crate) enum LocalPods {
     InterfacePrefix(String),
 }
 
+/// Presence of the base chains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(crate) enum Hooks {
+    /// Packets pass the rules.
+    #[default]
+    Registered,
+    /// Mode Shadow: there are no base chains, and the rest of the table is the same.
+    Absent,
+}
+
 /// The settings that the chains depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct RuleConfig {
+    pub(crate) hooks: Hooks,
     pub(crate) mark: u32,
     pub(crate) masquerade_all: bool,
     pub(crate) local_pods: LocalPods,
@@ -74,6 +85,7 @@ pub(crate) struct RuleConfig {
 impl Default for RuleConfig {
     fn default() -> Self {
         RuleConfig {
+            hooks: Hooks::Registered,
             mark: 0x4000,
             masquerade_all: false,
             local_pods: LocalPods::Unknown,
@@ -131,6 +143,9 @@ const STATUS_DNAT: u32 = 0x20;
 const STATE_NEW: u32 = 8;
 /// Before other tables' filter chains, so that they see no packet that we refuse.
 const BEFORE_FILTER: i32 = -110;
+/// Before the chains of kube-proxy and of iptables at `NF_IP_PRI_NAT_DST`, in whatever order they are registered: the
+/// first chain that translates a connection decides. Connection tracking precedes all chains of type nat.
+const BEFORE_NAT_DST: i32 = libc::NF_IP_PRI_NAT_DST - 1;
 /// After our nat_output, so that connections to Services with endpoints are known by their NAT.
 const AFTER_NAT_DST: i32 = libc::NF_IP_PRI_NAT_DST + 10;
 
@@ -196,8 +211,17 @@ impl Layout {
         }
     }
 
-    /// Returns the chains that do not depend on Services, in an order in which each refers only to earlier ones.
+    /// Returns the chains that do not depend on Services, in an order in which each refers only to earlier ones. Base
+    /// chains are the last ones.
     pub(crate) fn chains(self, config: &RuleConfig) -> Vec<Chain> {
+        let mut chains = self.regular_chains(config);
+        if config.hooks == Hooks::Registered {
+            chains.extend(self.base_chains(config));
+        }
+        chains
+    }
+
+    fn regular_chains(self, config: &RuleConfig) -> Vec<Chain> {
         let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Goto("refuse".to_owned()))];
         let split = (CODE_SPLIT, Verdict::Jump("split".to_owned()));
         let guarded: Vec<_> = [split.clone()].into_iter().chain(fixed.clone()).collect();
@@ -217,14 +241,21 @@ impl Layout {
             self.services(),
             self.no_endpoint_input(),
             self.routed(),
+        ]);
+        chains
+    }
+
+    /// Returns the base chains, through which packets reach the others.
+    pub(crate) fn base_chains(self, config: &RuleConfig) -> Vec<Chain> {
+        vec![
             base(
                 "nat_prerouting",
-                Hook::nat(libc::NF_INET_PRE_ROUTING, libc::NF_IP_PRI_NAT_DST),
+                Hook::nat(libc::NF_INET_PRE_ROUTING, BEFORE_NAT_DST),
                 vec![verdict(Verdict::Jump("services".to_owned()))],
             ),
             base(
                 "nat_output",
-                Hook::nat(libc::NF_INET_LOCAL_OUT, libc::NF_IP_PRI_NAT_DST),
+                Hook::nat(libc::NF_INET_LOCAL_OUT, BEFORE_NAT_DST),
                 self.drain_gate(config)
                     .into_iter()
                     .chain([verdict(Verdict::Jump("services".to_owned()))])
@@ -246,8 +277,7 @@ impl Layout {
                 Hook::filter(libc::NF_INET_LOCAL_OUT, AFTER_NAT_DST),
                 vec![new("routed", vec![])],
             ),
-        ]);
-        chains
+        ]
     }
 
     /// Redirects connections of this host to the drain gate's port of a local pod to the agent's listener on loopback. A

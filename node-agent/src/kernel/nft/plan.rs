@@ -6,11 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 use switchtower_proto::address_bytes;
 use switchtower_proto::v1::{
     Cidr, Endpoint, Family, Frontend as ViewFrontend, FrontendKey, LocalDetection, LocalEndpoint, NodeRecord,
-    PoolKey, Protocol, Role, ServicePort, Settings, Target as ViewTarget, Verdict,
+    PoolKey, Protocol, ProxyMode, Role, ServicePort, Settings, Target as ViewTarget, Verdict,
 };
 
 use super::element::{Key, Range};
-use super::layout::{LocalPods, RuleConfig};
+use super::layout::{Hooks, LocalPods, RuleConfig};
 use super::mirror::{Facts, Frontend, Mirror, Reference, Target, UnprogrammedItem};
 use super::pool_role::PoolRole;
 use super::port_name::PortName;
@@ -192,7 +192,9 @@ impl Plan {
         let gate = settings.and_then(|settings| u16::try_from(settings.drain_gate_port).ok());
         let drain_gate = gate.filter(|port| *port != 0);
         let gate_hosts = own.iter().filter(|_| drain_gate.is_some());
+        let shadow = settings.is_some_and(|settings| settings.mode() == ProxyMode::Shadow);
         let rules = RuleConfig {
+            hooks: if shadow { Hooks::Absent } else { Hooks::Registered },
             mark: if mark == 0 { DEFAULT_MARK } else { mark },
             masquerade_all: settings.is_some_and(|settings| settings.masquerade_all),
             local_pods,

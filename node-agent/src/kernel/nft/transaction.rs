@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::batch::{Batch, RefusedMessage};
 use super::element::{Changes, Data, Element};
 use super::encode::{self, Encoded, Operation, Structure};
-use super::layout::{FAMILY_IPV4, FAMILY_IPV6, TABLE};
+use super::layout::{FAMILY_IPV4, FAMILY_IPV6, RuleConfig, TABLE};
 use super::mirror::Mirror;
 use super::{Nft, dump, nfta, stamp_entries};
 use crate::kernel::addresses::kernel_version;
@@ -396,8 +396,9 @@ fn committed<const N: usize>(
     structure: &mut Structure,
     stamp: &BTreeMap<u32, [u8; 16]>,
 ) {
+    let hooks = encode::written_hooks(structure, mirror);
     mirror.changes = Changes::default();
-    let config = mirror.facts.rules.clone();
+    let config = RuleConfig { hooks, ..mirror.facts.rules.clone() };
     *structure = Structure { built: true, config, stamp: stamp.clone(), ..Structure::default() };
 }
 
