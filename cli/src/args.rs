@@ -6,6 +6,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+mod migrate;
+
+pub use migrate::{MigrateAction, MigrateArgs, MigrateBackArgs, MigrateStartArgs, MigrateWaitArgs};
+
 /// Inspect and operate the Switchtower service proxy.
 ///
 /// Exit codes: 0 no problem found, 1 a problem was found and reported, 2 the command could not be completed (usage
@@ -110,6 +114,13 @@ pub enum Command {
         after_help = "Examples:\n  kubectl switchtower check --pre\n  kubectl switchtower check --post"
     )]
     Check(CheckArgs),
+    /// Replace kube-proxy node by node, or return to it
+    ///
+    /// Every change is made by kubectl, and its command line is printed.
+    #[command(
+        after_help = "Examples:\n  kubectl switchtower migrate plan\n  kubectl switchtower migrate start alpha\n  kubectl switchtower migrate back"
+    )]
+    Migrate(MigrateArgs),
     /// Collect state, metrics and logs in one archive for support, without credentials
     #[command(
         after_help = "Examples:\n  kubectl switchtower bundle --redact-addresses\n  kubectl switchtower bundle --node alpha --file incident.tar.gz"

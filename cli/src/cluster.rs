@@ -17,6 +17,7 @@ use serde_json::Value;
 use switchtower_admin_api::{self as admin, codes};
 use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 
+mod migration;
 pub(crate) mod support;
 
 use crate::args::Global;
@@ -307,7 +308,7 @@ impl Cluster {
     }
 }
 
-fn is_ready(pod: &Pod) -> bool {
+pub(crate) fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
@@ -372,7 +373,7 @@ pub(crate) fn version(text: Option<String>) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
-fn explained(what: &str, error: &kube::Error) -> CliError {
+pub(crate) fn explained(what: &str, error: &kube::Error) -> CliError {
     match error {
         kube::Error::Api(status) if status.code == 403 => {
             CliError::coded(codes::NO_RIGHT, format!("cannot {what}: {}", status.message))

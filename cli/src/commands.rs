@@ -7,6 +7,7 @@ pub(crate) mod completion;
 pub(crate) mod dashboard;
 pub(crate) mod diff;
 pub(crate) mod explain;
+pub(crate) mod migrate;
 pub(crate) mod release_held;
 pub(crate) mod rollout;
 pub(crate) mod rules;

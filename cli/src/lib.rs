@@ -2,7 +2,8 @@
 //!
 //! Commands read ProxyStatus and other objects with the permissions of the user, and query the controller's admin API
 //! with a short-lived token (`controller`). Every command returns a value and a text (`output`); `-o json|yaml` prints
-//! the value. Only `rollout`, also in the page of `dashboard`, changes objects.
+//! the value. Only `rollout`, also in the page of `dashboard`, `release-held` and
+//! `migrate` change objects.
 //!
 //! Exit codes: 0 no problem found, 1 a problem was found and reported, 2 the command could not be completed (usage
 //! error, no connection, missing permission).
@@ -58,6 +59,7 @@ async fn run(cli: &Cli, style: Style) -> Result<Report, CliError> {
         Command::Wait(args) => commands::wait::run(global, args).await,
         Command::Rollout(args) => commands::rollout::run(global, args, style).await,
         Command::Check(args) => commands::check::run(global, args, style).await,
+        Command::Migrate(args) => commands::migrate::run(global, args, style).await,
         Command::Bundle(args) => commands::bundle::run(global, args).await,
         Command::Dashboard(args) => commands::dashboard::run(global, args).await,
         Command::Codes(args) => commands::codes::run(args),

@@ -10,14 +10,17 @@ use crate::output::{Exit, Report, Style, count, wrapped};
 
 mod builtin;
 mod drain_gate;
+mod migration;
 mod post;
 mod pre;
 mod proxies;
 
+pub(super) use proxies::is_kube_proxy;
+
 /// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-enum Verdict {
+pub(super) enum Verdict {
     Passed,
     Warning,
     Failed,
@@ -26,7 +29,7 @@ enum Verdict {
 /// A check and its result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Check {
+pub(super) struct Check {
     verdict: Verdict,
     what: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -67,12 +70,21 @@ impl Check {
 pub(crate) async fn run(global: &Global, args: &CheckArgs, style: Style) -> Result<Report, CliError> {
     let cluster = Cluster::new(global).await?;
     let checks = if args.pre { pre::run(&cluster).await? } else { post::run(global, &cluster).await? };
-    let failed = checks.iter().any(|check| check.verdict == Verdict::Failed);
-    let exit = if failed { Exit::Wrong } else { Exit::Ok };
+    let exit = if any_failed(&checks) { Exit::Wrong } else { Exit::Ok };
     Report::new(text(&checks, style), &checks, exit)
 }
 
-fn text(checks: &[Check], style: Style) -> String {
+/// Runs the checks before a migration from kube-proxy. `own`: the profiles of the migration.
+pub(super) async fn migration(cluster: &Cluster, own: &[&str]) -> Result<Vec<Check>, CliError> {
+    migration::run(cluster, own).await
+}
+
+/// Returns whether a check failed.
+pub(super) fn any_failed(checks: &[Check]) -> bool {
+    checks.iter().any(|check| check.verdict == Verdict::Failed)
+}
+
+pub(super) fn text(checks: &[Check], style: Style) -> String {
     let mut text = String::new();
     for check in checks {
         let sign = match check.verdict {

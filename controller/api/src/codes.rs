@@ -186,7 +186,7 @@ codes! {
         "Run kubectl -n kube-system edit configmap kubeadm-config and add `proxy: {disabled: true}` to \
          ClusterConfiguration (kubeadm 1.31 and newer).";
     PORT_TAKEN = "ST0412", "a port that Switchtower needs is in use",
-        "The controller listens on 9443, 9444 and 9445, agents on 10249 and 10256, all of them ports of the node.",
+        "The controller listens on 9443, 9444 and 9445, agents on 9446, 10249 and 10256, all of them ports of the node.",
         "Move the other program, or choose other ports with the flags of the controller and the agents.";
     SETTINGS_NOT_TAKEN_OVER = "ST0413", "the built-in settings may differ from kube-proxy's",
         "Nodes without a ProxyProfile may recognize other pods as local, or serve NodePorts on other addresses, \
@@ -209,6 +209,17 @@ codes! {
          with it.",
         "Wait until the deletion finishes, then run kubectl apply -k manifests/. If it does not finish, objects \
          with a finalizer are left: see manifests/README.md, section Uninstalling.";
+    KUBE_PROXY_MANAGED = "ST0418", "another program manages kube-proxy's DaemonSet",
+        "The program reverts the change that keeps kube-proxy off nodes that have moved: kube-proxy returns to them.",
+        "Pause the program for this object (Argo CD: disable automated sync; Flux: suspend), and remove kube-proxy from \
+         its source after the migration. Managed clusters may not allow it.";
+    IPVS_SCHEDULER = "ST0419", "an IPVS scheduler has no counterpart",
+        "Switchtower selects endpoints at random with equal weights, as kube-proxy's other modes do.",
+        "Check that no Service depends on the scheduler, for example on lc or sh; use sessionAffinity for the latter.";
+    MIGRATION_PROFILES = "ST0420", "other ProxyProfiles exist",
+        "The profile of the migration would replace their settings on the nodes that move.",
+        "Set mode Active or Shadow in your own profiles instead of using kubectl switchtower migrate, or delete them \
+         until the migration is finished.";
 }
 
 /// Looks up a code; case is ignored.

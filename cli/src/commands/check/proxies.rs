@@ -9,8 +9,8 @@ use switchtower_admin_api::codes;
 use super::Check;
 use crate::output::names;
 
-/// Ports of the controller (agents, admin API, metrics) and of the agents (metrics, health).
-const PORTS: [i32; 5] = [9443, 9444, 9445, 10249, 10256];
+/// Ports of the controller (agents, admin API, metrics) and of the agents (probes, metrics, health).
+const PORTS: [i32; 6] = [9443, 9444, 9445, 9446, 10249, 10256];
 
 /// Objects that may belong to another service proxy.
 #[derive(Debug, Default)]
@@ -24,7 +24,7 @@ pub(super) struct Surroundings {
     pub(super) felix: Option<DynamicObject>,
 }
 
-fn full_name(namespace: Option<&str>, name: Option<&str>) -> String {
+pub(super) fn full_name(namespace: Option<&str>, name: Option<&str>) -> String {
     format!("{}/{}", namespace.unwrap_or_default(), name.unwrap_or_default())
 }
 
@@ -43,7 +43,8 @@ fn image_name(container: &Container) -> &str {
     last.split([':', '@']).next().unwrap_or_default()
 }
 
-fn is_kube_proxy(object: &DaemonSet) -> bool {
+/// Returns whether a DaemonSet runs kube-proxy on Linux.
+pub(in crate::commands) fn is_kube_proxy(object: &DaemonSet) -> bool {
     let labels = object.metadata.labels.as_ref();
     let labelled = ["k8s-app", "app", "component", "app.kubernetes.io/name"]
         .iter()
@@ -184,7 +185,7 @@ pub(super) fn ports(found: &Surroundings, own_namespace: &str) -> Check {
     }
     if taken.is_empty() {
         return Check::passed(
-            "no DaemonSet declares the ports 9443, 9444, 9445, 10249 or 10256; undeclared ports cannot be checked",
+            "no DaemonSet declares the ports 9443 to 9446, 10249 or 10256; undeclared ports cannot be checked",
         );
     }
     Check::failed(codes::PORT_TAKEN, format!("host ports are in use: {}", names(&taken, taken.len(), 5)))
