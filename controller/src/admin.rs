@@ -2,13 +2,13 @@
 //!
 //! HTTP and JSON over TLS on a loopback address; the answers are [`switchtower_admin_api`]. Every request
 //! needs a token of the ServiceAccount `switchtower-viewer` or `switchtower-operator`; RBAC decides who may create one.
-//! All requests are read-only.
+//! All requests are read-only. Every replica answers for the nodes of all of them (`everywhere`).
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{MatchedPath, Path, Query, Request, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -34,6 +34,7 @@ use crate::serve::tls::{self, ServerTls};
 
 pub mod auth;
 mod drains;
+mod everywhere;
 mod explanation;
 mod nodes;
 mod progress;
@@ -53,6 +54,16 @@ pub struct Admin {
     authenticator: Arc<AdminAuthenticator>,
     replica: Arc<str>,
     registry: Registry,
+    scope: Scope,
+}
+
+/// Nodes that an answer is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// Those that this replica serves.
+    Own,
+    /// Those of all replicas.
+    All,
 }
 
 /// Errors of requests.
@@ -130,20 +141,17 @@ impl Admin {
         replica: &str,
         registry: Registry,
     ) -> Self {
-        Self { fleet, authenticator: Arc::new(authenticator), replica: replica.into(), registry }
+        let authenticator = Arc::new(authenticator);
+        Self { fleet, authenticator, replica: replica.into(), registry, scope: Scope::All }
     }
 
     /// Returns the routes. Authentication covers all of them, including the fallback for unknown paths.
     pub fn router(self) -> Router {
         Router::new()
-            .route("/v1/controller", get(controller))
             .route("/v1/metrics", get(metrics))
             .route("/v1/progress", get(how_far))
             .route("/v1/drains/{address}", get(drain))
-            .route("/v1/services/{namespace}/{name}/explanation", get(explain))
-            .route("/v1/services/{namespace}/{name}/changes", get(changes))
-            .route("/v1/nodes/{node}/diff", get(diff))
-            .route("/v1/nodes/{node}/rules", get(rules))
+            .merge(questions())
             .fallback(|| async { AdminError::NoSuchPath })
             .layer(axum::middleware::from_fn_with_state(self.authenticator.clone(), auth::authenticate))
             .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
@@ -156,6 +164,16 @@ impl Admin {
         let gate = Gate::new("admin", GateLimits::requests(), Arc::default(), metrics);
         http1::serve(tls::incoming(listener, tls, gate), self.router()).await;
     }
+}
+
+/// Returns the routes that other replicas may query, too.
+fn questions() -> Router<Admin> {
+    Router::new()
+        .route("/v1/controller", get(controller))
+        .route("/v1/services/{namespace}/{name}/explanation", get(explain))
+        .route("/v1/services/{namespace}/{name}/changes", get(changes))
+        .route("/v1/nodes/{node}/diff", get(diff))
+        .route("/v1/nodes/{node}/rules", get(rules))
 }
 
 /// Records a request as a span, with OpenTelemetry's semantic conventions for HTTP servers.
@@ -178,17 +196,25 @@ async fn traced(request: Request, next: Next) -> Response {
 
 type Answer<T> = Result<Json<T>, AdminError>;
 
-async fn controller(State(admin): State<Admin>) -> Json<ControllerInfo> {
+/// The connected nodes of all replicas, and the age of the data that the stalest of them serves.
+async fn controller(State(admin): State<Admin>, uri: Uri) -> Json<ControllerInfo> {
     let (nodes, connected) = admin.fleet.sizes();
     let age = admin.fleet.upstream_age();
-    Json(ControllerInfo {
+    let mut info = ControllerInfo {
         replica: admin.replica.to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         upstream_age_milliseconds: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
         revision: admin.fleet.revision(),
         nodes,
         connected,
-    })
+    };
+    let others: Vec<ControllerInfo> = admin.ask_others(&uri, everywhere::STATE_TIMEOUT).await;
+    for other in others {
+        info.connected += other.connected;
+        let ages = info.upstream_age_milliseconds.zip(other.upstream_age_milliseconds);
+        info.upstream_age_milliseconds = ages.map(|(one, other)| one.max(other));
+    }
+    Json(info)
 }
 
 /// The metrics, for a caller without a route to the metrics port.
@@ -202,7 +228,9 @@ async fn how_far(
     State(admin): State<Admin>,
     Query(parameters): Query<progress::Parameters>,
 ) -> Json<Progress> {
-    Json(progress::progress(&admin.fleet, &parameters))
+    let replies = admin.fleet.others().ask(&parameters.local_path(), everywhere::STATE_TIMEOUT).await;
+    let own = progress::local(&admin.fleet, &parameters);
+    Json(progress::everywhere(&admin.fleet.names(), own, replies))
 }
 
 async fn drain(State(admin): State<Admin>, Path(address): Path<String>) -> Answer<DrainReport> {
@@ -221,6 +249,7 @@ async fn explain(
     State(admin): State<Admin>,
     Path((namespace, name)): Path<(String, String)>,
     Query(parameters): Query<ExplainParameters>,
+    uri: Uri,
 ) -> Answer<Explanation> {
     let from = match &parameters.from {
         None => None,
@@ -228,10 +257,15 @@ async fn explain(
     };
     let question = explanation::Question { namespace, name, port: parameters.port, from };
     match parameters.node {
-        Some(node) => explanation::on_node(&admin.fleet, &question, &node).await,
-        None => explanation::on_all(&admin.fleet, question).await,
+        Some(node) => {
+            let own = async { explanation::on_node(&admin.fleet, &question, &node).await.map(Json) };
+            admin.of_node(&node, &uri, own).await
+        }
+        None => {
+            let elsewhere = admin.served_elsewhere().await;
+            explanation::on_all(&admin.fleet, question, elsewhere).await.map(Json)
+        }
     }
-    .map(Json)
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -243,14 +277,25 @@ async fn changes(
     State(admin): State<Admin>,
     Path((namespace, name)): Path<(String, String)>,
     Query(parameters): Query<ChangesParameters>,
+    uri: Uri,
 ) -> Json<Vec<ChangeReport>> {
     let limit = parameters.limit.unwrap_or(1).clamp(1, CHANGES);
-    Json(admin.fleet.changes(limit, &namespace, &name))
+    let mut reports = admin.fleet.changes(limit, &namespace, &name);
+    reports.iter_mut().for_each(|report| report.replica = admin.replica.to_string());
+    let others: Vec<Vec<ChangeReport>> = admin.ask_others(&uri, everywhere::STATE_TIMEOUT).await;
+    reports.extend(others.into_iter().flatten());
+    Json(reports)
 }
 
-async fn diff(State(admin): State<Admin>, caller: Caller, Path(node): Path<String>) -> Answer<NodeDiff> {
+async fn diff(
+    State(admin): State<Admin>,
+    caller: Caller,
+    Path(node): Path<String>,
+    uri: Uri,
+) -> Answer<NodeDiff> {
     caller.must_be_operator()?;
-    nodes::diff(&admin.fleet, &node).await.map(Json)
+    let own = async { nodes::diff(&admin.fleet, &node).await.map(Json) };
+    admin.of_node(&node, &uri, own).await
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -269,16 +314,22 @@ async fn rules(
     caller: Caller,
     Path(node): Path<String>,
     Query(parameters): Query<RulesParameters>,
+    uri: Uri,
 ) -> Answer<NodeRules> {
     caller.must_be_operator()?;
+    let own = own_rules(&admin, &node, parameters);
+    admin.of_node(&node, &uri, own).await
+}
+
+async fn own_rules(admin: &Admin, node: &str, parameters: RulesParameters) -> Answer<NodeRules> {
     let RulesParameters { service, port, filter, limit } = parameters;
     let Some(service) = service else {
-        return nodes::rules(&admin.fleet, &node, filter, limit).await.map(Json);
+        return nodes::rules(&admin.fleet, node, filter, limit).await.map(Json);
     };
     let (namespace, name) =
         service.split_once('/').ok_or_else(|| AdminError::UnknownService(service.clone()))?;
     let subject = Subject { namespace, name, port: port.as_deref() };
-    nodes::rules_of(&admin.fleet, &node, subject).await.map(Json)
+    nodes::rules_of(&admin.fleet, node, subject).await.map(Json)
 }
 
 #[cfg(test)]

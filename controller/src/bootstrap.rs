@@ -2,7 +2,7 @@
 //! `switchtower-bootstrap`.
 //!
 //! The CA is generated once. If several controllers start at the same time, one creates the Secret and the others read
-//! it. The controller writes the ConfigMap at every start, and again after another client deleted or changed it. The
+//! it. The leader writes the ConfigMap, and again after a replica came or went, or another client changed it. The
 //! manifests do not contain it, so that applying them does not reset it.
 
 use std::net::{IpAddr, SocketAddr};
@@ -19,6 +19,7 @@ use kube::{Api, Client};
 use serde_json::json;
 
 use crate::errors::Chain;
+use crate::lease::Fence;
 use crate::peers::Peers;
 
 /// The Secret that holds the CA.
@@ -169,7 +170,7 @@ fn ca_of(secret: &Secret, namespace: &str) -> Result<CaPem, BootstrapError> {
 pub struct Bootstrap {
     /// Certificate of the CA, in PEM format.
     pub ca_certificate: String,
-    /// `host:port` of every controller.
+    /// `host:port` of every replica, sorted: it does not depend on the leader.
     pub controllers: Vec<String>,
 }
 
@@ -245,19 +246,21 @@ fn local_address(peer: &Authority) -> std::io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Keeps the ConfigMap current for as long as the process runs. Running agents already know the controllers; only new
+/// Keeps the ConfigMap current while this replica is the leader. `client` refuses writes otherwise. Running agents already know the controllers; only new
 /// agents wait for a missing ConfigMap.
-pub async fn keep(client: Client, namespace: String, ca_certificate: String, mut peers: Peers) {
+pub async fn keep(client: Client, namespace: String, ca_certificate: String, mut peers: Peers, fence: Fence) {
     loop {
-        let bootstrap =
-            Bootstrap { ca_certificate: ca_certificate.clone(), controllers: peers.take_current() };
+        fence.opened().await;
+        let mut controllers = peers.take_current();
+        controllers.sort_unstable();
+        let bootstrap = Bootstrap { ca_certificate: ca_certificate.clone(), controllers };
         match tokio::time::timeout(TIMEOUT, bootstrap.publish(&client, &namespace)).await {
             Ok(Ok(())) => {
                 let controllers = &bootstrap.controllers;
                 tracing::info!(?controllers, %namespace, "wrote the ConfigMap switchtower-bootstrap");
                 tokio::select! {
                     () = bootstrap.is_lost(&client, &namespace) => {
-                        tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; writing it again");
+                        tracing::warn!(%namespace, "the ConfigMap switchtower-bootstrap was deleted or changed; the leader writes it again");
                     }
                     () = peers.changed() => {}
                 }

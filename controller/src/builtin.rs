@@ -25,6 +25,7 @@ use decide::{Found, PodsSeen};
 use crate::cli::BuiltinMode;
 use crate::errors::is_missing_kind;
 use crate::fleet::builtin_settings;
+use crate::lease::Fence;
 use crate::rollout::laid_over;
 
 /// Objects asked for at once.
@@ -95,8 +96,10 @@ pub async fn load(client: &Client, namespace: &str, mode: BuiltinMode) -> Result
     }
 }
 
-/// Restores the record after a deletion. Never returns.
-pub async fn keep(client: Client, namespace: String, record: Record) {
+/// Restores the record after a deletion, once this replica is the leader. `client` refuses writes otherwise. Never
+/// returns.
+pub async fn keep(client: Client, namespace: String, record: Record, fence: Fence) {
+    fence.opened().await;
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
     let seen = watcher::watch_object(api.clone(), CONFIG_MAP).default_backoff();
     futures::pin_mut!(seen);

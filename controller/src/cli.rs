@@ -129,8 +129,8 @@ pub struct ServeArgs {
     /// Log level or filter, for example `debug` or `info,switchtower_controller::rollout=debug`. RUST_LOG overrides it.
     #[arg(long, env = "SWITCHTOWER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
-    /// Seconds without a renewal after which another controller takes over the Lease. Only the controller that holds the
-    /// Lease serves agents and writes objects; the others stand by with a synced cache.
+    /// Seconds without a renewal after which a replica counts as gone, and another one becomes the leader. All replicas serve
+    /// agents; the leader also writes what concerns the whole cluster.
     #[arg(
         long,
         env = "SWITCHTOWER_LEASE_SECONDS",

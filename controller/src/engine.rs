@@ -215,7 +215,7 @@ impl Engine {
             }
             return;
         };
-        let Work { inputs, problems, nodes, source } = work;
+        let Work { inputs, problems, nodes, source, changed } = work;
         self.outputs.events.report(problems);
         for event in nodes {
             for sink in &self.outputs.nodes {
@@ -226,7 +226,7 @@ impl Engine {
         let first = self.head.revision == 0;
         let reserved = std::mem::take(&mut self.reserved);
         if !inputs.is_empty() || first || reserved {
-            self.compile(inputs, source, first);
+            self.compile(inputs, changed, first);
         }
         if self.head.source != source {
             self.fleet.advance(source);
@@ -257,7 +257,7 @@ impl Engine {
         (changes, total)
     }
 
-    fn compile(&mut self, inputs: Vec<Arrival>, source: Source, first: bool) {
+    fn compile(&mut self, inputs: Vec<Arrival>, changed: Source, first: bool) {
         let (started, compiling) = (Instant::now(), unix_nanoseconds(SystemTime::now()));
         let objects = inputs.len();
         let (changes, total) = self.apply(inputs);
@@ -268,8 +268,8 @@ impl Engine {
         self.outputs.events.report(std::mem::take(&mut compiled.problems));
         if first || !compiled.changes.is_empty() || !compiled.removed.is_empty() {
             let publication = Publication { changes, total, compiling, published: compiling };
-            self.head.revision = self.fleet.publish(compiled, publication, source);
-            self.head.source = source;
+            self.head.revision = self.fleet.publish(compiled, publication, changed);
+            self.head.source = changed;
         } else {
             self.metrics.idle.inc();
         }

@@ -3,7 +3,7 @@
 //! Publishing costs up to two requests, so it has a bounded queue and a rate limit. Events that do not fit are counted
 //! and dropped; nothing waits for them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,8 @@ use kube::{Api, Client, Resource};
 use prometheus::{IntCounterVec, Opts, Registry};
 use switchtower_core::compiled::{PodIdentity, Problem, ProblemObject, ProblemReason};
 use tokio::sync::mpsc;
+
+use crate::lease::{Fence, Turns};
 
 /// Capacity of the queue.
 const QUEUE: usize = 1_000;
@@ -30,38 +32,59 @@ const REMEMBERED: usize = 10_000;
 /// Maximum length of an Event's note in the API, in bytes.
 const NOTE_BYTES: usize = 1_024;
 
+/// Time for which a replica that is not the leader keeps problems of compiled objects: the leader may end before it has
+/// published its own.
+const HELD: Duration = Duration::from_secs(60);
+
+/// Replica that publishes a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Publisher {
+    /// Every replica finds the problem; the leader publishes it.
+    Leader,
+    /// An agent reported the problem to this replica only.
+    This,
+}
+
 /// Sender of problems. Never blocks.
 #[derive(Debug, Clone)]
 pub struct EventSink {
-    queue: mpsc::Sender<Problem>,
+    queue: mpsc::Sender<(Publisher, Problem)>,
     outcomes: IntCounterVec,
 }
 
 impl EventSink {
     /// Queues into a channel of a test.
     #[cfg(test)]
-    pub(crate) fn to(queue: mpsc::Sender<Problem>) -> Self {
+    pub(crate) fn to(queue: mpsc::Sender<(Publisher, Problem)>) -> Self {
         let outcomes = IntCounterVec::new(Opts::new("events", "Events."), &["outcome"]).unwrap();
         Self { queue, outcomes }
     }
 
-    /// Queues problems. Counts and drops those that do not fit.
+    /// Queues problems of compiled objects. Counts and drops those that do not fit.
     pub fn report(&self, problems: impl IntoIterator<Item = Problem>) {
-        for problem in problems {
-            if self.queue.try_send(problem).is_err() {
-                self.outcomes.with_label_values(&["dropped"]).inc();
-            }
+        problems.into_iter().for_each(|problem| self.queue(Publisher::Leader, problem));
+    }
+
+    /// Queues a problem that an agent reported.
+    pub fn report_of_agent(&self, problem: Problem) {
+        self.queue(Publisher::This, problem);
+    }
+
+    fn queue(&self, publisher: Publisher, problem: Problem) {
+        if self.queue.try_send((publisher, problem)).is_err() {
+            self.outcomes.with_label_values(&["dropped"]).inc();
         }
     }
 }
 
-/// Creates the queue and the task that publishes its problems.
+/// Creates the queue and the task that publishes its problems. `client` must not be fenced.
 ///
 /// # Errors
 /// The name of the counter is already registered.
 pub fn publisher(
     client: Client,
     replica: &str,
+    fence: Fence,
     registry: &Registry,
 ) -> Result<(EventSink, impl Future<Output = ()> + use<>), prometheus::Error> {
     let outcomes = IntCounterVec::new(
@@ -72,18 +95,53 @@ pub fn publisher(
     let (queue, problems) = mpsc::channel(QUEUE);
     let reporter = Reporter { controller: "switchtower-controller".into(), instance: Some(replica.into()) };
     let recorder = Recorder::new(client.clone(), reporter);
-    let task = publish(client, recorder, problems, outcomes.clone());
+    let task = publish(client, recorder, Queue::new(problems, fence), outcomes.clone());
     Ok((EventSink { queue, outcomes }, task))
 }
 
-async fn publish(
-    client: Client,
-    recorder: Recorder,
-    mut problems: mpsc::Receiver<Problem>,
-    outcomes: IntCounterVec,
-) {
+/// Problems in the order of publication. Those of the leader wait until this replica is the leader, at most for [`HELD`].
+struct Queue {
+    problems: mpsc::Receiver<(Publisher, Problem)>,
+    fence: Fence,
+    turns: Turns,
+    held: VecDeque<(tokio::time::Instant, Problem)>,
+}
+
+impl Queue {
+    fn new(problems: mpsc::Receiver<(Publisher, Problem)>, fence: Fence) -> Self {
+        Self { problems, turns: fence.turns(), fence, held: VecDeque::new() }
+    }
+
+    /// Returns the next problem to publish; `None` when all senders are dropped.
+    async fn next(&mut self) -> Option<Problem> {
+        loop {
+            while self.held.front().is_some_and(|(since, _)| since.elapsed() > HELD) {
+                self.held.pop_front();
+            }
+            if self.fence.is_open()
+                && let Some((_, problem)) = self.held.pop_front()
+            {
+                return Some(problem);
+            }
+            tokio::select! {
+                received = self.problems.recv() => match received? {
+                    (Publisher::Leader, problem) if !self.fence.is_open() => {
+                        if self.held.len() == QUEUE {
+                            self.held.pop_front();
+                        }
+                        self.held.push_back((tokio::time::Instant::now(), problem));
+                    }
+                    (_, problem) => return Some(problem),
+                },
+                () = self.turns.changed() => {}
+            }
+        }
+    }
+}
+
+async fn publish(client: Client, recorder: Recorder, mut queue: Queue, outcomes: IntCounterVec) {
     let mut known = Known::default();
-    while let Some(problem) = problems.recv().await {
+    while let Some(problem) = queue.next().await {
         if !known.is_new(&problem, Instant::now()) {
             outcomes.with_label_values(&["repeated"]).inc();
             continue;
@@ -274,6 +332,35 @@ mod tests {
         assert!(!known.is_new(&problem("a"), start + REPEAT / 2));
         assert!(known.is_new(&problem("b"), start + REPEAT / 2));
         assert!(known.is_new(&problem("b"), start + REPEAT * 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leader_publishes_problems_that_every_replica_finds() {
+        let problem = |name: &str| Problem {
+            object: ProblemObject::Node(name.into()),
+            reason: ProblemReason::IncompleteNode,
+            message: String::new(),
+        };
+        let (sender, problems) = mpsc::channel(QUEUE);
+        let (sink, fence) = (EventSink::to(sender), Fence::default());
+        let mut queue = Queue::new(problems, fence.clone());
+        let soon = async |queue: &mut Queue| {
+            tokio::time::timeout(Duration::from_secs(1), queue.next()).await.ok()?
+        };
+        sink.report([problem("old")]);
+        assert_eq!(soon(&mut queue).await, None, "the leader publishes it");
+        sink.report_of_agent(problem("reported"));
+        assert_eq!(soon(&mut queue).await, Some(problem("reported")));
+        tokio::time::advance(HELD).await;
+        sink.report([problem("new")]);
+        assert_eq!(soon(&mut queue).await, None);
+        fence.open_until(tokio::time::Instant::now() + HELD);
+        assert_eq!(
+            soon(&mut queue).await,
+            Some(problem("new")),
+            "the leader may have ended before it published it"
+        );
+        assert_eq!(soon(&mut queue).await, None, "the old one was published");
     }
 
     #[test]

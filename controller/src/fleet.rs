@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 pub mod addresses;
 pub mod behind;
 pub mod drain;
+pub(crate) mod elsewhere;
 mod inspect;
 mod locality;
 pub mod metrics;
@@ -43,6 +44,7 @@ use addresses::KnownAddresses;
 use metrics::StreamMetrics;
 
 use crate::propagation::{Propagation, unix_nanoseconds};
+use crate::replicas;
 use crate::status::{Floor, Floors, News, Observation};
 use crate::sync::{lock, read, write};
 
@@ -119,6 +121,10 @@ pub struct Fleet {
     /// Known source addresses of agents.
     known: Arc<KnownAddresses>,
     drains: Arc<drain::Drains>,
+    /// Processed version of each resource, including bookmarks.
+    processed: Mutex<Source>,
+    others: replicas::Client,
+    elsewhere: elsewhere::Elsewhere,
 }
 
 /// Everything that a fleet needs from outside.
@@ -135,6 +141,8 @@ pub struct Parts {
     pub propagation: Arc<Propagation>,
     /// Receives problems that agents report.
     pub problems: ProblemSink,
+    /// The other replicas.
+    pub others: replicas::Client,
 }
 
 #[cfg(test)]
@@ -151,6 +159,7 @@ impl Parts {
             upstream: Arc::new(|| None),
             propagation: Arc::new(Propagation::new(Default::default(), metrics)),
             problems: Arc::new(drop),
+            others: replicas::Client::alone(),
         }
     }
 }
@@ -159,7 +168,7 @@ impl Fleet {
     /// Creates a fleet without nodes. It is ready after the first [`Fleet::publish`].
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { settings, floors, metrics, upstream, propagation, problems } = parts;
+        let Parts { settings, floors, metrics, upstream, propagation, problems, others } = parts;
         let builtin: SettingsName = (settings.profile.as_str().into(), settings.revision);
         let mut layers = Layers::new(LogLimits::default());
         let layer = LayerId::Settings(builtin.0.clone(), builtin.1);
@@ -182,6 +191,9 @@ impl Fleet {
             compressing: tokio::sync::Mutex::default(),
             known: Arc::default(),
             drains: Arc::default(),
+            processed: Mutex::default(),
+            others,
+            elsewhere: elsewhere::Elsewhere::default(),
         })
     }
 
@@ -210,11 +222,13 @@ impl Fleet {
     }
 
     /// Applies the result of a compilation and wakes the sessions that it affects. Returns the new revision of the
-    /// layers.
+    /// layers. `source`: versions of the latest lists and changes. Those of bookmarks belong to [`Fleet::advance`]: replicas get
+    /// them at different times.
     pub fn publish(&self, compiled: Compiled, mut publication: Publication, source: Source) -> u64 {
         let Compiled { changes, removed, .. } = compiled;
         let records: BTreeMap<Arc<str>, NodeRecord> = changes.iter().filter_map(node_record).collect();
         let infos = self.propagation.describe(&publication);
+        *lock(&self.processed) = source;
         let mut nodes = lock(&self.nodes);
         let applied = self.write(|layers| layers.apply(changes, &removed, infos, source));
         if applied.dropped > 0 {
@@ -253,9 +267,14 @@ impl Fleet {
         applied.revision
     }
 
-    /// Records that resources were processed without a change of any layer.
-    pub fn advance(&self, source: Source) {
-        self.write(|layers| layers.advance(source));
+    /// Records the versions up to which the resources are processed, including bookmarks.
+    pub fn advance(&self, processed: Source) {
+        *lock(&self.processed) = processed;
+    }
+
+    /// The other replicas.
+    pub(crate) fn others(&self) -> &replicas::Client {
+        &self.others
     }
 
     /// Ends all streams with a reason.

@@ -1,11 +1,13 @@
-//! The Lease that elects the active controller.
+//! The Lease that elects the leader among the replicas.
 //!
-//! [`Candidate::acquire`] waits for the Lease, [`Holding`] renews it in the background, and [`Fence`] decides locally
-//! whether this process may still write. Expiry counts from renewals that this process observed, on its own monotonic
-//! clock: wall clocks of replicas may differ by any amount.
+//! Every replica serves agents. The leader alone writes what concerns the whole cluster: rollouts and assignments, the
+//! creation and deletion of rows, the rows of nodes that no replica serves, the bootstrap ConfigMap, and Events about
+//! compiled objects. [`Candidate`] takes part in the election, and [`Fence`] decides locally whether this process may still
+//! write as the leader. Expiry counts from renewals that this process observed, on its own monotonic clock: wall clocks of
+//! replicas may differ by any amount.
 //!
-//! A holder that cannot renew stops writing before a standby can take over, and keeps its agents: while the API server is
-//! unreachable, no standby can have taken over. It exits only when it sees that another controller holds the Lease.
+//! A leader that cannot renew stops these writes before another replica can take over. It keeps its agents and takes part
+//! in the election again.
 
 use std::time::Duration;
 
@@ -27,26 +29,16 @@ mod fence;
 mod tests;
 
 use election::{Election, Step};
-pub use fence::{Fence, Fenced};
+pub use fence::{Fence, Fenced, Turns};
 
 /// The Lease's name, in the controller's namespace.
 pub const LEASE: &str = "switchtower-controller";
-/// Renewals, or reads by a standby, within one lease duration.
+/// Renewals, or reads by a follower, within one lease duration.
 const TURNS: u32 = 5;
-/// Maximum interval between two reads of the Lease by a standby.
+/// Maximum interval between two reads of the Lease by a follower.
 const POLL: Duration = Duration::from_secs(1);
 
-/// Another controller holds the Lease.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "the Lease {LEASE} was lost to {holder}; this controller ends and waits for the Lease when it starts again"
-)]
-pub struct LeaseLost {
-    /// The other one's identity.
-    pub holder: String,
-}
-
-/// A controller that wants to become the active one.
+/// A replica that takes part in the election.
 #[derive(Debug)]
 pub struct Candidate {
     api: Api<Lease>,
@@ -56,6 +48,8 @@ pub struct Candidate {
     fence: Fence,
     /// The Lease as the API server answered last.
     stored: Option<Lease>,
+    /// The last request wrote the Lease in the name of this process.
+    holds: bool,
 }
 
 impl Candidate {
@@ -65,22 +59,60 @@ impl Candidate {
     pub fn new(client: Client, namespace: &str, replica: &str, duration: Duration, fence: Fence) -> Self {
         let identity = format!("{replica}_{:016x}", rand::random::<u64>());
         let election = Election::new(&identity);
-        Self { api: Api::namespaced(client, namespace), identity, duration, election, fence, stored: None }
+        Self {
+            api: Api::namespaced(client, namespace),
+            identity,
+            duration,
+            election,
+            fence,
+            stored: None,
+            holds: false,
+        }
     }
 
     fn interval(&self) -> Duration {
         self.duration / TURNS
     }
 
+    /// Takes part until [`Candidacy::withdraw`].
+    #[must_use]
+    pub fn start(mut self) -> Candidacy {
+        let (withdraw, withdrawn) = oneshot::channel::<()>();
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = self.campaign() => {}
+                // An error means that the handle was dropped: the process ends.
+                _ = withdrawn => {}
+            }
+            self.fence.close_for_good();
+            if self.holds {
+                self.give_up().await;
+            }
+        });
+        Candidacy { withdraw, task }
+    }
+
+    /// Acquires the Lease, renews it until it is lost, and acquires it again.
+    async fn campaign(&mut self) {
+        loop {
+            self.acquire().await;
+            tracing::info!("this replica is the leader");
+            let holder = self.renew().await;
+            self.holds = false;
+            self.fence.close();
+            tracing::warn!(%holder, "the Lease {LEASE} was lost; this replica keeps its agents and is not the leader");
+        }
+    }
+
     /// Waits until this process holds the Lease. The fence is open then.
-    pub async fn acquire(&mut self) {
+    async fn acquire(&mut self) {
         let mut logged: Option<String> = None;
         loop {
             match self.try_acquire().await {
                 Ok(Turn::Held) => return,
                 Ok(Turn::Waiting(holder)) => {
                     if logged.as_ref() != Some(&holder) {
-                        tracing::info!(%holder, "another controller is active; waiting for its Lease");
+                        tracing::info!(%holder, "another replica is the leader");
                         logged = Some(holder);
                     }
                 }
@@ -92,35 +124,17 @@ impl Candidate {
         }
     }
 
-    /// Renews the Lease in the background until it is lost or released.
-    #[must_use]
-    pub fn hold(mut self) -> Holding {
-        let (release, released) = oneshot::channel();
-        let fence = self.fence.clone();
-        let task = tokio::spawn(async move {
-            let lost = tokio::select! {
-                lost = self.renew() => Some(lost),
-                _ = released => None,
-            };
-            self.fence.close();
-            if lost.is_none() {
-                self.give_up().await;
-            }
-            lost
-        });
-        Holding { fence, release: Some(release), task }
-    }
-
-    async fn renew(&mut self) -> LeaseLost {
+    /// Renews the Lease until another replica holds it. Returns the holder.
+    async fn renew(&mut self) -> String {
         let mut failed = false;
         loop {
             tokio::time::sleep(self.interval()).await;
             match self.try_renew().await {
                 Ok(Turn::Held) => failed = false,
-                Ok(Turn::Waiting(holder)) => return LeaseLost { holder },
+                Ok(Turn::Waiting(holder)) => return holder,
                 Err(error) => {
                     if !std::mem::replace(&mut failed, true) {
-                        tracing::warn!(error = %Chain(&error), "the Lease could not be renewed; retrying. Agents stay connected, and nothing is written once it may have expired");
+                        tracing::warn!(error = %Chain(&error), "the Lease could not be renewed; retrying. Agents stay connected, and nothing is written as the leader once it may have expired");
                     }
                 }
             }
@@ -129,12 +143,12 @@ impl Candidate {
 
     async fn try_acquire(&mut self) -> Result<Turn, kube::Error> {
         let stored = self.bounded(self.api.get_opt(LEASE)).await?;
-        if let Step::Wait(holder) = self.election.standby(stored.as_ref(), Instant::now()) {
+        if let Step::Wait(holder) = self.election.follower(stored.as_ref(), Instant::now()) {
             return Ok(Turn::Waiting(holder));
         }
         match self.write(stored).await {
             // Another replica was faster; the next turn sees which one.
-            Err(error) if is_conflict(&error) => Ok(Turn::Waiting("another controller".to_owned())),
+            Err(error) if is_conflict(&error) => Ok(Turn::Waiting("another replica".to_owned())),
             written => written.map(|()| Turn::Held),
         }
     }
@@ -164,6 +178,7 @@ impl Candidate {
             Some(_) => self.bounded(self.api.replace(LEASE, &params, &lease)).await?,
         };
         self.stored = Some(written);
+        self.holds = true;
         self.fence.open_until(sent + self.duration.mul_f64(0.8));
         Ok(())
     }
@@ -221,30 +236,17 @@ enum Turn {
     Waiting(String),
 }
 
-/// A Lease that this process holds.
+/// A candidate that runs in the background.
 #[derive(Debug)]
-pub struct Holding {
-    fence: Fence,
-    release: Option<oneshot::Sender<()>>,
-    task: JoinHandle<Option<LeaseLost>>,
+pub struct Candidacy {
+    withdraw: oneshot::Sender<()>,
+    task: JoinHandle<()>,
 }
 
-impl Holding {
-    /// Waits until another controller holds the Lease. May be dropped and called again until it has returned.
-    pub async fn lost(&mut self) -> LeaseLost {
-        match (&mut self.task).await {
-            Ok(Some(lost)) => lost,
-            // Released, or a defect: either way this process does not hold it.
-            Ok(None) | Err(_) => LeaseLost { holder: "no controller".to_owned() },
-        }
-    }
-
-    /// Stops all writes of this process and releases the Lease.
-    pub async fn release(mut self) {
-        self.fence.close();
-        if let Some(release) = self.release.take() {
-            let _ = release.send(());
-            let _ = self.task.await;
-        }
+impl Candidacy {
+    /// Stops all writes of this process as the leader, and releases the Lease if it is held.
+    pub async fn withdraw(self) {
+        let _ = self.withdraw.send(());
+        let _ = self.task.await;
     }
 }

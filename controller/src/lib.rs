@@ -4,8 +4,8 @@
 //! Path of a change: [`watch`] receives it, [`ingest`] converts the API object into the core's model, [`engine`]
 //! compiles it and publishes a new revision of the layers to the [`fleet`], a [`session`] streams it to each agent,
 //! [`status`] writes the acknowledged state, and [`propagation`] measures the delay. [`status::absence`] finds the
-//! blocker of an absent agent. [`serve`] accepts and authenticates the connections of agents. Only the holder of the
-//! [`lease`] serves agents and writes objects.
+//! blocker of an absent agent. [`serve`] accepts and authenticates the connections of agents. Every replica serves agents;
+//! the holder of the [`lease`] writes what concerns the whole cluster, and [`replicas`] query each other.
 
 pub mod admin;
 mod background;
@@ -28,6 +28,7 @@ pub mod peers;
 mod process;
 pub mod propagation;
 pub mod render;
+pub mod replicas;
 pub mod rollout;
 pub mod run;
 pub mod serve;

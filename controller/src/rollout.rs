@@ -4,7 +4,8 @@
 //! from the stored objects and keeps no other state, so that a restarted controller continues at any point.
 //!
 //! Invariants: a decision is stored in the ProxyRollout before any row changes. A row changes before its node gets
-//! other settings. Every write carries the version on which it was decided. Updates of Services and endpoints never
+//! other settings. Every write carries the version on which it was decided. Every replica serves the assigned settings; only
+//! the leader decides. Updates of Services and endpoints never
 //! wait for rollouts. A round costs O(nodes); there are no rounds while no rollout is active and nothing changes.
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,6 +27,8 @@ use tokio::time::Instant;
 use crate::errors::{Chain, is_missing_kind};
 use crate::fleet::{Fleet, SettingsName};
 use crate::ingest::NodeIdentity;
+use crate::lease::Fence;
+use crate::replicas;
 use crate::status::{Assignments, NodeEvent};
 use crate::watch::Restores;
 
@@ -36,6 +39,7 @@ mod convert;
 mod facts;
 mod metrics;
 mod objects;
+pub(crate) mod others;
 mod profiles;
 mod requests;
 mod round;
@@ -48,6 +52,7 @@ use announce::Announcer;
 use clock::Clock;
 pub use metrics::RolloutMetrics;
 use objects::Objects;
+use others::Others;
 pub(crate) use settings::laid_over;
 
 /// Interval between rounds while a rollout is active.
@@ -60,6 +65,10 @@ const LONGEST_GATHER: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(5);
 /// Delay after a request about an object that the API server answered with an error.
 const RETRY_OBJECT: Duration = Duration::from_secs(1);
+
+/// Time for which a node keeps its settings while no known rollout describes those that its row names: rows and rollouts are
+/// watched separately, and the row may arrive first.
+const DESCRIBED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Finalizer that keeps an object while it is needed.
 pub const FINALIZER: &str = "switchtower.dev/in-use";
@@ -87,12 +96,16 @@ pub struct Rollouts {
     rollout_api: Api<ProxyRollout>,
     fleet: Arc<Fleet>,
     assignments: Assignments,
+    fence: Fence,
+    others: Others,
     announcer: Announcer,
     metrics: RolloutMetrics,
     profiles: Objects<ProxyProfile>,
     rollouts: Objects<ProxyRollout>,
     nodes: HashMap<Arc<str>, NodeIdentity>,
     nodes_synced: bool,
+    /// Revisions that a row names and no rollout describes, each with the time when that was seen first.
+    undescribed: HashMap<Revision, Instant>,
     /// Nodes with an assigned revision that no rollout describes.
     unknown: HashMap<Arc<str>, Revision>,
     /// The revision that each node is served, and since when.
@@ -119,19 +132,24 @@ impl Rollouts {
         replica: &str,
         fleet: Arc<Fleet>,
         assignments: Assignments,
+        leadership: (Fence, replicas::Client),
         metrics: RolloutMetrics,
     ) -> Self {
+        let (fence, others) = leadership;
         Self {
             profile_api: Api::all(client.clone()),
             rollout_api: Api::all(client.clone()),
             fleet,
             assignments,
+            fence,
+            others: Others::new(others),
             announcer: Announcer::new(client, replica),
             metrics,
             profiles: Objects::default(),
             rollouts: Objects::default(),
             nodes: HashMap::new(),
             nodes_synced: false,
+            undescribed: HashMap::new(),
             unknown: HashMap::new(),
             served: HashMap::new(),
             served_settings: BTreeMap::new(),
@@ -159,6 +177,7 @@ impl Rollouts {
     pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeEvent>, mut restores: Restores) {
         let (mut profiles, mut rollouts) = (events(&self.profile_api), events(&self.rollout_api));
         let assignments = self.assignments.clone();
+        let mut turns = self.fence.turns();
         let mut dirty = true;
         let mut pause = GATHER;
         loop {
@@ -167,8 +186,9 @@ impl Rollouts {
                 pause = pause_after(self.reading);
                 dirty = false;
             } else if dirty && self.knows_rows() {
-                // Serving assigned settings never waits for rounds.
+                // Serving assigned settings never waits for rounds, nor for the leader.
                 self.serve();
+                dirty = self.fence.is_open();
             }
             let wake = self.wake_up(dirty);
             tokio::select! {
@@ -185,6 +205,10 @@ impl Rollouts {
                     Err(error) => self.watch_failed(&error),
                 },
                 () = assignments.row_changed() => dirty = true,
+                () = turns.changed() => {
+                    dirty = true;
+                    self.metrics.publish(self.rollouts.iter().filter(|_| self.fence.is_open()));
+                }
                 Ok(()) = restores.changed() => {
                     // Only complete lists contain the changes since the restore, such as an abort.
                     (profiles, rollouts) = (events(&self.profile_api), events(&self.rollout_api));
@@ -203,9 +227,10 @@ impl Rollouts {
         }
     }
 
-    /// Returns true if all nodes and objects are known: decisions on a part of them would be wrong.
+    /// Returns true if this replica is the leader and all nodes and objects are known: decisions on a part of them would be
+    /// wrong.
     fn ready(&self) -> bool {
-        self.nodes_synced && self.knows_rows() && !self.is_paused()
+        self.fence.is_open() && self.nodes_synced && self.knows_rows() && !self.is_paused()
     }
 
     /// Returns true if the assigned settings of all rows are known.
@@ -233,7 +258,7 @@ impl Rollouts {
             None if !dirty && self.ready() && under_way() => Some(now + TICK),
             None => {
                 let refused = self.refused.values().map(|refused| refused.retry_at);
-                refused.chain(self.postponed.values().copied()).min()
+                refused.chain(self.postponed.values().copied()).chain(self.undescribed_until(now)).min()
             }
         }
     }

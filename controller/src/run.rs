@@ -1,7 +1,8 @@
 //! Starts the parts of the controller, runs them until a signal arrives, and stops them in order.
 //!
-//! Invariants: a replica serves agents and writes objects only while it holds the Lease; a standby watches and compiles,
-//! so that it takes over without a list. No signal is lost while the process waits.
+//! Invariants: a replica serves agents once it has compiled complete lists and read the rows and their assignments, whether
+//! or not it is the leader. It announces itself to the other replicas only while it serves. No signal is lost while the
+//! process waits.
 //!
 //! `manifests/rbac.yaml` lists the permissions of the controller.
 
@@ -13,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use switchtower_telemetry::spans::{self, BoxedLayer};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
@@ -25,11 +26,14 @@ use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine;
 use crate::fleet::Fleet;
 use crate::import_config;
-use crate::lease::{Candidate, Fence, Holding};
+use crate::lease::{Candidate, Fence};
 use crate::metrics::{self, Exemplars, Readiness};
 use crate::peers::Peers;
 use crate::process::{Signals, host_name, raise_descriptor_limit};
 use crate::render;
+use crate::replicas::announce::Announcement;
+use crate::replicas::service::{ReplicaKey, ReplicaService};
+use crate::replicas::{self, Replicas};
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::keys::Keys;
@@ -43,12 +47,14 @@ mod listen;
 mod startup;
 
 use api::Clients;
-use startup::{Active, Synced, Telemetry};
+use startup::{Synced, Telemetry};
 
 /// Interval between attempts to reach the API server while starting.
 const RETRY: Duration = Duration::from_secs(5);
 /// Time that agents have to leave when the controller stops.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Time that agents have to connect to another replica before this one counts as gone.
+const MOVE: Duration = Duration::from_secs(2);
 /// Interval between two renewals of the server's certificate, which is valid for a year.
 const RENEWAL: Duration = Duration::from_secs(30 * 24 * 3_600);
 
@@ -112,11 +118,15 @@ fn set_up_log(level: &str, format: LogFormat, spans: Option<BoxedLayer>) {
     let _ = spans::subscriber(log, spans).try_init();
 }
 
-/// A replica with its watches, compiler and metrics running. It neither serves agents nor writes objects yet.
+/// A replica with its watches, compiler and metrics running. It does not serve agents yet.
 struct Replica {
     args: ServeArgs,
     name: String,
     clients: Clients,
+    fence: Fence,
+    others: replicas::Client,
+    announcement: Announcement,
+    serving: watch::Sender<bool>,
     agents: Agents,
     readiness: Readiness,
     telemetry: Telemetry,
@@ -126,30 +136,24 @@ struct Replica {
 
 async fn serve(args: ServeArgs, name: String, traces: Option<(Traces, Sampled)>) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    let fence = Fence::default();
     let mut tasks = Background::default();
-    let starting = start_replica(args, name, traces, &fence, &mut tasks);
+    let starting = start_replica(args, name, traces, &mut tasks);
     let (replica, mut synced) = tokio::select! {
         started = starting => started?,
         () = signals.next() => return Ok(()),
     };
-    let mut holding = tokio::select! {
-        holding = replica.acquire_lease(&mut synced, fence) => holding?,
+    let compiled = tokio::select! {
+        compiled = engine::first_head(&mut synced.head) => compiled,
         ended = tasks.ended() => return Err(ended.into()),
         () = signals.next() => return Ok(()),
     };
-    // Stopped before another replica can become active.
+    anyhow::ensure!(compiled, "the engine ended before the first compile; its log says why");
     let mut writers = Background::default();
-    let Synced { fleet, active, .. } = synced;
+    let Synced { fleet, writers: prepared, .. } = synced;
     let listener = tokio::select! {
-        listener = replica.become_active(active, &mut writers) => listener?,
+        listener = async { prepared.start(&mut writers).await; replica.listen().await } => listener?,
         ended = tasks.ended() => return Err(ended.into()),
-        lost = holding.lost() => return Err(lost.into()),
-        () = signals.next() => {
-            drop(writers);
-            holding.release().await;
-            return Ok(());
-        }
+        () = signals.next() => return Ok(()),
     };
     let (server, tls) = replica.server(fleet, &mut tasks)?;
     let (stop, stopped) = oneshot::channel::<()>();
@@ -158,46 +162,46 @@ async fn serve(args: ServeArgs, name: String, traces: Option<(Traces, Sampled)>)
         // An error means that the sender is gone: the process ends.
         let _ = stopped.await;
     }));
+    replica.readiness.set(true);
+    replica.serving.send_replace(true);
     tracing::info!(listen = %replica.args.listen, "serving agents");
+    let candidacy = replica.candidate().start();
     let outcome = tokio::select! {
         ended = &mut running => return ended?.context("serving agents"),
-        ended = tasks.ended() => return Err(ended.into()),
-        ended = writers.ended() => return Err(ended.into()),
-        lost = holding.lost() => Err(lost.into()),
+        ended = tasks.ended() => Err(ended.into()),
+        ended = writers.ended() => Err(ended.into()),
         () = signals.next() => Ok(()),
     };
     replica.readiness.set(false);
     drop(writers);
-    if outcome.is_ok() {
-        // Before the agents are sent away: the next controller listens when they look for it.
-        holding.release().await;
-    }
+    candidacy.withdraw().await;
     let _ = stop.send(());
     if tokio::time::timeout(DRAIN, running).await.is_err() {
         tracing::warn!("some agents did not disconnect in time; they reconnect on their own");
     }
+    replica.leave().await;
     replica.telemetry.flush(synced.traces).await?;
     outcome
 }
 
-/// Starts everything that a standby needs too.
+/// Starts everything except the server of the agents.
 async fn start_replica(
     args: ServeArgs,
     name: String,
     traces: Option<(Traces, Sampled)>,
-    fence: &Fence,
     tasks: &mut Background,
 ) -> anyhow::Result<(Replica, Synced)> {
+    let fence = Fence::default();
     let config = api::config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
-    let clients = Clients::new(config, fence)?;
+    let clients = Clients::new(config, &fence)?;
     let advertise = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
     let args = ServeArgs { advertise, ..args };
     let telemetry = Telemetry::new()?;
     let agents = Agents::default();
-    // An address that cannot be bound is an error at once. The port stays closed on a standby, so that agents move on
-    // to the active controller.
+    // An address that cannot be bound is an error at once. The port stays closed until agents can be served, so that they
+    // connect to another replica.
     drop(listen::bind(args.listen, &agents).await?);
     let readiness = Readiness::default();
     let exemplars = Exemplars::default();
@@ -212,37 +216,63 @@ async fn start_replica(
     let changes = startup::follow_changes(&telemetry.registry, exemplars, traces, tasks)?;
     let ca = api::certificate_authority(&clients.unfenced, &args).await?;
     let (peers, sender) = Peers::new(args.advertise.clone());
-    let replica = Replica { args, name, clients, agents, readiness, telemetry, ca, peers };
-    let synced = startup::start_synced(&replica, changes, sender, tasks).await?;
+    let duration = Duration::from_secs(args.lease_seconds.into());
+    let replicas = Replicas::new(&name, duration);
+    let others =
+        replicas::Client::new(replicas.clone(), &ca).context("using the CA for queries to other replicas")?;
+    let (client, addresses) = (clients.unfenced.clone(), args.advertise.clone());
+    let announcement = Announcement::new(client, &args.namespace, &name, addresses, duration);
+    let (serving, is_serving) = watch::channel(false);
+    tasks.spawn("Leases of replicas", announcement.clone().keep(replicas, fence.clone(), is_serving, sender));
+    let replica = Replica {
+        args,
+        name,
+        clients,
+        fence,
+        others,
+        announcement,
+        serving,
+        agents,
+        readiness,
+        telemetry,
+        ca,
+        peers,
+    };
+    replica.keep_bootstrap(tasks);
+    let synced = startup::start_synced(&replica, changes, tasks).await?;
     Ok((replica, synced))
 }
 
 impl Replica {
-    /// Waits for the first compile, then for the Lease. The replica is ready once it has compiled.
-    async fn acquire_lease(&self, synced: &mut Synced, fence: Fence) -> anyhow::Result<Holding> {
-        let compiled = engine::first_head(&mut synced.head).await;
-        anyhow::ensure!(compiled, "the engine ended before the first compile; its log says why");
-        self.readiness.set(true);
+    fn candidate(&self) -> Candidate {
         let duration = Duration::from_secs(self.args.lease_seconds.into());
         let client = self.clients.unfenced.clone();
-        let mut candidate = Candidate::new(client, &self.args.namespace, &self.name, duration, fence);
-        candidate.acquire().await;
-        tracing::info!("this controller is active");
-        Ok(candidate.hold())
+        Candidate::new(client, &self.args.namespace, &self.name, duration, self.fence.clone())
     }
 
-    /// Starts the writers, then opens the port for agents.
-    async fn become_active(&self, active: Active, writers: &mut Background) -> anyhow::Result<TcpListener> {
-        let listener = listen::bind(self.args.listen, &self.agents).await?;
-        active.start(writers).await;
+    fn keep_bootstrap(&self, tasks: &mut Background) {
         let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
         let certificate = self.ca.certificate.clone();
-        let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone());
-        writers.spawn("bootstrap ConfigMap", keep);
-        match listener {
+        let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone(), self.fence.clone());
+        tasks.spawn("bootstrap ConfigMap", keep);
+    }
+
+    /// Opens the port for agents.
+    async fn listen(&self) -> anyhow::Result<TcpListener> {
+        match listen::bind(self.args.listen, &self.agents).await? {
             Some(listener) => Ok(listener),
             None => listen::bind_with_retry(self.args.listen, &self.agents).await,
         }
+    }
+
+    /// Deletes the Lease of this replica, once its agents had time to connect to another one: the leader then writes the rows
+    /// of those that did not.
+    async fn leave(&self) {
+        self.serving.send_replace(false);
+        if !self.others.replicas().peers().is_empty() {
+            tokio::time::sleep(MOVE).await;
+        }
+        self.announcement.withdraw().await;
     }
 
     /// Starts the admin API and returns the server of the agents with its TLS configuration.
@@ -251,6 +281,7 @@ impl Replica {
         let client = clients.unfenced.clone();
         let authenticator = AdminAuthenticator::new(client.clone(), &args.namespace);
         let admin = Admin::new(fleet.clone(), authenticator, name, telemetry.registry.clone());
+        let replica = ReplicaService::new(admin.routes_for_replicas(), ReplicaKey::new(ca));
         let keys = Arc::new(Keys::new(client.clone(), &telemetry.registry)?);
         let authenticator =
             Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);
@@ -260,7 +291,7 @@ impl Replica {
         tasks.spawn("certificates", renew_certificates(tls.clone(), admin_tls.clone(), ca.clone()));
         let metrics = telemetry.serve.clone();
         tasks.spawn("admin API", listen::serve_admin(admin, args.admin_listen, admin_tls, metrics));
-        Ok((Server::new(fleet, Arc::new(authenticator), limits), tls))
+        Ok((Server::new(fleet, Arc::new(authenticator), limits, replica), tls))
     }
 }
 

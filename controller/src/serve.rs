@@ -8,13 +8,17 @@
 //! that a slow node costs no memory and delays no other node. A peer that violates the protocol gets a typed refusal
 //! and does not affect others.
 
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use switchtower_proto::v1::fleet_server::{Fleet as FleetService, FleetServer};
+use switchtower_proto::v1::replica_server::ReplicaServer;
 use switchtower_proto::v1::{AgentMessage, GoAwayReason};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tonic::server::NamedService;
 use tonic::{Request, Response, Status, Streaming};
 
 mod admission;
@@ -38,6 +42,7 @@ use tls::ServerTls;
 
 use crate::fleet::Fleet;
 use crate::fleet::metrics::StreamMetrics;
+use crate::replicas::service::ReplicaService;
 use crate::session::{self, Limits, Outbound, Session};
 
 /// Maximum size of a message from an agent, in bytes.
@@ -51,14 +56,20 @@ pub struct Server {
     authenticator: Arc<Authenticator>,
     admission: Arc<Admission>,
     limits: Arc<Limits>,
+    replica: ReplicaService,
 }
 
 impl Server {
     /// Creates the server; [`Server::serve`] runs it.
     #[must_use]
-    pub fn new(fleet: Arc<Fleet>, authenticator: Arc<Authenticator>, limits: Limits) -> Self {
+    pub fn new(
+        fleet: Arc<Fleet>,
+        authenticator: Arc<Authenticator>,
+        limits: Limits,
+        replica: ReplicaService,
+    ) -> Self {
         let admission = Admission::new(&limits, fleet.metrics().clone());
-        Self { fleet, authenticator, admission, limits: Arc::new(limits) }
+        Self { fleet, authenticator, admission, limits: Arc::new(limits), replica }
     }
 
     /// Serves until `shutdown` completes, then ends every stream and gives connections a short time to close.
@@ -76,7 +87,8 @@ impl Server {
         fleet.accept();
         let gate = Gate::new("agents", GateLimits::agents(), fleet.known().clone(), metrics);
         let incoming = tls::incoming(listener, tls, gate);
-        let service = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
+        let replica = ReplicaServer::new(self.replica.clone()).max_decoding_message_size(MESSAGE);
+        let agents = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
         let leave = async move {
             shutdown.await;
             fleet.end_all(GoAwayReason::Shutdown);
@@ -86,8 +98,34 @@ impl Server {
             .http2_keepalive_timeout(Some(Duration::from_secs(20)))
             // An agent needs one stream, and a second while it replaces the first.
             .max_concurrent_streams(4)
-            .serve_with_incoming_shutdown(service, incoming, leave)
+            .serve_with_incoming_shutdown(Services { agents, replica }, incoming, leave)
             .await
+    }
+}
+
+/// The services of the port.
+#[derive(Clone)]
+struct Services {
+    agents: FleetServer<Service>,
+    replica: ReplicaServer<ReplicaService>,
+}
+
+impl tower::Service<http::Request<tonic::body::Body>> for Services {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = tonic::codegen::BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let service = request.uri().path().trim_start_matches('/').split('/').next().unwrap_or_default();
+        if service == <ReplicaServer<ReplicaService> as NamedService>::NAME {
+            self.replica.call(request)
+        } else {
+            self.agents.call(request)
+        }
     }
 }
 
@@ -101,7 +139,7 @@ impl FleetService for Service {
         &self,
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
-        let Server { fleet, authenticator, admission, limits } = &self.0;
+        let Server { fleet, authenticator, admission, limits, .. } = &self.0;
         let origin = request.extensions().get::<Origin>().cloned();
         let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
         if ticket.is_refused() {

@@ -36,6 +36,7 @@ mod in_flight;
 mod limits;
 mod received;
 mod resume;
+mod source;
 
 use go_away::go_away;
 pub(crate) use go_away::overloaded;
@@ -60,6 +61,8 @@ const HOLD_FACTOR: u32 = 2;
 /// Acknowledgement time below which nothing is considered busy.
 const PROMPT: Duration = Duration::from_millis(20);
 
+/// Minimum time for which an agent stays with a stale replica, so that it changes replicas at most once per minute.
+const STAY: Duration = Duration::from_secs(60);
 /// After this time without a response on the watches, the API server may not answer token reviews either.
 const UNHEARD: Duration = Duration::from_secs(30);
 
@@ -125,6 +128,7 @@ pub(crate) struct Session {
     released_before: u64,
     query: PendingQuery,
     drains: drain::DrainQueries,
+    opened: Instant,
     heard: Instant,
     spoke: Instant,
     allowance: TokenBucket,
@@ -181,6 +185,7 @@ impl Session {
             released_before: 0,
             query: PendingQuery::default(),
             drains: drain::DrainQueries::default(),
+            opened: now,
             heard: now,
             spoke: now,
         }
@@ -235,6 +240,7 @@ impl Session {
             return Err(End::GoAway(GoAwayReason::NotReady, detail));
         }
         let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
+        self.catch_up(&hello).await?;
         let mut floor = self.fleet.floor(&self.node);
         let placement = HealthCheckPlacement::of(&hello.features);
         let (number, signal) = self.fleet.open(&self.node, &mut floor, placement).ok_or_else(gone)?;
@@ -515,6 +521,11 @@ impl Session {
     async fn ping(&mut self, peers: Vec<String>) -> Result<(), End> {
         if self.heard.elapsed() > self.limits.silence {
             return Err(End::Gone("silent"));
+        }
+        if self.fleet.is_stale() && self.opened.elapsed() >= STAY {
+            let detail =
+                "the API server does not respond to this replica; another one is more current".to_owned();
+            return Err(End::GoAway(GoAwayReason::StaleReplica, detail));
         }
         // The peers have just heard each other.
         let recent = self.limits.ping / 2;

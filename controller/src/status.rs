@@ -1,10 +1,11 @@
 //! Publishes one `ProxyStatus` per Node: the desired and the applied state, for `kubectl`.
 //!
-//! [`absence`] explains why an agent is absent, [`row`] computes a row, `schedule` limits the writes, and `writer`
-//! performs them.
+//! [`absence`] explains why an agent is absent, [`row`] computes a row, `ownership` decides which replica writes it,
+//! `schedule` limits the writes, and `writer` performs them.
 //!
-//! Invariants: every matching Node has a row, with or without an agent. Rows never delay the serving of agents.
-//! A row that another replica took over belongs to that replica.
+//! Invariants: every matching Node has a row, with or without an agent. Rows never delay the serving of agents. Every write
+//! carries the version of the row that it is based on. One replica writes a status: the one that serves the node, otherwise
+//! the leader, which alone creates, assigns and deletes rows.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -25,6 +26,7 @@ pub mod backlog;
 mod condition;
 mod local_detection;
 pub mod observation;
+mod ownership;
 mod requests;
 pub mod row;
 mod schedule;
@@ -32,7 +34,7 @@ mod writer;
 
 pub use assignments::{Assignments, StoredAssignment};
 pub use observation::Observation;
-pub use writer::{Writer, WriterSettings};
+pub use writer::{Writer, WriterClients, WriterSettings};
 
 /// Significance of a change of an observation for the node's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,8 +51,11 @@ pub trait Registry: Send + Sync + 'static {
     /// earlier changes as read.
     fn observe(&self, node: &str) -> Option<Observation>;
 
-    /// Returns the number of the node's last stream; 0 if there was none.
-    fn session(&self, node: &str) -> u64;
+    /// Ends the node's open stream: the agent has a later one to another replica.
+    fn supersede(&self, node: &str);
+
+    /// Forgets the node's last stream, which ended before its agent connected to another replica.
+    fn moved(&self, node: &str);
 
     /// Sends the node's agent the `releaseHeldBefore` of its row, if it changed.
     fn release_held(&self, node: &str, before: u64);
@@ -103,8 +108,8 @@ impl Floors {
         let generations = &status.generation;
         let highest = generations.desired.max(generations.sent).max(generations.applied);
         floor.generation = u64::try_from(highest).unwrap_or(0);
-        floor.session =
-            status.connection.as_ref().map_or(0, |known| u64::try_from(known.session).unwrap_or(0));
+        let session = status.connection.as_ref().map_or(0, |known| u64::try_from(known.session).unwrap_or(0));
+        floor.session = if session > ownership::SESSION_LIMIT { 0 } else { session };
     }
 
     pub(crate) fn remove(&self, node: &str) {

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ChangeReport {
+    /// The replica that reports it, for the nodes that it serves.
+    #[serde(default)]
+    pub replica: String,
     /// Its number in this controller process.
     pub change: u64,
     /// Its trace, 32 hexadecimal digits.

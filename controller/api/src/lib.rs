@@ -32,17 +32,18 @@ pub const OPERATOR: &str = "switchtower-operator";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ControllerInfo {
-    /// The replica's name.
+    /// Name of the replica that was asked.
     pub replica: String,
     /// Version of the controller.
     pub version: String,
-    /// Age of the latest data from the API server; `null` before the first.
+    /// Age of the latest data from the API server, of the replica that was not heard for the longest time; `null` before the
+    /// first.
     pub upstream_age_milliseconds: Option<u64>,
     /// Revision of the layers, one counter per process.
     pub revision: u64,
-    /// Nodes that it serves.
+    /// Nodes that the controller serves.
     pub nodes: usize,
-    /// Nodes with an open stream.
+    /// Nodes with an open stream to any replica.
     pub connected: usize,
 }
 
@@ -58,9 +59,11 @@ pub struct MetricsText {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Progress {
-    /// The process that answered: a revision means nothing to another.
+    /// The processes that answered, each with its revision. With it as a parameter, the next request is about the same
+    /// revisions.
     pub instance: String,
-    /// Revision that contains everything requested; `null` until the watches deliver it.
+    /// Revision of the replica that was asked, which contains everything requested; `null` until the watches of all replicas
+    /// deliver it.
     pub revision: Option<u64>,
     /// Nodes that are connected.
     pub connected: usize,

@@ -9,7 +9,7 @@
 //! * Only an acknowledgement proves that a kernel holds a revision; the position with which an agent resumes does not.
 //! * Everything is bounded: [`QUERIES`] wait at a time, `REMEMBERED` drained endpoints are remembered.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -213,6 +213,8 @@ pub struct Gate {
     /// Nodes by the first revision that they may not hold.
     pending: BTreeSet<(u64, Arc<str>)>,
     missing: BTreeSet<Arc<str>>,
+    /// Nodes that other replicas serve.
+    elsewhere: HashSet<Arc<str>>,
     /// Nodes that are away, in order of time, with outdated entries.
     away: VecDeque<(Instant, Arc<str>)>,
     queries: HashMap<QueryId, Query>,
@@ -261,7 +263,12 @@ impl Gate {
         match self.nodes.get_mut(node) {
             Some(entry) => {
                 entry.session = session;
-                self.leave(node, now);
+                if entry.presence == Presence::Missing {
+                    // It may come from another replica, which no longer waits for it.
+                    self.expect(node, now);
+                } else {
+                    self.leave(node, now);
+                }
             }
             // A node that is new has no old rules.
             None => {
@@ -297,6 +304,22 @@ impl Gate {
         self.complete(None)
     }
 
+    /// Other replicas serve these nodes and wait for them.
+    pub fn elsewhere(&mut self, nodes: &HashSet<Arc<str>>) -> Answers {
+        for node in nodes {
+            if let Some(entry) = self.nodes.get_mut(node)
+                && matches!(entry.presence, Presence::Away(_))
+            {
+                entry.presence = Presence::Missing;
+                self.set_pending(node, None);
+            }
+        }
+        let missing = self.nodes.iter().filter(|(_, entry)| entry.presence == Presence::Missing);
+        self.missing = missing.map(|(name, _)| name).filter(|name| !nodes.contains(*name)).cloned().collect();
+        self.elsewhere.clone_from(nodes);
+        self.complete(None)
+    }
+
     /// A node acknowledged a revision in its current stream.
     pub fn held(&mut self, node: &Arc<str>, session: u64, revision: u64) -> Answers {
         let Some(entry) = self.nodes.get_mut(node).filter(|entry| entry.session == session) else {
@@ -322,7 +345,9 @@ impl Gate {
                 && entry.presence == Presence::Away(since)
             {
                 entry.presence = Presence::Missing;
-                self.missing.insert(node.clone());
+                if !self.elsewhere.contains(&node) {
+                    self.missing.insert(node.clone());
+                }
                 self.set_pending(&node, None);
                 last = Some(node);
             }

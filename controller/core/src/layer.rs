@@ -247,12 +247,6 @@ impl Layers {
     pub fn source(&self) -> Source {
         self.source
     }
-
-    /// Notes that resources are processed further without a change of any layer.
-    pub fn advance(&mut self, source: Source) {
-        self.source = source;
-    }
-
     /// Applies changes and removes layers, as one revision.
     pub fn apply(
         &mut self,

@@ -13,7 +13,7 @@ use crate::fleet::Fleet;
 const WAIT: Duration = Duration::from_millis(500);
 
 pub(super) async fn drain(fleet: &Fleet, address: IpAddr) -> DrainReport {
-    let drained = fleet.drain(None, &PodIdentity::Address(address.to_canonical()), WAIT).await;
+    let drained = fleet.drain_everywhere(None, &PodIdentity::Address(address.to_canonical()), WAIT).await;
     let (waited_for, missing) = (&drained.answer.waited_for, &drained.answer.missing);
     DrainReport {
         verdict: drained.verdict_name().to_owned(),

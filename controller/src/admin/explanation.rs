@@ -102,14 +102,23 @@ async fn check(fleet: &Arc<Fleet>, node: &str, view: &View, subject: Subject<'_>
     }
 }
 
-pub(super) async fn on_all(fleet: &Arc<Fleet>, question: Question) -> Result<Explanation, AdminError> {
+/// `elsewhere`: progress of the nodes that other replicas serve.
+pub(super) async fn on_all(
+    fleet: &Arc<Fleet>,
+    question: Question,
+    elsewhere: HashMap<String, NodeStatus>,
+) -> Result<Explanation, AdminError> {
     let fleet = fleet.clone();
     // Explaining thousands of nodes would block the runtime.
-    let all = tokio::task::spawn_blocking(move || grouped(&fleet, &question));
+    let all = tokio::task::spawn_blocking(move || grouped(&fleet, &question, elsewhere));
     all.await.map_err(|error| AdminError::Internal(error.to_string()))?
 }
 
-fn grouped(fleet: &Fleet, question: &Question) -> Result<Explanation, AdminError> {
+fn grouped(
+    fleet: &Fleet,
+    question: &Question,
+    mut elsewhere: HashMap<String, NodeStatus>,
+) -> Result<Explanation, AdminError> {
     let mut groups: Vec<NodeGroup> = Vec::new();
     let mut known: HashMap<Signature, usize> = HashMap::new();
     let (mut not_current, mut not_current_total) = (Vec::new(), 0);
@@ -118,6 +127,10 @@ fn grouped(fleet: &Fleet, question: &Question) -> Result<Explanation, AdminError
             (fleet.view(&node, question.service()), fleet.standing(&node))
         else {
             continue;
+        };
+        let standing = match elsewhere.remove(&*node) {
+            Some(elsewhere) if !standing.connected => elsewhere,
+            _ => standing,
         };
         if !is_current(&standing) {
             not_current_total += 1;

@@ -41,6 +41,8 @@ pub(super) struct Work {
     pub(super) nodes: Vec<NodeEvent>,
     /// Processed version of each resource.
     pub(super) source: Source,
+    /// Version of each resource's latest list or change, without bookmarks.
+    pub(super) changed: Source,
 }
 
 /// Collects batches until they are compiled.
@@ -87,6 +89,7 @@ impl Intake {
     /// Adds a batch. The order within a resource is kept; resources are independent of each other.
     pub(super) fn absorb(&mut self, batch: Batch) {
         let Batch { resource, facts, resource_version, synced, received } = batch;
+        let is_bookmark = facts.is_empty() && !synced;
         for ingested in facts {
             if self.initial_done {
                 self.next_change += 1;
@@ -97,15 +100,16 @@ impl Intake {
                 self.first.insert(Subject::of(&ingested.fact), ingested);
             }
         }
-        let version = match resource {
-            WatchedResource::Services => &mut self.work.source.services,
-            WatchedResource::EndpointSlices => &mut self.work.source.endpoint_slices,
-            WatchedResource::Nodes => &mut self.work.source.nodes,
-            WatchedResource::ServiceCidrs => &mut self.work.source.service_cidrs,
-        };
         // A complete list is authoritative, even if the API server went back in time.
         let list = synced && resource_version != 0;
-        *version = if list { resource_version } else { (*version).max(resource_version) };
+        let set = |source: &mut Source| {
+            let version = version_of(source, resource);
+            *version = if list { resource_version } else { (*version).max(resource_version) };
+        };
+        set(&mut self.work.source);
+        if !is_bookmark {
+            set(&mut self.work.changed);
+        }
         if synced {
             self.synced[resource.index()] = true;
         }
@@ -153,13 +157,22 @@ impl Intake {
             self.work.inputs.push(Arrival { input, cause: self.service_cidrs_cause.take() });
         }
         self.initial_done = true;
-        let source = self.work.source;
-        Some(std::mem::replace(&mut self.work, Work { source, ..Work::default() }))
+        let Work { source, changed, .. } = self.work;
+        Some(std::mem::replace(&mut self.work, Work { source, changed, ..Work::default() }))
     }
 
     /// Returns the resources whose first list is not complete.
     pub(super) fn missing(&self) -> impl Iterator<Item = WatchedResource> {
         WatchedResource::ALL.into_iter().filter(|resource| !self.synced[resource.index()])
+    }
+}
+
+fn version_of(source: &mut Source, resource: WatchedResource) -> &mut u64 {
+    match resource {
+        WatchedResource::Services => &mut source.services,
+        WatchedResource::EndpointSlices => &mut source.endpoint_slices,
+        WatchedResource::Nodes => &mut source.nodes,
+        WatchedResource::ServiceCidrs => &mut source.service_cidrs,
     }
 }
 

@@ -16,7 +16,7 @@ struct Lab {
     fleet: Arc<Fleet>,
     batches: mpsc::Sender<Batch>,
     controllers: watch::Sender<BTreeSet<SocketAddr>>,
-    problems: mpsc::Receiver<Problem>,
+    problems: mpsc::Receiver<(crate::events::Publisher, Problem)>,
     head: watch::Receiver<Option<Head>>,
     metrics: EngineMetrics,
 }
@@ -114,7 +114,7 @@ async fn addresses_of_later_replicas_are_reserved() {
     lab.processed(2).await;
     let before = lab.fleet.revision();
     lab.controllers.send(["198.51.100.7:9443".parse().unwrap()].into()).unwrap();
-    let problem = lab.problems.recv().await.unwrap();
+    let (_, problem) = lab.problems.recv().await.unwrap();
     assert_eq!(problem.reason, ProblemReason::ControlPlaneAddress);
     let moved = |head: &Option<Head>| head.is_some_and(|head| head.revision > before);
     lab.head.wait_for(moved).await.unwrap();

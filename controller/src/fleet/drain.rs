@@ -4,7 +4,7 @@
 //! Invariants: without settings that have a drain gate and without a query, only host-network endpoints are recorded. The
 //! gate's lock is taken after that of the nodes, before that of the layers, and never across an await.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,7 +20,10 @@ use tokio::time::Instant;
 use super::{Fleet, Nodes};
 use crate::sync::lock;
 
+mod everywhere;
 mod reports;
+
+pub(crate) use everywhere::{LOCAL, LocalQuery};
 
 /// Maximum timeout of a query.
 pub const TIMEOUT_LIMIT: Duration = Duration::from_secs(600);
@@ -162,6 +165,10 @@ impl Drains {
         self.change(|gate, _| gate.removed(node));
     }
 
+    pub(super) fn elsewhere(self: &Arc<Self>, nodes: &HashSet<Arc<str>>) {
+        self.change(|gate, _| gate.elsewhere(nodes));
+    }
+
     pub(super) fn restart(self: &Arc<Self>) {
         self.change(|gate, now| {
             gate.restart(now);
@@ -199,7 +206,7 @@ impl Fleet {
         changes.iter().for_each(|change| host_pods.change(change));
     }
 
-    /// Waits until no node sends new connections to the pod, at most for `timeout`. `node`: the node of the pod; a node has
+    /// Waits until no node that this replica serves sends new connections to the pod, at most for `timeout`. `node`: the node of the pod; a node has
     /// no host-network pods of others.
     pub async fn drain(&self, node: Option<&str>, pod: &PodIdentity, timeout: Duration) -> Drained {
         let asked = Instant::now();
@@ -298,6 +305,8 @@ impl Fleet {
                 signal.changed();
             }
         }
+        // There are no queries yet that could be answered.
+        gate.elsewhere(&self.connected_elsewhere());
         Open { gate, replies: HashMap::new(), timed: false }
     }
 

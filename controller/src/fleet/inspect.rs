@@ -115,7 +115,9 @@ impl Fleet {
     /// Returns the processed version of each resource, and the revision that includes them.
     #[must_use]
     pub fn processed(&self) -> (Source, u64) {
-        self.read(|layers| (layers.source(), layers.revision()))
+        // The versions first: the revision then includes them.
+        let processed = *lock(&self.processed);
+        (processed, self.revision())
     }
 
     /// Returns the propagation of the latest changes of a Service, newest first.

@@ -21,6 +21,8 @@ pub struct StreamMetrics {
     pub(crate) ack_seconds: Histogram,
     ended: IntCounterVec,
     drains: HistogramVec,
+    /// Streams of agents that have seen later versions than any replica.
+    pub(crate) source_regressed: IntCounter,
 }
 
 impl StreamMetrics {
@@ -71,6 +73,11 @@ impl StreamMetrics {
                 registry
             )?,
             ack_seconds: register_histogram_with_registry!(seconds, registry)?,
+            source_regressed: register_int_counter_with_registry!(
+                "switchtower_source_regressed_total",
+                "Streams of agents that have seen later resourceVersions than any replica, as after a restore of etcd.",
+                registry
+            )?,
             ended: register_int_counter_vec_with_registry!(
                 "switchtower_streams_ended_total",
                 "Streams that ended, by reason.",

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use k8s_openapi::jiff::Timestamp;
+use switchtower_proto::v1::GoAwayReason;
 
 use super::{Fleet, Node, Nodes};
 use crate::status::{News, Observation};
@@ -81,10 +82,17 @@ impl crate::status::Registry for Fleet {
         self.observed(&nodes, node)
     }
 
-    fn session(&self, node: &str) -> u64 {
-        let nodes = lock(&self.nodes);
-        let known = nodes.nodes.get(node).and_then(|entry| entry.observation.as_ref());
-        known.map_or(0, |known| known.session)
+    fn supersede(&self, node: &str) {
+        if let Some(signal) = self.signal(node) {
+            signal.end(GoAwayReason::Superseded);
+        }
+    }
+
+    fn moved(&self, node: &str) {
+        let mut nodes = lock(&self.nodes);
+        if let Some(entry) = nodes.nodes.get_mut(node).filter(|entry| entry.signal.is_none()) {
+            entry.observation = None;
+        }
     }
 
     fn release_held(&self, node: &str, before: u64) {

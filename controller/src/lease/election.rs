@@ -33,7 +33,7 @@ impl Record {
     }
 }
 
-/// Next step of a controller.
+/// Next step of a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Write it.
@@ -54,9 +54,9 @@ impl Election {
         Self { identity: identity.to_owned(), seen: None }
     }
 
-    /// For a process that does not hold the Lease. A deleted Lease is not a release: the holder that was
+    /// For a process that is not the leader. A deleted Lease is not a release: the holder that was
     /// seen last gets as long to create it again as it would have had to renew it.
-    pub(super) fn standby(&mut self, stored: Option<&Lease>, now: Instant) -> Step {
+    pub(super) fn follower(&mut self, stored: Option<&Lease>, now: Instant) -> Step {
         if let Some(lease) = stored {
             let record = Record::of(lease);
             if record.holder.is_empty() || record.holder == self.identity {
@@ -79,7 +79,7 @@ impl Election {
         match stored.map(Record::of) {
             None => Step::Take,
             Some(record) if record.holder == self.identity => Step::Take,
-            Some(record) if record.holder.is_empty() => Step::Wait("no controller".to_owned()),
+            Some(record) if record.holder.is_empty() => Step::Wait("no replica".to_owned()),
             Some(record) => Step::Wait(record.holder),
         }
     }

@@ -94,12 +94,8 @@ impl Rollouts {
         let now = self.clock.now();
         let profiles: Vec<Profile> = self.profiles.iter().map(convert::profile).collect();
         let past: Vec<Past> = self.rollouts.iter().filter_map(convert::past).collect();
-        let mut agents = HashMap::with_capacity(self.nodes.len());
-        self.fleet.each_observation(|name, observation| {
-            let lost = observation.lost_since.and(observation.moments.lost);
-            agents.insert(name.clone(), (agent(observation, &self.clock), lost.map(|at| self.clock.at(at))));
-        });
-        let settled = self.fleet.settled_at();
+        let mut agents = self.agents();
+        let settled = self.fleet.settled_at().filter(|_| self.others.is_complete());
         let mut facts =
             Facts { now, profiles, past, fleet: Vec::new(), nodes: BTreeMap::new(), lost: BTreeMap::new() };
         facts.fleet.reserve(self.nodes.len());
@@ -115,7 +111,8 @@ impl Rollouts {
             let (assigned, stored) = self.assignments.of(name);
             let served = self.served.get(name);
             let without_session = || (missing(settled.is_some(), stored.had_agent), None);
-            let (agent, lost) = agents.remove(name).unwrap_or_else(without_session);
+            let (agent, lost) =
+                agents.remove(name).map_or_else(without_session, |known| (known.agent, known.lost));
             let assigned = assigned.as_ref().map(convert::assigned).map(|mut known| {
                 let previous = known.previous.take();
                 known.previous = previous
@@ -150,6 +147,32 @@ impl Rollouts {
             });
         }
         facts
+    }
+}
+
+/// An agent, from its latest stream to any replica.
+struct KnownAgent {
+    session: u64,
+    agent: Agent,
+    lost: Option<Time>,
+}
+
+impl Rollouts {
+    fn agents(&self) -> HashMap<Arc<str>, KnownAgent> {
+        let known = |observation: &Observation| KnownAgent {
+            session: observation.session,
+            agent: agent(observation, &self.clock),
+            lost: observation.lost_since.and(observation.moments.lost).map(|at| self.clock.at(at)),
+        };
+        let mut agents = HashMap::with_capacity(self.nodes.len());
+        self.fleet
+            .each_observation(|name, observation| drop(agents.insert(name.clone(), known(observation))));
+        for (name, observation) in self.others.nodes() {
+            if agents.get(name).is_none_or(|here: &KnownAgent| here.session < observation.session) {
+                agents.insert(name.clone(), known(observation));
+            }
+        }
+        agents
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 
 use super::facts::Facts;
-use super::{FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
+use super::{DESCRIBED_WITHIN, FINALIZER, RETRY, Refused, Rollouts, convert, requests, settings};
 use crate::fleet::{SettingsAssignment, SettingsName};
 use crate::propagation::new_trace;
 
@@ -46,6 +46,7 @@ impl Rollouts {
         // Serve the assigned settings first: no request may delay them.
         let began = Instant::now();
         self.serve();
+        self.others.refresh().await;
         let mut facts = self.facts();
         self.reading = began.elapsed();
         if self.create_revisions(&facts).await {
@@ -291,8 +292,8 @@ impl Rollouts {
         })
     }
 
-    /// Serves the settings of all assigned and active revisions, and each node its assigned revision.
-    pub(super) fn serve(&mut self) {
+    /// Returns the settings of all revisions that a rollout describes.
+    fn described_settings(&self) -> BTreeMap<SettingsName, Settings> {
         let base = self.fleet.builtin_settings();
         let mut named: BTreeMap<SettingsName, Settings> = BTreeMap::new();
         for object in self.rollouts.iter() {
@@ -314,6 +315,12 @@ impl Rollouts {
                 named.entry((fallback.profile.clone(), fallback.number)).or_insert_with(content);
             }
         }
+        named
+    }
+
+    /// Serves the settings of all assigned and active revisions, and each node its assigned revision.
+    pub(super) fn serve(&mut self) {
+        let mut named = self.described_settings();
         let stored = self.assignments.stored();
         let rows: Vec<_> = stored.iter().map(|(node, profile)| (node, convert::assigned(profile))).collect();
         // A revision that no object describes any more keeps its last settings.
@@ -332,10 +339,25 @@ impl Rollouts {
             let since = known.map_or_else(Instant::now, |(_, since)| *since);
             served.insert(node.clone(), (revision, since));
         };
+        let described = |revision: &Revision| {
+            revision.is_builtin() || named.contains_key(&(revision.profile.clone(), revision.number))
+        };
+        let undescribed =
+            rows.iter().map(|(_, assignment)| &assignment.revision).filter(|revision| !described(revision));
+        let now = Instant::now();
+        let undescribed: HashMap<Revision, Instant> = undescribed
+            .map(|revision| (revision.clone(), *self.undescribed.get(revision).unwrap_or(&now)))
+            .collect();
         for (node, Assignment { revision, trace, .. }) in &rows {
-            let known =
-                revision.is_builtin() || named.contains_key(&(revision.profile.clone(), revision.number));
-            let revision = if known { revision.clone() } else { self.instead_of(revision) };
+            let revision = match (undescribed.get(revision), self.served.get(*node)) {
+                (None, _) => revision.clone(),
+                (Some(since), Some((served, _)))
+                    if since.elapsed() < DESCRIBED_WITHIN && described(served) =>
+                {
+                    served.clone()
+                }
+                (Some(_), _) => self.instead_of(revision),
+            };
             serve(node, revision, u128::from_str_radix(trace, 16).ok());
         }
         let with_row: HashSet<&Arc<str>> = rows.iter().map(|(node, _)| *node).collect();
@@ -345,8 +367,13 @@ impl Rollouts {
         self.fleet.set_settings(&named);
         self.fleet.assign_settings(assignments);
         self.fleet.forget_settings(self.served.keys().filter(|node| !served.contains_key(*node)));
-        (self.served_settings, self.served) = (named, served);
+        (self.served_settings, self.served, self.undescribed) = (named, served, undescribed);
         self.report_unknown(rows.into_iter().map(|(node, assignment)| (node.clone(), assignment.revision)));
+    }
+
+    /// Returns the next time at which a node stops to keep its settings because its revision is not described.
+    pub(super) fn undescribed_until(&self, now: Instant) -> Option<Instant> {
+        self.undescribed.values().map(|since| *since + DESCRIBED_WITHIN).filter(|until| *until > now).min()
     }
 
     /// Returns the replacement of an unknown revision: the stable one of its profile.
@@ -364,8 +391,11 @@ impl Rollouts {
             .filter(|object| convert::owner(object).is_some())
             .flat_map(|object| [convert::target(&object.spec), convert::fallback(&object.spec)])
             .collect();
-        let unknown: HashMap<_, _> =
-            rows.filter(|(_, revision)| !revision.is_builtin() && !described.contains(revision)).collect();
+        let unknown = rows.filter(|(_, revision)| !revision.is_builtin() && !described.contains(revision));
+        let awaited = |revision: &Revision| {
+            self.undescribed.get(revision).is_some_and(|since| since.elapsed() < DESCRIBED_WITHIN)
+        };
+        let unknown: HashMap<_, _> = unknown.filter(|(_, revision)| !awaited(revision)).collect();
         for (node, revision) in &unknown {
             if self.unknown.get(node) != Some(revision) {
                 let served = self.served.get(node).map(|(served, _)| served.to_string()).unwrap_or_default();

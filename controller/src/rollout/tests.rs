@@ -60,7 +60,15 @@ fn rollouts(server: Arc<Mutex<Server>>) -> Rollouts {
     let metrics = RolloutMetrics::new(&registry).unwrap();
     let assignments = Assignments::default();
     assignments.set_loaded();
-    Rollouts::new(fake_api::client(server, Server::answer), "tower-0", fleet, assignments, metrics)
+    let leadership = (Fence::open(), replicas::Client::alone());
+    Rollouts::new(
+        fake_api::client(server, Server::answer),
+        "tower-0",
+        fleet,
+        assignments,
+        leadership,
+        metrics,
+    )
 }
 
 impl Lab {

@@ -19,10 +19,10 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Clients of the API server.
 pub(super) struct Clients {
-    /// For reads, reviews of tokens, and what any replica may write: the Lease, and the CA's Secret, which is created
-    /// once.
+    /// For reads, reviews of tokens, and what any replica may write: Leases, the statuses of rows, Events about what agents
+    /// report, and what is created once: the CA's Secret and the record of the built-in settings.
     pub(super) unfenced: Client,
-    /// For what only the active controller may write.
+    /// For what only the leader may write.
     pub(super) fenced: Client,
 }
 

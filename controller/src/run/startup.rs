@@ -1,6 +1,5 @@
-//! The parts between the API server and the fleet: those that every replica runs, and the writers of the active one.
+//! The parts between the API server and the fleet.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +29,9 @@ use crate::peers;
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
 use crate::status::absence::{self, Agents};
-use crate::status::{Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterSettings, backlog};
+use crate::status::{
+    Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterClients, WriterSettings, backlog,
+};
 use crate::traces::{Head as Sampled, Traces};
 use crate::watch::{self, Batch, Selectors, Upstream, UpstreamCollector, WatchMetrics, Watched};
 
@@ -109,27 +110,26 @@ pub(super) fn follow_changes(
     Ok(Changes { propagation, traces, new_trace })
 }
 
-/// A replica that watches and compiles, and its prepared writers.
+/// A replica that watches and compiles, and its prepared writers of objects.
 pub(super) struct Synced {
     pub(super) fleet: Arc<Fleet>,
     pub(super) traces: Option<Arc<Traces>>,
     pub(super) head: channel::Receiver<Option<Head>>,
-    pub(super) active: Active,
+    pub(super) writers: Writers,
 }
 
 /// Starts watches, engine and layers, and prepares the writers.
 pub(super) async fn start_synced(
     replica: &Replica,
     changes: Changes,
-    peers: channel::Sender<Vec<String>>,
     tasks: &mut Background,
 ) -> anyhow::Result<Synced> {
-    let Replica { args, name, clients, telemetry, .. } = replica;
+    let Replica { args, name, clients, telemetry, fence, others, .. } = replica;
     let Telemetry { registry, serve, upstream, busy } = telemetry;
     registry.register(Box::new(UpstreamCollector::new(upstream.clone())?))?;
     let floors = Floors::default();
     let age = upstream.clone();
-    let (events, publisher) = events::publisher(clients.fenced.clone(), name, registry)?;
+    let (events, publisher) = events::publisher(clients.unfenced.clone(), name, fence.clone(), registry)?;
     let sink = events.clone();
     let builtin = builtin_settings(&clients.unfenced, args).await?;
     let fleet = Fleet::new(Parts {
@@ -138,19 +138,17 @@ pub(super) async fn start_synced(
         metrics: serve.clone(),
         upstream: Arc::new(move || age.age()),
         propagation: changes.propagation,
-        problems: Arc::new(move |problem| sink.report([problem])),
+        problems: Arc::new(move |problem| sink.report_of_agent(problem)),
+        others: others.clone(),
     });
     registry.register(Box::new(BehindCollector::new(fleet.clone())?))?;
 
     let (nodes, node_events) = mpsc::unbounded_channel();
-    let mut active = prepare_active(replica, &fleet, floors, node_events, tasks)?;
-    let client = clients.fenced.clone();
-    let keep = builtin::keep(client, args.namespace.clone(), builtin);
-    let follow = peers::follow(clients.unfenced.clone(), args.namespace.clone(), args.listen.port(), peers);
-    tasks.spawn("controller Pods", follow);
-    active
-        .background
-        .extend([("Events", Box::pin(publisher) as Task), ("built-in settings record", Box::pin(keep))]);
+    let writers = prepare_writers(replica, &fleet, floors, node_events, tasks)?;
+    let keep = builtin::keep(clients.fenced.clone(), args.namespace.clone(), builtin, fence.clone());
+    tasks.spawn("built-in settings record", keep);
+    tasks.spawn("Events", publisher);
+    tasks.spawn("states of replicas", fleet.clone().follow_replicas());
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);
@@ -162,31 +160,34 @@ pub(super) async fn start_synced(
     let new_trace = changes.new_trace;
     let parts = engine::Parts { compiler, fleet: fleet.clone(), outputs, metrics, new_trace };
     tasks.spawn("engine", engine::run(parts, batches, reserved));
-    Ok(Synced { fleet, head: head_seen, traces: changes.traces, active })
+    Ok(Synced { fleet, head: head_seen, traces: changes.traces, writers })
 }
 
-/// Prepares the writers of rows and rollouts. Events of Nodes wait until the replica is active.
-fn prepare_active(
+/// Prepares the writers of rows and rollouts. Events of Nodes wait until the rows were read.
+fn prepare_writers(
     replica: &Replica,
     fleet: &Arc<Fleet>,
     floors: Floors,
     node_events: mpsc::UnboundedReceiver<NodeEvent>,
     tasks: &mut Background,
-) -> anyhow::Result<Active> {
-    let Replica { args, name, clients, agents, telemetry, .. } = replica;
+) -> anyhow::Result<Writers> {
+    let Replica { args, name, clients, agents, telemetry, fence, others, .. } = replica;
     let Telemetry { registry, upstream, .. } = telemetry;
     let assignments = Assignments::default();
     let settings = WriterSettings {
-        replica: name.clone(),
+        replicas: others.replicas().clone(),
+        fence: fence.clone(),
         agents: agents.clone(),
         floors,
         assignments: assignments.clone(),
     };
-    let client = clients.fenced.clone();
+    let leader = clients.fenced.clone();
     let metrics = StatusMetrics::new(registry)?;
-    let writer = Writer::new(client.clone(), fleet.clone(), settings, metrics);
+    let row_clients = WriterClients { any: clients.unfenced.clone(), leader: leader.clone() };
+    let writer = Writer::new(row_clients, fleet.clone(), settings, metrics);
     let metrics = RolloutMetrics::new(registry)?;
-    let rollouts = Rollouts::new(client, name, fleet.clone(), assignments, metrics);
+    let leadership = (fence.clone(), others.clone());
+    let rollouts = Rollouts::new(leader, name, fleet.clone(), assignments, leadership, metrics);
     let account = args.agent_service_account.clone();
     let pods = absence::follow::run(
         clients.unfenced.clone(),
@@ -205,7 +206,8 @@ fn prepare_active(
         }
     });
     tasks.spawn("Nodes", forward);
-    Ok(Active {
+    tasks.spawn("agent Pods", pods);
+    Ok(Writers {
         writer,
         rollouts,
         row_events,
@@ -213,14 +215,11 @@ fn prepare_active(
         activate,
         agents: agents.clone(),
         upstream: upstream.clone(),
-        background: vec![("agent Pods", Box::pin(pods))],
     })
 }
 
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// Everything that writes objects, ready to start once this replica is active.
-pub(super) struct Active {
+/// The writers of rows and rollouts, ready to start.
+pub(super) struct Writers {
     writer: Writer<Fleet>,
     rollouts: Rollouts,
     row_events: mpsc::UnboundedReceiver<NodeEvent>,
@@ -228,16 +227,12 @@ pub(super) struct Active {
     activate: oneshot::Sender<()>,
     agents: Agents,
     upstream: Arc<Upstream>,
-    background: Vec<(&'static str, Task)>,
 }
 
-impl Active {
+impl Writers {
     /// Reads rows and assignments, then starts the writers. Agents may be served once it returns.
     pub(super) async fn start(self, tasks: &mut Background) {
         let Self { mut writer, mut rollouts, row_events, rollout_events, activate, .. } = self;
-        for (name, task) in self.background {
-            tasks.spawn(name, task);
-        }
         // Rows first: sessions continue from the generations in them.
         let loaded = read_first("ProxyStatus", async || writer.load().await).await;
         // Then the settings that they name, so that no node gets different ones for a moment.

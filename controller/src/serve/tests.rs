@@ -37,6 +37,7 @@ use crate::bootstrap::CaPem;
 use crate::fleet::queries::QueryError;
 use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
 use crate::propagation::Propagation;
+use crate::replicas::service::ReplicaKey;
 use crate::status::{Floors, Registry as _};
 
 mod load;
@@ -104,7 +105,8 @@ impl Lab {
         let config = Arc::new(ServerTls::from_pointee(tls::server_config(&ca).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = Server::new(fleet.clone(), Arc::new(authenticator), limits);
+        let replica = ReplicaService::new(axum::Router::new(), ReplicaKey::new(&ca));
+        let server = Server::new(fleet.clone(), Arc::new(authenticator), limits, replica);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
         let lab = Self { fleet, floors, propagation, metrics, ca, address };
         for node in ["n1", "n2"] {

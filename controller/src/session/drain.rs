@@ -44,7 +44,7 @@ impl DrainQueries {
         let timeout = Duration::from_millis(query.timeout_milliseconds.into());
         let (fleet, node) = (fleet.clone(), node.clone());
         let task = async move {
-            let drained = fleet.drain(Some(&node), &pod, timeout).await;
+            let drained = fleet.drain_everywhere(Some(&node), &pod, timeout).await;
             fleet.metrics().drained(drained.verdict_name(), drained.took);
             fleet.report_drain(&node, pod, &drained);
             answer(id, &drained)

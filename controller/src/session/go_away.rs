@@ -16,6 +16,8 @@ pub(super) fn go_away(reason: GoAwayReason, detail: String, limits: &Limits) -> 
     // Full jitter: agents that were disconnected together do not reconnect together.
     let retry_after_milliseconds = match reason {
         GoAwayReason::CredentialExpiring | GoAwayReason::Shutdown => rand::random_range(0..1_000),
+        // It spreads over the interval between pings already, and another replica accepts the agent.
+        GoAwayReason::StaleReplica => rand::random_range(0..2_000),
         GoAwayReason::NotReady => rand::random_range(500..2_000),
         GoAwayReason::Overloaded => rand::random_range(
             500..2_000 + (limits.stream_burst / limits.streams_per_second * 1_000.0) as u32,

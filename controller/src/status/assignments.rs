@@ -132,6 +132,15 @@ impl Assignments {
         self.rows.notify_one();
     }
 
+    /// Cancels all requests: this replica is not the leader any more.
+    pub(super) fn cancel_all(&self) {
+        let mut inner = self.lock();
+        inner.requested.clear();
+        inner.pending.clear();
+        drop(inner);
+        self.rows.notify_one();
+    }
+
     /// Removes a node without a row.
     pub(super) fn remove(&self, node: &str) {
         let mut inner = self.lock();

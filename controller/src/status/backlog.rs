@@ -1,5 +1,5 @@
-//! Buffers Node events between the engine and its readers, which start when the controller becomes active. Keeps only
-//! the latest state of each Node, so that the memory of a standby is bounded by the number of Nodes.
+//! Buffers Node events between the engine and its readers, which start when rows and assignments were read. Keeps only the
+//! latest state of each Node, so that the memory is bounded by the number of Nodes while the API server refuses them.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -30,6 +30,13 @@ pub(super) struct Stored {
     pub(super) status: Option<ProxyStatusStatus>,
 }
 
+impl Stored {
+    /// Returns the version as a number; numbers of one resource are comparable (KEP-5504).
+    pub(super) fn number(&self) -> Option<u64> {
+        self.version.parse().ok()
+    }
+}
+
 impl From<ProxyStatus> for Stored {
     fn from(object: ProxyStatus) -> Self {
         let metadata = object.metadata;
@@ -100,6 +107,11 @@ impl Request {
             Self::Create(node, _) | Self::Adopt(node, _) => &node.name,
             Self::Assign(name, ..) | Self::Read(name) | Self::Write(name, ..) | Self::Delete(name, _) => name,
         }
+    }
+
+    /// Returns true for reads and for writes of the status; only the leader makes other requests.
+    pub(super) fn is_status(&self) -> bool {
+        matches!(self, Self::Read(_) | Self::Write(..))
     }
 
     /// Returns the verb for spans.

@@ -421,7 +421,7 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     let lost = Verdict::not_connected(
         inputs.blocker,
         Reason::AgentDisconnected,
-        "The agent has not connected since the controller started; the kernel keeps its last generation.",
+        "No replica of the controller has a stream of the agent; the kernel keeps its last generation.",
     );
     let ready = lost.with_status(Status::False);
     let mut status = previous.clone();

@@ -5,11 +5,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt as _};
+use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::PartialObjectMeta;
-use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client, ResourceExt as _};
+use kube::{Api, Client};
 use switchtower_admin_api::NodeState;
 use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusStatus};
 use tokio::sync::mpsc;
@@ -19,6 +17,8 @@ use tokio::time::Instant;
 use lanes::Lane;
 
 use super::absence::Agents;
+use super::observation::Observation;
+use super::ownership::{self, Author, Claim, LatestStream, Standing};
 use super::requests::{self, Stored, WriteOutcome};
 use super::row::{Absence, Inputs, Row, row};
 use super::schedule::{
@@ -27,6 +27,8 @@ use super::schedule::{
 use super::{Assignments, Floors, News, NodeEvent, Registry, StatusMetrics, StoredAssignment};
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
+use crate::lease::Fence;
+use crate::replicas::{Presence, Replicas};
 use crate::watch::Restores;
 
 /// After a start, rows of missing agents stay unchanged for this time plus [`GRACE_PER_NODE`]: a restart of the
@@ -47,19 +49,30 @@ const FAILURES: usize = 8;
 /// Pause of all requests after that many failures.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// Interval between checks whether a replica that a row names, and that has no Lease, is gone.
+const PRESENCE: Duration = Duration::from_secs(10);
+
 mod lanes;
+mod rows;
 #[cfg(test)]
 mod tests;
 
-type MetadataEvents = std::pin::Pin<
-    Box<dyn Stream<Item = Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>> + Send>,
->;
+/// Clients of the API server.
+#[derive(Clone)]
+pub struct WriterClients {
+    /// For status writes, which any replica makes.
+    pub any: Client,
+    /// For everything else; refuses writes while this replica is not the leader.
+    pub leader: Client,
+}
 
 /// Settings of the writer, and state that it shares.
 #[derive(Debug, Clone)]
 pub struct WriterSettings {
-    /// Name of this replica in rows.
-    pub replica: String,
+    /// The replicas: names in rows.
+    pub replicas: Replicas,
+    /// Open while this replica is the leader.
+    pub fence: Fence,
     /// Blockers of absent agents.
     pub agents: Agents,
     /// High-water marks of the generations in the rows.
@@ -82,12 +95,10 @@ struct Entry {
     /// Time of the last prioritized transition.
     urgent_at: Option<Instant>,
     in_flight: bool,
-    /// `metadata.generation` from the watch. If it exceeds the stored one, another client changed the spec.
-    seen_generation: Option<i64>,
-    /// A list contains another version than the stored one, possibly older: the row must be read again.
+    /// A version that the watch delivered during a request. If the response is older, the row must be read again.
+    seen: Option<u64>,
+    /// The row must be read again.
     outdated: bool,
-    /// Session of this replica from which another replica took the node over.
-    yielded: Option<u64>,
 }
 
 impl Entry {
@@ -98,21 +109,23 @@ impl Entry {
         self.kept = gone.and_then(|row| Some((row.owner?, row.assignment?))).or(self.kept.take());
     }
 
-    /// Stores the row as the API server returned it. Another replica may have claimed it.
-    fn take(&mut self, name: &str, row: Stored, replica: &str, session: u64) {
-        if taken_over(self.stored.as_ref(), &row, replica, session) {
-            tracing::info!(node = name, "another replica serves this node now and owns its row");
-            self.yielded = Some(session);
-        }
-        (self.stored, self.outdated) = (Some(row), false);
+    /// Stores the row as the API server returned it.
+    fn take(&mut self, row: Stored) {
+        self.outdated = self.seen.take().is_some_and(|seen| row.number() < Some(seen));
+        self.stored = Some(row);
     }
 
-    /// Returns true if the Node owns the row and no other client changed it since it was read.
+    /// Returns true if the Node owns the row and the stored version is the latest that is known.
     fn is_known(&self) -> bool {
         let owner = self.stored.as_ref().and_then(|stored| stored.owner.as_deref());
         let owned = self.node.as_ref().is_some_and(|node| owner == Some(&*node.uid));
-        let generation = self.stored.as_ref().and_then(|stored| stored.generation);
-        owned && !self.outdated && self.seen_generation <= generation
+        owned && !self.outdated
+    }
+
+    /// Returns the claim in the row.
+    fn claim(&self) -> Option<Claim<'_>> {
+        let connection = self.stored.as_ref()?.status.as_ref()?.connection.as_ref()?;
+        Some((&connection.replica, u64::try_from(connection.session).unwrap_or(0)))
     }
 
     /// Returns the assignment of the node's deleted row.
@@ -124,6 +137,7 @@ impl Entry {
 /// The task that writes all rows.
 pub struct Writer<R> {
     api: Api<ProxyStatus>,
+    leader_api: Api<ProxyStatus>,
     registry: Arc<R>,
     settings: WriterSettings,
     metrics: StatusMetrics,
@@ -149,10 +163,16 @@ pub struct Writer<R> {
 impl<R: Registry> Writer<R> {
     /// Creates a writer without rows.
     #[must_use]
-    pub fn new(client: Client, registry: Arc<R>, settings: WriterSettings, metrics: StatusMetrics) -> Self {
+    pub fn new(
+        clients: WriterClients,
+        registry: Arc<R>,
+        settings: WriterSettings,
+        metrics: StatusMetrics,
+    ) -> Self {
         let now = Instant::now();
         Self {
-            api: Api::all(client),
+            api: Api::all(clients.any),
+            leader_api: Api::all(clients.leader),
             registry,
             settings,
             metrics,
@@ -194,9 +214,9 @@ impl<R: Registry> Writer<R> {
         if !loaded && self.retry_load(&mut nodes).await.is_break() {
             return;
         }
-        let names: Vec<_> = self.entries.keys().cloned().collect();
-        names.iter().for_each(|name| self.consider(name));
-        let mut rows = self.watch_metadata();
+        self.consider_all();
+        let mut rows = self.watch_rows();
+        let (mut turns, mut presence) = (self.settings.fence.turns(), self.settings.replicas.changes());
         let (registry, assignments) = (self.registry.clone(), self.settings.assignments.clone());
         let agents = self.settings.agents.clone();
         loop {
@@ -214,8 +234,10 @@ impl<R: Registry> Writer<R> {
                 },
                 changed = agents.changed() => changed.iter().for_each(|name| self.consider(name)),
                 requested = assignments.next_requests() => requested.iter().for_each(|name| self.consider(name)),
-                Some(event) = rows.next() => self.metadata(event),
-                Ok(()) = restores.changed() => rows = self.watch_metadata(),
+                Some(event) = rows.next() => self.row_event(event),
+                () = turns.changed() => self.led(),
+                Ok(()) = presence.changed() => self.consider_all(),
+                Ok(()) = restores.changed() => rows = self.watch_rows(),
                 Some(Ok((name, lane, outcome))) = self.running.join_next() => {
                     self.finished(&name, lane, outcome);
                 }
@@ -250,9 +272,18 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    fn watch_metadata(&self) -> MetadataEvents {
-        let api: Api<PartialObjectMeta<ProxyStatus>> = Api::all(self.api.clone().into_client());
-        Box::pin(watcher(api, watcher::Config::default()).default_backoff())
+    fn consider_all(&mut self) {
+        let names: Vec<_> = self.entries.keys().cloned().collect();
+        names.iter().for_each(|name| self.consider(name));
+    }
+
+    /// This replica became the leader, or ceased to be.
+    fn led(&mut self) {
+        if !self.settings.fence.is_open() {
+            // The next leader decides on its own.
+            self.settings.assignments.cancel_all();
+        }
+        self.consider_all();
     }
 
     fn node(&mut self, event: NodeEvent) {
@@ -280,62 +311,6 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// Handles a row that another client deleted or changed. Writes of this process also arrive here; they change nothing.
-    fn metadata(&mut self, event: Result<watcher::Event<PartialObjectMeta<ProxyStatus>>, watcher::Error>) {
-        use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
-        let (object, gone, listed) = match event {
-            Ok(Init) => {
-                self.listing = Some(HashSet::new());
-                return;
-            }
-            Ok(InitDone) => return self.listed(),
-            Ok(InitApply(object)) => {
-                self.listing.get_or_insert_default().insert(object.name_any().into());
-                (object, false, true)
-            }
-            Ok(Apply(object)) => (object, false, false),
-            Ok(Delete(object)) => (object, true, false),
-            Err(error) => {
-                tracing::debug!(%error, "failed to watch ProxyStatus; retrying");
-                return;
-            }
-        };
-        let name: Arc<str> = object.name_any().into();
-        let Some(entry) = self.entries.get_mut(&name) else { return };
-        let Some(stored) = &mut entry.stored else { return };
-        if gone && object.metadata.uid.as_deref() == Some(&stored.uid) {
-            entry.row_gone();
-        } else if listed && object.metadata.resource_version.as_deref() != Some(&stored.version) {
-            // After a restore of etcd the older version is the current one.
-            entry.outdated = true;
-            entry.seen_generation = object.metadata.generation;
-        } else if !gone && object.metadata.generation > stored.generation {
-            entry.seen_generation = object.metadata.generation;
-        } else {
-            return;
-        }
-        self.consider(&name);
-    }
-
-    /// Removes rows that are missing in a complete list: they were deleted while the watch was down. A row that was
-    /// created since is found when the writer tries to create it.
-    fn listed(&mut self) {
-        let Some(listed) = self.listing.take() else { return };
-        let missing = |(name, entry): &(&Arc<str>, &mut Entry)| {
-            entry.stored.is_some() && !entry.in_flight && !listed.contains(*name)
-        };
-        let gone: Vec<Arc<str>> = self
-            .entries
-            .iter_mut()
-            .filter(missing)
-            .map(|(name, entry)| {
-                entry.row_gone();
-                name.clone()
-            })
-            .collect();
-        gone.iter().for_each(|name| self.consider(name));
-    }
-
     /// Schedules the comparison of a row for the time when it may be written: further progress until then costs nothing.
     fn progressed(&mut self, name: &Arc<str>) {
         let (interval, now) = (minimum_interval(self.entries.len()), Instant::now());
@@ -355,7 +330,7 @@ impl<R: Registry> Writer<R> {
         }
         let (Some(_), Some(stored)) = (&entry.node, &entry.stored) else {
             let left_over = entry.node.is_none() && entry.stored.is_some() && self.nodes_synced;
-            if entry.node.is_some() || left_over {
+            if self.settings.fence.is_open() && (entry.node.is_some() || left_over) {
                 self.schedule.push(name, true);
             } else if entry.stored.is_none() && entry.node.is_none() {
                 self.forget(name);
@@ -363,10 +338,14 @@ impl<R: Registry> Writer<R> {
             return;
         };
         if !entry.is_known() {
-            self.schedule.push(name, true);
+            if entry.outdated || self.settings.fence.is_open() {
+                self.schedule.push(name, true);
+            }
             return;
         }
-        if self.settings.assignments.requested(name, stored.assignment.as_ref()).is_some() {
+        if self.settings.fence.is_open()
+            && self.settings.assignments.requested(name, stored.assignment.as_ref()).is_some()
+        {
             // `finished` considers its status.
             self.schedule.push_assignment(name);
             return;
@@ -417,16 +396,33 @@ impl<R: Registry> Writer<R> {
         }
     }
 
-    /// Computes the row; `None` if another replica serves the node.
+    /// Computes the row; `None` if another replica writes it.
     fn make(&mut self, name: &Arc<str>) -> Option<Row> {
         let nodes = self.entries.len();
-        let entry = self.entries.get_mut(name)?;
         let observation = self.registry.observe(name);
-        match (entry.yielded, &observation) {
-            (Some(session), Some(observed)) if observed.session > session => entry.yielded = None,
-            (Some(_), _) => return None,
-            (None, _) => {}
-        }
+        let author = self.author(name, observation.as_ref());
+        let entry = self.entries.get_mut(name)?;
+        let observation = match author {
+            Author::Serving => observation,
+            // An earlier stream to this replica does not count.
+            Author::Leader => None,
+            Author::Other | Author::Superseded => {
+                let lost = observation.filter(|known| known.lost_since.is_some());
+                if lost.is_some_and(|lost| entry.claim().is_some_and(|(_, theirs)| theirs >= lost.session)) {
+                    self.registry.moved(name);
+                }
+                if author == Author::Superseded {
+                    tracing::info!(
+                        node = &**name,
+                        "the agent has a later stream to another replica; ending this one"
+                    );
+                    self.registry.supersede(name);
+                }
+                self.metrics.moved(entry.state.take(), None);
+                self.settings.agents.set_missing(name, false);
+                return None;
+            }
+        };
         let closed = self.settings.agents.are_rejected() && self.started.elapsed() >= CLOSED;
         let settled = self.registry.settled() || closed;
         let absence = if settled { Absence::Certain } else { awaited(self.started.elapsed(), nodes) };
@@ -445,13 +441,35 @@ impl<R: Registry> Writer<R> {
             blocker: blocker.as_ref(),
             previous: stored.and_then(|stored| stored.status.as_ref()),
             row_generation: stored.and_then(|stored| stored.generation),
-            replica: &self.settings.replica,
+            replica: self.settings.replicas.own(),
             absence,
             now: Timestamp::now(),
         });
         self.metrics.moved(entry.state, Some(row.state));
         entry.state = Some(row.state);
         Some(row)
+    }
+
+    /// Returns the right of this replica to write the row's status. Schedules a check if the replica that the row names
+    /// may turn out to be gone.
+    fn author(&mut self, name: &Arc<str>, observation: Option<&Observation>) -> Author {
+        let Some(entry) = self.entries.get(name) else { return Author::Other };
+        let (claim, replicas) = (entry.claim(), &self.settings.replicas);
+        let presence = claim.map(|(claimant, _)| replicas.presence(claimant));
+        let author = ownership::author(
+            claim,
+            Standing {
+                replica: replicas.own(),
+                stream: observation
+                    .map(|known| LatestStream { session: known.session, open: known.lost_since.is_none() }),
+                leads: self.settings.fence.is_open(),
+                claimant_gone: presence == Some(Presence::Gone),
+            },
+        );
+        if author == Author::Other && presence == Some(Presence::Awaited) && self.settings.fence.is_open() {
+            self.schedule.at(name, Instant::now() + PRESENCE);
+        }
+        author
     }
 
     /// Publishes high-water marks and assignment of a row that was read.
@@ -474,17 +492,16 @@ impl<R: Registry> Writer<R> {
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.in_flight = false;
-        let session = self.registry.session(name);
         match outcome {
             WriteOutcome::Stored(stored) => {
-                entry.take(name, *stored, &self.settings.replica, session);
+                entry.take(*stored);
                 entry.kept = None;
             }
             WriteOutcome::Conflict(stored) => {
                 if lane == Lane::Assignment {
                     self.settings.assignments.cancel(name);
                 }
-                entry.take(name, *stored, &self.settings.replica, session);
+                entry.take(*stored);
             }
             WriteOutcome::Missing => entry.row_gone(),
             WriteOutcome::Failed(error) => {
@@ -539,16 +556,6 @@ fn awaited(elapsed: Duration, nodes: usize) -> Absence {
         Some(rest) if !rest.is_zero() => Absence::Expected(rest),
         _ => Absence::Overdue,
     }
-}
-
-/// Returns true if another replica claimed the row since it was last read, with a session that is not older than ours.
-fn taken_over(before: Option<&Stored>, now: &Stored, replica: &str, session: u64) -> bool {
-    let connection = |stored: &Stored| stored.status.as_ref().and_then(|status| status.connection.clone());
-    let Some(claimed) = connection(now) else { return false };
-    let changed = before.and_then(connection).as_ref() != Some(&claimed);
-    changed
-        && claimed.replica != replica
-        && u64::try_from(claimed.session).is_ok_and(|theirs| theirs >= session)
 }
 
 /// Returns true if STATE or the status or reason of a condition changed: such a row is written at once.

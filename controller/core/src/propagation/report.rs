@@ -28,6 +28,8 @@ impl Tracker {
         waiting.truncate(WAITING);
         let service = change.service.as_ref();
         ChangeReport {
+            // Set where it is reported.
+            replica: String::new(),
             change: change.id,
             trace_id: format!("{:032x}", change.trace.trace),
             object: change.object.to_string(),

@@ -49,7 +49,8 @@ fn engine(fleet: Arc<Fleet>) -> mpsc::Sender<Batch> {
     let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
     let client = kube::Client::try_from(config).unwrap();
     let registry = Registry::new();
-    let (events, _) = crate::events::publisher(client, "tower-0", &registry).unwrap();
+    let (events, _) =
+        crate::events::publisher(client, "tower-0", crate::lease::Fence::default(), &registry).unwrap();
     let outputs = Outputs { head: watch::channel(None).0, nodes: Vec::new(), events, busy: Busy::default() };
     let metrics = EngineMetrics::new(&registry).unwrap();
     let controllers = watch::channel(BTreeSet::new()).1;

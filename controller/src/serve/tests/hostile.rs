@@ -108,7 +108,8 @@ impl Field {
         let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&lab.ca).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = Server::new(lab.fleet.clone(), Arc::new(authenticator), Limits::default());
+        let replica = ReplicaService::new(axum::Router::new(), ReplicaKey::new(&lab.ca));
+        let server = Server::new(lab.fleet.clone(), Arc::new(authenticator), Limits::default(), replica);
         tokio::spawn(server.serve(listener, tls, lab.metrics.clone(), std::future::pending()));
         Arc::new(Self { address, config: lab.client_config(), signer, forger, reviews })
     }

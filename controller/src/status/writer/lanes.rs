@@ -76,7 +76,7 @@ impl<R: Registry> Writer<R> {
         }
         let lane = if matches!(request, Request::Assign(..)) { Lane::Assignment } else { Lane::Row };
         self.assigning += usize::from(lane == Lane::Assignment);
-        let api = self.api.clone();
+        let api = if request.is_status() { &self.api } else { &self.leader_api }.clone();
         self.running.spawn(async move {
             let outcome = request.run(api).await;
             (name, lane, outcome)
@@ -91,18 +91,20 @@ impl<R: Registry> Writer<R> {
     }
 
     fn next_request(&mut self, name: &Arc<str>) -> Option<Request> {
+        let leads = self.settings.fence.is_open();
         let entry = self.entries.get(name).filter(|entry| !entry.in_flight)?;
         match (&entry.node, &entry.stored) {
             (None, None) => None,
+            (Some(_), Some(_)) if entry.outdated => Some(Request::Read(name.clone())),
+            (None, Some(_)) | (Some(_), None) if !leads => None,
             (None, Some(stored)) => Some(Request::Delete(name.clone(), stored.clone())),
             (Some(node), None) => {
                 let requested = self.settings.assignments.requested(name, None);
                 Some(Request::Create(node.clone(), requested.or_else(|| entry.kept(node))))
             }
             (Some(node), Some(stored)) if stored.owner.as_deref() != Some(&*node.uid) => {
-                Some(Request::Adopt(node.clone(), stored.clone()))
+                leads.then(|| Request::Adopt(node.clone(), stored.clone()))
             }
-            (Some(_), Some(_)) if !entry.is_known() => Some(Request::Read(name.clone())),
             (Some(_), Some(stored)) => {
                 let stored = stored.clone();
                 let Row { mut status, confirmed, .. } = self.make(name)?;

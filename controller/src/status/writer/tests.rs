@@ -15,11 +15,16 @@ use switchtower_crds::{PreviousRevision, ProfileAssignment};
 
 use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
+use crate::lease::Fence;
+use crate::replicas::Replicas;
 use crate::status::absence::{Agents, Blocker};
 use crate::status::{
-    Assignments, Floors, News, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterSettings,
+    Assignments, Floors, News, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterClients,
+    WriterSettings,
 };
 use crate::watch::Upstream;
+
+mod replicas;
 
 /// Stored rows, and the writes as method and name.
 #[derive(Default)]
@@ -32,6 +37,8 @@ struct Server {
     latency: Duration,
 }
 
+/// Time after which a replica without a renewal is gone.
+const PRESENCE: Duration = Duration::from_secs(10);
 const ROWS: &str = "/apis/switchtower.dev/v1alpha1/proxystatuses";
 
 fn path(name: &str) -> String {
@@ -69,6 +76,8 @@ struct Fleet {
     looks: AtomicUsize,
     settled: AtomicBool,
     notify: Notify,
+    /// Nodes whose streams were ended because another replica has a later one.
+    superseded: Mutex<Vec<String>>,
     /// The last `releaseHeldBefore` per node.
     released: Mutex<HashMap<String, u64>>,
 }
@@ -91,8 +100,17 @@ impl Registry for Fleet {
         self.known.lock().unwrap().get(node).cloned()
     }
 
-    fn session(&self, node: &str) -> u64 {
-        self.known.lock().unwrap().get(node).map_or(0, |known| known.session)
+    fn supersede(&self, node: &str) {
+        self.superseded.lock().unwrap().push(node.to_owned());
+        let observation = self.known.lock().unwrap().get(node).cloned();
+        if let Some(mut observation) = observation {
+            observation.note_end();
+            self.set(node, observation);
+        }
+    }
+
+    fn moved(&self, node: &str) {
+        self.known.lock().unwrap().remove(node);
     }
 
     fn release_held(&self, node: &str, before: u64) {
@@ -122,31 +140,41 @@ struct Lab {
     agents: Agents,
     assignments: Assignments,
     upstream: Upstream,
+    replicas: Replicas,
+    fence: Fence,
 }
 
 async fn lab(server: Server) -> Lab {
     replica(Arc::new(Mutex::new(server)), "tower-0").await
 }
 
+/// A replica that is the leader.
 async fn replica(server: Arc<Mutex<Server>>, name: &str) -> Lab {
+    replica_with(server, name, Fence::open()).await
+}
+
+async fn replica_with(server: Arc<Mutex<Server>>, name: &str, fence: Fence) -> Lab {
     let latency = server.lock().unwrap().latency;
     let client = fake_api::slow_client(server.clone(), latency, Server::answer);
     let (fleet, floors) = (Arc::new(Fleet::default()), Floors::default());
     let assignments = Assignments::default();
     let metrics = StatusMetrics::new(&prometheus::Registry::new()).unwrap();
     let agents = Agents::default();
+    let replicas = Replicas::new(name, PRESENCE);
     let settings = WriterSettings {
-        replica: name.into(),
+        replicas: replicas.clone(),
+        fence: fence.clone(),
         agents: agents.clone(),
         floors: floors.clone(),
         assignments: assignments.clone(),
     };
-    let mut writer = Writer::new(client, fleet.clone(), settings, metrics);
+    let clients = WriterClients { any: client.clone(), leader: client };
+    let mut writer = Writer::new(clients, fleet.clone(), settings, metrics);
     let loaded = writer.load().await.is_ok();
     let (nodes, events) = mpsc::unbounded_channel();
     let upstream = Upstream::default();
     tokio::spawn(writer.run(loaded, events, upstream.restores()));
-    Lab { server, fleet, nodes, floors, assignments, agents, upstream }
+    Lab { server, fleet, nodes, floors, assignments, agents, upstream, replicas, fence }
 }
 
 impl Lab {
@@ -291,31 +319,6 @@ async fn progress_is_compared_when_rows_are_due() {
     for node in &nodes {
         assert_eq!(lab.row(node)["status"]["generation"]["applied"], 101);
     }
-}
-
-#[tokio::test(start_paused = true)]
-async fn row_of_another_replica_is_not_written() {
-    let lab = lab(Server::with("n1", stored("tower-0", 4))).await;
-    assert_eq!((lab.floors.get("n1").generation, lab.floors.get("n1").session), (70, 4));
-    lab.node("n1", "u1");
-    lab.fleet.set("n1", observed(71, 5));
-    lab.wait(100).await;
-    assert_eq!(lab.row("n1")["status"]["connection"]["session"], 5);
-    lab.change("n1", |row| row["status"]["connection"] = json!({"replica": "tower-1", "session": 6}));
-    lab.fleet.set("n1", observed(72, 5));
-    lab.wait(5_000).await;
-    let row = lab.row("n1");
-    assert_eq!(
-        (&row["status"]["connection"]["replica"], &row["status"]["generation"]["applied"]),
-        (&json!("tower-1"), &json!(71))
-    );
-    lab.writes();
-    lab.fleet.set("n1", observed(73, 5));
-    lab.wait(5_000).await;
-    assert!(lab.writes().is_empty());
-    lab.fleet.set("n1", observed(74, 7));
-    lab.wait(5_000).await;
-    assert_eq!(lab.row("n1")["status"]["connection"], json!({"replica": "tower-0", "session": 7}));
 }
 
 #[tokio::test(start_paused = true)]
@@ -563,35 +566,4 @@ async fn rows_relisted_after_an_etcd_restore() {
     lab.assignments.request(BTreeMap::from([("n1".into(), wanted)]));
     lab.wait(2_000).await;
     assert_eq!(lab.row("n1")["spec"]["profile"]["revision"], 7);
-}
-
-/// Two replicas write rows, each for the agents that it serves.
-#[tokio::test(start_paused = true)]
-async fn two_writers_do_not_overwrite_each_other() {
-    let one = lab(Server::default()).await;
-    let other = replica(one.server.clone(), "tower-1").await;
-    for lab in [&one, &other] {
-        lab.fleet.settled.store(true, Ordering::Relaxed);
-        lab.node("n1", "u1");
-        lab.node("n2", "u2");
-    }
-    one.fleet.set("n1", observed(5, 1));
-    other.fleet.set("n2", observed(6, 1));
-    one.wait(120_000).await;
-    for (name, replica) in [("n1", "tower-0"), ("n2", "tower-1")] {
-        let row = one.row(name);
-        assert_eq!(
-            (&row["status"]["connection"]["replica"], &row["status"]["state"]),
-            (&json!(replica), &json!("Synced"))
-        );
-    }
-    one.writes();
-    one.wait(600_000).await;
-    // The replica that serves a node renews its row every ten seconds.
-    let writes = one.writes().len();
-    assert!((100..=140).contains(&writes), "{writes} writes in ten minutes without news");
-    // The agent moves: its row follows the new session.
-    other.fleet.set("n1", observed(7, 2));
-    one.wait(60_000).await;
-    assert_eq!(one.row("n1")["status"]["connection"], json!({"replica": "tower-1", "session": 2}));
 }
