@@ -2,5 +2,6 @@
 
 pub(crate) mod backoff;
 pub mod bootstrap;
+mod choice;
 pub mod link;
 pub mod session;

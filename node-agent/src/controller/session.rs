@@ -1,7 +1,7 @@
 //! Sessions with a controller: connects, sends Hello, receives updates, sends acknowledgements, and reconnects.
 //!
 //! Sessions never access the kernel, so losing the controller affects no packet. Attempts go through the addresses in
-//! turn, with timeouts and backoff; a GoAway's `retry_after` overrides the backoff.
+//! random order, with timeouts and backoff; a GoAway's `retry_after` overrides the backoff.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,6 +26,7 @@ mod trust;
 
 use crate::controller::backoff::{self, Backoff, FailureKind, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
+use crate::controller::choice::Choice;
 use crate::controller::link::{Absence, Contact};
 use crate::drain::requests::{Link, Requests};
 use crate::engine::{AgentStatus, Command, Event};
@@ -189,13 +190,13 @@ pub struct Context {
 
 /// Keeps a session with one of the controllers until `stop` becomes true.
 pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
-    let mut turn = 0_usize;
+    let mut choice = Choice::default();
     let mut backoff = Backoff::default();
     let mut logged = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut context, turn) => result,
+            result = session(&mut context, &mut choice) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
         context.metrics.connected.set(0);
@@ -209,7 +210,6 @@ pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
         if waiting || began.elapsed() > SILENCE {
             backoff = Backoff::default();
         }
-        turn = turn.wrapping_add(1);
         let mut pause = backoff.after(error.failure(), Instant::now());
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(backoff::FIRST, backoff::FIRST, 0);
@@ -301,27 +301,31 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn session(context: &mut Context, turn: usize) -> Result<std::convert::Infallible, SessionError> {
+async fn session(
+    context: &mut Context,
+    choice: &mut Choice,
+) -> Result<std::convert::Infallible, SessionError> {
     let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
-    let opened = open(context, turn).instrument(span.clone()).await;
+    let opened = open(context, choice).instrument(span.clone()).await;
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
     // The span covers opening the stream only.
     drop(span);
     let (mut stream, mut incoming) = opened?;
+    choice.connected();
     stream.pump(&mut incoming).await
 }
 
 /// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
-async fn open(
-    context: &mut Context,
-    turn: usize,
-) -> Result<(Stream<'_>, tonic::Streaming<ControllerMessage>), SessionError> {
+async fn open<'a>(
+    context: &'a mut Context,
+    choice: &mut Choice,
+) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
     let Context { controllers, identity, commands, metrics, contact, drains } = context;
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
-    let address = addresses[turn % addresses.len()].clone();
+    let address = choice.next(&addresses).ok_or(BootstrapError::NoController)?;
     let target = resolve(controllers, &address, commands).await?;
     let channel = connect(controllers, &address, target).await?;
     let (events_sender, events) = mpsc::unbounded_channel();
