@@ -1,7 +1,6 @@
 //! Client for the API server, with the permissions of the user.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
@@ -238,21 +237,14 @@ impl Cluster {
         Ok((number(&version.major), number(&version.minor)))
     }
 
-    /// Returns the name of a controller pod: the active one, whose address is published for agents, if it is ready. A
-    /// standby is ready too but does not respond.
-    pub(crate) async fn controller_pod(&self) -> Result<String, CliError> {
+    /// Returns the names of the controller pods, ready ones first. Each answers for all nodes.
+    pub(crate) async fn controller_pods(&self) -> Result<Vec<String>, CliError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.system_namespace);
         let of = ListParams::default().labels("app.kubernetes.io/name=switchtower-controller");
-        let pods = api.list(&of).await.map_err(|error| explained("list the controller's pods", &error))?;
-        let active =
-            self.bootstrap().await?.and_then(|mut data| data.remove("controllers")).unwrap_or_default();
-        let is_active = |pod: &&Pod| {
-            let host = pod.status.as_ref().and_then(|status| status.host_ip.as_deref());
-            host.is_some_and(|host| names_host(&active, host))
-        };
-        let pods = &pods.items;
-        let ready = || pods.iter().filter(|pod| is_ready(pod));
-        let Some(pod) = ready().find(is_active).or_else(|| ready().next()).or(pods.first()) else {
+        let mut pods =
+            api.list(&of).await.map_err(|error| explained("list the controller's pods", &error))?.items;
+        pods.sort_by_key(|pod| !is_ready(pod));
+        let Some(first) = pods.first() else {
             let message = format!(
                 "no controller pod in namespace {}; if Switchtower is installed in another namespace, set \
                  --system-namespace",
@@ -260,15 +252,13 @@ impl Cluster {
             );
             return Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message));
         };
-        let name = pod.metadata.name.clone().unwrap_or_default();
-        match why_not_running(pod) {
-            Some(why) => {
-                let message =
-                    format!("controller pod {}/{name} is not running: {why}", self.system_namespace);
-                Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message))
-            }
-            None => Ok(name),
+        let name = |pod: &Pod| pod.metadata.name.clone().unwrap_or_default();
+        if let Some(why) = why_not_running(first) {
+            let message =
+                format!("controller pod {}/{} is not running: {why}", self.system_namespace, name(first));
+            return Err(CliError::coded(codes::CONTROLLER_UNREACHABLE, message));
         }
+        Ok(pods.iter().filter(|pod| why_not_running(pod).is_none()).map(name).collect())
     }
 
     /// Returns the CA of the controller's certificate.
@@ -390,15 +380,6 @@ pub(crate) fn explained(what: &str, error: &kube::Error) -> CliError {
     }
 }
 
-/// Returns true if a list of `host:port`, one per line, contains this address.
-fn names_host(controllers: &str, host: &str) -> bool {
-    let Ok(host) = host.parse::<IpAddr>() else { return false };
-    controllers
-        .lines()
-        .filter_map(|line| line.trim().parse::<SocketAddr>().ok())
-        .any(|named| named.ip() == host)
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -447,16 +428,5 @@ mod tests {
         assert_eq!(nowhere.as_deref(), Some("Unschedulable: 0/3 nodes are available"));
         assert_eq!(why(json!({"phase": "Running", "containerStatuses": runs})), None);
         assert_eq!(why(json!({"phase": "Failed"})).as_deref(), Some("the pod is Failed"));
-    }
-
-    #[test]
-    fn active_controller_is_found_by_its_address() {
-        let controllers = "tower.example:9443\n192.0.2.1:9443\n[2001:db8::1]:9443\n";
-        assert!(names_host(controllers, "192.0.2.1") && names_host(controllers, "2001:db8:0::1"));
-        assert!(
-            !names_host(controllers, "192.0.2.11")
-                && !names_host(controllers, "")
-                && !names_host("", "192.0.2.1")
-        );
     }
 }

@@ -33,27 +33,34 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    /// Connects with a token of the ServiceAccount `account`.
+    /// Connects to a replica of the controller with a token of the ServiceAccount `account`.
     pub(crate) async fn connect(global: &Global, cluster: &Cluster, account: &str) -> Result<Self, CliError> {
         let (token, ca) = tokio::try_join!(cluster.token(account), cluster.controller_ca())?;
-        let forward = match &global.controller {
-            Some(_) => None,
-            None => {
-                let pod = cluster.controller_pod().await?;
-                Some(Forward::open(global, cluster.system_namespace(), &pod).await?)
+        if let Some(address) = &global.controller {
+            let sender = reach(address, &ca).await?;
+            return Ok(Self { sender, token, _forward: None });
+        }
+        let mut failure = None;
+        for pod in cluster.controller_pods().await? {
+            match Self::forward(global, cluster, &pod, &ca).await {
+                Ok((sender, forward)) => return Ok(Self { sender, token, _forward: Some(forward) }),
+                // Another replica answers for the same nodes.
+                Err(error) => failure = Some(error),
             }
-        };
-        let address = forward.as_ref().map(|forward| forward.address.clone());
-        let address = address.or_else(|| global.controller.clone()).unwrap_or_default();
-        let unreachable = |reason: String| {
-            let message = format!("cannot reach the controller's admin API at {address}: {reason}");
-            CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
-        };
-        let connected = tokio::time::timeout(TIMEOUT, open(&address, &ca)).await;
-        let sender = connected
-            .map_err(|_| unreachable(format!("no response within {} s", TIMEOUT.as_secs())))?
-            .map_err(unreachable)?;
-        Ok(Self { sender, token, _forward: forward })
+        }
+        let none =
+            || CliError::coded(codes::CONTROLLER_UNREACHABLE, "no controller pod is running".to_owned());
+        Err(failure.unwrap_or_else(none))
+    }
+
+    async fn forward(
+        global: &Global,
+        cluster: &Cluster,
+        pod: &str,
+        ca: &str,
+    ) -> Result<(SendRequest<Empty<Bytes>>, Forward), CliError> {
+        let forward = Forward::open(global, cluster.system_namespace(), pod).await?;
+        Ok((reach(&forward.address, ca).await?, forward))
     }
 
     /// Sends a GET request and decodes the response.
@@ -97,6 +104,18 @@ fn read<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, CliEr
         },
         Err(_) => CliError::new(format!("the controller answered {status}")),
     })
+}
+
+/// Opens a connection within [`TIMEOUT`].
+async fn reach(address: &str, ca: &str) -> Result<SendRequest<Empty<Bytes>>, CliError> {
+    let unreachable = |reason: String| {
+        let message = format!("cannot reach the controller's admin API at {address}: {reason}");
+        CliError::coded(codes::CONTROLLER_UNREACHABLE, message)
+    };
+    let connected = tokio::time::timeout(TIMEOUT, open(address, ca)).await;
+    connected
+        .map_err(|_| unreachable(format!("no response within {} s", TIMEOUT.as_secs())))?
+        .map_err(unreachable)
 }
 
 async fn open(address: &str, ca: &str) -> Result<SendRequest<Empty<Bytes>>, String> {

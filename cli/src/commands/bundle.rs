@@ -156,7 +156,7 @@ impl Bundle {
         Ok(())
     }
 
-    /// Adds state and metrics of the active controller.
+    /// Adds state and metrics of one replica of the controller.
     async fn controller(&mut self, global: &Global, cluster: &Cluster) -> std::io::Result<()> {
         match Controller::connect(global, cluster, VIEWER).await {
             Ok(mut controller) => {

@@ -30,7 +30,13 @@ pub(crate) async fn run(global: &Global, args: &TraceArgs, style: Style) -> Resu
     let unreached =
         |change: &ChangeReport| change.outstanding + change.given_up > 0 || !change.refusals.is_empty();
     let exit = if changes.iter().any(unreached) { Exit::Wrong } else { Exit::Ok };
-    let texts: Vec<String> = changes.iter().map(|change| text(change, style)).collect();
+    // Each replica reports its own nodes.
+    let several = changes.iter().any(|change| change.replica != changes[0].replica);
+    let heading = |change: &ChangeReport| {
+        if several { format!("Nodes of replica {}:\n", change.replica) } else { String::new() }
+    };
+    let texts: Vec<String> =
+        changes.iter().map(|change| format!("{}{}", heading(change), text(change, style))).collect();
     Report::new(texts.join("\n"), &changes, exit)
 }
 
@@ -133,6 +139,7 @@ mod tests {
 
     fn change() -> ChangeReport {
         ChangeReport {
+            replica: "controller-0".into(),
             change: 3,
             trace_id: "4bf92f3577b34da6a3ce929d0e0e4736".into(),
             object: "EndpointSlice shop/cart-x7".into(),
