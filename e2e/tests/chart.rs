@@ -154,7 +154,7 @@ fn chart_with_all_parts_equals_manifests_with_components() {
         "alerts.enabled=true",
         "conntrackSysctls.enabled=true",
         "dashboards.enabled=true",
-        "controller.replicas=2",
+        "controller.replicas=3",
         "networkPolicy.enabled=true",
         "prometheusOperator.enabled=true",
     ];
@@ -167,6 +167,7 @@ fn kind_overlay_equals_chart_with_its_values() {
     let wanted = Objects::parse(&kubectl_kustomize(&root().join("examples/kind")));
     let values = [
         "imageTag=dev",
+        "controller.replicas=1",
         "apiServer.host=kind-control-plane",
         "conntrackSysctls.enabled=true",
         "conntrackSysctls.extraArgs={--max-per-core=0}",
@@ -256,7 +257,7 @@ fn wrong_values_are_rejected_by_the_schema() {
     let cases = [
         ("switchtower", "apiServer.port=70000", "maximum: got 70,000, want 65,535"),
         ("switchtower", "apiServer.host=https://192.0.2.1", "'https://192.0.2.1' does not match pattern"),
-        ("switchtower", "controller.replicas=5", "maximum: got 5, want 2"),
+        ("switchtower", "controller.replicas=6", "maximum: got 6, want 5"),
         ("switchtower", "controler.replicas=2", "additional properties 'controler' not allowed"),
         (
             "switchtower",
@@ -298,7 +299,7 @@ fn api_server_accepts_charts_and_manifests() {
         "alerts.enabled=true",
         "conntrackSysctls.enabled=true",
         "dashboards.enabled=true",
-        "controller.replicas=2",
+        "controller.replicas=3",
         "networkPolicy.enabled=true",
     ];
     let objects = file("chart.yaml", &output(&template("switchtower", &values)));

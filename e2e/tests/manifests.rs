@@ -90,7 +90,7 @@ fn every_object_of_a_component_has_the_namespace() {
     }
     named(&objects, "ConfigMap", "switchtower-alert-rules");
     named(&objects, "ConfigMap", "switchtower-dashboards");
-    assert_eq!(named(&objects, "Deployment", "switchtower-controller")["spec"]["replicas"], 2);
+    assert_eq!(named(&objects, "Deployment", "switchtower-controller")["spec"]["replicas"], 3);
     named(&objects, "PodDisruptionBudget", "switchtower-controller");
     // Monitors select existing Pods and ports.
     for (name, kind) in [("switchtower-controller", "Deployment"), ("switchtower-node-agent", "DaemonSet")] {
@@ -134,6 +134,21 @@ fn controller_of_a_dead_node_moves_within_30_seconds() {
         let seconds = mine.and_then(|known| known["tolerationSeconds"].as_u64());
         assert!(seconds.is_some_and(|seconds| (10..=20).contains(&seconds)), "{key}: {seconds:?}");
     }
+}
+
+#[test]
+fn replicas_are_updated_one_at_a_time_on_separate_nodes() {
+    let objects = rendered(&overlay(&json!([]), &[]));
+    let spec = &named(&objects, "Deployment", "switchtower-controller")["spec"];
+    assert_eq!(spec["replicas"], 2);
+    assert_eq!(spec["strategy"]["rollingUpdate"], json!({"maxSurge": 0, "maxUnavailable": 1}));
+    let labels = &spec["selector"]["matchLabels"];
+    let rule = "/template/spec/affinity/podAntiAffinity/requiredDuringSchedulingIgnoredDuringExecution/0";
+    let rule = spec.pointer(rule).unwrap();
+    assert_eq!(rule["topologyKey"], "kubernetes.io/hostname");
+    assert_eq!(rule["labelSelector"]["matchLabels"], *labels);
+    let budget = &named(&objects, "PodDisruptionBudget", "switchtower-controller")["spec"];
+    assert_eq!((&budget["maxUnavailable"], &budget["selector"]["matchLabels"]), (&json!(1), labels));
 }
 
 #[test]
