@@ -78,9 +78,9 @@ pub struct Fleet {
     // Drop order: the agents and the controller end first, the control plane last.
     nodes: Vec<FleetNode>,
     controller: Mutex<Option<Process>>,
-    standby: Mutex<Option<Process>>,
-    standby_metrics: SocketAddr,
-    standby_admin: SocketAddr,
+    second: Mutex<Option<Process>>,
+    second_metrics: SocketAddr,
+    second_admin: SocketAddr,
     metrics: SocketAddr,
     admin: SocketAddr,
     environment: Environment,
@@ -121,9 +121,9 @@ impl Fleet {
         let fleet = Self {
             nodes,
             controller: Mutex::new(None),
-            standby: Mutex::new(None),
-            standby_metrics: free_address()?,
-            standby_admin: free_address()?,
+            second: Mutex::new(None),
+            second_metrics: free_address()?,
+            second_admin: free_address()?,
             metrics,
             admin,
             environment: Environment::default(),
@@ -214,14 +214,14 @@ impl Fleet {
         (self.lab.root_address(), CONTROLLER_PORT).into()
     }
 
-    /// Address of the active controller's metrics.
+    /// Address of the metrics of the first controller, or of the second if only that runs.
     pub fn metrics_address(&self) -> SocketAddr {
-        if self.standby_is_active() { self.standby_metrics } else { self.metrics }
+        if self.only_second_runs() { self.second_metrics } else { self.metrics }
     }
 
-    /// Address of the active controller's admin API.
+    /// Address of the admin API of the first controller, or of the second if only that runs.
     pub fn admin_address(&self) -> SocketAddr {
-        if self.standby_is_active() { self.standby_admin } else { self.admin }
+        if self.only_second_runs() { self.second_admin } else { self.admin }
     }
 
     /// Starts the controller as its ServiceAccount.
@@ -265,13 +265,13 @@ impl Fleet {
         lock(&self.controller).as_ref().context("the controller is not started")?.check_running()
     }
 
-    /// Checks that a controller runs, the first or the standby.
+    /// Checks that a controller runs, the first or the second.
     ///
     /// # Errors
     /// Neither runs.
     pub fn check_controllers(&self) -> Result<()> {
-        let standby = lock(&self.standby).as_ref().is_some_and(|process| process.check_running().is_ok());
-        if standby { Ok(()) } else { self.check_controller() }
+        let second = lock(&self.second).as_ref().is_some_and(|process| process.check_running().is_ok());
+        if second { Ok(()) } else { self.check_controller() }
     }
 
     /// Everything the controller has logged.

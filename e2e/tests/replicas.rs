@@ -1,85 +1,93 @@
-//! Two controllers: one is active, the standby takes over its Lease when it is killed, stopped or terminated.
+//! Two replicas of the controller serve agents at once. Each is killed, stopped and terminated in turn.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
+use kube::api::{Patch, PatchParams};
 use serde_json::json;
 use switchtower_crds::ProxyStatus;
 use switchtower_e2e::lab::wait;
+use switchtower_e2e::observe::kernel;
 use switchtower_e2e::probe::Transport;
 use switchtower_e2e::scene::{Scene, alone, answered_by, cluster_ip};
 use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
 
+const LEASE: &str = "switchtower-controller";
 const TAKEN_OVER: Duration = Duration::from_secs(30);
-const AGREED: Duration = Duration::from_secs(60);
+/// An agent notices a stopped replica after 20 s of silence and an unanswered ping of 10 s.
+const MOVED: Duration = Duration::from_secs(60);
+const AGREED: Duration = Duration::from_secs(120);
 
-/// Waits until the Lease names this controller.
-fn active(fleet: &Fleet, replica: &str) {
-    wait::until("the Lease changes hands", TAKEN_OVER, || {
-        let lease: Option<Lease> = fleet.kube().get(NAMESPACE, "switchtower-controller")?;
-        let holder = lease.and_then(|lease| lease.spec?.holder_identity).context("no holder")?;
-        ensure!(holder.starts_with(&format!("{replica}_")), "held by {holder:?}");
-        Ok(())
-    })
-    .unwrap();
+fn replica(number: usize) -> String {
+    format!("controller-{number}")
 }
 
-/// Delivers the ConfigMap of the active controller to the agents, as kubelets do.
-fn spread_bootstrap(fleet: &Fleet, port: u16) {
-    let data = wait::until("the ConfigMap names the active controller", TAKEN_OVER, || {
+/// The replica that each node's row names, in the order of the nodes.
+fn served_by(fleet: &Fleet) -> Vec<String> {
+    let of = |row: switchtower_crds::ProxyStatusStatus| row.connection.map(|known| known.replica);
+    let rows = fleet.nodes().iter().map(|node| fleet.row(&node.net.name));
+    rows.map(|row| row.ok().and_then(of).unwrap_or_default()).collect()
+}
+
+/// The number of each node's last kernel transaction, and its digest.
+fn kernels(fleet: &Fleet) -> Vec<(u32, u128)> {
+    let read =
+        |namespace| (kernel::transactions(namespace).unwrap(), kernel::stamp(namespace).unwrap().digest);
+    fleet.nodes().iter().map(|node| read(&node.net.namespace)).collect()
+}
+
+fn leader(fleet: &Fleet) -> anyhow::Result<String> {
+    let lease: Option<Lease> = fleet.kube().get(NAMESPACE, LEASE)?;
+    let holder = lease.and_then(|lease| lease.spec?.holder_identity).context("no leader")?;
+    Ok(holder.split('_').next().unwrap_or_default().to_owned())
+}
+
+/// Waits until the bootstrap ConfigMap lists exactly the replicas with these ports.
+fn listed(fleet: &Fleet, ports: &[u16]) {
+    wait::until(&format!("the ConfigMap lists {ports:?}"), TAKEN_OVER, || {
         let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
-        let data = map.and_then(|map| map.data).context("no ConfigMap")?;
-        let named = data.get("controllers").cloned().unwrap_or_default();
-        ensure!(named.trim().ends_with(&format!(":{port}")), "it names {named:?}");
-        Ok(data)
+        let controllers = map.and_then(|map| map.data?.remove("controllers")).unwrap_or_default();
+        let found: BTreeSet<u16> =
+            controllers.lines().filter_map(|line| line.rsplit_once(':')?.1.parse().ok()).collect();
+        ensure!(found == ports.iter().copied().collect(), "it lists {controllers:?}");
+        Ok(())
     })
     .unwrap();
-    for node in fleet.nodes() {
-        for (name, text) in &data {
-            std::fs::write(fleet.bootstrap_directory(node).join(name), text).unwrap();
+}
+
+/// Restarts agents until both replicas serve some.
+fn spread(fleet: &Fleet) {
+    for attempt in 0..20 {
+        let served = served_by(fleet);
+        if served.iter().collect::<BTreeSet<_>>().len() == 2 {
+            return;
         }
+        let node = &fleet.nodes()[attempt % fleet.nodes().len()];
+        fleet.stop_agent(node, libc::SIGKILL).unwrap();
+        fleet.run_agent(node).unwrap();
+        fleet.settled(AGREED).unwrap();
     }
+    panic!("all agents choose the same replica: {:?}", served_by(fleet));
 }
 
-/// Versions of all objects that two controllers could write in turns.
-fn versions(fleet: &Fleet) -> Vec<Option<String>> {
-    let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap").unwrap();
-    let rows = fleet.nodes().iter().map(|node| {
-        let row: Option<ProxyStatus> = fleet.kube().get_cluster(&node.net.name).unwrap();
-        row.and_then(|row| row.resource_version())
-    });
-    rows.chain([map.and_then(|map| map.resource_version())]).collect()
-}
-
-/// Waits until this controller's log says that it stands by.
-fn stands_by(controller: &str, log: impl Fn() -> String) {
-    wait::until(&format!("the {controller} controller waits"), TAKEN_OVER, || {
-        let log = log();
-        ensure!(log.contains("another controller is active"), "{log}");
-        Ok(())
-    })
-    .unwrap();
-}
-
-/// Waits until neither controller writes.
-fn quiet(fleet: &Fleet) {
-    fleet.settled(AGREED).unwrap();
-    wait::until("rows and ConfigMap stay as they are for five seconds", AGREED, || {
-        let before = versions(fleet);
-        std::thread::sleep(Duration::from_secs(5));
-        ensure!(versions(fleet) == before);
-        Ok(())
+/// Waits until one replica serves all agents and the rows agree with the kernels.
+fn all_served_by(fleet: &Fleet, number: usize, how: &str) {
+    wait::until(&format!("{how}: {} serves all agents", replica(number)), MOVED, || {
+        let served = served_by(fleet);
+        ensure!(served.iter().all(|name| *name == replica(number)), "{served:?}");
+        fleet.nodes().iter().try_for_each(|node| fleet.agrees(node))
     })
     .unwrap();
 }
 
 #[test]
-fn standby_takes_over_after_kill_stop_and_termination() {
+fn replicas_serve_agents_at_once_and_replace_each_other() {
     let _alone = alone();
     let scene = Scene::new("replicas");
     let fleet = scene.fleet;
@@ -87,36 +95,90 @@ fn standby_takes_over_after_kill_stop_and_termination() {
     let to = cluster_ip(&service, false);
     scene.endpoints("web", &["a1"]);
     answered_by("at first", scene.pod("c2"), Transport::Tcp, to, &["a1"]);
-    active(fleet, "controller-0");
-    fleet.start_standby().unwrap();
-    stands_by("second", || fleet.standby_log());
-    quiet(fleet);
-    let takes_over = |how: &str, replica: &str, port: u16, pods: &[&str], act: &dyn Fn()| {
-        let began = Instant::now();
-        act();
-        scene.endpoints("web", pods);
-        active(fleet, replica);
-        let held = began.elapsed();
-        spread_bootstrap(fleet, port);
-        // An agent notices a stopped controller after 20 s of silence and an unanswered ping of 10 s.
+    fleet.settled(AGREED).unwrap();
+    let first = kernels(fleet);
+    fleet.start_second().unwrap();
+    listed(fleet, &[9443, 9453]);
+    spread(fleet);
+    let digests = |kernels: &[(u32, u128)]| kernels.iter().map(|(_, digest)| *digest).collect::<Vec<_>>();
+    assert_eq!(digests(&kernels(fleet)), digests(&first), "both replicas compile the same");
+    scene.endpoints("web", &["b1"]);
+    fleet.settled(AGREED).unwrap();
+    answered_by("by both", scene.pod("c2"), Transport::Tcp, to, &["b1"]);
+
+    let rounds = [
+        (0, libc::SIGKILL, "SIGKILL", ["c1"]),
+        (1, libc::SIGKILL, "SIGKILL", ["a1"]),
+        (0, libc::SIGTERM, "SIGTERM", ["b1"]),
+        (1, libc::SIGTERM, "SIGTERM", ["c1"]),
+        (0, libc::SIGSTOP, "SIGSTOP", ["a1"]),
+        (1, libc::SIGSTOP, "SIGSTOP", ["b1"]),
+    ];
+    for (number, signal, name, pods) in rounds {
+        spread(fleet);
+        let how = format!("{name} of {}", replica(number));
+        let (before, began) = (kernels(fleet), Instant::now());
+        fleet.signal_replica(number, signal);
+        all_served_by(fleet, 1 - number, &how);
+        let moved = began.elapsed();
+        assert_eq!(kernels(fleet), before, "{how}: no kernel was written");
+        wait::until("the other replica is the leader", TAKEN_OVER, || {
+            let leader = leader(fleet)?;
+            ensure!(leader == replica(1 - number), "{leader} is");
+            Ok(())
+        })
+        .unwrap();
+        scene.endpoints("web", &pods);
         fleet.settled(AGREED).unwrap();
-        answered_by(how, scene.pod("c2"), Transport::Tcp, to, pods);
-        println!("{how}: Lease after {held:.1?}, endpoint in the kernel after {:.1?}", began.elapsed());
-        quiet(fleet);
-    };
-    takes_over("SIGKILL", "controller-1", 9453, &["b1"], &|| fleet.signal_controller(libc::SIGKILL));
-    fleet.start_controller().unwrap();
-    stands_by("first", || fleet.controller_log());
-    takes_over("SIGTERM", "controller-0", 9443, &["c1"], &|| fleet.signal_standby(libc::SIGTERM));
-    fleet.start_standby().unwrap();
-    stands_by("second", || fleet.standby_log());
-    takes_over("SIGSTOP", "controller-1", 9453, &["a1", "b1"], &|| fleet.signal_controller(libc::SIGSTOP));
-    fleet.signal_controller(libc::SIGCONT);
-    wait::until("the controller that was stopped ends", TAKEN_OVER, || {
-        ensure!(fleet.check_controller().is_err());
-        Ok(())
-    })
-    .unwrap();
-    active(fleet, "controller-1");
-    quiet(fleet);
+        answered_by(&how, scene.pod("c2"), Transport::Tcp, to, &pods);
+        println!("{how}: all agents moved after {moved:.1?}");
+        if signal == libc::SIGSTOP {
+            // Its former streams and its former leadership do no harm.
+            fleet.signal_replica(number, libc::SIGCONT);
+        } else {
+            fleet.restart_replica(number).unwrap();
+        }
+        listed(fleet, &[9443, 9453]);
+        fleet.settled(AGREED).unwrap();
+    }
+
+    lease_deleted_by_hand(fleet);
+    row_edited_by_hand(fleet);
+    fleet.signal_replica(1, libc::SIGTERM);
+    all_served_by(fleet, 0, "the second ends");
+    listed(fleet, &[9443]);
+}
+
+/// The Leases are created again, and no agent moves.
+fn lease_deleted_by_hand(fleet: &Fleet) {
+    spread(fleet);
+    let (served, before) = (served_by(fleet), kernels(fleet));
+    fleet.kube().delete::<Lease>(NAMESPACE, LEASE).unwrap();
+    for number in 0..2 {
+        fleet.kube().delete::<Lease>(NAMESPACE, &format!("{LEASE}-{}", replica(number))).unwrap();
+    }
+    wait::until("the Lease is created again", TAKEN_OVER, || leader(fleet)).unwrap();
+    listed(fleet, &[9443, 9453]);
+    fleet.settled(AGREED).unwrap();
+    assert_eq!((served_by(fleet), kernels(fleet)), (served, before));
+}
+
+/// The replica that serves the node reports its state again, whatever the row claims.
+fn row_edited_by_hand(fleet: &Fleet) {
+    for (claimant, session) in [("unknown", 0_i64), ("unknown", i64::MAX), ("controller-0", 1 << 40)] {
+        let node = &fleet.nodes()[0].net.name;
+        let before = kernels(fleet);
+        let api: kube::Api<ProxyStatus> = kube::Api::all(fleet.kube().client());
+        let status =
+            json!({"status": {"state": "Edited", "connection": {"replica": claimant, "session": session}}});
+        let (params, patch) = (PatchParams::default(), Patch::Merge(&status));
+        let edited = fleet.kube().block_on(api.patch_status(node, &params, &patch)).unwrap();
+        wait::until(&format!("the row claimed by {claimant}, {session} is repaired"), MOVED, || {
+            let row: ProxyStatus = fleet.kube().get_cluster(node)?.context("no row")?;
+            ensure!(row.resource_version() != edited.resource_version(), "it is not written");
+            fleet.nodes().iter().try_for_each(|node| fleet.agrees(node))
+        })
+        .unwrap();
+        assert_eq!(kernels(fleet), before, "no kernel was written");
+    }
 }

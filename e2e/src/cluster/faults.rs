@@ -127,18 +127,19 @@ impl Bench {
         self.kubectl.apply(&map(GARBAGE, json!({"ca.crt": "garbage", "controllers": "garbage"}))).map(drop)
     }
 
-    /// Kills the kubelet of a node that runs neither the faults nor the controller; returns the node's number.
+    /// Kills the kubelet of a node that does not run the faults, preferably without a controller; returns the node's number.
     fn kill_a_kubelet(&self) -> Result<u8> {
         let controllers = self.kubectl.json(&format!(
             "get pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-controller"
         ))?;
-        let taken = |node: &str| {
+        let runs_controller = |node: &str| {
             let mut pods = controllers["items"].as_array().into_iter().flatten();
-            node == self.node || pods.any(|pod| pod["spec"]["nodeName"] == node)
+            pods.any(|pod| pod["spec"]["nodeName"] == node)
         };
-        let numbered = (1..).zip(self.layout.node_names());
-        let (number, name) =
-            numbered.into_iter().find(|(_, name)| !taken(name)).context("no node is left for the fault")?;
+        let numbered = (1..).zip(self.layout.node_names()).filter(|(_, name)| *name != self.node);
+        let (number, name) = numbered
+            .min_by_key(|(_, name)| runs_controller(name))
+            .context("no node is left for the fault")?;
         say(&format!("killed the kubelet of {name}; its agent keeps running"));
         Machine::find(&self.layout, &name)?.kill("kubelet")?;
         Ok(number)

@@ -1,4 +1,4 @@
-//! The component `high-availability`: two controllers on two nodes, of which the standby takes over.
+//! Two replicas of the controller on two nodes: each serves agents, and one replaces the other.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -8,44 +8,30 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::control_plane::Kubectl;
-use super::install::{NAMESPACE, write_overlay};
+use super::install::NAMESPACE;
 use super::layout::{Layout, Tools};
 use super::shell::{say, wait_until};
 
-/// A Service that claims the address and port of the standby.
-const CLAIM: &str = "test-standby-address";
+/// A Service that claims the address and port of a follower.
+const CLAIM: &str = "test-follower-address";
 /// Port at which agents reach the controllers.
 const PORT: u16 = 9_443;
-/// Timeout for Pods to start and for controllers to notice each other, every ten seconds.
+/// Timeout for Pods to start and for replicas to notice each other.
 const STARTED: Duration = Duration::from_secs(90);
-/// Timeout for agents to connect to a controller whose address is only in the ConfigMap.
-const DELIVERED: Duration = Duration::from_secs(180);
 /// Timeout of a takeover: the Lease expires after 15 seconds at most.
 const TAKEN_OVER: Duration = Duration::from_secs(30);
-/// Timeout of all agents to reach the next controller.
+/// Timeout of all agents to reach another replica.
 const MOVED: Duration = Duration::from_secs(30);
 
-/// Installs the component, removes the active controller, and restores the installation with one controller.
+/// Removes the leader; its agents move to the other replica, or to the one that replaces it.
 ///
 /// # Errors
-/// The replicas do not know each other, or the standby does not take over.
+/// The replicas do not know each other, or an agent stays without one.
 pub(super) fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let pair = Pair { kubectl: Kubectl::new(layout, tools), layout };
-    let overlay = write_overlay(layout, tools, "high-availability", &["high-availability"])?;
-    pair.kubectl.run(&format!("apply -k {overlay}"))?;
     let checked = pair.take_over();
-    let base = write_overlay(layout, tools, "overlay", &[])?;
     pair.kubectl.run(&format!("delete service --ignore-not-found {CLAIM}"))?;
-    pair.kubectl.run(&format!("apply -k {base}"))?;
-    pair.kubectl
-        .run(&format!("delete --namespace {NAMESPACE} poddisruptionbudget/switchtower-controller"))?;
-    // On a node without a controller before, agents learn its address from the ConfigMap, which the kubelet delivers.
-    let restored = wait_until("one controller", DELIVERED, || {
-        let pods = pair.pods()?;
-        ensure!(pods.len() == 1 && pair.holder()? == pods[0].name, "{pods:?}");
-        pair.connected_to(&pods[0].name)
-    });
-    checked.and(restored)
+    checked
 }
 
 #[derive(Debug)]
@@ -62,10 +48,10 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn take_over(&self) -> Result<()> {
-        let (active, standby) = wait_until("two ready controllers", STARTED, || self.both())?;
-        ensure!(active.node != standby.node, "both controllers run on {}", active.node);
+        let (leader, follower) = wait_until("two ready controllers", STARTED, || self.both())?;
+        ensure!(leader.node != follower.node, "both controllers run on {}", leader.node);
         let expected: BTreeSet<_> =
-            [&active, &standby].map(|pod| SocketAddr::new(pod.address, PORT).to_string()).into();
+            [&leader, &follower].map(|pod| SocketAddr::new(pod.address, PORT).to_string()).into();
         wait_until("both addresses in the bootstrap ConfigMap", STARTED, || {
             let map = self.object("get configmap switchtower-bootstrap")?;
             let listed = map["data"]["controllers"].as_str().unwrap_or_default();
@@ -76,42 +62,42 @@ impl Pair<'_> {
         })?;
         for node in self.layout.node_names() {
             let file = self.layout.machine_var(&node).join("lib/switchtower/controllers");
-            wait_until("the standby's address in the agent's state", STARTED, || {
+            wait_until("the follower's address in the agent's state", STARTED, || {
                 let known = std::fs::read_to_string(&file).unwrap_or_default();
-                let standby = SocketAddr::new(standby.address, PORT).to_string();
-                ensure!(known.lines().any(|line| line == standby), "{node} knows {known:?}");
+                let follower = SocketAddr::new(follower.address, PORT).to_string();
+                ensure!(known.lines().any(|line| line == follower), "{node} knows {known:?}");
                 Ok(())
             })?;
         }
-        self.claim(standby.address).context("the standby's address")?;
+        self.claim(follower.address).context("the follower's address")?;
         let budget = self.object("get poddisruptionbudget switchtower-controller")?;
         ensure!(budget["status"]["currentHealthy"] == 2, "the budget counts {}", budget["status"]);
 
-        say(&format!("removing the active controller on {}", active.node));
+        say(&format!("removing the leader on {}", leader.node));
         let start = Instant::now();
         self.kubectl.run(&format!(
             "delete pod --namespace {NAMESPACE} {} --force --grace-period=0 --wait=false",
-            active.name
+            leader.name
         ))?;
-        wait_until("the standby holds the Lease", TAKEN_OVER, || {
+        wait_until("another replica is the leader", TAKEN_OVER, || {
             let holder = self.holder()?;
-            ensure!(holder == standby.name, "{holder} holds it");
+            ensure!(holder != leader.name, "{holder} is");
             Ok(())
         })?;
-        say(&format!("the standby holds the Lease after {:.1} s", start.elapsed().as_secs_f32()));
-        wait_until("every agent is connected to the standby", MOVED, || self.connected_to(&standby.name))?;
+        say(&format!("another replica is the leader after {:.1} s", start.elapsed().as_secs_f32()));
+        wait_until("every agent is connected to another replica", MOVED, || self.left(&leader.name))?;
         say(&format!("every row is Ready again after {:.1} s", start.elapsed().as_secs_f32()));
         Ok(())
     }
 
-    /// The active and the standby controller; both are ready.
+    /// The leader and the other replica; both are ready.
     fn both(&self) -> Result<(Pod, Pod)> {
         let mut pods = self.pods()?;
         ensure!(pods.len() == 2, "ready: {pods:?}");
         let holder = self.holder()?;
-        let active = pods.iter().position(|pod| pod.name == holder);
-        let active = pods.swap_remove(active.with_context(|| format!("{holder} holds the Lease"))?);
-        Ok((active, pods.remove(0)))
+        let leader = pods.iter().position(|pod| pod.name == holder);
+        let leader = pods.swap_remove(leader.with_context(|| format!("{holder} is the leader"))?);
+        Ok((leader, pods.remove(0)))
     }
 
     /// A Service that claims an address of a controller is refused it.
@@ -133,12 +119,12 @@ impl Pair<'_> {
         })
     }
 
-    /// Every row is Ready, and its agent is connected to this replica.
-    fn connected_to(&self, replica: &str) -> Result<()> {
+    /// Every row is Ready, and its agent is connected to another replica than this one.
+    fn left(&self, replica: &str) -> Result<()> {
         for node in self.layout.node_names() {
             let row = self.object(&format!("get proxystatus {node}"))?;
             let connected = row["status"]["agent"]["connectedTo"].as_str().unwrap_or_default();
-            ensure!(connected == replica, "{node} is connected to {connected:?}");
+            ensure!(!connected.is_empty() && connected != replica, "{node} is connected to {connected:?}");
             let conditions = row.pointer("/status/conditions").and_then(Value::as_array);
             let ready = conditions.into_iter().flatten().find(|known| known["type"] == "Ready");
             ensure!(ready.is_some_and(|ready| ready["status"] == "True"), "{node}: {ready:?}");

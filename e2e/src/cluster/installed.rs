@@ -1,5 +1,5 @@
 //! Checks that the installation matches the manifests: applying them again changes nothing, the components apply, a
-//! monitoring system finds every pod through the metrics Services, and a second controller takes over.
+//! monitoring system finds every pod through the metrics Services, and one replica of the controller replaces another.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -21,7 +21,7 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     results.add("manifests applied again change nothing", || installed.apply_again())?;
     results.add("components for alerts and dashboards", || installed.components())?;
     results.add("metrics Services lead to every pod", || installed.metrics())?;
-    results.add("a standby takes over", || high_availability::check(layout, tools))?;
+    results.add("a replica replaces another", || high_availability::check(layout, tools))?;
     results.end("installed")
 }
 
@@ -61,7 +61,7 @@ impl Installed<'_> {
 
     fn metrics(&self) -> Result<()> {
         let nodes = usize::from(self.layout.nodes);
-        for (service, pods) in [("switchtower-controller", 1), ("switchtower-node-agent", nodes)] {
+        for (service, pods) in [("switchtower-controller", 2), ("switchtower-node-agent", nodes)] {
             let addresses = metrics_addresses(&self.kubectl, service)?;
             ensure!(addresses.len() == pods, "{service}: {addresses:?}, expected {pods}");
             for address in addresses {

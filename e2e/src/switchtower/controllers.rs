@@ -1,43 +1,60 @@
-//! The processes of controllers: one, and optionally a standby.
+//! The processes of controllers: one replica, or two.
+
+use std::time::Duration;
 
 use super::*;
 
-const STANDBY_PORT: u16 = 9453;
+const SECOND_PORT: u16 = 9453;
 
 impl Fleet {
-    /// Starts a second controller on a port of its own.
+    /// Starts a second replica on a port of its own.
     ///
     /// # Errors
     /// The program does not start.
-    pub fn start_standby(&self) -> Result<()> {
-        let listen = (self.lab.root_address(), STANDBY_PORT).into();
-        let process = self.controller_process(1, listen, self.standby_metrics, self.standby_admin)?;
-        *lock(&self.standby) = Some(process);
+    pub fn start_second(&self) -> Result<()> {
+        let listen = (self.lab.root_address(), SECOND_PORT).into();
+        let process = self.controller_process(1, listen, self.second_metrics, self.second_admin)?;
+        *lock(&self.second) = Some(process);
         Ok(())
     }
 
-    /// A standby keeps its admin API closed.
-    pub(super) fn standby_is_active(&self) -> bool {
-        lock(&self.standby).is_some() && std::net::TcpStream::connect(self.standby_admin).is_ok()
+    /// Address that agents connect to on the second replica.
+    pub fn second_address(&self) -> SocketAddr {
+        (self.lab.root_address(), SECOND_PORT).into()
     }
 
-    /// Sends a signal to the second controller.
-    pub fn signal_standby(&self, signal: i32) {
-        if let Some(process) = lock(&self.standby).as_ref() {
+    pub(super) fn only_second_runs(&self) -> bool {
+        let runs = |process: &Mutex<Option<Process>>| {
+            lock(process)
+                .as_ref()
+                .is_some_and(|process| process.check_running().is_ok() && !is_stopped(process.id()))
+        };
+        !runs(&self.controller) && runs(&self.second)
+    }
+
+    /// Sends a signal to the first replica (0) or the second (1) and leaves it alone.
+    pub fn signal_replica(&self, number: usize, signal: i32) {
+        let process = if number == 0 { &self.controller } else { &self.second };
+        if let Some(process) = lock(process).as_ref() {
             process.signal(signal);
         }
     }
 
-    /// Sends a signal to the first controller and leaves it alone.
+    /// Waits until a replica exits, and starts it again.
+    ///
+    /// # Errors
+    /// It does not exit, or the program does not start.
+    pub fn restart_replica(&self, number: usize) -> Result<()> {
+        let process = if number == 0 { &self.controller } else { &self.second };
+        if let Some(process) = lock(process).take() {
+            process.wait(Duration::from_secs(15))?;
+        }
+        if number == 0 { self.start_controller() } else { self.start_second() }
+    }
+
+    /// Sends a signal to the first replica and leaves it alone.
     pub fn signal_controller(&self, signal: i32) {
-        if let Some(process) = lock(&self.controller).as_ref() {
-            process.signal(signal);
-        }
-    }
-
-    /// All that the second controller has logged.
-    pub fn standby_log(&self) -> String {
-        lock(&self.standby).as_ref().map(Process::log_text).unwrap_or_default()
+        self.signal_replica(0, signal);
     }
 
     pub(super) fn controller_process(
@@ -60,4 +77,10 @@ impl Fleet {
         command.envs(lock(&self.environment).iter().cloned());
         Process::start("switchtower-controller", command, &self.lab.directory().join(name))
     }
+}
+
+/// Returns true if a signal stopped the process.
+fn is_stopped(id: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }
