@@ -20,10 +20,14 @@ cd "$ROOT"
 if [ "$ACTION" != down ] || [ ! -x "$(target_dir)/debug/cluster" ]; then
     build_workspace_binaries ""
 fi
+if [ "$ACTION" = install ] || [ "$ACTION" = uninstall ]; then
+    "$ROOT/hack/images.sh" "$(target_dir)/oci"
+fi
+SWITCHTOWER_IMAGES=$(target_dir)/oci/images
 SWITCHTOWER_CONTROL_PLANE=$(control_plane_dir)
 SWITCHTOWER_CLUSTER_TOOLS=$(cluster_tools_dir)
 SWITCHTOWER_CLUSTER_IMAGES=$CACHE/cluster/images
 SWITCHTOWER_MANIFESTS=$ROOT/manifests
 [ "$ACTION" != prepare ] || exit 0
-export SWITCHTOWER_CONTROL_PLANE SWITCHTOWER_CLUSTER_TOOLS SWITCHTOWER_CLUSTER_IMAGES SWITCHTOWER_MANIFESTS
+export SWITCHTOWER_CONTROL_PLANE SWITCHTOWER_CLUSTER_TOOLS SWITCHTOWER_CLUSTER_IMAGES SWITCHTOWER_MANIFESTS SWITCHTOWER_IMAGES
 exec "$(target_dir)/debug/cluster" "$ACTION" "$@"

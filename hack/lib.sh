@@ -7,6 +7,8 @@ CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/switchtower
 # The release that e2e/go.mod pins, shown by the built programs as their version.
 KUBERNETES_VERSION=$(sed -n 's|^[[:space:]]*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' "$ROOT/e2e/go.mod" | head -1)
 
+CYCLONEDX_VERSION=0.5.9
+
 say() { printf '==> %s\n' "$*" >&2; }
 
 # Prints an error with its remedy and exits.
@@ -60,6 +62,27 @@ require_lint_tools() {
         fail "rustfmt is missing: run 'rustup component add rustfmt' and retry."
     cargo clippy --version >/dev/null 2>&1 ||
         fail "clippy is missing: run 'rustup component add clippy' and retry."
+}
+
+# The version of everything that a release contains.
+project_version() { sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
+
+# Name of this machine's processor architecture in images.
+host_arch() {
+    case "$(uname -m)" in
+    x86_64) echo amd64 ;;
+    aarch64) echo arm64 ;;
+    *) uname -m ;;
+    esac
+}
+
+# Rust's target of an image architecture.
+rust_target() {
+    case "$1" in
+    amd64) echo x86_64-unknown-linux-gnu ;;
+    arm64) echo aarch64-unknown-linux-gnu ;;
+    *) fail "no Rust target is known for the architecture $1; use amd64 or arm64." ;;
+    esac
 }
 
 rust_version() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml"; }
@@ -181,3 +204,8 @@ install_cargo_tool() {
     rm -rf "$CACHE/tools/build"
     flock -u 9
 }
+
+cyclonedx_dir() { printf '%s/tools/cargo-cyclonedx-%s-debug' "$CACHE" "$CYCLONEDX_VERSION"; }
+
+# The generator of SBOMs.
+build_cyclonedx() { install_cargo_tool cargo-cyclonedx "$CYCLONEDX_VERSION" "$(cyclonedx_dir)"; }

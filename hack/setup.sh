@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs missing requirements of demo, test and bench: Debian packages, the control plane (etcd, kube-apiserver,
 # kube-controller-manager, kubectl, kube-proxy, built by Go from e2e/go.mod) and, for tests, the OpenTelemetry
-# Collector, promtool and helm (from e2e/tools). Programs are cached for later runs. Then checks the features of the
-# kernel.
+# Collector, promtool and helm (from e2e/tools), buildah and skopeo. Programs are cached for later runs. Then checks the
+# features of the kernel.
 #
 #   hack/setup.sh [TARGET]      TARGET is the calling make target; only `test` and `setup` build the tools
 set -euo pipefail
@@ -124,6 +124,6 @@ test | setup)
     build_tool otelcol "about a minute"
     build_promtool
     build_helm
-    install_packages systemd-analyze=systemd
+    install_packages buildah=buildah skopeo=skopeo systemd-analyze=systemd
     ;;
 esac

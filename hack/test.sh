@@ -18,12 +18,12 @@ cluster_log=$(mktemp)
 # Build the programs of the cluster tests in the background, with idle CPU time.
 nice -n 19 hack/cluster-setup.sh test >"$cluster_log" 2>&1 &
 cluster_pid=$!
-# Building cargo-deny takes minutes the first time; the check itself takes seconds.
+# Building cargo-deny and cargo-cyclonedx takes minutes the first time; the check itself takes seconds.
 audit_log=$(mktemp)
-nice -n 19 hack/audit.sh >"$audit_log" 2>&1 &
+nice -n 19 bash -c '. hack/lib.sh; hack/audit.sh && build_cyclonedx' >"$audit_log" 2>&1 &
 audit_pid=$!
-trap 'kill "$cluster_pid" "$audit_pid" "${checks_pid:-}" 2>/dev/null || true
-      rm -f "$log" "$cluster_log" "$audit_log" "${checks_log:-}"' EXIT
+trap 'kill "$cluster_pid" "$audit_pid" "${checks_pid:-}" "${release_pid:-}" 2>/dev/null || true
+      rm -f "$log" "$cluster_log" "$audit_log" "${checks_log:-}" "${release_log:-}"' EXIT
 
 total() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
@@ -67,6 +67,13 @@ cargo test --locked --workspace --no-run || {
     exit 1
 }
 
+# The files of a release, which tests inspect, and its images a second time, to compare them.
+release_log=$(mktemp)
+{
+    nice -n 19 hack/release.sh --dry-run --registry registry.example/st "$(target_dir)/release-dry-run" &&
+        nice -n 19 hack/images.sh --relink --tag "v$(project_version)" "$(target_dir)/images-again"
+} >"$release_log" 2>&1 &
+release_pid=$!
 # In a target directory of its own, because Cargo locks the other one. Most tests wait rather than compute.
 checks_log=$(mktemp)
 nice -n 19 hack/crates.sh >"$checks_log" 2>&1 &
@@ -81,6 +88,13 @@ export SWITCHTOWER_TOOL_OTELCOL SWITCHTOWER_TOOL_PROMTOOL SWITCHTOWER_TOOL_HELM
 say "tests"
 status=0
 cargo test --locked --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log" || status=$?
+say "files of a release"
+if wait "$release_pid"; then
+    cargo test --locked --workspace --test release --no-fail-fast -- "$@" 2>&1 | tee -a "$log" || status=$?
+else
+    cat "$release_log" >&2
+    other_failures+=("the build of a release's files")
+fi
 
 read -r passed failed ignored < <(awk '
     /^test result: / {

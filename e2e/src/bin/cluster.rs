@@ -145,9 +145,12 @@ struct Programs {
     /// Folder with the manifests that install Switchtower
     #[arg(long, env = "SWITCHTOWER_MANIFESTS", default_value = "manifests")]
     manifests: PathBuf,
-    /// Folder with switchtower-controller and switchtower-node-agent [default: folder of this program]
+    /// Folder with the kubectl plugin [default: folder of this program]
     #[arg(long, env = "SWITCHTOWER_PROGRAMS")]
     switchtower: Option<PathBuf>,
+    /// Folder with the OCI archives that hack/images.sh builds
+    #[arg(long, env = "SWITCHTOWER_IMAGES", default_value = "target/oci/images")]
+    switchtower_images: PathBuf,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -186,6 +189,7 @@ impl Programs {
             images: self.images,
             manifests: self.manifests,
             switchtower,
+            switchtower_images: self.switchtower_images,
         })
     }
 }

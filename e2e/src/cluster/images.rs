@@ -1,5 +1,5 @@
-//! Builds container images without a container engine: a tar of one layer, a config and a manifest, in the format of
-//! `docker save` and `ctr image import`.
+//! Builds the cluster's own images without a container engine: a tar of one layer, a config and a manifest, in the format
+//! of `docker save` and `ctr image import`. The images of Switchtower are those of `hack/images.sh`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
@@ -21,10 +21,11 @@ const UPSTREAM_PAUSE: &str = "registry.k8s.io/pause:3.10.2";
 /// Server that answers with packets of an invalid connection state, for a conntrack test of the suite.
 const UPSTREAM_INVALID_STATE: &str = "registry.k8s.io/e2e-test-images/regression-issue-74839:1.4";
 pub const COREDNS: &str = "switchtower.dev/cluster/coredns:1";
-/// The controller, as named in the manifests.
-pub const CONTROLLER: &str = "switchtower.dev/switchtower-controller:dev";
-/// The node agent, as named in the manifests.
-pub const NODE_AGENT: &str = "switchtower.dev/switchtower-node-agent:dev";
+/// Images that the manifests install, and their names there.
+const SWITCHTOWER: [(&str, &str); 2] = [
+    ("switchtower-controller", "switchtower.dev/switchtower-controller:dev"),
+    ("switchtower-node-agent", "switchtower.dev/switchtower-node-agent:dev"),
+];
 /// The test image: first the name that the demo uses, then those of upstream's suite in v1.36.
 const TEST_IMAGE_TAGS: [&str; 6] = [
     "switchtower.dev/cluster/agnhost:1",
@@ -40,7 +41,7 @@ const TEST_IMAGE_TAGS: [&str; 6] = [
 const UNFINISHED: &str = ".unfinished-";
 
 /// Version of the archive layout; increment it when archives are built differently.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 /// Minimum age for deletion: another run may still be importing a younger archive.
 const YOUNG: Duration = Duration::from_secs(600);
 
@@ -64,7 +65,7 @@ pub struct Image {
 pub enum Layer {
     /// An existing tar.
     Tar(PathBuf),
-    /// A program and its shared libraries.
+    /// A static program.
     Program(PathBuf),
 }
 
@@ -86,19 +87,6 @@ pub fn base_images(tools: &Tools) -> Vec<Image> {
             arguments: vec!["pause".into()],
             user: "",
         },
-    ]
-}
-
-/// Images that the manifests install, with the programs of this build.
-pub fn switchtower_images(programs: &Path) -> Vec<Image> {
-    vec![
-        program(
-            "switchtower-controller",
-            CONTROLLER,
-            &programs.join("switchtower-controller"),
-            "65532:65532",
-        ),
-        program("switchtower-node-agent", NODE_AGENT, &programs.join("switchtower-node-agent"), ""),
     ]
 }
 
@@ -162,21 +150,18 @@ pub fn assemble(image: &Image, folder: &Path) -> Result<PathBuf> {
 /// Fingerprint of an archive's inputs. Size and modification time stand for a file's content: reading 300 MB at every
 /// start takes seconds.
 fn fingerprint(image: &Image) -> Result<String> {
-    let inputs = match &image.layer {
-        Layer::Tar(path) => vec![path.clone()],
-        Layer::Program(path) => [vec![path.clone()], shared_libraries(path)?].concat(),
+    let input = match &image.layer {
+        Layer::Tar(path) | Layer::Program(path) => path,
     };
-    let mut text = format!("{FORMAT} {} {image:?}", architecture());
-    for input in inputs {
-        let known = fs::metadata(&input).with_context(|| format!("reading {}", input.display()))?;
-        text.push_str(&format!(
-            "\n{} {} {}.{}",
-            input.display(),
-            known.len(),
-            known.mtime(),
-            known.mtime_nsec()
-        ));
-    }
+    let known = fs::metadata(input).with_context(|| format!("reading {}", input.display()))?;
+    let text = format!(
+        "{FORMAT} {} {image:?}\n{} {} {}.{}",
+        architecture(),
+        input.display(),
+        known.len(),
+        known.mtime(),
+        known.mtime_nsec()
+    );
     Ok(format!("{:x}", Sha256::digest(text.as_bytes())))
 }
 
@@ -195,9 +180,22 @@ fn remove_older(name: &str, kept: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds images and imports them on all given nodes in parallel.
-pub fn deliver(layout: &Layout, tools: &Tools, images: &[Image], nodes: &[Machine]) -> Result<()> {
-    let archives = assemble_all(tools, images)?;
+/// Imports the images of Switchtower, built by `hack/images.sh` in this folder, on all given nodes in parallel.
+pub fn deliver_switchtower(layout: &Layout, tools: &Tools, nodes: &[Machine]) -> Result<()> {
+    let work = tempfile::tempdir().context("creating a temporary folder")?;
+    let convert = |(name, tag): (&str, &str)| {
+        let built = tools.switchtower_images.join(format!("{name}-{}.tar", architecture()));
+        let archive = work.path().join(format!("{name}.tar"));
+        // ctr takes the name of an image only from docker's format.
+        let (from, to) = (
+            format!("oci-archive:{}", built.display()),
+            format!("docker-archive:{}:{tag}", archive.display()),
+        );
+        run("skopeo", ["copy", "--quiet", &from, &to])
+            .with_context(|| format!("reading {}, which hack/images.sh builds", built.display()))?;
+        Ok(archive)
+    };
+    let archives = SWITCHTOWER.map(convert).into_iter().collect::<Result<Vec<_>>>()?;
     on_each(nodes, |node| archives.iter().try_for_each(|archive| import(layout, node, archive)))
 }
 
@@ -248,26 +246,9 @@ fn program_layer(name: &str, program: &Path, work: &Path) -> Result<PathBuf> {
     fs::copy(program, root.join(name)).with_context(|| format!("copying {}", program.display()))?;
     // Strips debug information, three quarters of a debug build. Without `strip` the image is larger.
     let _ = run("strip", [Path::new("--strip-debug"), &root.join(name)]);
-    for library in shared_libraries(program)? {
-        let target = root.join(library.strip_prefix("/").unwrap_or(&library));
-        if let Some(folder) = target.parent() {
-            fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        }
-        fs::copy(&library, &target).with_context(|| format!("copying {}", library.display()))?;
-    }
     let layer = work.join("layer.tar");
     tar(&root, &layer, &["."])?;
     Ok(layer)
-}
-
-/// Shared libraries with their loader, as listed by `ldd`; none for a static program.
-fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let Ok(listing) = run("ldd", [program]) else {
-        // `ldd` fails for a static program. A missing program fails later, when it is copied.
-        return Ok(Vec::new());
-    };
-    let words = listing.split_whitespace();
-    Ok(words.filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
 /// Writes a reproducible tar: equal files give equal bytes.
@@ -289,35 +270,5 @@ fn architecture() -> &'static str {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DOCKERFILE: &str = include_str!("../../../manifests/Dockerfile");
-
-    /// Lines of a stage, from its FROM to the next one.
-    fn stage(name: &str) -> Vec<&'static str> {
-        let lines = DOCKERFILE.lines().skip_while(|line| !line.ends_with(&format!(" AS {name}")));
-        let (first, rest) = (lines.clone().take(1), lines.skip(1));
-        first.chain(rest.take_while(|line| !line.starts_with("FROM "))).collect()
-    }
-
-    #[test]
-    fn engine_builds_the_same_images() {
-        for image in switchtower_images(Path::new("/programs")) {
-            let name = image.name;
-            let built = format!("-p {name} --bin {name}");
-            assert!(stage("build").iter().any(|line| line.contains(&built)), "{built}");
-            let lines = stage(name.strip_prefix("switchtower-").unwrap());
-            assert!(
-                lines.contains(&format!("ENTRYPOINT [\"{}\"]", image.entrypoint[0]).as_str()),
-                "{lines:?}"
-            );
-            let user = lines.iter().find_map(|line| line.strip_prefix("USER ")).unwrap_or_default();
-            assert_eq!(user, image.user, "the user of {name}");
-        }
     }
 }

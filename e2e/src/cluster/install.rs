@@ -29,7 +29,7 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     let nodes =
         layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<Vec<_>>>()?;
     say("images of controller and agent");
-    images::deliver(layout, tools, &images::switchtower_images(&tools.switchtower), &nodes)?;
+    images::deliver_switchtower(layout, tools, &nodes)?;
     let overlay = write_overlay(layout, tools, "overlay", &[])?;
     say(&format!("kubectl apply -k {overlay} ({:.1} s)", start.elapsed().as_secs_f32()));
     let installed =

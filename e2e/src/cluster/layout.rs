@@ -45,8 +45,10 @@ pub struct Tools {
     pub images: PathBuf,
     /// The manifests that install Switchtower.
     pub manifests: PathBuf,
-    /// switchtower-controller and switchtower-node-agent.
+    /// The programs of this build.
     pub switchtower: PathBuf,
+    /// The images of this build, as OCI archives.
+    pub switchtower_images: PathBuf,
 }
 
 impl Layout {

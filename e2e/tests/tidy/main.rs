@@ -206,52 +206,6 @@ fn parity_page_names_existing_tests() {
     }
 }
 
-/// Names of the workspace's programs, by package.
-fn programs() -> BTreeSet<(String, String)> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["metadata", "--locked", "--offline", "--no-deps", "--format-version=1"]);
-    let output = command.current_dir(root()).output().unwrap();
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
-    let packages = metadata["packages"].as_array().unwrap();
-    let targets = packages.iter().flat_map(|package| {
-        package["targets"].as_array().unwrap().iter().map(move |target| (&package["name"], target))
-    });
-    let programs = targets.filter(|(_, target)| target["kind"][0] == "bin");
-    programs.map(|(package, target)| (text(package), text(&target["name"]))).collect()
-}
-
-/// The Dockerfile and `make cluster` build the same images.
-#[test]
-fn dockerfile_builds_images_of_the_cluster() {
-    let dockerfile = fs::read_to_string(root().join("manifests/Dockerfile")).unwrap();
-    let programs = programs();
-    for image in switchtower_e2e::cluster::images::switchtower_images(Path::new("")) {
-        let name = image.name;
-        assert!(programs.contains(&(name.to_owned(), name.to_owned())), "no program {name}");
-        let stage = name.strip_prefix("switchtower-").unwrap();
-        let (_, rest) = dockerfile.split_once(&format!(" AS {stage}\n")).unwrap();
-        let lines: Vec<_> = rest.lines().take_while(|line| !line.starts_with("FROM ")).collect();
-        let mut wanted = vec![
-            format!("COPY --from=build /src/target/release/{name} /{name}"),
-            format!("ENTRYPOINT [\"{}\"]", image.entrypoint[0]),
-        ];
-        if !image.user.is_empty() {
-            wanted.push(format!("USER {}", image.user));
-        }
-        for line in wanted {
-            assert!(lines.contains(&line.as_str()), "{stage}: no line {line:?} in {lines:?}");
-        }
-        assert!(dockerfile.contains(&format!("-p {name} --bin {name}")), "{name} is not built");
-        let tag = &image.tags[0];
-        assert!(
-            dockerfile.contains(&format!("--target {stage} -t {tag} .")),
-            "{tag} is not the name in the comment"
-        );
-    }
-}
-
 /// Parts of the repository whose comments, documents and messages are checked for phrases.
 const PROSE: [&str; 13] = [
     "cli",
