@@ -107,6 +107,6 @@ build_tools() {
 }
 
 "$ROOT/hack/setup.sh" "$TARGET"
-install_packages buildah=buildah skopeo=skopeo containerd=containerd runc=runc debootstrap=debootstrap sysctl=procps iptables=iptables
+install_packages containerd=containerd runc=runc debootstrap=debootstrap sysctl=procps iptables=iptables
 [ -x /usr/lib/cni/bridge ] || install_packages no-such-command=containernetworking-plugins
 build_tools

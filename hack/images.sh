@@ -33,6 +33,14 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$FOLDER" ] || fail "use: hack/images.sh [--release] [--arch amd64,arm64] [--tag TAG] [--programs-only] [--relink] FOLDER"
 
+# Package of a program.
+package_of() {
+    case "$1" in
+    switchtower-controller) echo switchtower-standalone ;;
+    *) echo "$1" ;;
+    esac
+}
+
 # Builds a program statically and copies it without debug information. Only the program itself is compiled with
 # crt-static, so its dependencies are shared with other builds. Arguments: package, architecture.
 build_program() {
@@ -44,7 +52,7 @@ build_program() {
         out=$(target_dir)/oci/unstripped/$program
         relink "$program" "$out"
     else
-        local options=(--locked --package "$program" --bin "$program" --target "$target")
+        local options=(--locked --package "$(package_of "$program")" --bin "$program" --target "$target")
         [ "$PROFILE" = debug ] || options+=("--$PROFILE")
         out=$(target_dir)/$target/$PROFILE/$program
         [ "$arch" = "$(host_arch)" ] || strip=${target%%-*}-linux-gnu-strip
@@ -59,8 +67,10 @@ build_program() {
 # Compiles only the main file of a program, against the libraries of the workspace build. With a single package,
 # `cargo rustc` would rebuild most dependencies with other features, which takes minutes. Arguments: program, output.
 relink() {
-    local program=$1 out=$2 library clap main inputs
-    library=$(rlib "${program//-/_}" <<<"$ARTIFACTS")
+    local program=$1 out=$2 crate library clap main inputs
+    crate=$(package_of "$program")
+    crate=${crate//-/_}
+    library=$(rlib "$crate" <<<"$ARTIFACTS")
     clap=$(rlib clap <<<"$ARTIFACTS")
     main=$(sed -n "s|.*\"name\":\"$program\".*\"src_path\":\"\([^\"]*/main.rs\)\".*|\1|p" <<<"$ARTIFACTS" | head -1)
     [[ -n $library && -n $clap && -n $main ]] || fail "cargo did not report the files of $program."
@@ -71,7 +81,7 @@ relink() {
     mkdir -p "$(dirname "$out")"
     rm -f "$out.inputs"
     (cd "$ROOT" && rustc --edition 2024 --crate-name "${program//-/_}" --crate-type bin -C target-feature=+crt-static \
-        -L "dependency=$(dirname "$clap")" --extern "clap=$clap" --extern "${program//-/_}=$library" -o "$out" \
+        -L "dependency=$(dirname "$clap")" --extern "clap=$clap" --extern "$crate=$library" -o "$out" \
         "${main#"$ROOT"/}") || fail "$program could not be linked statically; install libc6-dev and see the errors above."
     printf '%s\n' "$inputs" >"$out.inputs"
 }
@@ -95,7 +105,7 @@ prepare_arch() {
 
 build_image() {
     local image=$1 arch=$2 name=$PREFIX/$1:$TAG archive=$FOLDER/images/$1-$2.tar
-    "${BUILDAH[@]}" build --quiet --isolation chroot --format oci --timestamp "$SOURCE_DATE_EPOCH" \
+    "${BUILDAH[@]}" build --quiet --isolation chroot --format oci --timestamp "$TIMESTAMP" \
         --platform "linux/$arch" --target "${image#switchtower-}" --tag "$name" \
         --label "org.opencontainers.image.title=$image" --label "org.opencontainers.image.version=$(project_version)" \
         --label org.opencontainers.image.licenses=Apache-2.0 \
@@ -111,8 +121,9 @@ require_cargo
 while IFS='=' read -r variable _; do
     unset "$variable"
 done < <(env | grep -E '^CARGO_(PKG_|MANIFEST_|CRATE_|BIN_|PRIMARY_)' || true)
-SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$ROOT" log -1 --format=%ct 2>/dev/null || echo 0)}
-export SOURCE_DATE_EPOCH
+TIMESTAMP=${SOURCE_DATE_EPOCH:-$(git -C "$ROOT" log -1 --format=%ct 2>/dev/null || echo 0)}
+# Build scripts of C code depend on it: cargo would rebuild them and most other crates, with equal results.
+unset SOURCE_DATE_EPOCH
 # Removes paths of this machine from panic messages, so that builds in different folders are equal. Not in the debug
 # profile, which shares its dependencies with the tests.
 [ "$PROFILE" = debug ] ||

@@ -80,6 +80,10 @@ pub struct ServeArgs {
     /// Directory of ca.crt and ca.key, which are generated if missing. Replaces the Secret switchtower-ca.
     #[arg(long, env = "SWITCHTOWER_TLS_DIR", value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
+    /// Leave the ConfigMap switchtower-bootstrap as it is: for a controller whose agents get its address and CA by other
+    /// means.
+    #[arg(long, env = "SWITCHTOWER_NO_BOOTSTRAP")]
+    pub no_bootstrap: bool,
     /// ServiceAccount whose tokens identify agents.
     #[arg(
         long,

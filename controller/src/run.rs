@@ -47,6 +47,7 @@ mod listen;
 mod startup;
 
 use api::Clients;
+pub use api::config;
 use startup::{Synced, Telemetry};
 
 /// Interval between attempts to reach the API server while starting.
@@ -79,7 +80,11 @@ pub fn main(cli: Cli) -> ExitCode {
     }
 }
 
-fn start(args: ServeArgs) -> anyhow::Result<()> {
+/// Runs a controller until a signal arrives. Keeps an existing log.
+///
+/// # Errors
+/// It cannot start, or one of its parts ended.
+pub fn start(args: ServeArgs) -> anyhow::Result<()> {
     // Several crates link rustls; without a process-wide provider they could disagree and panic.
     let _ = rustls::crypto::ring::default_provider().install_default();
     raise_descriptor_limit();
@@ -253,6 +258,9 @@ impl Replica {
     fn keep_bootstrap(&self, tasks: &mut Background) {
         let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
         let certificate = self.ca.certificate.clone();
+        if self.args.no_bootstrap {
+            return;
+        }
         let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone(), self.fence.clone());
         tasks.spawn("bootstrap ConfigMap", keep);
     }

@@ -86,6 +86,14 @@ pub(crate) struct AgentArgs {
     pub(crate) initial_mode: Mode,
 }
 
+impl Cli {
+    /// Returns whether this is a command other than the agent itself.
+    #[must_use]
+    pub fn is_subcommand(&self) -> bool {
+        self.command.is_some()
+    }
+}
+
 impl AgentArgs {
     /// Maximum age of a view on disk that is programmed at start; `None`: no limit.
     #[must_use]

@@ -44,7 +44,16 @@ const COMMANDS: usize = 16;
 /// # Errors
 /// The agent cannot start, or its engine exits unexpectedly.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    let Some(action) = cli.command else { return agent(cli.agent, &cli.log_level, cli.log_format) };
+    run_with(cli, || Ok(()))
+}
+
+/// Executes the command line for a program that contains the agent. `started` runs once allocator and log are set up, and
+/// may start threads: an agent must not be the second to set them up.
+///
+/// # Errors
+/// As [`run`], or `started` fails.
+pub fn run_with(cli: Cli, started: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let Some(action) = cli.command else { return agent(cli.agent, &cli.log_level, cli.log_format, started) };
     crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
     match action {
         Action::Cleanup { state_dir, stay, dry_run } => {
@@ -131,13 +140,19 @@ fn listen_for_metrics(addresses: Vec<SocketAddr>, health: &Health, registry: Reg
 }
 
 /// Runs the agent until a stop signal.
-fn agent(args: AgentArgs, log_level: &str, log_format: LogFormat) -> anyhow::Result<()> {
+fn agent(
+    args: AgentArgs,
+    log_level: &str,
+    log_format: LogFormat,
+    started: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     bound_memory();
     let snapshot_limit = args.snapshot_limit();
     let node_name = args.hostname_override.or(args.node_name);
     let node_name = node_name.context("missing --node-name; in a pod, set it from spec.nodeName")?;
     let runtime = runtime()?;
     let (traces, log) = telemetry(&runtime, &node_name, log_level, log_format)?;
+    started()?;
     raise_descriptor_limit();
     let Waited::Start(_lock) = runtime.block_on(lock(args.state_dir.clone()))? else { return Ok(()) };
     let controllers = Controllers::new(

@@ -35,7 +35,11 @@ impl Clients {
     }
 }
 
-pub(super) async fn config(args: &ServeArgs) -> anyhow::Result<Config> {
+/// Finds the API server and credentials: --kubeconfig, the Pod's ServiceAccount, or the default kubeconfig.
+///
+/// # Errors
+/// There are none, or the file is invalid.
+pub async fn config(args: &ServeArgs) -> anyhow::Result<Config> {
     let Some(path) = &args.kubeconfig else {
         return Config::infer().await.context(
             "finding the API server: this process does not run in a Pod with a ServiceAccount, and there is no \

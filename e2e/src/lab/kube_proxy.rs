@@ -146,7 +146,7 @@ fn start(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) 
 
 /// Forwards connections from the laboratory's own address to the API server on loopback, which nodes cannot reach,
 /// for the lifetime of this process.
-fn forward_api_server(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
+pub fn forward_api_server(control_plane: &ControlPlane, lab: &Lab) -> Result<SocketAddr> {
     let server = control_plane.address();
     let listener =
         TcpListener::bind((lab.root_address(), 0)).context("listening for connections of kube-proxy")?;

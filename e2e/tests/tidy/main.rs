@@ -207,7 +207,8 @@ fn parity_page_names_existing_tests() {
 }
 
 /// Parts of the repository whose comments, documents and messages are checked for phrases.
-const PROSE: [&str; 13] = [
+const PROSE: [&str; 15] = [
+    "charts",
     "cli",
     "controller",
     "crds",
@@ -217,6 +218,7 @@ const PROSE: [&str; 13] = [
     "manifests",
     "node-agent",
     "proto",
+    "standalone",
     "telemetry",
     "README.md",
     "CONTRIBUTING.md",

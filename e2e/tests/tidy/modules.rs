@@ -237,13 +237,14 @@ fn tree(tokens: &[String], mut at: usize, mut base: Vec<String>, found: &mut Vec
     }
 }
 
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "proto",
     "telemetry",
     "crds",
     "controller/core",
     "controller/api",
     "controller",
+    "standalone",
     "node-agent",
     "node-agent/testing",
     "cli",
