@@ -18,6 +18,7 @@ pub mod control_plane;
 pub mod demo;
 pub mod down;
 pub mod faults;
+pub mod helm;
 mod high_availability;
 pub mod images;
 pub mod install;

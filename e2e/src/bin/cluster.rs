@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchtower_e2e::cluster::interrupt::{self, Then};
 use switchtower_e2e::cluster::{
-    Layout, Tools, conformance, demo, down, faults, install, installed, machine, plugin, rolling_update,
-    shell, uninstall, up,
+    Layout, Tools, conformance, demo, down, faults, helm, install, installed, machine, plugin,
+    rolling_update, shell, uninstall, up,
 };
 
 #[derive(Parser)]
@@ -76,6 +76,13 @@ enum Action {
     },
     /// Runs the documented uninstall, checks that nothing remains, and installs again
     Uninstall {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// Installs, upgrades, rolls back and uninstalls the Helm charts on a cluster without Switchtower
+    Helm {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
@@ -222,6 +229,7 @@ fn main() -> Result<()> {
         Action::Installed { place, programs } => installed::check(&place.existing()?, &programs.tools()?),
         Action::Plugin { place, programs } => plugin::check(&place.existing()?, &programs.tools()?),
         Action::Uninstall { place, programs } => uninstall::check(&place.existing()?, &programs.tools()?),
+        Action::Helm { place, programs } => helm::check(&place.existing()?, &programs.tools()?),
         Action::Conformance { place, programs, label, part, focus, processes, out } => {
             let run = conformance::Run { label, part, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)

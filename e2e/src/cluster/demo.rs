@@ -12,7 +12,7 @@ use super::install::NAMESPACE;
 use super::layout::{Layout, Tools};
 use super::shell::{print, say, wait_until};
 
-const MANIFESTS: &str = include_str!("demo.yaml");
+pub(super) const MANIFESTS: &str = include_str!("demo.yaml");
 /// Connections per check of a Service: with 6 pods, one of them is missed with a probability of 1 in 10,000.
 const CONNECTIONS: u32 = 60;
 

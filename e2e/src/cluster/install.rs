@@ -42,7 +42,12 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
             "rollout restart --namespace {NAMESPACE} deployment/switchtower-controller daemonset/switchtower-node-agent"
         ))?;
     }
-    wait_for_rollout(&kubectl)?;
+    wait_until_ready(&kubectl, layout, start)
+}
+
+/// Waits until controller and agents run, every node is Ready, and CoreDNS works; reports the time since `start`.
+pub(super) fn wait_until_ready(kubectl: &Kubectl, layout: &Layout, start: Instant) -> Result<()> {
+    wait_for_rollout(kubectl)?;
     // A change of the Pod makes the kubelet refresh its volumes now; otherwise an agent that started before the
     // controller wrote switchtower-bootstrap gets it after up to a minute and a half.
     kubectl.run(&format!(
@@ -57,7 +62,7 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
         Ok(())
     })?;
     say(&format!("every node is Ready ({:.1} s)", start.elapsed().as_secs_f32()));
-    addons::wait_for_coredns(&kubectl)?;
+    addons::wait_for_coredns(kubectl)?;
     say(&format!("CoreDNS works ({:.1} s)", start.elapsed().as_secs_f32()));
     Ok(())
 }

@@ -216,7 +216,7 @@ impl Bench {
 }
 
 /// Opens connections to the targets in turn until `ended`.
-fn connect_until(
+pub(super) fn connect_until(
     ended: &AtomicBool,
     targets: &[SocketAddr],
     count: &AtomicUsize,
@@ -234,7 +234,7 @@ fn connect_until(
     }
 }
 
-fn request(target: SocketAddr) -> Result<()> {
+pub(super) fn request(target: SocketAddr) -> Result<()> {
     let mut stream = TcpStream::connect_timeout(&target, TIMEOUT).context("connecting")?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     write!(stream, "GET /hostname HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").context("sending")?;

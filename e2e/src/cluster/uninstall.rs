@@ -63,7 +63,7 @@ fn run_commands(layout: &Layout, tools: &Tools) -> Result<()> {
     Ok(())
 }
 
-fn nothing_in_the_api_server(kubectl: &Kubectl) -> Result<()> {
+pub(super) fn nothing_in_the_api_server(kubectl: &Kubectl) -> Result<()> {
     let all = kubectl
         .run("get customresourcedefinitions,clusterroles,clusterrolebindings,namespaces --output name")?;
     let left: Vec<&str> = all.lines().filter(|line| line.contains("switchtower")).collect();
@@ -72,7 +72,7 @@ fn nothing_in_the_api_server(kubectl: &Kubectl) -> Result<()> {
     Ok(())
 }
 
-fn nothing_on_nodes(nodes: &[Machine]) -> Result<()> {
+pub(super) fn nothing_on_nodes(nodes: &[Machine]) -> Result<()> {
     for node in nodes {
         let tables = finish(node.command(Path::new("nft")).args(["list", "tables"]))?;
         ensure!(!tables.contains("switchtower"), "{tables}");
