@@ -1,7 +1,7 @@
 //! The commands in the documentation: the shell accepts their syntax, kubectl and the plugin accept their arguments,
 //! and the API server accepts the objects.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -29,7 +29,8 @@ struct Block {
 
 fn markdown_files() -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut folders = vec![root().join("docs"), root().join("manifests"), root().join("examples")];
+    let mut folders =
+        vec![root().join("docs"), root().join("manifests"), root().join("examples"), root().join("charts")];
     while let Some(folder) = folders.pop() {
         for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
             if path.is_dir() {
@@ -153,6 +154,7 @@ fn start(fleet: &Fleet, script: &str) -> Child {
         .args(["-euc", script])
         .env("PATH", path)
         .env("KUBECONFIG", fleet.control_plane().kubeconfig())
+        .current_dir(root())
         .spawn()
         .unwrap()
 }
@@ -168,6 +170,31 @@ fn complete_jobs(fleet: &Fleet) -> Result<()> {
         fleet.kube().block_on(pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(&status)))?;
     }
     Ok(())
+}
+
+/// Precedes a block that this file runs.
+const MARK: &str =
+    "<!-- Tested: e2e/tests/documentation.rs runs the next block against a real API server. -->";
+
+#[test]
+fn marked_blocks_run_against_a_real_api_server() {
+    let fleet = Fleet::build(&[NodeSpec::new("alpha", "east", &[])]).unwrap();
+    let mut count = 0;
+    // In the order of an installation.
+    for page in ["docs/quickstart.md", "docs/standalone.md"] {
+        let text = fs::read_to_string(root().join(page)).unwrap();
+        for rest in text.split(MARK).skip(1) {
+            let script = rest.trim_start().strip_prefix("```sh\n").and_then(|rest| rest.split("```").next());
+            let script = script.unwrap_or_else(|| panic!("{page}: no block follows the mark"));
+            let status = start(&fleet, script).wait().unwrap();
+            assert!(status.success(), "{page}: {status}: {script}");
+            count += 1;
+        }
+    }
+    assert_eq!(count, 3);
+    for object in ["daemonset/switchtower-node-agent", "role/switchtower-standalone"] {
+        fleet.control_plane().kubectl(&["-n", "switchtower-system", "get", object]).unwrap();
+    }
 }
 
 const KUBE_PROXY_IMAGE: &str = "registry.example/kube-proxy:v1.36.3";

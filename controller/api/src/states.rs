@@ -5,11 +5,11 @@
 
 /// Defines an enum whose variants have the same names in the API.
 macro_rules! names {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident,)* }) => {
+    ($(#[$doc:meta])* $name:ident { $($(#[doc = $text:literal])* $variant:ident,)* }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum $name {
-            $($(#[$variant_doc])* $variant,)*
+            $($(#[doc = $text])* $variant,)*
         }
 
         impl $name {
@@ -22,6 +22,15 @@ macro_rules! names {
                 match self {
                     $(Self::$variant => stringify!($variant),)*
                 }
+            }
+
+            /// Returns the meaning, as in the documentation.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                let text = match self {
+                    $(Self::$variant => concat!($($text),*),)*
+                };
+                text.trim_ascii()
             }
 
             /// Parses a name. Returns `None` for the values of other versions.
@@ -65,10 +74,8 @@ names! {
 
 names! {
     /// State of a rollout. An object that the controller did not create has the state `Ignored` instead.
-    #[derive(Default)]
     RolloutState {
         /// No node has been updated yet.
-        #[default]
         Pending,
         /// Nodes are being updated.
         Progressing,
@@ -88,6 +95,13 @@ names! {
         Aborted,
         /// A newer revision has replaced this one.
         Superseded,
+    }
+}
+
+#[allow(clippy::derivable_impls, reason = "names! accepts no attributes on values")]
+impl Default for RolloutState {
+    fn default() -> Self {
+        Self::Pending
     }
 }
 

@@ -134,6 +134,19 @@ fn reason(field: &str) -> &'static str {
 mod tests {
     use super::*;
 
+    #[test]
+    fn page_in_docs_lists_every_known_field() {
+        let page = include_str!("../../../docs/kube-proxy-settings.md");
+        for field in CONVERTED.iter().chain(REASONS.iter().map(|(field, _)| field)) {
+            assert!(page.contains(&format!("`{field}`")), "docs/kube-proxy-settings.md lacks {field}");
+        }
+        let (_, without) = page.split_once("## Without a counterpart").unwrap();
+        for line in without.lines().filter_map(|line| line.strip_prefix("| `")) {
+            let (field, reason) = line.trim_end_matches(" |").split_once("` | ").unwrap();
+            assert!(REASONS.contains(&(field, reason)), "{field}: {reason}");
+        }
+    }
+
     fn fields(text: &str) -> Vec<(String, &'static str)> {
         unconverted(text).unwrap().into_iter().map(|found| (found.field, found.reason)).collect()
     }
