@@ -53,7 +53,10 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`], or `started` fails.
 pub fn run_with(cli: Cli, started: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let Some(action) = cli.command else { return agent(cli.agent, &cli.log_level, cli.log_format, started) };
+    let Some(action) = cli.command else {
+        bound_memory();
+        return agent(cli.agent, &cli.log_level, cli.log_format, started);
+    };
     crate::log::to_stderr(&cli.log_level, cli.log_format, None)?;
     match action {
         Action::Cleanup { state_dir, stay, dry_run } => {
@@ -146,7 +149,6 @@ fn agent(
     log_format: LogFormat,
     started: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    bound_memory();
     let snapshot_limit = args.snapshot_limit();
     let node_name = args.hostname_override.or(args.node_name);
     let node_name = node_name.context("missing --node-name; in a pod, set it from spec.nodeName")?;
