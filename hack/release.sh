@@ -142,10 +142,15 @@ build_sboms() {
     tar --create --exclude=./target --exclude=./.git --exclude=./dist --directory "$ROOT" . | tar --extract --directory "$work/source"
     (cd "$work/source" && PATH="$tools/bin:$PATH" cargo cyclonedx --quiet --format json --spec-version 1.5 \
         --target "$(rust_target amd64)" --no-build-deps) || fail "cargo-cyclonedx failed; see the errors above."
-    for package in standalone:switchtower-controller node-agent:switchtower-node-agent cli:kubectl-switchtower; do
-        sed "s|path+file://$work/source|path+file:///src|g" "$work/source/${package%%:*}/${package##*:}.cdx.json" \
-            >"$FOLDER/${package##*:}.cdx.json"
-    done
+    local folder program
+    while read -r folder package program; do
+        sed "s|path+file://$work/source|path+file:///src|g" "$work/source/$folder/$package.cdx.json" \
+            >"$FOLDER/$program.cdx.json"
+    done <<PROGRAMS
+standalone switchtower-standalone switchtower-controller
+node-agent switchtower-node-agent switchtower-node-agent
+cli kubectl-switchtower kubectl-switchtower
+PROGRAMS
 }
 
 say "Switchtower $TAG${DRY_RUN:+ (dry run: debug profile, $(host_arch) only)}"

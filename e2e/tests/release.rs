@@ -158,11 +158,17 @@ fn charts_render_the_released_images() {
 #[test]
 fn sboms_list_dependencies() {
     let folder = release();
-    for name in ["switchtower-controller", "switchtower-node-agent", "kubectl-switchtower"] {
+    // Programs, and the packages that build them.
+    let programs = [
+        ("switchtower-controller", "switchtower-standalone"),
+        ("switchtower-node-agent", "switchtower-node-agent"),
+        ("kubectl-switchtower", "kubectl-switchtower"),
+    ];
+    for (name, package) in programs {
         let text = fs::read_to_string(folder.join(format!("{name}.cdx.json"))).unwrap();
         let sbom: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(sbom["bomFormat"], "CycloneDX");
-        assert_eq!(sbom["metadata"]["component"]["name"], name);
+        assert_eq!(sbom["metadata"]["component"]["name"], package);
         let components = sbom["components"].as_array().unwrap();
         let has = |wanted: &str| components.iter().any(|component| component["name"] == wanted);
         assert!(has("rustls") || has("tokio"), "{name}");
