@@ -250,6 +250,10 @@ pub(super) fn back(nodes: &[NodeView], rollout: &Rollout, batch: usize, tried: b
             _ => Action::Deactivate(late),
         };
     }
+    // A new revision or the deletion of the profile would end the rollout and revert its nodes to mode Active.
+    if *rollout == Rollout::Running {
+        return Action::Wait("the rollout of mode Shadow to end".to_owned());
+    }
     let moved = |node: &&NodeView| node.place == Place::Switchtower || node.joined_later();
     let next: Vec<&NodeView> = nodes.iter().filter(moved).take(batch).collect();
     // It would remove the rules of the returning kube-proxy.

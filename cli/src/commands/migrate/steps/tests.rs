@@ -96,6 +96,10 @@ fn rules_lose_effect_only_after_kube_proxy_is_back() {
     assert!(matches!(next(late.clone(), Rollout::Running), Action::Wait(_)));
     assert!(matches!(next(late, Rollout::Failed("x".into())), Action::Stuck(_)));
     let returned = NodeView { place: Place::KubeProxy, ..node("a") };
+    assert!(
+        matches!(next(returned.clone(), Rollout::Running), Action::Wait(_)),
+        "its end would be a reversal"
+    );
     assert_eq!(next(returned, Rollout::Over), Action::Finished(Vec::new()));
     let later = NodeView { place: Place::Untouched, ..moved("a") };
     assert_eq!(next(later, Rollout::Over), Action::Attach(vec!["a".into()]), "joined after the migration");
