@@ -40,11 +40,20 @@ impl Installed<'_> {
                  --output jsonpath={{.items[*].metadata.resourceVersion}}"
             ))
         };
-        let before = version(&self.kubectl)?;
+        let budget = |kubectl: &Kubectl| {
+            kubectl.run(&format!(
+                "get --namespace {NAMESPACE} poddisruptionbudget/switchtower-controller \
+                 --output jsonpath={{.metadata.generation}}"
+            ))
+        };
+        let (before, budget_before) = (version(&self.kubectl)?, budget(&self.kubectl)?);
         let overlay = write_overlay(self.layout, self.tools, "overlay", &[])?;
         let applied = self.kubectl.run(&format!("apply -k {overlay}"))?;
-        let changed: Vec<&str> = applied.lines().filter(|line| !line.ends_with(" unchanged")).collect();
+        // kubectl calls every PodDisruptionBudget configured, because the patch strategy of its selector is "replace".
+        let unchanged = |line: &&str| line.ends_with(" unchanged") || line.starts_with("poddisruptionbudget");
+        let changed: Vec<&str> = applied.lines().filter(|line| !unchanged(line)).collect();
         ensure!(changed.is_empty(), "{changed:?}");
+        ensure!(budget(&self.kubectl)? == budget_before, "the PodDisruptionBudget changed");
         ensure!(!before.is_empty() && version(&self.kubectl)? == before, "the controller's objects changed");
         Ok(())
     }
