@@ -189,48 +189,48 @@ impl State {
     }
 
     /// The facts of the Node object, if the view has them.
-    pub fn node(&self) -> Option<&NodeRecord> {
+    pub(crate) fn node(&self) -> Option<&NodeRecord> {
         self.layer(LayerKind::Node).node.as_deref()
     }
 
     /// Settings in force, if the view has any: the desired ones, or those of a trial.
-    pub fn settings(&self) -> Option<&Settings> {
+    pub(crate) fn settings(&self) -> Option<&Settings> {
         self.trials.in_force()
     }
 
     /// Restores the record of a trial from before a restart.
-    pub fn remember(&mut self, record: TrialRecord) -> TrialEffect {
+    pub(crate) fn remember(&mut self, record: TrialRecord) -> TrialEffect {
         self.trials.remember(record)
     }
 
     /// Time of the next round of probes, if one is scheduled.
-    pub fn round_due(&self) -> Option<Instant> {
+    pub(crate) fn round_due(&self) -> Option<Instant> {
         self.trials.due()
     }
 
     /// Evaluates a round of probes.
-    pub fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> TrialEffect {
+    pub(crate) fn measured(&mut self, number: u64, measured: Vec<Measured>, now: Instant) -> TrialEffect {
         self.trials.measured(number, measured, now)
     }
 
     /// Record of the trial for a restart.
-    pub fn trial_record(&self) -> Option<&TrialRecord> {
+    pub(crate) fn trial_record(&self) -> Option<&TrialRecord> {
         self.trials.record()
     }
 
     /// Status of the last trial of settings.
-    pub fn trial_status(&self) -> Option<TrialStatus> {
+    pub(crate) fn trial_status(&self) -> Option<TrialStatus> {
         self.trials.status()
     }
 
     /// Settings in force that are not the desired ones.
-    pub fn settings_deviation(&self) -> Option<SettingsDeviation> {
+    pub(crate) fn settings_deviation(&self) -> Option<SettingsDeviation> {
         self.trials.deviation()
     }
 
     /// The health checks to serve: those of the NODE layer, which have local endpoints, and all others; held ones
     /// instead of those that became empty.
-    pub fn health_checks(&self) -> impl Iterator<Item = HealthCheck> {
+    pub(crate) fn health_checks(&self) -> impl Iterator<Item = HealthCheck> {
         let own = &self.layer(LayerKind::Node).health_checks;
         let shared = &self.layer(LayerKind::HealthChecks).health_checks;
         self.holds.health_checks(own, shared)
@@ -242,7 +242,7 @@ impl State {
     }
 
     /// Hash of the held removals, independent of their order.
-    pub fn held_digest(&self) -> u128 {
+    pub(crate) fn held_digest(&self) -> u128 {
         self.holds.digest()
     }
 
