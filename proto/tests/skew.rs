@@ -19,9 +19,18 @@ use protox::prost_reflect::{
 use switchtower_proto::v1;
 
 const PACKAGE: &str = "switchtower.v1";
-/// Messages that are encoded by themselves: those of the stream, the contents of a part and of an answer, and what
-/// digests cover.
-const FRAMES: [&str; 6] = ["AgentMessage", "ControllerMessage", "Segment", "Buckets", "Item", "KernelTable"];
+/// Messages that are encoded by themselves: those of the stream and between replicas, the contents of a part and of an
+/// answer, and what digests cover.
+const FRAMES: [&str; 8] = [
+    "AgentMessage",
+    "ControllerMessage",
+    "Segment",
+    "Buckets",
+    "Item",
+    "KernelTable",
+    "ReplicaRequest",
+    "ReplicaResponse",
+];
 /// Combinations of alternatives that are tried; more than the product of the largest nested oneofs.
 const ALTERNATIVES: usize = 200;
 /// Maximum depth of a frame.
@@ -160,6 +169,8 @@ fn through_generated_code(name: &str, bytes: &[u8]) -> Vec<u8> {
         "Buckets" => again::<v1::Buckets>(bytes),
         "Item" => again::<v1::Item>(bytes),
         "KernelTable" => again::<v1::KernelTable>(bytes),
+        "ReplicaRequest" => again::<v1::ReplicaRequest>(bytes),
+        "ReplicaResponse" => again::<v1::ReplicaResponse>(bytes),
         other => panic!("{other} is no frame"),
     }
 }
