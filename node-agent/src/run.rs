@@ -31,9 +31,9 @@ use crate::probe::TcpProber;
 use crate::storage::files::StateFiles;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::trial_file::TrialFile;
-use shutdown::{stop_signal, until_stopped, wait_for};
+use shutdown::{StopSignals, until_stopped, wait_for};
 use sockets::Sockets;
-use startup::{Waited, bound_memory, lock, raise_descriptor_limit, telemetry};
+use startup::{Waited, bound_memory, raise_descriptor_limit, telemetry, wait_for_lock};
 use tasks::{probe_results, sender};
 
 /// Capacity of the engine's queue; a session that is faster than the kernel blocks on it.
@@ -62,7 +62,14 @@ pub fn run_with(cli: Cli, started: impl FnOnce() -> anyhow::Result<()>) -> anyho
         Action::Cleanup { state_dir, stay, dry_run } => {
             let mode = if dry_run { cleanup::Mode::DryRun } else { cleanup::Mode::Remove };
             cleanup::run(&state_dir, mode, &mut std::io::stdout().lock())?;
-            if stay { runtime()?.block_on(stop_signal()) } else { Ok(()) }
+            if stay {
+                runtime()?.block_on(async {
+                    StopSignals::listen()?.next().await;
+                    Ok(())
+                })
+            } else {
+                Ok(())
+            }
         }
         Action::Sysctl { max_per_core, min, tcp_timeout_established, tcp_timeout_close_wait } => {
             let settings = ConntrackSettings {
@@ -142,6 +149,11 @@ fn listen_for_metrics(addresses: Vec<SocketAddr>, health: &Health, registry: Reg
     }
 }
 
+fn node_name(args: &AgentArgs) -> anyhow::Result<String> {
+    let name = args.hostname_override.as_ref().or(args.node_name.as_ref());
+    name.cloned().context("missing --node-name; in a pod, set it from spec.nodeName")
+}
+
 /// Runs the agent until a stop signal.
 fn agent(
     args: AgentArgs,
@@ -150,13 +162,13 @@ fn agent(
     started: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let snapshot_limit = args.snapshot_limit();
-    let node_name = args.hostname_override.or(args.node_name);
-    let node_name = node_name.context("missing --node-name; in a pod, set it from spec.nodeName")?;
+    let node_name = node_name(&args)?;
     let runtime = runtime()?;
     let (traces, log) = telemetry(&runtime, &node_name, log_level, log_format)?;
     started()?;
     raise_descriptor_limit();
-    let Waited::Start(_lock) = runtime.block_on(lock(args.state_dir.clone()))? else { return Ok(()) };
+    let waited = runtime.block_on(wait_for_lock(&args.state_dir))?;
+    let Waited::Start(_lock, mut signals) = waited else { return Ok(()) };
     let controllers = Controllers::new(
         args.controller,
         args.bootstrap_dir,
@@ -205,7 +217,8 @@ fn agent(
         tokio::spawn(serve_node_ports(health, metrics.clone(), commands.clone()));
         let drains = Requests::default();
         tokio::spawn(crate::drain::server::serve(drain_port, drains.clone(), commands.clone()));
-        until_stopped(Context { controllers, identity, commands, metrics, contact, drains }).await
+        let context = Context { controllers, identity, commands, metrics, contact, drains };
+        until_stopped(context, &mut signals).await
     });
     wait_for(&runtime, &engine);
     result

@@ -484,3 +484,18 @@ fn idle_connections_do_not_block_the_health_port() {
         }
     });
 }
+
+#[test]
+fn signal_during_the_start_is_not_lost() {
+    in_namespace(async || {
+        for _ in 0..30 {
+            let directory = tempfile::tempdir().unwrap();
+            let mut agent = Agent::start(directory.path());
+            while !agent.handles_termination() {
+                std::thread::yield_now();
+            }
+            agent.signal_termination();
+            eventually("the agent stops", || agent.has_exited());
+        }
+    });
+}

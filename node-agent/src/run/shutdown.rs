@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::controller::session::{self, Context};
@@ -11,25 +12,36 @@ use crate::engine::Command;
 /// Timeout of the shutdown.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Waits for SIGTERM or SIGINT.
-pub(super) async fn stop_signal() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals that end the process. One value exists from the start on: a signal between two waits is not lost.
+pub(super) struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Listens for SIGTERM and SIGINT. Call it in the context of a runtime.
+    pub(super) fn listen() -> anyhow::Result<Self> {
+        let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        Ok(Self { terminate, interrupt })
     }
-    Ok(())
+
+    /// Waits for a signal. Cancel safe.
+    pub(super) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// Runs the session until a stop signal; an engine that exits earlier is an error.
-pub(super) async fn until_stopped(context: Context) -> anyhow::Result<()> {
+pub(super) async fn until_stopped(context: Context, signals: &mut StopSignals) -> anyhow::Result<()> {
     let (commands, drains) = (context.commands.clone(), context.drains.clone());
     let (stop, stopped) = watch::channel(false);
     let session = tokio::spawn(session::run(context, stopped));
     tokio::select! {
-        signal = stop_signal() => signal?,
+        () = signals.next() => {}
         () = commands.closed() => {
             anyhow::bail!("the engine's thread exited unexpectedly; see the log for the reason. The kernel keeps its state");
         }
@@ -91,7 +103,9 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ended = runtime.block_on(async {
             let (contact, drains) = (Contact::default(), Requests::default());
-            let agent = until_stopped(Context { controllers, identity, commands, metrics, contact, drains });
+            let mut signals = StopSignals::listen().unwrap();
+            let context = Context { controllers, identity, commands, metrics, contact, drains };
+            let agent = until_stopped(context, &mut signals);
             tokio::time::timeout(Duration::from_secs(20), agent).await.unwrap()
         });
         assert!(engine.join().is_err());

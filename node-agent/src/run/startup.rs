@@ -1,11 +1,11 @@
 //! Start-up: memory and descriptor limits, log and spans, the lock of the state directory.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use super::shutdown::stop_signal;
+use super::shutdown::StopSignals;
 use crate::cli::LogFormat;
 use crate::log::LogLevel;
 use crate::storage::state_lock::{LockError, StateLock};
@@ -74,20 +74,21 @@ pub(super) fn telemetry(
 
 /// Result of waiting for the state directory.
 pub(super) enum Waited {
-    /// The agent may start; `None` if the directory cannot be locked.
-    Start(Option<StateLock>),
+    /// The agent may start; `None` if the directory cannot be locked. Signals that arrive from now on are not lost.
+    Start(Option<StateLock>, StopSignals),
     /// A stop signal arrived first.
     Stop,
 }
 
 /// Takes the lock of the state directory and waits while another agent holds it: during a rolling update the previous
 /// agent may still be stopping. The agent starts without the lock if the directory cannot be locked in time.
-pub(super) async fn lock(state: PathBuf) -> anyhow::Result<Waited> {
+pub(super) async fn wait_for_lock(state: &Path) -> anyhow::Result<Waited> {
+    let mut signals = StopSignals::listen()?;
     let mut logged = None;
     let taken = async {
         loop {
             let (sender, receiver) = tokio::sync::oneshot::channel();
-            let directory = state.clone();
+            let directory = state.to_owned();
             let attempt = move || drop(sender.send(StateLock::take(&directory)));
             std::thread::Builder::new().name("state-lock".into()).spawn(attempt).context("start a thread")?;
             match tokio::time::timeout(LOCK_DEADLINE, receiver).await {
@@ -111,7 +112,7 @@ pub(super) async fn lock(state: PathBuf) -> anyhow::Result<Waited> {
         }
     };
     tokio::select! {
-        lock = taken => lock.map(Waited::Start),
-        stop = stop_signal() => stop.map(|()| Waited::Stop),
+        lock = taken => Ok(Waited::Start(lock?, signals)),
+        () = signals.next() => Ok(Waited::Stop),
     }
 }

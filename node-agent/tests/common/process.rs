@@ -54,9 +54,26 @@ impl Agent {
 
     /// Sends SIGTERM and expects a successful exit.
     pub fn terminate(&mut self) {
-        // SAFETY: the process is this test's child and not yet waited for.
-        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        self.signal_termination();
         assert!(self.child.wait().unwrap().success(), "{}", self.log());
+    }
+
+    /// Returns whether it handles SIGTERM, according to the kernel.
+    pub fn handles_termination(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(caught.trim(), 16).unwrap() & (1 << (libc::SIGTERM - 1)) != 0
+    }
+
+    /// Returns whether it has exited.
+    pub fn has_exited(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Sends SIGTERM.
+    pub fn signal_termination(&self) {
+        // SAFETY: the process is this test's child and not yet waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
     }
 
     /// Stops it (SIGSTOP) until [`Agent::resume`].
