@@ -6,6 +6,8 @@
 
 pub mod affinity;
 pub mod digest;
+#[cfg(feature = "grpc")]
+pub mod tls;
 
 /// Feature in Hello and `Update.required_features`: the layer of health check node ports.
 pub const HEALTH_CHECK_LAYER: &str = "health-check-layer";

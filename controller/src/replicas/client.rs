@@ -8,6 +8,7 @@ use hyper_util::rt::TokioIo;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
 use serde::de::DeserializeOwned;
+use switchtower_proto::tls::{SERVER_NAME, client_config};
 use switchtower_proto::v1::ReplicaRequest;
 use switchtower_proto::v1::replica_client::ReplicaClient;
 use tokio::net::TcpStream;
@@ -17,7 +18,6 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use super::service::{ANSWER, HEADER, ReplicaKey};
 use super::{Peer, Replicas};
 use crate::bootstrap::CaPem;
-use crate::serve::tls::SERVER_NAME;
 use crate::sync::lock;
 
 /// Timeout of a connection attempt.
@@ -78,12 +78,7 @@ impl Client {
         for certificate in CertificateDer::pem_slice_iter(ca.certificate.as_bytes()) {
             roots.add(certificate?)?;
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        let config = client_config(roots)?;
         let mut authorization: MetadataValue<Ascii> = ReplicaKey::new(ca).header().parse()?;
         authorization.set_sensitive(true);
         let credentials =

@@ -163,14 +163,7 @@ impl Lab {
     }
 
     fn client_config(&self) -> Arc<rustls::ClientConfig> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(self.roots())
-            .with_no_client_auth();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Arc::new(config)
+        Arc::new(switchtower_proto::tls::client_config(self.roots()).unwrap())
     }
 
     async fn dial(&self, token: &str) -> Result<Agent, Status> {

@@ -12,6 +12,7 @@ use rcgen::{
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+pub use switchtower_proto::tls::SERVER_NAME;
 use time::{Duration as Span, OffsetDateTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
@@ -22,8 +23,6 @@ use super::connection::Connection;
 use super::gate::{Gate, Rejection, Stage, Ticket};
 use crate::bootstrap::CaPem;
 
-/// The name in the server's certificate, which agents pin.
-pub const SERVER_NAME: &str = "switchtower-controller";
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use switchtower_proto::DRAIN_GATE;
+use switchtower_proto::tls::{SERVER_NAME, client_config};
 use switchtower_proto::v1::controller_message::Message as FromController;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
@@ -36,8 +37,6 @@ use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
 pub(crate) use trust::Distrust;
 
-/// Name in the controller's certificate, for every address.
-pub(crate) const SERVER_NAME: &str = "switchtower-controller";
 /// Supported versions of the protocol.
 pub(crate) const VERSIONS: &[u32] = &[1];
 /// Maximum size of a message in bytes: a part of 1 MiB with its frame.
@@ -255,13 +254,7 @@ async fn connect(
     for certificate in controllers.ca()? {
         roots.add(certificate)?;
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(client_config(roots)?));
     let dial = tower::service_fn(move |_: tonic::transport::Uri| {
         let (connector, target) = (connector.clone(), target.clone());
         async move {

@@ -27,12 +27,7 @@ impl Agent {
 #[tokio::test(flavor = "multi_thread")]
 async fn node_in_shadow_is_not_drained() {
     let lab = Lab::start(Limits::default()).await;
-    let service = ServicePort { namespace: "default".into(), name: "web".into(), ..ServicePort::default() };
-    let key =
-        PoolKey { service_port: Some(service), family: Family::Ipv4 as i32, role: Role::Cluster as i32 };
-    let added = vec![Endpoint { address: vec![10, 244, 1, 7], port: 8080 }];
-    let pool = PoolPatch { key: Some(key.clone()), added, removed: Vec::new() };
-    lab.publish(LayerId::Cluster, Op::Pool(pool));
+    let key = publish_pool(&lab);
     let (mut agent, _) = Agent::settled(&lab, "n1").await;
     let (mut other, _) = Agent::settled(&lab, "n2").await;
     let asked = async { drained(&lab, Duration::from_millis(500)).await };
@@ -83,6 +78,17 @@ async fn release_sent_once_per_change_and_after_welcome() {
     assert_eq!(agent.next().await, sent(first.to + 9), "a new session has seen none");
 }
 
+/// Publishes a pool with the pod of [`drained`]; returns its key.
+fn publish_pool(lab: &Lab) -> PoolKey {
+    let service = ServicePort { namespace: "default".into(), name: "web".into(), ..ServicePort::default() };
+    let key =
+        PoolKey { service_port: Some(service), family: Family::Ipv4 as i32, role: Role::Cluster as i32 };
+    let added = vec![Endpoint { address: vec![10, 244, 1, 7], port: 8080 }];
+    let pool = PoolPatch { key: Some(key.clone()), added, removed: Vec::new() };
+    lab.publish(LayerId::Cluster, Op::Pool(pool));
+    key
+}
+
 /// Waits for the pod's drain; returns the verdict and the nodes that were waited for.
 async fn drained(lab: &Lab, timeout: Duration) -> (DrainVerdict, Vec<Arc<str>>) {
     let pod = PodIdentity::Address([10, 244, 1, 7].into());
@@ -93,12 +99,7 @@ async fn drained(lab: &Lab, timeout: Duration) -> (DrainVerdict, Vec<Arc<str>>) 
 #[tokio::test(flavor = "multi_thread")]
 async fn node_with_held_removals_is_not_drained() {
     let lab = Lab::start(Limits::default()).await;
-    let service = ServicePort { namespace: "default".into(), name: "web".into(), ..ServicePort::default() };
-    let key =
-        PoolKey { service_port: Some(service), family: Family::Ipv4 as i32, role: Role::Cluster as i32 };
-    let added = vec![Endpoint { address: vec![10, 244, 1, 7], port: 8080 }];
-    let pool = PoolPatch { key: Some(key.clone()), added, removed: Vec::new() };
-    lab.publish(LayerId::Cluster, Op::Pool(pool));
+    let key = publish_pool(&lab);
     let (mut agent, first) = Agent::settled(&lab, "n1").await;
     let (mut other, _) = Agent::settled(&lab, "n2").await;
     let asked = async { drained(&lab, Duration::from_millis(500)).await };
