@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -12,14 +13,17 @@ pub use limits::LimitArgs;
 /// Programs Kubernetes Services on every node through node agents and reports the state of each kernel in ProxyStatus.
 #[derive(Debug, Parser)]
 #[command(name = "switchtower-controller", version, args_conflicts_with_subcommands = true)]
-pub struct Cli {
+pub struct CommandLine<C: Subcommand> {
     /// Subcommand; without one the controller runs.
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub command: Option<C>,
     /// Settings of the controller.
     #[command(flatten)]
     pub serve: ServeArgs,
 }
+
+/// The command line with the controller's own subcommands.
+pub type Cli = CommandLine<Command>;
 
 /// Subcommands.
 #[derive(Debug, Subcommand)]
@@ -149,6 +153,14 @@ pub struct ServeArgs {
     /// Bounds of Services.
     #[command(flatten)]
     pub limits: LimitArgs,
+}
+
+impl ServeArgs {
+    /// Time without a renewal after which a Lease expires: that of the leader, and that of each replica.
+    #[must_use]
+    pub fn lease_duration(&self) -> Duration {
+        Duration::from_secs(self.lease_seconds.into())
+    }
 }
 
 /// Parses `ADDRESS:PORT`, with the port after the last colon. IPv6 needs no brackets: a manifest with `$(HOST_IP):9443`

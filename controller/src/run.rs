@@ -67,6 +67,12 @@ pub fn main(cli: Cli) -> ExitCode {
         Some(Command::ImportConfig(args)) => import_config::run(&args).map_err(anyhow::Error::from),
         None => start(cli.serve),
     };
+    conclude(outcome)
+}
+
+/// Returns the exit code of the program; prints an error.
+#[must_use]
+pub fn conclude(outcome: anyhow::Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -106,7 +112,7 @@ pub fn start(args: ServeArgs) -> anyhow::Result<()> {
 }
 
 /// Drops kube's own line for every failed request: each failure is logged where it is handled, with its consequence.
-const WITHOUT_KUBE: &str = "kube_client::client::builder=off";
+pub const WITHOUT_KUBE: &str = "kube_client::client::builder=off";
 
 /// `RUST_LOG`, if set, overrides `level`.
 fn set_up_log(level: &str, format: LogFormat, spans: Option<BoxedLayer>) {
@@ -221,7 +227,7 @@ async fn start_replica(
     let changes = startup::follow_changes(&telemetry.registry, exemplars, traces, tasks)?;
     let ca = api::certificate_authority(&clients.unfenced, &args).await?;
     let (peers, sender) = Peers::new(args.advertise.clone());
-    let duration = Duration::from_secs(args.lease_seconds.into());
+    let duration = args.lease_duration();
     let replicas = Replicas::new(&name, duration);
     let others =
         replicas::Client::new(replicas.clone(), &ca).context("using the CA for queries to other replicas")?;
@@ -250,17 +256,16 @@ async fn start_replica(
 
 impl Replica {
     fn candidate(&self) -> Candidate {
-        let duration = Duration::from_secs(self.args.lease_seconds.into());
-        let client = self.clients.unfenced.clone();
+        let (client, duration) = (self.clients.unfenced.clone(), self.args.lease_duration());
         Candidate::new(client, &self.args.namespace, &self.name, duration, self.fence.clone())
     }
 
     fn keep_bootstrap(&self, tasks: &mut Background) {
-        let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
-        let certificate = self.ca.certificate.clone();
         if self.args.no_bootstrap {
             return;
         }
+        let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
+        let certificate = self.ca.certificate.clone();
         let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone(), self.fence.clone());
         tasks.spawn("bootstrap ConfigMap", keep);
     }

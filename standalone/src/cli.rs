@@ -2,20 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
-use switchtower_controller::cli::{Command as ControllerCommand, LogFormat, ServeArgs};
+use clap::{Args, Subcommand};
+use switchtower_controller::cli::{Command as ControllerCommand, CommandLine, LogFormat};
 
-/// Programs Kubernetes Services on every node through node agents and reports the state of each kernel in ProxyStatus.
-#[derive(Debug, Parser)]
-#[command(name = "switchtower-controller", version, args_conflicts_with_subcommands = true)]
-pub struct Cli {
-    /// Subcommand; without one the controller runs.
-    #[command(subcommand)]
-    pub command: Option<Command>,
-    /// Settings of the controller.
-    #[command(flatten)]
-    pub serve: ServeArgs,
-}
+/// The command line of the program.
+pub type Cli = CommandLine<Command>;
 
 /// Subcommands.
 #[derive(Debug, Subcommand)]
@@ -64,7 +55,7 @@ pub struct StandaloneArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
+    use clap::{CommandFactory as _, Parser as _};
 
     use super::*;
 

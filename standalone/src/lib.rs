@@ -26,14 +26,5 @@ pub fn main(cli: Cli) -> ExitCode {
         }
         None => return switchtower_controller::run::main(Controller { command: None, serve }),
     };
-    match run::run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            #[allow(clippy::print_stderr, reason = "the last output of the process")]
-            {
-                eprintln!("switchtower-controller: {error:#}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    switchtower_controller::run::conclude(run::run(&args))
 }

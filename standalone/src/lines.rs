@@ -5,12 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::{Parser as _, ValueEnum as _};
 use switchtower_controller::cli::{Cli as Controller, ServeArgs};
+use switchtower_controller::run::WITHOUT_KUBE;
 use switchtower_node_agent::cli::Cli as Agent;
 
 use crate::cli::StandaloneArgs;
-
-/// kube's own line for every failed request repeats what the controller logs with the consequence.
-const WITHOUT_KUBE: &str = "kube_client::client::builder=off";
 
 /// Directory of the CA and the token, readable by the owner only.
 pub(crate) fn secrets(args: &StandaloneArgs) -> PathBuf {
@@ -22,7 +20,7 @@ pub(crate) fn token_file(args: &StandaloneArgs) -> PathBuf {
     secrets(args).join("token")
 }
 
-/// Settings of the controller, which serves this selection of Nodes. X
+/// Settings of the controller, which serves this selection of Nodes.
 ///
 /// # Errors
 /// A flag of `--controller-arg` is invalid.

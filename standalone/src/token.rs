@@ -1,8 +1,6 @@
 //! The agent's token: requested from the API server, bound to the Node, renewed before it expires.
 
-use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -11,6 +9,7 @@ use k8s_openapi::api::core::v1::{Node, ServiceAccount};
 use kube::api::PostParams;
 use kube::{Api, Client};
 use switchtower_controller::cli::ServeArgs;
+use switchtower_node_agent::storage::files::replace;
 
 /// Requested lifetime. The API server may return a shorter or longer one.
 const LIFETIME: Duration = Duration::from_secs(3_600);
@@ -73,7 +72,7 @@ impl Issuer {
         let (node, token) = tokio::time::timeout(TIMEOUT, self.request())
             .await
             .context("the API server does not answer")??;
-        write_private(&self.file, &token).with_context(|| format!("writing {}", self.file.display()))?;
+        replace(&self.file, token.as_bytes()).with_context(|| format!("writing {}", self.file.display()))?;
         Ok(node)
     }
 
@@ -116,20 +115,10 @@ fn selector(node: &Node) -> Option<String> {
     Some(format!("{HOST_NAME}={host}"))
 }
 
-/// Replaces a file that only its owner may read. Creates the directory.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let directory = path.parent().ok_or(std::io::ErrorKind::InvalidInput)?;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let new = path.with_extension("new");
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    std::fs::rename(new, path)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
 
     use super::*;
 
@@ -138,7 +127,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("standalone/token");
         for text in ["first", "second"] {
-            write_private(&path, text).unwrap();
+            replace(&path, text.as_bytes()).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
             let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
             assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
