@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use switchtower_admin_api::Progress;
+use switchtower_proto::v1::Source;
 
 use crate::fleet::Fleet;
+use crate::fleet::elsewhere::covers;
 use crate::replicas::Reply;
 
 /// Path of [`LocalProgress`], with [`Parameters`].
@@ -36,6 +38,12 @@ impl Parameters {
         format!("{LOCAL}?services={services}&endpointSlices={endpoint_slices}&instance={instance}")
     }
 
+    /// The versions that must have been processed.
+    fn versions(&self) -> Source {
+        let Self { services, endpoint_slices, .. } = *self;
+        Source { services, endpoint_slices, ..Source::default() }
+    }
+
     /// Returns the revision of this process in an earlier answer.
     fn revision(&self, process: &str) -> Option<u64> {
         let pairs = self.instance.split('_').filter_map(|pair| pair.split_once('.'));
@@ -59,7 +67,7 @@ pub(super) struct LocalProgress {
 pub(super) fn local(fleet: &Fleet, parameters: &Parameters) -> LocalProgress {
     let process = fleet.instance_name();
     let (source, head) = fleet.processed();
-    let seen = source.services >= parameters.services && source.endpoint_slices >= parameters.endpoint_slices;
+    let seen = covers(&source, &parameters.versions());
     let revision = parameters.revision(&process).or(seen.then_some(head));
     let reach = fleet.reach(revision.unwrap_or(u64::MAX));
     let waiting = reach.waiting.iter().map(ToString::to_string).collect();

@@ -31,9 +31,9 @@ impl<R: Registry> Writer<R> {
             Ok(InitApply(object)) => {
                 let name: Arc<str> = object.name_any().into();
                 self.listing.get_or_insert_default().insert(name.clone());
-                self.row_seen(&name, &object.into(), true);
+                self.row_seen(&name, object.into(), true);
             }
-            Ok(Apply(object)) => self.row_seen(&object.name_any().into(), &object.into(), false),
+            Ok(Apply(object)) => self.row_seen(&object.name_any().into(), object.into(), false),
             Ok(Delete(object)) => {
                 let name: Arc<str> = object.name_any().into();
                 let Some(entry) = self.entries.get_mut(&name) else { return };
@@ -48,7 +48,7 @@ impl<R: Registry> Writer<R> {
     }
 
     /// Handles a version of a row. One in a list is the current one, even if it is older, as after a restore of etcd.
-    fn row_seen(&mut self, name: &Arc<str>, row: &Stored, listed: bool) {
+    fn row_seen(&mut self, name: &Arc<str>, row: Stored, listed: bool) {
         let entry = self.entries.entry(name.clone()).or_default();
         let known = entry.stored.as_ref();
         let is_same = known.is_some_and(|known| known.version == row.version && known.uid == row.uid);
@@ -62,9 +62,9 @@ impl<R: Registry> Writer<R> {
             entry.seen = entry.seen.max(row.number());
             return;
         }
-        entry.stored = Some(row.clone());
         (entry.outdated, entry.seen) = (false, None);
-        self.publish(name, row);
+        self.publish(name, &row);
+        self.entries.entry(name.clone()).or_default().stored = Some(row);
         self.consider(name);
     }
 
