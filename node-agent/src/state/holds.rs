@@ -223,11 +223,10 @@ impl Holds {
             false
         });
         difference.frontends.retain_mut(|step| {
-            let Some(frontend) =
-                step.before.take_if(|_| matches!(step.change, KernelChange::FrontendRemoved(_)))
-            else {
+            if !step.is_removal() {
                 return true;
-            };
+            }
+            let Some(frontend) = step.before.take() else { return true };
             services.insert(service(frontend.port, ports));
             self.insert_frontend(step.id, HeldFrontend { frontend, since }, ports);
             false

@@ -183,8 +183,8 @@ impl Difference {
         let is_removed = |step: &PoolStep| matches!(step.change, KernelChange::PoolRemoved(_));
         let (removed, changed): (Vec<_>, Vec<_>) = self.pools.into_iter().partition(is_removed);
         applied.changes.extend(changed.into_iter().map(|step| step.change));
-        for FrontendStep { id, change, .. } in &self.frontends {
-            applied.udp.frontend(id, matches!(change, KernelChange::FrontendRemoved(_)));
+        for step in &self.frontends {
+            applied.udp.frontend(&step.id, step.is_removal());
         }
         let (gone, kept): (Vec<_>, Vec<_>) = self.frontends.into_iter().partition(FrontendStep::is_removal);
         applied.changes.extend(gone.into_iter().chain(kept).map(|step| step.change));
