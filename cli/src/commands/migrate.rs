@@ -190,12 +190,7 @@ fn table(nodes: &[NodeView], message: &str) -> String {
         "NODE", "SERVED BY", "LABEL", "STATE", "KUBE-PROXY POD"
     );
     for node in nodes {
-        let label = match node.place {
-            Place::Untouched => "<none>",
-            Place::Both => "both",
-            Place::Switchtower => "switchtower",
-            Place::KubeProxy => "kube-proxy",
-        };
+        let label = node.place.label().unwrap_or("<none>");
         let state = node.state.map_or("<none>", switchtower_admin_api::NodeState::as_str);
         let pod = match node.kube_proxy {
             Presence::Absent => "<none>",

@@ -6,7 +6,7 @@ use switchtower_crds::kube_proxy;
 
 use super::proxies::{self, Surroundings};
 use super::{Check, builtin};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, is_windows};
 use crate::error::CliError;
 use crate::output::{count, names};
 
@@ -124,11 +124,6 @@ fn about_nodes(nodes: &[Node], by_pod_cidrs: bool) -> Vec<Check> {
         checks.push(Check::warning(codes::NODE_WITHOUT_POD_CIDR, what));
     }
     checks
-}
-
-fn is_windows(node: &Node) -> bool {
-    let labels = node.metadata.labels.as_ref();
-    labels.is_some_and(|labels| labels.get("kubernetes.io/os").is_some_and(|os| os == "windows"))
 }
 
 /// Returns `None` if the kubelet has not reported a version.

@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::steps::LABEL;
+use super::steps::{LABEL, SWITCHTOWER};
 
 /// Pointers of the fields that the migration changes.
 const STRATEGY: &str = "/spec/updateStrategy";
@@ -15,7 +15,7 @@ const TERMS: &str = "/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecutio
 
 /// Requirement that keeps kube-proxy off nodes that only Switchtower serves.
 fn requirement() -> Value {
-    json!({"key": LABEL, "operator": "NotIn", "values": ["switchtower"]})
+    json!({"key": LABEL, "operator": "NotIn", "values": [SWITCHTOWER]})
 }
 
 /// Returns the object without fields that the API server sets, for the record.

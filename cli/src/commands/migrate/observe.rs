@@ -11,7 +11,7 @@ use switchtower_crds::{ProxyProfile, ProxyRollout, ProxyStatus};
 
 use super::daemon_set;
 use super::steps::{Cleanup, LABEL, NodeView, Place, Presence, Rollout};
-use crate::cluster::{Cluster, is_ready};
+use crate::cluster::{Cluster, is_ready, is_windows};
 use crate::error::CliError;
 
 /// ConfigMap with the DaemonSet as it was before the migration.
@@ -53,14 +53,14 @@ impl Seen {
             }
             None => the_kube_proxy(cluster.daemon_sets().await?),
         };
-        let (pods, jobs) =
-            match daemon_set.as_ref().map(selector).or_else(|| original.as_ref().map(selector_of)) {
-                Some((namespace, labels)) => (
-                    cluster.pods_labelled(&namespace, &labels).await?,
-                    cluster.jobs_labelled(&namespace, JOBS).await?,
-                ),
-                None => (Vec::new(), Vec::new()),
-            };
+        let daemon_set = daemon_set.map(|object| to_value(&object)).transpose()?;
+        let (pods, jobs) = match daemon_set.as_ref().or(original.as_ref()).map(selector) {
+            Some((namespace, labels)) => (
+                cluster.pods_labelled(&namespace, &labels).await?,
+                cluster.jobs_labelled(&namespace, JOBS).await?,
+            ),
+            None => (Vec::new(), Vec::new()),
+        };
         let mut profiles = Vec::new();
         for name in [super::steps::ACTIVE_PROFILE, super::steps::SHADOW_PROFILE] {
             if let Some(profile) = cluster.profile(name).await? {
@@ -73,7 +73,6 @@ impl Seen {
             }
         }
         let nodes = views(&cluster.nodes().await?, &cluster.rows().await?, &pods, &jobs);
-        let daemon_set = daemon_set.map(|object| to_value(&object)).transpose()?;
         Ok(Self { nodes, daemon_set, original, profiles })
     }
 
@@ -133,23 +132,12 @@ fn the_kube_proxy(all: Vec<DaemonSet>) -> Option<DaemonSet> {
 }
 
 /// Returns namespace and label selector of a DaemonSet's Pods.
-fn selector(object: &DaemonSet) -> (String, String) {
-    let namespace = object.metadata.namespace.clone().unwrap_or_default();
-    let labels = object.spec.as_ref().and_then(|spec| spec.selector.match_labels.clone()).unwrap_or_default();
-    (namespace, join(labels))
-}
-
-fn selector_of(object: &Value) -> (String, String) {
+fn selector(object: &Value) -> (String, String) {
     let labels = object.pointer("/spec/selector/matchLabels").and_then(Value::as_object);
-    let labels = labels
-        .into_iter()
-        .flatten()
-        .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())));
-    (key(object).0, join(labels.collect()))
-}
-
-fn join(labels: BTreeMap<String, String>) -> String {
-    labels.into_iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+    let labels = labels.into_iter().flatten();
+    let labels: Vec<String> =
+        labels.filter_map(|(key, value)| Some(format!("{key}={}", value.as_str()?))).collect();
+    (key(object).0, labels.join(","))
 }
 
 fn views(nodes: &[Node], rows: &[ProxyStatus], pods: &[Pod], jobs: &[Job]) -> Vec<NodeView> {
@@ -165,11 +153,6 @@ fn views(nodes: &[Node], rows: &[ProxyStatus], pods: &[Pod], jobs: &[Job]) -> Ve
         .collect();
     views.sort_by(|one, other| one.name.cmp(&other.name));
     views
-}
-
-fn is_windows(node: &Node) -> bool {
-    let labels = node.metadata.labels.as_ref();
-    labels.is_some_and(|labels| labels.get("kubernetes.io/os").is_some_and(|os| os == "windows"))
 }
 
 fn view(name: &str, node: &Node, row: Option<&ProxyStatus>, pods: &[Pod], jobs: &[Job]) -> NodeView {

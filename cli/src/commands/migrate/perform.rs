@@ -25,11 +25,15 @@ struct Profile {
     priority: i32,
 }
 
-const ACTIVE: Profile =
-    Profile { name: ACTIVE_PROFILE, mode: "Active", labels: &["both", "switchtower"], priority: 1_000_000 };
+const ACTIVE: Profile = Profile {
+    name: ACTIVE_PROFILE,
+    mode: "Active",
+    labels: &[steps::BOTH, steps::SWITCHTOWER],
+    priority: 1_000_000,
+};
 /// Precedes: after `finish` the other profile selects all nodes.
 const SHADOW: Profile =
-    Profile { name: SHADOW_PROFILE, mode: "Shadow", labels: &["kube-proxy"], priority: 1_000_001 };
+    Profile { name: SHADOW_PROFILE, mode: "Shadow", labels: &[steps::KUBE_PROXY], priority: 1_000_001 };
 
 impl Profile {
     fn object(self, cause: &str, all_nodes: bool) -> Value {
@@ -156,10 +160,10 @@ impl Migration<'_> {
     async fn perform(&self, action: &Action, seen: &Seen) -> Result<(), CliError> {
         match action {
             Action::Activate(nodes) => {
-                self.label(nodes, "both").await?;
+                self.label(nodes, steps::BOTH).await?;
                 self.roll_out(ACTIVE, &format!("migrate {}", nodes.join(", "))).await
             }
-            Action::Detach(node) => self.label(std::slice::from_ref(node), "switchtower").await,
+            Action::Detach(node) => self.label(std::slice::from_ref(node), steps::SWITCHTOWER).await,
             Action::CleanUp(node) => {
                 let object = seen.daemon_set.as_ref().or(seen.original.as_ref());
                 let object =
@@ -176,10 +180,10 @@ impl Migration<'_> {
                         .run(&["-n", &namespace, "delete", "job", &job, "--ignore-not-found"])
                         .await?;
                 }
-                self.label(nodes, "both").await
+                self.label(nodes, steps::BOTH).await
             }
             Action::Deactivate(nodes) => {
-                self.label(nodes, "kube-proxy").await?;
+                self.label(nodes, steps::KUBE_PROXY).await?;
                 self.roll_out(SHADOW, &format!("return {}", nodes.join(", "))).await
             }
             Action::Wait(_) | Action::Stuck(_) | Action::Finished(_) => Ok(()),

@@ -12,6 +12,10 @@ use switchtower_admin_api::NodeState;
 
 /// Label of Nodes with the place of the node.
 pub(super) const LABEL: &str = "switchtower.dev/proxy";
+/// Values of the label, see [`Place`].
+pub(super) const BOTH: &str = "both";
+pub(super) const SWITCHTOWER: &str = "switchtower";
+pub(super) const KUBE_PROXY: &str = "kube-proxy";
 /// Profile with mode Active for nodes that move.
 pub(super) const ACTIVE_PROFILE: &str = "kube-proxy-migration";
 /// Profile with mode Shadow for nodes that return.
@@ -35,10 +39,20 @@ impl Place {
     /// Parses the value of the label.
     pub(super) fn of(label: Option<&str>) -> Self {
         match label {
-            Some("both") => Self::Both,
-            Some("switchtower") => Self::Switchtower,
-            Some("kube-proxy") => Self::KubeProxy,
+            Some(BOTH) => Self::Both,
+            Some(SWITCHTOWER) => Self::Switchtower,
+            Some(KUBE_PROXY) => Self::KubeProxy,
             _ => Self::Untouched,
+        }
+    }
+
+    /// The inverse of [`Place::of`].
+    pub(super) fn label(self) -> Option<&'static str> {
+        match self {
+            Self::Untouched => None,
+            Self::Both => Some(BOTH),
+            Self::Switchtower => Some(SWITCHTOWER),
+            Self::KubeProxy => Some(KUBE_PROXY),
         }
     }
 }
