@@ -8,7 +8,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something it needs is missing")]
 #![allow(clippy::print_stdout, reason = "the figures of a migration are its result")]
 
-#[cfg(test)]
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::Command;
@@ -28,7 +27,7 @@ use switchtower_e2e::lab::kube_proxy::KubeProxy;
 use switchtower_e2e::lab::{objects, programs, wait};
 use switchtower_e2e::probe::{self, LongConnection, Transport};
 use switchtower_e2e::scene::{Scene, answered_by, cluster_ip, nodes};
-use switchtower_e2e::switchtower::plugin::Answer;
+use switchtower_e2e::switchtower::plugin::{self, Answer};
 use switchtower_e2e::switchtower::{Fleet, NAMESPACE};
 
 const TIMEOUT: Duration = Duration::from_secs(90);
@@ -159,26 +158,17 @@ impl Prober {
     }
 }
 
-/// The plugin with the laboratory's kubectl in its PATH.
+/// `migrate` with the laboratory's kubectl in its PATH.
 fn command(fleet: &Fleet, arguments: &[&str]) -> Command {
     let kubectl = programs::control_plane("kubectl").unwrap();
-    let mut command = Command::new(programs::workspace("kubectl-switchtower").unwrap());
-    command
-        .env("PATH", kubectl.parent().unwrap())
-        .arg("--kubeconfig")
-        .arg(fleet.control_plane().kubeconfig());
-    command.arg("--controller").arg(fleet.admin_address().to_string()).arg("migrate").args(arguments);
+    let arguments = [&["migrate"], arguments].concat();
+    let mut command = plugin::command(fleet, &fleet.control_plane().kubeconfig(), &arguments).unwrap();
+    command.env("PATH", kubectl.parent().unwrap());
     command
 }
 
 fn migrate(fleet: &Fleet, arguments: &[&str]) -> Answer {
-    let output = command(fleet, arguments).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let answer = Answer {
-        code: output.status.code().unwrap_or(-1),
-        text: text(&output.stdout),
-        errors: text(&output.stderr),
-    };
+    let answer = Answer::of(&mut command(fleet, arguments)).unwrap();
     println!("$ kubectl switchtower migrate {}\n{}{}", arguments.join(" "), answer.text, answer.errors);
     answer
 }

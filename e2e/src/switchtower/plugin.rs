@@ -28,6 +28,30 @@ impl Answer {
     pub fn json(&self) -> Result<Value> {
         serde_json::from_str(&self.text).with_context(|| format!("{self:?} is not JSON"))
     }
+
+    /// Runs the command to its end.
+    ///
+    /// # Errors
+    /// It cannot be started, or is killed.
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let output = command.output().context("starting kubectl-switchtower")?;
+        Ok(Self {
+            code: output.status.code().context("kubectl-switchtower was killed")?,
+            text: String::from_utf8_lossy(&output.stdout).into_owned(),
+            errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+}
+
+/// The plugin with a kubeconfig, ready to run.
+///
+/// # Errors
+/// It is not built.
+pub fn command(fleet: &Fleet, kubeconfig: &Path, arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new(programs::workspace("kubectl-switchtower")?);
+    command.arg("--kubeconfig").arg(kubeconfig).arg("--controller").arg(fleet.admin_address().to_string());
+    command.args(arguments);
+    Ok(command)
 }
 
 /// Runs the plugin as administrator.
@@ -43,13 +67,5 @@ pub fn run(fleet: &Fleet, arguments: &[&str]) -> Result<Answer> {
 /// # Errors
 /// It cannot be started.
 pub fn run_as(fleet: &Fleet, kubeconfig: &Path, arguments: &[&str]) -> Result<Answer> {
-    let mut command = Command::new(programs::workspace("kubectl-switchtower")?);
-    command.arg("--kubeconfig").arg(kubeconfig).arg("--controller").arg(fleet.admin_address().to_string());
-    command.args(arguments);
-    let output = command.output().context("starting kubectl-switchtower")?;
-    Ok(Answer {
-        code: output.status.code().context("kubectl-switchtower was killed")?,
-        text: String::from_utf8_lossy(&output.stdout).into_owned(),
-        errors: String::from_utf8_lossy(&output.stderr).into_owned(),
-    })
+    Answer::of(&mut command(fleet, kubeconfig, arguments)?)
 }
