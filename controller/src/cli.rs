@@ -81,7 +81,8 @@ pub struct ServeArgs {
     /// Namespace of the agents' ServiceAccount, the CA Secret and the bootstrap ConfigMap.
     #[arg(long, env = "SWITCHTOWER_NAMESPACE", default_value = "switchtower-system", value_name = "NAME")]
     pub namespace: String,
-    /// Directory of ca.crt and ca.key, which are generated if missing. Replaces the Secret switchtower-ca.
+    /// Directory of ca.crt and ca.key, which are generated if missing, and read again every minute. Replaces the Secret
+    /// switchtower-ca.
     #[arg(long, env = "SWITCHTOWER_TLS_DIR", value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
     /// Leave the ConfigMap switchtower-bootstrap as it is: for a controller whose agents get its address and CA by other
@@ -147,6 +148,16 @@ pub struct ServeArgs {
         value_name = "SECONDS"
     )]
     pub lease_seconds: u8,
+    /// Seconds for which a new CA is published before it signs, and for which the previous one is trusted afterwards. Longer
+    /// than kubelets need to deliver a ConfigMap to all nodes.
+    #[arg(
+        long,
+        env = "SWITCHTOWER_CA_ROTATION_SECONDS",
+        default_value_t = 600,
+        value_parser = clap::value_parser!(u32).range(5..=604_800),
+        value_name = "SECONDS"
+    )]
+    pub ca_rotation_seconds: u32,
     /// Log format.
     #[arg(long, env = "SWITCHTOWER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -156,6 +167,12 @@ pub struct ServeArgs {
 }
 
 impl ServeArgs {
+    /// Time for which a new CA is published before it signs.
+    #[must_use]
+    pub fn ca_rotation_delay(&self) -> Duration {
+        Duration::from_secs(self.ca_rotation_seconds.into())
+    }
+
     /// Time without a renewal after which a Lease expires: that of the leader, and that of each replica.
     #[must_use]
     pub fn lease_duration(&self) -> Duration {

@@ -8,6 +8,7 @@
 //! the holder of the [`lease`] writes what concerns the whole cluster, and [`replicas`] query each other.
 
 pub mod admin;
+pub mod authority;
 mod background;
 pub mod bootstrap;
 pub mod builtin;

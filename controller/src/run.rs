@@ -20,8 +20,10 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::admin::Admin;
 use crate::admin::auth::AdminAuthenticator;
+use crate::authority::rotation::Rotation;
+use crate::authority::{Authority, directory};
 use crate::background::Background;
-use crate::bootstrap::{self, CaPem};
+use crate::bootstrap::{self, Sources};
 use crate::cli::{Cli, Command, LogFormat, ServeArgs};
 use crate::engine;
 use crate::fleet::Fleet;
@@ -32,22 +34,24 @@ use crate::peers::Peers;
 use crate::process::{Signals, host_name, raise_descriptor_limit};
 use crate::render;
 use crate::replicas::announce::Announcement;
-use crate::replicas::service::{ReplicaKey, ReplicaService};
+use crate::replicas::service::{ReplicaKeys, ReplicaService};
 use crate::replicas::{self, Replicas};
 use crate::serve::Server;
 use crate::serve::auth::Authenticator;
 use crate::serve::keys::Keys;
-use crate::serve::tls::{self, ServerTls};
+use crate::serve::tls::ServerTls;
 use crate::session::Limits;
 use crate::status::absence::Agents;
 use crate::traces::{Head as Sampled, Traces};
 
 mod api;
+mod certificates;
 mod listen;
 mod startup;
 
 use api::Clients;
 pub use api::config;
+use certificates::Certificates;
 use startup::{Synced, Telemetry};
 
 /// Interval between attempts to reach the API server while starting.
@@ -56,8 +60,6 @@ const RETRY: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(5);
 /// Time that agents have to connect to another replica before this one counts as gone.
 const MOVE: Duration = Duration::from_secs(2);
-/// Interval between two renewals of the server's certificate, which is valid for a year.
-const RENEWAL: Duration = Duration::from_secs(30 * 24 * 3_600);
 
 /// Runs the command. Exit codes: 0 done or stopped by a signal, 1 an error, which is printed.
 #[must_use]
@@ -141,7 +143,7 @@ struct Replica {
     agents: Agents,
     readiness: Readiness,
     telemetry: Telemetry,
-    ca: CaPem,
+    authority: watch::Receiver<Authority>,
     peers: Peers,
 }
 
@@ -225,16 +227,17 @@ async fn start_replica(
     );
     tasks.spawn("metrics", metrics.await?);
     let changes = startup::follow_changes(&telemetry.registry, exemplars, traces, tasks)?;
-    let ca = api::certificate_authority(&clients.unfenced, &args).await?;
+    let authority = api::authority(&clients.unfenced, &args).await?;
     let (peers, sender) = Peers::new(args.advertise.clone());
     let duration = args.lease_duration();
     let replicas = Replicas::new(&name, duration);
-    let others =
-        replicas::Client::new(replicas.clone(), &ca).context("using the CA for queries to other replicas")?;
+    let others = replicas::Client::new(replicas.clone(), &authority)
+        .context("using the CA for queries to other replicas")?;
     let (client, addresses) = (clients.unfenced.clone(), args.advertise.clone());
     let announcement = Announcement::new(client, &args.namespace, &name, addresses, duration);
     let (serving, is_serving) = watch::channel(false);
     tasks.spawn("Leases of replicas", announcement.clone().keep(replicas, fence.clone(), is_serving, sender));
+    let (sender, authority) = watch::channel(authority);
     let replica = Replica {
         args,
         name,
@@ -246,10 +249,10 @@ async fn start_replica(
         agents,
         readiness,
         telemetry,
-        ca,
+        authority,
         peers,
     };
-    replica.keep_bootstrap(tasks);
+    replica.keep_authority(sender, tasks);
     let synced = startup::start_synced(&replica, changes, tasks).await?;
     Ok((replica, synced))
 }
@@ -260,14 +263,26 @@ impl Replica {
         Candidate::new(client, &self.args.namespace, &self.name, duration, self.fence.clone())
     }
 
-    fn keep_bootstrap(&self, tasks: &mut Background) {
-        if self.args.no_bootstrap {
-            return;
+    /// Publishes the CAs and the replicas for agents, and rotates a CA that the Secret holds.
+    fn keep_authority(&self, sender: watch::Sender<Authority>, tasks: &mut Background) {
+        let Self { args, clients, fence, .. } = self;
+        let (client, namespace) = (clients.fenced.clone(), args.namespace.clone());
+        let (published, seen) = watch::channel(None);
+        let rotation = Rotation {
+            client: client.clone(),
+            namespace: namespace.clone(),
+            published: seen,
+            fence: fence.clone(),
+            delay: args.ca_rotation_delay(),
+        };
+        match &args.tls_dir {
+            Some(directory) => tasks.spawn("CA", directory::follow(directory.clone(), sender)),
+            None => tasks.spawn("CA", rotation.run(clients.unfenced.clone(), sender)),
         }
-        let (client, namespace) = (self.clients.fenced.clone(), self.args.namespace.clone());
-        let certificate = self.ca.certificate.clone();
-        let keep = bootstrap::keep(client, namespace, certificate, self.peers.clone(), self.fence.clone());
-        tasks.spawn("bootstrap ConfigMap", keep);
+        if !args.no_bootstrap {
+            let sources = Sources { authority: self.authority.clone(), peers: self.peers.clone(), published };
+            tasks.spawn("bootstrap ConfigMap", bootstrap::keep(client, namespace, sources, fence.clone()));
+        }
     }
 
     /// Opens the port for agents.
@@ -290,36 +305,23 @@ impl Replica {
 
     /// Starts the admin API and returns the server of the agents with its TLS configuration.
     fn server(&self, fleet: Arc<Fleet>, tasks: &mut Background) -> anyhow::Result<(Server, Arc<ServerTls>)> {
-        let Self { args, clients, telemetry, ca, name, .. } = self;
+        let Self { args, clients, telemetry, name, others, .. } = self;
         let client = clients.unfenced.clone();
         let authenticator = AdminAuthenticator::new(client.clone(), &args.namespace);
         let admin = Admin::new(fleet.clone(), authenticator, name, telemetry.registry.clone());
-        let replica = ReplicaService::new(admin.routes_for_replicas(), ReplicaKey::new(ca));
+        let mut authority = self.authority.clone();
+        let keys_of_replicas = ReplicaKeys::new(&authority.borrow_and_update());
+        let replica = ReplicaService::new(admin.routes_for_replicas(), keys_of_replicas.clone());
         let keys = Arc::new(Keys::new(client.clone(), &telemetry.registry)?);
         let authenticator =
             Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);
         let limits = Limits { replica: name.clone(), peers: self.peers.clone(), ..Limits::default() };
-        let tls = Arc::new(ServerTls::from_pointee(tls::server_config(ca)?));
-        let admin_tls = Arc::new(ServerTls::from_pointee(tls::admin_config(ca)?));
-        tasks.spawn("certificates", renew_certificates(tls.clone(), admin_tls.clone(), ca.clone()));
+        let certificates =
+            Certificates::new(&authority.borrow(), others.clone(), keys_of_replicas, &telemetry.registry)?;
+        let (tls, admin_tls) = (certificates.agents.clone(), certificates.admin.clone());
+        tasks.spawn("certificates", certificates.follow(authority));
         let metrics = telemetry.serve.clone();
         tasks.spawn("admin API", listen::serve_admin(admin, args.admin_listen, admin_tls, metrics));
         Ok((Server::new(fleet, Arc::new(authenticator), limits, replica), tls))
-    }
-}
-
-/// New connections get a fresh certificate every [`RENEWAL`].
-async fn renew_certificates(agents: Arc<ServerTls>, admin: Arc<ServerTls>, ca: CaPem) {
-    loop {
-        tokio::time::sleep(RENEWAL).await;
-        match (tls::server_config(&ca), tls::admin_config(&ca)) {
-            (Ok(for_agents), Ok(for_admin)) => {
-                agents.store(Arc::new(for_agents));
-                admin.store(Arc::new(for_admin));
-            }
-            (Err(error), _) | (_, Err(error)) => {
-                tracing::error!(%error, "failed to renew the server certificate; retrying");
-            }
-        }
     }
 }

@@ -1,4 +1,5 @@
-//! Two replicas of the controller serve agents at once. Each is killed, stopped and terminated in turn.
+//! Two replicas of the controller serve agents at once. Each is killed, stopped and terminated in turn, and their CA is
+//! rotated.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something it needs is missing")]
 
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::ResourceExt as _;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
@@ -181,4 +182,91 @@ fn row_edited_by_hand(fleet: &Fleet) {
         .unwrap();
         assert_eq!(kernels(fleet), before, "no kernel was written");
     }
+}
+
+/// Certificates in the bootstrap ConfigMap, as a kubelet delivers them to all nodes.
+fn delivered_certificates(fleet: &Fleet) -> anyhow::Result<Vec<String>> {
+    fleet.nodes().iter().try_for_each(|node| fleet.write_bootstrap(node))?;
+    let map: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-bootstrap")?;
+    let bundle = map.and_then(|map| map.data?.remove("ca.crt")).context("no CA")?;
+    let end = "-----END CERTIFICATE-----";
+    Ok(bundle
+        .split_inclusive(end)
+        .map(str::trim)
+        .filter(|text| text.ends_with(end))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// Waits until agents trust exactly this number of CAs, and returns them, the signer first.
+fn trusted(fleet: &Fleet, count: usize, what: &str) -> Vec<String> {
+    wait::until(what, MOVED, || {
+        let certificates = delivered_certificates(fleet)?;
+        ensure!(certificates.len() == count, "agents trust {} CAs", certificates.len());
+        Ok(certificates)
+    })
+    .unwrap()
+}
+
+/// Session of each node's connection.
+fn sessions(fleet: &Fleet) -> Vec<i64> {
+    let of = |node: &str| fleet.row(node).unwrap().connection.unwrap().session;
+    fleet.nodes().iter().map(|node| of(&node.net.name)).collect()
+}
+
+/// Both replicas use the new CA without a lost connection; agents that connect afterwards trust it.
+#[test]
+fn ca_is_rotated_and_restored_without_a_lost_session() {
+    let _alone = alone();
+    let scene = Scene::new("rotation");
+    let fleet = scene.fleet;
+    let service = scene.service("web", &json!({}));
+    let to = cluster_ip(&service, false);
+    scene.endpoints("web", &["a1"]);
+    fleet.set_controller_environment(&[("SWITCHTOWER_CA_ROTATION_SECONDS", "8")]);
+    fleet.start_second().unwrap();
+    listed(fleet, &[9443, 9453]);
+    fleet.signal_replica(0, libc::SIGTERM);
+    fleet.restart_replica(0).unwrap();
+    listed(fleet, &[9443, 9453]);
+    fleet.settled(AGREED).unwrap();
+    spread(fleet);
+    let (served, before, first) = (sessions(fleet), kernels(fleet), trusted(fleet, 1, "one CA at first"));
+
+    let secrets: kube::Api<Secret> = kube::Api::namespaced(fleet.kube().client(), NAMESPACE);
+    let request = json!({"metadata": {"annotations": {"switchtower.dev/rotate-ca": "now"}}});
+    let (params, request) = (PatchParams::default(), Patch::Merge(&request));
+    fleet.kube().block_on(secrets.patch("switchtower-ca", &params, &request)).unwrap();
+    let announced = trusted(fleet, 2, "the next CA is announced");
+    assert_eq!(announced[0], first[0], "the first one still signs");
+    let promoted = wait::until("the next CA signs", MOVED, || {
+        let certificates = delivered_certificates(fleet)?;
+        ensure!(certificates[0] == announced[1], "the first one signs");
+        Ok(certificates)
+    })
+    .unwrap();
+    assert_eq!(promoted[1], first[0], "the previous one stays trusted");
+    fleet.settled(AGREED).unwrap();
+    assert_eq!(trusted(fleet, 1, "the rotation is complete"), promoted[..1]);
+    assert_eq!((sessions(fleet), kernels(fleet)), (served, before), "no session ends, no kernel is written");
+
+    // Each replica presents a certificate of the new CA, also to the other one.
+    for number in 0..2 {
+        fleet.signal_replica(number, libc::SIGKILL);
+        all_served_by(fleet, 1 - number, "after the rotation");
+        fleet.restart_replica(number).unwrap();
+        listed(fleet, &[9443, 9453]);
+    }
+    fleet.kube().block_on(secrets.delete("switchtower-ca", &kube::api::DeleteParams::default())).unwrap();
+    wait::until("the leader restores the Secret", TAKEN_OVER, || {
+        fleet.kube().get::<Secret>(NAMESPACE, "switchtower-ca")?.context("no Secret").map(drop)
+    })
+    .unwrap();
+    assert_eq!(trusted(fleet, 1, "the same CA"), promoted[..1]);
+    scene.endpoints("web", &["b1"]);
+    fleet.settled(AGREED).unwrap();
+    answered_by("after the rotation", scene.pod("c2"), Transport::Tcp, to, &["b1"]);
+    fleet.set_controller_environment(&[]);
+    fleet.signal_replica(1, libc::SIGTERM);
+    all_served_by(fleet, 0, "the second ends");
 }

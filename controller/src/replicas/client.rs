@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName};
@@ -17,7 +18,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::service::{ANSWER, HEADER, ReplicaKey};
 use super::{Peer, Replicas};
-use crate::bootstrap::CaPem;
+use crate::authority::Authority;
 use crate::sync::lock;
 
 /// Timeout of a connection attempt.
@@ -59,31 +60,48 @@ struct Credentials {
     authorization: MetadataValue<Ascii>,
 }
 
+impl Credentials {
+    fn new(authority: &Authority) -> anyhow::Result<Self> {
+        let mut roots = rustls::RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(authority.bundle().as_bytes()) {
+            roots.add(certificate?)?;
+        }
+        let config = client_config(roots)?;
+        let mut authorization: MetadataValue<Ascii> = ReplicaKey::new(&authority.signer).header().parse()?;
+        authorization.set_sensitive(true);
+        Ok(Self { tls: tokio_rustls::TlsConnector::from(Arc::new(config)), authorization })
+    }
+}
+
 /// Client of all other replicas. Clones share connections.
 #[derive(Clone)]
 pub struct Client {
     replicas: Replicas,
     /// `None`: there is never another replica.
-    credentials: Option<Arc<Credentials>>,
+    credentials: Option<Arc<ArcSwap<Credentials>>>,
     channels: Arc<Mutex<HashMap<Vec<String>, Channel>>>,
 }
 
 impl Client {
-    /// Creates a client that trusts the CA.
+    /// Creates a client that trusts the CAs.
     ///
     /// # Errors
-    /// The CA's certificate cannot be used.
-    pub fn new(replicas: Replicas, ca: &CaPem) -> anyhow::Result<Self> {
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(ca.certificate.as_bytes()) {
-            roots.add(certificate?)?;
-        }
-        let config = client_config(roots)?;
-        let mut authorization: MetadataValue<Ascii> = ReplicaKey::new(ca).header().parse()?;
-        authorization.set_sensitive(true);
-        let credentials =
-            Credentials { tls: tokio_rustls::TlsConnector::from(Arc::new(config)), authorization };
+    /// A certificate cannot be used.
+    pub fn new(replicas: Replicas, authority: &Authority) -> anyhow::Result<Self> {
+        let credentials = ArcSwap::from_pointee(Credentials::new(authority)?);
         Ok(Self { replicas, credentials: Some(Arc::new(credentials)), channels: Arc::default() })
+    }
+
+    /// Replaces the CAs. Open connections stay.
+    ///
+    /// # Errors
+    /// A certificate cannot be used; nothing is replaced.
+    pub fn trust(&self, authority: &Authority) -> anyhow::Result<()> {
+        let made = Credentials::new(authority)?;
+        if let Some(credentials) = &self.credentials {
+            credentials.store(Arc::new(made));
+        }
+        Ok(())
     }
 
     /// A client of a replica that is alone.
@@ -119,19 +137,23 @@ impl Client {
 
     async fn get(
         &self,
-        credentials: &Arc<Credentials>,
+        credentials: &Arc<ArcSwap<Credentials>>,
         peer: &Peer,
         path: &str,
     ) -> Result<(u16, Vec<u8>), tonic::Status> {
         let channel = self.channel(credentials, peer)?;
         let mut client = ReplicaClient::new(channel).max_decoding_message_size(ANSWER + (1 << 10));
         let mut request = tonic::Request::new(ReplicaRequest { path: path.to_owned() });
-        request.metadata_mut().insert(HEADER, credentials.authorization.clone());
+        request.metadata_mut().insert(HEADER, credentials.load().authorization.clone());
         let answer = client.get(request).await?.into_inner();
         Ok((u16::try_from(answer.status).unwrap_or(500), answer.body))
     }
 
-    fn channel(&self, credentials: &Arc<Credentials>, peer: &Peer) -> Result<Channel, tonic::Status> {
+    fn channel(
+        &self,
+        credentials: &Arc<ArcSwap<Credentials>>,
+        peer: &Peer,
+    ) -> Result<Channel, tonic::Status> {
         let mut channels = lock(&self.channels);
         if let Some(channel) = channels.get(&peer.addresses) {
             return Ok(channel.clone());
@@ -154,14 +176,15 @@ impl Client {
 type Connection = TokioIo<tokio_rustls::client::TlsStream<TcpStream>>;
 
 /// Connects to the first address that answers.
-async fn dial(credentials: Arc<Credentials>, addresses: Vec<String>) -> std::io::Result<Connection> {
+async fn dial(credentials: Arc<ArcSwap<Credentials>>, addresses: Vec<String>) -> std::io::Result<Connection> {
     let mut last = std::io::Error::other("the replica has no address");
     for address in addresses {
         match tokio::time::timeout(CONNECT, TcpStream::connect(&address)).await {
             Ok(Ok(stream)) => {
                 stream.set_nodelay(true)?;
                 let name = ServerName::try_from(SERVER_NAME).map_err(std::io::Error::other)?;
-                return credentials.tls.connect(name, stream).await.map(TokioIo::new);
+                let tls = &credentials.load_full().tls;
+                return tls.connect(name, stream).await.map(TokioIo::new);
             }
             Ok(Err(error)) => last = error,
             Err(_) => last = std::io::ErrorKind::TimedOut.into(),

@@ -3,6 +3,9 @@
 //! A caller proves with a secret derived from the CA's key that it is a replica: only replicas can read that key, and TLS
 //! has already proven to the caller that this process has it. The API server is not needed.
 
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use ring::hmac;
@@ -12,7 +15,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 use tower::ServiceExt as _;
 
-use crate::bootstrap::CaPem;
+use crate::authority::{Authority, CaPem};
 use crate::serve::connection::Origin;
 
 /// Maximum length of a path with its query, in bytes.
@@ -42,27 +45,52 @@ impl ReplicaKey {
         tag.as_ref().iter().fold(SCHEME.to_owned(), |text, byte| format!("{text}{byte:02x}"))
     }
 
+    fn verifies(&self, tag: &[u8]) -> bool {
+        hmac::verify(&self.0, PURPOSE, tag).is_ok()
+    }
+}
+
+/// Secrets of all CAs in use: during a rotation the replicas do not change theirs at the same time.
+#[derive(Clone)]
+pub struct ReplicaKeys(Arc<ArcSwap<Vec<ReplicaKey>>>);
+
+impl ReplicaKeys {
+    /// Accepts replicas that sign with a CA of the authority.
+    #[must_use]
+    pub fn new(authority: &Authority) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(keys(authority))))
+    }
+
+    /// Replaces the CAs.
+    pub fn trust(&self, authority: &Authority) {
+        self.0.store(Arc::new(keys(authority)));
+    }
+
     fn accepts(&self, metadata: &MetadataMap) -> bool {
         let value = metadata.get(HEADER).and_then(|value| value.to_str().ok());
         let digits = value.and_then(|value| value.strip_prefix(SCHEME)).unwrap_or_default().as_bytes();
         let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
         let tag: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
-        tag.is_some_and(|tag| hmac::verify(&self.0, PURPOSE, &tag).is_ok())
+        tag.is_some_and(|tag| self.0.load().iter().any(|key| key.verifies(&tag)))
     }
+}
+
+fn keys(authority: &Authority) -> Vec<ReplicaKey> {
+    authority.all().map(ReplicaKey::new).collect()
 }
 
 /// The gRPC service.
 #[derive(Clone)]
 pub struct ReplicaService {
     routes: Router,
-    key: ReplicaKey,
+    keys: ReplicaKeys,
 }
 
 impl ReplicaService {
     /// `routes` answer for the nodes of this replica.
     #[must_use]
-    pub fn new(routes: Router, key: ReplicaKey) -> Self {
-        Self { routes, key }
+    pub fn new(routes: Router, keys: ReplicaKeys) -> Self {
+        Self { routes, keys }
     }
 }
 
@@ -71,7 +99,7 @@ impl Replica for ReplicaService {
     async fn get(&self, request: Request<ReplicaRequest>) -> Result<Response<ReplicaResponse>, Status> {
         let origin = request.extensions().get::<Origin>().cloned();
         let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
-        if ticket.is_refused() || !self.key.accepts(request.metadata()) {
+        if ticket.is_refused() || !self.keys.accepts(request.metadata()) {
             ticket.refused("replica_key", None);
             ticket.refuse();
             return Err(Status::unauthenticated("the caller is no replica that has the same CA"));
@@ -101,17 +129,25 @@ mod tests {
 
     #[test]
     fn secret_of_another_ca_is_refused() {
-        let key = ReplicaKey::new(&ca("key\n"));
+        let keys = ReplicaKeys::new(&Authority::new(ca("key\n")));
         let with = |value: &str| {
             let mut metadata = MetadataMap::new();
             metadata.insert(HEADER, value.parse().unwrap());
-            key.accepts(&metadata)
+            keys.accepts(&metadata)
         };
         assert!(with(&ReplicaKey::new(&ca("key")).header()));
         assert!(!with(&ReplicaKey::new(&ca("another key")).header()));
         for garbage in ["", "Replica ", "Replica zz", "Bearer aa", "Replica 00", "Replica +1"] {
             assert!(!with(garbage), "{garbage:?}");
         }
-        assert!(!key.accepts(&MetadataMap::new()));
+        assert!(!keys.accepts(&MetadataMap::new()));
+        let header = ReplicaKey::new(&ca("another key")).header();
+        keys.trust(&Authority { next: Some(ca("another key")), ..Authority::new(ca("key")) });
+        assert!(with(&header), "a replica that signs with the next CA already");
+        keys.trust(&Authority { previous: Some(ca("key")), ..Authority::new(ca("another key")) });
+        assert!(
+            with(&ReplicaKey::new(&ca("key")).header()),
+            "a replica that still signs with the previous CA"
+        );
     }
 }

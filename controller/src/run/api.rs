@@ -8,11 +8,10 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 
 use super::RETRY;
-use crate::bootstrap::{self, BootstrapError, CaPem};
+use crate::authority::{Authority, AuthorityError, directory, secret};
 use crate::cli::ServeArgs;
 use crate::errors::Chain;
 use crate::lease::Fence;
-use crate::serve::tls;
 
 /// Timeout of a request for the certificate authority.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -52,16 +51,16 @@ pub async fn config(args: &ServeArgs) -> anyhow::Result<Config> {
         .with_context(|| format!("using the current context of {}", path.display()))
 }
 
-/// Reads or creates the CA where the flags say. Retries while the API server is unreachable or permissions are missing.
-pub(super) async fn certificate_authority(client: &Client, args: &ServeArgs) -> anyhow::Result<CaPem> {
+/// Reads or creates the CAs where the flags say. Retries while the API server is unreachable or permissions are missing.
+pub(super) async fn authority(client: &Client, args: &ServeArgs) -> anyhow::Result<Authority> {
     if let Some(directory) = &args.tls_dir {
-        return Ok(bootstrap::ca_from_directory(directory, tls::generate_ca)?);
+        return Ok(directory::read_or_create(directory)?);
     }
     loop {
-        let read = bootstrap::ca_from_secret(client, &args.namespace, tls::generate_ca);
+        let read = secret::read_or_create(client, &args.namespace);
         match tokio::time::timeout(TIMEOUT, read).await {
-            Ok(Ok(ca)) => return Ok(ca),
-            Ok(Err(error @ BootstrapError::Secret { .. })) => {
+            Ok(Ok(authority)) => return Ok(authority),
+            Ok(Err(error @ AuthorityError::Secret { .. })) => {
                 tracing::error!(error = %Chain(&error), "failed to load the CA; retrying");
             }
             Ok(Err(error)) => return Err(error.into()),

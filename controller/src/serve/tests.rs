@@ -33,11 +33,11 @@ use super::keys::Keys;
 use super::keys::tests::Published;
 use super::review::{Review, Reviewer};
 use super::*;
-use crate::bootstrap::CaPem;
+use crate::authority::{self, Authority, CaPem};
 use crate::fleet::queries::QueryError;
 use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
 use crate::propagation::Propagation;
-use crate::replicas::service::ReplicaKey;
+use crate::replicas::service::ReplicaKeys;
 use crate::status::{Floors, Registry as _};
 
 mod load;
@@ -101,11 +101,11 @@ impl Lab {
         let keys = Keys::new(Published::new(Err("no keys")), &prometheus::Registry::new()).unwrap();
         let (namespace, account) = ("switchtower-system", "switchtower-node-agent");
         let authenticator = Authenticator::new(Fake, Arc::new(keys), "switchtower", namespace, account);
-        let ca = tls::generate_ca().unwrap();
+        let ca = authority::generate().unwrap();
         let config = Arc::new(ServerTls::from_pointee(tls::server_config(&ca).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let replica = ReplicaService::new(axum::Router::new(), ReplicaKey::new(&ca));
+        let replica = ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&Authority::new(ca.clone())));
         let server = Server::new(fleet.clone(), Arc::new(authenticator), limits, replica);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
         let lab = Self { fleet, floors, propagation, metrics, ca, address };

@@ -1,19 +1,16 @@
-//! TLS: the CA, the server's certificate, and the accept loop.
+//! TLS: the server's certificate, and the accept loop.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures::Stream;
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose,
-};
+use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose};
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 pub use switchtower_proto::tls::SERVER_NAME;
-use time::{Duration as Span, OffsetDateTime};
+use time::Duration as Span;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::LazyConfigAcceptor;
@@ -21,10 +18,13 @@ use tokio_rustls::server::TlsStream;
 
 use super::connection::Connection;
 use super::gate::{Gate, Rejection, Stage, Ticket};
-use crate::bootstrap::CaPem;
+use crate::authority::{CaPem, named, valid_for};
 
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Validity of a server certificate.
+pub const VALIDITY: Span = Span::days(365);
 
 /// Error of the TLS setup.
 #[derive(Debug, thiserror::Error)]
@@ -40,21 +40,6 @@ pub enum TlsError {
 /// TLS configuration of the server; may be replaced at any time for new connections.
 pub type ServerTls = ArcSwap<ServerConfig>;
 
-/// Creates a CA that is valid for ten years.
-///
-/// # Errors
-/// Generating a key failed.
-pub fn generate_ca() -> Result<CaPem, TlsError> {
-    let key = KeyPair::generate()?;
-    let mut parameters = CertificateParams::default();
-    parameters.distinguished_name = named("switchtower-ca");
-    parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    valid_for(&mut parameters, Span::days(3_650));
-    let certificate = parameters.self_signed(&key)?;
-    Ok(CaPem { certificate: certificate.pem(), key: key.serialize_pem() })
-}
-
 /// Creates a configuration with a new certificate of the CA, valid for one year.
 ///
 /// # Errors
@@ -67,7 +52,7 @@ pub fn server_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
     parameters.use_authority_key_identifier_extension = true;
     parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    valid_for(&mut parameters, Span::days(365));
+    valid_for(&mut parameters, VALIDITY);
     let certificate = parameters.signed_by(&key, &issuer)?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -87,19 +72,6 @@ pub fn admin_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
     let mut config = server_config(ca)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
-}
-
-fn named(name: &str) -> DistinguishedName {
-    let mut distinguished = DistinguishedName::new();
-    distinguished.push(DnType::CommonName, name);
-    distinguished
-}
-
-/// Sets the validity from one hour ago, to tolerate clocks that are slow.
-fn valid_for(parameters: &mut CertificateParams, span: Span) {
-    let now = OffsetDateTime::now_utc();
-    parameters.not_before = now - Span::hours(1);
-    parameters.not_after = now + span;
 }
 
 /// Returns connections after their handshake. The gate limits their number and duration.

@@ -108,7 +108,8 @@ impl Field {
         let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&lab.ca).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let replica = ReplicaService::new(axum::Router::new(), ReplicaKey::new(&lab.ca));
+        let replica =
+            ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&Authority::new(lab.ca.clone())));
         let server = Server::new(lab.fleet.clone(), Arc::new(authenticator), Limits::default(), replica);
         tokio::spawn(server.serve(listener, tls, lab.metrics.clone(), std::future::pending()));
         Arc::new(Self { address, config: lab.client_config(), signer, forger, reviews })
@@ -388,7 +389,7 @@ async fn calls_without_token_do_not_use_the_stream_limit() {
 async fn peers_distrusting_the_certificate_distinguished() {
     let lab = Lab::start(Limits::default()).await;
     let mut foreign = rustls::RootCertStore::empty();
-    let other = tls::generate_ca().unwrap().certificate;
+    let other = authority::generate().unwrap().certificate;
     foreign.add(CertificateDer::from_pem_slice(other.as_bytes()).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = |clock: Arc<dyn rustls::time_provider::TimeProvider>, roots| {
