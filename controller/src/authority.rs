@@ -14,6 +14,7 @@ use rcgen::{
 use time::{Duration as Span, OffsetDateTime};
 
 pub mod directory;
+pub(crate) mod nodes;
 pub mod rotation;
 pub mod secret;
 

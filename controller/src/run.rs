@@ -20,6 +20,7 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::admin::Admin;
 use crate::admin::auth::AdminAuthenticator;
+use crate::authority::nodes::NodeCertificates;
 use crate::authority::rotation::Rotation;
 use crate::authority::{Authority, directory};
 use crate::background::Background;
@@ -315,9 +316,20 @@ impl Replica {
         let keys = Arc::new(Keys::new(client.clone(), &telemetry.registry)?);
         let authenticator =
             Authenticator::new(client, keys, &args.audience, &args.namespace, &args.agent_service_account);
-        let limits = Limits { replica: name.clone(), peers: self.peers.clone(), ..Limits::default() };
-        let certificates =
-            Certificates::new(&authority.borrow(), others.clone(), keys_of_replicas, &telemetry.registry)?;
+        let nodes = NodeCertificates::new(&authority.borrow())?;
+        let limits = Limits {
+            replica: name.clone(),
+            peers: self.peers.clone(),
+            certificates: Some(nodes.clone()),
+            ..Limits::default()
+        };
+        let certificates = Certificates::new(
+            &authority.borrow(),
+            others.clone(),
+            keys_of_replicas,
+            nodes,
+            &telemetry.registry,
+        )?;
         let (tls, admin_tls) = (certificates.agents.clone(), certificates.admin.clone());
         tasks.spawn("certificates", certificates.follow(authority));
         let metrics = telemetry.serve.clone();

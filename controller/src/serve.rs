@@ -141,14 +141,16 @@ impl FleetService for Service {
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let Server { fleet, authenticator, admission, limits, .. } = &self.0;
         let origin = request.extensions().get::<Origin>().cloned();
-        let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
+        let Some(Origin { ticket, certified }) = origin else {
+            return Err(Status::internal("the connection is unknown"));
+        };
         if ticket.is_refused() {
             return Err(Status::unauthenticated(
                 "a credential on this connection was refused; connect again",
             ));
         }
         let refuse = |refusal: AgentRejection| refused(&ticket, &refusal);
-        let credential = authenticator.credential(request.metadata()).map_err(refuse)?;
+        let credential = authenticator.credential(request.metadata(), certified.as_ref()).map_err(refuse)?;
         let identity = {
             let _turn = ticket.review().await;
             authenticator

@@ -242,6 +242,7 @@ impl Session {
         let gone = || End::GoAway(GoAwayReason::NodeDeleted, "the Node does not exist".to_owned());
         self.catch_up(&hello).await?;
         let mut floor = self.fleet.floor(&self.node);
+        floor.session = floor.session.max(hello::last_session(&hello, floor.session));
         let placement = HealthCheckPlacement::of(&hello.features);
         let (number, signal) = self.fleet.open(&self.node, &mut floor, placement).ok_or_else(gone)?;
         self.number = number;
@@ -254,11 +255,22 @@ impl Session {
             peers: self.peers.take_current(),
             resumed: self.cursor.is_some(),
             features: vec![switchtower_proto::DRAIN_GATE.to_owned()],
+            certificate: self.certificate(&hello.public_key),
         };
         self.send(ToAgent::Welcome(welcome)).await?;
         tracing::info!(node = %self.node, session = number, resumed = self.cursor.is_some(),
             generation = self.generation, agent = hello.agent_version, "agent connected");
         Ok(signal)
+    }
+
+    /// Returns a certificate for the public key of a Hello, empty if it requests none.
+    fn certificate(&self, public_key: &[u8]) -> Vec<u8> {
+        let certificates = self.limits.certificates.as_ref().filter(|_| !public_key.is_empty());
+        let issued = certificates.map(|certificates| certificates.issue(&self.node, public_key));
+        issued.transpose().map(Option::unwrap_or_default).unwrap_or_else(|error| {
+            tracing::info!(node = %self.node, %error, "the agent's public key is not usable");
+            Vec::new()
+        })
     }
 
     async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {

@@ -303,7 +303,7 @@ impl Fleet {
         let token = self.token(AGENT_ACCOUNT, Some(&pod), &[AUDIENCE], TOKEN_SECONDS)?;
         self.kube().apply(&self.running_agent_pod(node))?;
         fs::create_dir_all(&node.directory)?;
-        fs::write(node.directory.join("token"), token)?;
+        fs::write(self.token_file(node), token)?;
         self.write_bootstrap(node)?;
         self.run_agent(node)
     }
@@ -313,7 +313,7 @@ impl Fleet {
     /// # Errors
     /// The program does not start.
     pub fn run_agent(&self, node: &FleetNode) -> Result<()> {
-        let process = self.agent_process(node, &node.net.name, &node.directory.join("token"))?;
+        let process = self.agent_process(node, &node.net.name, &self.token_file(node))?;
         *lock(&node.agent) = Some(process);
         Ok(())
     }
@@ -441,6 +441,11 @@ impl Fleet {
     pub fn row(&self, node: &str) -> Result<ProxyStatusStatus> {
         let row: Option<ProxyStatus> = self.kube().get_cluster(node)?;
         row.with_context(|| format!("no ProxyStatus {node}"))?.status.context("the ProxyStatus has no status")
+    }
+
+    /// File of the token of a node's agent.
+    pub fn token_file(&self, node: &FleetNode) -> PathBuf {
+        node.directory.join("token")
     }
 
     /// Directory in which a node's agent finds `ca.crt` and `controllers`.

@@ -16,7 +16,7 @@ use switchtower_e2e::lab::objects;
 use switchtower_e2e::lab::wait;
 use switchtower_e2e::observe::kernel;
 use switchtower_e2e::probe::{self, LongConnection, ProbeResult, Transport};
-use switchtower_e2e::switchtower::FleetNode;
+use switchtower_e2e::switchtower::{AGENT_ACCOUNT, AUDIENCE, FleetNode};
 
 use switchtower_e2e::scene::{SOON, Scene, alone, answered_by, cluster_ip, eventually, fleet};
 
@@ -248,6 +248,37 @@ fn stopped_api_server_affects_no_packet_or_stream() {
     scene.endpoints("web", &["c1"]);
     answered_by("goes on", scene.pod("a2"), Transport::Tcp, to, &["c1"]);
     scene.fleet.settled(AGREED).unwrap();
+}
+
+/// Its token cannot be reviewed, and kubelets cannot renew an expired one.
+#[test]
+fn agent_connects_by_certificate_without_the_api_server() {
+    let _alone = alone();
+    let (scene, to) = scene("certificate");
+    let fleet = scene.fleet;
+    let alpha = scene.node("alpha");
+    let before = kernel::transactions(&alpha.net.namespace).unwrap();
+    let token =
+        fleet.token(AGENT_ACCOUNT, Some(&fleet.agent_pod("alpha").unwrap()), &[AUDIENCE], 3_600).unwrap();
+    let api_server = fleet.control_plane().api_server();
+    api_server.signal(libc::SIGSTOP);
+    // The controller has reviewed the previous token a moment ago.
+    std::fs::write(fleet.token_file(alpha), token).unwrap();
+    fleet.stop_agent(alpha, libc::SIGKILL).unwrap();
+    fleet.run_agent(alpha).unwrap();
+    let connected = wait::until("alpha connects by its certificate", AGREED, || {
+        let connected = fleet.agent_metric(alpha, "switchtower_controller_connected", "")?;
+        ensure!(connected == 1.0, "it is not connected");
+        Ok(())
+    });
+    api_server.signal(libc::SIGCONT);
+    connected.unwrap();
+    let log = fleet.controller_log();
+    assert!(log.lines().any(|line| line.contains("node's certificate") && line.contains("alpha")), "{log}");
+    fleet.settled(AGREED).unwrap();
+    assert_eq!(kernel::transactions(&alpha.net.namespace).unwrap(), before, "no kernel is written");
+    scene.endpoints("web", &["c1"]);
+    answered_by("afterwards", scene.pod("a2"), Transport::Tcp, to, &["c1"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::controller::certificate::{CERTIFICATE_FILE, KEY_FILE};
 use crate::storage::files;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::state_lock::{LockError, StateLock};
@@ -72,6 +73,8 @@ fn state_files(state: &Path, mode: Mode, out: &mut dyn Write) -> anyhow::Result<
         SnapshotFile::new(state).path().to_path_buf(),
         TrialFile::new(state).path().to_path_buf(),
         state.join("controllers"),
+        state.join(KEY_FILE),
+        state.join(CERTIFICATE_FILE),
         state.join("lock"),
     ];
     let temporary: Vec<_> = kept.iter().map(|path| files::temporary(path)).collect();
@@ -111,8 +114,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        let names =
-            ["view.snapshot", "view.new", "trial", "trial.new", "controllers", "controllers.new", "lock"];
+        let names = [
+            "view.snapshot",
+            "view.new",
+            "trial",
+            "trial.new",
+            "controllers",
+            "controllers.new",
+            "node-key.der",
+            "node-key.new",
+            "node-certificate.der",
+            "lock",
+        ];
         for name in names.iter().chain(&["foreign"]) {
             std::fs::write(state.join(name), "").unwrap();
         }

@@ -2,6 +2,7 @@
 
 pub(crate) mod backoff;
 pub mod bootstrap;
+pub(crate) mod certificate;
 mod choice;
 pub mod link;
 pub mod session;

@@ -66,7 +66,7 @@ impl Credentials {
         for certificate in CertificateDer::pem_slice_iter(authority.bundle().as_bytes()) {
             roots.add(certificate?)?;
         }
-        let config = client_config(roots)?;
+        let config = client_config(roots, None)?;
         let mut authorization: MetadataValue<Ascii> = ReplicaKey::new(&authority.signer).header().parse()?;
         authorization.set_sensitive(true);
         Ok(Self { tls: tokio_rustls::TlsConnector::from(Arc::new(config)), authorization })

@@ -98,7 +98,9 @@ impl ReplicaService {
 impl Replica for ReplicaService {
     async fn get(&self, request: Request<ReplicaRequest>) -> Result<Response<ReplicaResponse>, Status> {
         let origin = request.extensions().get::<Origin>().cloned();
-        let Some(Origin(ticket)) = origin else { return Err(Status::internal("the connection is unknown")) };
+        let Some(Origin { ticket, .. }) = origin else {
+            return Err(Status::internal("the connection is unknown"));
+        };
         if ticket.is_refused() || !self.keys.accepts(request.metadata()) {
             ticket.refused("replica_key", None);
             ticket.refuse();

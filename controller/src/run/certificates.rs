@@ -9,6 +9,7 @@ use prometheus::{IntGaugeVec, Opts, Registry};
 use tokio::sync::watch;
 
 use crate::authority::Authority;
+use crate::authority::nodes::NodeCertificates;
 use crate::replicas::Client;
 use crate::replicas::service::ReplicaKeys;
 use crate::serve::tls::{self, ServerTls, VALIDITY};
@@ -24,6 +25,7 @@ pub(super) struct Certificates {
     pub(super) admin: Arc<ServerTls>,
     others: Client,
     replicas: ReplicaKeys,
+    nodes: NodeCertificates,
     expiry: IntGaugeVec,
 }
 
@@ -36,54 +38,51 @@ impl Certificates {
         authority: &Authority,
         others: Client,
         replicas: ReplicaKeys,
+        nodes: NodeCertificates,
         registry: &Registry,
     ) -> anyhow::Result<Self> {
         let help = "Time at which a certificate expires, in seconds since 1970: that of the signing CA, and of this server.";
         let expiry = Opts::new("switchtower_certificate_expiry_timestamp_seconds", help);
         let expiry = IntGaugeVec::new(expiry, &["certificate"])?;
         registry.register(Box::new(expiry.clone()))?;
-        let agents = Arc::new(ServerTls::from_pointee(tls::server_config(&authority.signer)?));
-        let admin = Arc::new(ServerTls::from_pointee(tls::admin_config(&authority.signer)?));
-        let made = Self { agents, admin, others, replicas, expiry };
+        let agents = Arc::new(ServerTls::from_pointee(tls::server_config(authority)?));
+        let admin = Arc::new(ServerTls::from_pointee(tls::admin_config(authority)?));
+        let made = Self { agents, admin, others, replicas, nodes, expiry };
         made.record(authority);
         Ok(made)
     }
 
     /// Renews the certificates at intervals, and when the CAs change.
     pub(super) async fn follow(self, mut authority: watch::Receiver<Authority>) {
-        let mut signer = authority.borrow().signer.clone();
         loop {
-            let is_due = tokio::select! {
-                () = tokio::time::sleep(RENEWAL) => true,
-                // Ends only with the process.
-                changed = authority.changed() => match changed {
-                    Ok(()) => false,
-                    Err(_) => return std::future::pending().await,
+            tokio::select! {
+                () = tokio::time::sleep(RENEWAL) => {}
+                changed = authority.changed() => if changed.is_err() {
+                    // The process ends.
+                    return std::future::pending().await;
                 },
-            };
-            let current = authority.borrow_and_update().clone();
-            if let Err(error) = self.renew(&current, is_due || current.signer != signer) {
-                tracing::error!(
-                    error = format!("{error:#}"),
-                    "failed to use the CA; the previous certificates stay in use"
-                );
-                continue;
             }
-            signer = current.signer;
+            let current = authority.borrow_and_update().clone();
+            match self.renew(&current) {
+                Ok(()) => tracing::info!("renewed the server certificates"),
+                Err(error) => {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "failed to use the CA; the previous certificates stay in use"
+                    );
+                }
+            }
         }
     }
 
-    fn renew(&self, authority: &Authority, is_due: bool) -> anyhow::Result<()> {
+    fn renew(&self, authority: &Authority) -> anyhow::Result<()> {
+        let (agents, admin) = (tls::server_config(authority)?, tls::admin_config(authority)?);
         self.others.trust(authority).context("trust the CA for queries to other replicas")?;
+        self.nodes.trust(authority)?;
         self.replicas.trust(authority);
-        if is_due {
-            let (agents, admin) =
-                (tls::server_config(&authority.signer)?, tls::admin_config(&authority.signer)?);
-            self.agents.store(Arc::new(agents));
-            self.admin.store(Arc::new(admin));
-            self.record(authority);
-            tracing::info!("renewed the server certificates");
-        }
+        self.agents.store(Arc::new(agents));
+        self.admin.store(Arc::new(admin));
+        self.record(authority);
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! Authentication of agents: a pod-bound token of the agents' ServiceAccount, reviewed by the API server.
+//! Authentication of agents: a pod-bound token of the agents' ServiceAccount, reviewed by the API server; while it cannot review
+//! tokens, also a certificate of the node.
 //!
 //! Anyone who may create pods can project a token with this audience for another ServiceAccount, so the audience
 //! proves nothing: the user must be the agents' ServiceAccount. The node is the one that the API server put into the
@@ -20,6 +21,7 @@ mod claims;
 
 use claims::Claims;
 
+use crate::authority::nodes::Certified;
 use crate::session::Identity;
 
 /// Maximum number of cached reviews.
@@ -121,6 +123,8 @@ impl From<Unavailable> for AgentRejection {
 pub struct Credential<'a> {
     token: &'a str,
     claims: Claims,
+    /// Proven by the connection.
+    certified: Option<&'a Certified>,
 }
 
 /// Authenticates agents.
@@ -153,7 +157,11 @@ impl Authenticator {
     ///
     /// # Errors
     /// The request has no token, or one that cannot be accepted.
-    pub fn credential<'a>(&self, metadata: &'a MetadataMap) -> Result<Credential<'a>, AgentRejection> {
+    pub(crate) fn credential<'a>(
+        &self,
+        metadata: &'a MetadataMap,
+        certified: Option<&'a Certified>,
+    ) -> Result<Credential<'a>, AgentRejection> {
         let value = metadata.get("authorization").ok_or(AgentRejection::NoToken)?;
         let value = value.to_str().map_err(|_| AgentRejection::MalformedToken)?;
         let token = value.strip_prefix("Bearer ").ok_or(AgentRejection::NoToken)?.trim();
@@ -162,13 +170,17 @@ impl Authenticator {
         }
         // Not verified yet: rejects early what cannot be a token, and gives the reason.
         let claims = Claims::of(token).ok_or(AgentRejection::MalformedToken)?;
-        if claims.expires <= SystemTime::now() {
+        // Kubelets cannot renew tokens without the API server. If it responds, the review refuses the token.
+        if claims.expires <= SystemTime::now() && certified.is_none() {
             return Err(AgentRejection::Expired);
         }
         if !claims.audiences.iter().any(|audience| audience == self.reviews.audience()) {
             return Err(AgentRejection::WrongAudience(self.reviews.audience().to_owned()));
         }
-        Ok(Credential { token, claims })
+        // A certificate of another node than the token's proves nothing.
+        let certified =
+            certified.filter(|certified| claims.node.as_ref().is_none_or(|node| **node == *certified.node));
+        Ok(Credential { token, claims, certified })
     }
 
     /// Authenticates the sender of a request.
@@ -177,7 +189,7 @@ impl Authenticator {
     /// The sender is not an agent of an existing Node.
     pub(super) async fn authenticate(
         &self,
-        Credential { token, claims }: Credential<'_>,
+        Credential { token, claims, certified }: Credential<'_>,
         class: Class,
         node_exists: impl Fn(&str) -> bool,
     ) -> Result<Identity, AgentRejection> {
@@ -192,7 +204,14 @@ impl Authenticator {
             Signature::Unverifiable if class == Class::Stranger => self.strangers.acquire().await.ok(),
             Signature::Unverifiable => None,
         };
-        let identity = self.reviews.holder(token, |status| self.judge(status, &claims)).await?;
+        let reviewed = self.reviews.holder(token, |status| self.judge(status, &claims)).await;
+        let identity = match (reviewed, certified) {
+            (Err(AgentRejection::ReviewUnavailable(why)), Some(certified)) => {
+                tracing::info!(node = &*certified.node, why, "identified by the node's certificate");
+                Identity { node: certified.node.clone(), expires: certified.expires }
+            }
+            (reviewed, _) => reviewed?,
+        };
         if !node_exists(&identity.node) {
             return Err(AgentRejection::UnknownNode(identity.node.to_string()));
         }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use tonic::transport::server::Connected;
 
 use super::gate::{Rejection, Ticket};
+use crate::authority::nodes::Certified;
 
 /// A byte stream with its ticket of the gate, which may close it.
 pub(crate) struct Connection<S> {
@@ -17,11 +18,17 @@ pub(crate) struct Connection<S> {
     ticket: Arc<Ticket>,
     closed: oneshot::Receiver<Rejection>,
     over: bool,
+    certified: Option<Certified>,
 }
 
 impl<S> Connection<S> {
     pub(crate) fn new(stream: S, ticket: Arc<Ticket>, closed: oneshot::Receiver<Rejection>) -> Self {
-        Self { stream, ticket, closed, over: false }
+        Self { stream, ticket, closed, over: false, certified: None }
+    }
+
+    /// The peer has proven with a certificate that it is the agent of a node.
+    pub(crate) fn certified(self, certified: Option<Certified>) -> Self {
+        Self { certified, ..self }
     }
 
     /// Returns an error once the gate has closed the connection. Registers the task to be woken then.
@@ -79,12 +86,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
 /// The connection of a request, as a request extension.
 #[derive(Clone)]
-pub(crate) struct Origin(pub(crate) Arc<Ticket>);
+pub(crate) struct Origin {
+    pub(crate) ticket: Arc<Ticket>,
+    /// Node that the peer's certificate names.
+    pub(crate) certified: Option<Certified>,
+}
 
 impl<S> Connected for Connection<S> {
     type ConnectInfo = Origin;
 
     fn connect_info(&self) -> Origin {
-        Origin(self.ticket.clone())
+        Origin { ticket: self.ticket.clone(), certified: self.certified.clone() }
     }
 }

@@ -33,6 +33,7 @@ use super::keys::Keys;
 use super::keys::tests::Published;
 use super::review::{Review, Reviewer};
 use super::*;
+use crate::authority::nodes::NodeCertificates;
 use crate::authority::{self, Authority, CaPem};
 use crate::fleet::queries::QueryError;
 use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
@@ -40,7 +41,9 @@ use crate::propagation::Propagation;
 use crate::replicas::service::ReplicaKeys;
 use crate::status::{Floors, Registry as _};
 
+mod certified;
 mod load;
+mod queries;
 mod refused;
 
 const USER: &str = "system:serviceaccount:switchtower-system:switchtower-node-agent";
@@ -56,6 +59,10 @@ impl Reviewer for Fake {
             let (user, node) = header["kid"].as_str().unwrap().split_once('@').unwrap();
             if user == "down" {
                 return Err("connection refused".to_owned());
+            }
+            if user == "refused" {
+                let error = Some("token has expired".to_owned());
+                return Ok(TokenReviewStatus { error, ..TokenReviewStatus::default() });
             }
             let mut extra =
                 BTreeMap::from([("authentication.kubernetes.io/pod-uid".to_owned(), vec!["u".to_owned()])]);
@@ -76,10 +83,14 @@ impl Reviewer for Fake {
 
 /// Expires in 2030 for the audience switchtower.
 fn token(user: &str, node: &str) -> String {
+    const UNTIL_2030: &str = "eyJhdWQiOlsic3dpdGNodG93ZXIiXSwiZXhwIjoxOTAwMDAwMDAwLCJrdWJlcm5ldGVzLmlvIjp7InBvZCI6eyJuYW1lIjoiYSIsInVpZCI6InUifX19";
+    token_with(user, node, UNTIL_2030)
+}
+
+/// A token with these claims, in base64url.
+fn token_with(user: &str, node: &str, claims: &str) -> String {
     let header = URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"ES256","kid":"{user}@{node}"}}"#));
-    format!(
-        "{header}.eyJhdWQiOlsic3dpdGNodG93ZXIiXSwiZXhwIjoxOTAwMDAwMDAwLCJrdWJlcm5ldGVzLmlvIjp7InBvZCI6eyJuYW1lIjoiYSIsInVpZCI6InUifX19.c2ln"
-    )
+    format!("{header}.{claims}.c2ln")
 }
 
 struct Lab {
@@ -102,10 +113,13 @@ impl Lab {
         let (namespace, account) = ("switchtower-system", "switchtower-node-agent");
         let authenticator = Authenticator::new(Fake, Arc::new(keys), "switchtower", namespace, account);
         let ca = authority::generate().unwrap();
-        let config = Arc::new(ServerTls::from_pointee(tls::server_config(&ca).unwrap()));
+        let config =
+            Arc::new(ServerTls::from_pointee(tls::server_config(&Authority::new(ca.clone())).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let replica = ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&Authority::new(ca.clone())));
+        let certificates = NodeCertificates::new(&Authority::new(ca.clone())).unwrap();
+        let limits = Limits { certificates: Some(certificates), ..limits };
         let server = Server::new(fleet.clone(), Arc::new(authenticator), limits, replica);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
         let lab = Self { fleet, floors, propagation, metrics, ca, address };
@@ -163,11 +177,15 @@ impl Lab {
     }
 
     fn client_config(&self) -> Arc<rustls::ClientConfig> {
-        Arc::new(switchtower_proto::tls::client_config(self.roots()).unwrap())
+        Arc::new(switchtower_proto::tls::client_config(self.roots(), None).unwrap())
     }
 
     async fn dial(&self, token: &str) -> Result<Agent, Status> {
-        let (connector, address) = (tokio_rustls::TlsConnector::from(self.client_config()), self.address);
+        self.dial_with(self.client_config(), token).await
+    }
+
+    async fn dial_with(&self, config: Arc<rustls::ClientConfig>, token: &str) -> Result<Agent, Status> {
+        let (connector, address) = (tokio_rustls::TlsConnector::from(config), self.address);
         let dial = tower::service_fn(move |_: http::Uri| {
             let connector = connector.clone();
             async move {
@@ -550,31 +568,9 @@ async fn five_hundred_agents_come_at_once() {
 }
 
 #[tokio::test]
-async fn query_travels_over_the_stream_and_returns_its_answer() {
+async fn session_is_higher_than_that_of_another_replica() {
     let lab = Lab::start(Limits::default()).await;
-    let question = || Kind::Frontends(FrontendsQuery { limit: 3 });
-    let refused = lab.fleet.ask("n9", question()).await;
-    assert_eq!(refused, Err(QueryError::UnknownNode("n9".to_owned())));
-    let refused = lab.fleet.ask("n1", question()).await;
-    assert_eq!(refused, Err(QueryError::NotConnected("n1".to_owned())));
-
     let mut agent = lab.agent("n1").await;
-    agent.welcome(hello("n1")).await;
-    let (update, _) = agent.update().await;
-    let fleet = lab.fleet.clone();
-    let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
-    let ToAgent::Query(query) = agent.next().await else { panic!("Query") };
-    assert_eq!(query.kind, Some(question()));
-    // An acknowledgement in between is no matter.
-    let part = |part: &str, last| Answer { id: query.id, part: part.into(), last, ..Answer::default() };
-    agent.send(FromAgent::Answer(part("first, ", false))).await;
-    agent.ack(&update).await;
-    agent.send(FromAgent::Answer(part("second", true))).await;
-    assert_eq!(asked.await.unwrap().unwrap(), b"first, second");
-
-    let fleet = lab.fleet.clone();
-    let asked = tokio::spawn(async move { fleet.ask("n1", question()).await });
-    assert!(matches!(agent.next().await, ToAgent::Query(_)));
-    drop(agent);
-    assert_eq!(asked.await.unwrap(), Err(QueryError::Ended("n1".to_owned())));
+    agent.welcome(Hello { session: 41, ..hello("n1") }).await;
+    assert_eq!(agent.session, 42);
 }

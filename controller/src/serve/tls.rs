@@ -6,9 +6,12 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use futures::Stream;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose};
-use rustls::ServerConfig;
-use rustls::server::Acceptor;
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::crypto::CryptoProvider;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{Acceptor, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{RootCertStore, ServerConfig};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 pub use switchtower_proto::tls::SERVER_NAME;
 use time::Duration as Span;
 use tokio::net::{TcpListener, TcpStream};
@@ -18,7 +21,8 @@ use tokio_rustls::server::TlsStream;
 
 use super::connection::Connection;
 use super::gate::{Gate, Rejection, Stage, Ticket};
-use crate::authority::{CaPem, named, valid_for};
+use crate::authority::nodes::Certified;
+use crate::authority::{Authority, CaPem, named, valid_for};
 
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -35,16 +39,46 @@ pub enum TlsError {
     /// The certificate is not accepted by the TLS library.
     #[error("set up TLS with the new certificate")]
     Config(#[from] rustls::Error),
+    /// Clients' certificates cannot be verified with the CAs.
+    #[error("set up the verification of client certificates")]
+    Verifier(#[from] VerifierBuilderError),
 }
 
 /// TLS configuration of the server; may be replaced at any time for new connections.
 pub type ServerTls = ArcSwap<ServerConfig>;
 
-/// Creates a configuration with a new certificate of the CA, valid for one year.
+/// Creates a configuration for agents and replicas, with a new certificate of the signer. Clients may present a certificate of
+/// the authority.
 ///
 /// # Errors
-/// The CA cannot be read.
-pub fn server_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
+/// The authority cannot be used.
+pub fn server_config(authority: &Authority) -> Result<ServerConfig, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(authority.bundle().as_bytes()) {
+        roots.add(certificate.map_err(|_| rcgen::Error::CouldNotParseCertificate)?)?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    let verifier = verifier.allow_unauthenticated().build()?;
+    config(&authority.signer, b"h2", verifier)
+}
+
+/// Creates a configuration as [`server_config`] does, for the admin API with HTTP/1.1 and without client certificates.
+///
+/// # Errors
+/// As [`server_config`].
+pub fn admin_config(authority: &Authority) -> Result<ServerConfig, TlsError> {
+    config(&authority.signer, b"http/1.1", WebPkiClientVerifier::no_client_auth())
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn config(
+    ca: &CaPem,
+    protocol: &[u8],
+    verifier: Arc<dyn ClientCertVerifier>,
+) -> Result<ServerConfig, TlsError> {
     let issuer = Issuer::from_ca_cert_pem(&ca.certificate, KeyPair::from_pem(&ca.key)?)?;
     let key = KeyPair::generate()?;
     let mut parameters = CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
@@ -55,22 +89,11 @@ pub fn server_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
     valid_for(&mut parameters, VALIDITY);
     let certificate = parameters.signed_by(&key, &issuer)?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
+        .with_client_cert_verifier(verifier)
         .with_single_cert(vec![certificate.der().clone()], key)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
-}
-
-/// Creates a configuration as [`server_config`] does, for the admin API with HTTP/1.1.
-///
-/// # Errors
-/// As [`server_config`].
-pub fn admin_config(ca: &CaPem) -> Result<ServerConfig, TlsError> {
-    let mut config = server_config(ca)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     Ok(config)
 }
 
@@ -112,8 +135,10 @@ async fn accept(listener: TcpListener, tls: &ServerTls, gate: &Arc<Gate>, out: &
                     Err(HandshakeError::Peer(reason, detail)) => return ticket.refused(reason, detail),
                 },
             };
+            let certified =
+                stream.get_ref().1.peer_certificates().and_then(|chain| Certified::of(chain.first()?));
             // Fails only if the server has ended.
-            let _ = out.send(Ok(Connection::new(stream, ticket, closed))).await;
+            let _ = out.send(Ok(Connection::new(stream, ticket, closed).certified(certified))).await;
         });
     }
 }

@@ -36,6 +36,8 @@ pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> 
         deviations: _,
         trial: _,
         mode: _,
+        session: _,
+        public_key: _,
     } = hello;
     if versions.len() > LIST || features.len() > LIST || addresses.len() > LIST {
         return malformed("a list is too long");
@@ -73,11 +75,24 @@ pub(super) fn check(hello: &Hello, node: &str, known: u64) -> Result<(), Fault> 
     Ok(())
 }
 
+/// Returns the number of the agent's last session, 0 if it is out of range. Another replica may have served it, whose number
+/// has not arrived in the row yet.
+pub(super) fn last_session(hello: &Hello, known: u64) -> u64 {
+    if hello.session <= known.saturating_add(AHEAD) { hello.session } else { 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use switchtower_proto::v1::Stamp;
 
     use super::*;
+
+    #[test]
+    fn last_session_is_bounded() {
+        let hello = |session| Hello { session, ..Hello::default() };
+        assert_eq!(last_session(&hello(7), 3), 7);
+        assert_eq!(last_session(&hello(u64::MAX), 3), 0);
+    }
 
     #[test]
     fn claim_far_above_known_generation_is_refused() {

@@ -2,15 +2,18 @@
 
 use std::time::Duration;
 
+use crate::authority::nodes::NodeCertificates;
 use crate::peers::Peers;
 
 /// Bounds and times of streams.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Limits {
     /// Name of this replica, sent to agents.
     pub replica: String,
     /// Addresses of all replicas, sent to agents.
     pub peers: Peers,
+    /// Issues the certificates of nodes. `None`: requests are ignored.
+    pub certificates: Option<NodeCertificates>,
     /// Maximum number of open streams.
     pub streams: usize,
     /// Maximum average of new streams per second.
@@ -36,6 +39,7 @@ impl Default for Limits {
         Self {
             replica: "controller".to_owned(),
             peers: Peers::new(Vec::new()).0,
+            certificates: None,
             streams: 20_000,
             streams_per_second: 1_000.0,
             stream_burst: 2_000.0,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use switchtower_proto::DRAIN_GATE;
-use switchtower_proto::tls::{SERVER_NAME, client_config};
+use switchtower_proto::tls::{ClientIdentity, SERVER_NAME, client_config};
 use switchtower_proto::v1::controller_message::Message as FromController;
 use switchtower_proto::v1::fleet_client::FleetClient;
 use switchtower_proto::v1::{
@@ -27,6 +27,7 @@ mod trust;
 
 use crate::controller::backoff::{self, Backoff, FailureKind, full_jitter};
 use crate::controller::bootstrap::{BootstrapError, Controllers};
+use crate::controller::certificate::NodeCertificate;
 use crate::controller::choice::Choice;
 use crate::controller::link::{Absence, Contact};
 use crate::drain::requests::{Link, Requests};
@@ -147,6 +148,12 @@ impl SessionError {
 }
 
 impl SessionError {
+    /// Returns true if the controller could not accept the token, which the certificate of the node may replace.
+    fn is_about_the_token(&self) -> bool {
+        use tonic::Code;
+        matches!(self, Self::Refused { code: Code::Unavailable | Code::Unauthenticated, .. })
+    }
+
     /// Returns the kind of failure for the backoff.
     fn failure(&self) -> FailureKind {
         match self {
@@ -187,21 +194,35 @@ pub struct Context {
     pub drains: Requests,
 }
 
+/// State that one session leaves for the next.
+struct Memory {
+    choice: Choice,
+    /// Number of the last session, 0 if there was none.
+    session: u64,
+    /// `None` if no key can be generated.
+    certificate: Option<NodeCertificate>,
+}
+
 /// Keeps a session with one of the controllers until `stop` becomes true.
 pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
-    let mut choice = Choice::default();
+    let certificate =
+        NodeCertificate::load(context.controllers.state.as_deref(), context.identity.files.clone());
+    let mut memory = Memory { choice: Choice::default(), session: 0, certificate };
     let mut backoff = Backoff::default();
     let mut logged = false;
     loop {
         let began = Instant::now();
         let result = tokio::select! {
-            result = session(&mut context, &mut choice) => result,
+            result = session(&mut context, &mut memory) => result,
             _ = stop.wait_for(|stop| *stop) => return,
         };
         context.metrics.connected.set(0);
         let Err(error) = result;
         if matches!(error, SessionError::Stopping) {
             return;
+        }
+        if let Some(certificate) = &mut memory.certificate {
+            certificate.ended(error.is_about_the_token());
         }
         context.contact.lost(error.reason(), error.absence(), &error.to_string());
         // Missing files, which the kubelet may still be mounting, are cheap to check.
@@ -249,12 +270,13 @@ async fn connect(
     controllers: &Controllers,
     address: &str,
     target: Vec<SocketAddr>,
+    identity: Option<ClientIdentity>,
 ) -> Result<Channel, SessionError> {
     let mut roots = rustls::RootCertStore::empty();
     for certificate in controllers.ca()? {
         roots.add(certificate)?;
     }
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(client_config(roots)?));
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(client_config(roots, identity)?));
     let dial = tower::service_fn(move |_: tonic::transport::Uri| {
         let (connector, target) = (connector.clone(), target.clone());
         async move {
@@ -296,31 +318,49 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 async fn session(
     context: &mut Context,
-    choice: &mut Choice,
+    memory: &mut Memory,
 ) -> Result<std::convert::Infallible, SessionError> {
     let span = span!("switchtower.connect", otel.kind = "client", server.address = tracing::field::Empty);
-    let opened = open(context, choice).instrument(span.clone()).await;
+    let opened = open(context, memory).instrument(span.clone()).await;
     if let Err(error) = &opened {
         spans::failed(&span, error);
     }
     // The span covers opening the stream only.
     drop(span);
     let (mut stream, mut incoming) = opened?;
-    choice.connected();
+    memory.choice.connected();
     stream.pump(&mut incoming).await
+}
+
+/// Returns the request of a stream, with the token.
+fn request(
+    token: &str,
+    outgoing: mpsc::Receiver<AgentMessage>,
+) -> Result<tonic::Request<tokio_stream::wrappers::ReceiverStream<AgentMessage>>, SessionError> {
+    let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(outgoing));
+    let bearer = format!("Bearer {token}").parse();
+    let bearer = bearer.map_err(|_| SessionError::Protocol("the token is not ASCII"))?;
+    request.metadata_mut().insert("authorization", bearer);
+    Ok(request)
 }
 
 /// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
 async fn open<'a>(
     context: &'a mut Context,
-    choice: &mut Choice,
+    memory: &mut Memory,
 ) -> Result<(Stream<'a>, tonic::Streaming<ControllerMessage>), SessionError> {
     let Context { controllers, identity, commands, metrics, contact, drains } = context;
     let token = controllers.token()?;
     let addresses = controllers.addresses()?;
-    let address = choice.next(&addresses).ok_or(BootstrapError::NoController)?;
+    let address = memory.choice.next(&addresses).ok_or(BootstrapError::NoController)?;
     let target = resolve(controllers, &address, commands).await?;
-    let channel = connect(controllers, &address, target).await?;
+    let channel = connect(
+        controllers,
+        &address,
+        target,
+        memory.certificate.as_ref().and_then(NodeCertificate::identity),
+    )
+    .await?;
     let (events_sender, events) = mpsc::unbounded_channel();
     let (status, answer) = oneshot::channel();
     let attach = Command::Attach { events: events_sender, status };
@@ -328,12 +368,9 @@ async fn open<'a>(
     let status = answer.await.map_err(|_| SessionError::Stopping)?;
 
     let (out, outgoing) = mpsc::channel(16);
-    let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, status))) };
+    let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, status, memory))) };
     out.send(hello).await.map_err(|_| SessionError::Ended)?;
-    let mut request = tonic::Request::new(tokio_stream::wrappers::ReceiverStream::new(outgoing));
-    let bearer = format!("Bearer {token}").parse();
-    let bearer = bearer.map_err(|_| SessionError::Protocol("the token is not ASCII"))?;
-    request.metadata_mut().insert("authorization", bearer);
+    let request = request(&token, outgoing)?;
     let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
     let refused = |status: tonic::Status| SessionError::Refused {
         code: status.code(),
@@ -349,12 +386,16 @@ async fn open<'a>(
         Some(FromController::GoAway(goodbye)) => return Err(go_away(goodbye)),
         _ => return Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
     };
-    let Welcome { version, session, controller, peers, resumed, features } = welcome;
+    let Welcome { version, session, controller, peers, resumed, features, certificate } = welcome;
     if !VERSIONS.contains(&version) {
         return Err(SessionError::Protocol("it chose a version that the agent did not offer"));
     }
     tracing::info!(%address, controller, session, resumed, "connected");
     tracing::Span::current().record("server.address", address.as_str());
+    memory.session = session;
+    if let Some(known) = &mut memory.certificate {
+        known.received(certificate);
+    }
     metrics.connected.set(1);
     contact.made(&address);
     remember(controllers, identity, &peers);
@@ -384,7 +425,7 @@ fn go_away(goodbye: GoAway) -> SessionError {
     }
 }
 
-fn hello(identity: &Identity, status: AgentStatus) -> Hello {
+fn hello(identity: &Identity, status: AgentStatus, memory: &Memory) -> Hello {
     let AgentStatus { kernel, view, addresses, deviations, trial, mode } = status;
     let bytes = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec(),
@@ -402,6 +443,8 @@ fn hello(identity: &Identity, status: AgentStatus) -> Hello {
         deviations,
         trial,
         mode: mode.into(),
+        session: memory.session,
+        public_key: memory.certificate.as_ref().map(NodeCertificate::request).unwrap_or_default(),
     }
 }
 

@@ -172,7 +172,15 @@ impl FakeStream {
         let controller = "fake".to_owned();
         let features = vec![switchtower_proto::DRAIN_GATE.to_owned()];
         let peers = peers.to_vec();
-        let welcome = Welcome { version: 1, session, controller, peers, resumed: false, features };
+        let welcome = Welcome {
+            version: 1,
+            session,
+            controller,
+            peers,
+            resumed: false,
+            features,
+            ..Welcome::default()
+        };
         self.send(FromController::Welcome(welcome)).await;
     }
 

@@ -422,6 +422,12 @@ pub struct Hello {
     /// of the tables in the kernel
     #[prost(enumeration = "ProxyMode", tag = "11")]
     pub mode: i32,
+    /// of the last Welcome, from any replica; 0: none. The new session is higher
+    #[prost(uint64, tag = "12")]
+    pub session: u64,
+    /// SubjectPublicKeyInfo in DER (RFC 5280) of a key for which the agent requests a certificate. Empty: it has a valid one.
+    #[prost(bytes = "vec", tag = "13")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Stamp {
@@ -715,6 +721,10 @@ pub struct Welcome {
     /// optional parts of the protocol that the controller supports
     #[prost(string, repeated, tag = "6")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Certificate in DER of the key in Hello, with the URI SAN spiffe://switchtower/node/NAME. It identifies the agent while the
+    /// API server cannot review its token. Empty: none was requested, or the key is not usable.
+    #[prost(bytes = "vec", tag = "7")]
+    pub certificate: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainAnswer {

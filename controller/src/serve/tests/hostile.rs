@@ -105,7 +105,8 @@ impl Field {
         let reviews = Believing::default();
         let authenticator =
             Authenticator::new(reviews.clone(), Arc::new(keys), "switchtower", namespace, account);
-        let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&lab.ca).unwrap()));
+        let tls =
+            Arc::new(ServerTls::from_pointee(tls::server_config(&Authority::new(lab.ca.clone())).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let replica =

@@ -263,7 +263,7 @@ async fn only_the_pinned_name_under_the_right_authority_is_trusted() {
         let path = directory.path();
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
-        let attempt = || connect(&controllers, "controller:9443", vec![controller.address]);
+        let attempt = || connect(&controllers, "controller:9443", vec![controller.address], None);
         let refused = attempt().await;
         let refused = refused.map(|_| ()).unwrap_err();
         assert_eq!(refused.reason(), "ControllerUntrusted", "{name}: {refused}");
@@ -293,8 +293,10 @@ async fn wrong_clock_reported_as_clock_skew() {
         let path = directory.path();
         let controllers =
             Controllers::new(Vec::new(), Some(path.to_path_buf()), None, path.join("token"), None);
-        let refused =
-            connect(&controllers, "controller:9443", vec![controller.address]).await.map(|_| ()).unwrap_err();
+        let refused = connect(&controllers, "controller:9443", vec![controller.address], None)
+            .await
+            .map(|_| ())
+            .unwrap_err();
         assert_eq!(refused.reason(), "ClockSkew", "{refused}");
         assert!(refused.to_string().contains(text), "{refused}");
     }
