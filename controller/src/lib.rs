@@ -33,6 +33,7 @@ pub mod replicas;
 pub mod rollout;
 pub mod run;
 pub mod serve;
+pub mod server_clock;
 pub mod session;
 pub mod status;
 mod sync;

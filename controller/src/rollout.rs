@@ -162,6 +162,13 @@ impl Rollouts {
         }
     }
 
+    /// Uses the clock that all replicas share, instead of that of this process.
+    #[must_use]
+    pub fn timed_by(mut self, wall: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
+        self.clock = Clock::new(Box::new(wall));
+        self
+    }
+
     /// Reads all objects and serves the assigned settings, so that agents get the right ones from the start.
     ///
     /// # Errors

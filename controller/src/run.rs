@@ -208,7 +208,7 @@ async fn start_replica(
     let fence = Fence::default();
     let config = api::config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
-    let clients = Clients::new(config, &fence)?;
+    let clients = Clients::new(&config, &fence)?;
     let advertise = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
     let args = ServeArgs { advertise, ..args };

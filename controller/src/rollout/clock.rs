@@ -1,8 +1,8 @@
 //! The clock of decisions.
 //!
 //! A jump of the wall clock must neither shorten nor extend a running soak or deadline, so time advances with the
-//! monotonic clock. The clock is set from the wall clock at the start of the process, because stored times must be
-//! comparable, and whenever no rollout is active.
+//! monotonic clock. The clock is set from the API server's clock ([`crate::server_clock`]) at the start of the process,
+//! because stored times must be comparable, and whenever no rollout is active.
 
 use k8s_openapi::jiff::Timestamp;
 use switchtower_core::rollout::Time;

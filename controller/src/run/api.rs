@@ -12,6 +12,7 @@ use crate::authority::{Authority, AuthorityError, directory, secret};
 use crate::cli::ServeArgs;
 use crate::errors::Chain;
 use crate::lease::Fence;
+use crate::server_clock::ServerClock;
 
 /// Timeout of a request for the certificate authority.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,14 +24,18 @@ pub(super) struct Clients {
     pub(super) unfenced: Client,
     /// For what only the leader may write.
     pub(super) fenced: Client,
+    /// Clock of the API server.
+    pub(super) clock: ServerClock,
 }
 
 impl Clients {
-    pub(super) fn new(config: Config, fence: &Fence) -> anyhow::Result<Self> {
+    pub(super) fn new(config: &Config, fence: &Fence) -> anyhow::Result<Self> {
         let context = "setting up the client of the API server";
-        let unfenced = Client::try_from(config.clone()).context(context)?;
-        let fenced = ClientBuilder::try_from(config).context(context)?.with_layer(&fence.layer()).build();
-        Ok(Self { unfenced, fenced })
+        let clock = ServerClock::default();
+        let builder = || ClientBuilder::try_from(config.clone()).context(context);
+        let unfenced = builder()?.with_layer(&clock.layer()).build();
+        let fenced = builder()?.with_layer(&clock.layer()).with_layer(&fence.layer()).build();
+        Ok(Self { unfenced, fenced, clock })
     }
 }
 

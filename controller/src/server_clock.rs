@@ -1,0 +1,125 @@
+//! The clock of the API server, by which all replicas measure the times that they store.
+//!
+//! A soak or a deadline that one leader begins may end under another. If each used its own clock, a replica whose clock is
+//! ahead would cut the soak short. The `Date` header of every response (RFC 9110, section 6.6.1) shows the difference.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use http::{HeaderMap, Response, header};
+use k8s_openapi::jiff::Timestamp;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{Gauge, Registry};
+use tower::util::MapResponseLayer;
+
+/// Maximum difference in milliseconds that counts as none: the header has whole seconds, and responses take time.
+const TOLERANCE: i64 = 2_000;
+
+/// Difference between the clock of the API server and that of this process. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct ServerClock(Arc<AtomicI64>);
+
+impl ServerClock {
+    /// Returns the time of the API server as of its last response; before the first one, that of this process.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        let now = Timestamp::now();
+        let offset = self.0.load(Ordering::Relaxed);
+        Timestamp::from_millisecond(now.as_millisecond().saturating_add(offset)).unwrap_or(now)
+    }
+
+    /// For a client of the API server: reads the header of every response.
+    pub fn layer<B>(&self) -> MapResponseLayer<impl Fn(Response<B>) -> Response<B> + Clone + use<B>> {
+        let clock = self.clone();
+        MapResponseLayer::new(move |response: Response<B>| {
+            clock.observe(response.headers(), SystemTime::now());
+            response
+        })
+    }
+
+    /// Exports the difference.
+    ///
+    /// # Errors
+    /// The metric exists already.
+    pub fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        let help = "Clock of the API server minus that of this controller, in seconds; 0 below two seconds.";
+        let gauge = Gauge::new("switchtower_api_server_clock_offset_seconds", help)?;
+        registry.register(Box::new(OffsetCollector { clock: self.clone(), gauge }))
+    }
+
+    fn observe(&self, headers: &HeaderMap, received: SystemTime) {
+        let date = headers.get(header::DATE).and_then(|date| date.to_str().ok());
+        let Some(sent) = date.and_then(|date| httpdate::parse_http_date(date).ok()) else { return };
+        let offset = milliseconds(sent).saturating_sub(milliseconds(received));
+        let offset = if offset.abs() < TOLERANCE { 0 } else { offset };
+        let before = self.0.swap(offset, Ordering::Relaxed);
+        if (offset - before).abs() >= TOLERANCE {
+            tracing::warn!(
+                offset_ms = offset,
+                "the clock of this process differs from the API server's; rollouts use the API server's"
+            );
+        }
+    }
+}
+
+fn milliseconds(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+struct OffsetCollector {
+    clock: ServerClock,
+    gauge: Gauge,
+}
+
+impl Collector for OffsetCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        #[allow(clippy::cast_precision_loss, reason = "exact below 285,000 years")]
+        self.gauge.set(self.clock.0.load(Ordering::Relaxed) as f64 / 1_000.0);
+        self.gauge.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn observed(ahead: i64) -> ServerClock {
+        let clock = ServerClock::default();
+        let now = SystemTime::now();
+        let sent = now.checked_add(Duration::from_secs(ahead.unsigned_abs()));
+        let sent = if ahead < 0 { now.checked_sub(Duration::from_secs(ahead.unsigned_abs())) } else { sent };
+        let mut headers = HeaderMap::new();
+        headers.insert(header::DATE, httpdate::fmt_http_date(sent.unwrap()).parse().unwrap());
+        clock.observe(&headers, now);
+        clock
+    }
+
+    #[test]
+    fn wrong_clock_is_corrected_to_the_second() {
+        for ahead in [-3_600, 3_600] {
+            let difference = observed(ahead).now().as_millisecond() - Timestamp::now().as_millisecond();
+            assert!((difference - ahead * 1_000).abs() <= TOLERANCE, "{difference}");
+        }
+    }
+
+    #[test]
+    fn small_differences_and_bad_headers_change_nothing() {
+        assert_eq!(observed(0).0.load(Ordering::Relaxed), 0);
+        let clock = observed(3_600);
+        let before = clock.0.load(Ordering::Relaxed);
+        let mut headers = HeaderMap::new();
+        clock.observe(&headers, SystemTime::now());
+        headers.insert(header::DATE, "yesterday".parse().unwrap());
+        clock.observe(&headers, SystemTime::now());
+        assert_eq!(clock.0.load(Ordering::Relaxed), before);
+    }
+}
