@@ -125,10 +125,12 @@ async fn back(cluster: &Cluster, migration: &Migration<'_>) -> Result<Report, Cl
     let shadow = builtin_is_shadow(cluster).await?;
     let mut lease = Held::take(cluster).await?;
     let outcome = async {
-        migration.recreate(&seen).await?;
-        let outcome = migration.run(Direction::ToKubeProxy, &mut lease).await?;
-        if let Outcome::Finished(_) = &outcome {
-            migration.restore(shadow).await?;
+        let mut outcome = migration.restore_daemon_set(&mut lease).await?;
+        if outcome.is_finished() {
+            outcome = migration.run(Direction::ToKubeProxy, &mut lease).await?;
+        }
+        if outcome.is_finished() {
+            outcome = migration.clear(shadow, &mut lease).await?;
         }
         Ok(outcome)
     };

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
+use switchtower_crds::ProxyProfile;
 
 use super::daemon_set;
 use super::kubectl::Kubectl;
@@ -66,6 +67,12 @@ pub(super) enum Outcome {
     Stopped(String),
 }
 
+impl Outcome {
+    pub(super) fn is_finished(&self) -> bool {
+        matches!(self, Self::Finished(_))
+    }
+}
+
 /// A migration command that may change the cluster.
 pub(super) struct Migration<'a> {
     pub(super) cluster: &'a Cluster,
@@ -99,16 +106,52 @@ impl Migration<'_> {
         self.kubectl.run(&["-n", &namespace, "patch", "daemonset", &name, "--type=json", "-p", &patch]).await
     }
 
-    /// Recreates the DaemonSet that `finish` deleted.
-    pub(super) async fn recreate(&self, seen: &Seen) -> Result<(), CliError> {
+    /// Restores kube-proxy's DaemonSet exactly as it was, before any node returns: a later change of its template would restart
+    /// kube-proxy on nodes that only it serves. On nodes that moved, its rules have no effect yet.
+    pub(super) async fn restore_daemon_set(&self, lease: &mut Held) -> Result<Outcome, CliError> {
+        let is_running = |node: &&NodeView| node.cleanup == steps::Cleanup::Running;
+        // It would remove the rules of the returning kube-proxy.
+        let cleaned = self.until("the removal of kube-proxy's rules", lease, |seen| {
+            Ok(seen.nodes.iter().all(|node| !is_running(&node)))
+        });
+        let seen = match cleaned.await? {
+            Ok(seen) => seen,
+            Err(reason) => return Ok(Outcome::Stopped(reason)),
+        };
         match (&seen.daemon_set, &seen.original) {
-            (Some(_), _) => self.prepare(seen).await,
-            (None, Some(original)) => {
-                self.kubectl.run_with(&["create"], &daemon_set::recreated(original)).await
+            (Some(object), Some(original)) if !daemon_set::is_restored(original, object) => {
+                self.patch_daemon_set(object, &daemon_set::restore_patch(original, object)).await?;
             }
-            (None, None) => Err(CliError::new(format!(
-                "neither kube-proxy's DaemonSet nor ConfigMap {RECORD} exists: install kube-proxy, then run the command again"
-            ))),
+            (Some(_), _) => {}
+            (None, Some(original)) => self.kubectl.run_with(&["create"], original).await?,
+            (None, None) => {
+                return Err(CliError::new(format!(
+                    "neither kube-proxy's DaemonSet nor ConfigMap {RECORD} exists: install kube-proxy, then run the command again"
+                )));
+            }
+        }
+        Ok(Outcome::Finished(Vec::new()))
+    }
+
+    /// Observes the cluster until `holds`. Returns the observation, or as an inner error the reason why it does not hold.
+    async fn until(
+        &self,
+        what: &str,
+        lease: &mut Held,
+        holds: impl Fn(&Seen) -> Result<bool, String>,
+    ) -> Result<Result<Seen, String>, CliError> {
+        let started = Instant::now();
+        loop {
+            lease.renew().await?;
+            let seen = Seen::look(self.cluster).await?;
+            match holds(&seen) {
+                Ok(true) => return Ok(Ok(seen)),
+                Err(reason) => return Ok(Err(reason)),
+                Ok(false) if started.elapsed() > self.timeout => {
+                    return Ok(Err(format!("timeout while waiting for {what}")));
+                }
+                Ok(false) => tokio::time::sleep(INTERVAL).await,
+            }
         }
     }
 
@@ -206,22 +249,15 @@ impl Migration<'_> {
     /// Extends mode Active to all nodes, also to later ones, and deletes kube-proxy's DaemonSet.
     pub(super) async fn finish(&self, lease: &mut Held) -> Result<Outcome, CliError> {
         self.kubectl.run_with(&["apply"], &ACTIVE.object("finish the migration", true)).await?;
-        let started = Instant::now();
-        let seen = loop {
-            lease.renew().await?;
-            let seen = Seen::look(self.cluster).await?;
-            match seen.rollout(ACTIVE.name) {
-                steps::Rollout::Over => break seen,
-                steps::Rollout::Failed(message) => {
-                    return Ok(Outcome::Stopped(format!("the rollout to all nodes failed: {message}")));
-                }
-                steps::Rollout::Running if started.elapsed() > self.timeout => {
-                    return Ok(Outcome::Stopped(
-                        "timeout while waiting for the rollout to all nodes".to_owned(),
-                    ));
-                }
-                steps::Rollout::Running => tokio::time::sleep(INTERVAL).await,
-            }
+        let rolled_out =
+            self.until("the rollout to all nodes", lease, |seen| match seen.rollout(ACTIVE.name) {
+                steps::Rollout::Over => Ok(true),
+                steps::Rollout::Running => Ok(false),
+                steps::Rollout::Failed(message) => Err(format!("the rollout to all nodes failed: {message}")),
+            });
+        let seen = match rolled_out.await? {
+            Ok(seen) => seen,
+            Err(reason) => return Ok(Outcome::Stopped(reason)),
         };
         if let Some(object) = &seen.daemon_set {
             let (namespace, name) = key(object);
@@ -230,24 +266,53 @@ impl Migration<'_> {
         Ok(Outcome::Finished(Vec::new()))
     }
 
-    /// Restores kube-proxy's DaemonSet after all nodes returned, and removes what the migration created. `shadow`: the
-    /// built-in settings have mode Shadow; otherwise the profile that keeps the nodes in it must stay.
-    pub(super) async fn restore(&self, shadow: bool) -> Result<(), CliError> {
-        let seen = Seen::look(self.cluster).await?;
-        if let (Some(original), Some(object)) = (&seen.original, &seen.daemon_set) {
-            self.patch_daemon_set(object, &daemon_set::restore_patch(original, object)).await?;
-        }
-        if seen.profile(ACTIVE.name).is_some() {
-            self.kubectl.run(&["delete", "proxyprofile", ACTIVE.name]).await?;
+    /// Removes what the migration created, after all nodes returned. `shadow`: the built-in settings have mode Shadow;
+    /// otherwise the profile that keeps the nodes in it must stay.
+    pub(super) async fn clear(&self, shadow: bool, lease: &mut Held) -> Result<Outcome, CliError> {
+        let profiles: &[Profile] = if shadow { &[ACTIVE, SHADOW] } else { &[ACTIVE] };
+        for profile in profiles {
+            if let Some(reason) = self.delete(*profile, lease).await? {
+                return Ok(Outcome::Stopped(reason));
+            }
         }
         if shadow {
-            if seen.profile(SHADOW.name).is_some() {
-                self.kubectl.run(&["delete", "proxyprofile", SHADOW.name]).await?;
-            }
             let label = format!("{LABEL}-");
             self.kubectl.run(&["label", "node", "-l", LABEL, &label]).await?;
         }
         let namespace = self.cluster.system_namespace();
-        self.kubectl.run(&["-n", namespace, "delete", "configmap", RECORD, "--ignore-not-found"]).await
+        self.kubectl.run(&["-n", namespace, "delete", "configmap", RECORD, "--ignore-not-found"]).await?;
+        Ok(Outcome::Finished(Vec::new()))
     }
+
+    /// Deletes a profile and waits until its nodes have other settings. Returns the reason if they do not get them.
+    async fn delete(&self, profile: Profile, lease: &mut Held) -> Result<Option<String>, CliError> {
+        let name = profile.name;
+        let seen = Seen::look(self.cluster).await?;
+        let Some(known) = seen.profile(name) else { return Ok(None) };
+        if known.metadata.deletion_timestamp.is_some() {
+            // A change of the profile retries what failed in an earlier attempt.
+            let change =
+                json!({"spec": {"changeCause": format!("delete ({})", Timestamp::now())}}).to_string();
+            self.kubectl.run(&["patch", "proxyprofile", name, "--type=merge", "-p", &change]).await?;
+        } else {
+            self.kubectl.run(&["delete", "proxyprofile", name, "--wait=false"]).await?;
+        }
+        let what = format!("ProxyProfile {name} to hand over its nodes");
+        let gone = self.until(&what, lease, |seen| match seen.profile(name) {
+            None => Ok(true),
+            Some(profile) => match stalled(profile) {
+                Some(message) => Err(format!("ProxyProfile {name} cannot be deleted: {message}")),
+                None => Ok(false),
+            },
+        });
+        Ok(gone.await?.err())
+    }
+}
+
+/// Returns the message of a profile whose latest change failed.
+fn stalled(profile: &ProxyProfile) -> Option<String> {
+    let conditions = &profile.status.as_ref()?.conditions;
+    let stalled = conditions.iter().find(|condition| condition.type_ == "Stalled")?;
+    let is_current = stalled.observed_generation >= profile.metadata.generation;
+    (stalled.status == "True" && is_current).then(|| stalled.message.clone())
 }
