@@ -19,6 +19,8 @@ use switchtower_e2e::lab::wait;
 
 use switchtower_e2e::scene::{SOON, Scene, alone, fleet, node};
 
+mod page;
+
 fn rules() -> String {
     fs::read_to_string(root().join("manifests/components/alerts/rules.yaml")).unwrap()
 }
