@@ -8,6 +8,7 @@ pub mod change;
 pub(crate) mod conntrack;
 pub mod dataplane;
 pub(crate) mod inspector;
+mod legacy;
 mod netlink;
 pub mod nft;
 pub(crate) mod original_destination;

@@ -118,7 +118,7 @@ pub(super) fn cleanup_job(object: &Value, node: &str) -> Value {
             "name": job_name(node), "namespace": object["metadata"]["namespace"],
             "labels": {"app": "kube-proxy-cleanup"}, "annotations": {"switchtower.dev/node": node},
         },
-        "spec": {"backoffLimit": 4, "ttlSecondsAfterFinished": 86400, "template": {
+        "spec": {"backoffLimit": 4, "template": {
             "metadata": {"labels": {"app": "kube-proxy-cleanup"}},
             "spec": {
                 "nodeName": node, "hostNetwork": true, "restartPolicy": "Never",

@@ -19,7 +19,7 @@ pub(super) const RECORD: &str = "switchtower-migration";
 /// Key of the DaemonSet in the record, as JSON.
 pub(super) const ORIGINAL: &str = "daemonset.json";
 /// Label of the Jobs that remove kube-proxy's rules.
-const JOBS: &str = "app=kube-proxy-cleanup";
+pub(super) const JOBS: &str = "app=kube-proxy-cleanup";
 
 /// The cluster at one moment.
 pub(super) struct Seen {
@@ -72,7 +72,12 @@ impl Seen {
                 profiles.push((profile, rollout));
             }
         }
-        let nodes = views(&cluster.nodes().await?, &cluster.rows().await?, &pods, &jobs);
+        let mut nodes = views(&cluster.nodes().await?, &cluster.rows().await?, &pods, &jobs);
+        if daemon_set.is_none() {
+            // `finish` deletes the Jobs with the DaemonSet.
+            let moved = nodes.iter_mut().filter(|node| node.place == Place::Switchtower);
+            moved.for_each(|node| node.cleanup = Cleanup::Complete);
+        }
         Ok(Self { nodes, daemon_set, original, profiles })
     }
 

@@ -9,7 +9,7 @@ use switchtower_crds::ProxyProfile;
 use super::daemon_set;
 use super::kubectl::Kubectl;
 use super::lease::Held;
-use super::observe::{ORIGINAL, RECORD, Seen, key};
+use super::observe::{JOBS, ORIGINAL, RECORD, Seen, key};
 use super::steps::{self, ACTIVE_PROFILE, Action, LABEL, NodeView, SHADOW_PROFILE};
 use crate::cluster::Cluster;
 use crate::error::CliError;
@@ -262,6 +262,7 @@ impl Migration<'_> {
         if let Some(object) = &seen.daemon_set {
             let (namespace, name) = key(object);
             self.kubectl.run(&["-n", &namespace, "delete", "daemonset", &name]).await?;
+            self.kubectl.run(&["-n", &namespace, "delete", "job", "-l", JOBS, "--ignore-not-found"]).await?;
         }
         Ok(Outcome::Finished(Vec::new()))
     }

@@ -72,6 +72,7 @@ pub(super) enum Presence {
 pub(super) enum Cleanup {
     Absent,
     Running,
+    /// Also after the migration is finished and the Jobs are deleted.
     Complete,
     Failed,
 }
@@ -110,11 +111,12 @@ impl NodeView {
         self.state.is_some_and(|state| !away.contains(&state))
     }
 
-    /// Returns whether only Switchtower serves the node.
+    /// Returns whether only Switchtower serves the node, and kube-proxy's rules were removed.
     pub(super) fn has_moved(&self) -> bool {
         self.place == Place::Switchtower
             && self.is_active()
             && self.kube_proxy == Presence::Absent
+            && self.cleanup == Cleanup::Complete
             && !self.kube_proxy_rules
     }
 

@@ -1,8 +1,8 @@
 //! Detects kube-proxy's rules: requested by exact name, never listed or parsed.
 //!
 //! `table ip kube-proxy` and `table ip6 kube-proxy` are its nftables mode, the chain `KUBE-SERVICES` in the table
-//! `nat` is its iptables and ipvs modes as iptables-nft writes them. Chains of legacy iptables are not in nf_tables
-//! and are not detected.
+//! `nat` is its iptables and ipvs modes as iptables-nft writes them. Chains of legacy iptables are not in nf_tables:
+//! [`LegacyTables`] finds them.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::batch::{self, Get};
 use super::layout::{FAMILY_IPV4, FAMILY_IPV6};
 use super::nfta::{chain, table};
+use crate::kernel::legacy::LegacyTables;
 use crate::kernel::netlink::Socket;
 use crate::kernel::netlink::wire::Writer;
 
@@ -21,6 +22,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct ForeignProxy {
     socket: Socket,
+    legacy: LegacyTables,
 }
 
 impl ForeignProxy {
@@ -29,7 +31,7 @@ impl ForeignProxy {
     /// # Errors
     /// The kernel has no nf_tables, or the process has too many open files.
     pub(crate) fn open() -> io::Result<Self> {
-        Ok(ForeignProxy { socket: batch::open()? })
+        Ok(ForeignProxy { socket: batch::open()?, legacy: LegacyTables::default() })
     }
 
     /// Returns whether rules of kube-proxy exist.
@@ -49,7 +51,7 @@ impl ForeignProxy {
                 return Ok(true);
             }
         }
-        Ok(false)
+        self.legacy.present()
     }
 
     /// Reports every change, starting from absent, until `report` breaks.

@@ -30,6 +30,7 @@ fn moved(name: &str) -> NodeView {
         state: Some(NodeState::Synced),
         kube_proxy: Presence::Absent,
         kube_proxy_rules: false,
+        cleanup: Cleanup::Complete,
         ..both(name)
     }
 }
@@ -44,8 +45,10 @@ fn node_moves_through_every_step() {
     assert_eq!(next(both("a"), Rollout::Over), Action::Detach("a".into()));
     let leaving = NodeView { kube_proxy: Presence::Ready, kube_proxy_rules: true, ..moved("a") };
     assert!(matches!(next(leaving.clone(), Rollout::Over), Action::Wait(_)));
-    let left = NodeView { kube_proxy: Presence::Absent, ..leaving };
+    let left = NodeView { kube_proxy: Presence::Absent, cleanup: Cleanup::Absent, ..leaving };
     assert_eq!(next(left.clone(), Rollout::Over), Action::CleanUp("a".into()));
+    let unseen = NodeView { kube_proxy_rules: false, ..left.clone() };
+    assert_eq!(next(unseen, Rollout::Over), Action::CleanUp("a".into()), "the agent may not see every rule");
     for (cleanup, stuck) in [(Cleanup::Running, false), (Cleanup::Complete, false), (Cleanup::Failed, true)] {
         let action = next(NodeView { cleanup, ..left.clone() }, Rollout::Over);
         assert_eq!(matches!(action, Action::Stuck(_)), stuck, "{action:?}");
@@ -116,7 +119,8 @@ impl World {
         match action {
             Action::Activate(names) => with(self, names, |node| *node = both(&node.name)),
             Action::Detach(name) => with(self, std::slice::from_ref(name), |node| {
-                (node.place, node.kube_proxy) = (Place::Switchtower, Presence::Absent);
+                (node.place, node.kube_proxy, node.cleanup) =
+                    (Place::Switchtower, Presence::Absent, Cleanup::Absent);
             }),
             Action::CleanUp(name) => with(self, std::slice::from_ref(name), |node| *node = moved(&node.name)),
             Action::Attach(names) => with(self, names, |node| *node = both(&node.name)),
