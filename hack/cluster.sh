@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A real cluster on this machine: kubelets, containers, CoreDNS (`make cluster` and related targets).
 #
-#   hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|helm|conformance [ARGUMENTS of the program `cluster`]
+#   hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|helm|migrate|conformance [ARGUMENTS of the program `cluster`]
 #   hack/cluster.sh prepare     only installs and builds requirements
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ACTION=${1:?use: hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|helm|conformance}
+ACTION=${1:?use: hack/cluster.sh up|down|install|demo|drain|installed|plugin|faults|uninstall|helm|migrate|conformance}
 shift
 require_root cluster
 if [ "$ACTION" = down ]; then
@@ -20,7 +20,7 @@ cd "$ROOT"
 if [ "$ACTION" != down ] || [ ! -x "$(target_dir)/debug/cluster" ]; then
     build_workspace_binaries ""
 fi
-case "$ACTION" in install | uninstall | helm) "$ROOT/hack/images.sh" "$(target_dir)/oci" ;; esac
+case "$ACTION" in install | uninstall | helm | migrate) "$ROOT/hack/images.sh" "$(target_dir)/oci" ;; esac
 if [ "$ACTION" = helm ]; then
     build_helm
     SWITCHTOWER_TOOL_HELM=$(tool_dir helm)/helm

@@ -27,6 +27,7 @@ pub mod interrupt;
 pub mod layout;
 pub mod load_balancer;
 pub mod machine;
+pub mod migrate;
 pub mod network;
 pub mod node;
 pub mod pki;

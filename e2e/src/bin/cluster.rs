@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchtower_e2e::cluster::interrupt::{self, Then};
 use switchtower_e2e::cluster::{
-    Layout, Tools, conformance, demo, down, faults, helm, install, installed, machine, plugin,
+    Layout, Tools, conformance, demo, down, faults, helm, install, installed, machine, migrate, plugin,
     rolling_update, shell, uninstall, up,
 };
 
@@ -88,6 +88,16 @@ enum Action {
         #[command(flatten)]
         programs: Programs,
     },
+    /// Migrates from kube-proxy and back under traffic, on a cluster without Switchtower
+    Migrate {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        programs: Programs,
+        /// Modes of kube-proxy
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "nftables,iptables")]
+        modes: Vec<KubeProxyMode>,
+    },
     /// Runs upstream's e2e tests of Services and prints the report
     Conformance {
         #[command(flatten)]
@@ -161,6 +171,21 @@ struct Programs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum KubeProxyMode {
+    Nftables,
+    Iptables,
+}
+
+impl From<KubeProxyMode> for migrate::Mode {
+    fn from(mode: KubeProxyMode) -> Self {
+        match mode {
+            KubeProxyMode::Nftables => Self::Nftables,
+            KubeProxyMode::Iptables => Self::Iptables,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ProxyName {
     None,
     KubeProxy,
@@ -230,6 +255,10 @@ fn main() -> Result<()> {
         Action::Plugin { place, programs } => plugin::check(&place.existing()?, &programs.tools()?),
         Action::Uninstall { place, programs } => uninstall::check(&place.existing()?, &programs.tools()?),
         Action::Helm { place, programs } => helm::check(&place.existing()?, &programs.tools()?),
+        Action::Migrate { place, programs, modes } => {
+            let modes: Vec<migrate::Mode> = modes.into_iter().map(Into::into).collect();
+            migrate::check(&place.existing()?, &programs.tools()?, &modes)
+        }
         Action::Conformance { place, programs, label, part, focus, processes, out } => {
             let run = conformance::Run { label, part, focus, processes, out };
             conformance::conformance(&place.existing()?, &programs.tools()?, &run)

@@ -252,7 +252,7 @@ fn program_layer(name: &str, program: &Path, work: &Path) -> Result<PathBuf> {
 }
 
 /// Writes a reproducible tar: equal files give equal bytes.
-fn tar(folder: &Path, archive: &Path, members: &[&str]) -> Result<()> {
+pub(super) fn tar(folder: &Path, archive: &Path, members: &[&str]) -> Result<()> {
     let mut command = std::process::Command::new("tar");
     command.args(["--create", "--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
     command.arg("--directory").arg(folder).arg("--file").arg(archive).args(members);

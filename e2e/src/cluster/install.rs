@@ -45,8 +45,8 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     wait_until_ready(&kubectl, layout, start)
 }
 
-/// Waits until controller and agents run, every node is Ready, and CoreDNS works; reports the time since `start`.
-pub(super) fn wait_until_ready(kubectl: &Kubectl, layout: &Layout, start: Instant) -> Result<()> {
+/// Waits until controller and agents run.
+pub(super) fn wait_until_agents_run(kubectl: &Kubectl) -> Result<()> {
     wait_for_rollout(kubectl)?;
     // A change of the Pod makes the kubelet refresh its volumes now; otherwise an agent that started before the
     // controller wrote switchtower-bootstrap gets it after up to a minute and a half.
@@ -54,6 +54,12 @@ pub(super) fn wait_until_ready(kubectl: &Kubectl, layout: &Layout, start: Instan
         "annotate pods --namespace {NAMESPACE} --selector app.kubernetes.io/name=switchtower-node-agent \
          switchtower.dev/look-again=yes --overwrite"
     ))?;
+    Ok(())
+}
+
+/// Waits until controller and agents run, every node is Ready, and CoreDNS works; reports the time since `start`.
+pub(super) fn wait_until_ready(kubectl: &Kubectl, layout: &Layout, start: Instant) -> Result<()> {
+    wait_until_agents_run(kubectl)?;
     say(&format!("controller and agents run ({:.1} s)", start.elapsed().as_secs_f32()));
     wait_until("a Ready ProxyStatus for every node", Duration::from_secs(120), || {
         for name in layout.node_names() {
@@ -119,7 +125,7 @@ fn wait_for_rollout(kubectl: &Kubectl) -> Result<()> {
 }
 
 /// The ConfigMap that the manifests' README asks users to create first: the API server's real address.
-fn prerequisites(layout: &Layout) -> String {
+pub(super) fn prerequisites(layout: &Layout) -> String {
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
     let address = json!({
         "apiVersion": "v1",

@@ -1,6 +1,7 @@
 //! A machine of the cluster: a set of namespaces, held by a first process that reaps orphans.
 
 use std::fs::{self, File};
+use std::net::{IpAddr, UdpSocket};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -127,6 +128,23 @@ impl Machine {
         let path = format!("/run/netns/{}", self.name);
         let file = File::open(&path).with_context(|| format!("opening {path}"))?;
         run_inside(&file, &self.name, work)
+    }
+
+    /// Runs `work` on a thread in the network namespace of the Pod that has this address.
+    ///
+    /// # Errors
+    /// No Pod of the machine has it, or the namespace could not be entered.
+    pub fn in_pod_network<T: Send>(&self, pod: IpAddr, work: impl FnOnce() -> T + Send) -> Result<T> {
+        // The CNI plugins keep the namespaces in the machine's own /var/run, which is not a link to /run.
+        let folder = format!("/proc/{}/root/var/run/netns", self.init);
+        for entry in fs::read_dir(&folder).with_context(|| format!("reading {folder}"))? {
+            let path = entry.with_context(|| format!("reading {folder}"))?.path();
+            let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+            if run_inside(&file, &self.name, || UdpSocket::bind((pod, 0)).is_ok())? {
+                return run_inside(&file, &self.name, work);
+            }
+        }
+        bail!("no Pod on {} has the address {pod}", self.name)
     }
 
     /// Runs a command line, split at blanks, in the machine's network namespace.

@@ -47,18 +47,26 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     results.end("plugin")
 }
 
-fn run(layout: &Layout, tools: &Tools, arguments: &[&str], expected: &str) -> Result<()> {
+/// Prepares `kubectl switchtower` with these arguments.
+///
+/// # Errors
+/// The name of a folder cannot be in PATH.
+pub(super) fn command(layout: &Layout, tools: &Tools, arguments: &[&str]) -> Result<Command> {
     let mut path = vec![tools.control_plane.clone(), tools.switchtower.clone()];
     let known = env::var_os("PATH").unwrap_or_default();
     path.extend(env::split_paths(&known).collect::<Vec<PathBuf>>());
-    let output = Command::new(tools.control_plane("kubectl"))
+    let mut command = Command::new(tools.control_plane("kubectl"));
+    command
         .arg("switchtower")
         .args(arguments)
         .env("PATH", env::join_paths(path).context("a folder's name in PATH")?)
         .env("KUBECONFIG", layout.kubeconfig())
-        .stdin(Stdio::null())
-        .output()
-        .context("kubectl could not be started")?;
+        .stdin(Stdio::null());
+    Ok(command)
+}
+
+fn run(layout: &Layout, tools: &Tools, arguments: &[&str], expected: &str) -> Result<()> {
+    let output = command(layout, tools, arguments)?.output().context("kubectl could not be started")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {text} {errors}", output.status);

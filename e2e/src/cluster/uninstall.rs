@@ -27,7 +27,9 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
         layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<_>>()?;
     let mut results = Results::default();
     results.add("a profile is in force", || profile_in_force(&kubectl))?;
-    results.add("the documented commands end", || run_commands(layout, tools))?;
+    results.add("the documented commands end", || {
+        run_commands(layout, tools, &install::write_overlay(layout, tools, "overlay", &[])?)
+    })?;
     results.add("no object is left in the API server", || nothing_in_the_api_server(&kubectl))?;
     results.add("no table and no file is left on a node", || nothing_on_nodes(&nodes))?;
     results.add("it can be installed again", || install::install(layout, tools))?;
@@ -43,7 +45,7 @@ fn profile_in_force(kubectl: &Kubectl) -> Result<()> {
 }
 
 /// The documented commands, with the installed overlay in place of the manifests.
-fn run_commands(layout: &Layout, tools: &Tools) -> Result<()> {
+pub(super) fn run_commands(layout: &Layout, tools: &Tools, overlay: &str) -> Result<()> {
     let readme = tools.manifests.join("README.md");
     let text = fs::read_to_string(&readme).with_context(|| format!("reading {}", readme.display()))?;
     let block = text.split_once(MARK).and_then(|(_, rest)| rest.split("```sh\n").nth(1)?.split("```").next());
@@ -51,7 +53,6 @@ fn run_commands(layout: &Layout, tools: &Tools) -> Result<()> {
         block.with_context(|| format!("{} has no block of commands to uninstall", readme.display()))?;
     let delete = "delete -k manifests --ignore-not-found\n";
     ensure!(block.contains(delete), "the commands do not delete the manifests: {block}");
-    let overlay = install::write_overlay(layout, tools, "overlay", &[])?;
     let script = block.replace(delete, &format!("delete -k {overlay} --ignore-not-found --timeout=120s\n"));
     let folder = fs::canonicalize(&tools.manifests).context("resolving the manifests' folder")?;
     let root = folder.parent().context("the manifests' folder has no parent")?;
