@@ -89,6 +89,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Compare a node's desired, acknowledged and programmed state
     Diff(DiffArgs),
+    /// Compare kube-proxy's rules on a node with Switchtower's: list Services that they treat differently
+    Compare(CompareArgs),
     /// Show chains and map elements read from a node's kernel
     #[command(
         after_help = "Examples:\n  kubectl switchtower rules alpha shop/cart\n  kubectl switchtower rules alpha --filter 10.96.0.10"
@@ -176,6 +178,17 @@ pub struct ExplainArgs {
 pub struct DiffArgs {
     /// Node name
     pub node: String,
+}
+
+/// Flags of `compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Node name
+    pub node: String,
+    /// File with the output of `nft --json list table ip kube-proxy`, `iptables-save` or `ip6tables-save` on the node, or -;
+    /// repeat it for several [default: run these in kube-proxy's Pod]
+    #[arg(long, value_name = "FILE")]
+    pub rules: Vec<PathBuf>,
 }
 
 /// Flags of `rules`.

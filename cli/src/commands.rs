@@ -3,6 +3,7 @@
 pub(crate) mod bundle;
 pub(crate) mod check;
 pub(crate) mod codes;
+pub(crate) mod compare;
 pub(crate) mod completion;
 pub(crate) mod dashboard;
 pub(crate) mod diff;

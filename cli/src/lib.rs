@@ -53,6 +53,7 @@ async fn run(cli: &Cli, style: Style) -> Result<Report, CliError> {
         Command::Status(args) => commands::status::run(global, args, style).await,
         Command::Explain(args) => commands::explain::run(global, args, style).await,
         Command::Diff(args) => commands::diff::run(global, args, style).await,
+        Command::Compare(args) => commands::compare::run(global, args, style).await,
         Command::ReleaseHeld(args) => commands::release_held::run(global, args).await,
         Command::Rules(args) => commands::rules::run(global, args).await,
         Command::Trace(args) => commands::trace::run(global, args, style).await,

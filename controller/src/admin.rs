@@ -16,8 +16,8 @@ use axum::{Json, Router};
 use prometheus::{Registry, TextEncoder};
 use serde::Deserialize;
 use switchtower_admin_api::{
-    ApiError, ChangeReport, ControllerInfo, DrainReport, Explanation, MetricsText, NodeDiff, NodeRules,
-    Progress,
+    ApiError, ChangeReport, ControllerInfo, DrainReport, Explanation, MetricsText, NodeDiff, NodeFrontends,
+    NodeRules, Progress,
 };
 use switchtower_core::explain::Subject;
 use switchtower_telemetry::{span, spans};
@@ -173,6 +173,7 @@ fn questions() -> Router<Admin> {
         .route("/v1/services/{namespace}/{name}/explanation", get(explain))
         .route("/v1/services/{namespace}/{name}/changes", get(changes))
         .route("/v1/nodes/{node}/diff", get(diff))
+        .route("/v1/nodes/{node}/frontends", get(frontends))
         .route("/v1/nodes/{node}/rules", get(rules))
 }
 
@@ -295,6 +296,17 @@ async fn diff(
 ) -> Answer<NodeDiff> {
     caller.must_be_operator()?;
     let own = async { nodes::diff(&admin.fleet, &node).await.map(Json) };
+    admin.of_node(&node, &uri, own).await
+}
+
+async fn frontends(
+    State(admin): State<Admin>,
+    caller: Caller,
+    Path(node): Path<String>,
+    uri: Uri,
+) -> Answer<NodeFrontends> {
+    caller.must_be_operator()?;
+    let own = async { nodes::frontends(&admin.fleet, &node).map(Json) };
     admin.of_node(&node, &uri, own).await
 }
 

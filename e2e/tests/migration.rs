@@ -268,6 +268,21 @@ fn shadow_fleet() -> (&'static Fleet, Kubelet) {
     (fleet, kubelet)
 }
 
+/// kube-proxy's rules on the node mean the same as those in mode Shadow.
+fn compared(fleet: &Fleet, name: &str) {
+    let node = fleet.nodes().iter().find(|known| known.net.name == name).unwrap();
+    let files = ["ip", "ip6"].map(|family| {
+        let rules = node.net.namespace.output("nft", &["--json", "list", "table", family, "kube-proxy"]);
+        let path = fleet.lab().directory().join(format!("{family}.json"));
+        std::fs::write(&path, rules.unwrap()).unwrap();
+        path.to_string_lossy().into_owned()
+    });
+    let arguments = ["compare", name, "--rules", &files[0], "--rules", &files[1]];
+    let mut command = plugin::command(fleet, &fleet.control_plane().kubeconfig(), &arguments).unwrap();
+    let answer = Answer::of(&mut command).unwrap();
+    assert!(answer.code == 0 && answer.text.contains("equally"), "{}{}", answer.text, answer.errors);
+}
+
 /// Waits until the objects and labels of the migration are gone.
 fn nothing_is_left(fleet: &Fleet) {
     let record: Option<ConfigMap> = fleet.kube().get(NAMESPACE, "switchtower-migration").unwrap();
@@ -296,6 +311,9 @@ fn nodes_migrate_and_return_without_broken_connections() {
     let to = cluster_ip(&service, false);
     answered_by("kube-proxy serves", scene.pod("a2"), Transport::Tcp, to, &["a1", "b1", "c1"]);
 
+    for node in fleet.nodes() {
+        compared(fleet, &node.net.name);
+    }
     let plan = migrate(fleet, &["plan"]);
     assert_eq!(plan.code, 0, "{}", plan.text);
     let from = ["a2", "b1", "c2"];

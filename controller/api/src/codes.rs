@@ -220,6 +220,10 @@ codes! {
         "The profile of the migration would replace their settings on the nodes that move.",
         "Set mode Active or Shadow in your own profiles instead of using kubectl switchtower migrate, or delete them \
          until the migration is finished.";
+    PROXIES_DIFFER = "ST0421", "kube-proxy and Switchtower treat Services differently",
+        "New connections to these frontends get another result once Switchtower serves the node.",
+        "Run kubectl switchtower compare NODE again: changes in progress cause temporary differences. docs/parity.md lists \
+         intended ones.";
 }
 
 /// Looks up a code; case is ignored.

@@ -16,7 +16,7 @@ mod states;
 pub use changes::{ChangeReport, DrainReport, NodeReport, RefusalReport};
 pub use conditions::{ConditionType, NodeReason, ProfileReason, RolloutReason};
 pub use explanation::{ConnectionOutcome, Example, Explanation, Finding, KernelCheck, NodeGroup, NodeStatus};
-pub use nodes::{ChainInfo, NodeDiff, NodeRules, Stage};
+pub use nodes::{ChainInfo, Destination, FrontendTreatment, NodeDiff, NodeFrontends, NodeRules, Stage};
 pub use states::{FailureReason, NodeState, RolloutState, WaitingOn};
 
 /// The audience of tokens for the admin API.

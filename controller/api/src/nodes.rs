@@ -1,4 +1,7 @@
-//! Response types of `GET /v1/nodes/{node}/diff` and `GET /v1/nodes/{node}/rules`.
+//! Response types of `GET /v1/nodes/{node}/diff`, `GET /v1/nodes/{node}/frontends` and `GET /v1/nodes/{node}/rules`.
+
+use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,4 +70,65 @@ pub struct ChainInfo {
     pub rules: u32,
     /// Rules that are not Switchtower's.
     pub foreign: u32,
+}
+
+/// `GET /v1/nodes/{node}/frontends`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeFrontends {
+    /// The node.
+    pub node: String,
+    /// Frontends of the node's desired state.
+    pub frontends: Vec<FrontendTreatment>,
+}
+
+/// Treatment of new connections to a frontend on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FrontendTreatment {
+    /// `10.96.0.10:80/TCP`; a NodePort has the unspecified address.
+    pub frontend: String,
+    /// `namespace/name:port`.
+    pub service_port: String,
+    /// For pods and processes of the node.
+    pub inside: Destination,
+    /// For other clients.
+    pub outside: Destination,
+    /// A client stays with its endpoint.
+    pub affinity: bool,
+    /// Permitted sources; empty: all.
+    pub sources: Vec<String>,
+}
+
+/// Destination of a new connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Destination {
+    /// One of these endpoints.
+    Endpoints(BTreeSet<String>),
+    /// The client receives a rejection immediately.
+    Refused,
+    /// The client times out.
+    Dropped,
+}
+
+impl FrontendTreatment {
+    /// Returns whether a connection can reach an endpoint.
+    #[must_use]
+    pub fn has_endpoints(&self) -> bool {
+        [&self.inside, &self.outside].into_iter().any(|side| matches!(side, Destination::Endpoints(_)))
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Endpoints(endpoints) => {
+                let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
+                out.write_str(&endpoints.join(" "))
+            }
+            Self::Refused => out.write_str("refused"),
+            Self::Dropped => out.write_str("dropped"),
+        }
+    }
 }

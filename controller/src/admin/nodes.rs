@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
-use switchtower_admin_api::{ChainInfo, NodeDiff, NodeRules, Stage};
-use switchtower_core::explain::{self, Held, Subject};
+use switchtower_admin_api::{
+    ChainInfo, Destination, FrontendTreatment, NodeDiff, NodeFrontends, NodeRules, Stage,
+};
+use switchtower_core::explain::{self, Held, Side, Subject};
+use switchtower_core::names;
 use switchtower_proto::v1::query::Kind as Query;
 use switchtower_proto::v1::{
     ChainsQuery, ElementsQuery, FrontendKey, FrontendsQuery, KernelTable, LookupQuery, Stamp,
@@ -91,6 +94,41 @@ pub(super) async fn diff(fleet: &Arc<Fleet>, node: &str) -> Result<NodeDiff, Adm
         differences_total,
         deviations: samples.map(|sample| format!("{}: {}", sample.item, sample.reason)).collect(),
     })
+}
+
+/// Returns the treatment of every frontend in the node's desired state.
+pub(super) fn frontends(fleet: &Arc<Fleet>, node: &str) -> Result<NodeFrontends, AdminError> {
+    let unknown = || AdminError::UnknownNode(node.to_owned());
+    let (view, _) = fleet.view(node, None).ok_or_else(unknown)?;
+    let frontends = view.frontends().filter_map(|frontend| {
+        // A NodePort is the same on every address.
+        let (key, held) = explain::expected(&view, std::iter::once(frontend)).into_iter().next()?;
+        let is_node_port = frontend.key.as_ref().is_some_and(|key| key.address.is_empty());
+        let any = vec![0; key.address.len()];
+        let key = if is_node_port { FrontendKey { address: any, ..key } } else { key };
+        let affinity = [&held.inside, &held.outside]
+            .into_iter()
+            .any(|side| matches!(side, Side::Forward(forward) if forward.affinity_seconds > 0));
+        Some(FrontendTreatment {
+            frontend: names::frontend(&key),
+            service_port: frontend.service_port.as_ref().map(names::service_port).unwrap_or_default(),
+            inside: destination(&held.inside),
+            outside: destination(&held.outside),
+            affinity,
+            sources: held.sources.iter().map(ToString::to_string).collect(),
+        })
+    });
+    Ok(NodeFrontends { node: node.to_owned(), frontends: frontends.collect() })
+}
+
+fn destination(side: &Side) -> Destination {
+    match side {
+        Side::Forward(forward) => {
+            Destination::Endpoints(forward.endpoints.iter().map(names::endpoint).collect())
+        }
+        Side::Reject => Destination::Refused,
+        Side::Drop | Side::Broken => Destination::Dropped,
+    }
 }
 
 /// Returns the frontends of one Service, looked up one by one in the kernel.

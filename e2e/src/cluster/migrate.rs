@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -109,7 +108,8 @@ impl Migration<'_> {
         self.kubectl.apply(&install::prerequisites(self.layout))?;
         self.kubectl.run(&format!("apply -k {}", self.root.join("examples/shadow").display()))?;
         install::wait_until_agents_run(&self.kubectl)?;
-        self.states("Shadow")
+        self.states("Shadow")?;
+        self.nodes.iter().try_for_each(|node| self.plugin(&["compare", &node.name]))
     }
 
     fn start(&self) -> Result<()> {
@@ -153,12 +153,19 @@ impl Migration<'_> {
         self.nodes.iter().try_for_each(|node| self.foreign_is_there(node))
     }
 
-    /// Runs `kubectl switchtower migrate`.
     fn migrate(&self, arguments: &[&str]) -> Result<()> {
-        say(&format!("kubectl switchtower migrate {}", arguments.join(" ")));
-        let mut command: Command =
-            plugin::command(self.layout, self.tools, &[&["migrate"], arguments].concat())?;
-        finish(&mut command).map(drop)
+        self.plugin(&[&["migrate"], arguments].concat())
+    }
+
+    /// Runs `kubectl switchtower`; an error contains its output.
+    fn plugin(&self, arguments: &[&str]) -> Result<()> {
+        say(&format!("kubectl switchtower {}", arguments.join(" ")));
+        let output =
+            plugin::command(self.layout, self.tools, arguments)?.output().context("starting kubectl")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {text}{errors}", output.status);
+        Ok(())
     }
 
     /// Fields of kube-proxy's DaemonSet that the migration changes.
