@@ -21,6 +21,7 @@ const MANIFESTS: &str = include_str!("kube-proxy.yaml");
 /// Commands of kube-proxy that one program implements.
 const IPTABLES: [&str; 6] =
     ["iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"];
+const PROTOCOLS: &str = "tcp 6 TCP\nudp 17 UDP\nsctp 132 SCTP\n";
 const LEGACY: &str = "/usr/sbin/xtables-legacy-multi";
 
 /// Mode of kube-proxy.
@@ -59,6 +60,9 @@ pub(super) fn deliver(layout: &Layout, tools: &Tools, nodes: &[Machine]) -> Resu
         symlink("xtables-legacy-multi", root.join("usr/sbin").join(name)).context(name)?;
     }
     fs::create_dir_all(root.join("tmp")).context("making /tmp")?;
+    // Without it nft prints numbers, and kube-proxy deletes the elements of its maps at every second start.
+    fs::create_dir_all(root.join("etc")).context("making /etc")?;
+    fs::write(root.join("etc/protocols"), PROTOCOLS).context("writing /etc/protocols")?;
     let layer = work.path().join("kube-proxy-root.tar");
     images::tar(&root, &layer, &["."])?;
     let image = Image {
@@ -139,11 +143,9 @@ pub(super) fn has_rules(node: &Machine) -> Result<bool> {
     for family in ["iptables-save", "ip6tables-save"] {
         chains += &finish(node.command(Path::new(LEGACY)).arg(family))?;
     }
-    // The kubelet has chains of its own, such as KUBE-KUBELET-CANARY.
-    let services = chains.lines().any(|line| {
-        [":KUBE-SERVICES ", ":KUBE-SVC-", ":KUBE-SEP-", ":KUBE-NODEPORTS ", ":KUBE-EXT-"]
-            .iter()
-            .any(|chain| line.starts_with(chain))
-    });
+    // Both the kubelet and kube-proxy create these; `kube-proxy --cleanup` leaves them.
+    let shared = [":KUBE-FIREWALL ", ":KUBE-KUBELET-CANARY ", ":KUBE-MARK-DROP "];
+    let own = |line: &str| line.starts_with(":KUBE-") && !shared.iter().any(|chain| line.starts_with(chain));
+    let services = chains.lines().any(own);
     Ok(tables.contains("kube-proxy") || services)
 }

@@ -28,6 +28,8 @@ const PACE: Duration = Duration::from_millis(6);
 const INTERVAL: Duration = Duration::from_millis(10);
 /// Timeout of a response.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Duration beyond which a new connection counts as slow.
+pub(super) const SLOW: Duration = Duration::from_millis(900);
 /// Timeout of a UDP response.
 const UDP_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -67,6 +69,8 @@ pub(super) struct Phase {
     pub(super) datagrams: (usize, usize),
     /// New connections, and those that failed.
     pub(super) attempts: (usize, usize),
+    /// New connections that took longer than [`SLOW`]: a lost first packet is sent again after a second.
+    pub(super) slow: usize,
     /// Longest time of a source without a successful new connection.
     pub(super) gap: Duration,
 }
@@ -178,6 +182,7 @@ impl<'a> Traffic<'a> {
         let read = |count: &AtomicUsize| count.load(Ordering::Relaxed);
         phase.datagrams = (read(&counts.datagrams), read(&counts.unanswered));
         phase.attempts = (read(&counts.attempts), read(&counts.lost));
+        phase.slow = read(&counts.slow);
         Ok(phase)
     }
 }
@@ -188,6 +193,7 @@ struct Counts {
     unanswered: AtomicUsize,
     attempts: AtomicUsize,
     lost: AtomicUsize,
+    slow: AtomicUsize,
 }
 
 fn address(value: &Value) -> Result<IpAddr> {
@@ -266,8 +272,10 @@ fn probe(targets: &[SocketAddr], counts: &Counts, ended: &AtomicBool) -> Duratio
     let (mut last, mut gap) = (Instant::now(), Duration::ZERO);
     for target in targets.iter().cycle() {
         counts.attempts.fetch_add(1, Ordering::Relaxed);
+        let began = Instant::now();
         match request(*target) {
             Ok(()) => {
+                counts.slow.fetch_add(usize::from(began.elapsed() > SLOW), Ordering::Relaxed);
                 gap = gap.max(last.elapsed());
                 last = Instant::now();
             }
