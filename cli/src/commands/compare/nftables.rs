@@ -165,8 +165,16 @@ fn range(value: &Value) -> Option<String> {
     }
 }
 
+/// Returns the name of a protocol. Without `/etc/protocols` nft prints its number (IANA).
 fn protocol(value: &Value) -> Option<String> {
-    value.as_str().map(str::to_uppercase)
+    let name = match value.as_u64() {
+        Some(6) => "tcp",
+        Some(17) => "udp",
+        Some(132) => "sctp",
+        Some(_) => return None,
+        None => value.as_str()?,
+    };
+    Some(name.to_uppercase())
 }
 
 fn port(value: &Value) -> Option<u16> {

@@ -110,7 +110,8 @@ fn expected() -> Frontends {
 
 #[test]
 fn rules_of_both_modes_have_the_same_meaning() {
-    for rules in [IPTABLES, NFTABLES] {
+    let numbers = NFTABLES.replace("\"udp\", 53", "17, 53").replace("\"tcp\", ", "6, ");
+    for rules in [IPTABLES, NFTABLES, &numbers] {
         let parsed = parse(&[rules.to_owned()]).unwrap();
         assert_eq!(parsed.keys().collect::<Vec<_>>(), expected().keys().collect::<Vec<_>>());
         assert_eq!(compare(&parsed, &expected()), []);
