@@ -367,48 +367,6 @@ fn canary_rolls_back_without_controller() {
     fleet.settled(ROLLOUT).unwrap();
 }
 
-/// The clock of the next leader is 50 minutes ahead. (An hour makes agents refuse its certificate.)
-#[test]
-fn wrong_clock_of_the_next_leader_does_not_shorten_a_soak() {
-    const SOAK: Duration = Duration::from_secs(15);
-    let trip = Trip::new("clock");
-    let fleet = trip.scene.fleet;
-    let strategy = trip.strategy(&json!({"soakSeconds": SOAK.as_secs()}));
-    let library = std::fs::read_dir("/usr/lib").unwrap().filter_map(|entry| {
-        let library = entry.ok()?.path().join("faketime/libfaketimeMT.so.1");
-        library.exists().then(|| library.to_string_lossy().into_owned())
-    });
-    let library = library.last().expect("the package libfaketime is installed");
-    let wrong = [("LD_PRELOAD", &*library), ("FAKETIME", "+3000s"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
-    fleet.set_controller_environment(&wrong);
-    fleet.start_second().unwrap();
-    fleet.set_controller_environment(&[]);
-    let served_by_second = || {
-        let connection = fleet.row(CANARY).ok().and_then(|row| row.connection);
-        connection.is_some_and(|connection| connection.replica == "controller-1")
-    };
-    while !served_by_second() {
-        fleet.stop_agent(trip.node(CANARY), libc::SIGKILL).unwrap();
-        fleet.run_agent(trip.node(CANARY)).unwrap();
-        fleet.settled(ROLLOUT).unwrap();
-    }
-    let target = trip.apply("clock", &json!({"masqueradeAll": true}), &strategy);
-    trip.follow(&target, |status| status.progress.soaking_since.is_some(), |_, _| ());
-    let began = Instant::now();
-    fleet.signal_replica(0, libc::SIGKILL);
-    trip.follow(
-        &target,
-        |status| status.state == "Complete",
-        |_, touched| {
-            let is_soaking = began.elapsed() < SOAK - Duration::from_secs(2);
-            assert!(!is_soaking || *touched == canary(), "{touched:?} after {:?}", began.elapsed());
-        },
-    );
-    fleet.restart_replica(0).unwrap();
-    fleet.signal_replica(1, libc::SIGTERM);
-    fleet.settled(ROLLOUT).unwrap();
-}
-
 #[test]
 fn pause_approve_and_abort_by_kubectl() {
     let trip = Trip::new("by-hand");
