@@ -207,9 +207,11 @@ fn finish(context: &Context, end: UnixNanoseconds) {
     context.span().end_with_timestamp(time(end));
 }
 
-/// Returns the time at which all nodes held it, or else of the last event.
+/// Returns the time at which all nodes held it, or else of the last event. No span of a node ends later.
 fn end(record: &Record) -> UnixNanoseconds {
-    let last = record.slowest.back().map_or(0, |ack| ack.at);
+    let acks = || record.kept.iter().chain(&record.slowest);
+    let acknowledged = |ack: &NodeAck| ack.delivery.as_ref().map_or(0, |delivery| delivery.acknowledged);
+    let last = acks().map(|ack| ack.at.max(acknowledged(ack))).max().unwrap_or(0);
     let refused = record.refusals.iter().map(|refusal| refusal.at).max().unwrap_or(0);
     record.publication.published.max(last).max(refused)
 }
