@@ -1,5 +1,5 @@
 //! Rotation of the CA: in its last year, or when an operator requests it with the annotation
-//! [`ROTATE`](super::secret::ROTATE).
+//! [`ROTATE`].
 //!
 //! | Step | Signs | Agents trust | Begins |
 //! |---|---|---|---|

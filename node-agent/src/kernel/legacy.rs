@@ -12,7 +12,7 @@ const GET_INFO: libc::c_int = 64;
 const GET_ENTRIES: libc::c_int = 65;
 /// Length of a table's name.
 const NAME: usize = 32;
-/// `struct ipt_getinfo`: name, valid_hooks, hook_entry[5], underflow[5], num_entries, size.
+/// `struct ipt_getinfo`: name, `valid_hooks`, `hook_entry` (5), `underflow` (5), `num_entries`, size.
 const INFO: usize = NAME + 4 + 5 * 4 + 5 * 4 + 4 + 4;
 /// Offset of the entries in `struct ipt_get_entries`: name, size, padding.
 const ENTRIES: usize = NAME + 8;
