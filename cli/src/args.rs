@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -50,6 +51,15 @@ pub struct Global {
     /// Use of colours; NO_COLOR also disables them
     #[arg(long, global = true, value_enum, default_value_t = Color::Auto)]
     pub color: Color,
+}
+
+impl Global {
+    /// Returns the flags of kubectl that select the same cluster.
+    pub(crate) fn kubectl_flags(&self) -> Vec<OsString> {
+        let kubeconfig = self.kubeconfig.iter().flat_map(|path| ["--kubeconfig".into(), path.into()]);
+        let context = self.context.iter().flat_map(|name| ["--context".into(), name.into()]);
+        kubeconfig.chain(context).collect()
+    }
 }
 
 /// Output format.

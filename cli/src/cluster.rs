@@ -298,6 +298,9 @@ impl Cluster {
     }
 }
 
+/// Labels of kube-proxy's Pods: of static manifests, and of kubeadm's DaemonSet.
+pub(crate) const KUBE_PROXY_LABELS: [&str; 2] = ["component=kube-proxy", "k8s-app=kube-proxy"];
+
 /// Returns whether a Node has the label of Windows.
 pub(crate) fn is_windows(node: &Node) -> bool {
     let labels = node.metadata.labels.as_ref();

@@ -27,12 +27,7 @@ impl Forward {
     /// Starts the port-forward and waits until it listens.
     pub(crate) async fn open(global: &Global, namespace: &str, pod: &str) -> Result<Self, CliError> {
         let mut command = Command::new("kubectl");
-        if let Some(kubeconfig) = &global.kubeconfig {
-            command.arg("--kubeconfig").arg(kubeconfig);
-        }
-        if let Some(context) = &global.context {
-            command.args(["--context", context]);
-        }
+        command.args(global.kubectl_flags());
         command.args(["--namespace", namespace, "port-forward", &format!("pod/{pod}"), &format!(":{PORT}")]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| {

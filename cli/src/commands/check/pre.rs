@@ -6,7 +6,7 @@ use switchtower_crds::kube_proxy;
 
 use super::proxies::{self, Surroundings};
 use super::{Check, builtin};
-use crate::cluster::{Cluster, is_windows};
+use crate::cluster::{Cluster, KUBE_PROXY_LABELS, is_windows};
 use crate::error::CliError;
 use crate::output::{count, names};
 
@@ -68,7 +68,7 @@ impl Missing {
 async fn look(cluster: &Cluster, missing: &mut Missing) -> Surroundings {
     let system = kube_proxy::NAMESPACE;
     let mut pods = Vec::new();
-    for label in ["component=kube-proxy", "k8s-app=kube-proxy"] {
+    for label in KUBE_PROXY_LABELS {
         pods.extend(missing.or_default(cluster.pods_labelled(system, label).await));
     }
     Surroundings {

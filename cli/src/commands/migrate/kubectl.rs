@@ -1,5 +1,6 @@
 //! Changes by kubectl, each printed as a command line before it runs.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::Stdio;
 
@@ -14,20 +15,13 @@ use crate::output::announce;
 /// Runs kubectl with the cluster of the command line.
 #[derive(Debug)]
 pub(super) struct Kubectl {
-    cluster: Vec<String>,
+    cluster: Vec<OsString>,
     format: Format,
 }
 
 impl Kubectl {
     pub(super) fn new(global: &Global) -> Self {
-        let mut cluster = Vec::new();
-        if let Some(kubeconfig) = &global.kubeconfig {
-            cluster.push(format!("--kubeconfig={}", kubeconfig.display()));
-        }
-        if let Some(context) = &global.context {
-            cluster.push(format!("--context={context}"));
-        }
-        Self { cluster, format: global.output }
+        Self { cluster: global.kubectl_flags(), format: global.output }
     }
 
     /// Prints a line about the progress: to standard output, or to standard error with JSON and YAML.

@@ -109,10 +109,9 @@ impl Migration<'_> {
     /// Restores kube-proxy's DaemonSet exactly as it was, before any node returns: a later change of its template would restart
     /// kube-proxy on nodes that only it serves. On nodes that moved, its rules have no effect yet.
     pub(super) async fn restore_daemon_set(&self, lease: &mut Held) -> Result<Outcome, CliError> {
-        let is_running = |node: &&NodeView| node.cleanup == steps::Cleanup::Running;
         // It would remove the rules of the returning kube-proxy.
         let cleaned = self.until("the removal of kube-proxy's rules", lease, |seen| {
-            Ok(seen.nodes.iter().all(|node| !is_running(&node)))
+            Ok(seen.nodes.iter().all(|node| node.cleanup != steps::Cleanup::Running))
         });
         let seen = match cleaned.await? {
             Ok(seen) => seen,
