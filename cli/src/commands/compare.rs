@@ -16,13 +16,16 @@ use switchtower_crds::kube_proxy::NAMESPACE;
 use tokio::process::Command;
 
 use crate::args::{CompareArgs, Global};
-use crate::cluster::{Cluster, is_ready};
+use crate::cluster::{Cluster, KUBE_PROXY_LABELS, is_ready};
 use crate::controller::{Controller, escaped};
 use crate::error::CliError;
 use crate::output::{Exit, Report, Style, count, wrapped};
 
 mod iptables;
 mod nftables;
+
+/// Maximum number of nested chains.
+const DEPTH: usize = 8;
 
 /// Frontends by name, such as `10.96.0.1:443/TCP`, and `0.0.0.0:30080/TCP` for a node port.
 type Frontends = BTreeMap<String, FrontendTreatment>;
@@ -89,7 +92,7 @@ pub(crate) async fn run(global: &Global, args: &CompareArgs, style: Style) -> Re
 /// Reads the rules from kube-proxy's Pod on the node, whose image contains the commands.
 async fn kube_proxy(global: &Global, cluster: &Cluster, node: &str) -> Result<Frontends, CliError> {
     let mut pods = Vec::new();
-    for label in ["k8s-app=kube-proxy", "component=kube-proxy"] {
+    for label in KUBE_PROXY_LABELS {
         pods.extend(cluster.pods_labelled(NAMESPACE, label).await?);
     }
     let on_node = |pod: &&k8s_openapi::api::core::v1::Pod| {
@@ -119,13 +122,7 @@ async fn kube_proxy(global: &Global, cluster: &Cluster, node: &str) -> Result<Fr
 
 async fn execute(global: &Global, pod: &str, words: &[&str]) -> Result<String, String> {
     let mut command = Command::new("kubectl");
-    if let Some(kubeconfig) = &global.kubeconfig {
-        command.arg("--kubeconfig").arg(kubeconfig);
-    }
-    if let Some(context) = &global.context {
-        command.args(["--context", context]);
-    }
-    command.args(["--namespace", NAMESPACE, "exec", pod, "--"]).args(words);
+    command.args(global.kubectl_flags()).args(["--namespace", NAMESPACE, "exec", pod, "--"]).args(words);
     let output = command.output().await.map_err(|error| format!("cannot start kubectl: {error}"))?;
     if !output.status.success() {
         let errors = String::from_utf8_lossy(&output.stderr);
@@ -222,6 +219,30 @@ fn text(comparison: &Comparison<'_>, style: Style) -> String {
         text += &format!("{} {}  {}: {number}, {frontends}\n", style.bad("!"), code.code, code.title);
     }
     text
+}
+
+/// Adds a frontend with endpoints; `of` evaluates the rules for a client.
+fn serve(
+    frontends: &mut Frontends,
+    name: String,
+    service_port: String,
+    affinity: bool,
+    of: impl Fn(Client) -> Option<Destination>,
+) {
+    let find = |client| of(client).unwrap_or(Destination::Dropped);
+    let (inside, outside) = (find(Client::Inside), find(Client::Outside));
+    let frontend = name.clone();
+    let served = FrontendTreatment { frontend, service_port, inside, outside, affinity, sources: Vec::new() };
+    frontends.insert(name, served);
+}
+
+/// Adds the verdict of a frontend without endpoints: for all clients, or only for those outside if others have endpoints.
+fn refuse(frontends: &mut Frontends, name: String, service_port: String, verdict: Destination) {
+    let of = |_| Some(verdict.clone());
+    match frontends.get_mut(&name) {
+        Some(known) => known.outside = verdict,
+        None => serve(frontends, name, service_port, false, of),
+    }
 }
 
 /// Adds what two rules of one frontend reach.

@@ -3,12 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use switchtower_admin_api::{Destination, FrontendTreatment};
+use switchtower_admin_api::Destination;
 
-use super::{Client, Frontends, joined};
-
-/// Maximum number of nested chains.
-const DEPTH: usize = 8;
+use super::{Client, DEPTH, Frontends, joined, refuse, serve};
 
 /// A rule.
 #[derive(Debug, Default)]
@@ -99,17 +96,10 @@ fn frontends(chains: &Chains, is_ipv6: bool) -> Frontends {
     for (chain, node_port) in [("KUBE-SERVICES", false), ("KUBE-NODEPORTS", true)] {
         for rule in rules(chains, "nat", chain) {
             let Some(name) = name(rule, node_port) else { continue };
-            let find =
-                |client| destination(chains, &rule.target, client, DEPTH).unwrap_or(Destination::Dropped);
-            let frontend = FrontendTreatment {
-                frontend: name.clone(),
-                service_port: service(rule),
-                inside: find(Client::Inside),
-                outside: find(Client::Outside),
-                affinity: has_affinity(chains, &rule.target, DEPTH),
-                sources: Vec::new(),
-            };
-            frontends.insert(name, frontend);
+            let affinity = has_affinity(chains, &rule.target, DEPTH);
+            serve(&mut frontends, name, service(rule), affinity, |client| {
+                destination(chains, &rule.target, client, DEPTH)
+            });
         }
     }
     for chain in ["KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"] {
@@ -120,15 +110,7 @@ fn frontends(chains: &Chains, is_ipv6: bool) -> Frontends {
                 _ => continue,
             };
             let Some(name) = name(rule, rule.to_host && rule.destination.is_none()) else { continue };
-            let known = frontends.entry(name.clone()).or_insert_with(|| FrontendTreatment {
-                frontend: name,
-                service_port: service(rule),
-                inside: verdict.clone(),
-                outside: verdict.clone(),
-                affinity: false,
-                sources: Vec::new(),
-            });
-            known.outside = verdict;
+            refuse(&mut frontends, name, service(rule), verdict);
         }
     }
     for rule in rules(chains, "filter", "KUBE-PROXY-FIREWALL") {

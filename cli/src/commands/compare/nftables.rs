@@ -4,12 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
-use switchtower_admin_api::{Destination, FrontendTreatment};
+use switchtower_admin_api::Destination;
 
-use super::{Client, Frontends, joined};
-
-/// Maximum number of nested chains.
-const DEPTH: usize = 8;
+use super::{Client, DEPTH, Frontends, joined, refuse, serve};
 
 struct Table<'a> {
     /// Expressions of the rules, by chain.
@@ -49,16 +46,10 @@ impl Table<'_> {
         {
             for (name, value) in self.elements(map, key) {
                 let Some(chain) = target(value) else { continue };
-                let find = |client| self.destination(chain, client, DEPTH).unwrap_or(Destination::Dropped);
-                let frontend = FrontendTreatment {
-                    frontend: name.clone(),
-                    service_port: service(chain),
-                    inside: find(Client::Inside),
-                    outside: find(Client::Outside),
-                    affinity: self.has_affinity(chain, DEPTH),
-                    sources: Vec::new(),
-                };
-                frontends.insert(name, frontend);
+                let affinity = self.has_affinity(chain, DEPTH);
+                serve(&mut frontends, name, service(chain), affinity, |client| {
+                    self.destination(chain, client, DEPTH)
+                });
             }
         }
         for (map, key) in [
@@ -68,15 +59,7 @@ impl Table<'_> {
             for (name, value) in self.elements(map, key) {
                 let verdict =
                     if value.get("drop").is_some() { Destination::Dropped } else { Destination::Refused };
-                let known = frontends.entry(name.clone()).or_insert_with(|| FrontendTreatment {
-                    frontend: name,
-                    service_port: String::new(),
-                    inside: verdict.clone(),
-                    outside: verdict.clone(),
-                    affinity: false,
-                    sources: Vec::new(),
-                });
-                known.outside = verdict;
+                refuse(&mut frontends, name, String::new(), verdict);
             }
         }
         for (name, value) in self.elements("firewall-ips", address) {
