@@ -208,11 +208,11 @@ async fn start_replica(
     let fence = Fence::default();
     let config = api::config(&args).await?;
     let api_server = config.cluster_url.authority().cloned().context("the API server's URL has no host")?;
-    let clients = Clients::new(&config, &fence)?;
+    let telemetry = Telemetry::new()?;
+    let clients = Clients::new(&config, &fence, &telemetry.registry)?;
     let advertise = bootstrap::advertised(&args.advertise, args.listen, &api_server)
         .context("finding the address that agents can reach; name it with --advertise")?;
     let args = ServeArgs { advertise, ..args };
-    let telemetry = Telemetry::new()?;
     let agents = Agents::default();
     // An address that cannot be bound is an error at once. The port stays closed until agents can be served, so that they
     // connect to another replica.

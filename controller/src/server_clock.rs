@@ -3,31 +3,39 @@
 //! A soak or a deadline that one leader begins may end under another. If each used its own clock, a replica whose clock is
 //! ahead would cut the soak short. The `Date` header of every response (RFC 9110, section 6.6.1) shows the difference.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, Response, header};
 use k8s_openapi::jiff::Timestamp;
-use prometheus::core::{Collector, Desc};
-use prometheus::proto::MetricFamily;
-use prometheus::{Gauge, Registry};
+use prometheus::{Gauge, Registry, register_gauge_with_registry};
 use tower::util::MapResponseLayer;
 
 /// Maximum difference in milliseconds that counts as none: the header has whole seconds, and responses take time.
 const TOLERANCE: i64 = 2_000;
 
-/// Difference between the clock of the API server and that of this process. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct ServerClock(Arc<AtomicI64>);
+/// Clock of the API server minus that of this process, in seconds, as its metric. Clones share it.
+#[derive(Debug, Clone)]
+pub struct ServerClock(Gauge);
 
 impl ServerClock {
+    /// A clock without a difference, until the first response. Exports the difference.
+    ///
+    /// # Errors
+    /// The metric exists already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let help = "Clock of the API server minus that of this controller, in seconds; 0 below two seconds.";
+        register_gauge_with_registry!("switchtower_api_server_clock_offset_seconds", help, registry).map(Self)
+    }
+
     /// Returns the time of the API server as of its last response; before the first one, that of this process.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         let now = Timestamp::now();
-        let offset = self.0.load(Ordering::Relaxed);
-        Timestamp::from_millisecond(now.as_millisecond().saturating_add(offset)).unwrap_or(now)
+        Timestamp::from_millisecond(now.as_millisecond().saturating_add(self.offset())).unwrap_or(now)
+    }
+
+    fn offset(&self) -> i64 {
+        (self.0.get() * 1_000.0).round() as i64
     }
 
     /// For a client of the API server: reads the header of every response.
@@ -39,22 +47,13 @@ impl ServerClock {
         })
     }
 
-    /// Exports the difference.
-    ///
-    /// # Errors
-    /// The metric exists already.
-    pub fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
-        let help = "Clock of the API server minus that of this controller, in seconds; 0 below two seconds.";
-        let gauge = Gauge::new("switchtower_api_server_clock_offset_seconds", help)?;
-        registry.register(Box::new(OffsetCollector { clock: self.clone(), gauge }))
-    }
-
     fn observe(&self, headers: &HeaderMap, received: SystemTime) {
         let date = headers.get(header::DATE).and_then(|date| date.to_str().ok());
         let Some(sent) = date.and_then(|date| httpdate::parse_http_date(date).ok()) else { return };
         let offset = milliseconds(sent).saturating_sub(milliseconds(received));
         let offset = if offset.abs() < TOLERANCE { 0 } else { offset };
-        let before = self.0.swap(offset, Ordering::Relaxed);
+        let before = self.offset();
+        self.0.set(offset as f64 / 1_000.0);
         if (offset - before).abs() >= TOLERANCE {
             tracing::warn!(
                 offset_ms = offset,
@@ -69,23 +68,6 @@ fn milliseconds(time: SystemTime) -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-struct OffsetCollector {
-    clock: ServerClock,
-    gauge: Gauge,
-}
-
-impl Collector for OffsetCollector {
-    fn desc(&self) -> Vec<&Desc> {
-        self.gauge.desc()
-    }
-
-    fn collect(&self) -> Vec<MetricFamily> {
-        #[allow(clippy::cast_precision_loss, reason = "exact below 285,000 years")]
-        self.gauge.set(self.clock.0.load(Ordering::Relaxed) as f64 / 1_000.0);
-        self.gauge.collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -93,7 +75,7 @@ mod tests {
     use super::*;
 
     fn observed(ahead: i64) -> ServerClock {
-        let clock = ServerClock::default();
+        let clock = ServerClock::new(&Registry::new()).unwrap();
         let now = SystemTime::now();
         let sent = now.checked_add(Duration::from_secs(ahead.unsigned_abs()));
         let sent = if ahead < 0 { now.checked_sub(Duration::from_secs(ahead.unsigned_abs())) } else { sent };
@@ -113,13 +95,13 @@ mod tests {
 
     #[test]
     fn small_differences_and_bad_headers_change_nothing() {
-        assert_eq!(observed(0).0.load(Ordering::Relaxed), 0);
+        assert_eq!(observed(0).offset(), 0);
         let clock = observed(3_600);
-        let before = clock.0.load(Ordering::Relaxed);
+        let before = clock.offset();
         let mut headers = HeaderMap::new();
         clock.observe(&headers, SystemTime::now());
         headers.insert(header::DATE, "yesterday".parse().unwrap());
         clock.observe(&headers, SystemTime::now());
-        assert_eq!(clock.0.load(Ordering::Relaxed), before);
+        assert_eq!(clock.offset(), before);
     }
 }

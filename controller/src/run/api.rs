@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use prometheus::Registry;
 
 use super::RETRY;
 use crate::authority::{Authority, AuthorityError, directory, secret};
@@ -29,9 +30,9 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    pub(super) fn new(config: &Config, fence: &Fence) -> anyhow::Result<Self> {
+    pub(super) fn new(config: &Config, fence: &Fence, registry: &Registry) -> anyhow::Result<Self> {
         let context = "setting up the client of the API server";
-        let clock = ServerClock::default();
+        let clock = ServerClock::new(registry)?;
         let builder = || ClientBuilder::try_from(config.clone()).context(context);
         let unfenced = builder()?.with_layer(&clock.layer()).build();
         let fenced = builder()?.with_layer(&clock.layer()).with_layer(&fence.layer()).build();

@@ -187,7 +187,6 @@ fn prepare_writers(
     let writer = Writer::new(row_clients, fleet.clone(), settings, metrics);
     let metrics = RolloutMetrics::new(registry)?;
     let leadership = (fence.clone(), others.clone());
-    clients.clock.register(registry)?;
     let clock = clients.clock.clone();
     let rollouts = Rollouts::new(leader, name, fleet.clone(), assignments, leadership, metrics)
         .timed_by(move || clock.now());
