@@ -11,6 +11,9 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, KeyUsagePurpose,
     PublicKeyData as _,
 };
+use rustls::RootCertStore;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 use time::{Duration as Span, OffsetDateTime};
 
 pub mod directory;
@@ -202,6 +205,19 @@ impl Authority {
     /// All CAs, that of the signer first.
     pub fn all(&self) -> impl Iterator<Item = &CaPem> {
         [Some(&self.signer), self.next.as_ref(), self.previous.as_ref()].into_iter().flatten()
+    }
+
+    /// Returns all certificates that agents and replicas trust, for TLS.
+    ///
+    /// # Errors
+    /// A certificate cannot be parsed.
+    pub fn roots(&self) -> Result<RootCertStore, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(self.bundle().as_bytes()) {
+            let certificate = certificate.map_err(|error| rustls::Error::General(error.to_string()))?;
+            roots.add(certificate)?;
+        }
+        Ok(roots)
     }
 
     /// Returns all certificates that agents and replicas trust, in PEM format.

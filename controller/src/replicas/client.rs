@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use serde::de::DeserializeOwned;
 use switchtower_proto::tls::{SERVER_NAME, client_config};
 use switchtower_proto::v1::ReplicaRequest;
@@ -62,11 +61,7 @@ struct Credentials {
 
 impl Credentials {
     fn new(authority: &Authority) -> anyhow::Result<Self> {
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(authority.bundle().as_bytes()) {
-            roots.add(certificate?)?;
-        }
-        let config = client_config(roots, None)?;
+        let config = client_config(authority.roots()?, None)?;
         let mut authorization: MetadataValue<Ascii> = ReplicaKey::new(&authority.signer).header().parse()?;
         authorization.set_sensitive(true);
         Ok(Self { tls: tokio_rustls::TlsConnector::from(Arc::new(config)), authorization })

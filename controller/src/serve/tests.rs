@@ -34,7 +34,7 @@ use super::keys::tests::Published;
 use super::review::{Review, Reviewer};
 use super::*;
 use crate::authority::nodes::NodeCertificates;
-use crate::authority::{self, Authority, CaPem};
+use crate::authority::{self, Authority};
 use crate::fleet::queries::QueryError;
 use crate::fleet::{Parts as FleetParts, SettingsAssignment, SettingsName};
 use crate::propagation::Propagation;
@@ -98,7 +98,7 @@ struct Lab {
     floors: Floors,
     propagation: Arc<Propagation>,
     metrics: StreamMetrics,
-    ca: CaPem,
+    authority: Authority,
     address: SocketAddr,
 }
 
@@ -112,17 +112,16 @@ impl Lab {
         let keys = Keys::new(Published::new(Err("no keys")), &prometheus::Registry::new()).unwrap();
         let (namespace, account) = ("switchtower-system", "switchtower-node-agent");
         let authenticator = Authenticator::new(Fake, Arc::new(keys), "switchtower", namespace, account);
-        let ca = authority::generate().unwrap();
-        let config =
-            Arc::new(ServerTls::from_pointee(tls::server_config(&Authority::new(ca.clone())).unwrap()));
+        let authority = Authority::new(authority::generate().unwrap());
+        let config = Arc::new(ServerTls::from_pointee(tls::server_config(&authority).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let replica = ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&Authority::new(ca.clone())));
-        let certificates = NodeCertificates::new(&Authority::new(ca.clone())).unwrap();
+        let replica = ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&authority));
+        let certificates = NodeCertificates::new(&authority).unwrap();
         let limits = Limits { certificates: Some(certificates), ..limits };
         let server = Server::new(fleet.clone(), Arc::new(authenticator), limits, replica);
         tokio::spawn(server.serve(listener, config, metrics.clone(), std::future::pending()));
-        let lab = Self { fleet, floors, propagation, metrics, ca, address };
+        let lab = Self { fleet, floors, propagation, metrics, authority, address };
         for node in ["n1", "n2"] {
             lab.add_node(node);
         }
@@ -171,9 +170,7 @@ impl Lab {
     }
 
     fn roots(&self) -> rustls::RootCertStore {
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(self.ca.certificate.as_bytes()).unwrap()).unwrap();
-        roots
+        self.authority.roots().unwrap()
     }
 
     fn client_config(&self) -> Arc<rustls::ClientConfig> {

@@ -6,12 +6,11 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use futures::Stream;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose};
+use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{Acceptor, VerifierBuilderError, WebPkiClientVerifier};
-use rustls::{RootCertStore, ServerConfig};
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 pub use switchtower_proto::tls::SERVER_NAME;
 use time::Duration as Span;
 use tokio::net::{TcpListener, TcpStream};
@@ -53,11 +52,8 @@ pub type ServerTls = ArcSwap<ServerConfig>;
 /// # Errors
 /// The authority cannot be used.
 pub fn server_config(authority: &Authority) -> Result<ServerConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(authority.bundle().as_bytes()) {
-        roots.add(certificate.map_err(|_| rcgen::Error::CouldNotParseCertificate)?)?;
-    }
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    let roots = Arc::new(authority.roots()?);
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
     let verifier = verifier.allow_unauthenticated().build()?;
     config(&authority.signer, b"h2", verifier)
 }

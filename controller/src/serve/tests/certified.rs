@@ -65,7 +65,7 @@ async fn certificate_does_not_replace_a_review() {
     }
     let mut agent = lab.dial_with(n2.config(&lab), &token(USER, "n1")).await.unwrap();
     agent.welcome(hello("n1")).await;
-    let issuer = NodeCertificates::new(&Authority::new(lab.ca.clone())).unwrap();
+    let issuer = NodeCertificates::new(&lab.authority).unwrap();
     let certificate = issuer.issue("n9", &n2.key.subject_public_key_info()).unwrap();
     let deleted = Certified { certificate, ..n2 };
     let refused = lab.dial_with(deleted.config(&lab), &token("down", "")).await.err().unwrap();

@@ -105,12 +105,10 @@ impl Field {
         let reviews = Believing::default();
         let authenticator =
             Authenticator::new(reviews.clone(), Arc::new(keys), "switchtower", namespace, account);
-        let tls =
-            Arc::new(ServerTls::from_pointee(tls::server_config(&Authority::new(lab.ca.clone())).unwrap()));
+        let tls = Arc::new(ServerTls::from_pointee(tls::server_config(&lab.authority).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let replica =
-            ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&Authority::new(lab.ca.clone())));
+        let replica = ReplicaService::new(axum::Router::new(), ReplicaKeys::new(&lab.authority));
         let server = Server::new(lab.fleet.clone(), Arc::new(authenticator), Limits::default(), replica);
         tokio::spawn(server.serve(listener, tls, lab.metrics.clone(), std::future::pending()));
         Arc::new(Self { address, config: lab.client_config(), signer, forger, reviews })
