@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::sync::publish;
+
 /// `host:port` of all replicas, the own ones first. Clones share the list.
 #[derive(Debug, Clone)]
 pub struct Peers(watch::Receiver<Vec<String>>);
@@ -44,7 +46,7 @@ impl Peers {
 pub async fn reserve(mut peers: Peers, sender: watch::Sender<BTreeSet<SocketAddr>>) {
     loop {
         let addresses = resolve(&peers.take_current()).await;
-        sender.send_if_modified(|known| std::mem::replace(known, addresses.clone()) != addresses);
+        publish(&sender, addresses);
         peers.changed().await;
     }
 }

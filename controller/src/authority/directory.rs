@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::{Authority, AuthorityError, SIGNER, generate};
 use crate::errors::Chain;
+use crate::sync::publish;
 
 /// Interval between two reads.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -42,13 +43,7 @@ pub async fn follow(directory: PathBuf, sender: watch::Sender<Authority>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         match read(&directory) {
-            Ok(authority) => {
-                sender.send_if_modified(|known| {
-                    let is_other = *known != authority;
-                    *known = authority;
-                    is_other
-                });
-            }
+            Ok(authority) => publish(&sender, authority),
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "failed to read the CA; the one that was read before stays in use");
             }

@@ -14,6 +14,7 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Secret;
 use kube::api::PostParams;
 use kube::{Api, Client};
 use time::OffsetDateTime;
@@ -127,7 +128,7 @@ impl Rotation {
             let request = *requested.borrow_and_update();
             let due = self.due(&current, request);
             tokio::select! {
-                () = async { tokio::time::sleep(due.map_or(CHECK, |(_, wait)| wait)).await } => {}
+                () = tokio::time::sleep(due.map_or(CHECK, |(_, wait)| wait)) => {}
                 changed = authority.changed() => if changed.is_err() { return } else { continue },
                 changed = requested.changed() => if changed.is_err() { return } else { continue },
                 changed = self.published.changed() => if changed.is_err() { return } else { continue },
@@ -159,8 +160,7 @@ impl Rotation {
             namespace: self.namespace.clone(),
             source: Box::new(source),
         };
-        let api: Api<k8s_openapi::api::core::v1::Secret> =
-            Api::namespaced(self.client.clone(), &self.namespace);
+        let api: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
         let mut secret = api.get(CA_SECRET).await.map_err(refused)?;
         if parse(&secret, &self.namespace)? != *decided_on {
             return Ok(());

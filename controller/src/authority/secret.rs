@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::{Authority, AuthorityError, generate};
 use crate::errors::Chain;
 use crate::lease::Fence;
+use crate::sync::publish;
 
 /// The Secret that holds the CAs.
 pub const CA_SECRET: &str = "switchtower-ca";
@@ -68,15 +69,16 @@ pub(super) fn parse(secret: &Secret, namespace: &str) -> Result<Authority, Autho
 /// Replaces the CAs of the Secret. Keeps all other fields.
 pub(super) fn store(secret: &mut Secret, authority: &Authority) {
     let data = secret.data.get_or_insert_default();
-    data.retain(|name, _| {
-        ![super::NEXT, super::PREVIOUS].iter().any(|(certificate, key)| name == certificate || name == key)
-    });
+    for (certificate, key) in [super::NEXT, super::PREVIOUS] {
+        data.remove(certificate);
+        data.remove(key);
+    }
     for (name, text) in authority.fields() {
         data.insert(name.to_owned(), ByteString(text.as_bytes().to_vec()));
     }
 }
 
-/// The Secret at its last change.
+/// Request of an operator, by the annotation [`ROTATE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
     /// No rotation is requested.
@@ -103,13 +105,7 @@ pub(super) async fn follow(
                     secret.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(ROTATE));
                 requests.send_replace(if is_requested { Request::Rotate } else { Request::None });
                 match parse(&secret, &namespace) {
-                    Ok(authority) => {
-                        sender.send_if_modified(|known| {
-                            let is_other = *known != authority;
-                            *known = authority;
-                            is_other
-                        });
-                    }
+                    Ok(authority) => publish(&sender, authority),
                     Err(error) => {
                         tracing::error!(error = %Chain(&error), "the CA was changed; the one that was read before stays in use");
                     }
@@ -140,7 +136,7 @@ async fn restore(api: &Api<Secret>, namespace: &str, secret: &Secret, fence: &Fe
                     tracing::warn!(error = %Chain(&error), %namespace, "failed to restore the deleted Secret switchtower-ca; retrying");
                 }
             }
-        } else if matches!(api.get_opt(super::secret::CA_SECRET).await, Ok(Some(_))) {
+        } else if matches!(api.get_opt(CA_SECRET).await, Ok(Some(_))) {
             return;
         }
         tokio::time::sleep(RETRY).await;

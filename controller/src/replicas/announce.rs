@@ -15,6 +15,7 @@ use super::Replicas;
 use super::presence::Seen;
 use crate::errors::Chain;
 use crate::lease::{Fence, LEASE};
+use crate::sync::publish;
 
 /// Label of the Leases.
 const LABEL: &str = "switchtower.dev/lease";
@@ -125,7 +126,7 @@ impl Announcement {
                 Ok(Err(_)) | Err(_) => {}
             }
             let listed = all_addresses(&self.addresses, &replicas);
-            peers.send_if_modified(|known| std::mem::replace(known, listed.clone()) != listed);
+            publish(&peers, listed);
             tokio::time::sleep(self.interval()).await;
         }
     }
