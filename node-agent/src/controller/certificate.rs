@@ -52,36 +52,20 @@ impl NodeCertificate {
         let paths = state.map(|state| (state.join(KEY_FILE), state.join(CERTIFICATE_FILE)));
         let read = paths.as_ref().and_then(|(key, certificate)| {
             let key = std::fs::read(key).ok()?;
-            Some((public_key(&key)?, key, std::fs::read(certificate).ok()))
+            Some((public_key(&key)?, key, std::fs::read(certificate).ok().map(CertificateDer::from)))
         });
-        if let Some((public_key, key, certificate)) = read {
-            let certificate = certificate.map(CertificateDer::from);
-            return Some(Self {
-                key,
-                public_key,
-                certificate,
-                issued: None,
-                next: Presentation::TokenOnly,
-                paths,
-                files,
-            });
-        }
-        let made =
-            EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new()).ok()?;
-        let key = made.as_ref().to_vec();
-        if let Some((path, _)) = &paths {
-            files.put(path, Content::Bytes(key.clone()), None);
-        }
-        let public_key = public_key(&key)?;
-        Some(Self {
-            key,
-            public_key,
-            certificate: None,
-            issued: None,
-            next: Presentation::TokenOnly,
-            paths,
-            files,
-        })
+        let (public_key, key, certificate) = match read {
+            Some(read) => read,
+            None => {
+                let key = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new());
+                let key = key.ok()?.as_ref().to_vec();
+                if let Some((path, _)) = &paths {
+                    files.put(path, Content::Bytes(key.clone()), None);
+                }
+                (public_key(&key)?, key, None)
+            }
+        };
+        Some(Self { key, public_key, certificate, issued: None, next: Presentation::TokenOnly, paths, files })
     }
 
     /// Returns the public key if a new certificate is due, otherwise nothing.
