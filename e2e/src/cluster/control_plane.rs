@@ -1,5 +1,6 @@
 //! Starts etcd, API server, controller manager and scheduler inside the hub.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -16,6 +17,14 @@ use super::shell::{finish, finish_with_input, wait_until};
 pub struct Kubectl {
     program: std::path::PathBuf,
     kubeconfig: std::path::PathBuf,
+}
+
+/// Parses an address in an object.
+///
+/// # Errors
+/// The value is none.
+pub(super) fn address(value: &Value) -> Result<IpAddr> {
+    value.as_str().unwrap_or_default().parse().with_context(|| format!("{value} is not an address"))
 }
 
 impl Kubectl {

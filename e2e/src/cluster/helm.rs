@@ -2,7 +2,7 @@
 //! and the documented uninstall. During upgrade and rollback every node keeps connecting to a Service.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::control_plane::Kubectl;
+use super::control_plane::{Kubectl, address};
 use super::install::{self, NAMESPACE};
 use super::layout::{API_SERVER_PORT, Layout, Tools};
 use super::machine::Machine;
@@ -31,10 +31,7 @@ const ARGUMENT: &str = "--log-level=debug";
 /// Switchtower is installed already, the cluster does not respond, or a check failed.
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
-    ensure!(
-        kubectl.run(&format!("get namespace {NAMESPACE}")).is_err(),
-        "Switchtower is installed: this part needs a new cluster (hack/cluster.sh down, then up)"
-    );
+    install::ensure_absent(&kubectl)?;
     let lifecycle = Lifecycle::new(layout, tools, kubectl)?;
     say("Helm charts");
     let mut results = Results::default();
@@ -59,10 +56,7 @@ struct Lifecycle<'a> {
 
 impl<'a> Lifecycle<'a> {
     fn new(layout: &'a Layout, tools: &'a Tools, kubectl: Kubectl) -> Result<Self> {
-        let nodes =
-            layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<_>>()?;
-        let manifests = fs::canonicalize(&tools.manifests).context("resolving the manifests' folder")?;
-        let root = manifests.parent().context("the manifests' folder has no parent")?.to_owned();
+        let (nodes, root) = (Machine::nodes(layout)?, tools.repository()?);
         Ok(Self { layout, tools, kubectl, nodes, helm: programs::tool("helm")?, root })
     }
 
@@ -180,9 +174,7 @@ impl<'a> Lifecycle<'a> {
 
     fn service(&self) -> Result<SocketAddr> {
         let service = self.kubectl.json("get service web --namespace demo")?;
-        let address = service["spec"]["clusterIP"].as_str().unwrap_or_default();
-        let address: IpAddr = address.parse().with_context(|| format!("{address:?} is not an address"))?;
-        Ok(SocketAddr::new(address, 80))
+        Ok(SocketAddr::new(address(&service["spec"]["clusterIP"])?, 80))
     }
 
     /// Arguments of the agents' container.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::control_plane::Kubectl;
@@ -26,8 +26,7 @@ const ROLLOUT: Duration = Duration::from_secs(180);
 pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
     let start = Instant::now();
     let kubectl = Kubectl::new(layout, tools);
-    let nodes =
-        layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<Vec<_>>>()?;
+    let nodes = Machine::nodes(layout)?;
     say("images of controller and agent");
     images::deliver_switchtower(layout, tools, &nodes)?;
     let overlay = write_overlay(layout, tools, "overlay", &[])?;
@@ -43,6 +42,15 @@ pub fn install(layout: &Layout, tools: &Tools) -> Result<()> {
         ))?;
     }
     wait_until_ready(&kubectl, layout, start)
+}
+
+/// Fails if Switchtower is installed.
+pub(super) fn ensure_absent(kubectl: &Kubectl) -> Result<()> {
+    ensure!(
+        kubectl.run(&format!("get namespace {NAMESPACE}")).is_err(),
+        "Switchtower is installed: this part needs a new cluster (hack/cluster.sh down, then up)"
+    );
+    Ok(())
 }
 
 /// Waits until controller and agents run.

@@ -51,6 +51,17 @@ pub struct Tools {
     pub switchtower_images: PathBuf,
 }
 
+impl Tools {
+    /// Folder of the repository, which contains the manifests.
+    ///
+    /// # Errors
+    /// The manifests do not exist.
+    pub fn repository(&self) -> Result<PathBuf> {
+        let manifests = fs::canonicalize(&self.manifests).context("resolving the manifests' folder")?;
+        manifests.parent().map(Path::to_owned).context("the manifests' folder has no parent")
+    }
+}
+
 impl Layout {
     pub fn hub(&self) -> String {
         format!("{}-hub", self.name)

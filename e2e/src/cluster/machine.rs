@@ -75,6 +75,11 @@ impl Machine {
         Ok(Self { name: name.to_owned(), init, logs: layout.logs() })
     }
 
+    /// Finds all nodes of a cluster that an earlier run started.
+    pub fn nodes(layout: &Layout) -> Result<Vec<Self>> {
+        layout.node_names().iter().map(|name| Self::find(layout, name)).collect()
+    }
+
     /// Prepares a command that runs inside the machine.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("nsenter");

@@ -1,7 +1,6 @@
 //! The migration from kube-proxy and back with the documented commands, under long-lived connections, UDP flows and a
 //! continuous prober, next to a plain restart of kube-proxy.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::control_plane::Kubectl;
-use super::install::{self, NAMESPACE};
+use super::install;
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
 use super::shell::{Results, finish, print, say, wait_until};
@@ -31,15 +30,9 @@ const FOREIGN: &str = "foreign-to-all-proxies";
 /// Switchtower is installed already, the cluster does not respond, or a check failed.
 pub fn check(layout: &Layout, tools: &Tools, modes: &[Mode]) -> Result<()> {
     let kubectl = Kubectl::new(layout, tools);
-    ensure!(
-        kubectl.run(&format!("get namespace {NAMESPACE}")).is_err(),
-        "Switchtower is installed: this part needs a new cluster (hack/cluster.sh down, then up)"
-    );
-    let nodes: Vec<Machine> =
-        layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<_>>()?;
-    let manifests = fs::canonicalize(&tools.manifests).context("resolving the manifests' folder")?;
-    let root = manifests.parent().context("the manifests' folder has no parent")?.to_owned();
-    let migration = Migration { layout, tools, kubectl, nodes: &nodes, root };
+    install::ensure_absent(&kubectl)?;
+    let nodes = Machine::nodes(layout)?;
+    let migration = Migration { layout, tools, kubectl, nodes: &nodes, root: tools.repository()? };
     say("images");
     images::deliver_switchtower(layout, tools, &nodes)?;
     kube_proxy::deliver(layout, tools, &nodes)?;
@@ -154,15 +147,10 @@ impl Migration<'_> {
         self.plugin(&[&["migrate"], arguments].concat())
     }
 
-    /// Runs `kubectl switchtower`; an error contains its output.
+    /// Runs `kubectl switchtower`.
     fn plugin(&self, arguments: &[&str]) -> Result<()> {
         say(&format!("kubectl switchtower {}", arguments.join(" ")));
-        let output =
-            plugin::command(self.layout, self.tools, arguments)?.output().context("starting kubectl")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{}: {text}{errors}", output.status);
-        Ok(())
+        plugin::output(self.layout, self.tools, arguments).map(drop)
     }
 
     /// Fields of kube-proxy's DaemonSet that the migration changes.

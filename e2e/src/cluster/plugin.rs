@@ -47,29 +47,30 @@ pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     results.end("plugin")
 }
 
-/// Prepares `kubectl switchtower` with these arguments.
+/// Runs `kubectl switchtower` with these arguments and returns its standard output.
 ///
 /// # Errors
-/// The name of a folder cannot be in PATH.
-pub(super) fn command(layout: &Layout, tools: &Tools, arguments: &[&str]) -> Result<Command> {
+/// It does not start, or fails; the error contains its output.
+pub(super) fn output(layout: &Layout, tools: &Tools, arguments: &[&str]) -> Result<String> {
     let mut path = vec![tools.control_plane.clone(), tools.switchtower.clone()];
     let known = env::var_os("PATH").unwrap_or_default();
     path.extend(env::split_paths(&known).collect::<Vec<PathBuf>>());
-    let mut command = Command::new(tools.control_plane("kubectl"));
-    command
+    let output = Command::new(tools.control_plane("kubectl"))
         .arg("switchtower")
         .args(arguments)
         .env("PATH", env::join_paths(path).context("a folder's name in PATH")?)
         .env("KUBECONFIG", layout.kubeconfig())
-        .stdin(Stdio::null());
-    Ok(command)
-}
-
-fn run(layout: &Layout, tools: &Tools, arguments: &[&str], expected: &str) -> Result<()> {
-    let output = command(layout, tools, arguments)?.output().context("kubectl could not be started")?;
+        .stdin(Stdio::null())
+        .output()
+        .context("kubectl could not be started")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {text} {errors}", output.status);
+    Ok(text.into_owned())
+}
+
+fn run(layout: &Layout, tools: &Tools, arguments: &[&str], expected: &str) -> Result<()> {
+    let text = output(layout, tools, arguments)?;
     ensure!(text.contains(expected), "{text:?} lacks {expected:?}");
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::control_plane::Kubectl;
+use super::control_plane::{Kubectl, address};
 use super::installed::metrics_addresses;
 use super::layout::{Layout, Tools};
 use super::machine::Machine;
@@ -154,9 +154,6 @@ impl Bench {
     fn targets(&self) -> Result<Vec<SocketAddr>> {
         let service = self.kubectl.json("get service web --namespace drain")?;
         let node = self.kubectl.json(&format!("get node {}", self.layout.node_names()[0]))?;
-        let address = |value: &Value| -> Result<IpAddr> {
-            value.as_str().unwrap_or_default().parse().with_context(|| format!("{value} is not an address"))
-        };
         let node_port = service["spec"]["ports"][0]["nodePort"].as_u64().context("no NodePort")?;
         Ok(vec![
             SocketAddr::new(address(&service["spec"]["clusterIP"])?, 80),

@@ -23,8 +23,7 @@ const MARK: &str = "<!-- A test runs the commands of the next block on a real cl
 pub fn check(layout: &Layout, tools: &Tools) -> Result<()> {
     say("uninstall");
     let kubectl = Kubectl::new(layout, tools);
-    let nodes: Vec<Machine> =
-        layout.node_names().iter().map(|name| Machine::find(layout, name)).collect::<Result<_>>()?;
+    let nodes = Machine::nodes(layout)?;
     let mut results = Results::default();
     results.add("a profile is in force", || profile_in_force(&kubectl))?;
     results.add("the documented commands end", || {
@@ -54,11 +53,9 @@ pub(super) fn run_commands(layout: &Layout, tools: &Tools, overlay: &str) -> Res
     let delete = "delete -k manifests --ignore-not-found\n";
     ensure!(block.contains(delete), "the commands do not delete the manifests: {block}");
     let script = block.replace(delete, &format!("delete -k {overlay} --ignore-not-found --timeout=120s\n"));
-    let folder = fs::canonicalize(&tools.manifests).context("resolving the manifests' folder")?;
-    let root = folder.parent().context("the manifests' folder has no parent")?;
     let path = format!("{}:{}", tools.control_plane.display(), std::env::var("PATH").unwrap_or_default());
     let mut command = std::process::Command::new("bash");
-    command.args(["-euxo", "pipefail", "-c", &script]).current_dir(root);
+    command.args(["-euxo", "pipefail", "-c", &script]).current_dir(tools.repository()?);
     command.env("PATH", path).env("KUBECONFIG", layout.kubeconfig());
     finish(&mut command)?;
     Ok(())

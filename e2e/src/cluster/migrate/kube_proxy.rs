@@ -105,8 +105,7 @@ fn extensions() -> Result<Vec<PathBuf>> {
 /// It does not run.
 pub(super) fn apply(kubectl: &Kubectl, layout: &Layout, tools: &Tools, mode: Mode) -> Result<()> {
     kubectl.run("delete --namespace kube-system daemonset/kube-proxy --ignore-not-found")?;
-    for name in layout.node_names() {
-        let node = Machine::find(layout, &name)?;
+    for node in Machine::nodes(layout)? {
         // The rules of another mode.
         finish(node.command(&tools.control_plane("kube-proxy")).arg("--cleanup"))?;
     }

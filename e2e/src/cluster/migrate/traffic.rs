@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::super::control_plane::Kubectl;
+use super::super::control_plane::{Kubectl, address};
 use super::super::layout::Layout;
 use super::super::machine::Machine;
 use super::super::rolling_update::request;
@@ -194,10 +194,6 @@ struct Counts {
     attempts: AtomicUsize,
     lost: AtomicUsize,
     slow: AtomicUsize,
-}
-
-fn address(value: &Value) -> Result<IpAddr> {
-    value.as_str().unwrap_or_default().parse().with_context(|| format!("{value} is not an address"))
 }
 
 fn connect(target: SocketAddr) -> Result<TcpStream> {
