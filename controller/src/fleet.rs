@@ -284,6 +284,13 @@ impl Fleet {
         }
     }
 
+    /// Wakes all sessions.
+    fn wake_all(&self) {
+        for signal in lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_ref()) {
+            signal.notify.notify_one();
+        }
+    }
+
     /// Returns the revision of the layers.
     #[must_use]
     pub fn revision(&self) -> u64 {

@@ -65,6 +65,12 @@ impl Replicas {
         lock(&self.observer).presence(name, Instant::now())
     }
 
+    /// Returns the time since the API server last responded to requests about the Leases; `None` before the first time.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        lock(&self.observer).listed().map(|at| at.elapsed())
+    }
+
     /// Returns the other replicas that are present, by name.
     #[must_use]
     pub fn peers(&self) -> Vec<Peer> {

@@ -14,7 +14,7 @@ use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{
-    AgentMessage, ControllerMessage, GoAwayReason, Ping, ProxyMode, ReleaseHeld, Update, UpdateEnd, Welcome,
+    AgentMessage, ControllerMessage, GoAwayReason, ProxyMode, ReleaseHeld, Update, UpdateEnd, Welcome,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -29,6 +29,7 @@ use crate::text::sanitized;
 use crate::token_bucket::{Rate, TokenBucket};
 
 mod bounded;
+mod contact;
 mod drain;
 mod go_away;
 mod hello;
@@ -38,6 +39,7 @@ mod received;
 mod resume;
 mod source;
 
+use contact::Contact;
 use go_away::go_away;
 pub(crate) use go_away::overloaded;
 use in_flight::InFlight;
@@ -61,8 +63,6 @@ const HOLD_FACTOR: u32 = 2;
 /// Acknowledgement time below which nothing is considered busy.
 const PROMPT: Duration = Duration::from_millis(20);
 
-/// Minimum time for which an agent stays with a stale replica, so that it changes replicas at most once per minute.
-const STAY: Duration = Duration::from_secs(60);
 /// After this time without a response on the watches, the API server may not answer token reviews either.
 const UNHEARD: Duration = Duration::from_secs(30);
 
@@ -129,7 +129,7 @@ pub(crate) struct Session {
     query: PendingQuery,
     drains: drain::DrainQueries,
     opened: Instant,
-    heard: Instant,
+    contact: Contact,
     spoke: Instant,
     allowance: TokenBucket,
 }
@@ -186,7 +186,7 @@ impl Session {
             query: PendingQuery::default(),
             drains: drain::DrainQueries::default(),
             opened: now,
-            heard: now,
+            contact: Contact::new(now),
             spoke: now,
         }
     }
@@ -256,6 +256,7 @@ impl Session {
             resumed: self.cursor.is_some(),
             features: vec![switchtower_proto::DRAIN_GATE.to_owned()],
             certificate: self.certificate(&hello.public_key),
+            heartbeat_milliseconds: self.expect_heartbeats(&hello.features),
         };
         self.send(ToAgent::Welcome(welcome)).await?;
         tracing::info!(node = %self.node, session = number, resumed = self.cursor.is_some(),
@@ -283,6 +284,10 @@ impl Session {
                 return End::GoAway(reason, String::new());
             }
             signal.stop_waiting();
+            self.note_silence();
+            if let Err(end) = self.leave_stale_replica() {
+                return end;
+            }
             if let Err(end) = self.advance(signal).await {
                 return end;
             }
@@ -346,6 +351,10 @@ impl Session {
 
     /// Returns the time of the next check if no event occurs before.
     fn deadline(&self) -> Option<Instant> {
+        self.update_deadline().into_iter().chain(self.contact.deadline()).min()
+    }
+
+    fn update_deadline(&self) -> Option<Instant> {
         if let Some(in_flight) = &self.in_flight {
             let late = (!in_flight.late).then(|| in_flight.since + BEHIND_GRACE);
             let lost = (!in_flight.retried).then(|| in_flight.since + self.limits.acknowledgement);
@@ -527,27 +536,6 @@ impl Session {
         };
         self.spoke = Instant::now();
         if sent { Ok(()) } else { Err(End::Gone("connection_lost")) }
-    }
-
-    /// Checks that the agent responds. `peers` are sent if there are any.
-    async fn ping(&mut self, peers: Vec<String>) -> Result<(), End> {
-        if self.heard.elapsed() > self.limits.silence {
-            return Err(End::Gone("silent"));
-        }
-        if self.fleet.is_stale() && self.opened.elapsed() >= STAY {
-            let detail =
-                "the API server does not respond to this replica; another one is more current".to_owned();
-            return Err(End::GoAway(GoAwayReason::StaleReplica, detail));
-        }
-        // The peers have just heard each other.
-        let recent = self.limits.ping / 2;
-        if peers.is_empty() && self.heard.elapsed() < recent && self.spoke.elapsed() < recent {
-            return Ok(());
-        }
-        self.pings += 1;
-        let age = self.fleet.upstream_age().map_or(u64::MAX, |age| age.as_millis() as u64);
-        let ping = Ping { sequence: self.pings, upstream_age_milliseconds: age, peers };
-        self.send(ToAgent::Ping(ping)).await
     }
 }
 

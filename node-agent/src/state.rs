@@ -115,8 +115,12 @@ pub struct Counts {
 }
 
 /// Features of this agent, for `Hello.features` and `Update.required_features`.
-pub const FEATURES: &[&str] =
-    &[switchtower_proto::HEALTH_CHECK_LAYER, switchtower_proto::DRAIN_GATE, switchtower_proto::SHADOW_MODE];
+pub const FEATURES: &[&str] = &[
+    switchtower_proto::HEALTH_CHECK_LAYER,
+    switchtower_proto::DRAIN_GATE,
+    switchtower_proto::SHADOW_MODE,
+    switchtower_proto::HEARTBEAT,
+];
 
 /// The layers as received, the place in the controller's log, and the update that is being received.
 pub struct State {

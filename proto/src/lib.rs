@@ -18,6 +18,9 @@ pub const DRAIN_GATE: &str = "drain-gate";
 /// Feature in Hello and `Update.required_features`: settings with mode Shadow.
 pub const SHADOW_MODE: &str = "shadow-mode";
 
+/// Feature in Hello: heartbeats at the interval in Welcome.
+pub const HEARTBEAT: &str = "heartbeat";
+
 /// Returns an address as the messages contain it: 4 or 16 bytes in network order.
 #[must_use]
 pub fn address_bytes(address: std::net::IpAddr) -> Vec<u8> {

@@ -39,6 +39,8 @@ names! {
         StreamOpen,
         /// The agent's stream ended.
         AgentDisconnected,
+        /// The agent's stream is open, but its heartbeats do not arrive.
+        AgentSilent,
         /// The controller restarted, and the agent has not reconnected yet.
         AwaitingAgent,
         /// No agent of the node has connected.

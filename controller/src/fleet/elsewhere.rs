@@ -19,14 +19,19 @@ pub(crate) const STATE: &str = "/v1/replica/state";
 const INTERVAL: Duration = Duration::from_secs(2);
 /// Timeout of a query.
 const TIMEOUT: Duration = Duration::from_millis(1_500);
-/// A replica is stale if the API server last responded to it this much longer ago than to another one.
-const STALE: Duration = Duration::from_secs(10);
+/// A replica is stale if the API server last responded on its watches this much longer ago than to another one. Watches
+/// are renewed every ten seconds.
+const STALE_WATCHES: Duration = Duration::from_secs(10);
+/// The same for requests about the Leases of the replicas, which are sent every two seconds.
+const STALE_LEASES: Duration = Duration::from_secs(4);
 
 /// State of one replica.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ReplicaState {
     upstream_age_milliseconds: Option<u64>,
+    #[serde(default)]
+    lease_age_milliseconds: Option<u64>,
     services: u64,
     endpoint_slices: u64,
     nodes: u64,
@@ -41,8 +46,12 @@ impl ReplicaState {
         Source { services, endpoint_slices, nodes, service_cidrs }
     }
 
-    fn upstream_age(&self) -> Option<Duration> {
-        self.upstream_age_milliseconds.map(Duration::from_millis)
+    fn ages(&self) -> Ages {
+        let duration = |age: Option<u64>| age.map(Duration::from_millis);
+        Ages {
+            watches: duration(self.upstream_age_milliseconds),
+            leases: duration(self.lease_age_milliseconds),
+        }
     }
 }
 
@@ -63,20 +72,34 @@ pub(crate) fn covers(processed: &Source, seen: &Source) -> bool {
         && service_cidrs >= seen.service_cidrs
 }
 
-/// Returns true if agents should leave a replica with this upstream age for one of the others. If the API server is down
-/// for all of them, every agent stays.
-fn is_stale(own: Option<Duration>, others: impl Iterator<Item = Option<Duration>>) -> bool {
-    let Some(best) = others.flatten().min() else { return false };
-    own.is_none_or(|own| own >= best + STALE)
+/// Times since the API server last responded to a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ages {
+    /// On the watch that has been silent for the longest time; `None` before each had a response.
+    watches: Option<Duration>,
+    /// To a request about Leases; `None` before the first response, and from versions that do not report it.
+    leases: Option<Duration>,
+}
+
+/// Returns true if agents should leave a replica with these ages for one of the others. If the API server is down for all
+/// of them, every agent stays.
+fn is_stale(own: Ages, others: &[Ages]) -> bool {
+    let later = |age: fn(&Ages) -> Option<Duration>, than: Duration| {
+        let best = others.iter().filter_map(age).min();
+        best.is_some_and(|best| age(&own).is_none_or(|own| own >= best + than))
+    };
+    later(|ages| ages.watches, STALE_WATCHES) || later(|ages| ages.leases, STALE_LEASES)
 }
 
 impl Fleet {
     /// Returns the state of this replica.
     pub(crate) fn replica_state(&self) -> ReplicaState {
         let (Source { services, endpoint_slices, nodes, service_cidrs }, _) = self.processed();
-        let age = self.upstream_age();
+        let milliseconds =
+            |age: Option<Duration>| age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
         ReplicaState {
-            upstream_age_milliseconds: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            upstream_age_milliseconds: milliseconds(self.upstream_age()),
+            lease_age_milliseconds: milliseconds(self.others.replicas().age()),
             services,
             endpoint_slices,
             nodes,
@@ -91,11 +114,14 @@ impl Fleet {
             let replies = self.others.ask::<ReplicaState>(STATE, TIMEOUT).await;
             let states: Vec<ReplicaState> =
                 replies.into_iter().filter_map(|reply| reply.answer.ok()).collect();
-            let stale = is_stale(self.upstream_age(), states.iter().map(ReplicaState::upstream_age));
+            let ages: Vec<Ages> = states.iter().map(ReplicaState::ages).collect();
+            let own = Ages { watches: self.upstream_age(), leases: self.others.replicas().age() };
+            let stale = is_stale(own, &ages);
             if self.elsewhere.stale.swap(stale, Ordering::Relaxed) != stale && stale {
                 tracing::warn!(
                     "the API server responds to another replica and not to this one; agents leave"
                 );
+                self.wake_all();
             }
             let connected: HashSet<Arc<str>> =
                 states.iter().flat_map(|state| &state.connected).map(|name| name.as_str().into()).collect();
@@ -176,11 +202,21 @@ mod tests {
     #[test]
     fn agents_leave_only_for_a_much_fresher_replica() {
         let seconds = |seconds| Some(Duration::from_secs(seconds));
-        assert!(is_stale(seconds(12), [seconds(2), seconds(40)].into_iter()));
-        assert!(!is_stale(seconds(11), [seconds(2)].into_iter()), "less than ten seconds better");
-        assert!(!is_stale(seconds(600), [seconds(595), seconds(601)].into_iter()), "the API server is down");
-        assert!(!is_stale(seconds(600), [None].into_iter()), "the other one has just started");
-        assert!(!is_stale(seconds(600), std::iter::empty()), "there is no other one");
-        assert!(is_stale(None, [seconds(1)].into_iter()));
+        let ages = |watches, leases| Ages { watches, leases };
+        let watches = |own: Option<Duration>, others: &[Option<Duration>]| {
+            let others: Vec<Ages> = others.iter().map(|age| ages(*age, seconds(1))).collect();
+            is_stale(ages(own, seconds(1)), &others)
+        };
+        assert!(watches(seconds(12), &[seconds(2), seconds(40)]));
+        assert!(!watches(seconds(11), &[seconds(2)]), "less than ten seconds better");
+        assert!(!watches(seconds(600), &[seconds(595), seconds(601)]), "the API server is down");
+        assert!(!watches(seconds(600), &[None]), "the other one has just started");
+        assert!(!watches(seconds(600), &[]), "there is no other one");
+        assert!(watches(None, &[seconds(1)]));
+        let leases = |own, other| is_stale(ages(seconds(1), own), &[ages(seconds(1), other)]);
+        assert!(leases(seconds(5), seconds(1)));
+        assert!(!leases(seconds(4), seconds(1)));
+        assert!(!leases(seconds(60), seconds(57)), "the API server is down");
+        assert!(!leases(seconds(60), None), "the other one has an earlier version");
     }
 }

@@ -25,8 +25,10 @@ const PRESENCE: &str = "replica";
 const ADDRESSES: &str = "switchtower.dev/addresses";
 /// Field manager.
 const MANAGER: &str = "switchtower-controller";
-/// Renewals within the duration of a Lease.
+/// Minimum number of renewals within the duration of a Lease.
 const TURNS: u32 = 5;
+/// Maximum interval of renewals: they also show whether the API server responds to this replica.
+const INTERVAL: Duration = Duration::from_secs(2);
 /// Maximum number of replicas that are used.
 const LIMIT: usize = 16;
 /// Maximum number of addresses of a replica.
@@ -59,7 +61,7 @@ impl Announcement {
     }
 
     fn interval(&self) -> Duration {
-        self.duration / TURNS
+        (self.duration / TURNS).min(INTERVAL)
     }
 
     async fn renew(&self) -> Result<(), kube::Error> {

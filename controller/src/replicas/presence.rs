@@ -73,6 +73,11 @@ impl Observer {
         before != (self.peers(), self.known.keys().cloned().collect())
     }
 
+    /// Time of the last complete list.
+    pub(super) fn listed(&self) -> Option<Instant> {
+        self.listed
+    }
+
     /// Returns the presence of a replica.
     pub(super) fn presence(&mut self, name: &str, now: Instant) -> Presence {
         if name == self.own {

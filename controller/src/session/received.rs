@@ -42,9 +42,9 @@ pub(crate) fn read_message(message: FromAgent) {
 
 impl Session {
     pub(super) async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
-        self.heard = Instant::now();
+        self.note_contact();
         let malformed = |detail: &str| Err(End::GoAway(GoAwayReason::Malformed, detail.to_owned()));
-        if !self.allowance.take(self.heard.into_std()) {
+        if !self.allowance.take(self.contact.heard().into_std()) {
             return malformed("too many messages");
         }
         match message.message {

@@ -20,8 +20,10 @@ pub struct Observation {
     pub session: u64,
     /// Start of the stream.
     pub since: Timestamp,
-    /// End of the stream; `None` while it is open.
+    /// End of the stream, or the last message of an agent that has become silent; `None` while the agent is in contact.
     pub lost_since: Option<Timestamp>,
+    /// Meaning of `lost_since`.
+    pub loss: Loss,
     /// Generation that the node should hold.
     pub desired: u64,
     /// Generation that was sent last.
@@ -72,6 +74,16 @@ pub struct Observation {
     pub locality: Locality,
 }
 
+/// How the contact to an agent was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Loss {
+    /// Its stream ended.
+    #[default]
+    StreamEnded,
+    /// Its stream is open, but its heartbeats do not arrive.
+    Silent,
+}
+
 /// Times on the monotonic clock, for durations. The times of the wall clock are for display.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Moments {
@@ -92,10 +104,26 @@ impl Observation {
         self.moments.connected = Some(Instant::now());
     }
 
-    /// Records the end of the stream.
+    /// Records the end of the stream. The contact may have been lost before.
     pub fn note_end(&mut self) {
-        self.lost_since = Some(Timestamp::now());
-        self.moments.lost = Some(Instant::now());
+        self.loss = Loss::StreamEnded;
+        if self.lost_since.is_none() {
+            self.lost_since = Some(Timestamp::now());
+            self.moments.lost = Some(Instant::now());
+        }
+    }
+
+    /// Records that heartbeats have been missing since the last message, `elapsed` ago.
+    pub fn note_silence(&mut self, elapsed: Duration) {
+        self.loss = Loss::Silent;
+        self.lost_since = Some(Timestamp::now() - elapsed);
+        self.moments.lost = Instant::now().checked_sub(elapsed);
+    }
+
+    /// Records a message after a silence.
+    pub fn note_contact(&mut self) {
+        self.lost_since = None;
+        self.moments.lost = None;
     }
 
     /// Records that the stream was lost.
@@ -137,5 +165,27 @@ pub fn nack_reason(reason: NackReason) -> NodeReason {
         NackReason::OverLimit => NodeReason::OverLimit,
         NackReason::UnknownFeature => NodeReason::UnknownFeature,
         NackReason::Kernel => NodeReason::KernelRefused,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_ends_with_a_message_or_the_stream() {
+        let mut known = Observation::default();
+        known.note_connected();
+        tokio::time::advance(Duration::from_secs(60)).await;
+        known.note_silence(Duration::from_secs(7));
+        let silent_since = known.lost_since;
+        assert_eq!((known.loss, silent_since.is_some()), (Loss::Silent, true));
+        assert_eq!(known.moments.lost.map(|at| at.elapsed()), Some(Duration::from_secs(7)));
+        known.note_end();
+        assert_eq!((known.loss, known.lost_since), (Loss::StreamEnded, silent_since), "it was lost before");
+        known.note_connected();
+        known.note_silence(Duration::from_secs(7));
+        known.note_contact();
+        assert_eq!((known.lost_since, known.moments.lost), (None, None));
     }
 }

@@ -16,7 +16,7 @@ use switchtower_proto::v1::{ProxyMode, SettingsCause, SettingsDeviation};
 
 use super::condition::{Status, Verdict};
 use super::local_detection;
-use super::observation::{Observation, RefusedGeneration};
+use super::observation::{Loss, Observation, RefusedGeneration};
 
 #[cfg(test)]
 mod tests;
@@ -24,7 +24,7 @@ use super::absence::Blocker;
 
 /// Delay after which a lost stream shows as disconnected. A short interruption or a move to another replica must not
 /// cause a transition of the whole fleet.
-pub const DISCONNECT_GRACE: Duration = Duration::from_secs(10);
+pub const DISCONNECT_GRACE: Duration = Duration::from_secs(7);
 /// Delay after which a node shows as behind: an update in flight is no transition.
 pub const BEHIND_GRACE: Duration = Duration::from_secs(5);
 /// Time for which a repaired foreign change shows as drift.
@@ -195,11 +195,20 @@ fn connected(
     now: Timestamp,
 ) -> Verdict {
     match observation.lost_since {
-        Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => Verdict::not_connected(
-            blocker,
-            Reason::AgentDisconnected,
-            "The agent's stream ended; the kernel keeps its last generation. See the agent's log on the node.",
-        ),
+        Some(lost) if check.passed(lost, DISCONNECT_GRACE, now) => {
+            let (reason, message) = match observation.loss {
+                Loss::StreamEnded => (
+                    Reason::AgentDisconnected,
+                    "The agent's stream ended; the kernel keeps its last generation. See the agent's log on the node.",
+                ),
+                Loss::Silent => (
+                    Reason::AgentSilent,
+                    "The agent's stream is open, but its heartbeats do not arrive; the kernel keeps its last generation. \
+                     Check the network between the node and the controller.",
+                ),
+            };
+            Verdict::not_connected(blocker, reason, message)
+        }
         _ => Verdict::new(Status::True, Reason::StreamOpen, "The agent's stream is open."),
     }
 }

@@ -18,7 +18,7 @@ use switchtower_proto::v1::{
 };
 use switchtower_telemetry::{span, spans};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, Interval, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tracing::Instrument as _;
 
@@ -51,6 +51,8 @@ const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// The controller pings every 15 seconds. After this long without a message the agent pings too.
 const QUIET: Duration = Duration::from_secs(20);
+/// Minimum interval of heartbeats, whatever the controller requests.
+const HEARTBEAT_MINIMUM: Duration = Duration::from_secs(1);
 /// Timeout of a stream without any message.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Maximum delay that a GoAway may request.
@@ -386,7 +388,8 @@ async fn open<'a>(
         Some(FromController::GoAway(goodbye)) => return Err(go_away(goodbye)),
         _ => return Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
     };
-    let Welcome { version, session, controller, peers, resumed, features, certificate } = welcome;
+    let Welcome { version, session, controller, peers, resumed, features, certificate, .. } = welcome;
+    let heartbeat = heartbeat_interval(welcome.heartbeat_milliseconds);
     if !VERSIONS.contains(&version) {
         return Err(SessionError::Protocol("it chose a version that the agent did not offer"));
     }
@@ -405,7 +408,18 @@ async fn open<'a>(
     let answers = Answers::new(commands.clone(), out.clone());
     let drains = drains.connected(features.iter().any(|feature| feature == DRAIN_GATE));
     Ok((
-        Stream { controllers, identity, commands, out, session, events, sequence: 0, answers, drains },
+        Stream {
+            controllers,
+            identity,
+            commands,
+            out,
+            session,
+            events,
+            sequence: 0,
+            heartbeat,
+            answers,
+            drains,
+        },
         incoming,
     ))
 }
@@ -414,6 +428,19 @@ async fn open<'a>(
 fn remember(controllers: &mut Controllers, identity: &Identity, peers: &[String]) {
     if let Some((path, content)) = controllers.remember(peers) {
         identity.files.put(&path, Content::Bytes(content), None);
+    }
+}
+
+/// Returns the interval of heartbeats that a Welcome requests.
+fn heartbeat_interval(milliseconds: u32) -> Option<Duration> {
+    (milliseconds > 0).then(|| Duration::from_millis(milliseconds.into()).max(HEARTBEAT_MINIMUM))
+}
+
+/// Waits for the next tick; forever without a timer.
+async fn tick(timer: &mut Option<Interval>) {
+    match timer {
+        Some(timer) => drop(timer.tick().await),
+        None => std::future::pending().await,
     }
 }
 
@@ -457,6 +484,8 @@ struct Stream<'a> {
     session: u64,
     events: mpsc::UnboundedReceiver<Event>,
     sequence: u64,
+    /// `None` if the controller requests no heartbeats.
+    heartbeat: Option<Duration>,
     answers: Answers,
     drains: Link,
 }
@@ -467,6 +496,8 @@ impl Stream<'_> {
         incoming: &mut tonic::Streaming<ControllerMessage>,
     ) -> Result<std::convert::Infallible, SessionError> {
         let mut pings = tokio::time::interval(PING_INTERVAL);
+        let mut heartbeats =
+            self.heartbeat.map(|every| tokio::time::interval_at(Instant::now() + every, every));
         let mut heard = Instant::now();
         loop {
             // Acknowledgements first: a flood of messages must not starve them.
@@ -477,6 +508,7 @@ impl Stream<'_> {
                     None => return Err(SessionError::Stopping),
                 },
                 message = self.drains.next() => self.send(message).await?,
+                () = tick(&mut heartbeats) => self.send(FromAgent::Pong(Pong { sequence: 0 })).await?,
                 _ = pings.tick() => {
                     if heard.elapsed() > SILENCE {
                         return Err(SessionError::Silent);

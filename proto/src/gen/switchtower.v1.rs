@@ -394,7 +394,7 @@ pub struct Hello {
     /// schema versions that the agent speaks
     #[prost(uint32, repeated, tag = "1")]
     pub versions: ::prost::alloc::vec::Vec<u32>,
-    /// Optional parts of the protocol that the agent supports: "health-check-layer".
+    /// Optional parts of the protocol that the agent supports: "health-check-layer", "heartbeat".
     #[prost(string, repeated, tag = "2")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, tag = "3")]
@@ -725,6 +725,9 @@ pub struct Welcome {
     /// API server cannot review its token. Empty: none was requested, or the key is not usable.
     #[prost(bytes = "vec", tag = "7")]
     pub certificate: ::prost::alloc::vec::Vec<u8>,
+    /// The agent sends a Pong with sequence 0 at this interval; 0: it does not. Set for agents with the feature "heartbeat".
+    #[prost(uint32, tag = "8")]
+    pub heartbeat_milliseconds: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainAnswer {
@@ -808,6 +811,7 @@ pub struct Ping {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Pong {
+    /// of the Ping; 0: a heartbeat
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
 }

@@ -8,7 +8,7 @@ use switchtower_proto::v1::{Deviation, Deviations, ProxyMode, SettingsCause, Set
 
 use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
 use crate::status::absence::Blocker;
-use crate::status::observation::{Observation, RefusedGeneration};
+use crate::status::observation::{Loss, Observation, RefusedGeneration};
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).unwrap()
@@ -132,6 +132,8 @@ fn every_state_has_a_reason() {
     let outside = Observation { locality, foreign_proxy: true, ..healthy() };
     check(&outside, "PodsNotLocal", "True", "PodsOutside");
     check(&Observation { lost_since: Some(ago(60)), ..healthy() }, "Stale", "False", "AgentDisconnected");
+    let silent = Observation { lost_since: Some(ago(60)), loss: Loss::Silent, ..healthy() };
+    check(&silent, "Stale", "False", "AgentSilent");
 }
 
 #[test]
@@ -151,7 +153,7 @@ fn last_error_is_kept_until_the_node_is_synced() {
 #[test]
 fn short_interruption_is_no_transition() {
     let row = check(&Observation { lost_since: Some(ago(4)), ..healthy() }, "Synced", "True", "UpToDate");
-    assert_eq!(row.check_after.unwrap().as_secs(), 6);
+    assert_eq!(row.check_after.unwrap().as_secs(), 3);
     assert!(row.status.agent.unwrap().connected_to.is_some());
 }
 

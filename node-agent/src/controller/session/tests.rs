@@ -42,7 +42,7 @@ impl Agent {
         let parts = Parts {
             dataplane: Box::new(kernel.clone()),
             flows: Box::new(NoFlows),
-            snapshot: Some(SnapshotFile::new(&path)),
+            snapshot: Some(SnapshotFile::new(&path, "node-1")),
             files: files.clone(),
             snapshot_limit: None,
             health: Health::default(),
@@ -248,6 +248,23 @@ async fn questions_and_pings_are_answered() {
         }
         other => panic!("expected an Answer, got {other:?}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heartbeats_sent_at_the_requested_interval() {
+    let mut controller = FakeController::start(SERVER_NAME).await;
+    let _agent = Agent::start(&controller);
+    let mut stream = controller.accept().await;
+    assert!(stream.hello.features.iter().any(|feature| feature == switchtower_proto::HEARTBEAT));
+    let welcome = Welcome { version: 1, session: 1, heartbeat_milliseconds: 1_000, ..Welcome::default() };
+    stream.send(FromController::Welcome(welcome)).await;
+    let began = Instant::now();
+    for _ in 0..2 {
+        assert!(matches!(stream.next().await, Some(FromAgent::Pong(Pong { sequence: 0 }))));
+    }
+    assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
+    assert_eq!(heartbeat_interval(0), None);
+    assert_eq!(heartbeat_interval(1), Some(HEARTBEAT_MINIMUM));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
