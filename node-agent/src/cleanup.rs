@@ -70,7 +70,7 @@ fn tables(mode: Mode, out: &mut dyn Write) -> anyhow::Result<()> {
 
 fn state_files(state: &Path, mode: Mode, out: &mut dyn Write) -> anyhow::Result<()> {
     let kept = [
-        SnapshotFile::new(state).path().to_path_buf(),
+        SnapshotFile::path_in(state),
         TrialFile::new(state).path().to_path_buf(),
         state.join("controllers"),
         state.join(KEY_FILE),

@@ -189,7 +189,7 @@ fn agent(
             Reconciler::start(flows, sender(&commands, Command::Flows))
                 .context("start the thread for conntrack")?,
         ),
-        snapshot: Some(SnapshotFile::new(&args.state_dir)),
+        snapshot: Some(SnapshotFile::new(&args.state_dir, &node_name)),
         files: files.clone(),
         snapshot_limit,
         health: health.clone(),

@@ -411,6 +411,93 @@ fn stalled_disk_delays_neither_commits_nor_repairs() {
     });
 }
 
+/// Mounts a file system of 64 KiB on a new state directory, for this test only.
+fn small_disk(directory: &Path) {
+    let state = directory.join("state");
+    std::fs::create_dir(&state).unwrap();
+    // SAFETY: a plain system call that concerns this thread only.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
+    shell("mount --make-rprivate /");
+    shell(&format!("mount -t tmpfs -o size=64k tmpfs {}", state.display()));
+}
+
+#[test]
+fn full_disk_stops_neither_commits_nor_a_restart() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        small_disk(directory.path());
+        let state = directory.path().join("state");
+        // The view is larger than the disk.
+        let mut fleet = Fleet::new(1_000, 2);
+        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
+        eventually("the failed write is logged", || agent.log().contains("No space left on device"));
+        stream.update(fleet.add_endpoint(7, 5)).await;
+        assert_eq!(stream.ack().await.generation, 2);
+        let names = std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(names.into_iter().all(|name| name != "view.new"), "a part of the view is left");
+        shell(&format!("dd if=/dev/zero of={} bs=4096 2>/dev/null || true", state.join("filler").display()));
+        agent.kill();
+        drop(stream);
+        let _agent = Agent::start(directory.path());
+        let mut stream = controller.accept().await;
+        stream.welcome(2, &[]).await;
+        assert_eq!(stream.hello.kernel.clone().unwrap().generation, 2);
+        let (mut update, parts) = fleet.snapshot();
+        update.from = None;
+        stream.update((update, parts)).await;
+        assert_eq!(stream.ack().await.digest, fleet.digest.to_bytes());
+        shell("nft delete table ip switchtower");
+        eventually("the table is back", || listed().contains("hook prerouting"));
+        assert_eq!(health("/livez").0, "200");
+    });
+}
+
+#[test]
+fn read_only_disk_stops_neither_commits_nor_a_restart() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        small_disk(directory.path());
+        let state = directory.path().join("state");
+        let mut fleet = Fleet::new(20, 2);
+        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
+        eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
+        agent.kill();
+        drop(stream);
+        shell(&format!("mount -o remount,ro {}", state.display()));
+        let agent = Agent::start(directory.path());
+        let mut stream = controller.accept().await;
+        assert_eq!(stream.hello.view.clone().unwrap().generation, 1, "the file is read");
+        stream.welcome(2, &[]).await;
+        let (update, parts) = fleet.add_endpoint(7, 5);
+        stream.update((Update { from: Some(1), ..update }, parts)).await;
+        assert_eq!(stream.ack().await.generation, 2);
+        assert!(agent.log().contains("Read-only file system"), "{}", agent.log());
+    });
+}
+
+/// A disk image may contain the state of the node that it was made from.
+#[test]
+fn state_of_another_node_is_not_programmed() {
+    in_namespace(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let fleet = Fleet::new(20, 2);
+        let (controller, mut agent, stream) = programmed(&fleet, directory.path()).await;
+        agent.terminate();
+        drop((stream, controller));
+        shell("nft delete table ip switchtower; nft delete table ip6 switchtower");
+        let mut other = Command::new(BINARY);
+        other.args(["--hostname-override", "node-2"]);
+        let agent = Agent::start_with(&mut other, directory.path());
+        eventually("it says why", || agent.log().contains("is of node node-1, not of node-2"));
+        eventually("it starts", || health("/livez").0 == "200");
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(!listed().contains("10.96.0."), "{}", listed());
+        drop(agent);
+        let _agent = Agent::start(directory.path());
+        eventually("its own state is programmed", || listed().contains("10.96.0."));
+    });
+}
+
 #[test]
 fn agent_with_unusable_files_never_becomes_ready() {
     in_namespace(|| async {

@@ -9,7 +9,7 @@ use super::Engine;
 use crate::engine::Parts;
 use crate::state::TrialRecord;
 use crate::storage::files::{self, Content};
-use crate::storage::snapshot::{Restored, SnapshotFile};
+use crate::storage::snapshot::{Restored, SnapshotError, SnapshotFile};
 use crate::storage::trial_file::TrialFile;
 
 /// Time without a command after which a changed view is written.
@@ -96,10 +96,17 @@ fn read_all(
     limit: Option<Duration>,
 ) -> StoredState {
     let age = snapshot.and_then(|file| file.age(SystemTime::now()).ok());
-    let view = snapshot.map(SnapshotFile::read).transpose().unwrap_or_else(|error| {
-        tracing::warn!(%error, "the snapshot file is ignored");
-        None
-    });
+    let view = match snapshot.map(SnapshotFile::read).transpose() {
+        Ok(view) => view,
+        Err(error @ SnapshotError::OtherNode { .. }) => {
+            tracing::warn!(%error, "the state directory is ignored");
+            return StoredState::default();
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the snapshot file is ignored");
+            None
+        }
+    };
     // An unusable file leaves the desired settings in force.
     let trial = trial.map(TrialFile::read).transpose().unwrap_or_else(|error| {
         tracing::warn!(%error, "the trial file is ignored");

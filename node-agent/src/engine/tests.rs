@@ -63,7 +63,7 @@ fn parts(
     Parts {
         dataplane: Box::new(kernel.clone()),
         flows: Box::new(passes.clone()),
-        snapshot: Some(SnapshotFile::new(directory)),
+        snapshot: Some(SnapshotFile::new(directory, "node-1")),
         files: StateFiles::start().unwrap(),
         snapshot_limit: Some(Duration::from_secs(3600)),
         health: health.clone(),

@@ -201,14 +201,22 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     create_directory(directory)?;
     let temporary = temporary(path);
+    let written = write_temporary(&temporary, bytes).and_then(|()| rename(&temporary, path));
+    if written.is_err() {
+        // A part of the content would occupy the rest of a full disk.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written?;
+    File::open(directory)?.sync_all()
+}
+
+fn write_temporary(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut options = OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(true).mode(FILE_MODE).open(&temporary)?;
+    let mut file = options.write(true).create(true).truncate(true).mode(FILE_MODE).open(path)?;
     // A leftover of an interrupted write may have another mode.
     file.set_permissions(Permissions::from_mode(FILE_MODE))?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    rename(&temporary, path)?;
-    File::open(directory)?.sync_all()
+    file.sync_all()
 }
 
 /// Returns the path of the temporary file that replaces `path`.

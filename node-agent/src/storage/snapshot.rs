@@ -2,7 +2,8 @@
 //!
 //! The file holds the view only; the kernel's stamp decides whether it is current. It is written to a
 //! temporary file, synced and renamed (by [`crate::storage::files`]), ends in a checksum, and is ignored with a reason if
-//! it is damaged or of another version.
+//! it is damaged, of another version, or of another node: a disk image may contain the file of the node that it was made
+//! from.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -59,12 +60,25 @@ pub(crate) enum SnapshotError {
         /// Fault of the content.
         reason: String,
     },
+    /// Its addresses and local endpoints are those of another node.
+    #[error(
+        "snapshot file {path} is of node {found}, not of {own}; start new nodes with an empty state directory"
+    )]
+    OtherNode {
+        /// The file.
+        path: PathBuf,
+        /// Name of the Node in the file.
+        found: String,
+        /// Name of this agent's Node.
+        own: String,
+    },
 }
 
 /// The snapshot file of a state directory.
 #[derive(Debug, Clone)]
 pub(crate) struct SnapshotFile {
     path: PathBuf,
+    node: String,
 }
 
 /// View from a snapshot file.
@@ -76,9 +90,14 @@ pub(crate) struct Restored {
 }
 
 impl SnapshotFile {
-    /// Returns the file in `directory`, which the first write creates.
-    pub(crate) fn new(directory: &Path) -> Self {
-        SnapshotFile { path: directory.join("view.snapshot") }
+    /// Returns the file of this node in `directory`, which the first write creates.
+    pub(crate) fn new(directory: &Path, node: &str) -> Self {
+        SnapshotFile { path: Self::path_in(directory), node: node.to_owned() }
+    }
+
+    /// Returns the path of the file in a state directory.
+    pub(crate) fn path_in(directory: &Path) -> PathBuf {
+        directory.join("view.snapshot")
     }
 
     fn io(&self, source: io::Error) -> SnapshotError {
@@ -135,7 +154,7 @@ impl SnapshotFile {
     /// Reads the view; `None` if there is no file.
     ///
     /// # Errors
-    /// The file cannot be read, is damaged, or is of another version.
+    /// The file cannot be read, is damaged, or is of another version or node.
     pub(crate) fn read(&self) -> Result<Option<Restored>, SnapshotError> {
         let size = match std::fs::metadata(&self.path) {
             Ok(metadata) => metadata.len(),
@@ -156,7 +175,14 @@ impl SnapshotFile {
             return Err(self.unusable("its checksum does not match its content"));
         }
         let restored = parse(&content[MAGIC.len()..]).map_err(|reason| self.unusable(reason))?;
-        Ok(Some(restored))
+        match restored.state.node() {
+            Some(node) if node.name != self.node => Err(SnapshotError::OtherNode {
+                path: self.path.clone(),
+                found: node.name.clone(),
+                own: self.node.clone(),
+            }),
+            _ => Ok(Some(restored)),
+        }
     }
 }
 
@@ -231,7 +257,7 @@ mod tests {
     #[test]
     fn view_round_trips() {
         let directory = tempfile::tempdir().unwrap();
-        let file = SnapshotFile::new(directory.path());
+        let file = SnapshotFile::new(directory.path(), "node-1");
         assert!(file.read().unwrap().is_none());
         let state = testing::state(40, 3);
         let refused = vec![Refused { item: "frontend".into(), reason: "no".into(), errno: 22 }];
@@ -244,9 +270,18 @@ mod tests {
     }
 
     #[test]
+    fn file_of_another_node_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        write(&SnapshotFile::new(directory.path(), "node-1"), &testing::state(3, 2), &[]);
+        let read = SnapshotFile::new(directory.path(), "node-2").read();
+        let Err(SnapshotError::OtherNode { found, own, .. }) = read else { panic!("it was read") };
+        assert_eq!((found.as_str(), own.as_str()), ("node-1", "node-2"));
+    }
+
+    #[test]
     fn damaged_file_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let file = SnapshotFile::new(directory.path());
+        let file = SnapshotFile::new(directory.path(), "node-1");
         write(&file, &testing::state(3, 2), &[]);
         let good = std::fs::read(&file.path).unwrap();
         for at in 0..good.len() {

@@ -55,11 +55,11 @@ impl StateLock {
             }
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        let written = file
+        // Informational: on a full disk it is missing.
+        let _ = file
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(failed)?;
         Ok(StateLock { _file: file })
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use switchtower_node_agent::kernel::change::KernelChange;
 use switchtower_node_agent::state::{Applied, RefusedUpdate, State, StoredHolds};
-use switchtower_proto::v1::{Change, LayerKind, NackReason, Part, Resume, Source, Update, UpdateEnd};
+use switchtower_proto::v1::{Change, LayerKind, NackReason, Part, Resume, Update, UpdateEnd};
 
 use crate::kernel::Kernel;
 
@@ -25,12 +25,14 @@ pub struct HelloView {
     pub digest: [u8; 16],
     pub generation: u64,
     pub resume: Option<Resume>,
+    /// Version of the objects that the view contains.
+    pub source: u64,
 }
 
 /// A message of the agent.
 #[derive(Debug)]
 pub enum FromAgent {
-    Hello { kernel: Option<(u64, u128)>, view: Option<HelloView> },
+    Hello { kernel: Option<(u64, u128)>, view: Option<HelloView>, session: u64 },
     Ack { session: u64, generation: u64, digest: u128, held: usize },
     Nack { session: u64, generation: u64, reason: NackReason, kept: u64 },
 }
@@ -80,6 +82,8 @@ pub struct Agent {
     nacked: Option<u64>,
     discarding: bool,
     session: u64,
+    /// Session of the last Welcome since the start.
+    last_session: u64,
     file: Option<File>,
     out: VecDeque<FromAgent>,
 }
@@ -99,6 +103,7 @@ impl Agent {
             nacked: None,
             discarding: false,
             session: 0,
+            last_session: 0,
             file: None,
             out: VecDeque::new(),
         }
@@ -118,6 +123,11 @@ impl Agent {
         (self.state.generation(), self.state.digest().0)
     }
 
+    /// Version of the objects that the view contains.
+    pub fn source(&self) -> u64 {
+        self.state.source().map_or(0, |source| source.services)
+    }
+
     /// Opens a stream.
     pub fn hello(&mut self) -> FromAgent {
         self.state.abandon();
@@ -131,14 +141,15 @@ impl Agent {
             digest: self.state.digest().to_bytes(),
             generation: self.state.generation(),
             resume: self.state.resume().cloned(),
+            source: self.source(),
         });
-        FromAgent::Hello { kernel: self.kernel.stamp, view }
+        FromAgent::Hello { kernel: self.kernel.stamp, view, session: self.last_session }
     }
 
     pub fn receive(&mut self, message: ToAgent, now: Instant) {
         match message {
             ToAgent::Welcome { session, resumed } => {
-                self.session = session;
+                (self.session, self.last_session) = (session, session);
                 // Below the kernel's generation, an update follows.
                 let newer = self.kernel.stamp.is_some_and(|(kernel, _)| kernel > self.state.generation());
                 if let (Sync::Held { resumed: known }, true) = (&mut self.sync, resumed && !newer) {
@@ -270,7 +281,7 @@ impl Agent {
             to: self.state.generation(),
             digest: self.state.digest().to_bytes().to_vec(),
             resume: self.state.resume().cloned(),
-            source: Some(Source::default()),
+            source: self.state.source().copied(),
             ..Update::default()
         };
         self.file = Some(File { update, items, holds: self.state.stored_holds() });
@@ -287,7 +298,7 @@ impl Agent {
         (self.changes, self.starts) = (self.changes + 1, self.starts + 1);
         self.pending.clear();
         (self.must_compare, self.due, self.nacked, self.sync) = (true, false, None, Sync::Idle);
-        self.discarding = false;
+        (self.discarding, self.last_session) = (false, 0);
         let loaded = self.state.is_loaded();
         match self.kernel.stamp {
             Some(stamp) if !loaded || stamp != self.view_stamp() => self.sync = Sync::Held { resumed: false },

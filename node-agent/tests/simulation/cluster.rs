@@ -27,7 +27,9 @@ fn key(number: u32) -> ObjectKey {
 /// The objects, and a backup of them.
 pub struct Cluster {
     pub objects: Objects,
-    backup: Objects,
+    /// Increases with each change, as a resourceVersion does.
+    pub version: u64,
+    backup: (Objects, u64),
     nodes: usize,
     services: u32,
     next_address: u32,
@@ -35,8 +37,14 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn new(nodes: usize, services: u32, random: &mut StdRng) -> Self {
-        let mut cluster =
-            Self { objects: Objects::new(), backup: Objects::new(), nodes, services, next_address: 0 };
+        let mut cluster = Self {
+            objects: Objects::new(),
+            version: 1,
+            backup: Default::default(),
+            nodes,
+            services,
+            next_address: 0,
+        };
         for number in 0..nodes {
             let node = Node {
                 name: node_name(number),
@@ -53,7 +61,7 @@ impl Cluster {
             cluster.set_service(number, random);
             cluster.set_slice(number, random);
         }
-        cluster.backup = cluster.objects.clone();
+        cluster.back_up();
         cluster
     }
 
@@ -116,6 +124,7 @@ impl Cluster {
     /// One ordinary change.
     pub fn change(&mut self, random: &mut StdRng) {
         let number = random.random_range(0..self.services);
+        self.version += 1;
         match random.random_range(0..10) {
             0 => self.set_service(number, random),
             1 => drop(self.objects.remove(&format!("service {number}"))),
@@ -127,6 +136,7 @@ impl Cluster {
     /// Deletes most slices, and some of their Services.
     pub fn delete_most(&mut self, random: &mut StdRng) {
         let services = random.random_ratio(1, 2);
+        self.version += 1;
         self.objects.retain(|name, _| {
             let gone = name.starts_with("slice") || services && name.starts_with("service");
             !gone || random.random_ratio(1, 20)
@@ -134,11 +144,12 @@ impl Cluster {
     }
 
     pub fn back_up(&mut self) {
-        self.backup = self.objects.clone();
+        self.backup = (self.objects.clone(), self.version);
     }
 
+    /// Objects and versions go back, as after a restore of etcd.
     pub fn restore(&mut self) {
-        self.objects = self.backup.clone();
+        (self.objects, self.version) = self.backup.clone();
     }
 }
 

@@ -1,4 +1,5 @@
-//! The controller: the real compiler and layers, and a model of the sessions (`controller/src/session.rs`).
+//! A replica of the controller: the real compiler and layers, and a model of the sessions (`controller/src/session.rs`)
+//! and of the claims in rows (`controller/src/status/ownership.rs`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use switchtower_proto::v1::change::Change as Op;
 use switchtower_proto::v1::{Change, NackReason, Resume, Settings, Source, Update, UpdateEnd};
 
 use crate::agent::{FromAgent, HelloView, ToAgent};
-use crate::cluster::{Objects, difference, node_name};
+use crate::cluster::{Cluster, Objects, difference, node_name};
 use crate::history::History;
 use crate::kernel::Content;
 
@@ -37,24 +38,37 @@ pub struct Session {
     pub applied: Option<(u64, usize)>,
 }
 
-/// The rows in the API server: they survive the controller.
+/// A row in the API server, which survives all replicas.
 #[derive(Debug, Clone, Default)]
 pub struct Row {
+    /// The resourceVersion: a write that is based on an earlier one is refused.
+    pub version: u64,
     pub generation: u64,
-    session: u64,
+    /// Number of the node's latest stream, and the replica that serves it.
+    pub session: u64,
+    pub claimant: usize,
     pub release_held_before: u64,
+    /// Revision of the settings that the leader assigned.
+    pub assigned: u64,
 }
 
 pub struct Controller {
     compiler: Compiler,
     pub layers: Layers,
+    /// Its name, also of the process before.
+    name: usize,
     instance: u64,
     known: Objects,
+    /// Version of `known`.
+    pub version: u64,
+    /// It makes no progress.
+    pub stalled: bool,
+    /// Rows as its watch delivered them.
+    rows: BTreeMap<usize, Row>,
     /// Highest generation and session of each node in this process.
     sent: BTreeMap<usize, (u64, u64)>,
     last_place: BTreeMap<usize, Cursor>,
     pub sessions: BTreeMap<usize, Session>,
-    pub assigned: BTreeMap<usize, u64>,
 }
 
 fn settings(revision: u64) -> Change {
@@ -63,7 +77,13 @@ fn settings(revision: u64) -> Change {
 }
 
 impl Controller {
-    pub fn new(instance: u64, objects: &Objects, assigned: BTreeMap<usize, u64>) -> Self {
+    /// Starts a process with complete lists of objects and rows.
+    pub fn new<'a>(
+        name: usize,
+        instance: u64,
+        cluster: &Cluster,
+        rows: impl Iterator<Item = &'a Row>,
+    ) -> Self {
         // Short logs, so that snapshots of single layers occur.
         let limits = LogLimits { entries: 8, bytes: 1 << 16, node_entries: 64 };
         let mut layers = Layers::new(limits);
@@ -73,21 +93,29 @@ impl Controller {
         let mut controller = Self {
             compiler: Compiler::new(),
             layers,
+            name,
             instance,
             known: Objects::new(),
+            version: 0,
+            stalled: false,
+            rows: rows.cloned().enumerate().collect(),
             sent: BTreeMap::new(),
             last_place: BTreeMap::new(),
             sessions: BTreeMap::new(),
-            assigned,
         };
-        controller.compile(objects);
+        controller.compile(cluster);
         controller
     }
 
+    fn source(&self) -> Source {
+        Source { services: self.version, ..Source::default() }
+    }
+
     /// Compiles what the watches deliver.
-    pub fn compile(&mut self, objects: &Objects) {
-        let inputs: Vec<Input> = difference(&self.known, objects);
-        self.known = objects.clone();
+    pub fn compile(&mut self, cluster: &Cluster) {
+        let inputs: Vec<Input> = difference(&self.known, &cluster.objects);
+        self.known = cluster.objects.clone();
+        self.version = cluster.version;
         if inputs.is_empty() {
             return;
         }
@@ -95,29 +123,47 @@ impl Controller {
             self.compiler.apply(input);
         }
         let compiled = self.compiler.compile();
-        let applied = self.layers.apply(compiled.changes, &compiled.removed, Vec::new(), Source::default());
+        let applied = self.layers.apply(compiled.changes, &compiled.removed, Vec::new(), self.source());
         assert_eq!(applied.dropped, 0, "malformed changes from the compiler");
     }
 
     fn subscription(&self, node: usize) -> Subscription {
         let name = node_name(node);
         let zone: Option<Arc<str>> = self.compiler.zone_of(&name);
-        let revision = self.assigned.get(&node).copied().unwrap_or_default();
+        let revision = self.row(node).assigned;
         let settings = ("default".into(), revision);
         Subscription { node: name, zone, settings, health_checks: HealthCheckPlacement::Shared }
+    }
+
+    fn row(&self, node: usize) -> Row {
+        self.rows.get(&node).cloned().unwrap_or_default()
+    }
+
+    /// Takes a row from the watch. A later stream to another replica supersedes the one here.
+    pub fn watch(&mut self, node: usize, row: &Row) {
+        self.rows.insert(node, row.clone());
+        let superseded = |session: &Session| row.claimant != self.name && session.number <= row.session;
+        if self.sessions.get(&node).is_some_and(superseded) {
+            self.sessions.remove(&node);
+        }
+    }
+
+    /// Returns true if this replica has what a node has seen, or the same content.
+    pub fn covers(&self, node: usize, view: &HelloView) -> bool {
+        self.version >= view.source || self.head(node).1.to_bytes() == view.digest
     }
 
     /// Takes the Hello of a new stream, which supersedes the node's last one.
     pub fn open(
         &mut self,
         node: usize,
-        row: &Row,
         kernel: Option<(u64, u128)>,
         view: Option<&HelloView>,
+        last_session: u64,
     ) -> (u64, ToAgent) {
-        let subscription = self.subscription(node);
+        let (subscription, row) = (self.subscription(node), self.row(node));
         let (sent, session) = self.sent.get(&node).copied().unwrap_or_default();
-        let number = session.max(row.session) + 1;
+        let number = session.max(row.session).max(last_session) + 1;
         let generation = view.map_or(0, |view| view.generation);
         let kernel_generation = kernel.map_or(0, |(generation, _)| generation);
         let highest = sent.max(row.generation).max(kernel_generation).max(generation);
@@ -148,8 +194,8 @@ impl Controller {
     }
 
     /// Sends pending changes unless an update is unacknowledged.
-    pub fn advance(&mut self, node: usize, row: &Row, history: &mut History) -> Vec<ToAgent> {
-        let subscription = self.subscription(node);
+    pub fn advance(&mut self, node: usize, history: &mut History) -> Vec<ToAgent> {
+        let (subscription, row) = (self.subscription(node), self.row(node));
         let Some(session) = self.sessions.get_mut(&node) else { return Vec::new() };
         let mut out = Vec::new();
         if std::mem::replace(&mut session.released, row.release_held_before) != row.release_held_before {
@@ -170,7 +216,7 @@ impl Controller {
                 Planned::Compress(raw) => self.layers.keep(raw.compress()),
                 Planned::Update(plan) => break *plan,
                 Planned::Nothing(after) if session.generation < session.highest => {
-                    let (parts, infos, source) = (Vec::new(), Vec::new(), Source::default());
+                    let (parts, infos, source) = (Vec::new(), Vec::new(), self.layers.source());
                     break Plan { whole: false, snapshot: false, parts, changes: 0, infos, after, source };
                 }
                 Planned::Nothing(after) => {
@@ -197,6 +243,8 @@ impl Controller {
             from: (!whole).then_some(session.generation),
             to,
             digest: digest.to_bytes().to_vec(),
+            // The version that the plan contains: events without an effect on the layers count too.
+            source: Some(Source { services: self.version, ..Source::default() }),
             resume: Some(Resume {
                 instance: self.instance.to_le_bytes().to_vec(),
                 revision: after.revision(),
@@ -246,11 +294,16 @@ impl Controller {
         }
     }
 
-    /// Writes a node's row.
-    pub fn write_row(&self, node: usize, row: &mut Row) {
-        if let Some((generation, session)) = self.sent.get(&node) {
+    /// Writes the row of a node that this replica serves. A conflict is resolved by reading the row first.
+    pub fn write_row(&mut self, node: usize, row: &mut Row) {
+        if self.row(node).version != row.version {
+            self.watch(node, row);
+        }
+        if let (Some(session), Some((generation, _))) = (self.sessions.get(&node), self.sent.get(&node)) {
+            row.version += 1;
             row.generation = row.generation.max(*generation);
-            row.session = row.session.max(*session);
+            (row.session, row.claimant) = (session.number, self.name);
+            self.rows.insert(node, row.clone());
         }
     }
 

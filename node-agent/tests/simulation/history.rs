@@ -1,6 +1,6 @@
 //! Every desired state that existed, by node and generation.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::kernel::Content;
 
@@ -8,6 +8,7 @@ use crate::kernel::Content;
 pub struct History {
     sent: HashMap<(usize, u64, u128), Content>,
     acknowledged: BTreeMap<(usize, u64), u128>,
+    assigned: BTreeSet<(usize, u64)>,
 }
 
 impl History {
@@ -22,6 +23,16 @@ impl History {
     pub fn desired(&self, node: usize, (generation, digest): (u64, u128)) -> &Content {
         let known = self.sent.get(&(node, generation, digest));
         known.unwrap_or_else(|| panic!("node {node} holds a generation {generation} that never existed"))
+    }
+
+    /// Notes that a node was assigned a revision of the settings.
+    pub fn assigned(&mut self, node: usize, revision: u64) {
+        self.assigned.insert((node, revision));
+    }
+
+    /// Returns true if the node was ever assigned the revision. All nodes start with revision 0.
+    pub fn was_assigned(&self, node: usize, revision: u64) -> bool {
+        revision == 0 || self.assigned.contains(&(node, revision))
     }
 
     /// Notes an acknowledgement: a generation has one content.

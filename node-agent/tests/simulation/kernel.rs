@@ -52,6 +52,8 @@ pub struct Kernel {
     frontends: BTreeMap<FrontendKey, Frontend>,
     /// Generation and digest.
     pub stamp: Option<(u64, u128)>,
+    /// Revision of the settings.
+    pub settings: Option<u64>,
     /// Refuses every transaction.
     pub refuses: bool,
 }
@@ -87,6 +89,7 @@ impl Kernel {
             KernelChange::Frontend(frontend) => {
                 self.frontends.insert(frontend.key.clone().unwrap(), frontend);
             }
+            KernelChange::Settings(settings) => self.settings = Some(settings.revision),
             KernelChange::FrontendRemoved(key) => {
                 assert!(self.frontends.remove(&key).is_some(), "removes an absent frontend");
             }

@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use crate::agent::{Agent, FromAgent, Sync, ToAgent};
+use crate::agent::{Agent, FromAgent, HelloView, Sync, ToAgent};
 use crate::budget::Budget;
 use crate::cluster::Cluster;
 use crate::controller::{Controller, Row};
 use crate::history::History;
 
-/// Events of a run before the faults end.
+/// Events of a run before the faults end; in a large fleet, this many for each node.
 const EVENTS: usize = 300;
+const EVENTS_PER_NODE: usize = 30;
 /// Maximum number of rounds until everything is equal after the last fault.
 const ROUNDS: usize = 60;
 /// Numbers of faults and outcomes.
@@ -31,15 +32,21 @@ pub struct Counts {
     mistakes: u64,
     held: u64,
     released: u64,
+    stalls: u64,
+    sent_away: u64,
+    superseded: u64,
+    moves: u64,
 }
 
 impl Counts {
-    fn all(&mut self) -> [&mut u64; 12] {
+    fn all(&mut self) -> [&mut u64; 16] {
         let Self { commits, refused, lost, duplicates, killed, rebooted, controllers, .. } = self;
         let first = [commits, refused, lost, duplicates, killed, rebooted, controllers];
-        let Self { restores, jumps, mistakes, held, released, .. } = self;
+        let Self { restores, jumps, mistakes, held, released, stalls, sent_away, superseded, moves, .. } =
+            self;
         let [a, b, c, d, e, f, g] = first;
-        [a, b, c, d, e, f, g, restores, jumps, mistakes, held, released]
+        let [h, i, j, k, l] = [restores, jumps, mistakes, held, released];
+        [a, b, c, d, e, f, g, h, i, j, k, l, stalls, sent_away, superseded, moves]
     }
 
     pub fn add(&mut self, more: &Counts) {
@@ -57,6 +64,7 @@ impl Counts {
 /// A TCP connection: messages arrive in order or not at all.
 struct Connection {
     node: usize,
+    replica: usize,
     /// Session at the controller, once it took the Hello.
     session: Option<u64>,
     to_agent: VecDeque<ToAgent>,
@@ -68,8 +76,12 @@ struct Node {
     row: Row,
     /// Position of the agent's connection.
     connection: Option<usize>,
+    /// The replica of the last session.
+    replica: Option<usize>,
     commits: u64,
     budget: Budget,
+    /// Version of the objects that the kernel holds.
+    seen: u64,
 }
 
 pub struct World {
@@ -79,7 +91,7 @@ pub struct World {
     base: Instant,
     now: Duration,
     cluster: Cluster,
-    controller: Controller,
+    replicas: Vec<Controller>,
     processes: u64,
     nodes: Vec<Node>,
     connections: Vec<Connection>,
@@ -90,26 +102,30 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, verbose: bool) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let nodes = random.random_range(2..6);
+        let large = random.random_ratio(1, 250);
+        let nodes = if large { random.random_range(100..200) } else { random.random_range(2..6) };
         // Only a large cluster can exceed the delete budget.
         let services = if random.random_ratio(1, 4) { random.random_range(60..80) } else { 12 };
         let cluster = Cluster::new(nodes, services, &mut random);
-        let controller = Controller::new(1, &cluster.objects, Default::default());
+        let replicas = random.random_range(1..4);
+        let replica = |name| Controller::new(name, name as u64, &cluster, std::iter::empty());
         let new = |_| Node {
             agent: Agent::new(),
             row: Row::default(),
             connection: None,
+            replica: None,
             commits: 0,
             budget: Budget::default(),
+            seen: 0,
         };
         Self {
             verbose,
             random,
             base: Instant::now(),
             now: Duration::ZERO,
+            replicas: (0..replicas).map(replica).collect(),
             cluster,
-            controller,
-            processes: 1,
+            processes: replicas as u64,
             nodes: (0..nodes).map(new).collect(),
             connections: Vec::new(),
             history: History::default(),
@@ -118,16 +134,19 @@ impl World {
     }
 
     pub fn run(mut self) -> Counts {
-        for _ in 0..EVENTS {
-            self.now += Duration::from_millis(self.random.random_range(0..400));
+        let slowly = Duration::from_millis(400) * 5 / self.nodes.len().max(5) as u32;
+        for _ in 0..EVENTS.max(self.nodes.len() * EVENTS_PER_NODE) {
+            self.now += slowly.mul_f64(self.random.random());
             let node = self.random.random_range(0..self.nodes.len());
+            let replica = self.random.random_range(0..self.replicas.len());
             match self.random.random_range(0..1_000) {
-                0..120 => self.cluster.change(&mut self.random),
-                120..220 => self.controller.compile(&self.cluster.objects),
-                220..860 => self.work(node),
-                860..890 => self.nodes[node].agent.save(),
-                890..920 => self.controller.write_row(node, &mut self.nodes[node].row),
-                other => self.fault(other, node),
+                0..110 => self.cluster.change(&mut self.random),
+                110..220 => self.compile(replica),
+                220..830 => self.work(node),
+                830..860 => self.nodes[node].agent.save(),
+                860..890 => self.write_row(replica, node),
+                890..920 => self.watch(replica, node),
+                other => self.fault(other, node, replica),
             }
             (0..self.nodes.len()).for_each(|node| self.check(node));
         }
@@ -145,7 +164,52 @@ impl World {
         self.base + self.now
     }
 
-    fn fault(&mut self, number: u32, node: usize) {
+    fn compile(&mut self, replica: usize) {
+        if !self.replicas[replica].stalled {
+            self.replicas[replica].compile(&self.cluster);
+        }
+    }
+
+    fn write_row(&mut self, replica: usize, node: usize) {
+        if !self.replicas[replica].stalled {
+            self.replicas[replica].write_row(node, &mut self.nodes[node].row);
+            self.end_superseded(replica, node);
+        }
+    }
+
+    /// Delivers a row to a replica.
+    fn watch(&mut self, replica: usize, node: usize) {
+        if !self.replicas[replica].stalled {
+            self.replicas[replica].watch(node, &self.nodes[node].row);
+            self.end_superseded(replica, node);
+        }
+    }
+
+    /// Ends the stream of a node that has a later one to another replica.
+    fn end_superseded(&mut self, replica: usize, node: usize) {
+        if self.replicas[replica].sessions.contains_key(&node) {
+            return;
+        }
+        for at in 0..self.connections.len() {
+            let connection = &self.connections[at];
+            if connection.node == node && connection.replica == replica && connection.session.is_some() {
+                self.counts.superseded += 1;
+                self.close(at);
+            }
+        }
+    }
+
+    /// Ends a connection in order: what is in flight is discarded.
+    fn close(&mut self, at: usize) {
+        let connection = &mut self.connections[at];
+        connection.session = None;
+        connection.to_agent.clear();
+        connection.to_controller.clear();
+        let current = &mut self.nodes[connection.node].connection;
+        current.take_if(|current| *current == at);
+    }
+
+    fn fault(&mut self, number: u32, node: usize, replica: usize) {
         let now = self.instant();
         self.log(|| format!("fault {number} at node {node}"));
         match number {
@@ -160,17 +224,29 @@ impl World {
             }
             952..960 => {
                 self.lose(node);
-                self.nodes[node].agent.restart(now);
+                let agent = &mut self.nodes[node].agent;
+                agent.restart(now);
+                // The file may be older than the kernel, which has no version.
+                self.nodes[node].seen = agent.source();
                 self.counts.killed += 1;
             }
             960..963 => {
                 self.lose(node);
+                // A reboot takes longer than the delivery of a row.
+                (0..self.replicas.len()).for_each(|replica| self.watch(replica, node));
                 let kept = self.nodes[node].agent.reboot(now);
                 self.history.forget_above(node, kept.max(self.nodes[node].row.generation));
+                self.nodes[node].seen = 0;
                 self.counts.rebooted += 1;
             }
-            963..967 => self.restart_controller(),
-            967..970 => {
+            963..966 => self.restart_replica(replica),
+            966..968 => {
+                self.replicas[replica].stalled ^= true;
+                self.counts.stalls += 1;
+                // It reads what arrived meanwhile before it serves a new stream.
+                (0..self.nodes.len()).for_each(|node| self.watch(replica, node));
+            }
+            968..970 => {
                 self.cluster.restore();
                 self.counts.restores += 1;
             }
@@ -185,7 +261,9 @@ impl World {
             }
             988..992 => {
                 let revision = self.random.random_range(0..3);
-                self.controller.assigned.insert(node, revision);
+                let row = &mut self.nodes[node].row;
+                (row.assigned, row.version) = (revision, row.version + 1);
+                self.history.assigned(node, revision);
             }
             _ => self.release(),
         }
@@ -193,21 +271,25 @@ impl World {
 
     /// The operator releases what the controller reports as held by a node.
     fn release(&mut self) {
-        let applied = self.controller.sessions.iter().map(|(node, session)| (*node, session.applied));
-        let holding =
-            applied.filter_map(|(node, applied)| Some((node, applied?))).find(|(_, (_, held))| *held > 0);
-        if let Some((node, (generation, _))) = holding {
+        let sessions = self.replicas.iter().flat_map(|replica| &replica.sessions);
+        let mut applied = sessions.filter_map(|(node, session)| Some((*node, session.applied?)));
+        if let Some((node, (generation, _))) = applied.find(|(_, (_, held))| *held > 0) {
             self.counts.released += 1;
             let row = &mut self.nodes[node].row;
             row.release_held_before = row.release_held_before.max(generation + 1);
+            row.version += 1;
         }
     }
 
-    fn restart_controller(&mut self) {
+    fn restart_replica(&mut self, replica: usize) {
         self.processes += 1;
-        let assigned = self.controller.assigned.clone();
-        self.controller = Controller::new(self.processes, &self.cluster.objects, assigned);
-        (0..self.nodes.len()).for_each(|node| self.lose(node));
+        let rows = self.nodes.iter().map(|node| &node.row);
+        self.replicas[replica] = Controller::new(replica, self.processes, &self.cluster, rows);
+        for at in 0..self.connections.len() {
+            if self.connections[at].replica == replica {
+                self.close(at);
+            }
+        }
         self.counts.controllers += 1;
     }
 
@@ -227,7 +309,9 @@ impl World {
     fn connect(&mut self, node: usize) {
         let hello = self.nodes[node].agent.hello();
         let to_controller = VecDeque::from([hello]);
-        let connection = Connection { node, session: None, to_agent: VecDeque::new(), to_controller };
+        let replica = self.random.random_range(0..self.replicas.len());
+        let connection =
+            Connection { node, replica, session: None, to_agent: VecDeque::new(), to_controller };
         self.nodes[node].connection = Some(self.connections.len());
         self.connections.push(connection);
     }
@@ -238,7 +322,7 @@ impl World {
             return self.connect(node);
         }
         match self.random.random_range(0..10) {
-            0..2 => self.advance(node),
+            0..2 => (0..self.replicas.len()).for_each(|replica| self.advance(replica, node)),
             2 => self.nodes[node].agent.wake(),
             3..6 => {
                 // Half-open connections deliver too.
@@ -259,28 +343,49 @@ impl World {
         }
     }
 
-    fn advance(&mut self, node: usize) {
-        let messages = self.controller.advance(node, &self.nodes[node].row, &mut self.history);
-        let Some(session) = self.controller.sessions.get(&node) else { return };
-        let number = session.number;
-        let open = self.connections.iter_mut().find(|one| one.node == node && one.session == Some(number));
+    fn advance(&mut self, replica: usize, node: usize) {
+        if self.replicas[replica].stalled {
+            return;
+        }
+        let messages = self.replicas[replica].advance(node, &mut self.history);
+        let Some(session) = self.replicas[replica].sessions.get(&node) else { return };
+        let own = (node, replica, Some(session.number));
+        let open = self.connections.iter_mut().find(|one| (one.node, one.replica, one.session) == own);
         if let Some(connection) = open {
             connection.to_agent.extend(messages);
         }
     }
 
+    /// Returns true if the replica may send a node what it has: everything that the node has seen, or what the API server has
+    /// after a restore.
+    fn admits(&self, replica: usize, node: usize, view: Option<&HelloView>) -> bool {
+        let Some(view) = view else { return true };
+        let own = &self.replicas[replica];
+        let fresher = self.replicas.iter().any(|other| other.version >= view.source);
+        own.covers(node, view) || !fresher && own.version == self.cluster.version
+    }
+
     fn deliver_to_controller(&mut self, at: usize) {
+        let (node, replica) = (self.connections[at].node, self.connections[at].replica);
+        if self.replicas[replica].stalled {
+            return;
+        }
         let Some(message) = self.connections[at].to_controller.pop_front() else { return };
-        let node = self.connections[at].node;
-        self.log(|| format!("node {node} sends {message:?}"));
-        if let FromAgent::Hello { kernel, view } = message {
-            let row = &self.nodes[node].row;
-            let (number, welcome) = self.controller.open(node, row, kernel, view.as_ref());
+        self.log(|| format!("node {node} sends {message:?} to replica {replica}"));
+        if let FromAgent::Hello { kernel, view, session } = message {
+            if !self.admits(replica, node, view.as_ref()) {
+                self.counts.sent_away += 1;
+                return self.close(at);
+            }
+            let (number, welcome) = self.replicas[replica].open(node, kernel, view.as_ref(), session);
             self.connections[at].session = Some(number);
             self.connections[at].to_agent.push_back(welcome);
+            let moved = self.nodes[node].replica.replace(replica).is_some_and(|last| last != replica);
+            self.counts.moves += u64::from(moved);
             // The controller ends the superseded stream.
-            let current = self.nodes[node].connection.filter(|current| *current != at);
-            if current.is_some_and(|current| self.connections[current].session.is_some()) {
+            let superseded = self.nodes[node].connection.filter(|current| *current != at);
+            let superseded = superseded.map(|current| &self.connections[current]);
+            if superseded.is_some_and(|other| other.session.is_some() && other.replica == replica) {
                 self.nodes[node].connection = None;
             }
         } else {
@@ -293,7 +398,7 @@ impl World {
                     "node {node} acknowledged {generation}, its kernel has {kernel}"
                 );
             }
-            self.controller.receive(node, &message, &mut self.history);
+            self.replicas[replica].receive(node, &message, &mut self.history);
         }
     }
 
@@ -309,7 +414,7 @@ impl World {
     /// Checks a node after a change of its view, and after a commit.
     fn check(&mut self, node: usize) {
         let now = self.now;
-        let Node { agent, row, connection, commits, budget } = &mut self.nodes[node];
+        let Node { agent, row, connection, commits, budget, seen, .. } = &mut self.nodes[node];
         if let Some(at) = connection {
             self.connections[*at].to_controller.append(&mut agent.outgoing());
         }
@@ -321,6 +426,15 @@ impl World {
             return;
         }
         self.counts.commits += 1;
+        let source = agent.source();
+        let comparable = self.counts.restores == 0;
+        assert!(source >= *seen || !comparable, "node {node} went back from version {seen} to {source}");
+        *seen = source;
+        let settings = agent.kernel.settings.unwrap_or_default();
+        assert!(
+            self.history.was_assigned(node, settings),
+            "node {node} was never assigned settings {settings}"
+        );
         let stamp = agent.kernel.stamp.unwrap();
         let content = agent.kernel.content();
         let surplus = content.surplus(self.history.desired(node, stamp));
@@ -331,12 +445,16 @@ impl World {
 
     /// Ends all faults; everything becomes equal, except for holds until they are released.
     fn heal(&mut self) {
-        self.controller.compile(&self.cluster.objects);
+        for replica in 0..self.replicas.len() {
+            self.replicas[replica].stalled = false;
+            self.compile(replica);
+        }
         for release in [false, true] {
             for node in 0..self.nodes.len() {
                 self.nodes[node].agent.kernel.refuses = false;
                 if release {
-                    self.nodes[node].row.release_held_before = u64::MAX;
+                    let row = &mut self.nodes[node].row;
+                    (row.release_held_before, row.version) = (u64::MAX, row.version + 1);
                 }
             }
             for _ in 0..ROUNDS {
@@ -352,9 +470,13 @@ impl World {
         if self.nodes[node].connection.is_none() {
             self.connect(node);
         }
+        for replica in 0..self.replicas.len() {
+            self.write_row(replica, node);
+            self.watch(replica, node);
+        }
         let Some(at) = self.nodes[node].connection else { return };
         self.deliver_to_controller(at);
-        self.advance(node);
+        self.advance(self.connections[at].replica, node);
         for _ in 0..16 {
             self.deliver_to_agent(node);
             self.check(node);
@@ -364,13 +486,31 @@ impl World {
     }
 
     fn equal(&self, node: usize, released: bool) {
-        let (content, digest) = self.controller.head(node);
+        let (content, digest) = self.replicas[0].head(node);
+        for replica in &self.replicas {
+            assert_eq!(
+                replica.head(node),
+                (content.clone(), digest),
+                "the replicas compile the same for node {node}"
+            );
+        }
         let agent = &self.nodes[node].agent;
         assert_eq!(agent.sync, Sync::Idle, "node {node} has no pending work");
         assert_eq!(agent.state.digest(), digest, "node {node} has the current view");
         let held = agent.kernel.content().surplus(&content);
         assert_eq!(held, Some(agent.state.held()), "node {node} holds the current view");
-        let (generation, acknowledged) = self.controller.sessions[&node].applied.unwrap_or_default();
+        let replica = self.nodes[node].connection.map(|at| self.connections[at].replica);
+        let replica = &self.replicas[replica.unwrap_or_else(|| panic!("node {node} is not connected"))];
+        let serving: Vec<usize> = (0..self.replicas.len())
+            .filter(|replica| self.replicas[*replica].sessions.contains_key(&node))
+            .collect();
+        let row = &self.nodes[node].row;
+        assert_eq!(serving, [row.claimant], "one replica serves node {node}, and the row names it");
+        assert_eq!(
+            replica.sessions[&node].number, row.session,
+            "the row of node {node} names the agent's stream"
+        );
+        let (generation, acknowledged) = replica.sessions[&node].applied.unwrap_or_default();
         let stamp = agent.kernel.stamp.unwrap_or_default();
         if acknowledged > 0 || generation > 0 {
             assert_eq!(
