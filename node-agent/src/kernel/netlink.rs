@@ -44,7 +44,8 @@ impl Reply {
         if kind != libc::NLMSG_ERROR && kind != libc::NLMSG_DONE {
             return None;
         }
-        let errno = message.payload.first_chunk().map_or(0, |bytes| -i32::from_ne_bytes(*bytes));
+        let errno =
+            message.payload.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes).wrapping_neg());
         let has_attributes = i32::from(message.flags) & libc::NLM_F_ACK_TLVS != 0;
         let offset = has_attributes
             .then(|| find(message.payload.get(4 + MESSAGE_HEADER..)?, ERROR_ATTRIBUTE_OFFSET))
