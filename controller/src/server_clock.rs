@@ -1,12 +1,12 @@
 //! The clock of the API server, by which all replicas measure the times that they store.
 //!
 //! A soak or a deadline that one leader begins may end under another. If each used its own clock, a replica whose clock is
-//! ahead would cut the soak short. The `Date` header of every response (RFC 9110, section 6.6.1) shows the difference.
+//! ahead would cut the soak short, and its rows would not expire in time. The `Date` header of every response (RFC 9110, section 6.6.1) shows the difference.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, Response, header};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use prometheus::{Gauge, Registry, register_gauge_with_registry};
 use tower::util::MapResponseLayer;
 
@@ -31,7 +31,12 @@ impl ServerClock {
     #[must_use]
     pub fn now(&self) -> Timestamp {
         let now = Timestamp::now();
-        Timestamp::from_millisecond(now.as_millisecond().saturating_add(self.offset())).unwrap_or(now)
+        now.checked_add(self.ahead()).unwrap_or(now)
+    }
+
+    /// Returns the clock of the API server minus that of this process.
+    pub(crate) fn ahead(&self) -> SignedDuration {
+        SignedDuration::from_millis(self.offset())
     }
 
     fn offset(&self) -> i64 {
@@ -52,12 +57,15 @@ impl ServerClock {
         let Some(sent) = date.and_then(|date| httpdate::parse_http_date(date).ok()) else { return };
         let offset = milliseconds(sent).saturating_sub(milliseconds(received));
         let offset = if offset.abs() < TOLERANCE { 0 } else { offset };
-        let before = self.offset();
-        self.0.set(offset as f64 / 1_000.0);
-        if (offset - before).abs() >= TOLERANCE {
+        let changes = (offset - self.offset()).abs() >= TOLERANCE;
+        // A known difference that varies with each response would change every stored time.
+        if changes || offset == 0 {
+            self.0.set(offset as f64 / 1_000.0);
+        }
+        if changes {
             tracing::warn!(
                 offset_ms = offset,
-                "the clock of this process differs from the API server's; rollouts use the API server's"
+                "the clock of this process differs from the API server's; stored times are the API server's"
             );
         }
     }
@@ -91,6 +99,23 @@ mod tests {
             let difference = observed(ahead).now().as_millisecond() - Timestamp::now().as_millisecond();
             assert!((difference - ahead * 1_000).abs() <= TOLERANCE, "{difference}");
         }
+    }
+
+    #[test]
+    fn known_difference_does_not_vary() {
+        let clock = observed(3_600);
+        let before = clock.ahead();
+        let now = SystemTime::now();
+        let mut headers = HeaderMap::new();
+        for seconds in [3_599, 3_601] {
+            let date = httpdate::fmt_http_date(now + Duration::from_secs(seconds));
+            headers.insert(header::DATE, date.parse().unwrap());
+            clock.observe(&headers, now);
+            assert_eq!(clock.ahead(), before);
+        }
+        headers.insert(header::DATE, httpdate::fmt_http_date(now).parse().unwrap());
+        clock.observe(&headers, now);
+        assert_eq!(clock.ahead(), SignedDuration::ZERO, "it was set");
     }
 
     #[test]

@@ -180,6 +180,7 @@ fn prepare_writers(
         agents: agents.clone(),
         floors,
         assignments: assignments.clone(),
+        clock: clients.clock.clone(),
     };
     let leader = clients.fenced.clone();
     let metrics = StatusMetrics::new(registry)?;

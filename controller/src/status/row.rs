@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use switchtower_admin_api::{ConditionType, NodeReason as Reason, NodeState as State};
 use switchtower_crds::{
     Agent, Connection, Counts, DeviationCounts, Generations, LastError, ProfileInForce, ProxyStatusStatus,
@@ -56,8 +56,16 @@ pub struct Inputs<'a> {
     pub replica: &'a str,
     /// Meaning of a missing agent.
     pub absence: Absence,
-    /// Current time.
+    /// Current time of this process, as in the observation.
     pub now: Timestamp,
+    /// Clock of the API server minus that of this process. The times in a row are the API server's.
+    pub ahead: SignedDuration,
+}
+
+impl Inputs<'_> {
+    fn stored(&self, time: Timestamp) -> Time {
+        api_time(time.checked_add(self.ahead).unwrap_or(time))
+    }
 }
 
 /// A computed row.
@@ -155,7 +163,10 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
             applied: to_api(observation.applied),
         },
         digest: observation.digest.map(|digest| hex(&digest)),
-        behind_since: observation.behind_since.filter(|since| shows(*since, BEHIND_GRACE, now)).map(api_time),
+        behind_since: observation
+            .behind_since
+            .filter(|since| shows(*since, BEHIND_GRACE, now))
+            .map(|since| inputs.stored(since)),
         profile: profile(observation)
             .or_else(|| inputs.previous.and_then(|previous| previous.profile.clone())),
         connection: Some(Connection {
@@ -165,7 +176,7 @@ fn observed(observation: &Observation, inputs: Inputs<'_>, check: &mut CheckAfte
         agent: Some(Agent {
             version: observation.agent_version.clone(),
             connected_to: (!disconnected).then(|| inputs.replica.to_owned()),
-            since: Some(api_time(if disconnected {
+            since: Some(inputs.stored(if disconnected {
                 observation.lost_since.unwrap_or(now)
             } else {
                 observation.since
@@ -439,7 +450,7 @@ fn gone(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     if let Some(agent) = &mut status.agent
         && agent.connected_to.take().is_some()
     {
-        agent.since = Some(api_time(inputs.now));
+        agent.since = Some(inputs.stored(inputs.now));
     }
     replace_conditions(
         &mut status,
@@ -455,7 +466,7 @@ fn awaited(previous: &ProxyStatusStatus, inputs: Inputs<'_>) -> Row {
     if ready.is_some_and(|ready| ready.status == "False") {
         return carried_over(previous, DISCONNECT_GRACE);
     }
-    let message = "The controller restarted and the agent has not reconnected yet; the kernel keeps its last generation.";
+    let message = "The replica that served the agent is gone, and the agent has not reconnected yet; the kernel keeps its last generation.";
     let unknown = || Verdict::new(Status::Unknown, Reason::AwaitingAgent, message);
     let mut status = previous.clone();
     status.observed_generation = inputs.row_generation;
@@ -542,7 +553,7 @@ fn merge(kind: ConditionType, verdict: Verdict, inputs: Inputs<'_>) -> Condition
         message: verdict.message,
         observed_generation: inputs.row_generation,
         last_transition_time: known
-            .map_or(Time(inputs.now), |condition| condition.last_transition_time.clone()),
+            .map_or_else(|| inputs.stored(inputs.now), |condition| condition.last_transition_time.clone()),
     }
 }
 

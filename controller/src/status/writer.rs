@@ -29,6 +29,7 @@ use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
 use crate::lease::Fence;
 use crate::replicas::{Presence, Replicas};
+use crate::server_clock::ServerClock;
 use crate::watch::Restores;
 
 /// After a start, rows of missing agents stay unchanged for this time plus [`GRACE_PER_NODE`]: a restart of the
@@ -79,6 +80,8 @@ pub struct WriterSettings {
     pub floors: Floors,
     /// Assignments to write.
     pub assignments: Assignments,
+    /// Clock of the times in rows.
+    pub clock: ServerClock,
 }
 
 /// A node, a row, or both.
@@ -444,6 +447,7 @@ impl<R: Registry> Writer<R> {
             replica: self.settings.replicas.own(),
             absence,
             now: Timestamp::now(),
+            ahead: self.settings.clock.ahead(),
         });
         self.metrics.moved(entry.state, Some(row.state));
         entry.state = Some(row.state);

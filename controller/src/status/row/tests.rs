@@ -1,12 +1,12 @@
 //! Observations, and the columns that `kubectl get proxystatus` prints for them.
 
-use k8s_openapi::jiff::{Timestamp, ToSpan as _};
+use k8s_openapi::jiff::{SignedDuration, Timestamp, ToSpan as _};
 use switchtower_admin_api::{NodeReason as Reason, NodeState as State};
 use switchtower_core::locality::{Detection, Locality};
 use switchtower_crds::ProxyStatusStatus;
 use switchtower_proto::v1::{Deviation, Deviations, ProxyMode, SettingsCause, SettingsDeviation};
 
-use super::{Absence, DISCONNECT_GRACE, Inputs, Row, row};
+use super::{Absence, DISCONNECT_GRACE, Inputs, Row, api_time, row};
 use crate::status::absence::Blocker;
 use crate::status::observation::{Loss, Observation, RefusedGeneration};
 
@@ -56,7 +56,29 @@ fn make_absent(
     absence: Absence,
 ) -> Row {
     let row_generation = Some(1);
-    row(Inputs { observation, blocker, previous, row_generation, replica: "tower-0", absence, now: now() })
+    let (replica, now, ahead) = ("tower-0", now(), SignedDuration::ZERO);
+    row(Inputs { observation, blocker, previous, row_generation, replica, absence, now, ahead })
+}
+
+/// The clock of the API server is ahead of this process' by an hour.
+#[test]
+fn times_are_those_of_the_api_server() {
+    let observation = Observation { applied: 9, behind_since: Some(ago(60)), ..healthy() };
+    let row = row(Inputs {
+        observation: Some(&observation),
+        blocker: None,
+        previous: None,
+        row_generation: Some(1),
+        replica: "tower-0",
+        absence: Absence::Certain,
+        now: now(),
+        ahead: SignedDuration::from_hours(1),
+    });
+    assert_eq!(columns(&row), ("Progressing".into(), "False".into(), "Behind".into()));
+    let hour = |at: Timestamp| api_time(at + 1.hour());
+    assert_eq!(row.status.behind_since, Some(hour(ago(60))));
+    assert_eq!(row.status.agent.unwrap().since, Some(hour(healthy().since)));
+    assert!(row.status.conditions.iter().all(|one| one.last_transition_time == hour(now())));
 }
 
 /// STATE, Ready and its reason.

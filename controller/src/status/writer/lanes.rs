@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::super::Registry;
@@ -111,7 +110,7 @@ impl<R: Registry> Writer<R> {
                 if !confirmed && stored.status.as_ref() == Some(&status) {
                     return None;
                 }
-                let now = Timestamp::now();
+                let now = self.settings.clock.now();
                 status.reported_at = Some(api_time(now));
                 status.stale_after = now.checked_add(validity(self.entries.len())).ok().map(api_time);
                 Some(Request::Write(name.clone(), Box::new(stored), Box::new(status)))

@@ -17,6 +17,7 @@ use crate::fake_api::{self, Call, Store, failure};
 use crate::ingest::NodeIdentity;
 use crate::lease::Fence;
 use crate::replicas::Replicas;
+use crate::server_clock::ServerClock;
 use crate::status::absence::{Agents, Blocker};
 use crate::status::{
     Assignments, Floors, News, NodeEvent, Observation, Registry, StatusMetrics, Writer, WriterClients,
@@ -167,6 +168,7 @@ async fn replica_with(server: Arc<Mutex<Server>>, name: &str, fence: Fence) -> L
         agents: agents.clone(),
         floors: floors.clone(),
         assignments: assignments.clone(),
+        clock: ServerClock::new(&prometheus::Registry::new()).unwrap(),
     };
     let clients = WriterClients { any: client.clone(), leader: client };
     let mut writer = Writer::new(clients, fleet.clone(), settings, metrics);

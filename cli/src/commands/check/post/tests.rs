@@ -3,7 +3,7 @@
 
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::{Timestamp, ToSpan as _};
+use k8s_openapi::jiff::{SignedDuration, Timestamp, ToSpan as _};
 use serde_json::{Value, json};
 use switchtower_admin_api::NodeReason;
 use switchtower_controller::status::absence::ask::{Answer, Connection};
@@ -62,6 +62,7 @@ fn row_of(name: &str, fault: &Fault) -> ProxyStatus {
             replica: "controller-0",
             absence,
             now: now(),
+            ahead: SignedDuration::ZERO,
         })
         .status
     };
