@@ -2,7 +2,7 @@
 //!
 //! The first CA is generated once: if several controllers start at the same time, one creates the Secret and the others
 //! read it. Each replica watches the Secret, so that all of them use a new CA within moments. If the Secret is deleted, the
-//! leader restores it from memory.
+//! leader restores it from memory, and a replica that starts meanwhile waits for that.
 
 use std::time::Duration;
 
@@ -26,27 +26,35 @@ pub const ROTATE: &str = "switchtower.dev/rotate-ca";
 /// Interval between attempts to restore the Secret.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Reads the CAs, or generates and stores the first one.
+/// Reads the CAs; `None` if there is no Secret.
 ///
 /// # Errors
 /// The API server refuses, or the Secret is not usable.
-pub async fn read_or_create(client: &Client, namespace: &str) -> Result<Authority, AuthorityError> {
+pub async fn read(client: &Client, namespace: &str) -> Result<Option<Authority>, AuthorityError> {
     let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    let refused = |source: kube::Error| AuthorityError::Secret {
-        namespace: namespace.to_owned(),
-        source: Box::new(source),
-    };
-    if let Some(secret) = api.get_opt(CA_SECRET).await.map_err(refused)? {
-        return parse(&secret, namespace);
-    }
+    let secret = api.get_opt(CA_SECRET).await.map_err(|error| refused(namespace, error))?;
+    secret.map(|secret| parse(&secret, namespace)).transpose()
+}
+
+/// Generates and stores the first CA, unless another replica does.
+///
+/// # Errors
+/// The API server refuses, or the Secret of the other replica is not usable.
+pub async fn create(client: &Client, namespace: &str) -> Result<Authority, AuthorityError> {
+    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
     let made = Authority::new(generate()?);
     match api.create(&PostParams::default(), &new_secret(&made)).await {
         Ok(_) => Ok(made),
         Err(kube::Error::Api(status)) if status.code == 409 => {
-            parse(&api.get(CA_SECRET).await.map_err(refused)?, namespace)
+            parse(&api.get(CA_SECRET).await.map_err(|error| refused(namespace, error))?, namespace)
         }
-        Err(error) => Err(refused(error)),
+        Err(error) => Err(refused(namespace, error)),
     }
+}
+
+/// The API server refused a request about the Secret.
+pub fn refused(namespace: &str, source: kube::Error) -> AuthorityError {
+    AuthorityError::Secret { namespace: namespace.to_owned(), source: Box::new(source) }
 }
 
 fn new_secret(authority: &Authority) -> Secret {

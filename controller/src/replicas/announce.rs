@@ -46,6 +46,16 @@ pub struct Announcement {
     duration: Duration,
 }
 
+/// Returns true if a replica has a Lease: it runs, or did until recently.
+///
+/// # Errors
+/// The API server refuses.
+pub async fn any(client: &kube::Client, namespace: &str) -> Result<bool, kube::Error> {
+    let api: Api<Lease> = Api::namespaced(client.clone(), namespace);
+    let params = ListParams::default().labels(&format!("{LABEL}={PRESENCE}")).limit(1);
+    Ok(!api.list(&params).await?.items.is_empty())
+}
+
 impl Announcement {
     /// `client` must not be fenced.
     #[must_use]

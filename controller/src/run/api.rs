@@ -7,16 +7,21 @@ use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use prometheus::Registry;
+use tokio::time::Instant;
 
 use super::RETRY;
 use crate::authority::{Authority, AuthorityError, directory, secret};
 use crate::cli::ServeArgs;
 use crate::errors::Chain;
 use crate::lease::Fence;
+use crate::replicas::announce;
 use crate::server_clock::ServerClock;
 
 /// Timeout of a request for the certificate authority.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Time after two durations of the Lease in which a leader restores a deleted Secret.
+const RESTORE: Duration = Duration::from_secs(20);
 
 /// Clients of the API server.
 pub(super) struct Clients {
@@ -62,10 +67,16 @@ pub(super) async fn authority(client: &Client, args: &ServeArgs) -> anyhow::Resu
     if let Some(directory) = &args.tls_dir {
         return Ok(directory::read_or_create(directory)?);
     }
+    let restored = Instant::now() + args.lease_duration() * 2 + RESTORE;
     loop {
-        let read = secret::read_or_create(client, &args.namespace);
+        let read = read_or_create(client, &args.namespace, Instant::now() < restored);
         match tokio::time::timeout(TIMEOUT, read).await {
-            Ok(Ok(authority)) => return Ok(authority),
+            Ok(Ok(Some(authority))) => return Ok(authority),
+            Ok(Ok(None)) => {
+                tracing::warn!(
+                    "the Secret switchtower-ca was deleted; waiting for another replica to restore it"
+                );
+            }
             Ok(Err(error @ AuthorityError::Secret { .. })) => {
                 tracing::error!(error = %Chain(&error), "failed to load the CA; retrying");
             }
@@ -74,4 +85,21 @@ pub(super) async fn authority(client: &Client, args: &ServeArgs) -> anyhow::Resu
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Reads the CAs, or creates the first one. `None` if others may restore the Secret: agents trust the CA of a running
+/// replica, not a new one.
+async fn read_or_create(
+    client: &Client,
+    namespace: &str,
+    wait_for_others: bool,
+) -> Result<Option<Authority>, AuthorityError> {
+    if let Some(authority) = secret::read(client, namespace).await? {
+        return Ok(Some(authority));
+    }
+    let others = announce::any(client, namespace).await.map_err(|error| secret::refused(namespace, error))?;
+    if wait_for_others && others {
+        return Ok(None);
+    }
+    secret::create(client, namespace).await.map(Some)
 }
