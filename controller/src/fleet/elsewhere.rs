@@ -199,6 +199,22 @@ mod tests {
         }
     }
 
+    /// During an update of the controller, replicas of two versions ask each other.
+    #[test]
+    fn state_of_other_versions_is_understood() {
+        let mut state = serde_json::json!({
+            "upstreamAgeMilliseconds": 5, "services": 1, "endpointSlices": 2, "nodes": 3, "serviceCidrs": 4,
+            "connected": ["a"],
+        });
+        let earlier: ReplicaState = serde_json::from_value(state.clone()).unwrap();
+        assert_eq!(earlier.source(), Source { services: 1, endpoint_slices: 2, nodes: 3, service_cidrs: 4 });
+        assert_eq!(earlier.ages(), Ages { watches: Some(Duration::from_millis(5)), leases: None });
+        state["leaseAgeMilliseconds"] = 7.into();
+        state["aLaterField"] = "value".into();
+        let later: ReplicaState = serde_json::from_value(state).unwrap();
+        assert_eq!(later.ages().leases, Some(Duration::from_millis(7)));
+    }
+
     #[test]
     fn agents_leave_only_for_a_much_fresher_replica() {
         let seconds = |seconds| Some(Duration::from_secs(seconds));

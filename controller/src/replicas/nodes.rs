@@ -112,6 +112,26 @@ fn milliseconds(duration: Duration) -> u64 {
 mod tests {
     use super::*;
 
+    /// As version 0.1.0 sends it; a later version may add fields.
+    #[tokio::test(start_paused = true)]
+    async fn node_of_another_version_is_understood() {
+        tokio::time::advance(Duration::from_secs(60)).await;
+        let node: ObservedNode = serde_json::from_value(serde_json::json!({
+            "session": 7, "aLaterField": {"more": true},
+            "status": {"node": "n", "connected": true, "desired": 4, "applied": 3},
+            "connected": 9_000, "lost": null, "settings": ["default", 2], "took": 12, "deviations": [8, 2],
+            "trial": null, "drift": [100, 2], "losses": [50],
+            "refusal": {"reason": "KernelRefused", "detail": "no memory", "errno": 12, "generation": 4},
+        }))
+        .unwrap();
+        let known = node.observation(Instant::now());
+        assert_eq!((known.session, known.desired, known.applied), (7, 4, 3));
+        assert_eq!(known.deviations.map(|deviations| deviations.held), Some(2));
+        assert_eq!(known.failure.map(|failure| failure.reason), Some(NodeReason::KernelRefused));
+        assert_eq!(known.moments.connected.map(|at| at.elapsed()), Some(Duration::from_secs(9)));
+        assert_eq!((known.lost_since, known.drift_cause), (None, DriftCause::TableDeleted));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn observation_survives_the_way_to_another_replica() {
         let mut observation = Observation { session: 7, applied: 3, desired: 4, ..Observation::default() };
