@@ -1,4 +1,4 @@
-//! A thousand hostile connections of each kind alongside 200 agents, each with its own address.
+//! A thousand hostile connections of each kind alongside 500 agents, each with its own address.
 
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
@@ -12,7 +12,7 @@ use super::super::keys::tests::Signer;
 use super::*;
 
 const HOSTILE: usize = 1_000;
-const AGENTS: usize = 200;
+const AGENTS: usize = 500;
 /// Addresses that hostile connections come from: as many pods.
 const PODS: usize = 8;
 /// Maximum time until all agents are connected. On a busy machine, a multiple of the time that they need without
@@ -73,14 +73,14 @@ fn node_name(number: usize) -> String {
 }
 
 fn node_address(number: usize) -> IpAddr {
-    IpAddr::from([127, 0, 1, number as u8 + 1])
+    IpAddr::from([127, 1, (number / 250) as u8, (number % 250) as u8 + 1])
 }
 
 fn pod_address(number: usize) -> IpAddr {
     IpAddr::from([127, 0, 2, (number % PODS) as u8 + 1])
 }
 
-/// A server with 200 nodes, their keys, and the key of a forger.
+/// A server with the nodes of all agents, their keys, and the key of a forger.
 struct Field {
     address: SocketAddr,
     config: Arc<rustls::ClientConfig>,
