@@ -41,7 +41,7 @@ names! {
         AgentDisconnected,
         /// The agent's stream is open, but its heartbeats do not arrive.
         AgentSilent,
-        /// The controller restarted, and the agent has not reconnected yet.
+        /// The replica of the controller that served the agent is gone, and the agent has not reconnected yet.
         AwaitingAgent,
         /// No agent of the node has connected.
         NoAgent,
