@@ -459,7 +459,7 @@ fn read_only_disk_stops_neither_commits_nor_a_restart() {
         small_disk(directory.path());
         let state = directory.path().join("state");
         let mut fleet = Fleet::new(20, 2);
-        let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
+        let (mut controller, mut agent, stream) = programmed(&fleet, directory.path()).await;
         eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));
         agent.kill();
         drop(stream);

@@ -346,6 +346,28 @@ fn request(
     Ok(request)
 }
 
+/// Opens a gRPC stream and waits for its first message.
+async fn welcome(
+    channel: Channel,
+    request: tonic::Request<tokio_stream::wrappers::ReceiverStream<AgentMessage>>,
+) -> Result<(Welcome, tonic::Streaming<ControllerMessage>), SessionError> {
+    let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
+    let refused = |status: tonic::Status| SessionError::Refused {
+        code: status.code(),
+        detail: status.message().to_owned(),
+    };
+    let opened =
+        timeout(WELCOME_DEADLINE, client.connect(request)).await.map_err(|_| SessionError::Silent)?;
+    let mut incoming = opened.map_err(refused)?.into_inner();
+    let first = timeout(WELCOME_DEADLINE, incoming.next()).await.map_err(|_| SessionError::Silent)?;
+    let first = first.ok_or(SessionError::Ended)?.map_err(refused)?;
+    match first.message {
+        Some(FromController::Welcome(welcome)) => Ok((welcome, incoming)),
+        Some(FromController::GoAway(goodbye)) => Err(go_away(goodbye)),
+        _ => Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
+    }
+}
+
 /// Opens a stream: reads the bootstrap files, connects, sends Hello and receives Welcome.
 async fn open<'a>(
     context: &'a mut Context,
@@ -372,22 +394,7 @@ async fn open<'a>(
     let (out, outgoing) = mpsc::channel(16);
     let hello = AgentMessage { message: Some(FromAgent::Hello(hello(identity, status, memory))) };
     out.send(hello).await.map_err(|_| SessionError::Ended)?;
-    let request = request(&token, outgoing)?;
-    let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
-    let refused = |status: tonic::Status| SessionError::Refused {
-        code: status.code(),
-        detail: status.message().to_owned(),
-    };
-    let opened =
-        timeout(WELCOME_DEADLINE, client.connect(request)).await.map_err(|_| SessionError::Silent)?;
-    let mut incoming = opened.map_err(refused)?.into_inner();
-    let first = timeout(WELCOME_DEADLINE, incoming.next()).await.map_err(|_| SessionError::Silent)?;
-    let first = first.ok_or(SessionError::Ended)?.map_err(refused)?;
-    let welcome = match first.message {
-        Some(FromController::Welcome(welcome)) => welcome,
-        Some(FromController::GoAway(goodbye)) => return Err(go_away(goodbye)),
-        _ => return Err(SessionError::Protocol("the first message is neither Welcome nor GoAway")),
-    };
+    let (welcome, incoming) = welcome(channel, request(&token, outgoing)?).await?;
     let Welcome { version, session, controller, peers, resumed, features, certificate, .. } = welcome;
     let heartbeat = heartbeat_interval(welcome.heartbeat_milliseconds);
     if !VERSIONS.contains(&version) {

@@ -8,6 +8,8 @@
 //! SWITCHTOWER_SEED=7 cargo test -p switchtower-node-agent --test simulation
 //! SWITCHTOWER_SEEDS=1000000 cargo test --release -p switchtower-node-agent --test simulation
 //! ```
+//!
+//! `SWITCHTOWER_FIRST_SEED` continues where an earlier run ended.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where a property is violated")]
 #![allow(clippy::print_stdout, reason = "the numbers of faults")]
@@ -53,14 +55,15 @@ fn properties_hold_under_every_schedule() {
         run(seed, false).unwrap();
     }
     let seeds = number("SWITCHTOWER_SEEDS").unwrap_or(SEEDS);
-    let (next, failed) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
+    let first = number("SWITCHTOWER_FIRST_SEED").unwrap_or_default();
+    let (next, failed) = (AtomicU64::new(first), AtomicU64::new(u64::MAX));
     let mut total = world::Counts::default();
     std::thread::scope(|scope| {
         let work = || {
             let mut counts = world::Counts::default();
             loop {
                 let seed = next.fetch_add(1, Ordering::Relaxed);
-                if seed >= seeds.min(failed.load(Ordering::Relaxed)) {
+                if seed >= (first + seeds).min(failed.load(Ordering::Relaxed)) {
                     return counts;
                 }
                 match run(seed, false) {

@@ -102,7 +102,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, verbose: bool) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let large = random.random_ratio(1, 250);
+        let large = random.random_ratio(1, 1_000);
         let nodes = if large { random.random_range(100..200) } else { random.random_range(2..6) };
         // Only a large cluster can exceed the delete budget.
         let services = if random.random_ratio(1, 4) { random.random_range(60..80) } else { 12 };
