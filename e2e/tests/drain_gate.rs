@@ -242,6 +242,55 @@ fn rolling_replacement_loses_no_connection_with_the_gate() {
     run.scene.endpoints("web", &[]);
 }
 
+/// The hooks ask the replica of their node; the slow agent acknowledges to the other one.
+#[test]
+fn gate_waits_for_the_agents_of_both_replicas() {
+    let _alone = alone();
+    open_gate(fleet()).unwrap();
+    fleet().start_second().unwrap();
+    let deliver = || {
+        fleet().listed(2)?;
+        fleet().nodes().iter().try_for_each(|node| fleet().write_bootstrap(node))
+    };
+    deliver().unwrap();
+    let run = Run::new("drain-replicas");
+    let [alpha, gamma] = ["alpha", "gamma"].map(|name| run.scene.node(name));
+    wait::until("the agents of alpha and gamma use different replicas", Duration::from_secs(120), || {
+        fleet().settled(Duration::from_secs(60))?;
+        if fleet().replica_of(alpha)? == fleet().replica_of(gamma)? {
+            fleet().stop_agent(gamma, libc::SIGKILL)?;
+            fleet().run_agent(gamma)?;
+            anyhow::bail!("both use the same");
+        }
+        Ok(())
+    })
+    .unwrap();
+    let (count, losses) = run.roll(|pod| {
+        let body = hook(pod, "").unwrap();
+        assert_eq!((&body["verdict"], &body["nodesMissingTotal"]), (&json!("Drained"), &json!(0)), "{body}");
+    });
+    println!("{} of {count} connections lost", losses.len());
+    assert_eq!(losses, Vec::<String>::new());
+
+    // The replica that a hook asked ends; the agent asks the other one.
+    run.terminate(&BTreeSet::new());
+    run.serves(&[&REPLACED[..], &REMAINING[..]].concat());
+    let asked = usize::from(fleet().replica_of(alpha).unwrap() == "controller-1");
+    let waiting = std::thread::spawn(|| hook("a1", "?timeout=120s").unwrap());
+    std::thread::sleep(Duration::from_millis(500));
+    fleet().signal_replica(asked, libc::SIGKILL);
+    run.scene.endpoints("web", &["c1"]);
+    let body = waiting.join().unwrap();
+    assert_eq!(body["verdict"], "Drained", "{body}");
+    if asked == 0 {
+        fleet().restart_replica(0).unwrap();
+        deliver().unwrap();
+        fleet().signal_replica(1, libc::SIGTERM);
+    }
+    fleet().settled(Duration::from_secs(60)).unwrap();
+    run.scene.endpoints("web", &[]);
+}
+
 #[test]
 fn every_verdict_is_reached() {
     let _alone = alone();

@@ -1,10 +1,19 @@
 //! The processes of controllers: one replica, or two.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
+
+use anyhow::ensure;
 
 use super::*;
 
-const SECOND_PORT: u16 = 9453;
+pub(super) const SECOND_PORT: u16 = 9453;
+/// Time for a replica to appear in the ConfigMap, or to disappear from it.
+const LISTED: Duration = Duration::from_secs(30);
+/// Number of agents that are restarted until both replicas serve some.
+const MAXIMUM_MOVES: usize = 20;
+/// Time for a restarted agent and its row to agree.
+const MOVED: Duration = Duration::from_secs(120);
 
 impl Fleet {
     /// Starts a second replica on a port of its own.
@@ -52,6 +61,50 @@ impl Fleet {
         if number == 0 { self.start_controller() } else { self.start_second() }
     }
 
+    /// Waits until the bootstrap ConfigMap lists the first replicas up to this number, and no other.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn listed(&self, replicas: usize) -> Result<()> {
+        let wanted: BTreeSet<u16> = [CONTROLLER_PORT, SECOND_PORT].into_iter().take(replicas).collect();
+        wait::until(&format!("the ConfigMap lists {wanted:?}"), LISTED, || {
+            let map: Option<ConfigMap> = self.kube().get(NAMESPACE, "switchtower-bootstrap")?;
+            let controllers = map.and_then(|map| map.data?.remove("controllers")).unwrap_or_default();
+            let found: BTreeSet<u16> =
+                controllers.lines().filter_map(|line| line.rsplit_once(':')?.1.parse().ok()).collect();
+            ensure!(found == wanted, "it lists {controllers:?}");
+            Ok(())
+        })
+    }
+
+    /// Name of the replica that serves a node, according to its row.
+    ///
+    /// # Errors
+    /// The row names none.
+    pub fn replica_of(&self, node: &FleetNode) -> Result<String> {
+        let name = &node.net.name;
+        Ok(self.row(name)?.connection.with_context(|| format!("no replica serves {name}"))?.replica)
+    }
+
+    /// Restarts agents until both replicas serve some.
+    ///
+    /// # Errors
+    /// All agents choose the same replica again and again.
+    pub fn spread(&self) -> Result<()> {
+        for attempt in 0..MAXIMUM_MOVES {
+            let served: Result<Vec<_>> = self.nodes.iter().map(|node| self.replica_of(node)).collect();
+            let served = served?;
+            if served.iter().any(|name| *name != served[0]) {
+                return Ok(());
+            }
+            let node = &self.nodes[attempt % self.nodes.len()];
+            self.stop_agent(node, libc::SIGKILL)?;
+            self.run_agent(node)?;
+            self.settled(MOVED)?;
+        }
+        anyhow::bail!("all agents chose the same replica after {MAXIMUM_MOVES} moves")
+    }
+
     /// Sends a signal to the first replica and leaves it alone.
     pub fn signal_controller(&self, signal: i32) {
         self.signal_replica(0, signal);
@@ -59,15 +112,18 @@ impl Fleet {
 
     pub(super) fn controller_process(
         &self,
-        number: u8,
+        number: usize,
         listen: SocketAddr,
         metrics: SocketAddr,
         admin: SocketAddr,
     ) -> Result<Process> {
-        let kubeconfig = self.controller_kubeconfig()?;
+        let kubeconfig = self.controller_kubeconfig(number)?;
         let mut command = Command::new(programs::workspace("switchtower-controller")?);
         command.arg("--kubeconfig").arg(kubeconfig);
         command.arg("--listen").arg(listen.to_string());
+        if let Some(links) = &self.links {
+            command.arg("--advertise").arg(links.replica(number).to_string());
+        }
         command.arg("--metrics-listen").arg(metrics.to_string());
         command.arg("--admin-listen").arg(admin.to_string());
         command.args(["--namespace", NAMESPACE, "--replica", &format!("controller-{number}")]);
