@@ -1,6 +1,6 @@
 # Each target is a script in hack/, which installs its requirements.
 .DEFAULT_GOAL := help
-.PHONY: help demo test alerts audit bench fleet kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
+.PHONY: help demo test alerts audit bench fleet chaos kernels setup cache-key clean-lab cluster cluster-install cluster-demo cluster-down conformance
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -22,6 +22,9 @@ bench: ## Compare performance with the real kube-proxy (minutes)
 
 fleet: ## Measure the controller with thousands of hollow agents (NODES=100,500,1000; docs/scale.md)
 	@hack/fleet.sh $(if $(NODES),--nodes $(NODES))
+
+chaos: ## Inject every fault under continuous traffic (ROUNDS=3, SEED=7; docs/reliability.md)
+	@hack/chaos.sh "$(or $(ROUNDS),1)" "$(or $(SEED),1)"
 
 kernels: ## Test the agent on Debian kernels 6.1 and 6.12, emulated (half an hour)
 	@hack/kernels.sh

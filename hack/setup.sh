@@ -124,6 +124,6 @@ test | setup)
     build_tool otelcol "about a minute"
     build_promtool
     build_helm
-    install_packages buildah=buildah skopeo=skopeo systemd-analyze=systemd iptables-legacy=iptables
+    install_packages buildah=buildah skopeo=skopeo systemd-analyze=systemd iptables-legacy=iptables faketime=faketime
     ;;
 esac

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod cleanup;
 pub mod control_plane;
+pub mod forwarder;
 pub mod http;
 pub mod kube_proxy;
 pub mod namespace;
@@ -10,6 +11,7 @@ mod network;
 pub mod objects;
 pub mod process;
 pub mod programs;
+pub mod refusing_proxy;
 pub mod wait;
 
 pub use network::{Lab, NodeNet, POD_PORTS, PodNet};

@@ -5,7 +5,8 @@
 //!   share.
 //! - [`probe`] sends packets and reports the outcome; [`observe`] reads the kernel and a trace collector independently
 //!   of the product.
-//! - [`parity`] compares Switchtower with kube-proxy, [`mod@bench`] measures both, [`demo`] is `make demo`.
+//! - [`parity`] compares Switchtower with kube-proxy, [`mod@bench`] measures both, [`demo`] is `make demo`,
+//!   [`chaos`] injects faults.
 //! - [`cluster`] is the other environment: a cluster with kubelets and containers.
 //!
 //! Invariants:
@@ -17,6 +18,7 @@
 #![allow(missing_docs, reason = "the only users are tests, and names carry the meaning")]
 
 pub mod bench;
+pub mod chaos;
 pub mod cluster;
 pub mod demo;
 pub mod drain_gate;

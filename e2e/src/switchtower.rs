@@ -40,6 +40,7 @@ const TOKEN_SECONDS: i64 = 24 * 3600;
 const CONTROLLER_PORT: u16 = 9443;
 
 mod controllers;
+mod links;
 
 /// Specification of one node of a fleet.
 #[derive(Debug, Clone)]
@@ -85,6 +86,9 @@ pub struct Fleet {
     admin: SocketAddr,
     environment: Environment,
     agent_environment: Environment,
+    links: Option<links::LinkedReplicas>,
+    /// URL under which controllers started from now on reach the API server, if not the usual one.
+    api_server: Mutex<Option<String>>,
     lab: Lab,
     control_plane: ControlPlane,
 }
@@ -97,13 +101,24 @@ impl Fleet {
     /// A part does not start; the message names it and quotes the end of its log.
     pub fn start(specs: &[NodeSpec]) -> Result<Self> {
         let fleet = Self::build(specs)?;
-        fleet.install()?;
-        fleet.start_controller()?;
-        for node in &fleet.nodes {
-            fleet.start_agent(node)?;
-        }
-        fleet.settled(Duration::from_secs(20))?;
+        fleet.start_all()?;
         Ok(fleet)
+    }
+
+    /// Installs the product, starts the controller and the agents, and returns when every agent has applied its first view.
+    ///
+    /// # Errors
+    /// As [`Fleet::start`].
+    pub fn start_all(&self) -> Result<()> {
+        self.install()?;
+        self.start_controller()?;
+        self.start_agents()
+    }
+
+    /// Starts all agents and waits until each has applied its first view.
+    fn start_agents(&self) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| self.start_agent(node))?;
+        self.settled(Duration::from_secs(20)).map(drop)
     }
 
     /// Builds the control plane, nodes and pods. Starts and installs nothing of the product.
@@ -128,6 +143,8 @@ impl Fleet {
             admin,
             environment: Environment::default(),
             agent_environment: Environment::default(),
+            links: None,
+            api_server: Mutex::default(),
             lab,
             control_plane,
         };
@@ -237,6 +254,11 @@ impl Fleet {
     /// Sets environment variables for controllers started from now on.
     pub fn set_controller_environment(&self, variables: &[(&str, &str)]) {
         *lock(&self.environment) = owned(variables);
+    }
+
+    /// Sets the URL of the API server for controllers started from now on.
+    pub fn set_api_server(&self, url: String) {
+        *lock(&self.api_server) = Some(url);
     }
 
     /// Sets environment variables for agents started from now on.
@@ -424,6 +446,11 @@ impl Fleet {
         process.wait(Duration::from_secs(10)).map(drop)
     }
 
+    /// Sends a signal to a node's agent and leaves it alone. Returns `None` if it was never started.
+    pub fn signal_agent(&self, node: &FleetNode, signal: i32) -> Option<()> {
+        lock(&node.agent).as_ref().map(|process| process.signal(signal))
+    }
+
     pub fn agent_id(&self, node: &FleetNode) -> Option<u32> {
         lock(&node.agent).as_ref().map(Process::id)
     }
@@ -487,12 +514,16 @@ impl Fleet {
         Ok(())
     }
 
-    fn controller_kubeconfig(&self) -> Result<PathBuf> {
+    fn controller_kubeconfig(&self, replica: usize) -> Result<PathBuf> {
         let token = self.token("switchtower-controller", None, &[], TOKEN_SECONDS)?;
         let admin: serde_json::Value = serde_json::from_slice(&fs::read(self.control_plane.kubeconfig())?)?;
         let mut config = admin;
         config["users"] = json!([{"name": "admin", "user": {"token": token}}]);
-        let path = self.lab.directory().join("controller.kubeconfig");
+        let linked = self.links.as_ref().map(|links| format!("https://{}", links.api_server(replica)));
+        if let Some(server) = lock(&self.api_server).clone().or(linked) {
+            config["clusters"][0]["cluster"]["server"] = json!(server);
+        }
+        let path = self.lab.directory().join(format!("controller-{replica}.kubeconfig"));
         fs::write(&path, config.to_string())?;
         Ok(path)
     }
