@@ -223,7 +223,7 @@ fn ca_is_rotated_and_restored_without_a_lost_session() {
         fleet.restart_replica(number).unwrap();
         fleet.listed(2).unwrap();
     }
-    // A replica that starts meanwhile waits for the CA that agents trust.
+    // A replica that starts before waits for the CA that agents trust.
     fleet.signal_replica(1, libc::SIGKILL);
     all_served_by(fleet, 0, "without the Secret");
     fleet.kube().block_on(secrets.delete("switchtower-ca", &kube::api::DeleteParams::default())).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! The first CA is generated once: if several controllers start at the same time, one creates the Secret and the others
 //! read it. Each replica watches the Secret, so that all of them use a new CA within moments. If the Secret is deleted, the
-//! leader restores it from memory, and a replica that starts meanwhile waits for that.
+//! leader restores it from memory, and a replica that starts before that waits for it.
 
 use std::time::Duration;
 

@@ -243,7 +243,7 @@ impl World {
             966..968 => {
                 self.replicas[replica].stalled ^= true;
                 self.counts.stalls += 1;
-                // It reads what arrived meanwhile before it serves a new stream.
+                // It reads what has arrived before it serves a new stream.
                 (0..self.nodes.len()).for_each(|node| self.watch(replica, node));
             }
             968..970 => {
