@@ -158,12 +158,13 @@ impl Fault {
         }
     }
 
-    /// Returns true if the rows of the nodes cannot be written while it lasts: a row reports the truth by its expiry.
+    /// Returns true if the replica of a node cannot write its row: the row reports the truth by its expiry.
     pub fn prevents_rows(self) -> bool {
         matches!(
             self,
             Self::BothReplicasKilled
                 | Self::ApiServerPaused
+                | Self::Killed(Process::Replica)
                 | Self::Paused(Process::Replica)
                 | Self::Broken(Link::ReplicasToApiServer, _)
         )

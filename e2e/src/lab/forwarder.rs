@@ -166,6 +166,8 @@ async fn pump(
             continue;
         }
         tokio::select! {
+            // First: what arrives after a change passes under the new condition.
+            biased;
             changed = conditions.changed() => if changed.is_err() { return },
             read = from.read(&mut buffer) => {
                 let Ok(length @ 1..) = read else { return };
