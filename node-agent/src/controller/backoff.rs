@@ -2,7 +2,8 @@
 //!
 //! A controller that restarts or moves is back within seconds, so agents retry often at first: 5,000 agents below
 //! `SHORT_CEILING` make about 3,300 attempts per second, and the controller limits the rate of new streams. Frequent
-//! retries do not shorten a long outage.
+//! retries do not shorten a long outage. An established session ends an outage, however short it is; only a long one resets
+//! the attempts.
 
 use std::time::Duration;
 
@@ -26,16 +27,29 @@ pub(crate) enum FailureKind {
     Refused,
 }
 
+/// Duration of a session after which the next failure counts as the first one.
+const STABLE: Duration = Duration::from_secs(30);
+
 /// Counts the attempts of one outage.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff {
     attempt: u32,
     since: Option<Instant>,
+    /// Start of the session, until it fails.
+    connected: Option<Instant>,
 }
 
 impl Backoff {
+    /// Records the start of a session, which ends the outage.
+    pub(crate) fn connected(&mut self, now: Instant) {
+        (self.since, self.connected) = (None, Some(now));
+    }
+
     /// Returns the delay after an attempt, or a session, that failed at `now`. The first failure begins the outage.
     pub(crate) fn after(&mut self, failure: FailureKind, now: Instant) -> Duration {
+        if self.connected.take().is_some_and(|since| now.saturating_duration_since(since) >= STABLE) {
+            self.attempt = 0;
+        }
         let outage = now.saturating_duration_since(*self.since.get_or_insert(now));
         let pause = full_jitter(FIRST, ceiling(failure, outage), self.attempt);
         self.attempt = self.attempt.saturating_add(1);
@@ -94,6 +108,19 @@ mod tests {
             let busiest = attempts.iter().skip(2).max().unwrap();
             assert!(*busiest < FLEET, "{outage:?}: {busiest} attempts in a second");
         }
+    }
+
+    #[test]
+    fn established_session_ends_the_outage() {
+        let (mut backoff, mut now) = (Backoff::default(), Instant::now());
+        // Sessions of ten seconds each, for ten minutes: a long outage without them.
+        for _ in 0..60 {
+            backoff.connected(now);
+            now += Duration::from_secs(10);
+            assert!(backoff.after(FailureKind::Away, now) <= SHORT_CEILING);
+        }
+        backoff.connected(now);
+        assert!(backoff.after(FailureKind::Away, now + STABLE) <= FIRST, "a stable session");
     }
 
     #[test]

@@ -203,17 +203,17 @@ struct Memory {
     session: u64,
     /// `None` if no key can be generated.
     certificate: Option<NodeCertificate>,
+    backoff: Backoff,
 }
 
 /// Keeps a session with one of the controllers until `stop` becomes true.
 pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
     let certificate =
         NodeCertificate::load(context.controllers.state.as_deref(), context.identity.files.clone());
-    let mut memory = Memory { choice: Choice::default(), session: 0, certificate };
-    let mut backoff = Backoff::default();
+    let mut memory =
+        Memory { choice: Choice::default(), session: 0, certificate, backoff: Backoff::default() };
     let mut logged = false;
     loop {
-        let began = Instant::now();
         let result = tokio::select! {
             result = session(&mut context, &mut memory) => result,
             _ = stop.wait_for(|stop| *stop) => return,
@@ -229,10 +229,10 @@ pub async fn run(mut context: Context, mut stop: watch::Receiver<bool>) {
         context.contact.lost(error.reason(), error.absence(), &error.to_string());
         // Missing files, which the kubelet may still be mounting, are cheap to check.
         let waiting = matches!(error, SessionError::Bootstrap(_));
-        if waiting || began.elapsed() > SILENCE {
-            backoff = Backoff::default();
+        if waiting {
+            memory.backoff = Backoff::default();
         }
-        let mut pause = backoff.after(error.failure(), Instant::now());
+        let mut pause = memory.backoff.after(error.failure(), Instant::now());
         if let SessionError::GoAway { retry_after, .. } = &error {
             pause = (*retry_after).min(RETRY_AFTER_LIMIT) + full_jitter(backoff::FIRST, backoff::FIRST, 0);
         }
@@ -331,6 +331,7 @@ async fn session(
     drop(span);
     let (mut stream, mut incoming) = opened?;
     memory.choice.connected();
+    memory.backoff.connected(Instant::now());
     stream.pump(&mut incoming).await
 }
 
