@@ -19,7 +19,7 @@ const STEP: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Budget {
     minimum: usize,
-    /// Pools with a member and frontends in the desired view.
+    /// Pools with a member and frontends.
     level: usize,
     /// Earlier levels, oldest first, each with the last time at which it was in force.
     earlier: VecDeque<(Instant, usize)>,
@@ -37,7 +37,20 @@ impl Budget {
         (self.level, self.earlier) = (level, VecDeque::new());
     }
 
-    /// Notes a change of the desired view. Returns whether the decline in the window exceeds the budget.
+    /// Counts removed items as present again: they are held.
+    pub(super) fn keep(&mut self, held: usize) {
+        self.level += held;
+    }
+
+    /// Forgets items whose removal was intended.
+    pub(super) fn release(&mut self, released: usize) {
+        let levels = self.earlier.iter_mut().map(|(_, level)| level);
+        for level in levels.chain([&mut self.level]) {
+            *level = level.saturating_sub(released);
+        }
+    }
+
+    /// Notes a change. Returns whether the decline in the window exceeds the budget.
     pub(super) fn note(&mut self, added: usize, removed: usize, now: Instant) -> bool {
         let before = self.level;
         self.level = (before + added).saturating_sub(removed);

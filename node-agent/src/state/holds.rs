@@ -73,7 +73,10 @@ pub(super) struct Traces {
 /// The held items and the budget that decides on them.
 #[derive(Default)]
 pub(super) struct Holds {
-    budget: Budget,
+    /// Of the desired view: further removals after a hold are held, too.
+    desired: Budget,
+    /// Of what is present, with held items: one that returns and is removed again is no new item.
+    present: Budget,
     pub(super) pools: BTreeMap<PoolId, HeldPool>,
     pub(super) frontends: BTreeMap<FrontendId, HeldFrontend>,
     /// Local endpoints of held pools (hairpin), which the view no longer has.
@@ -168,16 +171,23 @@ impl Holds {
         ports: &mut Interner,
     ) -> (usize, Traces) {
         let (added, removed) = tally(difference);
-        let over = !arriving.first && self.budget.note(added, removed, arriving.now);
-        if arriving.first {
-            self.budget.start(added);
-        }
+        let held = self.len();
         if !self.is_empty() {
             self.returned(difference, ports);
         }
+        let returned = held - self.len();
+        let over = if arriving.first {
+            self.desired.start(added);
+            self.present.start(added);
+            false
+        } else {
+            let desired = self.desired.note(added, removed, arriving.now);
+            self.present.note(added.saturating_sub(returned), removed, arriving.now) || desired
+        };
         let before = self.len();
         if over && arriving.to >= self.release_before {
             self.hold(difference, arriving, ports);
+            self.present.keep(self.len() - before);
         }
         let traces = if self.is_empty() { Traces::default() } else { traces(difference) };
         (self.len() - before, traces)
@@ -311,6 +321,7 @@ impl Holds {
         ports: &mut Interner,
         mut released: Released,
     ) -> Released {
+        let before = self.len();
         for id in frontends {
             if self.drop_frontend(id, ports) {
                 released.changes.push(KernelChange::FrontendRemoved(id.unpack()));
@@ -322,6 +333,7 @@ impl Holds {
             released.changes.push(removal(id, &members, layers, ports));
             released.udp.mark(id.family);
         }
+        self.present.release(before - self.len());
         self.drop_dependents(layers, ports, &mut released);
         released
     }
@@ -340,6 +352,7 @@ impl Holds {
             members.into_iter().partition(|member| member.address() == address);
         released.udp.mark(id.family);
         if members.is_empty() {
+            self.present.release(1);
             released.changes.push(removal(id, &gone, layers, ports));
             return;
         }
@@ -502,11 +515,13 @@ fn hash(text: &str) -> u128 {
 impl Holds {
     /// Forgets earlier levels of the view.
     pub(super) fn forget_window(&mut self) {
-        self.budget.forget();
+        self.desired.forget();
+        self.present.forget();
     }
 
     /// Holds every removal of an update that removes more than `minimum` items.
     pub(super) fn set_minimum(&mut self, minimum: usize) {
-        self.budget.set_minimum(minimum);
+        self.desired.set_minimum(minimum);
+        self.present.set_minimum(minimum);
     }
 }

@@ -377,6 +377,9 @@ impl World {
                 self.counts.sent_away += 1;
                 return self.close(at);
             }
+            // An earlier version with the same content goes back in nothing but its number.
+            let version = self.replicas[replica].version;
+            self.nodes[node].seen = self.nodes[node].seen.min(version);
             let (number, welcome) = self.replicas[replica].open(node, kernel, view.as_ref(), session);
             self.connections[at].session = Some(number);
             self.connections[at].to_agent.push_back(welcome);

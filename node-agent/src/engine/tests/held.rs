@@ -94,6 +94,27 @@ fn removed_namespace_held_until_released() {
     assert_eq!(node.kernel(), (99, 99));
 }
 
+/// A source that lists nothing, everything, and nothing again.
+#[test]
+fn held_items_that_returned_are_held_again() {
+    let mut node = node();
+    node.fleet = at(2, 0, 0);
+    let update = node.fleet.snapshot();
+    assert_eq!(node.play(update), (2, 400));
+    // More than a minute later.
+    node.engine.state.forget_window();
+    node.fleet = at(3, SERVICES, 2);
+    let update = node.fleet.snapshot();
+    assert_eq!(node.play(update), (3, 0));
+    node.fleet = at(4, 0, 0);
+    let update = node.fleet.snapshot();
+    assert_eq!(node.play(update), (4, 400), "they are no new items");
+    assert_eq!(node.kernel(), (200, 200));
+    node.engine.state.forget_window();
+    assert_eq!(node.release(5), (4, 0));
+    assert_eq!(node.kernel(), (0, 0));
+}
+
 #[test]
 fn ack_names_held_items() {
     let mut node = node();

@@ -74,6 +74,7 @@ impl State {
                 self.holds.insert_pool(id, held, &mut self.ports);
             }
         }
+        self.holds.present.keep(self.holds.len());
         let checks = stored.health_checks.iter();
         let checks = checks.filter_map(|check| Some((check.key.clone()?, check.clone())));
         self.holds.health_checks = checks.collect();
