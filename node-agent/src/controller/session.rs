@@ -158,9 +158,12 @@ impl SessionError {
 
     /// Returns the kind of failure for the backoff.
     fn failure(&self) -> FailureKind {
+        use tonic::Code;
         match self {
+            // A lost connection has the code Unknown. No controller sends that.
+            Self::Refused { code: Code::Unavailable | Code::Unknown, .. } => FailureKind::Away,
             // Tokens and certificates change rarely, so frequent retries would only load the controller.
-            Self::Refused { code, .. } if *code != tonic::Code::Unavailable => FailureKind::Refused,
+            Self::Refused { .. } => FailureKind::Refused,
             Self::Connect { distrust: Some(_), .. } | Self::Tls(_) | Self::Protocol(_) => {
                 FailureKind::Refused
             }

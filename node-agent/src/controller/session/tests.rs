@@ -250,6 +250,17 @@ async fn questions_and_pings_are_answered() {
     }
 }
 
+#[test]
+fn lost_connection_is_no_refusal() {
+    let refused = |code| SessionError::Refused { code, detail: String::new() }.failure();
+    for code in [tonic::Code::Unknown, tonic::Code::Unavailable] {
+        assert_eq!(refused(code), FailureKind::Away, "{code:?}");
+    }
+    for code in [tonic::Code::Unauthenticated, tonic::Code::PermissionDenied] {
+        assert_eq!(refused(code), FailureKind::Refused, "{code:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeats_sent_at_the_requested_interval() {
     let mut controller = FakeController::start(SERVER_NAME).await;
