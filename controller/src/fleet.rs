@@ -279,16 +279,16 @@ impl Fleet {
 
     /// Ends all streams with a reason.
     pub fn end_all(&self, reason: GoAwayReason) {
-        for signal in lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_ref()) {
-            signal.end(reason);
-        }
+        self.each_signal(|signal| signal.end(reason));
     }
 
     /// Wakes all sessions.
     fn wake_all(&self) {
-        for signal in lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_ref()) {
-            signal.notify.notify_one();
-        }
+        self.each_signal(|signal| signal.notify.notify_one());
+    }
+
+    fn each_signal(&self, request: impl Fn(&Signal)) {
+        lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_deref()).for_each(request);
     }
 
     /// Returns the revision of the layers.

@@ -10,7 +10,7 @@ use switchtower_proto::v1::Source;
 use tokio::time::Instant;
 
 use super::Fleet;
-use crate::replicas::nodes::ObservedNode;
+use crate::replicas::nodes::{ObservedNode, milliseconds};
 use crate::sync::lock;
 
 /// Path of [`ReplicaState`].
@@ -92,14 +92,17 @@ fn is_stale(own: Ages, others: &[Ages]) -> bool {
 }
 
 impl Fleet {
+    fn ages(&self) -> Ages {
+        Ages { watches: self.upstream_age(), leases: self.others.replicas().age() }
+    }
+
     /// Returns the state of this replica.
     pub(crate) fn replica_state(&self) -> ReplicaState {
         let (Source { services, endpoint_slices, nodes, service_cidrs }, _) = self.processed();
-        let milliseconds =
-            |age: Option<Duration>| age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+        let Ages { watches, leases } = self.ages();
         ReplicaState {
-            upstream_age_milliseconds: milliseconds(self.upstream_age()),
-            lease_age_milliseconds: milliseconds(self.others.replicas().age()),
+            upstream_age_milliseconds: watches.map(milliseconds),
+            lease_age_milliseconds: leases.map(milliseconds),
             services,
             endpoint_slices,
             nodes,
@@ -115,8 +118,7 @@ impl Fleet {
             let states: Vec<ReplicaState> =
                 replies.into_iter().filter_map(|reply| reply.answer.ok()).collect();
             let ages: Vec<Ages> = states.iter().map(ReplicaState::ages).collect();
-            let own = Ages { watches: self.upstream_age(), leases: self.others.replicas().age() };
-            let stale = is_stale(own, &ages);
+            let stale = is_stale(self.ages(), &ages);
             if self.elsewhere.stale.swap(stale, Ordering::Relaxed) != stale && stale {
                 tracing::warn!(
                     "the API server responds to another replica and not to this one; agents leave"

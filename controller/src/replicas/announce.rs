@@ -52,8 +52,12 @@ pub struct Announcement {
 /// The API server refuses.
 pub async fn any(client: &kube::Client, namespace: &str) -> Result<bool, kube::Error> {
     let api: Api<Lease> = Api::namespaced(client.clone(), namespace);
-    let params = ListParams::default().labels(&format!("{LABEL}={PRESENCE}")).limit(1);
-    Ok(!api.list(&params).await?.items.is_empty())
+    Ok(!api.list(&of_replicas(1)).await?.items.is_empty())
+}
+
+/// Parameters of a list of the replicas' Leases.
+fn of_replicas(limit: u32) -> ListParams {
+    ListParams::default().labels(&format!("{LABEL}={PRESENCE}")).limit(limit)
 }
 
 impl Announcement {
@@ -144,8 +148,7 @@ impl Announcement {
     }
 
     async fn read(&self, replicas: &Replicas, fence: &Fence) -> Result<(), kube::Error> {
-        let params = ListParams::default().labels(&format!("{LABEL}={PRESENCE}")).limit(500);
-        let leases = self.api.list(&params).await?.items;
+        let leases = self.api.list(&of_replicas(500)).await?.items;
         let seen: Vec<Seen> = leases.iter().filter_map(seen).take(LIMIT).collect();
         replicas.observe(&seen, Instant::now());
         let now = Timestamp::now();

@@ -104,7 +104,8 @@ impl ObservedNode {
     }
 }
 
-fn milliseconds(duration: Duration) -> u64 {
+/// Returns a duration as replicas exchange it.
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
