@@ -6,7 +6,7 @@
 mod common;
 
 use std::net::UdpSocket;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -411,22 +411,22 @@ fn stalled_disk_delays_neither_commits_nor_repairs() {
     });
 }
 
-/// Mounts a file system of 64 KiB on a new state directory, for this test only.
-fn small_disk(directory: &Path) {
+/// Mounts a file system of 64 KiB on a new state directory, for this test only. Returns the directory.
+fn small_disk(directory: &Path) -> PathBuf {
     let state = directory.join("state");
     std::fs::create_dir(&state).unwrap();
     // SAFETY: a plain system call that concerns this thread only.
     assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
     shell("mount --make-rprivate /");
     shell(&format!("mount -t tmpfs -o size=64k tmpfs {}", state.display()));
+    state
 }
 
 #[test]
 fn full_disk_stops_neither_commits_nor_a_restart() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
-        small_disk(directory.path());
-        let state = directory.path().join("state");
+        let state = small_disk(directory.path());
         // The view is larger than the disk.
         let mut fleet = Fleet::new(1_000, 2);
         let (mut controller, mut agent, mut stream) = programmed(&fleet, directory.path()).await;
@@ -456,8 +456,7 @@ fn full_disk_stops_neither_commits_nor_a_restart() {
 fn read_only_disk_stops_neither_commits_nor_a_restart() {
     in_namespace(|| async {
         let directory = tempfile::tempdir().unwrap();
-        small_disk(directory.path());
-        let state = directory.path().join("state");
+        let state = small_disk(directory.path());
         let mut fleet = Fleet::new(20, 2);
         let (mut controller, mut agent, stream) = programmed(&fleet, directory.path()).await;
         eventually("the snapshot file", || snapshot_file_is_at(directory.path(), std::time::UNIX_EPOCH));

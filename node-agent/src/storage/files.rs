@@ -204,7 +204,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let written = write_temporary(&temporary, bytes).and_then(|()| rename(&temporary, path));
     if written.is_err() {
         // A part of the content would occupy the rest of a full disk.
-        let _ = std::fs::remove_file(&temporary);
+        let _ = remove(&temporary);
     }
     written?;
     File::open(directory)?.sync_all()
