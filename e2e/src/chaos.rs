@@ -152,7 +152,7 @@ impl Laboratory<'_> {
         let mut outcomes = Vec::new();
         for _ in 0..rounds {
             for batch in self.batches(extent, &mut random) {
-                let names = || batch.iter().map(|one| one.fault.name()).collect::<Vec<_>>().join(", ");
+                let names = || batch.iter().map(|(fault, _)| fault.name()).collect::<Vec<_>>().join(", ");
                 let batch = self.inject(&batch).with_context(names)?;
                 batch.iter().for_each(|outcome| eprintln!("{}", outcome.summary()));
                 outcomes.extend(batch);
@@ -161,41 +161,28 @@ impl Laboratory<'_> {
         Ok(outcomes)
     }
 
-    /// The faults in random order, those of single nodes as one for each node.
-    fn batches(&self, extent: Extent, random: &mut StdRng) -> Vec<Vec<Injection>> {
+    /// The faults in random order, each with the index of a node, those of single nodes as one for each node.
+    fn batches(&self, extent: Extent, random: &mut StdRng) -> Vec<Vec<(Fault, usize)>> {
         let (mut of_nodes, of_fleet): (Vec<_>, Vec<_>) =
             extent.faults().partition(|fault| fault.scope() == Scope::Node);
         of_nodes.shuffle(random);
         let mut order: Vec<usize> = (0..self.nodes.len()).collect();
-        let mut batches: Vec<Vec<Injection>> = Vec::new();
+        let mut batches: Vec<Vec<(Fault, usize)>> = Vec::new();
         for faults in of_nodes.chunks(self.nodes.len()) {
             order.shuffle(random);
-            let injection =
-                |(fault, node): (&Fault, &usize)| Injection { fault: *fault, node: *node, replica: 0 };
-            batches.push(faults.iter().zip(&order).map(injection).collect());
+            batches.push(faults.iter().copied().zip(order.iter().copied()).collect());
         }
         for fault in of_fleet {
-            let node = random.random_range(0..self.nodes.len());
-            batches.push(vec![Injection { fault, node, replica: 0 }]);
+            batches.push(vec![(fault, random.random_range(0..self.nodes.len()))]);
         }
         batches.shuffle(random);
         batches
     }
 
     /// Injects faults that concern different parts.
-    fn inject(&self, batch: &[Injection]) -> Result<Vec<Outcome>> {
-        let mut batch = batch.to_vec();
-        for injection in &mut batch {
-            let name = self.fleet.replica_of(&self.fleet.nodes()[injection.node])?;
-            injection.replica = usize::from(name == "controller-1");
-            if injection.fault.makes_a_replica_stale() {
-                let node = &self.fleet.nodes()[injection.node].net.name;
-                wait::until("a stream that may leave its replica", STAY + CONVERGED, || {
-                    ensure!(may_leave(self.fleet, node), "the stream of {node} is too young");
-                    Ok(())
-                })?;
-            }
-        }
+    fn inject(&self, batch: &[(Fault, usize)]) -> Result<Vec<Outcome>> {
+        let prepared = batch.iter().map(|(fault, node)| self.prepare(*fault, *node));
+        let mut batch = prepared.collect::<Result<Vec<Injection>>>()?;
         let before = self.before();
         self.phase.quiet.store(false, Ordering::Relaxed);
         let began = Instant::now();
@@ -220,6 +207,20 @@ impl Laboratory<'_> {
         let outcomes: Vec<_> = outcomes.collect();
         ensure!(outcomes.iter().all(|outcome| outcome.tried > 0), "no connection was tried");
         Ok(outcomes)
+    }
+
+    /// Chooses the replica of the node, and waits until its agent may leave it if the fault requires that.
+    fn prepare(&self, fault: Fault, node: usize) -> Result<Injection> {
+        let of = &self.fleet.nodes()[node];
+        let replica = self.fleet.replica_number(of)?;
+        if fault.makes_a_replica_stale() {
+            let name = &of.net.name;
+            wait::until("a stream that may leave its replica", STAY + CONVERGED, || {
+                ensure!(may_leave(self.fleet, name), "the stream of {name} is too young");
+                Ok(())
+            })?;
+        }
+        Ok(Injection { fault, node, replica })
     }
 
     fn before(&self) -> Vec<Before> {

@@ -275,7 +275,7 @@ fn gate_waits_for_the_agents_of_both_replicas() {
     // The replica that a hook asked ends; the agent asks the other one.
     run.terminate(&BTreeSet::new());
     run.serves(&[&REPLACED[..], &REMAINING[..]].concat());
-    let asked = usize::from(fleet().replica_of(alpha).unwrap() == "controller-1");
+    let asked = fleet().replica_number(alpha).unwrap();
     let waiting = std::thread::spawn(|| hook("a1", "?timeout=120s").unwrap());
     std::thread::sleep(Duration::from_millis(500));
     fleet().signal_replica(asked, libc::SIGKILL);

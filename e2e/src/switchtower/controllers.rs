@@ -41,10 +41,13 @@ impl Fleet {
         !runs(&self.controller) && runs(&self.second)
     }
 
+    fn replica(&self, number: usize) -> &Mutex<Option<Process>> {
+        if number == 0 { &self.controller } else { &self.second }
+    }
+
     /// Sends a signal to the first replica (0) or the second (1) and leaves it alone.
     pub fn signal_replica(&self, number: usize, signal: i32) {
-        let process = if number == 0 { &self.controller } else { &self.second };
-        if let Some(process) = lock(process).as_ref() {
+        if let Some(process) = lock(self.replica(number)).as_ref() {
             process.signal(signal);
         }
     }
@@ -54,8 +57,7 @@ impl Fleet {
     /// # Errors
     /// It does not exit, or the program does not start.
     pub fn restart_replica(&self, number: usize) -> Result<()> {
-        let process = if number == 0 { &self.controller } else { &self.second };
-        if let Some(process) = lock(process).take() {
+        if let Some(process) = lock(self.replica(number)).take() {
             process.wait(Duration::from_secs(15))?;
         }
         if number == 0 { self.start_controller() } else { self.start_second() }
@@ -84,6 +86,16 @@ impl Fleet {
     pub fn replica_of(&self, node: &FleetNode) -> Result<String> {
         let name = &node.net.name;
         Ok(self.row(name)?.connection.with_context(|| format!("no replica serves {name}"))?.replica)
+    }
+
+    /// Number of the replica that serves a node.
+    ///
+    /// # Errors
+    /// As [`Fleet::replica_of`], or the replica is none of this fleet.
+    pub fn replica_number(&self, node: &FleetNode) -> Result<usize> {
+        let name = self.replica_of(node)?;
+        let number = name.strip_prefix("controller-").and_then(|number| number.parse().ok());
+        number.with_context(|| format!("{name} serves {}", node.net.name))
     }
 
     /// Restarts agents until both replicas serve some.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result};
 
 use super::controllers::SECOND_PORT;
-use super::{CONTROLLER_PORT, Fleet, FleetNode, NodeSpec, lock};
+use super::{CONTROLLER_PORT, Fleet, FleetNode, NodeSpec};
 use crate::lab::forwarder::{Condition, Forwarder};
 
 /// Distance of a forwarder's port from the port of its replica.
@@ -106,11 +106,5 @@ impl Fleet {
             links.to_api_server.set(Condition::Whole);
             links.from_agents.set(Condition::Whole);
         }
-    }
-
-    /// Returns true if a replica runs.
-    pub fn replica_runs(&self, replica: usize) -> bool {
-        let process = if replica == 0 { &self.controller } else { &self.second };
-        lock(process).as_ref().is_some_and(|process| process.check_running().is_ok())
     }
 }
