@@ -14,7 +14,7 @@ use switchtower_proto::v1::Protocol;
 const ZONES: [&str; 2] = ["east", "west"];
 
 /// Objects by a name that is unique across kinds.
-pub type Objects = BTreeMap<String, Arc<Input>>;
+pub type Objects = BTreeMap<Arc<str>, Arc<Input>>;
 
 pub fn node_name(number: usize) -> Arc<str> {
     format!("n{number}").into()
@@ -26,10 +26,10 @@ fn key(number: u32) -> ObjectKey {
 
 /// The objects, and a backup of them.
 pub struct Cluster {
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
     /// Increases with each change, as a resourceVersion does.
     pub version: u64,
-    backup: (Objects, u64),
+    backup: (Arc<Objects>, u64),
     nodes: usize,
     services: u32,
     next_address: u32,
@@ -38,7 +38,7 @@ pub struct Cluster {
 impl Cluster {
     pub fn new(nodes: usize, services: u32, random: &mut StdRng) -> Self {
         let mut cluster = Self {
-            objects: Objects::new(),
+            objects: Arc::default(),
             version: 1,
             backup: Default::default(),
             nodes,
@@ -53,16 +53,24 @@ impl Cluster {
                 zone: Some(ZONES[number % 2].into()),
                 eligible: true,
             };
-            cluster.objects.insert(format!("node {number}"), Arc::new(Input::Node(node)));
+            cluster.insert(format!("node {number}"), Input::Node(node));
         }
         let cidrs = Input::ServiceCidrs(vec!["10.96.0.0/16".parse().unwrap()]);
-        cluster.objects.insert("cidrs".into(), Arc::new(cidrs));
+        cluster.insert("cidrs".into(), cidrs);
         for number in 0..services {
             cluster.set_service(number, random);
             cluster.set_slice(number, random);
         }
         cluster.back_up();
         cluster
+    }
+
+    fn insert(&mut self, name: String, object: Input) {
+        Arc::make_mut(&mut self.objects).insert(name.into(), Arc::new(object));
+    }
+
+    fn remove(&mut self, name: &str) {
+        Arc::make_mut(&mut self.objects).remove(name);
     }
 
     fn set_service(&mut self, number: u32, random: &mut StdRng) {
@@ -87,7 +95,7 @@ impl Cluster {
             affinity_seconds: random.random_ratio(1, 8).then_some(60),
             health_check_port: None,
         };
-        self.objects.insert(format!("service {number}"), Arc::new(Input::Service(service)));
+        self.insert(format!("service {number}"), Input::Service(service));
     }
 
     fn set_slice(&mut self, number: u32, random: &mut StdRng) {
@@ -118,7 +126,7 @@ impl Cluster {
             ports: vec![SlicePort { name: "".into(), protocol, port: 8080 }],
             endpoints: endpoints.collect(),
         };
-        self.objects.insert(format!("slice {number}"), Arc::new(Input::Slice(slice)));
+        self.insert(format!("slice {number}"), Input::Slice(slice));
     }
 
     /// One ordinary change.
@@ -127,8 +135,8 @@ impl Cluster {
         self.version += 1;
         match random.random_range(0..10) {
             0 => self.set_service(number, random),
-            1 => drop(self.objects.remove(&format!("service {number}"))),
-            2 => drop(self.objects.remove(&format!("slice {number}"))),
+            1 => self.remove(&format!("service {number}")),
+            2 => self.remove(&format!("slice {number}")),
             _ => self.set_slice(number, random),
         }
     }
@@ -137,7 +145,7 @@ impl Cluster {
     pub fn delete_most(&mut self, random: &mut StdRng) {
         let services = random.random_ratio(1, 2);
         self.version += 1;
-        self.objects.retain(|name, _| {
+        Arc::make_mut(&mut self.objects).retain(|name, _| {
             let gone = name.starts_with("slice") || services && name.starts_with("service");
             !gone || random.random_ratio(1, 20)
         });
@@ -153,17 +161,29 @@ impl Cluster {
     }
 }
 
-/// Returns the events that lead from one set of objects to another.
+/// Returns the events that lead from one set of objects to another: first deletions, then everything else.
 pub fn difference(from: &Objects, to: &Objects) -> Vec<Input> {
-    let gone = from.iter().filter(|(name, _)| !to.contains_key(*name)).map(|(_, object)| match &**object {
+    let (mut gone, mut new) = (Vec::new(), Vec::new());
+    let mut known = from.iter().peekable();
+    for (name, object) in to {
+        while let Some((_, before)) = known.next_if(|(before, _)| *before < name) {
+            gone.push(deleted(before));
+        }
+        let before = known.next_if(|(before, _)| *before == name);
+        if before.is_none_or(|(_, before)| !Arc::ptr_eq(before, object) && before != object) {
+            new.push(Input::clone(object));
+        }
+    }
+    gone.extend(known.map(|(_, before)| deleted(before)));
+    gone.append(&mut new);
+    gone
+}
+
+fn deleted(object: &Input) -> Input {
+    match object {
         Input::Service(service) => Input::ServiceDeleted(service.key.clone()),
         Input::Slice(slice) => Input::SliceDeleted(slice.key.clone()),
         Input::Node(node) => Input::NodeDeleted(node.name.clone()),
         other => other.clone(),
-    });
-    let is_new = |name: &String, object: &Arc<Input>| {
-        from.get(name).is_none_or(|known| !Arc::ptr_eq(known, object) && known != object)
-    };
-    let new = to.iter().filter(|(name, object)| is_new(name, object));
-    gone.chain(new.map(|(_, object)| Input::clone(object))).collect()
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use switchtower_core::compile::Compiler;
 use switchtower_core::layer::{Cursor, HealthCheckPlacement, Layers, LogLimits, Plan, Planned, Subscription};
-use switchtower_core::model::{Input, LayerId};
+use switchtower_core::model::LayerId;
 use switchtower_node_agent_testing::fleet;
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::change::Change as Op;
@@ -58,7 +58,7 @@ pub struct Controller {
     /// Its name, also of the process before.
     name: usize,
     instance: u64,
-    known: Objects,
+    known: Arc<Objects>,
     /// Version of `known`.
     pub version: u64,
     /// It makes no progress.
@@ -95,7 +95,7 @@ impl Controller {
             layers,
             name,
             instance,
-            known: Objects::new(),
+            known: Arc::default(),
             version: 0,
             stalled: false,
             rows: rows.cloned().enumerate().collect(),
@@ -113,9 +113,12 @@ impl Controller {
 
     /// Compiles what the watches deliver.
     pub fn compile(&mut self, cluster: &Cluster) {
-        let inputs: Vec<Input> = difference(&self.known, &cluster.objects);
-        self.known = cluster.objects.clone();
         self.version = cluster.version;
+        if Arc::ptr_eq(&self.known, &cluster.objects) {
+            return;
+        }
+        let inputs = difference(&self.known, &cluster.objects);
+        self.known = cluster.objects.clone();
         if inputs.is_empty() {
             return;
         }

@@ -31,18 +31,6 @@ impl Content {
         }
         content
     }
-
-    /// Number of items that the delete budget counts.
-    pub fn len(&self) -> usize {
-        self.frontends.len() + self.pools.len()
-    }
-
-    /// Number of items that `self` has in addition to `desired`; `None` if they differ in anything else.
-    pub fn surplus(&self, desired: &Content) -> Option<usize> {
-        let frontends = desired.frontends.iter().all(|(key, one)| self.frontends.get(key) == Some(one));
-        let pools = desired.pools.iter().all(|(key, one)| self.pools.get(key) == Some(one));
-        (frontends && pools).then(|| self.len() - desired.len())
-    }
 }
 
 /// The kernel of a node.
@@ -109,10 +97,19 @@ impl Kernel {
         }
     }
 
-    pub fn content(&self) -> Content {
-        let mut content = Content { frontends: self.frontends.clone(), pools: BTreeMap::new() };
-        let served = self.pools.iter().filter(|(_, members)| !members.is_empty());
-        content.pools.extend(served.map(|(key, members)| (key.clone(), members.clone())));
-        content
+    fn served_pools(&self) -> usize {
+        self.pools.values().filter(|members| !members.is_empty()).count()
+    }
+
+    /// Number of items that the delete budget counts.
+    pub fn len(&self) -> usize {
+        self.frontends.len() + self.served_pools()
+    }
+
+    /// Number of items in addition to `desired`; `None` if the kernel differs from it in anything else.
+    pub fn surplus(&self, desired: &Content) -> Option<usize> {
+        let frontends = desired.frontends.iter().all(|(key, one)| self.frontends.get(key) == Some(one));
+        let pools = desired.pools.iter().all(|(key, one)| self.pools.get(key) == Some(one));
+        (frontends && pools).then(|| self.len() - desired.frontends.len() - desired.pools.len())
     }
 }

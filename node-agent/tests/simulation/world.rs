@@ -439,9 +439,8 @@ impl World {
             "node {node} was never assigned settings {settings}"
         );
         let stamp = agent.kernel.stamp.unwrap();
-        let content = agent.kernel.content();
-        let surplus = content.surplus(self.history.desired(node, stamp));
-        let (items, held) = (content.len(), agent.state.held());
+        let surplus = agent.kernel.surplus(self.history.desired(node, stamp));
+        let (items, held) = (agent.kernel.len(), agent.state.held());
         assert_eq!(surplus, Some(held), "node {node} differs from generation {} beyond its holds", stamp.0);
         self.log(|| format!("node {node} commits {stamp:?}: {items} items, {held} held"));
     }
@@ -500,7 +499,7 @@ impl World {
         let agent = &self.nodes[node].agent;
         assert_eq!(agent.sync, Sync::Idle, "node {node} has no pending work");
         assert_eq!(agent.state.digest(), digest, "node {node} has the current view");
-        let held = agent.kernel.content().surplus(&content);
+        let held = agent.kernel.surplus(&content);
         assert_eq!(held, Some(agent.state.held()), "node {node} holds the current view");
         let replica = self.nodes[node].connection.map(|at| self.connections[at].replica);
         let replica = &self.replicas[replica.unwrap_or_else(|| panic!("node {node} is not connected"))];
