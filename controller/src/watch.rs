@@ -29,6 +29,7 @@ use crate::errors::Chain;
 use crate::ingest::{Ingested, object_key};
 
 mod backoff;
+mod lean;
 mod resource;
 mod tolerant;
 mod upstream;
@@ -37,6 +38,7 @@ mod upstream;
 mod tests;
 
 pub use backoff::Backoff;
+pub use lean::Lean;
 pub use resource::{Watched, WatchedResource};
 pub use tolerant::Tolerant;
 pub use upstream::{Restores, Upstream, UpstreamCollector, WatchMetrics};

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::Api;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, ResourceExt as _};
 use serde_json::json;
 use switchtower_crds::{ProfileAssignment, ProxyStatus, ProxyStatusSpec, ProxyStatusStatus};
 use switchtower_telemetry::{span, spans};
@@ -13,6 +13,7 @@ use tracing::Instrument as _;
 
 use crate::errors::is_missing_kind;
 use crate::ingest::NodeIdentity;
+use crate::watch::Lean;
 
 /// Timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,8 +38,8 @@ impl Stored {
     }
 }
 
-impl From<ProxyStatus> for Stored {
-    fn from(object: ProxyStatus) -> Self {
+impl From<Lean<ProxyStatus>> for Stored {
+    fn from(Lean(object): Lean<ProxyStatus>) -> Self {
         let metadata = object.metadata;
         let owners = metadata.owner_references.unwrap_or_default();
         Self {
@@ -127,7 +128,7 @@ impl Request {
     }
 
     /// Sends the request.
-    pub(super) async fn run(self, api: Api<ProxyStatus>) -> WriteOutcome {
+    pub(super) async fn run(self, api: Api<Lean<ProxyStatus>>) -> WriteOutcome {
         let span = span!(
             "switchtower.status.write",
             otel.kind = "client",
@@ -147,10 +148,12 @@ impl Request {
         outcome
     }
 
-    async fn send(self, api: &Api<ProxyStatus>) -> WriteOutcome {
+    async fn send(self, api: &Api<Lean<ProxyStatus>>) -> WriteOutcome {
         let name = self.node().clone();
         let sent = match self {
-            Self::Create(node, profile) => api.create(&PostParams::default(), &new_row(&node, profile)).await,
+            Self::Create(node, profile) => {
+                api.create(&PostParams::default(), &Lean(new_row(&node, profile))).await
+            }
             Self::Assign(_, stored, assignment) => {
                 let patch = json!({
                     "metadata": {"resourceVersion": stored.version},
@@ -173,7 +176,7 @@ impl Request {
                     spec: ProxyStatusSpec::default(),
                     status: Some(*status),
                 };
-                api.replace_status(&name, &PostParams::default(), &object).await
+                api.replace_status(&name, &PostParams::default(), &Lean(object)).await
             }
             Self::Delete(_, stored) => {
                 let preconditions = Preconditions { uid: Some(stored.uid), resource_version: None };
@@ -202,7 +205,7 @@ fn whole(assignment: &ProfileAssignment) -> serde_json::Value {
 }
 
 /// Reads the row again after a conflict. A missing row is no failure.
-async fn recover(api: &Api<ProxyStatus>, name: &str, error: kube::Error) -> WriteOutcome {
+async fn recover(api: &Api<Lean<ProxyStatus>>, name: &str, error: kube::Error) -> WriteOutcome {
     match &error {
         kube::Error::Api(status) if status.code == 409 => match api.get_opt(name).await {
             Ok(Some(object)) => WriteOutcome::Conflict(Box::new(object.into())),
@@ -221,7 +224,7 @@ fn timed_out() -> kube::Error {
 }
 
 /// Lists all rows, in pages.
-pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored)>, kube::Error> {
+pub(super) async fn list(api: &Api<Lean<ProxyStatus>>) -> Result<Vec<(Arc<str>, Stored)>, kube::Error> {
     let mut params = ListParams::default().limit(500);
     let mut rows = Vec::new();
     loop {
@@ -230,7 +233,7 @@ pub(super) async fn list(api: &Api<ProxyStatus>) -> Result<Vec<(Arc<str>, Stored
             Err(_) => return Err(timed_out()),
         };
         for object in page.items {
-            let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
+            let name: Arc<str> = object.name_any().into();
             rows.push((name, object.into()));
         }
         match page.metadata.continue_.filter(|token| !token.is_empty()) {

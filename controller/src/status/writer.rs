@@ -30,7 +30,7 @@ use crate::ingest::NodeIdentity;
 use crate::lease::Fence;
 use crate::replicas::{Presence, Replicas};
 use crate::server_clock::ServerClock;
-use crate::watch::Restores;
+use crate::watch::{Lean, Restores};
 
 /// After a start, rows of missing agents stay unchanged for this time plus [`GRACE_PER_NODE`]: a restart of the
 /// controller must not cause a transition of the whole fleet.
@@ -139,8 +139,8 @@ impl Entry {
 
 /// The task that writes all rows.
 pub struct Writer<R> {
-    api: Api<ProxyStatus>,
-    leader_api: Api<ProxyStatus>,
+    api: Api<Lean<ProxyStatus>>,
+    leader_api: Api<Lean<ProxyStatus>>,
     registry: Arc<R>,
     settings: WriterSettings,
     metrics: StatusMetrics,

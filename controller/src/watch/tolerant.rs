@@ -8,6 +8,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
+use super::lean;
+
 /// An object, or its metadata and a decoding error.
 ///
 /// kube's `DeserializeGuard` does the same through a generic value, which costs several times the memory and time of
@@ -44,7 +46,7 @@ struct MetadataOnly {
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Tolerant<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Box::<RawValue>::deserialize(deserializer)?;
-        Ok(match serde_json::from_str::<K>(text.get()) {
+        Ok(match lean::decode::<K>(text.get()) {
             Ok(object) => Self::Whole(Box::new(object)),
             Err(error) => {
                 let readable = serde_json::from_str::<MetadataOnly>(text.get());

@@ -8,7 +8,7 @@ use kube::{Api, Client};
 
 use super::Agents;
 use super::pod::{AgentPod, agent_pod};
-use crate::watch::Restores;
+use crate::watch::{Lean, Restores};
 
 /// Watches the Pods until the process ends. Retries while the controller may not read Pods; rows then have no blocker.
 pub async fn run(
@@ -18,7 +18,7 @@ pub async fn run(
     agents: Agents,
     mut restores: Restores,
 ) {
-    let api: Api<Pod> = Api::namespaced(client, &namespace);
+    let api: Api<Lean<Pod>> = Api::namespaced(client, &namespace);
     let selector = format!("spec.serviceAccountName={service_account}");
     let follow =
         || Box::pin(watch(api.clone(), watcher::Config::default().fields(&selector)).default_backoff());
@@ -36,14 +36,14 @@ pub async fn run(
         let Some(event) = event else { return };
         match event {
             Ok(Event::Init) => listed.clear(),
-            Ok(Event::InitApply(pod)) => listed.extend(agent_pod(&pod)),
+            Ok(Event::InitApply(pod)) => listed.extend(agent_pod(&pod.0)),
             Ok(Event::InitDone) => {
                 agents.pods_listed(std::mem::take(&mut listed));
                 logged = false;
             }
-            Ok(Event::Apply(pod)) => agent_pod(&pod).into_iter().for_each(|pod| agents.pod(pod)),
+            Ok(Event::Apply(pod)) => agent_pod(&pod.0).into_iter().for_each(|pod| agents.pod(pod)),
             Ok(Event::Delete(pod)) => {
-                agent_pod(&pod).into_iter().for_each(|pod| agents.pod_gone(&pod.node, &pod.name));
+                agent_pod(&pod.0).into_iter().for_each(|pod| agents.pod_gone(&pod.node, &pod.name));
             }
             Err(error) => {
                 if !std::mem::replace(&mut logged, true) {

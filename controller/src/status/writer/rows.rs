@@ -12,9 +12,10 @@ use switchtower_crds::ProxyStatus;
 use super::super::Registry;
 use super::super::requests::Stored;
 use super::{Entry, Writer};
+use crate::watch::Lean;
 
 pub(super) type RowEvents =
-    Pin<Box<dyn Stream<Item = Result<watcher::Event<ProxyStatus>, watcher::Error>> + Send>>;
+    Pin<Box<dyn Stream<Item = Result<watcher::Event<Lean<ProxyStatus>>, watcher::Error>> + Send>>;
 
 impl<R: Registry> Writer<R> {
     pub(super) fn watch_rows(&self) -> RowEvents {
@@ -23,7 +24,7 @@ impl<R: Registry> Writer<R> {
 
     /// Handles a row that a client created, changed or deleted. Writes of this process also arrive here; they change
     /// nothing.
-    pub(super) fn row_event(&mut self, event: Result<watcher::Event<ProxyStatus>, watcher::Error>) {
+    pub(super) fn row_event(&mut self, event: Result<watcher::Event<Lean<ProxyStatus>>, watcher::Error>) {
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
         match event {
             Ok(Init) => self.listing = Some(HashSet::new()),
@@ -38,7 +39,7 @@ impl<R: Registry> Writer<R> {
                 let name: Arc<str> = object.name_any().into();
                 let Some(entry) = self.entries.get_mut(&name) else { return };
                 let uid = entry.stored.as_ref().map(|stored| stored.uid.as_str());
-                if uid.is_some() && object.metadata.uid.as_deref() == uid {
+                if uid.is_some() && object.uid().as_deref() == uid {
                     entry.row_gone();
                     self.consider(&name);
                 }
