@@ -26,7 +26,7 @@ pub struct PacerLimits {
 
 impl Default for PacerLimits {
     fn default() -> Self {
-        Self { nodes: 64, factor: 8, minimum: Duration::from_millis(20), maximum: Duration::from_millis(750) }
+        Self { nodes: 64, factor: 5, minimum: Duration::from_millis(20), maximum: Duration::from_millis(500) }
     }
 }
 
@@ -141,7 +141,7 @@ mod tests {
                 let simulation = Simulation { nodes, cost: Duration::from_micros(microseconds), rate };
                 let load = simulation.run(Duration::from_secs(60));
                 let round = simulation.cost * nodes as u32;
-                let interval = (round * 4).min(PacerLimits::default().maximum);
+                let interval = (round * 5 / 2).min(PacerLimits::default().maximum);
                 let most = 60.0 / interval.as_secs_f64() + 2.0;
                 assert!(load.updates_per_node <= most, "{nodes} nodes, {rate}/s: {load:?}");
                 assert!(load.lag[3] <= load.lag[1] + MILLISECOND, "lag grows: {load:?}");
@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(pacer.next(), None);
         pacer.published(1, 1_000, start);
         pacer.half_reached(1, start + MILLISECOND * 30);
-        assert_eq!(pacer.next(), Some(start + MILLISECOND * 240));
+        assert_eq!(pacer.next(), Some(start + MILLISECOND * 150));
     }
 
     #[test]
