@@ -287,6 +287,12 @@ impl Fleet {
         self.each_signal(|signal| signal.notify.notify_one());
     }
 
+    /// Wakes the sessions whose agents have sent nothing for this long.
+    pub(crate) fn wake_silent(&self, silence: Duration) {
+        let now = tokio::time::Instant::now();
+        self.each_signal(|signal| signal.wake_silent(silence, now));
+    }
+
     fn each_signal(&self, request: impl Fn(&Signal)) {
         lock(&self.nodes).nodes.values().filter_map(|node| node.signal.as_deref()).for_each(request);
     }

@@ -40,6 +40,7 @@ mod resume;
 mod source;
 
 use contact::Contact;
+pub(crate) use contact::search;
 use go_away::go_away;
 pub(crate) use go_away::overloaded;
 use in_flight::InFlight;
@@ -56,7 +57,7 @@ const SMALL_PARTS: usize = 8;
 
 /// Maximum time from an update to the next one, unless the acknowledgement takes longer. The same as the maximum
 /// interval between publications: a node is ready again when the next one comes.
-const HOLD: Duration = Duration::from_millis(750);
+const HOLD: Duration = Duration::from_millis(500);
 /// The next update waits this many times as long as the last one took, so that a busy network or node gets fewer and
 /// larger updates.
 const HOLD_FACTOR: u32 = 2;
@@ -279,6 +280,7 @@ impl Session {
         let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut timer = std::pin::pin!(tokio::time::sleep_until(recycled));
+        self.note_contact(signal);
         loop {
             if let Some(reason) = signal.ended() {
                 return End::GoAway(reason, String::new());
@@ -312,7 +314,7 @@ impl Session {
             }
             let outcome = tokio::select! {
                 received = inbound.message() => match received {
-                    Ok(Some(message)) => self.receive(message).await,
+                    Ok(Some(message)) => self.receive(message, signal).await,
                     Ok(None) => Err(End::Gone("closed_by_agent")),
                     Err(status) => Err(broken(&status)),
                 },

@@ -2,9 +2,11 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use switchtower_proto::v1::GoAwayReason;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::queries::QueryQueue;
 use crate::sync::lock;
@@ -22,6 +24,23 @@ pub(crate) struct Signal {
     /// `releaseHeldBefore` of the node's row.
     release_held_before: AtomicU64,
     end: Mutex<Option<GoAwayReason>>,
+    heard: Heard,
+}
+
+/// Time of the agent's last message; never for an agent without heartbeats.
+#[derive(Debug)]
+struct Heard {
+    base: Instant,
+    /// Milliseconds after `base`.
+    after: AtomicU64,
+}
+
+const NEVER: u64 = u64::MAX;
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self { base: Instant::now(), after: AtomicU64::new(NEVER) }
+    }
 }
 
 impl Signal {
@@ -66,6 +85,19 @@ impl Signal {
         self.waiting.store(false, Ordering::SeqCst);
     }
 
+    /// Records a message of an agent that sends heartbeats.
+    pub(crate) fn hear(&self, now: Instant) {
+        self.heard.after.store(now.duration_since(self.heard.base).as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Wakes the session if the agent has sent nothing for this long.
+    pub(super) fn wake_silent(&self, silence: Duration, now: Instant) {
+        let after = self.heard.after.load(Ordering::Relaxed);
+        if after != NEVER && now.duration_since(self.heard.base) >= Duration::from_millis(after) + silence {
+            self.notify.notify_one();
+        }
+    }
+
     pub(crate) fn ended(&self) -> Option<GoAwayReason> {
         *lock(&self.end)
     }
@@ -88,6 +120,21 @@ mod tests {
         signal.changed();
         assert_eq!((wakes(&signal), wakes(&signal)), (true, false));
         assert_eq!((signal.take_changed(), signal.take_changed()), (true, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_wakes_the_session_of_an_agent_with_heartbeats() {
+        let (signal, silence) = (Signal::default(), Duration::from_secs(8));
+        let wakes_after = async |seconds| {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            signal.wake_silent(silence, Instant::now());
+            wakes(&signal)
+        };
+        assert!(!wakes_after(100).await, "an agent without heartbeats");
+        signal.hear(Instant::now());
+        assert_eq!([wakes_after(7).await, wakes_after(1).await, wakes_after(1).await], [false, true, true]);
+        signal.hear(Instant::now());
+        assert!(!wakes_after(7).await);
     }
 
     #[test]

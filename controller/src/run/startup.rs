@@ -28,6 +28,7 @@ use crate::metrics::{self, Exemplars, Readiness};
 use crate::peers;
 use crate::propagation::{self, Propagation, PropagationMetrics};
 use crate::rollout::{RolloutMetrics, Rollouts};
+use crate::session;
 use crate::status::absence::{self, Agents};
 use crate::status::{
     Assignments, Floors, NodeEvent, StatusMetrics, Writer, WriterClients, WriterSettings, backlog,
@@ -149,6 +150,7 @@ pub(super) async fn start_synced(
     tasks.spawn("built-in settings record", keep);
     tasks.spawn("Events", publisher);
     tasks.spawn("states of replicas", fleet.clone().follow_replicas());
+    tasks.spawn("silent agents", session::search(fleet.clone()));
 
     let batches = start_watches(&clients.unfenced, args, upstream, registry, tasks)?;
     let (head, head_seen) = channel::channel(None);

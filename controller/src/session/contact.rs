@@ -1,5 +1,6 @@
 //! Contact with an agent: heartbeats, whose absence the row shows, and pings. [`Contact`] is pure.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use switchtower_proto::v1::controller_message::Message as ToAgent;
@@ -7,12 +8,15 @@ use switchtower_proto::v1::{GoAwayReason, Ping};
 use tokio::time::Instant;
 
 use super::{End, Session};
+use crate::fleet::{Fleet, Signal};
 use crate::status::News;
 
 /// Interval of heartbeats.
-pub(super) const HEARTBEAT: Duration = Duration::from_secs(4);
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(6);
 /// Silence after which heartbeats may be missing: one may be late.
-const SUSPICIOUS: Duration = Duration::from_secs(7);
+const SUSPICIOUS: Duration = Duration::from_millis(7_500);
+/// Interval between searches for silent agents.
+const SEARCH: Duration = Duration::from_millis(500);
 /// Time after which a suspicion is confirmed. In a busy process a message may have arrived and not been read.
 const CONFIRMATION: Duration = Duration::from_millis(500);
 /// Minimum time for which an agent stays with a stale replica, so that it changes replicas at most once per minute.
@@ -23,6 +27,7 @@ enum State {
     /// The agent sends no heartbeats.
     Unmonitored,
     InContact,
+    /// The suspicion is confirmed or refuted after [`CONFIRMATION`].
     Suspected(Instant),
     Silent,
 }
@@ -44,6 +49,11 @@ impl Contact {
         self.state = State::InContact;
     }
 
+    /// Returns true if the agent sends heartbeats.
+    pub(super) fn is_monitored(&self) -> bool {
+        self.state != State::Unmonitored
+    }
+
     /// Time of the last message.
     pub(super) fn heard(&self) -> Instant {
         self.heard
@@ -59,25 +69,33 @@ impl Contact {
         was_silent
     }
 
-    /// Time of the next check.
+    /// Time of the next check; none while no silence is suspected: [`search`] finds silent agents, because a timer for
+    /// each one costs more than its heartbeats.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Unmonitored | State::Silent => None,
-            State::InContact => Some(self.heard + SUSPICIOUS),
+            State::Unmonitored | State::Silent | State::InContact => None,
             State::Suspected(at) => Some(at + CONFIRMATION),
         }
     }
 
     /// Returns true if the agent has become silent.
     pub(super) fn check(&mut self, now: Instant) -> bool {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return false;
+        match self.state {
+            State::InContact if now >= self.heard + SUSPICIOUS => self.state = State::Suspected(now),
+            State::Suspected(at) if now >= at + CONFIRMATION => self.state = State::Silent,
+            _ => return false,
         }
-        self.state = match self.state {
-            State::Suspected(_) => State::Silent,
-            _ => State::Suspected(now),
-        };
         self.state == State::Silent
+    }
+}
+
+/// Wakes the sessions of agents that may be silent, until the process ends.
+pub(crate) async fn search(fleet: Arc<Fleet>) {
+    let mut ticks = tokio::time::interval(SEARCH);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        fleet.wake_silent(SUSPICIOUS);
     }
 }
 
@@ -104,8 +122,12 @@ impl Session {
     }
 
     /// Records a message of the agent.
-    pub(super) fn note_contact(&mut self) {
-        if self.contact.hear(Instant::now()) {
+    pub(super) fn note_contact(&mut self, signal: &Signal) {
+        let now = Instant::now();
+        if self.contact.is_monitored() {
+            signal.hear(now);
+        }
+        if self.contact.hear(now) {
             self.fleet.observe_with(&self.node, self.number, |known| {
                 known.note_contact();
                 News::Transition
@@ -157,12 +179,14 @@ mod tests {
         let mut contact = Contact::new(start);
         assert_eq!(contact.deadline(), None, "an agent without heartbeats");
         contact.expect_heartbeats();
-        assert_eq!(silent_at(&mut contact, start, &[6_900, 7_000, 7_400, 7_500, 9_000]), [7_500]);
+        assert_eq!(contact.deadline(), None, "the search finds it");
+        assert_eq!(silent_at(&mut contact, start, &[7_400, 7_500, 7_900, 8_000, 9_000]), [8_000]);
         assert_eq!(contact.deadline(), None);
         let later = start + Duration::from_secs(60);
         assert!(contact.hear(later), "the silence ends");
         assert!(!contact.hear(later));
-        assert_eq!(contact.deadline(), Some(later + SUSPICIOUS));
+        assert!(!contact.check(later + SUSPICIOUS));
+        assert_eq!(contact.deadline(), Some(later + SUSPICIOUS + CONFIRMATION));
     }
 
     #[test]
@@ -172,6 +196,6 @@ mod tests {
         contact.expect_heartbeats();
         assert!(!contact.check(start + Duration::from_secs(60)), "a message may be waiting");
         contact.hear(start + Duration::from_secs(60));
-        assert_eq!(silent_at(&mut contact, start, &[60_500, 66_900]), [0; 0]);
+        assert_eq!(silent_at(&mut contact, start, &[60_500, 67_400]), [0; 0]);
     }
 }

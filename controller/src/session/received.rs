@@ -13,6 +13,7 @@ use switchtower_proto::v1::{
 use tokio::time::Instant;
 
 use super::{End, HOLD, HOLD_FACTOR, PROMPT, Pause, Session, bounded};
+use crate::fleet::Signal;
 use crate::status::News;
 use crate::status::observation::{RefusedGeneration, nack_reason};
 use crate::text::sanitized;
@@ -41,8 +42,8 @@ pub(crate) fn read_message(message: FromAgent) {
 }
 
 impl Session {
-    pub(super) async fn receive(&mut self, message: AgentMessage) -> Result<(), End> {
-        self.note_contact();
+    pub(super) async fn receive(&mut self, message: AgentMessage, signal: &Signal) -> Result<(), End> {
+        self.note_contact(signal);
         let malformed = |detail: &str| Err(End::GoAway(GoAwayReason::Malformed, detail.to_owned()));
         if !self.allowance.take(self.contact.heard().into_std()) {
             return malformed("too many messages");

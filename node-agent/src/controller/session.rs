@@ -18,11 +18,12 @@ use switchtower_proto::v1::{
 };
 use switchtower_telemetry::{span, spans};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, Interval, timeout};
+use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tracing::Instrument as _;
 
 mod answers;
+mod heartbeat;
 mod trust;
 
 use crate::controller::backoff::{self, Backoff, FailureKind, full_jitter};
@@ -36,6 +37,7 @@ use crate::metrics::Metrics;
 use crate::state::FEATURES;
 use crate::storage::files::{Content, StateFiles};
 use answers::Answers;
+use heartbeat::Heartbeats;
 pub(crate) use trust::Distrust;
 
 /// Supported versions of the protocol.
@@ -51,8 +53,6 @@ const WELCOME_DEADLINE: Duration = Duration::from_secs(15);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// The controller pings every 15 seconds. After this long without a message the agent pings too.
 const QUIET: Duration = Duration::from_secs(20);
-/// Minimum interval of heartbeats, whatever the controller requests.
-const HEARTBEAT_MINIMUM: Duration = Duration::from_secs(1);
 /// Timeout of a stream without any message.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Maximum delay that a GoAway may request.
@@ -400,7 +400,7 @@ async fn open<'a>(
     out.send(hello).await.map_err(|_| SessionError::Ended)?;
     let (welcome, incoming) = welcome(channel, request(&token, outgoing)?).await?;
     let Welcome { version, session, controller, peers, resumed, features, certificate, .. } = welcome;
-    let heartbeat = heartbeat_interval(welcome.heartbeat_milliseconds);
+    let heartbeats = Heartbeats::requested(welcome.heartbeat_milliseconds);
     if !VERSIONS.contains(&version) {
         return Err(SessionError::Protocol("it chose a version that the agent did not offer"));
     }
@@ -427,7 +427,7 @@ async fn open<'a>(
             session,
             events,
             sequence: 0,
-            heartbeat,
+            heartbeats,
             answers,
             drains,
         },
@@ -439,19 +439,6 @@ async fn open<'a>(
 fn remember(controllers: &mut Controllers, identity: &Identity, peers: &[String]) {
     if let Some((path, content)) = controllers.remember(peers) {
         identity.files.put(&path, Content::Bytes(content), None);
-    }
-}
-
-/// Returns the interval of heartbeats that a Welcome requests.
-fn heartbeat_interval(milliseconds: u32) -> Option<Duration> {
-    (milliseconds > 0).then(|| Duration::from_millis(milliseconds.into()).max(HEARTBEAT_MINIMUM))
-}
-
-/// Waits for the next tick; forever without a timer.
-async fn tick(timer: &mut Option<Interval>) {
-    match timer {
-        Some(timer) => drop(timer.tick().await),
-        None => std::future::pending().await,
     }
 }
 
@@ -495,8 +482,7 @@ struct Stream<'a> {
     session: u64,
     events: mpsc::UnboundedReceiver<Event>,
     sequence: u64,
-    /// `None` if the controller requests no heartbeats.
-    heartbeat: Option<Duration>,
+    heartbeats: Heartbeats,
     answers: Answers,
     drains: Link,
 }
@@ -507,8 +493,6 @@ impl Stream<'_> {
         incoming: &mut tonic::Streaming<ControllerMessage>,
     ) -> Result<std::convert::Infallible, SessionError> {
         let mut pings = tokio::time::interval(PING_INTERVAL);
-        let mut heartbeats =
-            self.heartbeat.map(|every| tokio::time::interval_at(Instant::now() + every, every));
         let mut heard = Instant::now();
         loop {
             // Acknowledgements first: a flood of messages must not starve them.
@@ -519,7 +503,7 @@ impl Stream<'_> {
                     None => return Err(SessionError::Stopping),
                 },
                 message = self.drains.next() => self.send(message).await?,
-                () = tick(&mut heartbeats) => self.send(FromAgent::Pong(Pong { sequence: 0 })).await?,
+                () = self.heartbeats.due() => self.send(FromAgent::Pong(Pong { sequence: 0 })).await?,
                 _ = pings.tick() => {
                     if heard.elapsed() > SILENCE {
                         return Err(SessionError::Silent);
@@ -553,7 +537,8 @@ impl Stream<'_> {
         }
     }
 
-    async fn send(&self, message: FromAgent) -> Result<(), SessionError> {
+    async fn send(&mut self, message: FromAgent) -> Result<(), SessionError> {
+        self.heartbeats.sent();
         let message = AgentMessage { message: Some(message) };
         // A controller that does not read for this long counts as lost.
         match timeout(SILENCE, self.out.send(message)).await {

@@ -274,8 +274,6 @@ async fn heartbeats_sent_at_the_requested_interval() {
         assert!(matches!(stream.next().await, Some(FromAgent::Pong(Pong { sequence: 0 }))));
     }
     assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
-    assert_eq!(heartbeat_interval(0), None);
-    assert_eq!(heartbeat_interval(1), Some(HEARTBEAT_MINIMUM));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
