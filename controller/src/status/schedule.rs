@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Minimum budget of writes per second, without assignments.
-pub(super) const WRITES_PER_SECOND: u32 = 50;
+pub(super) const WRITES_PER_SECOND: u32 = 100;
 /// Maximum writes per second of rows that only show progress, for all rows together. A write costs as much as dozens
 /// of updates.
 const PROGRESS_PER_SECOND: u32 = 20;
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn write_budget_covers_every_row_in_ten_seconds() {
-        for (nodes, rate) in [(3, 50), (500, 50), (5_000, 500), (10_000, 1_000)] {
+        for (nodes, rate) in [(3, 100), (500, 100), (5_000, 500), (10_000, 1_000)] {
             assert_eq!(writes_per_second(nodes), rate, "{nodes}");
         }
     }
@@ -175,7 +175,7 @@ mod tests {
             assert_eq!(renewal_interval(nodes), Duration::from_secs(interval), "{nodes}");
             assert_eq!(validity(nodes), Duration::from_secs(valid), "{nodes}");
             let rate = nodes as f64 / renewal_interval(nodes).as_secs_f64();
-            assert!(rate <= f64::from(WRITES_PER_SECOND) * 0.4, "{rate} per second for {nodes} nodes");
+            assert!(rate <= f64::from(WRITES_PER_SECOND) * 0.2, "{rate} per second for {nodes} nodes");
         }
     }
 
