@@ -57,7 +57,7 @@ const SMALL_PARTS: usize = 8;
 
 /// Maximum time from an update to the next one, unless the acknowledgement takes longer. The same as the maximum
 /// interval between publications: a node is ready again when the next one comes.
-const HOLD: Duration = Duration::from_millis(500);
+const HOLD: Duration = Duration::from_millis(750);
 /// The next update waits this many times as long as the last one took, so that a busy network or node gets fewer and
 /// larger updates.
 const HOLD_FACTOR: u32 = 2;

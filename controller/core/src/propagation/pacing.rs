@@ -26,7 +26,7 @@ pub struct PacerLimits {
 
 impl Default for PacerLimits {
     fn default() -> Self {
-        Self { nodes: 64, factor: 5, minimum: Duration::from_millis(20), maximum: Duration::from_millis(500) }
+        Self { nodes: 64, factor: 5, minimum: Duration::from_millis(20), maximum: Duration::from_millis(750) }
     }
 }
 
