@@ -126,4 +126,5 @@ test | setup)
     build_helm
     install_packages buildah=buildah skopeo=skopeo systemd-analyze=systemd iptables-legacy=iptables faketime=faketime
     ;;
+bench) install_packages iptables-legacy=iptables ;;
 esac

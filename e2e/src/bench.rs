@@ -5,6 +5,7 @@
 //! proxy. The machine is shared and noisy: compare only within one run.
 
 mod load;
+pub mod packets;
 mod resources;
 
 use std::time::{Duration, Instant};
@@ -18,13 +19,16 @@ use crate::lab::wait;
 use crate::observe::commits::Commits;
 use crate::switchtower::{Fleet, FleetNode, NodeSpec};
 use load::Load;
+pub use load::Sizes;
 use resources::{cpu_time, peak_of_children, resident};
 
 /// Size of the measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Size {
-    /// Services, each with three endpoints.
+    /// Services.
     pub services: usize,
+    /// Numbers of their endpoints.
+    pub sizes: Sizes,
     /// Endpoint changes measured with Switchtower.
     pub changes: usize,
     /// Endpoint changes measured with kube-proxy, which takes seconds for each; 0 skips kube-proxy.
@@ -34,7 +38,7 @@ pub struct Size {
 /// Results; durations in milliseconds, memory in MiB.
 #[derive(Debug, Serialize)]
 pub struct Figures {
-    /// Services, each with three endpoints.
+    /// Services.
     pub services: usize,
     pub switchtower: Proxy,
     /// The real kube-proxy, unless skipped.
@@ -90,8 +94,8 @@ pub fn run(size: Size, progress: &dyn Fn(&str)) -> Result<Figures> {
     let specs = [NodeSpec::new("n1", "a", &[]), NodeSpec::new("n2", "a", &[])];
     let fleet = Fleet::build(&specs)?;
     fleet.install()?;
-    progress(&format!("creating {} Services with three endpoints each", size.services));
-    let load = Load::create(fleet.kube(), size.services)?;
+    progress(&format!("creating {} Services", size.services));
+    let load = Load::create(fleet.kube(), size.services, size.sizes)?;
     fleet.start_controller()?;
     wait::until("the controller has compiled everything", Duration::from_secs(60), || {
         let microseconds = fleet.controller_metric("switchtower_first_compile_microseconds", "")?;

@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 pub use latency::Latency;
-pub use plot::{Plot as GrowthPlot, plots};
+pub use plot::plots;
 pub use report::table;
 
 use crate::switchtower::Fleet as Product;

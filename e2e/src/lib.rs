@@ -5,7 +5,8 @@
 //!   share.
 //! - [`probe`] sends packets and reports the outcome; [`observe`] reads the kernel and a trace collector independently
 //!   of the product.
-//! - [`parity`] compares Switchtower with kube-proxy, [`mod@bench`] measures both, [`demo`] is `make demo`,
+//! - [`parity`] compares Switchtower with kube-proxy, [`mod@bench`] measures both, [`growth`] fits the growth of costs and
+//!   [`plot`] draws it, [`demo`] is `make demo`,
 //!   [`chaos`] injects faults.
 //! - [`cluster`] is the other environment: a cluster with kubelets and containers.
 //!
@@ -23,9 +24,11 @@ pub mod cluster;
 pub mod demo;
 pub mod drain_gate;
 pub mod fleet;
+pub mod growth;
 pub mod lab;
 pub mod observe;
 pub mod parity;
+pub mod plot;
 pub mod probe;
 pub mod scene;
 pub mod switchtower;

@@ -5,9 +5,7 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
+use allocation_counter::{AllocationInfo, measure};
 use common::slice;
 use switchtower_core::compile::Compiler;
 use switchtower_core::layer::{Cursor, HealthCheckPlacement, Layers, LogLimits, Planned, Subscription};
@@ -15,53 +13,11 @@ use switchtower_core::model::*;
 use switchtower_core::propagation::{Change, Limits, Publication, TraceContext, Tracker};
 use switchtower_proto::v1::Source;
 
-/// The system's allocator, with counters for each thread.
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-    static BYTES: Cell<usize> = const { Cell::new(0) };
-}
-
-fn note(bytes: usize) {
-    COUNT.set(COUNT.get() + 1);
-    BYTES.set(BYTES.get() + bytes);
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        note(layout.size());
-        // SAFETY: the caller's contract is that of `System`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        note(size.saturating_sub(layout.size()));
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Allocations of a call on this thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Allocations {
-    count: usize,
-    bytes: usize,
-}
-
-fn allocations<T>(call: impl FnOnce() -> T) -> (Allocations, T) {
-    let (count, bytes) = (COUNT.get(), BYTES.get());
-    let result = call();
-    (Allocations { count: COUNT.get() - count, bytes: BYTES.get() - bytes }, result)
+fn allocations<T>(call: impl FnOnce() -> T) -> (AllocationInfo, T) {
+    let mut result = None;
+    let cost = measure(|| result = Some(call()));
+    (cost, result.unwrap())
 }
 
 /// A compiled cluster of 100 nodes.
@@ -109,7 +65,10 @@ fn compile_of_a_change_allocates_the_same_at_any_size() {
         // Buffers reach their size.
         (1..=64).for_each(|round| cluster.change(services / 2, round));
         // Sometimes a map or a log grows: the minimum is the cost of the change.
-        (65..=80).map(|round| allocations(|| cluster.change(services / 2, round)).0.count).min().unwrap()
+        (65..=80)
+            .map(|round| allocations(|| cluster.change(services / 2, round)).0.count_total)
+            .min()
+            .unwrap()
     };
     let (few, many) = (measure(1_000), measure(4_000));
     println!("compile and apply: {few} allocations at 1,000 services, {many} at 4,000");
@@ -131,8 +90,8 @@ fn plan_of_an_update_allocates_little_at_any_size() {
             let Planned::Update(plan) = planned else { panic!("nothing to send") };
             let sent: usize = plan.parts.iter().map(|part| part.payload.len()).sum();
             assert!(sent > 1_000, "{sent} bytes sent");
-            assert!(cost.count <= 16, "{cost:?} for node {number} at {services} services");
-            assert!(cost.bytes <= 2_048, "{cost:?}: the bytes of an update are shared");
+            assert!(cost.count_total <= 16, "{cost:?} for node {number} at {services} services");
+            assert!(cost.bytes_total <= 2_048, "{cost:?}: the bytes of an update are shared");
         }
     }
 }
@@ -155,7 +114,7 @@ fn acknowledgement_allocates_little_in_any_fleet() {
         tracker.publish(1, publication, &slots);
         for slot in &slots {
             let cost = allocations(|| tracker.reached(*slot, 1, 5, None)).0;
-            assert!(cost.count <= 16, "{cost:?} in a fleet of {nodes}");
+            assert!(cost.count_total <= 16, "{cost:?} in a fleet of {nodes}");
         }
     }
 }

@@ -19,7 +19,35 @@ use crate::lab::api::Kube;
 const CONCURRENCY: usize = 32;
 const NAMESPACE: &str = "default";
 
-/// Services `s0` … with one slice of three endpoints each.
+/// Numbers of endpoints of Services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sizes {
+    /// Three endpoints each.
+    Uniform,
+    /// Pareto-distributed from 1 to 400, with an average of about 3.
+    Mixed,
+}
+
+impl Sizes {
+    /// Endpoints of a Service.
+    fn of(self, number: usize) -> usize {
+        match self {
+            Self::Uniform => 3,
+            Self::Mixed => {
+                // Evenly spread numbers in (0, 1] for any number of Services.
+                let share = (number as f64 * 0.618_033_988_749_895).fract().max(1e-9);
+                (share.powf(-1.0 / 1.2) as usize).min(MAXIMUM)
+            }
+        }
+    }
+}
+
+/// Maximum number of endpoints of a Service.
+const MAXIMUM: usize = 400;
+/// Endpoints of an EndpointSlice, as the controller of the control plane fills it.
+const SLICE: usize = 100;
+
+/// Services `s0` … with their slices.
 pub(super) struct Load<'a> {
     kube: &'a Kube,
     services: usize,
@@ -28,8 +56,9 @@ pub(super) struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    pub(super) fn create(kube: &'a Kube, services: usize) -> Result<Self> {
-        let requests = futures::stream::iter(0..services).map(|number| create_one(kube, number));
+    pub(super) fn create(kube: &'a Kube, services: usize, sizes: Sizes) -> Result<Self> {
+        let create = |number| create_one(kube, number, sizes.of(number));
+        let requests = futures::stream::iter(0..services).map(create);
         kube.block_on(requests.buffer_unordered(CONCURRENCY).try_collect::<Vec<()>>())?;
         Ok(Self { kube, services, changes: AtomicUsize::new(0) })
     }
@@ -37,7 +66,7 @@ impl<'a> Load<'a> {
     /// Replaces one endpoint of one Service; returns the slice's new resourceVersion.
     pub(super) fn change(&self) -> Result<String> {
         let number = self.changes.fetch_add(1, Ordering::Relaxed);
-        let name = slice_name(number * 97 % self.services);
+        let name = slice_name(number * 97 % self.services, 0);
         let address = format!("10.250.{}.{}", number / 250 % 250, number % 250 + 1);
         let patch: Patch<Value> = Patch::Json(serde_json::from_value(json!([
             {"op": "replace", "path": "/endpoints/0/addresses/0", "value": address}
@@ -86,28 +115,34 @@ impl PlainWatch {
     }
 }
 
-fn slice_name(number: usize) -> String {
-    format!("s{number}-1")
+fn slice_name(service: usize, number: usize) -> String {
+    format!("s{service}-{number}")
 }
 
-async fn create_one(kube: &Kube, number: usize) -> Result<()> {
+async fn create_one(kube: &Kube, number: usize, endpoints: usize) -> Result<()> {
     let name = format!("s{number}");
-    let addresses = (0..3).map(|pod| format!("10.{}.{}.{}", 200 + pod, number / 250 % 250, number % 250 + 1));
-    let endpoints: Vec<_> = addresses
-        .map(|address| json!({"addresses": [address], "nodeName": "n9", "conditions": {"ready": true}}))
-        .collect();
     let service = json!({
         "metadata": {"name": name},
         "spec": {"ports": [{"port": 80, "targetPort": 8080}]},
     });
-    let slice = json!({
-        "metadata": {"name": slice_name(number), "labels": {"kubernetes.io/service-name": name}},
-        "addressType": "IPv4",
-        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
-        "endpoints": endpoints,
-    });
     create::<Service>(kube, service).await?;
-    create::<EndpointSlice>(kube, slice).await
+    for first in (0..endpoints).step_by(SLICE) {
+        let endpoints: Vec<_> = (first..endpoints.min(first + SLICE))
+            .map(|pod| {
+                let network = format!("{}.{}", 10 + pod / 150, 100 + pod % 150);
+                let address = format!("{network}.{}.{}", number / 250 % 250, number % 250 + 1);
+                json!({"addresses": [address], "nodeName": "n9", "conditions": {"ready": true}})
+            })
+            .collect();
+        let slice = json!({
+            "metadata": {"name": slice_name(number, first / SLICE), "labels": {"kubernetes.io/service-name": name}},
+            "addressType": "IPv4",
+            "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
+            "endpoints": endpoints,
+        });
+        create::<EndpointSlice>(kube, slice).await?;
+    }
+    Ok(())
 }
 
 async fn create<K>(kube: &Kube, object: Value) -> Result<()>

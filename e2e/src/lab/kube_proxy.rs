@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::lab::programs;
 use crate::lab::wait;
 use crate::lab::{Lab, NodeNet};
 
-/// A running kube-proxy (`--proxy-mode=nftables`).
+/// A running kube-proxy, in mode nftables unless its settings differ.
 #[derive(Debug)]
 pub struct KubeProxy {
     process: Process,
@@ -140,8 +141,31 @@ fn start(directory: &Path, kubeconfig: &Path, node: &NodeNet, settings: &Value) 
     fs::write(&config, configuration.to_string())?;
     let mut command = Command::new(programs::control_plane("kube-proxy")?);
     command.arg("--config").arg(&config).args(["--v=2", "--vmodule=config=4"]);
+    if configuration["mode"] == "iptables" {
+        command.env("PATH", legacy_iptables(directory)?);
+    }
     node.namespace.wrap(&mut command);
     Process::start("kube-proxy", command, &log_path(directory, node))
+}
+
+/// A search path on which `iptables` is the legacy program: not every kernel has the extensions of iptables for nf_tables.
+fn legacy_iptables(directory: &Path) -> Result<String> {
+    let programs = directory.join("iptables-legacy");
+    fs::create_dir_all(&programs)?;
+    for name in ["iptables", "ip6tables"] {
+        for suffix in ["", "-save", "-restore"] {
+            let link = programs.join(format!("{name}{suffix}"));
+            let target = format!("/usr/sbin/{name}-legacy{suffix}");
+            ensure!(
+                Path::new(&target).exists(),
+                "{target} does not exist: install the Debian package iptables"
+            );
+            if !link.exists() {
+                symlink(&target, &link).with_context(|| format!("linking {}", link.display()))?;
+            }
+        }
+    }
+    Ok(format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default()))
 }
 
 /// Forwards connections from the laboratory's own address to the API server on loopback, which nodes cannot reach,
