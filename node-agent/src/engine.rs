@@ -242,7 +242,7 @@ impl Engine {
         let now = Instant::now();
         let sync = self.sync.next(self.earliest_commit(now)).map(|(at, _)| at);
         let round = self.state.round_due().filter(|_| self.sync == SyncState::Idle);
-        let pass = self.flow_checks.next(now).filter(|_| self.reconciles_flows());
+        let pass = self.flow_checks.next(now, self.reconcilable());
         let (snapshot, drift) = (self.snapshot_due(), self.drift.due(now));
         [snapshot, sync, pass, round, drift, self.refused_due()].into_iter().flatten().min()
     }
@@ -437,6 +437,7 @@ impl Engine {
     }
 
     fn queue(&mut self) {
+        self.flow_checks.outdated();
         if !self.sync.is_queued() {
             self.sync = SyncState::Queued;
             self.parts.health.queued();
@@ -537,6 +538,7 @@ impl Engine {
     fn failed(&mut self, error: &CommitError) {
         let (errno, generation) = (error.errno(), self.state.generation());
         self.parts.metrics.failed(errno);
+        self.flow_checks.failed(error);
         let attempt = self.sync.next_attempt();
         let delay = full_jitter(FIRST_RETRY, RETRY_LIMIT, attempt);
         self.sync = SyncState::Retrying { at: Instant::now() + delay, attempt };

@@ -66,6 +66,8 @@ pub(crate) struct Memory {
     pub(crate) settings: Option<Settings>,
     /// Fail everything with this error number.
     pub(crate) fail: Option<i32>,
+    /// Refuse the changes of this address family: `IPv4` or `IPv6`.
+    pub(crate) refused_family: Option<&'static str>,
     /// Number of differences that a repair finds.
     pub(crate) differences: u32,
     /// Items reported as refused.
@@ -84,9 +86,11 @@ impl MemoryKernel {
 
 impl Memory {
     fn check(&self, operation: &str) -> Result<(), CommitError> {
-        match self.fail {
-            Some(errno) => Err(CommitError::Refused { operation: operation.into(), errno }),
-            None => Ok(()),
+        let operation = operation.to_owned();
+        match (self.fail, self.refused_family) {
+            (Some(errno), _) => Err(CommitError::Refused { operation, errno }),
+            (None, Some(family)) => Err(CommitError::Family { family, operation, errno: libc::EPERM }),
+            (None, None) => Ok(()),
         }
     }
 

@@ -3,7 +3,8 @@
 //!
 //! The cost of a check depends on the machine's whole table, so another thread runs it, after the acknowledgement, and
 //! queries the engine about the entries that it finds. Invariants:
-//! * A check begins only while the kernel holds the view: old rules must not recreate a deleted entry.
+//! * A check begins only while the kernel holds the view, and covers only families of which it does: old rules must not
+//!   recreate a deleted entry.
 //! * The next check covers changes that arrive during a check.
 
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use switchtower_proto::v1::ProxyMode;
 
 use super::Engine;
 use crate::kernel::conntrack::{Families, FlowReport, UdpFlow};
+use crate::kernel::dataplane::CommitError;
 use crate::state::{Flow, UdpChanges};
 use crate::traces::Applying;
 
@@ -27,6 +29,8 @@ const LONGEST_REST: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(super) struct FlowChecks {
     due: UdpChanges,
+    /// Families of which the kernel holds the view although the last commit failed.
+    partial: Families,
     running: Option<UdpChanges>,
     /// The update that made the running check necessary, if it is traced.
     traced: Option<Applying>,
@@ -44,14 +48,29 @@ impl FlowChecks {
         self.due.merge(changes);
     }
 
-    /// Returns the earliest start of the next check; `None` if none is needed, or one is running.
-    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        let needed = self.running.is_none() && !self.due.is_empty();
-        needed.then(|| self.not_before.unwrap_or(now))
+    /// Records a failed commit: the kernel may have refused the changes of one family only.
+    pub(super) fn failed(&mut self, error: &CommitError) {
+        self.partial = match error {
+            CommitError::Family { family, .. } => {
+                Families { ipv4: *family != "IPv4", ipv6: *family != "IPv6" }
+            }
+            CommitError::Refused { .. } | CommitError::Io(_) => Families::default(),
+        };
     }
 
-    fn begin(&mut self) -> Families {
-        let changes = std::mem::take(&mut self.due);
+    /// Records that the view changed.
+    pub(super) fn outdated(&mut self) {
+        self.partial = Families::default();
+    }
+
+    /// Returns the earliest start of the next check of these families; `None` if none is needed, or one is running.
+    pub(super) fn next(&self, now: Instant, families: Families) -> Option<Instant> {
+        let due = self.due.ipv4 && families.ipv4 || self.due.ipv6 && families.ipv6;
+        (due && self.running.is_none()).then(|| self.not_before.unwrap_or(now))
+    }
+
+    fn begin(&mut self, families: Families) -> Families {
+        let changes = self.due.take(families);
         let families = Families { ipv4: changes.ipv4, ipv6: changes.ipv6 };
         self.running = Some(changes);
         families
@@ -71,9 +90,10 @@ impl Engine {
     /// Begins a check over the conntrack table if one is due.
     pub(super) fn reconcile_flows(&mut self) {
         let now = Instant::now();
-        if self.reconciles_flows() && self.flow_checks.next(now).is_some_and(|at| at <= now) {
+        let families = self.reconcilable();
+        if self.flow_checks.next(now, families).is_some_and(|at| at <= now) {
             self.flow_checks.traced = self.applying.take();
-            self.parts.flows.begin(self.flow_checks.begin());
+            self.parts.flows.begin(self.flow_checks.begin(families));
         }
     }
 
@@ -101,9 +121,15 @@ impl Engine {
         }
     }
 
-    /// Returns whether passes may begin. In mode Shadow the flows belong to another proxy.
-    pub(super) fn reconciles_flows(&self) -> bool {
-        self.kernel_holds_view() && self.mode() == ProxyMode::Active
+    /// Returns the families that a check may cover. In mode Shadow the flows belong to another proxy.
+    pub(super) fn reconcilable(&self) -> Families {
+        if self.mode() == ProxyMode::Shadow {
+            Families::default()
+        } else if self.kernel_holds_view() {
+            Families::ALL
+        } else {
+            self.flow_checks.partial
+        }
     }
 
     fn is_stale(&self, flow: &UdpFlow) -> bool {
@@ -123,20 +149,36 @@ mod tests {
     fn steady_changes_leave_pauses_between_passes() {
         let now = Instant::now();
         let mut checks = FlowChecks::default();
-        assert_eq!(checks.next(now), None, "nothing changed");
+        assert_eq!(checks.next(now, Families::ALL), None, "nothing changed");
         checks.add(UdpChanges { ipv4: true, ..UdpChanges::default() });
-        assert_eq!(checks.next(now), Some(now), "the first begins immediately");
-        assert_eq!(checks.begin(), Families { ipv4: true, ipv6: false });
+        assert_eq!(checks.next(now, Families::ALL), Some(now), "the first begins immediately");
+        assert_eq!(checks.begin(Families::ALL), Families { ipv4: true, ipv6: false });
         checks.add(UdpChanges { ipv6: true, ..UdpChanges::default() });
-        assert_eq!(checks.next(now), None, "one at a time");
+        assert_eq!(checks.next(now, Families::ALL), None, "one at a time");
         checks.end(false, Duration::from_millis(50), now);
-        assert_eq!(checks.next(now), Some(now + Duration::from_millis(200)));
-        assert_eq!(checks.begin(), Families { ipv4: false, ipv6: true });
+        assert_eq!(checks.next(now, Families::ALL), Some(now + Duration::from_millis(200)));
+        assert_eq!(checks.begin(Families::ALL), Families { ipv4: false, ipv6: true });
         checks.end(true, Duration::from_secs(5), now);
-        assert_eq!(checks.next(now), Some(now + RETRY), "a failed check is repeated");
-        assert_eq!(checks.begin(), Families { ipv4: false, ipv6: true });
+        assert_eq!(checks.next(now, Families::ALL), Some(now + RETRY), "a failed check is repeated");
+        assert_eq!(checks.begin(Families::ALL), Families { ipv4: false, ipv6: true });
         checks.end(false, Duration::from_secs(5), now);
         checks.add(UdpChanges::all());
-        assert_eq!(checks.next(now), Some(now + LONGEST_REST));
+        assert_eq!(checks.next(now, Families::ALL), Some(now + LONGEST_REST));
+    }
+    #[test]
+    fn refused_family_does_not_delay_checks_of_the_other() {
+        let now = Instant::now();
+        let mut checks = FlowChecks::everything();
+        let refused = CommitError::Family { family: "IPv6", operation: String::new(), errno: libc::EPERM };
+        checks.failed(&refused);
+        let ipv4 = Families { ipv4: true, ipv6: false };
+        assert_eq!(checks.partial, ipv4);
+        assert_eq!(checks.next(now, checks.partial), Some(now));
+        assert_eq!(checks.begin(ipv4), ipv4);
+        checks.end(false, Duration::ZERO, now);
+        assert_eq!(checks.next(now, ipv4), None, "the rest waits for its rules");
+        assert_eq!(checks.begin(Families::ALL), Families { ipv4: false, ipv6: true });
+        checks.outdated();
+        assert_eq!(checks.partial, Families::default(), "the kernel has neither family's new rules");
     }
 }

@@ -65,13 +65,18 @@ const ATTEMPTS: usize = 3;
 /// Maximum entries in one [`FlowReport::Found`]: the engine answers within the time of a small commit.
 const FLOWS: usize = 512;
 
-/// Families to examine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Address families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Families {
     /// IPv4.
     pub(crate) ipv4: bool,
     /// IPv6.
     pub(crate) ipv6: bool,
+}
+
+impl Families {
+    /// Both.
+    pub(crate) const ALL: Self = Self { ipv4: true, ipv6: true };
 }
 
 /// A UDP entry of the conntrack table.

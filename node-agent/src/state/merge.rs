@@ -11,6 +11,7 @@ use super::pack::{
 };
 use super::{Applied, KINDS, State, position};
 use crate::kernel::change::KernelChange;
+use crate::kernel::conntrack::Families;
 
 /// Work for the conntrack reconciler after an update.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,6 +33,19 @@ impl UdpChanges {
     /// Returns whether nothing changed.
     pub(crate) fn is_empty(&self) -> bool {
         !self.ipv4 && !self.ipv6
+    }
+
+    /// Takes the changes of these families out.
+    pub(crate) fn take(&mut self, families: Families) -> Self {
+        let taken = |id: &FrontendId| match id.family {
+            IpFamily::V4 => families.ipv4,
+            IpFamily::V6 => families.ipv6,
+        };
+        let (gone, left) = std::mem::take(&mut self.gone).into_iter().partition(taken);
+        self.gone = left;
+        let taken = Self { ipv4: self.ipv4 && families.ipv4, ipv6: self.ipv6 && families.ipv6, gone };
+        (self.ipv4, self.ipv6) = (self.ipv4 && !families.ipv4, self.ipv6 && !families.ipv6);
+        taken
     }
 
     /// Adds a change or the removal of a frontend.

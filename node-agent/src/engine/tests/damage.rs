@@ -62,6 +62,27 @@ fn flows_reconciled_after_settings_and_addresses_change() {
 }
 
 #[test]
+fn flows_of_one_family_reconciled_while_the_other_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = MemoryKernel::default();
+    let (mut engine, passes, mut fleet) = settled(&kernel, directory.path());
+    kernel.lock().refused_family = Some("IPv6");
+    let cidr = Cidr { address: vec![198, 51, 100, 0], prefix_length: 24 };
+    play(
+        &mut engine,
+        fleet.replace_settings(Settings { node_port_addresses: vec![cidr], ..testing::settings() }),
+    );
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), Some(Families { ipv4: true, ipv6: false }));
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), None, "IPv6 has its old rules");
+    kernel.lock().refused_family = None;
+    retry(&mut engine);
+    engine.wake();
+    assert_eq!(passes.end(&mut engine), Some(Families { ipv4: false, ipv6: true }));
+}
+
+#[test]
 fn flows_reconciled_after_a_rollback() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = MemoryKernel::default();
