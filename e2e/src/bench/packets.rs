@@ -59,7 +59,7 @@ impl Proxy {
 /// Size of the measurement.
 #[derive(Debug, Clone)]
 pub struct PacketSize {
-    /// Services besides the measured ones.
+    /// Services in addition to the measured ones.
     pub services: usize,
     /// Sizes of their pools.
     pub sizes: Sizes,
@@ -81,7 +81,7 @@ pub struct Row {
 /// Results for one number of Services.
 #[derive(Debug, Serialize)]
 pub struct PacketFigures {
-    /// Services besides the measured ones.
+    /// Services in addition to the measured ones.
     pub services: usize,
     pub proxies: Vec<Proxy>,
     pub rows: Vec<Row>,

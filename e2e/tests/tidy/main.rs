@@ -58,7 +58,7 @@ fn module_files_are_declared() {
         let folder = path.parent().unwrap();
         let folder_name = folder.file_name().unwrap().to_str().unwrap();
         let is_root = matches!(stem, "lib" | "main" | "build")
-            || matches!(folder_name, "bin" | "examples" | "fuzz_targets")
+            || matches!(folder_name, "bin" | "benches" | "examples" | "fuzz_targets")
             || folder_name == "tests" && folder.parent().unwrap().join("Cargo.toml").exists();
         if is_root {
             continue;

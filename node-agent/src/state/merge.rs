@@ -31,6 +31,7 @@ impl UdpChanges {
     }
 
     /// Returns whether nothing changed.
+    #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         !self.ipv4 && !self.ipv6
     }
