@@ -17,7 +17,7 @@ alerts: ## Test the alert rules with promtool (part of test)
 audit: ## Check licences, bans and sources of all dependencies (part of test)
 	@hack/audit.sh
 
-bench: ## Measure beside the real kube-proxy (PART=node, packets, growth, fleet, micro, all; minutes)
+bench: ## Measure, with the real kube-proxy (PART=node, packets, growth, fleet, micro, all; minutes)
 	@hack/bench.sh "$(or $(PART),node)"
 
 fleet: ## Measure the controller with thousands of hollow agents (NODES=100,500,1000; docs/scale.md)
