@@ -50,25 +50,33 @@ fn without_managed_fields(text: &str) -> Cow<'_, str> {
     Cow::Owned([&text[..start], "null", &text[start + fields.len()..]].concat())
 }
 
+/// The kind of a wrapper of an object: that of the object.
+macro_rules! kind_of {
+    ($object:ident) => {
+        type DynamicType = $object::DynamicType;
+        type Scope = $object::Scope;
+
+        fn kind(dynamic: &Self::DynamicType) -> std::borrow::Cow<'_, str> {
+            $object::kind(dynamic)
+        }
+
+        fn group(dynamic: &Self::DynamicType) -> std::borrow::Cow<'_, str> {
+            $object::group(dynamic)
+        }
+
+        fn version(dynamic: &Self::DynamicType) -> std::borrow::Cow<'_, str> {
+            $object::version(dynamic)
+        }
+
+        fn plural(dynamic: &Self::DynamicType) -> std::borrow::Cow<'_, str> {
+            $object::plural(dynamic)
+        }
+    };
+}
+pub(super) use kind_of;
+
 impl<K: Resource> Resource for Lean<K> {
-    type DynamicType = K::DynamicType;
-    type Scope = K::Scope;
-
-    fn kind(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::kind(dynamic)
-    }
-
-    fn group(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::group(dynamic)
-    }
-
-    fn version(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::version(dynamic)
-    }
-
-    fn plural(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::plural(dynamic)
-    }
+    kind_of!(K);
 
     fn meta(&self) -> &ObjectMeta {
         self.0.meta()

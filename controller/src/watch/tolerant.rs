@@ -1,7 +1,5 @@
 //! An object that may fail to decode without failing the list or the event that it is part of.
 
-use std::borrow::Cow;
-
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 use serde::de::DeserializeOwned;
@@ -58,24 +56,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Tolerant<K> {
 }
 
 impl<K: Resource> Resource for Tolerant<K> {
-    type DynamicType = K::DynamicType;
-    type Scope = K::Scope;
-
-    fn kind(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::kind(dynamic)
-    }
-
-    fn group(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::group(dynamic)
-    }
-
-    fn version(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::version(dynamic)
-    }
-
-    fn plural(dynamic: &Self::DynamicType) -> Cow<'_, str> {
-        K::plural(dynamic)
-    }
+    lean::kind_of!(K);
 
     fn meta(&self) -> &ObjectMeta {
         self.metadata()
