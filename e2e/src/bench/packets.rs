@@ -22,6 +22,7 @@ use crate::lab::wait;
 use crate::switchtower::{Fleet, FleetNode, NodeSpec};
 use targets::{ECHO, SINK, Target};
 
+use super::Percentiles;
 use super::load::{Load, Sizes};
 
 /// First packets of a volley; a socket's receive buffer holds them.
@@ -197,7 +198,7 @@ impl<'a> Side<'a> {
         }
         let name = &self.node.net.name;
         ensure!(arrived == count, "{name}: {arrived} of {count} packets arrived ({}, {to})", target.name());
-        Ok(median(times))
+        Ok(Percentiles::of(times)?.p50)
     }
 
     /// Connections per second, one after the other, each accepted and closed by the server pod.
@@ -234,7 +235,7 @@ impl<'a> Side<'a> {
             }
             Ok(times)
         })??;
-        Ok(median(times))
+        Ok(Percentiles::of(times)?.p50)
     }
 }
 
@@ -286,10 +287,6 @@ fn measure(
             values[number].push(one(&sides[number])?);
         }
     }
-    Ok(Row { name: name.to_owned(), unit, medians: values.into_iter().map(median).collect() })
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let median = |values| Ok(Percentiles::of(values)?.p50);
+    Ok(Row { name: name.to_owned(), unit, medians: values.into_iter().map(median).collect::<Result<_>>()? })
 }
