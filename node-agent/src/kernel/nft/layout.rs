@@ -25,7 +25,7 @@ pub(crate) use sets::{DataType, SetSpec};
 /// The name of our table in both families.
 pub(crate) const TABLE: &str = "switchtower";
 /// Version of the layout, part of the stamp; raised when rules or sets change their meaning.
-pub(crate) const LAYOUT_VERSION: u16 = 5;
+pub(crate) const LAYOUT_VERSION: u16 = 6;
 
 /// Code of a frontend that only listed sources may use: continue in chain `restricted`.
 pub(crate) const CODE_RESTRICTED: u32 = 1;
@@ -186,12 +186,12 @@ impl Layout {
         Rule(rule)
     }
 
-    /// Looks a packet up in `map`, at most twice, and returns if the value selects a pool; otherwise drops the packet.
+    /// Looks a packet up in `map`, at most twice, and acts on the value; drops the packet if there is none.
     fn look_up_or_drop(self, map: &str, fixed: &[(u32, Verdict)]) -> Chain {
         let mut rules = vec![forget()];
         for _ in 0..2 {
             rules.push(self.look_up_frontend(map));
-            rules.extend(dispatch::dispatch(fixed, Verdict::Return));
+            rules.extend(dispatch::dispatch(fixed));
         }
         rules.push(verdict(Verdict::Drop));
         chain(map, rules)
@@ -223,13 +223,13 @@ impl Layout {
 
     fn regular_chains(self, config: &RuleConfig) -> Vec<Chain> {
         let fixed = [(CODE_DROP, Verdict::Drop), (CODE_REFUSE, Verdict::Goto("refuse".to_owned()))];
-        let split = (CODE_SPLIT, Verdict::Jump("split".to_owned()));
+        let split = (CODE_SPLIT, Verdict::Goto("split".to_owned()));
         let guarded: Vec<_> = [split.clone()].into_iter().chain(fixed.clone()).collect();
         // The other bits of a restricted frontend's value name its list of sources.
-        let restricted = (CODE_RESTRICTED, Verdict::Jump("restricted".to_owned()));
+        let restricted = (CODE_RESTRICTED, Verdict::Goto("restricted".to_owned()));
         let all: Vec<_> = [restricted, split].into_iter().chain(fixed.clone()).collect();
         let refuse = chain("refuse", vec![forget(), verdict(Verdict::Accept)]);
-        let mut chains = vec![refuse, self.mark_cluster_ip(config)];
+        let mut chains = vec![refuse];
         chains.extend(self.connect_chains(config));
         chains.extend([
             self.look_up_or_drop("inside", &fixed),
@@ -309,18 +309,17 @@ impl Layout {
         std::iter::once(local_pod).chain(config.drain_gate_hosts.iter().map(host)).map(rule).collect()
     }
 
-    /// Decides whether a connection to a ClusterIP is masqueraded.
-    fn mark_cluster_ip(self, config: &RuleConfig) -> Chain {
+    /// Decides whether a connection to a ClusterIP is masqueraded. Others leave with `unmarked` or behind the last rule.
+    fn mark_cluster_ip(self, config: &RuleConfig, unmarked: Verdict) -> Vec<Rule> {
         let mark = Rule(set_mark(config.mark));
-        let rules = match self.local_pod_test(config) {
+        match self.local_pod_test(config) {
             _ if config.masquerade_all => vec![mark],
             Some(mut local) => {
-                local.push(E::Verdict(Verdict::Return));
+                local.push(E::Verdict(unmarked));
                 vec![Rule(local), mark]
             }
             None => Vec::new(),
-        };
-        chain("mark_cluster_ip", rules)
+        }
     }
 
     /// An external frontend with policy Local: local pods and host processes use every endpoint, others only
@@ -356,7 +355,7 @@ impl Layout {
 
     /// A new connection to a frontend, whose value is in the priority.
     fn found(self, fixed: &[(u32, Verdict)]) -> Chain {
-        let mut rules = dispatch::dispatch(fixed, Verdict::Goto("connect".to_owned())).to_vec();
+        let mut rules = dispatch::dispatch(fixed).to_vec();
         rules.push(verdict(Verdict::Drop));
         chain("found", rules)
     }

@@ -35,8 +35,8 @@ fn filled<const N: usize>() -> Mirror<N> {
     mirror
 }
 
-const LENGTH: usize = 593496;
-const HASH: &str = "316e38821a3497292ee98befd369c53038c73bc264a8806b84a8c395316ba712";
+const LENGTH: usize = 608288;
+const HASH: &str = "d830da36458b30b58a7e6f57029221795445d4e50c66ea5732b501b600f5dfe8";
 
 /// A change of these bytes is a change of the layout: raise `LAYOUT_VERSION` with it, unless only the encoding
 /// differs and rule fingerprints stay the same.

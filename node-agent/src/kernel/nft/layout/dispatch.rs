@@ -123,6 +123,10 @@ fn jump(chain: &str) -> Verdict {
     Verdict::Jump(chain.to_owned())
 }
 
+fn goto(chain: &str) -> Verdict {
+    Verdict::Goto(chain.to_owned())
+}
+
 /// Loads the priority's masked bits.
 fn bits(mask: u32) -> Vec<Expression> {
     vec![E::LoadMeta { key: META_PRIORITY, register: 0 }, E::Bitwise { register: 0, mask, xor: 0 }]
@@ -149,17 +153,30 @@ fn vmap(mask: u32, verdicts: Vec<(u32, Verdict)>) -> Rule {
     Rule(rule)
 }
 
-/// The two rules that act on a frontend's value: fixed codes, then `found` for values that lead to a pool.
-pub(super) fn dispatch(fixed: &[(u32, Verdict)], found: Verdict) -> [Rule; 2] {
-    [vmap(CODE_MASK, fixed.to_vec()), if_any(MASQUERADE_MASK, found)]
+/// The rules that act on a frontend's value, and pass values of none of these kinds to the next rule. The first one serves
+/// most connections.
+pub(super) fn dispatch(fixed: &[(u32, Verdict)]) -> [Rule; 3] {
+    let pools = [
+        (Masquerade::Never, "connect"),
+        (Masquerade::ClusterIp, "connect_cluster_ip"),
+        (Masquerade::Always, "connect_external"),
+    ];
+    [
+        vmap(MASQUERADE_MASK | TIMEOUT_MASK, by_masquerade(&pools, goto)),
+        vmap(CODE_MASK, fixed.to_vec()),
+        if_any(MASQUERADE_MASK, goto("connect_sticky")),
+    ]
+}
+
+fn by_masquerade(chains: &[(Masquerade, &str)], to: fn(&str) -> Verdict) -> Vec<(u32, Verdict)> {
+    chains.iter().map(|(masquerade, chain)| ((*masquerade as u32) << MASQUERADE_SHIFT, to(chain))).collect()
 }
 
 impl Layout {
-    /// The chains from `connect` on, in an order in which each names only earlier ones and `mark_cluster_ip`.
+    /// The chains from those of [`dispatch`] on, in an order in which each names only earlier ones.
     pub(super) fn connect_chains(self, config: &RuleConfig) -> Vec<Chain> {
         let mut chains: Vec<Chain> = (1..=LAST_CLASS).map(|class| self.size(class)).collect();
-        let sizes = (1..=LAST_CLASS).map(|class| (class, jump(&size_chain(class)))).collect();
-        chains.push(chain("pick", vec![vmap(CLASS_MASK, sizes)]));
+        chains.push(chain("pick", vec![pick()]));
         chains.push(choose());
         for role in PoolRole::ALL {
             let name = role.name();
@@ -176,8 +193,15 @@ impl Layout {
             }
         }
         chains.push(chain("stick", vec![vmap(TIMEOUT_MASK | ROLE_BIT, timeouts), verdict(Verdict::Drop)]));
-        chains.push(chain("mark_all", vec![Rule(set_mark(config.mark))]));
+        let mark = || Rule(set_mark(config.mark));
+        chains.push(chain("mark_cluster_ip", self.mark_cluster_ip(config, Verdict::Return)));
+        chains.push(chain("mark_external", vec![mark()]));
         chains.push(self.connect());
+        let mut cluster_ip = self.mark_cluster_ip(config, goto("connect"));
+        cluster_ip.push(verdict(goto("connect")));
+        chains.push(chain("connect_cluster_ip", cluster_ip));
+        chains.push(chain("connect_external", vec![mark(), verdict(goto("connect"))]));
+        chains.push(connect_sticky());
         chains
     }
 
@@ -192,13 +216,14 @@ impl Layout {
         chain(&size_chain(class), vec![Rule(rule)])
     }
 
-    /// A connection whose value leads to a pool.
+    /// A connection whose value leads to a pool without affinity.
     fn connect(self) -> Chain {
-        let marks = [(Masquerade::ClusterIp, "mark_cluster_ip"), (Masquerade::Always, "mark_all")]
-            .map(|(masquerade, chain)| ((masquerade as u32) << MASQUERADE_SHIFT, jump(chain)));
+        let mut crossed = is_backend();
+        crossed.push(E::Verdict(Verdict::Drop));
         let rules = vec![
-            vmap(MASQUERADE_MASK, marks.to_vec()),
-            if_any(TIMEOUT_MASK, Verdict::Goto("stick".to_owned())),
+            pick(),
+            self.translate("backends"),
+            Rule(crossed),
             verdict(jump("choose")),
             self.translate("backends"),
             verdict(Verdict::Drop),
@@ -304,6 +329,18 @@ impl Layout {
     }
 }
 
+/// A connection whose value leads to a pool with affinity.
+fn connect_sticky() -> Chain {
+    let marks = [(Masquerade::ClusterIp, "mark_cluster_ip"), (Masquerade::Always, "mark_external")];
+    let rules = vec![vmap(MASQUERADE_MASK, by_masquerade(&marks, jump)), verdict(goto("stick"))];
+    chain("connect_sticky", rules)
+}
+
+/// Picks a slot once.
+fn pick() -> Rule {
+    vmap(CLASS_MASK, (1..=LAST_CLASS).map(|class| (class, jump(&size_chain(class)))).collect())
+}
+
 /// Picks a slot of any size class.
 fn choose() -> Chain {
     let done = || {
@@ -401,7 +438,7 @@ mod tests {
                     *bound.entry(set.clone()).or_default() += 1;
                 }
             }
-            for (set, limit) in [("slots", 31), ("backends", 1), ("sticky_cluster", 1), ("frontends", 2)] {
+            for (set, limit) in [("slots", 31), ("backends", 2), ("sticky_cluster", 1), ("frontends", 2)] {
                 assert_eq!(bound[set], limit, "{set}");
             }
         }
