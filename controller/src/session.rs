@@ -277,8 +277,7 @@ impl Session {
 
     async fn exchange(&mut self, inbound: &mut Streaming<AgentMessage>, signal: &Signal) -> End {
         let mut recycled = Instant::now() + self.lifetime();
-        let mut ping = tokio::time::interval_at(Instant::now() + self.limits.ping, self.limits.ping);
-        ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ping = contact::ping_ticks(&self.limits);
         let mut timer = std::pin::pin!(tokio::time::sleep_until(recycled));
         self.note_contact(signal);
         loop {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{GoAwayReason, Ping};
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-use super::{End, Session};
+use super::{End, Limits, Session};
 use crate::fleet::{Fleet, Signal};
 use crate::status::News;
 
@@ -19,6 +19,9 @@ const SUSPICIOUS: Duration = Duration::from_millis(7_500);
 const SEARCH: Duration = Duration::from_millis(500);
 /// Time after which a suspicion is confirmed. In a busy process a message may have arrived and not been read.
 const CONFIRMATION: Duration = Duration::from_millis(500);
+/// Pings are due at multiples of this, so that one wake-up of the process serves many sessions. The answers arrive
+/// together, and so do the heartbeats that follow them.
+const GRID: Duration = Duration::from_millis(500);
 /// Minimum time for which an agent stays with a stale replica, so that it changes replicas at most once per minute.
 const STAY: Duration = Duration::from_secs(60);
 
@@ -92,11 +95,26 @@ impl Contact {
 /// Wakes the sessions of agents that may be silent, until the process ends.
 pub(crate) async fn search(fleet: Arc<Fleet>) {
     let mut ticks = tokio::time::interval(SEARCH);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         fleet.wake_silent(SUSPICIOUS);
     }
+}
+
+/// Returns the ticks at which the stream is pinged.
+pub(super) fn ping_ticks(limits: &Limits) -> Interval {
+    let first = next_on_grid(Instant::now() + limits.ping, limits.origin, GRID.min(limits.ping));
+    let mut ticks = tokio::time::interval_at(first, limits.ping);
+    // Other behaviours leave the grid.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
+}
+
+/// Returns the first multiple of `step` after `origin` that is not before `time`.
+fn next_on_grid(time: Instant, origin: Instant, step: Duration) -> Instant {
+    let steps = (time - origin).as_nanos().div_ceil(step.as_nanos());
+    origin + Duration::from_nanos((steps * step.as_nanos()) as u64)
 }
 
 impl Session {
@@ -187,6 +205,15 @@ mod tests {
         assert!(!contact.hear(later));
         assert!(!contact.check(later + SUSPICIOUS));
         assert_eq!(contact.deadline(), Some(later + SUSPICIOUS + CONFIRMATION));
+    }
+
+    #[test]
+    fn streams_are_pinged_together() {
+        let origin = Instant::now();
+        let at = |milliseconds| origin + Duration::from_millis(milliseconds);
+        for (time, expected) in [(0, 0), (1, 500), (499, 500), (500, 500), (86_400_000_001, 86_400_000_500)] {
+            assert_eq!(next_on_grid(at(time), origin, GRID), at(expected), "{time} ms");
+        }
     }
 
     #[test]

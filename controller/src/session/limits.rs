@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::authority::nodes::NodeCertificates;
 use crate::peers::Peers;
 
@@ -26,6 +28,8 @@ pub struct Limits {
     pub acknowledgement: Duration,
     /// Interval between pings.
     pub ping: Duration,
+    /// Pings of all streams are due at multiples of half a second after this time.
+    pub origin: Instant,
     /// A peer that sends nothing or accepts nothing for this long is considered lost.
     pub silence: Duration,
     /// Maximum average of messages per second of one agent; the burst is ten times as much.
@@ -46,6 +50,7 @@ impl Default for Limits {
             hello: Duration::from_secs(10),
             acknowledgement: Duration::from_secs(60),
             ping: Duration::from_secs(15),
+            origin: Instant::now(),
             silence: Duration::from_secs(45),
             messages_per_second: 100.0,
             pause: Duration::from_secs(1),
