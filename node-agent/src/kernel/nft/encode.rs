@@ -334,35 +334,44 @@ struct ElementWriter<'a, const N: usize> {
 }
 
 impl<const N: usize> ElementWriter<'_, N> {
-    /// Writes elements, grouped by set; returns their number.
-    fn write(self, elements: &[(Element<N>, Option<Data<N>>)], operation: Operation) -> usize {
-        let Self { batch, layout, encoded, chunk } = self;
-        let (kind, flags) = operation.message();
-        let mut rest = elements;
-        while let Some(set) = rest.first().map(|(element, _)| element.set()) {
-            let mut taken = 0;
-            let mut entries = Vec::new();
-            let message = batch.len();
-            batch.push(kind, flags, layout.family, |writer: &mut Writer| {
-                writer.string(nfta::element_list::TABLE, TABLE);
-                writer.string(nfta::element_list::SET, &set);
-                writer.nest(nfta::element_list::ELEMENTS, |writer| {
-                    let start = writer.bytes.len();
-                    for (element, data) in rest {
-                        let full = writer.bytes.len() - start > CHUNK || taken >= chunk;
-                        if full || element.set() != set {
-                            break;
-                        }
-                        let count = element.encode(writer, data.as_ref());
-                        entries.extend(std::iter::repeat_n(*element, count));
-                        taken += 1;
-                    }
-                });
-            });
-            encoded.groups.push(Group { message, elements: entries, operation });
-            rest = &rest[taken..];
+    /// Writes elements, which are sorted by set, and returns their number. The messages of the sets alternate: while the
+    /// kernel enlarges the hash table of a set in the background, adding to this set takes longer.
+    fn write(mut self, elements: &[(Element<N>, Option<Data<N>>)], operation: Operation) -> usize {
+        let mut sets: Vec<_> = elements.chunk_by(|(one, _), (other, _)| one.set() == other.set()).collect();
+        while !sets.is_empty() {
+            sets.iter_mut().for_each(|rest| *rest = self.message(rest, operation));
+            sets.retain(|rest| !rest.is_empty());
         }
         elements.len()
+    }
+
+    /// Writes one message of elements of one set. Returns those that did not fit.
+    fn message<'b>(
+        &mut self,
+        elements: &'b [(Element<N>, Option<Data<N>>)],
+        operation: Operation,
+    ) -> &'b [(Element<N>, Option<Data<N>>)] {
+        let (kind, flags) = operation.message();
+        let mut taken = 0;
+        let mut entries = Vec::new();
+        let message = self.batch.len();
+        self.batch.push(kind, flags, self.layout.family, |writer: &mut Writer| {
+            writer.string(nfta::element_list::TABLE, TABLE);
+            writer.string(nfta::element_list::SET, &elements[0].0.set());
+            writer.nest(nfta::element_list::ELEMENTS, |writer| {
+                let start = writer.bytes.len();
+                for (element, data) in elements {
+                    if writer.bytes.len() - start > CHUNK || taken >= self.chunk {
+                        break;
+                    }
+                    let count = element.encode(writer, data.as_ref());
+                    entries.extend(std::iter::repeat_n(*element, count));
+                    taken += 1;
+                }
+            });
+        });
+        self.encoded.groups.push(Group { message, elements: entries, operation });
+        &elements[taken..]
     }
 }
 
