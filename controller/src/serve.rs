@@ -13,13 +13,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use switchtower_proto::v1::fleet_server::{Fleet as FleetService, FleetServer};
+use http_body_util::StreamBody;
 use switchtower_proto::v1::replica_server::ReplicaServer;
 use switchtower_proto::v1::{AgentMessage, GoAwayReason};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tonic::codec::BufferSettings;
+use tonic::metadata::{GRPC_CONTENT_TYPE, MetadataMap};
 use tonic::server::NamedService;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Status, Streaming};
+use tonic_prost::ProstDecoder;
 
 mod admission;
 pub mod auth;
@@ -38,16 +41,21 @@ use admission::Admission;
 use auth::{AgentRejection, Authenticator};
 use connection::Origin;
 use gate::{Gate, GateLimits, Ticket};
+use outbound::Outbound;
 use tls::ServerTls;
 
 use crate::fleet::Fleet;
 use crate::fleet::metrics::StreamMetrics;
 use crate::replicas::service::ReplicaService;
-use crate::session::{self, Limits, Outbound, Session};
+use crate::session::{self, Limits, Session};
 
 /// Maximum size of a message from an agent, in bytes.
 const MESSAGE: usize = 256 << 10;
-/// Messages queued between a session and its connection.
+/// Path of the only method.
+const CONNECT: &str = "/switchtower.v1.Fleet/Connect";
+/// Initial size of the buffer for messages of one agent, which are small, in bytes.
+const DECODE_BUFFER: usize = 1 << 10;
+/// Batches queued between a session and its connection.
 const QUEUE: usize = 4;
 
 /// The gRPC server for agents.
@@ -88,7 +96,7 @@ impl Server {
         let gate = Gate::new("agents", GateLimits::agents(), fleet.known().clone(), metrics);
         let incoming = tls::incoming(listener, tls, gate);
         let replica = ReplicaServer::new(self.replica.clone()).max_decoding_message_size(MESSAGE);
-        let agents = FleetServer::new(Service(self)).max_decoding_message_size(MESSAGE);
+        let agents = Agents(Arc::new(self));
         let leave = async move {
             shutdown.await;
             fleet.end_all(GoAwayReason::Shutdown);
@@ -106,7 +114,7 @@ impl Server {
 /// The services of the port.
 #[derive(Clone)]
 struct Services {
-    agents: FleetServer<Service>,
+    agents: Agents,
     replica: ReplicaServer<ReplicaService>,
 }
 
@@ -122,24 +130,38 @@ impl tower::Service<http::Request<tonic::body::Body>> for Services {
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
         let service = request.uri().path().trim_start_matches('/').split('/').next().unwrap_or_default();
         if service == <ReplicaServer<ReplicaService> as NamedService>::NAME {
-            self.replica.call(request)
-        } else {
-            self.agents.call(request)
+            return self.replica.call(request);
         }
+        let agents = self.agents.clone();
+        Box::pin(async move { Ok(agents.call(request).await) })
     }
 }
 
-struct Service(Server);
+/// The service `Fleet` of `fleet.proto`. [`outbound`] encodes its responses instead of the generated server.
+#[derive(Clone)]
+struct Agents(Arc<Server>);
 
-#[tonic::async_trait]
-impl FleetService for Service {
-    type ConnectStream = Outbound;
+impl Agents {
+    async fn call(&self, request: http::Request<tonic::body::Body>) -> http::Response<tonic::body::Body> {
+        if request.uri().path() != CONNECT {
+            return Status::unimplemented("unknown method").into_http();
+        }
+        let (parts, body) = request.into_parts();
+        let decoder = ProstDecoder::<AgentMessage>::new(BufferSettings::new(DECODE_BUFFER, DECODE_BUFFER));
+        let inbound = Streaming::new_request(decoder, body, None, Some(MESSAGE));
+        let metadata = MetadataMap::from_headers(parts.headers);
+        match self.connect(Request::from_parts(metadata, parts.extensions, inbound)).await {
+            Ok(outbound) => {
+                let mut response = http::Response::new(tonic::body::Body::new(StreamBody::new(outbound)));
+                response.headers_mut().insert(http::header::CONTENT_TYPE, GRPC_CONTENT_TYPE);
+                response
+            }
+            Err(status) => status.into_http(),
+        }
+    }
 
-    async fn connect(
-        &self,
-        request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Self::ConnectStream>, Status> {
-        let Server { fleet, authenticator, admission, limits, .. } = &self.0;
+    async fn connect(&self, request: Request<Streaming<AgentMessage>>) -> Result<Outbound, Status> {
+        let Server { fleet, authenticator, admission, limits, .. } = &*self.0;
         let origin = request.extensions().get::<Origin>().cloned();
         let Some(Origin { ticket, certified }) = origin else {
             return Err(Status::internal("the connection is unknown"));
@@ -158,20 +180,23 @@ impl FleetService for Service {
                 .await
                 .map_err(refuse)?
         };
+        let (out, outbound) = mpsc::channel(QUEUE);
+        let outbound = Outbound::new(outbound);
         // Only authenticated agents count towards the limits of streams.
         let Some(permit) = admission.admit() else {
-            return Ok(Response::new(session::overloaded(limits)));
+            // The queue is empty.
+            let _ = out.try_send(vec![session::overloaded(limits)]);
+            return Ok(outbound);
         };
         let Some(authenticated) = ticket.authenticated() else {
             return Err(Status::unavailable("the connection was closed during the review"));
         };
-        let (out, outbound) = mpsc::channel(QUEUE);
         let session = Session::new(fleet.clone(), limits.clone(), identity, out);
         tokio::spawn(async move {
             session.run(request.into_inner()).await;
             drop((permit, authenticated));
         });
-        Ok(Response::new(Box::pin(outbound::Flattened::new(outbound))))
+        Ok(outbound)
     }
 }
 

@@ -4,11 +4,9 @@
 //! in the next. A generation that was sent is never reused for other content. A message of an agent only affects its
 //! own node.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures::Stream;
 use switchtower_core::layer::{Cursor, HealthCheckPlacement, Plan, Planned, Subscription};
 use switchtower_proto::digest::Digest;
 use switchtower_proto::v1::agent_message::Message as FromAgent;
@@ -75,9 +73,6 @@ pub struct Identity {
     /// Expiry of its token.
     pub expires: SystemTime,
 }
-
-/// Messages for the agent.
-pub(crate) type Outbound = Pin<Box<dyn Stream<Item = Result<ControllerMessage, Status>> + Send>>;
 
 /// Reason for the end of a stream.
 #[derive(Debug)]

@@ -3,12 +3,11 @@
 use switchtower_proto::v1::controller_message::Message as ToAgent;
 use switchtower_proto::v1::{ControllerMessage, GoAway, GoAwayReason};
 
-use super::{Limits, Outbound, message};
+use super::{Limits, message};
 
 /// Response to an agent that exceeds the limits.
-pub(crate) fn overloaded(limits: &Limits) -> Outbound {
-    let message = go_away(GoAwayReason::Overloaded, "too many agents connect at once".to_owned(), limits);
-    Box::pin(tokio_stream::once(Ok(message)))
+pub(crate) fn overloaded(limits: &Limits) -> ControllerMessage {
+    go_away(GoAwayReason::Overloaded, "too many agents connect at once".to_owned(), limits)
 }
 
 /// Returns the message, with a random delay.
