@@ -8,24 +8,28 @@
 
 mod agent;
 mod cluster;
+mod extremes;
 mod latency;
 mod load;
 mod measure;
 mod plot;
 mod report;
 mod rows;
+mod trickle;
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+pub use extremes::{Event, Extreme};
 pub use latency::Latency;
 pub use plot::plots;
 pub use report::table;
 
 use crate::switchtower::Fleet as Product;
 use agent::Agents;
+use extremes::Extras;
 use load::Load;
 use measure::Usage;
 
@@ -48,8 +52,10 @@ pub struct Plan {
     pub rate_for: Duration,
     /// Further changes over which memory is sampled; 0 leaves the phase out.
     pub memory_changes: usize,
-    /// Restarts the controller at the end and counts the agents that need a snapshot.
+    /// Restarts the controller and counts the agents that need a snapshot.
     pub restart: bool,
+    /// Causes extreme events at the end.
+    pub extremes: bool,
 }
 
 /// Results for one fleet. CPU times are those of the controller, in seconds unless named otherwise.
@@ -71,6 +77,9 @@ pub struct Figures {
     pub memory: Vec<Sample>,
     /// The controller restarts.
     pub restart: Option<Restart>,
+    /// Extreme events.
+    #[serde(default)]
+    pub extremes: Vec<Extreme>,
 }
 
 /// All agents connect at once.
@@ -176,11 +185,12 @@ pub fn run(plan: &Plan, progress: &dyn Fn(&str)) -> Result<Figures> {
     let client = product.kube().client();
     progress("creating Nodes, Services and tokens");
     let kube = product.kube();
+    let nodes = plan.nodes + if plan.extremes { extremes::SLOW_READERS } else { 0 };
     let load = kube.block_on(async {
-        cluster::create_nodes(&client, plan.nodes).await?;
+        cluster::create_nodes(&client, nodes).await?;
         Load::create(&client, plan.services, plan.nodes).await
     })?;
-    let tokens = kube.block_on(cluster::create_tokens(&client, plan.nodes))?;
+    let tokens = kube.block_on(cluster::create_tokens(&client, nodes))?;
     product.start_controller()?;
     let directory = tempfile::tempdir().context("creating a directory for tokens")?;
     product.write_bootstrap_to(directory.path())?;
@@ -205,7 +215,8 @@ impl Measured<'_> {
     ) -> Result<Figures> {
         let Plan { nodes, services, .. } = *self.plan;
         progress("joining");
-        let (agents, join) = self.join(tokens, directory)?;
+        let (tokens, slow) = tokens.split_at(nodes);
+        let (mut agents, join) = self.join(tokens, directory)?;
         progress("idle");
         let idle = self.idle()?;
         progress("single changes");
@@ -222,7 +233,14 @@ impl Measured<'_> {
         } else {
             None
         };
-        Ok(Figures { nodes, services, join, idle, single, rates, memory, restart })
+        let extremes = if self.plan.extremes {
+            let other = tempfile::tempdir().context("creating a directory for tokens")?;
+            self.product.write_bootstrap_to(other.path())?;
+            self.extremes(&mut agents, &Extras { tokens: slow, directory: other.path() }, progress)?
+        } else {
+            Vec::new()
+        };
+        Ok(Figures { nodes, services, join, idle, single, rates, memory, restart, extremes })
     }
 
     fn usage(&self) -> Result<Usage> {
@@ -237,7 +255,7 @@ impl Measured<'_> {
 
     fn join(&self, tokens: &[String], directory: &std::path::Path) -> Result<(Agents, Join)> {
         let before = self.usage()?;
-        let agents = Agents::start(self.runtime, tokens, directory, self.plan.checking)?;
+        let agents = Agents::start(self.runtime, 0, tokens, directory, self.plan.checking)?;
         let joined =
             agents.wait("all agents have a view", self.patience(), |agent| agent.generation() > 0)?;
         let after = self.usage()?;

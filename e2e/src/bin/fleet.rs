@@ -35,6 +35,9 @@ struct Arguments {
     /// Leaves out the restart of the controller.
     #[arg(long)]
     no_restart: bool,
+    /// Causes extreme events at the end, such as a restart of all agents.
+    #[arg(long)]
+    extremes: bool,
     /// Writes the figures to a file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -85,6 +88,7 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Vec<Figures>> {
             rate_for: Duration::from_secs(arguments.seconds),
             memory_changes: arguments.memory_changes,
             restart: !arguments.no_restart,
+            extremes: arguments.extremes,
         };
         all.push(run(&plan, &|what| eprintln!("==> {what}"))?);
         // After each size: a later one may fail.

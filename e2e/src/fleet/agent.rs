@@ -1,6 +1,6 @@
 //! Hollow agents: the node agent's session and state, and no kernel.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use switchtower_node_agent::metrics::Metrics;
 use switchtower_node_agent::state::{RefusedUpdate, State};
 use switchtower_node_agent::storage::files::StateFiles;
 use switchtower_proto::v1::{Ack, ApplyTimings, Nack, Stamp, Update, View};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
 use super::cluster;
@@ -71,49 +72,103 @@ pub(super) struct Returns {
 
 /// All hollow agents. They end when this is dropped.
 pub(super) struct Agents {
-    agents: Vec<Arc<Hollow>>,
-    _stop: watch::Sender<bool>,
+    agents: Vec<Agent>,
+    shared: Shared,
+}
+
+struct Agent {
+    hollow: Arc<Hollow>,
+    name: String,
+    token_file: PathBuf,
+    commands: mpsc::Sender<Command>,
+    /// Ends the session when it is dropped.
+    stop: Option<watch::Sender<bool>>,
+}
+
+/// What all agents of a set use.
+struct Shared {
+    runtime: Handle,
+    directory: PathBuf,
+    metrics: Metrics,
+    files: StateFiles,
+}
+
+impl Shared {
+    /// Starts the session of an agent.
+    fn connect(
+        &self,
+        name: &str,
+        token_file: &Path,
+        commands: &mpsc::Sender<Command>,
+    ) -> watch::Sender<bool> {
+        let (stop, stopped) = watch::channel(false);
+        let directory = Some(self.directory.clone());
+        let context = Context {
+            controllers: Controllers::new(Vec::new(), directory, None, token_file.to_owned(), None),
+            identity: Identity {
+                node_name: name.to_owned(),
+                kernel_version: "hollow".to_owned(),
+                files: self.files.clone(),
+            },
+            commands: commands.clone(),
+            metrics: self.metrics.clone(),
+            contact: Contact::default(),
+            drains: Requests::default(),
+        };
+        self.runtime.spawn(session::run(context, stopped));
+        stop
+    }
 }
 
 impl Agents {
-    /// Starts one agent for each token; `directory` has the controller's CA and address. `checking` agents keep their
-    /// view and check every update, the others acknowledge what an update announces.
+    /// Starts one agent for each token, for the Nodes from `first` on; `directory` has the controller's CA and address.
+    /// `checking` agents keep their view and check every update, the others acknowledge what an update announces.
     pub(super) fn start(
         runtime: &tokio::runtime::Runtime,
+        first: usize,
         tokens: &[String],
         directory: &Path,
         checking: usize,
     ) -> Result<Self> {
-        let (stop, stopped) = watch::channel(false);
-        let metrics = Metrics::register(&Registry::new())?;
-        let files = StateFiles::start()?;
+        let shared = Shared {
+            runtime: runtime.handle().clone(),
+            directory: directory.to_owned(),
+            metrics: Metrics::register(&Registry::new())?,
+            files: StateFiles::start()?,
+        };
         let mut agents = Vec::new();
         for (number, token) in tokens.iter().enumerate() {
-            let token_file = directory.join(format!("token-{number}"));
+            let name = cluster::node_name(first + number);
+            let token_file = directory.join(format!("token-{name}"));
             std::fs::write(&token_file, token)
                 .with_context(|| format!("writing {}", token_file.display()))?;
-            let controllers =
-                Controllers::new(Vec::new(), Some(directory.to_owned()), None, token_file, None);
-            let identity = Identity {
-                node_name: cluster::node_name(number),
-                kernel_version: "hollow".to_owned(),
-                files: files.clone(),
-            };
             let (commands, inbox) = mpsc::channel(16);
             let hollow = Arc::new(Hollow::default());
-            agents.push(hollow.clone());
             // Spread over all zones and the whole time of a join.
             if number * checking / tokens.len() < (number + 1) * checking / tokens.len() {
-                runtime.spawn(answer(inbox, hollow));
+                runtime.spawn(answer(inbox, hollow.clone()));
             } else {
-                runtime.spawn(acknowledge(inbox, hollow));
+                runtime.spawn(acknowledge(inbox, hollow.clone()));
             }
-            let (metrics, contact) = (metrics.clone(), Contact::default());
-            let (drains, stopped) = (Requests::default(), stopped.clone());
-            let context = Context { controllers, identity, commands, metrics, contact, drains };
-            runtime.spawn(session::run(context, stopped));
+            let stop = Some(shared.connect(&name, &token_file, &commands));
+            agents.push(Agent { hollow, name, token_file, commands, stop });
         }
-        Ok(Self { agents, _stop: stop })
+        Ok(Self { agents, shared })
+    }
+
+    /// Restarts all agents within `duration`, one after the other. They keep what they hold.
+    pub(super) fn restart_all(&mut self, duration: Duration) {
+        let began = Instant::now();
+        let count = self.agents.len() as u32;
+        for (number, agent) in (0..count).zip(&mut self.agents) {
+            std::thread::sleep((duration * number / count).saturating_sub(began.elapsed()));
+            agent.stop = None;
+            agent.stop = Some(self.shared.connect(&agent.name, &agent.token_file, &agent.commands));
+        }
+    }
+
+    fn hollow(&self) -> impl Iterator<Item = &Arc<Hollow>> {
+        self.agents.iter().map(|agent| &agent.hollow)
     }
 
     /// Waits until `done` is true of all agents; returns the time when it was.
@@ -127,7 +182,7 @@ impl Agents {
         // Agents that are done are not checked again.
         let mut next = 0;
         loop {
-            while self.agents.get(next).is_some_and(|agent| done(agent)) {
+            while self.agents.get(next).is_some_and(|agent| done(&agent.hollow)) {
                 next += 1;
             }
             let now = Instant::now();
@@ -135,7 +190,7 @@ impl Agents {
                 return Ok(now);
             }
             if now > deadline {
-                let done = self.agents.iter().filter(|agent| done(agent)).count();
+                let done = self.hollow().filter(|agent| done(agent)).count();
                 bail!("{what}: {done} of {} agents after {patience:?}", self.agents.len());
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -144,7 +199,7 @@ impl Agents {
 
     /// Starts to log updates.
     pub(super) fn record(&self) {
-        for agent in &self.agents {
+        for agent in self.hollow() {
             agent.log().clear();
             agent.recording.store(true, Ordering::Release);
         }
@@ -156,7 +211,7 @@ impl Agents {
             agent.recording.store(false, Ordering::Release);
             std::mem::take(&mut *agent.log())
         };
-        self.agents.iter().map(take).collect()
+        self.hollow().map(take).collect()
     }
 
     /// Returns the streams and snapshots of each agent so far.
@@ -165,7 +220,7 @@ impl Agents {
             streams: agent.streams.load(Ordering::Acquire),
             snapshots: agent.snapshots.load(Ordering::Acquire),
         };
-        self.agents.iter().map(returns).collect()
+        self.hollow().map(returns).collect()
     }
 
     /// Waits until every agent had a new stream.

@@ -59,13 +59,22 @@ impl Load {
 
     /// Changes endpoints at a rate; returns the changes in the order of their versions.
     pub(super) async fn run(&self, per_second: u32, duration: Duration) -> Result<Vec<Change>> {
+        self.run_until(per_second, tokio::time::sleep(duration)).await
+    }
+
+    /// The same until `end`.
+    pub(super) async fn run_until(
+        &self,
+        per_second: u32,
+        end: impl Future<Output = ()>,
+    ) -> Result<Vec<Change>> {
         let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second);
-        let deadline = tokio::time::Instant::now() + duration;
+        let mut end = std::pin::pin!(end);
         let mut running = JoinSet::new();
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
-                () = tokio::time::sleep_until(deadline) => break,
+                () = &mut end => break,
             }
             let number = self.changes.fetch_add(1, Ordering::Relaxed);
             running.spawn(change(self.slices.clone(), number, self.services));
@@ -84,6 +93,44 @@ impl Load {
         let changes: Vec<_> = changes.try_collect().await?;
         changes.iter().map(|change| change.version).max().context("no change was written")
     }
+}
+
+/// A Service with many endpoints, in slices of 1,000.
+pub(super) async fn create_large(client: &Client, endpoints: usize, nodes: usize) -> Result<()> {
+    const SLICE: usize = 1_000;
+    let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
+    services.create(&PostParams::default(), &serde_json::from_value(service("large"))?).await?;
+    for first in (0..endpoints).step_by(SLICE) {
+        let endpoints: Vec<_> = (first..endpoints.min(first + SLICE))
+            .map(|pod| {
+                let address = format!("100.{}.{}.{}", 64 + pod / 62_500, pod / 250 % 250, pod % 250 + 1);
+                json!({"addresses": [address], "nodeName": node_name(pod % nodes), "conditions": {"ready": true}})
+            })
+            .collect();
+        let slice = slice("large", &format!("large-{}", first / SLICE), &endpoints);
+        slices.create(&PostParams::default(), &serde_json::from_value(slice)?).await?;
+    }
+    Ok(())
+}
+
+/// Applies a merge patch to all Services of a load.
+pub(super) async fn patch_services(
+    client: &Client,
+    services: usize,
+    patch: &serde_json::Value,
+) -> Result<()> {
+    let api: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
+    let patch = Patch::Merge(patch);
+    let patched =
+        (0..services).map(|number| {
+            let (api, patch) = (api.clone(), &patch);
+            async move {
+                api.patch_metadata(&format!("s{number}"), &PatchParams::default(), patch).await.map(drop)
+            }
+        });
+    let patched = futures::stream::iter(patched).buffer_unordered(CONCURRENCY);
+    Ok(patched.try_collect::<()>().await?)
 }
 
 async fn change(slices: Api<EndpointSlice>, number: usize, services: usize) -> Result<Change> {
@@ -116,14 +163,21 @@ async fn create_one(
             json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}})
         })
         .collect();
-    let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80, "targetPort": 8080}]}});
-    let slice = json!({
-        "metadata": {"name": slice_name(number), "labels": {"kubernetes.io/service-name": name}},
-        "addressType": "IPv4",
-        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
-        "endpoints": endpoints,
-    });
+    let (service, slice) = (service(&name), slice(&name, &slice_name(number), &endpoints));
     services.create(&PostParams::default(), &serde_json::from_value(service)?).await?;
     slices.create(&PostParams::default(), &serde_json::from_value(slice)?).await?;
     Ok(())
+}
+
+fn service(name: &str) -> serde_json::Value {
+    json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80, "targetPort": 8080}]}})
+}
+
+fn slice(service: &str, name: &str, endpoints: &[serde_json::Value]) -> serde_json::Value {
+    json!({
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
+        "endpoints": endpoints,
+    })
 }

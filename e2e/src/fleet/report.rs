@@ -2,13 +2,13 @@
 
 use std::fmt::Write as _;
 
-use super::{Figures, Rate};
+use super::{Figures, Latency, Rate};
 
 /// A table with one row for each fleet, and one for each of its rates.
 #[must_use]
 pub fn table(all: &[Figures]) -> String {
     let mut text = String::new();
-    line(
+    head(
         &mut text,
         &[
             "agents",
@@ -22,15 +22,13 @@ pub fn table(all: &[Figures]) -> String {
             "CPU per node",
             "restart",
             "without snapshot",
-        ]
-        .map(str::to_owned),
+        ],
     );
-    rule(&mut text, 11);
     for figures in all {
         line(&mut text, &summary(figures));
     }
     text.push('\n');
-    line(
+    head(
         &mut text,
         &[
             "agents",
@@ -48,10 +46,8 @@ pub fn table(all: &[Figures]) -> String {
             "per node",
             "updates per node",
             "resident",
-        ]
-        .map(str::to_owned),
+        ],
     );
-    rule(&mut text, 15);
     for figures in all {
         for rate in &figures.rates {
             line(&mut text, &of_rate(figures.nodes, rate));
@@ -65,7 +61,42 @@ pub fn table(all: &[Figures]) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(text, "\n{nodes} agents, memory over changes: {}", samples.join(", "));
     }
+    for figures in all.iter().filter(|figures| !figures.extremes.is_empty()) {
+        text.push('\n');
+        extremes(&mut text, figures);
+    }
     text
+}
+
+fn extremes(text: &mut String, figures: &Figures) {
+    let columns = [
+        "event",
+        "duration",
+        "settled after",
+        "CPU time",
+        "resident",
+        "updates per node",
+        "other changes to 99 %: p50",
+        "worst",
+    ];
+    let _ = writeln!(text, "{} agents, {} Services:\n", figures.nodes, figures.services);
+    head(text, &columns);
+    for extreme in &figures.extremes {
+        let probe = |value: fn(&Latency) -> f64| {
+            extreme.probes.as_ref().map_or("-".to_owned(), |latency| milliseconds(value(latency)))
+        };
+        let cells = [
+            extreme.event.to_string(),
+            seconds(Some(extreme.event_seconds)),
+            seconds(Some(extreme.settled_seconds)),
+            seconds(Some(extreme.cpu)),
+            mebibytes(extreme.memory),
+            format!("{:.0}", extreme.updates_per_node),
+            probe(|latency| latency.most_p50),
+            probe(|latency| latency.most_p99),
+        ];
+        line(text, &cells);
+    }
 }
 
 fn summary(figures: &Figures) -> [String; 11] {
@@ -111,12 +142,12 @@ fn of_rate(nodes: usize, rate: &Rate) -> [String; 15] {
     ]
 }
 
-fn line(text: &mut String, cells: &[String]) {
-    let _ = writeln!(text, "| {} |", cells.join(" | "));
+fn head(text: &mut String, columns: &[&str]) {
+    let _ = writeln!(text, "| {} |\n|{}", columns.join(" | "), "---|".repeat(columns.len()));
 }
 
-fn rule(text: &mut String, columns: usize) {
-    let _ = writeln!(text, "|{}", "---|".repeat(columns));
+fn line(text: &mut String, cells: &[String]) {
+    let _ = writeln!(text, "| {} |", cells.join(" | "));
 }
 
 fn milliseconds(value: f64) -> String {

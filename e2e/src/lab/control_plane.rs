@@ -5,8 +5,8 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -31,12 +31,14 @@ pub struct ControlPlane {
     directory: PathBuf,
     // Drop order: the API server before etcd, the directory last.
     controller_manager: Process,
-    api_server: Process,
-    _etcd: Process,
+    api_server: Mutex<Arc<Process>>,
+    etcd: Process,
+    ports: Ports,
     address: SocketAddr,
     _registered: Registered,
 }
 
+#[derive(Debug)]
 struct Ports {
     etcd_client: u16,
     etcd_peer: u16,
@@ -78,8 +80,9 @@ impl ControlPlane {
             kube,
             directory,
             controller_manager,
-            api_server,
-            _etcd: etcd,
+            api_server: Mutex::new(Arc::new(api_server)),
+            etcd,
+            ports,
             address,
             _registered: registered,
         };
@@ -113,8 +116,19 @@ impl ControlPlane {
     }
 
     /// Process of the API server, for tests that stop and continue it.
-    pub fn api_server(&self) -> &Process {
-        &self.api_server
+    pub fn api_server(&self) -> Arc<Process> {
+        self.api_server.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Kills the API server and starts it again, with an empty watch cache.
+    ///
+    /// # Errors
+    /// It does not become ready.
+    pub fn restart_api_server(&self) -> Result<()> {
+        self.api_server().kill();
+        let started = Arc::new(start_api_server(&self.directory, &self.ports)?);
+        *self.api_server.lock().unwrap_or_else(PoisonError::into_inner) = started.clone();
+        wait_for_api_server(&self.kube, &self.etcd, &started)
     }
 
     /// Runs kubectl and returns its output.
