@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::lab::api::Kube;
+use crate::lab::objects;
 
 /// Maximum number of concurrent requests.
 const CONCURRENCY: usize = 32;
@@ -123,7 +124,7 @@ async fn create_one(kube: &Kube, number: usize, endpoints: usize) -> Result<()> 
     let name = format!("s{number}");
     let service = json!({
         "metadata": {"name": name},
-        "spec": {"ports": [{"port": 80, "targetPort": 8080}]},
+        "spec": {"clusterIP": objects::cluster_ip(number), "ports": [{"port": 80, "targetPort": 8080}]},
     });
     create::<Service>(kube, service).await?;
     for first in (0..endpoints).step_by(SLICE) {

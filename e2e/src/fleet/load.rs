@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::cluster::{CONCURRENCY, node_name, pod_address};
+use crate::lab::objects;
 
 const NAMESPACE: &str = "default";
 const ENDPOINTS: usize = 3;
@@ -163,7 +164,8 @@ async fn create_one(
             json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}})
         })
         .collect();
-    let (service, slice) = (service(&name), slice(&name, &slice_name(number), &endpoints));
+    let (mut service, slice) = (service(&name), slice(&name, &slice_name(number), &endpoints));
+    service["spec"]["clusterIP"] = json!(objects::cluster_ip(number));
     services.create(&PostParams::default(), &serde_json::from_value(service)?).await?;
     slices.create(&PostParams::default(), &serde_json::from_value(slice)?).await?;
     Ok(())

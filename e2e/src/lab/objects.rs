@@ -13,6 +13,12 @@ pub fn service(namespace: &str, name: &str, spec: &Value) -> Value {
     })
 }
 
+/// The ClusterIP of one of up to 60,000 Services. The API server's own choice is random, and slow when most addresses of
+/// the range are taken.
+pub fn cluster_ip(number: usize) -> String {
+    format!("10.96.{}.{}", 8 + number / 250, 1 + number % 250)
+}
+
 /// Status of a LoadBalancer Service with virtual addresses.
 pub fn load_balancer_status(addresses: &[&str]) -> Value {
     let ingress: Vec<_> = addresses.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
