@@ -67,21 +67,18 @@ impl Stream for Outbound {
 
 /// Encodes all messages of a batch, in one frame if no payload is shared.
 fn encode(batch: &[ControllerMessage]) -> VecDeque<Bytes> {
-    let copied = |message| match shared(message) {
-        Some(part) => part.encoded_len() - part.payload.len() + 2 * PREFIX,
-        None => message.encoded_len(),
+    let copied = |message: &ControllerMessage| {
+        message.encoded_len() - shared(message).map_or(0, |part| part.payload.len())
     };
     let capacity = batch.iter().map(|message| PREFIX + copied(message)).sum();
     let (mut frames, mut frame) = (VecDeque::new(), BytesMut::with_capacity(capacity));
     for message in batch {
+        prefix(message.encoded_len(), &mut frame);
         if let Some(part) = shared(message) {
-            let head = head(part);
-            prefix(head.len() + part.payload.len(), &mut frame);
-            frame.put_slice(&head);
+            head(part, &mut frame);
             frames.push_back(frame.split().freeze());
             frames.push_back(part.payload.clone());
         } else {
-            prefix(message.encoded_len(), &mut frame);
             message.encode_raw(&mut frame);
         }
     }
@@ -103,15 +100,12 @@ fn shared(message: &ControllerMessage) -> Option<&Part> {
 }
 
 /// Encodes a message with a part up to its payload, which is the last field.
-fn head(part: &Part) -> Vec<u8> {
-    let mut fields = Part { payload: Bytes::new(), ..*part }.encode_to_vec();
-    encode_key(PAYLOAD, WireType::LengthDelimited, &mut fields);
-    encode_varint(part.payload.len() as u64, &mut fields);
-    let mut head = Vec::with_capacity(fields.len() + 2 * PREFIX);
-    encode_key(PART, WireType::LengthDelimited, &mut head);
-    encode_varint((fields.len() + part.payload.len()) as u64, &mut head);
-    head.append(&mut fields);
-    head
+fn head(part: &Part, frame: &mut BytesMut) {
+    encode_key(PART, WireType::LengthDelimited, frame);
+    encode_varint(part.encoded_len() as u64, frame);
+    Part { payload: Bytes::new(), ..*part }.encode_raw(frame);
+    encode_key(PAYLOAD, WireType::LengthDelimited, frame);
+    encode_varint(part.payload.len() as u64, frame);
 }
 
 #[cfg(test)]
