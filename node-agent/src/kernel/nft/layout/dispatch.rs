@@ -147,6 +147,13 @@ pub(super) fn is_backend() -> Vec<Expression> {
     test
 }
 
+/// A rule for packets whose priority is the id of a backend.
+fn if_backend(verdict: Verdict) -> Rule {
+    let mut rule = is_backend();
+    rule.push(E::Verdict(verdict));
+    Rule(rule)
+}
+
 fn vmap(mask: u32, verdicts: Vec<(u32, Verdict)>) -> Rule {
     let mut rule = bits(mask);
     rule.push(E::Dispatch { register: 0, verdicts });
@@ -188,7 +195,7 @@ impl Layout {
         for (seconds, code) in TIMEOUTS.into_iter().zip(1..) {
             for role in PoolRole::ALL {
                 chains.push(self.stick(seconds, role));
-                let verdict = Verdict::Goto(sticky_chain(seconds, role));
+                let verdict = goto(&sticky_chain(seconds, role));
                 timeouts.push((code << TIMEOUT_SHIFT | role.bit(), verdict));
             }
         }
@@ -218,12 +225,11 @@ impl Layout {
 
     /// A connection whose value leads to a pool without affinity.
     fn connect(self) -> Chain {
-        let mut crossed = is_backend();
-        crossed.push(E::Verdict(Verdict::Drop));
         let rules = vec![
             pick(),
             self.translate("backends"),
-            Rule(crossed),
+            // The slot and the backend are of two commits.
+            if_backend(Verdict::Drop),
             verdict(jump("choose")),
             self.translate("backends"),
             verdict(Verdict::Drop),
@@ -316,7 +322,7 @@ impl Layout {
             E::Compare { equal: false, register: 0, data: vec![0; 4] },
             E::Verdict(Verdict::Drop),
         ];
-        let goto = verdict(Verdict::Goto("guarded".to_owned()));
+        let goto = verdict(goto("guarded"));
         chain("restricted", vec![Rule(lists), Rule(unlisted.to_vec()), goto])
     }
 
@@ -343,14 +349,9 @@ fn pick() -> Rule {
 
 /// Picks a slot of any size class.
 fn choose() -> Chain {
-    let done = || {
-        let mut rule = is_backend();
-        rule.push(E::Verdict(Verdict::Return));
-        Rule(rule)
-    };
     let mut rules = Vec::new();
     for _ in 0..TRIES {
-        rules.extend([verdict(jump("pick")), done()]);
+        rules.extend([verdict(jump("pick")), if_backend(Verdict::Return)]);
     }
     let halves = (EXACT_SIZES + 1..=LAST_CLASS).map(|class| (class, jump(&size_chain(class - 1))));
     rules.push(vmap(CLASS_MASK, halves.collect()));
