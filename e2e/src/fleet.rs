@@ -28,7 +28,7 @@ pub use plot::plots;
 pub use report::table;
 
 use crate::switchtower::Fleet as Product;
-use agent::Agents;
+use agent::{Agents, Applied};
 use extremes::Extras;
 use load::Load;
 use measure::Usage;
@@ -248,6 +248,10 @@ impl Measured<'_> {
         Usage::of(self.product.controller_id().context("the controller does not run")?)
     }
 
+    fn updates_per_node(&self, updates: &[Vec<Applied>]) -> f64 {
+        updates.iter().map(Vec::len).sum::<usize>() as f64 / self.plan.nodes as f64
+    }
+
     /// The longest wait for a fleet of this size.
     fn patience(&self) -> Duration {
         Duration::from_secs(60 + self.plan.nodes as u64 / 20)
@@ -336,7 +340,7 @@ impl Measured<'_> {
             core_percent: after.core_percent_since(&before),
             cpu_milliseconds,
             cpu_microseconds_per_node: cpu_milliseconds * 1_000.0 / self.plan.nodes as f64,
-            updates_per_node: updates.iter().map(Vec::len).sum::<usize>() as f64 / self.plan.nodes as f64,
+            updates_per_node: self.updates_per_node(&updates),
             memory: after.memory,
         })
     }

@@ -122,10 +122,8 @@ fn slice_name(service: usize, number: usize) -> String {
 
 async fn create_one(kube: &Kube, number: usize, endpoints: usize) -> Result<()> {
     let name = format!("s{number}");
-    let service = json!({
-        "metadata": {"name": name},
-        "spec": {"clusterIP": objects::cluster_ip(number), "ports": [{"port": 80, "targetPort": 8080}]},
-    });
+    let spec = json!({"clusterIP": objects::cluster_ip(number), "ports": [{"port": 80, "targetPort": 8080}]});
+    let service = objects::service(NAMESPACE, &name, &spec);
     create::<Service>(kube, service).await?;
     for first in (0..endpoints).step_by(SLICE) {
         let endpoints: Vec<_> = (first..endpoints.min(first + SLICE))
@@ -135,12 +133,8 @@ async fn create_one(kube: &Kube, number: usize, endpoints: usize) -> Result<()> 
                 json!({"addresses": [address], "nodeName": "n9", "conditions": {"ready": true}})
             })
             .collect();
-        let slice = json!({
-            "metadata": {"name": slice_name(number, first / SLICE), "labels": {"kubernetes.io/service-name": name}},
-            "addressType": "IPv4",
-            "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
-            "endpoints": endpoints,
-        });
+        let slice_name = slice_name(number, first / SLICE);
+        let slice = objects::slice(NAMESPACE, &slice_name, &name, false, &[("", "TCP", 8080)], &endpoints);
         create::<EndpointSlice>(kube, slice).await?;
     }
     Ok(())

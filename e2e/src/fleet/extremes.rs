@@ -128,7 +128,7 @@ impl Measured<'_> {
             settled_seconds: settled.duration_since(ended.at).as_secs_f64(),
             cpu: after.cpu - before.cpu,
             memory: after.memory,
-            updates_per_node: updates.iter().map(Vec::len).sum::<usize>() as f64 / self.plan.nodes as f64,
+            updates_per_node: self.updates_per_node(&updates),
             probes: probes.map(|changes| Latency::of(&changes, &updates).0),
         })
     }

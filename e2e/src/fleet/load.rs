@@ -101,7 +101,9 @@ pub(super) async fn create_large(client: &Client, endpoints: usize, nodes: usize
     const SLICE: usize = 1_000;
     let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), NAMESPACE);
-    services.create(&PostParams::default(), &serde_json::from_value(service("large"))?).await?;
+    let spec = json!({"ports": [{"port": 80, "targetPort": 8080}]});
+    let service = objects::service(NAMESPACE, "large", &spec);
+    services.create(&PostParams::default(), &serde_json::from_value(service)?).await?;
     for first in (0..endpoints).step_by(SLICE) {
         let endpoints: Vec<_> = (first..endpoints.min(first + SLICE))
             .map(|pod| {
@@ -164,22 +166,14 @@ async fn create_one(
             json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}})
         })
         .collect();
-    let (mut service, slice) = (service(&name), slice(&name, &slice_name(number), &endpoints));
-    service["spec"]["clusterIP"] = json!(objects::cluster_ip(number));
+    let spec = json!({"clusterIP": objects::cluster_ip(number), "ports": [{"port": 80, "targetPort": 8080}]});
+    let service = objects::service(NAMESPACE, &name, &spec);
+    let slice = slice(&name, &slice_name(number), &endpoints);
     services.create(&PostParams::default(), &serde_json::from_value(service)?).await?;
     slices.create(&PostParams::default(), &serde_json::from_value(slice)?).await?;
     Ok(())
 }
 
-fn service(name: &str) -> serde_json::Value {
-    json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80, "targetPort": 8080}]}})
-}
-
 fn slice(service: &str, name: &str, endpoints: &[serde_json::Value]) -> serde_json::Value {
-    json!({
-        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": service}},
-        "addressType": "IPv4",
-        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
-        "endpoints": endpoints,
-    })
+    objects::slice(NAMESPACE, name, service, false, &[("", "TCP", 8080)], endpoints)
 }
